@@ -1,0 +1,218 @@
+"""AdamW over masked components, on one flat buffer.
+
+All trainable tensors live in one flat float32 buffer per quantity (values, gradients, moments),
+so averaging over ranks is one collective, clipping one norm, and a step a few kernels, however
+many adapters there are. A component whose mask is 0 keeps its values, its moments and its own
+step count to the last bit: zero gradients would not be enough, since momentum and weight decay
+would still move it.
+
+    m ← β₁ m + (1 − β₁) ∇        v ← β₂ v + (1 − β₂) ∇²
+    θ ← θ − η (λ θ + m̂ / (√v̂ + ε))        m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ)
+
+(Loshchilov & Hutter 2019, algorithm 2; t counts the steps in which the component was active.)
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 16  # elements; every tensor starts on a 64-byte boundary of the flat buffer
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A tensor to train. `mask`, where given, has one bool per row (dimension 0)."""
+
+    name: str
+    parameter: nn.Parameter
+    mask: Tensor | None = None
+    learning_rate_ratio: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where a trainable lives in the flat buffers, and its rows in the per-row ones."""
+
+    trainable: Trainable
+    start: int
+    rows: slice
+
+    def view(self, flat: Tensor) -> Tensor:
+        shape = self.trainable.parameter.shape
+        return flat[self.start : self.start + shape.numel()].view(shape)
+
+
+class MaskedAdamW:
+    """AdamW that leaves inactive components alone (see the module's docstring).
+
+    The parameters' storage and `.grad` become views of the flat buffers, so other code may go on
+    using them, but must not rebind them.
+    """
+
+    def __init__(
+        self,
+        trainables: Sequence[Trainable],
+        *,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        self.learning_rate, self.betas = learning_rate, betas
+        self.eps, self.weight_decay = eps, weight_decay
+        self._slots: list[_Slot] = []
+        self.follow(trainables)
+
+    def follow(self, trainables: Sequence[Trainable]) -> None:
+        """Take on a new set of tensors; those kept by name and shape keep moments and counts."""
+        if not trainables:
+            raise ValueError("nothing to train: no adapter and no head")
+        earlier = self.state_dict() if self._slots else {}
+        device = trainables[0].parameter.device
+        sizes = [_padded(t.parameter.numel()) for t in trainables]
+        total, rows = sum(sizes), sum(t.parameter.shape[0] for t in trainables)
+        self.values = torch.zeros(total, dtype=torch.float32, device=device)
+        self.gradients, self.exp_avg, self.exp_avg_sq = (
+            torch.zeros_like(self.values) for _ in range(3)
+        )
+        self.counts = torch.zeros(rows, dtype=torch.float32, device=device)  # t, per component
+        self._slots, self._row_sizes = [], torch.empty(rows, dtype=torch.int64)
+        start = row = 0
+        for trainable, size in zip(trainables, sizes, strict=True):
+            parameter = trainable.parameter
+            count = parameter.shape[0]
+            slot = _Slot(trainable, start, slice(row, row + count))
+            self._row_sizes[slot.rows] = parameter.numel() // count
+            self._row_sizes[row + count - 1] += size - parameter.numel()  # padding stays zero
+            slot.view(self.values).copy_(parameter.detach())
+            parameter.data = slot.view(self.values)
+            parameter.grad = slot.view(self.gradients)
+            self._slots.append(slot)
+            start, row = start + size, row + count
+        self._row_sizes = self._row_sizes.to(device)
+        self._uniform_count: float | None = 0.0  # t where all components share it, else None
+        self._ratios = self._learning_rate_ratios()
+        kept = {slot.trainable.name for slot in self._slots}
+        self._load({n: s for n, s in earlier.items() if n in kept and self._fits(n, s)})
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of everything trained."""
+        return ((slot.trainable.name, slot.trainable.parameter) for slot in self._slots)
+
+    @property
+    def numel(self) -> int:
+        """Number of trained scalars, padding left out."""
+        return sum(slot.trainable.parameter.numel() for slot in self._slots)
+
+    def zero_grad(self) -> None:
+        self.gradients.zero_()
+
+    def clip(self, max_norm: float | None) -> float:
+        """Drop inactive components' gradients, scale the rest to `max_norm`; the norm before."""
+        active = self._active()
+        if active is not None:
+            self.gradients.masked_fill_(~self._spread(active), 0.0)
+        norm = float(torch.linalg.vector_norm(self.gradients))
+        if max_norm is not None and math.isfinite(norm) and norm > max_norm:
+            self.gradients.mul_(max_norm / (norm + 1e-6))
+        return norm
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One AdamW update of the active components with the gradients as they are."""
+        active = self._active()
+        if active is None and self._uniform_count is not None:
+            self._uniform_count += 1
+            self.counts.fill_(self._uniform_count)
+            correction1, correction2 = (1 - beta**self._uniform_count for beta in self.betas)
+            self._update(correction1, correction2, None)
+            return
+        self._uniform_count = None
+        if active is None:
+            active = torch.ones_like(self.counts, dtype=torch.bool)
+        self.counts += active
+        t = self.counts.double().clamp(min=1)
+        corrections = [self._spread((1 - beta**t).float()) for beta in self.betas]
+        self._update(corrections[0], corrections[1], self._spread(active))
+
+    def _update(self, correction1: Tensor | float, correction2: Tensor | float, keep) -> None:
+        beta1, beta2 = self.betas
+        m = torch.lerp(self.exp_avg, self.gradients, 1 - beta1)
+        v = torch.addcmul(self.exp_avg_sq * beta2, self.gradients, self.gradients, value=1 - beta2)
+        direction = (m / correction1).div_((v / correction2).sqrt_().add_(self.eps))
+        if self.weight_decay:
+            direction.add_(self.values, alpha=self.weight_decay)
+        if self._ratios is not None:
+            direction.mul_(self._ratios)
+        new = direction.mul_(-self.learning_rate).add_(self.values)
+        for state, value in ((self.values, new), (self.exp_avg, m), (self.exp_avg_sq, v)):
+            state.copy_(value if keep is None else torch.where(keep, value, state))
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Per trained tensor: its moments (its own shape) and step counts (one per row)."""
+        return {
+            slot.trainable.name: {
+                "exp_avg": slot.view(self.exp_avg),
+                "exp_avg_sq": slot.view(self.exp_avg_sq),
+                "step": self.counts[slot.rows],
+            }
+            for slot in self._slots
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Inverse of `state_dict`; every trained tensor must be in `state`."""
+        missing = [slot.trainable.name for slot in self._slots if slot.trainable.name not in state]
+        if missing:
+            raise ValueError(f"no optimizer state for {missing[0]}")
+        self._load(state)
+
+    def _load(self, state: dict[str, dict[str, Tensor]]) -> None:
+        for slot in self._slots:
+            own = state.get(slot.trainable.name)
+            if own is not None:
+                slot.view(self.exp_avg).copy_(own["exp_avg"])
+                slot.view(self.exp_avg_sq).copy_(own["exp_avg_sq"])
+                self.counts[slot.rows] = own["step"].to(self.counts)
+        first = float(self.counts[0])
+        self._uniform_count = first if bool((self.counts == first).all()) else None
+
+    def _fits(self, name: str, state: dict[str, Tensor]) -> bool:
+        slot = next(slot for slot in self._slots if slot.trainable.name == name)
+        return state["exp_avg"].shape == slot.trainable.parameter.shape
+
+    def _active(self) -> Tensor | None:
+        """One bool per row, or None where everything is active."""
+        masks = [slot.trainable.mask for slot in self._slots]
+        if all(mask is None for mask in masks):
+            return None
+        active = torch.cat(
+            [
+                slot.trainable.mask
+                if slot.trainable.mask is not None
+                else self.counts.new_ones(slot.trainable.parameter.shape[0], dtype=torch.bool)
+                for slot in self._slots
+            ]
+        )
+        return None if bool(active.all()) else active
+
+    def _spread(self, per_row: Tensor) -> Tensor:
+        """Per-row values repeated for every scalar of the row."""
+        return torch.repeat_interleave(
+            per_row, self._row_sizes, output_size=self.values.numel()
+        )
+
+    def _learning_rate_ratios(self) -> Tensor | None:
+        if all(slot.trainable.learning_rate_ratio == 1.0 for slot in self._slots):
+            return None
+        ratios = [
+            torch.full((slot.rows.stop - slot.rows.start,), slot.trainable.learning_rate_ratio)
+            for slot in self._slots
+        ]
+        return self._spread(torch.cat(ratios).to(self.values))
+
+
+def _padded(numel: int) -> int:
+    return -(-numel // _ALIGNMENT) * _ALIGNMENT

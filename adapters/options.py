@@ -1,0 +1,11 @@
+"""The base of every section of the configuration: typed, strict, immutable."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """Unknown keys and wrong types are refused; a field's docstring is its documentation."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )

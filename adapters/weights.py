@@ -1,0 +1,151 @@
+"""Frozen weight formats: how a backbone matrix is held as bytes, and how it is read back.
+
+A quantised matrix is one flat tensor of bytes, codes first and scales behind them, *viewed as
+the model's own dtype*. To a sharder it is an ordinary frozen parameter, so ZeRO-3 and FSDP2
+(which on torch 2.11 shards no integer tensors) split it without knowing about quantisation, and
+a cast to the dtype it already has leaves its bits alone. Never call `.float()` on it.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes, for CPU and GPU)
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64  # bytes; the scales start on such a boundary, so that they can be viewed as float32
+_BLOCK = 64  # weights that share one scale in the 4-bit formats, as in QLoRA
+
+
+class WeightFormat(ABC):
+    """One way to hold a frozen matrix of shape (out, in)."""
+
+    name: str
+
+    @abstractmethod
+    def nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes that a matrix of `shape` takes when held for compute in `dtype`."""
+
+    @abstractmethod
+    def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Hold `weight` (out, in): a tensor of `dtype` whose bits mean what `unpack` says."""
+
+    @abstractmethod
+    def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The matrix (out, in) in `dtype` that `pack` stands for."""
+
+
+class Plain(WeightFormat):
+    """The matrix itself, in the model's dtype."""
+
+    name = "none"
+
+    def nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        return shape[0] * shape[1] * dtype.itemsize
+
+    def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype)
+
+    def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return packed.to(dtype)
+
+
+class _CodesAndScales(WeightFormat):
+    """Codes (uint8) and float32 scales in one flat run of bytes."""
+
+    @abstractmethod
+    def sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Number of code bytes and number of float32 scales."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and float32 scales of `weight`."""
+
+    @abstractmethod
+    def decode(
+        self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        """The matrix that `codes` and `scales` stand for."""
+
+    def _layout(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        """Bytes of codes, offset of the scales, bytes in all."""
+        codes, scales = self.sizes(shape)
+        offset = _round_up(codes, _ALIGNMENT)
+        return codes, offset, _round_up(offset + 4 * scales, _ALIGNMENT)
+
+    def nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        return self._layout(shape)[2]
+
+    def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        shape = (weight.shape[0], weight.shape[1])
+        _, offset, total = self._layout(shape)
+        codes, scales = self.encode(weight.contiguous())
+        data = torch.zeros(total, dtype=torch.uint8, device=weight.device)
+        data[: codes.numel()] = codes.reshape(-1).view(torch.uint8)
+        scale_bytes = scales.float().reshape(-1).view(torch.uint8)
+        data[offset : offset + scale_bytes.numel()] = scale_bytes
+        return data.view(dtype)
+
+    def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        codes, offset, _ = self._layout(shape)
+        scales = self.sizes(shape)[1]
+        data = packed.view(torch.uint8)
+        return self.decode(
+            data[:codes], data[offset : offset + 4 * scales].view(torch.float32), shape, dtype
+        )
+
+
+class FourBit(_CodesAndScales):
+    """bitsandbytes' nf4 or fp4: blocks of 64 weights along the flattened matrix share a scale."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
+        numel = shape[0] * shape[1]
+        return math.ceil(numel / 2), math.ceil(numel / _BLOCK)
+
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.bitsandbytes.quantize_4bit(weight, _BLOCK, self.name, torch.uint8)
+
+    def decode(
+        self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            codes.unsqueeze(1), scales, _BLOCK, self.name, shape, dtype
+        )
+
+
+class Int8(_CodesAndScales):
+    """bitsandbytes' row-wise absmax int8.
+
+    Choice: the products run in the model's dtype on the dequantised matrix, not in int8 with
+    outlier columns (LLM.int8()). Activations then stay exact, the trained adapter belongs to one
+    well-defined dequantised backbone, and the result does not depend on how a batch is cut up.
+    """
+
+    name = "int8"
+
+    def sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[0] * shape[1], shape[0]
+
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        # The CUDA kernel takes float16 only; a weight beyond its range (65504) would not survive.
+        source = weight.half() if weight.is_cuda else weight
+        codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(source, 0.0)
+        return codes, scales
+
+    def decode(
+        self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        matrix = codes.view(torch.int8).view(shape)
+        return torch.ops.bitsandbytes.int8_vectorwise_dequant(matrix, scales).to(dtype)
+
+
+FORMATS: dict[str, WeightFormat] = {
+    fmt.name: fmt for fmt in (Plain(), FourBit("nf4"), FourBit("fp4"), Int8())
+}
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

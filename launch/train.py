@@ -1,0 +1,48 @@
+"""Train as one YAML file says.
+
+    python launch/train.py --config configs/quickstart.yaml [section.key=value ...]
+    torchrun --nproc_per_node 2 launch/train.py --config ...
+    deepspeed --num_gpus 2 launch/train.py --config ...
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.start import launched  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved YAML")
+    parser.add_argument("--dry-run", action="store_true", help="load shapes and data, train nothing")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
+    with launched(arguments.config, arguments.overrides) as (config, world):
+        if arguments.print_config:
+            if world.is_main:
+                print(config.to_yaml(), end="")
+            return 0
+        from trainer.run import dry_run, run
+
+        if arguments.dry_run:
+            text = dry_run(config, world)
+            if world.is_main:
+                print(text)
+            return 0
+        run(config, world)
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The trainer: configuration, data, backbone, engines, loop, checkpoints."""

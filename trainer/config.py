@@ -1,0 +1,438 @@
+"""The configuration: one YAML file, typed and strict, with dotted overrides.
+
+    python launch/train.py --config run.yaml optim.learning_rate=1e-3 method.rank=16
+
+An unknown key, a wrong type or an impossible combination is a `UserError` of one line that names
+the key, what was given and what is accepted.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from adapters.method import MethodOptions
+from adapters.options import Section
+from adapters.registry import METHODS
+from adapters.weights import FORMATS
+from trainer.errors import UserError
+from trainer.tasks import TASKS
+from trainer.tasks.base import TaskOptions
+
+
+class RunOptions(Section):
+    """What is run, where its folder is, how long it lasts."""
+
+    name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$")
+    """Name of the run's folder; empty: the name of the configuration file."""
+    dir: str = "runs"
+    """Folder that holds the run folders."""
+    seed: int = Field(0, ge=0, lt=2**20)
+    """Seed of the adapters' start, the order of the data and dropout."""
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps to train for; excludes `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training data; 1 where neither is given."""
+    eval_every: int = Field(0, ge=0)
+    """Evaluate every so many steps; 0: after the last step only."""
+    eval_at_start: bool = False
+    """Evaluate before the first step too."""
+    resume: str = "auto"
+    """`auto` (the newest good checkpoint of this run, if any), `never`, or a checkpoint's path."""
+
+
+class ModelOptions(Section):
+    """The frozen backbone."""
+
+    id: str
+    """A local folder, or a hub id (`owner/name`)."""
+    revision: str | None = None
+    """Commit or tag of a hub id."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, where it is not the model's."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of activations and unquantised weights; auto: bfloat16 on a GPU, float32 on a CPU
+    (most CPUs emulate bfloat16 products, several times slower)."""
+    quantization: str = "none"
+    """Format of the frozen linear weights."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel; flash_attention_2 needs the `flash-attn` extra and a GPU."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """`random` needs no weight files, only config.json: for benchmarks and tests."""
+    overrides: dict[str, int | float | str | bool] = {}
+    """Keys of the model's config.json to replace, such as num_hidden_layers."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelOptions":
+        _one_of("model.quantization", self.quantization, FORMATS)
+        if self.overrides and self.weights == "pretrained":
+            raise ValueError(
+                "model.overrides: given with model.weights=pretrained; accepted: only with "
+                "model.weights=random, since the files' tensors would no longer fit"
+            )
+        return self
+
+
+class DataOptions(Section):
+    """Records, and how they become batches."""
+
+    train: str
+    """A file (.json, .jsonl, .csv, .tsv, .parquet, .txt) or a hub id."""
+    eval: str | None = None
+    """The same for held-out data; none: no evaluation."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    revision: str | None = None
+    """Commit or tag of a hub data set."""
+    train_split: str = "train"
+    """Split of a hub data set to train on."""
+    eval_split: str = "test"
+    """Split of a hub data set to evaluate on."""
+    format: Literal[
+        "auto", "prompt_completion", "alpaca", "messages", "text", "classification"
+    ] = "auto"
+    """What a record holds; auto: by its columns."""
+    prompt: str = "prompt"
+    """Column, or template such as `"{question}\\n"`, of the part that is given."""
+    completion: str = "completion"
+    """Column, or template, of the part that is learned."""
+    text: str | list[str] = "text"
+    """Text column of `text`; one or two text columns of `classification`."""
+    messages: str = "messages"
+    """Column of `messages`: a list of {role, content}."""
+    label: str = "label"
+    """Label column of `classification`."""
+    columns: list[str] | None = None
+    """Column names of a csv or tsv file without a header line."""
+    quoting: Literal["standard", "none"] = "standard"
+    """Whether quotation marks in csv and tsv delimit fields."""
+    max_length: int = Field(1024, gt=1)
+    """Longest sequence, in tokens."""
+    on_long_record: Literal["truncate", "drop", "stop"] = "truncate"
+    """What happens to a longer record. One whose prompt alone is too long is a bad record."""
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    """A record that cannot be used: stop with file, line and reason, or count it and go on."""
+    train_records: int | None = Field(None, gt=0)
+    """Use the first so many training records."""
+    eval_records: int | None = Field(None, gt=0)
+    """Use the first so many evaluation records."""
+    packing: bool = False
+    """Fill sequences with several records; none attends to another."""
+    shuffle: bool = True
+    """Draw a new order for each epoch from (seed, epoch)."""
+    batch_size: int = Field(16, gt=0)
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int = Field(4, gt=0)
+    """Sequences per forward pass of a rank. Gradients are accumulated over as many as needed."""
+    cache: str | None = None
+    """Folder for tokenised data; none: `rankcast` in the user's cache folder."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataOptions":
+        if self.micro_batch_size > self.batch_size:
+            raise ValueError(
+                f"data.micro_batch_size: {self.micro_batch_size} given; accepted: at most "
+                f"data.batch_size ({self.batch_size})"
+            )
+        if isinstance(self.text, list) and len(self.text) not in (1, 2):
+            raise ValueError(f"data.text: {self.text} given; accepted: one or two columns")
+        return self
+
+
+class OptimOptions(Section):
+    """Optimizer (AdamW) and learning-rate schedule."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate."""
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """β₁, β₂ of AdamW."""
+    eps: float = Field(1e-8, gt=0)
+    """ε of AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay λ."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls to 0 after the warm-up (`constant`: it does not)."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps of linear warm-up; excludes `warmup_ratio`."""
+    warmup_ratio: float | None = Field(None, ge=0, le=1)
+    """Warm-up as a share of all steps."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Clip the gradient's global norm; null: never."""
+    max_skipped_steps: int = Field(5, gt=0)
+    """Stop after so many steps in a row whose loss or gradient is not finite."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimOptions":
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas: {self.betas} given; accepted: each in [0, 1)")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError(
+                "optim.warmup_ratio: given together with optim.warmup_steps; accepted: one of them"
+            )
+        return self
+
+
+class EngineOptions(Section):
+    """How the work is spread over processes."""
+
+    kind: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
+    """auto: deepspeed under the deepspeed launcher, fsdp2 under torchrun with several
+    processes, else single."""
+    config: str | None = None
+    """A DeepSpeed JSON of your own; its `auto` values are filled in."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in backward instead of keeping them."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds after which a collective that some rank never joined is given up."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "EngineOptions":
+        if self.config is not None and self.kind not in ("auto", "deepspeed"):
+            raise ValueError(
+                f"engine.config: given with engine.kind={self.kind}; accepted: with deepspeed only"
+            )
+        return self
+
+
+class LogOptions(Section):
+    """What is written down while training."""
+
+    every: int = Field(10, gt=0)
+    """Log every so many steps."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run folder."""
+    progress: Literal["auto", "bar", "plain", "none"] = "auto"
+    """auto: a bar on a terminal, else plain lines."""
+
+
+class CheckpointOptions(Section):
+    """When the run is saved, and what is kept."""
+
+    every: int = Field(0, ge=0)
+    """Save every so many steps; 0: after the last step only."""
+    keep: int = Field(3, gt=0)
+    """Complete checkpoints to keep; older ones are deleted."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+
+
+class Config(Section):
+    """All of a run's configuration."""
+
+    run: RunOptions
+    model: ModelOptions
+    task: SerializeAsAny[TaskOptions]
+    data: DataOptions
+    method: SerializeAsAny[MethodOptions]
+    optim: OptimOptions
+    engine: EngineOptions
+    log: LogOptions
+    checkpoint: CheckpointOptions
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.run.steps is not None and self.run.epochs is not None:
+            raise ValueError("run.epochs: given together with run.steps; accepted: one of them")
+        warmup, steps = self.optim.warmup_steps, self.run.steps
+        if warmup is not None and steps is not None and warmup > steps:
+            raise ValueError(
+                f"optim.warmup_steps: {warmup} given; accepted: at most run.steps ({steps})"
+            )
+        classifies = self.task.kind == "sequence_classification"
+        if self.data.packing and classifies:
+            raise ValueError(
+                "data.packing: true given with task.kind=sequence_classification; accepted: false"
+            )
+        if classifies != (self.data.format == "classification") and self.data.format != "auto":
+            raise ValueError(
+                f"data.format: {self.data.format} given with task.kind={self.task.kind}; "
+                + ("accepted: classification" if classifies else "accepted: any other format")
+            )
+        if self.run.eval_every and self.data.eval is None:
+            raise ValueError("run.eval_every: given without data.eval; accepted: 0")
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; `load_config` reads it back to the same."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, apply `section.key=value` overrides in order (the last one wins), check."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; accepted: a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not UTF-8 at byte {error.start}") from error
+    raw = _parse_yaml(text, f"--config {path}")
+    if not isinstance(raw, dict):
+        given = "an empty file" if raw is None else type(raw).__name__
+        raise UserError(f"--config {path}: {given}; accepted: the sections {_names(Config)}")
+    for override in overrides:
+        _apply_override(raw, override)
+    run = raw.get("run")
+    if run is None or (isinstance(run, dict) and not run.get("name")):
+        raw["run"] = {**(run or {}), "name": path.stem}
+    return parse_config(raw)
+
+
+def parse_config(raw: Mapping[str, Any]) -> Config:
+    """Check a nested dictionary. Raises UserError with the first thing that is wrong."""
+    for key in raw:
+        if key not in Config.model_fields:
+            raise UserError(_unknown(str(key), [], Config))
+    sections: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        value = raw.get(name)
+        value = {} if value is None else value
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name}: {value!r} given; accepted: a section of keys")
+        sections[name] = _validate(name, value, _section_type(name, field.annotation, value))
+    return _validate("", sections, Config)
+
+
+def _section_type(name: str, annotation: Any, value: Mapping[str, Any]) -> type[Section]:
+    """The class of a section; `method` and `task` depend on their `kind`."""
+    if name == "method":
+        kind = value.get("kind", "lora")
+        return METHODS[_one_of("method.kind", kind, METHODS)].Options
+    if name == "task":
+        kind = value.get("kind", "causal_lm")
+        return TASKS[_one_of("task.kind", kind, TASKS)].Options
+    return annotation
+
+
+def _validate(prefix: str, value: Any, kind: type[Section]) -> Any:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise UserError(_explain(prefix, error.errors()[0], kind)) from error
+
+
+def _explain(prefix: str, error: ErrorDetails, kind: type[BaseModel]) -> str:
+    """One line for pydantic's first complaint."""
+    path = [str(part) for part in error["loc"]]
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])  # our own validators name the key themselves
+    if error["type"] == "extra_forbidden":
+        return _unknown(path[-1], [prefix, *path[:-1]], kind)
+    # Members of a union appear in the location ("eval.str"); only keys are of interest.
+    fields = [part for part in path if part in kind.model_fields or part.isdigit()] or path
+    key = ".".join(part for part in (prefix, *fields) if part)
+    if error["type"] == "missing":
+        return f"{key}: missing; accepted: {_accepted(kind, fields)}"
+    return f"{key}: {error['input']!r} given; accepted: {_accepted(kind, fields, error['msg'])}"
+
+
+def _accepted(kind: type[BaseModel], path: list[str], message: str = "") -> str:
+    """What a field takes: pydantic's own words for bounds and choices, else its type."""
+    stated = re.sub(r"^Input should be (a valid )?", "", message)
+    field = kind.model_fields.get(path[0])
+    if field is None or (stated and not message.startswith("Input should be a valid")):
+        return stated
+    return _type_name(field.annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return ", ".join(map(str, typing.get_args(annotation)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(part) for part in typing.get_args(annotation))
+    if origin is list:
+        return f"a list of {_type_name(typing.get_args(annotation)[0])}s"
+    if origin is dict:
+        return "a mapping"
+    names = {str: "string", int: "integer", float: "number", bool: "true or false"}
+    return names.get(annotation, str(annotation))
+
+
+def _unknown(key: str, path: list[str], kind: type[BaseModel]) -> str:
+    full = ".".join(part for part in (*path, key) if part)
+    near = difflib.get_close_matches(key, kind.model_fields, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{full}: unknown key; accepted: {_names(kind)}{hint}"
+
+
+def _names(kind: type[BaseModel]) -> str:
+    return ", ".join(kind.model_fields)
+
+
+def _one_of(key: str, value: Any, known: Mapping[str, Any]) -> str:
+    if value in known:
+        return value
+    near = difflib.get_close_matches(str(value), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"{key}: {value!r} given; accepted: {', '.join(known)}{hint}")
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.split(".")
+    if not equals or len(path) < 2 or not all(path):
+        raise UserError(
+            f"override {override!r}: not understood; accepted: section.key=value, "
+            f"with a section of {_names(Config)}"
+        )
+    section = raw
+    for part in path[:-1]:
+        inner = section.get(part)
+        if inner is None:
+            inner = section[part] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"override {override!r}: {part} is no section")
+        section = inner
+    section[path[-1]] = _parse_yaml(text, f"override {override!r}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1.2's floats (`1e-3` is a number) and no key given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is not a string", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}{line}: not valid YAML ({problem})") from error

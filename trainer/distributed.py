@@ -1,0 +1,154 @@
+"""Processes: who we are, the process group, and failing together.
+
+The only module besides the engines that touches `torch.distributed`.
+"""
+
+import datetime
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import EXIT_FAILED, UserError
+
+
+class FailedElsewhere(UserError):
+    """Another rank failed and has said why; this one only leaves."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("another rank failed")
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run's."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+    launcher: str = "none"
+    """`deepspeed`, `torchrun` (or another that sets RANK and WORLD_SIZE), or `none`."""
+    control: Any = None
+    """A gloo group for plain data, where the default group is NCCL's."""
+    saving: Any = None
+    """A gloo group of the checkpoint writer's own, since it works in the background."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everyone's value, in order of rank, on every rank. For small plain data."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.gather(None)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a stage without collectives inside; if it fails on one rank, it fails on all.
+
+        The lowest failing rank raises its own error, the others `FailedElsewhere`, so that one
+        line is printed and nobody is left waiting in a collective.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except Exception as error:  # handed on below, on every rank
+            failure = error
+        codes = self.gather(None if failure is None else exit_code(failure))
+        failed = [rank for rank, code in enumerate(codes) if code is not None]
+        if not failed:
+            return
+        if failed[0] == self.rank and failure is not None:
+            raise failure
+        raise FailedElsewhere(codes[failed[0]]) from failure
+
+
+def start(device: str = "auto", timeout: float = 600.0) -> World:
+    """Join the process group that the launcher described in the environment, if it did."""
+    use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if use_gpu and not torch.cuda.is_available():
+        raise UserError("engine.device: 'cuda' given, but no GPU is visible; accepted: auto, cpu")
+    if use_gpu and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{local_rank + 1} processes on a host with {torch.cuda.device_count()} GPUs; "
+            "accepted: one process per GPU, or engine.device=cpu"
+        )
+    place = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(place)
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World(device=place)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Threads of several processes on the same cores wait for each other, by the millisecond.
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
+        timeout=datetime.timedelta(seconds=timeout),
+        device_id=place if use_gpu else None,
+    )
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        local_rank=local_rank,
+        device=place,
+        launcher="deepspeed" if "CROSS_RANK" in os.environ else "torchrun",
+        control=dist.new_group(backend="gloo") if use_gpu else None,
+        saving=dist.new_group(backend="gloo"),
+    )
+
+
+def stop(world: World, *, failed: bool = False) -> None:
+    """Leave the process group; after a failure without waiting for the others."""
+    if not dist.is_initialized():
+        return
+    if not failed:
+        world.barrier()
+    dist.destroy_process_group()
+
+
+def exit_code(error: BaseException) -> int:
+    return error.exit_code if isinstance(error, UserError) else EXIT_FAILED
+
+
+def report(error: BaseException, world: World) -> None:
+    """Print a failure where a person sees it: one line, or a traceback where it is our mistake."""
+    if isinstance(error, FailedElsewhere):
+        return
+    who = f" [rank {world.rank}]" if world.rank > 0 else ""
+    if isinstance(error, UserError):
+        print(f"error:{who} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return
+    traceback.print_exception(error)
+    print(f"error:{who} {type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,82 @@
+"""The interface between the loop and a way of spreading the backbone over processes.
+
+Adapters (and a task's head) are small, so every rank holds them whole, outside any sharder:
+they are attached after `shard`, their gradients are summed by one flat all-reduce, and their
+update is the same on every rank. What differs between engines is only where the frozen
+backbone's bytes live; each engine is one file that says that.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from adapters.optimizer import MaskedAdamW
+from trainer.config import Config
+from trainer.distributed import World
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did."""
+
+    loss: float
+    """Mean loss of the step's global batch, before the update."""
+    grad_norm: float
+    """Norm of the summed gradient before clipping."""
+    skipped: bool
+    """Nothing was updated, since the loss or the gradient is not finite."""
+
+
+class Engine(ABC):
+    """One way to place the frozen backbone on the ranks."""
+
+    kind: ClassVar[str]
+    shards: ClassVar[bool]
+    """Whether a rank holds only its share of the backbone."""
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.world = config, world
+
+    @abstractmethod
+    def shard_block(self, block: nn.Module) -> None:
+        """Take over one transformer block, whole on this rank's device, as it was just loaded."""
+
+    @abstractmethod
+    def shard(self, model: nn.Module) -> None:
+        """Take over the rest of the model, once, after every block."""
+
+    @abstractmethod
+    def unsharded(self, module: nn.Module) -> AbstractContextManager[None]:
+        """A context in which a block's (or, for the model, the other) parameters are whole."""
+
+    @abstractmethod
+    def local_bytes(self, model: nn.Module) -> int:
+        """Bytes of the frozen backbone that this rank holds between steps."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of this rank's part of the mean loss, added to those already there."""
+        loss.backward()
+
+    def reduce(self, optimizer: MaskedAdamW, loss: Tensor) -> float:
+        """Sum the gradients over all ranks, and each rank's part of the mean loss."""
+        self.world.sum_(optimizer.gradients)
+        return float(self.world.sum_(loss.detach().to(torch.float64)))
+
+    def step(self, optimizer: MaskedAdamW, loss: float, max_norm: float | None) -> Update:
+        """Clip the reduced gradients, update, zero; the same on every rank."""
+        norm = optimizer.clip(max_norm)
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if not skipped:
+            optimizer.step()
+        optimizer.zero_grad()
+        return Update(loss, norm, skipped)
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of a model's frozen parameters as this process holds them, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)

@@ -1,0 +1,183 @@
+"""DeepSpeed ZeRO-3 as the sharder of the frozen backbone.
+
+DeepSpeed's engine is built without an optimizer and never called: its hooks on the modules
+gather and release the partitioned parameters, and adapters, attached later, stay outside it.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.config import Config
+from trainer.distributed import World
+from trainer.engine.base import Engine
+from trainer.errors import UserError
+
+_OURS = {
+    "optimizer": "optim (masked AdamW over the adapters)",
+    "scheduler": "optim.schedule",
+    "fp16": "model.dtype (bfloat16 or float32)",
+    "amp": "model.dtype (bfloat16 or float32)",
+    "activation_checkpointing": "engine.activation_checkpointing",
+    "data_efficiency": "data",
+    "curriculum_learning": "data",
+    "compression_training": "model.quantization",
+}
+"""Sections of a DeepSpeed JSON whose work this project does itself."""
+
+
+class DeepSpeedEngine(Engine):
+    """Every parameter of the backbone is partitioned over all ranks by ZeRO stage 3."""
+
+    kind = "deepspeed"
+    shards = True
+
+    def __init__(self, config: Config, world: World):
+        super().__init__(config, world)
+        _import_deepspeed(world.device)
+        self._user_json = read_user_json(config)
+        self._json: dict[str, Any] | None = None
+
+    def _settings(self, hidden_size: int, dtype: torch.dtype) -> dict[str, Any]:
+        if self._json is None:
+            ours = settings(self.config, self.world.size, hidden_size, dtype)
+            self._json = merge(self._user_json, ours)
+        return self._json
+
+    def shard_block(self, block: nn.Module) -> None:
+        import deepspeed
+
+        parameter = next(block.parameters())
+        hidden_size = max(p.shape[0] for p in block.parameters() if p.dim() == 1 and _plain(p))
+        config = self._settings(hidden_size, parameter.dtype)
+        deepspeed.zero.Init(module=block, config_dict_or_path=config, dtype=parameter.dtype)
+
+    def shard(self, model: nn.Module) -> None:
+        import deepspeed
+
+        assert self._json is not None, "the blocks are sharded first"
+        self._engine, *_ = deepspeed.initialize(model=model, config=self._json)
+
+    @contextmanager
+    def unsharded(self, module: nn.Module) -> Iterator[None]:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p for p in module.parameters() if _plain(p)]):
+            yield
+
+    def local_bytes(self, model: nn.Module) -> int:
+        total = 0
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                local = getattr(parameter, "ds_tensor", parameter)
+                held = parameter.numel() * parameter.element_size()  # 0 while partitioned
+                total += max(held, local.numel() * local.element_size())
+        return total
+
+
+def _plain(parameter: nn.Parameter) -> bool:
+    return not parameter.requires_grad
+
+
+def settings(
+    config: Config, world_size: int, hidden_size: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run whose user brings none, and the values of `auto`."""
+    data = config.data
+    per_round = data.micro_batch_size * world_size
+    return {
+        # For DeepSpeed's own arithmetic only (it wants a product); our loader cuts the batches.
+        "train_batch_size": per_round * -(-data.batch_size // per_round),
+        "train_micro_batch_size_per_gpu": data.micro_batch_size,
+        "gradient_accumulation_steps": -(-data.batch_size // per_round),
+        "gradient_clipping": config.optim.max_grad_norm or 0.0,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {
+            "stage": 3,
+            # Only norms and biases stay whole on every rank; gathering them costs more than it saves.
+            "stage3_param_persistence_threshold": hidden_size,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+        },
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+
+
+def read_user_json(config: Config) -> dict[str, Any]:
+    """The user's own DeepSpeed JSON ({} without one), refused where it claims what is ours."""
+    if config.engine.config is None:
+        return {}
+    path = Path(config.engine.config)
+    try:
+        user = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"engine.config: {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"engine.config: {path}: broken JSON ({error})") from error
+    if not isinstance(user, dict):
+        raise UserError(f"engine.config: {path}: {type(user).__name__}; accepted: a JSON object")
+    for key, ours in _OURS.items():
+        value = user.get(key)
+        enabled = value.get("enabled", True) if isinstance(value, dict) else value
+        if value is not None and enabled not in (False, "auto"):
+            raise UserError(
+                f"engine.config: {path}: {key} given; accepted: leave it out, it is set by {ours}"
+            )
+    return user
+
+
+def merge(user: dict[str, Any], ours: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """`ours` under `user`, with `auto` filled in and contradictions refused by name."""
+    merged = {**ours, **{key: value for key, value in user.items() if key not in _OURS}}
+    for key, own in ours.items():
+        value = user.get(key, "auto")
+        name = f"{path}.{key}" if path else key
+        if isinstance(own, dict):
+            if value != "auto" and not isinstance(value, dict):
+                raise UserError(f"engine.config: {name}: {value!r} given; accepted: an object")
+            merged[key] = merge({} if value == "auto" else value, own, name)
+        elif value == "auto":
+            merged[key] = own
+        elif value != own and (name in _CONTRADICTS):
+            raise UserError(
+                f"engine.config: {name}: {value!r} given, but {_CONTRADICTS[name]} makes it "
+                f"{own!r}; accepted: {own!r} or 'auto'"
+            )
+    for key, value in merged.items():
+        if value == "auto":
+            name = f"{path}.{key}" if path else key
+            raise UserError(f"engine.config: {name}: 'auto' given; accepted: a value")
+    return merged
+
+
+_CONTRADICTS = {
+    "train_batch_size": "data.batch_size (and micro_batch_size times ranks)",
+    "train_micro_batch_size_per_gpu": "data.micro_batch_size",
+    "gradient_accumulation_steps": "data.batch_size",
+    "gradient_clipping": "optim.max_grad_norm",
+    "bf16.enabled": "model.dtype",
+    "zero_optimization.stage": "engine.kind=deepspeed",
+}
+"""Keys of a DeepSpeed JSON that our configuration settles, and by what."""
+
+
+def _import_deepspeed(device: torch.device) -> None:
+    import os
+
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    if device.type == "cpu":
+        # A shared-memory transport that would be compiled, for half a minute, at first start.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)

@@ -1,0 +1,49 @@
+"""FSDP2: torch's `fully_shard`, one group per transformer block and one for the rest."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from trainer.config import Config
+from trainer.distributed import World
+from trainer.engine.base import Engine
+
+
+class FSDP2Engine(Engine):
+    """Blocks are gathered just before they run and dropped right after."""
+
+    kind = "fsdp2"
+    shards = True
+
+    def __init__(self, config: Config, world: World):
+        super().__init__(config, world)
+        self._mesh = init_device_mesh(world.device.type, (world.size,))
+
+    def shard_block(self, block: nn.Module) -> None:
+        fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
+
+    def shard(self, model: nn.Module) -> None:
+        # The root group would by default stay whole from forward to backward, and after an
+        # evaluation until the next step.
+        fully_shard(model, mesh=self._mesh, reshard_after_forward=True)
+
+    @contextmanager
+    def unsharded(self, module: nn.Module) -> Iterator[None]:
+        assert isinstance(module, FSDPModule)
+        module.unshard()
+        try:
+            yield
+        finally:
+            module.reshard()
+
+    def local_bytes(self, model: nn.Module) -> int:
+        total = 0
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                total += local.numel() * local.element_size()
+        return total

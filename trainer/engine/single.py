@@ -1,0 +1,26 @@
+"""One process that holds everything."""
+
+from contextlib import nullcontext
+
+from torch import nn
+
+from trainer.engine.base import Engine, parameter_bytes
+
+
+class SingleEngine(Engine):
+    """Nothing is sharded, nothing is sent."""
+
+    kind = "single"
+    shards = False
+
+    def shard_block(self, block: nn.Module) -> None:
+        """The block stays as it was loaded."""
+
+    def shard(self, model: nn.Module) -> None:
+        """The model stays as it was loaded."""
+
+    def unsharded(self, module: nn.Module) -> nullcontext:  # noqa: ARG002
+        return nullcontext()
+
+    def local_bytes(self, model: nn.Module) -> int:
+        return parameter_bytes(model)

@@ -1,0 +1,145 @@
+"""The algorithm. Reads top-down: decide, accumulate, observe, step, log, save."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer import consensus
+from trainer.checkpoint import CheckpointWriter, Progress, newest
+from trainer.distributed import World
+from trainer.errors import RunFailed
+from trainer.evaluation import evaluate
+from trainer.loader import Loader, Step
+from trainer.memory import peak_gib
+from trainer.metrics import MetricsWriter
+from trainer.schedule import learning_rate
+from trainer.session import Session
+
+
+@dataclass
+class Clock:
+    """Time and tokens since the last logged step."""
+
+    started: float
+    tokens: int = 0
+    steps: int = 0
+
+
+def train(
+    session: Session,
+    loader: Loader,
+    writer: CheckpointWriter,
+    metrics: MetricsWriter | None,
+    progress: Progress,
+    steps: int,
+) -> None:
+    """Train from `progress` to `steps` optimizer steps. `metrics` is rank 0's, None elsewhere."""
+    config, engine, method = session.config, session.engine, session.method
+    optimizer, world = session.optimizer, session.world
+    batches = iter(loader)
+    if config.run.eval_at_start and progress.step == 0:
+        _evaluate(session, metrics, progress)
+    clock = Clock(time.perf_counter())
+    while progress.step < steps:
+        _, changed = consensus.decide_and_apply(method, progress.step, world)
+        if changed:
+            optimizer.follow(session.trainables())
+        batch = next(batches)
+        loss = accumulate(session, batch, progress.step)
+        mean_loss = engine.reduce(optimizer, loss)
+        method.observe(progress.step)
+        optimizer.learning_rate = learning_rate(config.optim, progress.step, steps)
+        update = engine.step(optimizer, mean_loss, config.optim.max_grad_norm)
+
+        progress.step += 1
+        progress.skipped += update.skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if update.skipped else 0
+        clock.tokens, clock.steps = clock.tokens + batch.tokens, clock.steps + 1
+        last = progress.step == steps
+        if metrics is not None:
+            metrics.advance()
+            if update.skipped:
+                metrics.say(f"step {progress.step}: loss or gradient not finite, step skipped")
+            if progress.step % config.log.every == 0 or last:
+                metrics.write(
+                    {
+                        "step": progress.step,
+                        "epoch": round(batch.epoch, 6),
+                        "loss": update.loss,
+                        "learning_rate": optimizer.learning_rate,
+                        "grad_norm": update.grad_norm,
+                        **_figures(session, progress, clock),
+                    }
+                )
+                clock = Clock(time.perf_counter())
+        if progress.skipped_in_a_row >= config.optim.max_skipped_steps:
+            writer.wait()
+            raise RunFailed(
+                f"step {progress.step}: loss or gradient not finite {progress.skipped_in_a_row} "
+                "times in a row (optim.max_skipped_steps); last good checkpoint: "
+                f"{newest(writer.folder) or 'none'}"
+            )
+        if last or _due(config.run.eval_every, progress.step):
+            paused = time.perf_counter()
+            _evaluate(session, metrics, progress)
+            clock.started += time.perf_counter() - paused
+        if last or _due(config.checkpoint.every, progress.step):
+            writer.save(progress)
+
+
+def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
+    """Gradients of this rank's micro-batches; returns its part of the mean loss.
+
+    Every term is divided by the number of terms in the whole step, over all ranks: the sum of all
+    parts is then the mean over learned tokens, however they are spread.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=session.world.device)
+    for index, micro_batch in batch.micro_batches:
+        session.method.set_dropout_seed(step, index)
+        loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
+        loss = loss / batch.weight
+        session.engine.backward(loss)
+        total += loss.detach()
+    return total
+
+
+def _evaluate(session: Session, metrics: MetricsWriter | None, progress: Progress) -> None:
+    if session.eval_data is None:
+        return
+    scores = evaluate(session)
+    if metrics is not None:
+        metrics.write({"step": progress.step, **scores})
+
+
+def _figures(session: Session, progress: Progress, clock: Clock) -> dict[str, Any]:
+    """Speed, memory and sizes, for the log."""
+    seconds = time.perf_counter() - clock.started
+    heads = sum(p.numel() for head in session.backbone.heads.values() for p in head.parameters())
+    return {
+        "tokens_per_second": round(clock.tokens / seconds, 1),
+        "step_seconds": round(seconds / clock.steps, 4),
+        "peak_memory_gib": round(peak_gib(session.world.device), 3),
+        "trainable_parameters": session.optimizer.numel,
+        "active_parameters": session.method.active_parameters() + heads,
+        "skipped_steps": progress.skipped,
+    }
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def total_steps(session: Session, loader: Loader) -> int:
+    """Optimizer steps of the whole run."""
+    run = session.config.run
+    return run.steps if run.steps is not None else loader.steps_for(run.epochs or 1.0)
+
+
+def make_loader(session: Session, world: World) -> Loader:
+    """The loader of the training data for this rank."""
+    config = session.config
+    return Loader(
+        session.train_data, session.task, config.data, config.run.seed, world.rank, world.size
+    )

@@ -1,0 +1,73 @@
+"""Memory: what a run will need, and what a process has used."""
+
+import resource
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from adapters.weights import FORMATS
+from trainer.backbone import Backbone
+from trainer.config import Config
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes a rank, without activations."""
+
+    backbone: int
+    """The rank's share of the frozen backbone, between steps."""
+    gathered: int
+    """The largest group of layers that a sharder gathers at a time (0 without sharding)."""
+    trainable: int
+    """Adapters and heads with gradients and two moments, float32, plus one step's temporaries."""
+
+    @property
+    def total(self) -> int:
+        return self.backbone + self.gathered + self.trainable
+
+
+def estimate(backbone: Backbone, config: Config, ranks: int, *, shards: bool) -> Estimate:
+    """What `backbone` (built, not loaded) takes on each of `ranks` ranks."""
+    from adapters.units import transformer_blocks
+
+    sizes = [_frozen_bytes(block, backbone) for _, block in transformer_blocks(backbone.model)]
+    whole = _frozen_bytes(backbone.model, backbone)
+    groups = [*sizes, whole - sum(sizes)]
+    share = -(-whole // ranks) if shards else whole
+    return Estimate(
+        backbone=share,
+        gathered=2 * max(groups) if shards and ranks > 1 else 0,  # one in use, one prefetched
+        trainable=trainable_parameters(backbone, config) * 4 * 7,
+    )
+
+
+def trainable_parameters(backbone: Backbone, config: Config) -> int:
+    """Scalars that a fixed-rank adapter on every unit and the task's heads train."""
+    rank = config.method.rank
+    adapters = sum(rank * (unit.in_features + unit.out_features) for unit in backbone.units)
+    heads = sum(p.numel() for module in backbone.heads.values() for p in module.parameters())
+    return adapters + heads
+
+
+def _frozen_bytes(module: nn.Module, backbone: Backbone) -> int:
+    """Bytes of a module once loaded; a tied parameter counts once."""
+    hosts = {id(host.weight): host for host in backbone.hosts.values()}
+    total = 0
+    for parameter in module.parameters():
+        host = hosts.get(id(parameter))
+        if host is not None:
+            shape = (host.out_features, host.in_features)
+            total += FORMATS[host.weight_format].nbytes(shape, backbone.dtype)
+        else:
+            total += parameter.numel() * parameter.element_size()
+    return total
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory that this process has held: the GPU's allocator, or resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -1,0 +1,108 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, and progress on the terminal."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from trainer.config import Config
+
+
+class MetricsWriter:
+    """Rank 0's log of one run; a resumed run goes on in the same files."""
+
+    def __init__(self, config: Config, folder: Path, steps: int, start: int):
+        self.file = folder / "metrics.jsonl"
+        _cut_after(self.file, start)
+        self._stream = self.file.open("a", encoding="utf-8")
+        self._board = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            if start == 0:
+                self._board.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
+        self._steps, self._plain_after = steps, start
+        self._bar: tqdm | None = None
+        self._progress = config.log.progress
+        if self._progress == "auto":
+            self._progress = "bar" if sys.stderr.isatty() else "plain"
+        if self._progress == "bar":
+            self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One line: a logged step, or an evaluation."""
+        finite = {k: None if _is_nan(v) else v for k, v in values.items()}
+        self._stream.write(json.dumps(finite) + "\n")
+        self._stream.flush()
+        if self._board is not None:
+            for name, value in finite.items():
+                if name != "step" and isinstance(value, int | float):
+                    group = "eval" if name.startswith("eval_") else "train"
+                    self._board.add_scalar(f"{group}/{name}", value, values["step"])
+        self._show(values)
+
+    def advance(self) -> None:
+        """One step was done."""
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def say(self, line: str) -> None:
+        """A line for the person who watches, above the bar."""
+        if self._progress == "none":
+            return
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        self._stream.close()
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, values: dict[str, Any]) -> None:
+        step = values["step"]
+        evaluated = {k: v for k, v in values.items() if k.startswith("eval_")}
+        if evaluated:
+            figures = "  ".join(f"{name} {value:.4g}" for name, value in evaluated.items())
+            self.say(f"step {step}/{self._steps}  {figures}")
+        elif self._bar is not None:
+            self._bar.set_postfix_str(f"loss {values['loss']:.4f}")
+        elif step > self._plain_after:  # about twenty lines a run, however long it is
+            self._plain_after = step - 1 + max(1, self._steps // 20)
+            self.say(
+                f"step {step}/{self._steps}  loss {values['loss']:.4f}  "
+                f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3f}  "
+                f"{values['tokens_per_second']:.0f} tokens/s  {values['peak_memory_gib']:.2f} GiB"
+            )
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl; a line cut short by a crash is left out."""
+    if not file.exists():
+        return []
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _cut_after(file: Path, step: int) -> None:
+    """Drop what a killed run logged after the step that it now resumes from."""
+    kept = [line for line in read_metrics(file) if line["step"] <= step]
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(file)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,113 @@
+"""The safetensors files of a pretrained model: found, indexed, read tensor by tensor."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trainer.errors import UserError
+
+_SAMPLE = 4096  # bytes of each tensor that enter the digest, from its middle
+
+
+class PretrainedFiles:
+    """Tensors by name, read one at a time; no file is ever loaded whole."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._file_of = _index(folder)
+        self._open: tuple[str, safe_open] | None = None
+
+    def find(self, name: str, base_prefix: str) -> str | None:
+        """The key under which the files hold parameter `name`, or None.
+
+        A checkpoint may have been saved from the bare backbone (no `model.` or `bert.` prefix) or
+        with TensorFlow's names for a layer norm's parameters.
+        """
+        candidates = [name, f"{base_prefix}.{name}"]
+        if name.startswith(base_prefix + "."):
+            candidates.append(name[len(base_prefix) + 1 :])
+        for candidate in candidates:
+            old = candidate.replace("LayerNorm.weight", "LayerNorm.gamma")
+            old = old.replace("LayerNorm.bias", "LayerNorm.beta")
+            for key in (candidate, old):
+                if key in self._file_of:
+                    return key
+        return None
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, on the CPU, in the dtype of the file."""
+        file = self._file_of[key]
+        try:
+            if self._open is None or self._open[0] != file:
+                self._open = (file, safe_open(self.folder / file, framework="pt"))
+            return self._open[1].get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise _unreadable(self.folder / file, error) from error
+
+    def missing(self, name: str) -> UserError:
+        near = difflib.get_close_matches(name, self._file_of, n=1)
+        hint = f" (nearest: {near[0]})" if near else ""
+        return UserError(f"model.id: {self.folder}: no tensor for {name}{hint}")
+
+    def digest(self) -> str:
+        """Identity of the weights: every tensor's name, dtype, shape and a sample of its bytes.
+
+        A sample, since reading 140 GB to resume a run would take longer than loading it.
+        """
+        digest = hashlib.sha256()
+        for key in sorted(self._file_of):
+            tensor = self._slice(key)
+            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes()[:_SAMPLE])
+        return digest.hexdigest()
+
+    def _slice(self, key: str) -> Tensor:
+        file = self.folder / self._file_of[key]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                part = opened.get_slice(key)
+                shape = part.get_shape()
+                if not shape:
+                    return opened.get_tensor(key).reshape(1)
+                middle = shape[0] // 2
+                return part[middle : middle + 1].reshape(-1)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise _unreadable(file, error) from error
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """File name by tensor name."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"model.id: {index}: no index of safetensors files") from error
+        for file in set(file_of.values()):
+            if Path(file).name != file or not (folder / file).is_file():
+                raise UserError(f"model.id: {folder}: {file} is named in the index but not there")
+        return file_of
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        others = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt")))
+        given = f"only {', '.join(others)}" if others else "no weights"
+        raise UserError(
+            f"model.id: {folder}: {given}; accepted: .safetensors files (pickles are never loaded)"
+        )
+    file_of = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                file_of.update(dict.fromkeys(opened.keys(), file.name))
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(file, error) from error
+    return file_of
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    return UserError(f"model.id: {file}: not a readable safetensors file ({error})")

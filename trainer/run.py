@@ -1,0 +1,195 @@
+"""One whole run: open, resume, train, export, and leave a folder that explains itself."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from adapters.export import export_adapter
+from trainer import backbone as backbones
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointWriter, Progress
+from trainer.config import Config
+from trainer.distributed import World
+from trainer.engine import automatic_kind
+from trainer.errors import UserError
+from trainer.figures import draw_loss
+from trainer.loop import make_loader, total_steps, train
+from trainer.memory import GIB, estimate, peak_gib, trainable_parameters
+from trainer.metrics import MetricsWriter, read_metrics
+from trainer.session import Session, open_data, open_session
+
+
+def run(config: Config, world: World) -> None:
+    """Train as configured and leave the run folder complete."""
+    folder = config.run_folder
+    with world.together():
+        resumed, state, remarks = _choose_start(config, folder)
+    session = open_session(config, world)
+    torch.manual_seed((config.run.seed << 32) + world.rank)
+    loader = make_loader(session, world)
+    progress = Progress()
+    if resumed is not None:
+        with world.together():
+            progress = checkpoint.restore(session, loader, resumed, state)
+    steps = total_steps(session, loader)
+    metrics = None
+    with world.together():
+        if world.is_main:
+            _prepare_folder(config, folder)
+            metrics = MetricsWriter(config, folder, steps, progress.step)
+    if metrics is not None:
+        for line in (*_introduction(session, steps), *(f"damaged: {r}" for r in remarks)):
+            metrics.say(line)
+        if resumed is not None:
+            metrics.say(f"resumed from {resumed} (made by {state['engine']} on "
+                        f"{state['world_size']} ranks) at step {progress.step}")  # fmt: skip
+    writer = CheckpointWriter(session, loader, folder / "checkpoints")
+    try:
+        train(session, loader, writer, metrics, progress, steps)
+        writer.close()
+    finally:
+        if metrics is not None:
+            metrics.close()
+    with world.together():
+        if world.is_main:
+            _finish(session, folder, steps)
+
+
+def dry_run(config: Config, world: World) -> str:
+    """What the run would be: data, units, parameters, memory; nothing is trained or written."""
+    _, task, train_data, eval_data = open_data(config, world)
+    backbone = backbones.build(config, task, world.device)
+    kind = config.engine.kind
+    if kind == "auto":
+        kind = automatic_kind(config, world)
+    shards = kind in ("fsdp2", "deepspeed")
+    needs = estimate(backbone, config, world.size, shards=shards)
+    by_kind: dict[str, list[str]] = {}
+    for unit in backbone.units:
+        size = f"{unit.out_features} x {unit.in_features}"
+        by_kind.setdefault(f"{unit.kind} ({size})", []).append(unit.name)
+    lines = [
+        f"train data          {train_data.counts}",
+        f"eval data           {eval_data.counts if eval_data else 'none'}",
+        f"engine              {kind}, {world.size} rank(s), {world.device.type}",
+        f"model               {type(backbone.model).__name__}, {backbone.dtype}, "
+        f"{config.model.quantization}",
+        f"units               {len(backbone.units)}",
+        *(f"                    {len(names)} x {kind}" for kind, names in by_kind.items()),
+        f"trainable           {trainable_parameters(backbone, config):,} parameters",
+        "memory a rank       without activations",
+        f"  backbone          {needs.backbone / GIB:.3f} GiB",
+        f"  gathered layers   {needs.gathered / GIB:.3f} GiB",
+        f"  trainable state   {needs.trainable / GIB:.3f} GiB",
+        f"  total             {needs.total / GIB:.3f} GiB",
+    ]
+    return "\n".join(lines)
+
+
+def _choose_start(config: Config, folder: Path):
+    """The checkpoint to go on from. A finished or begun run is never overwritten by accident."""
+    found = checkpoint.find(config.run.resume, folder / "checkpoints")
+    if config.run.resume == "never" and (folder / "metrics.jsonl").exists():
+        raise UserError(
+            f"run.resume: never given, but {folder} holds a run already; accepted: "
+            "another run.name, or run.resume=auto"
+        )
+    return found
+
+
+def _prepare_folder(config: Config, folder: Path) -> None:
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "figures").mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        for stale in (folder / "checkpoints").glob(".step-*"):
+            checkpoint.remove_partial(stale)
+    except OSError as error:
+        raise UserError(f"run.dir: {folder} cannot be written ({error.strerror})") from error
+
+
+def _introduction(session: Session, steps: int) -> list[str]:
+    config, data = session.config, session.config.data
+    engine, world = session.engine, session.world
+    eval_data = session.eval_data
+    return [
+        f"run       {config.run_folder}",
+        f"data      train {session.train_data.counts}",
+        *([f"          eval {eval_data.counts}"] if eval_data is not None else []),
+        f"backbone  {type(session.model).__name__}, {session.backbone.dtype}, "
+        f"{config.model.quantization}, "
+        f"{engine.local_bytes(session.model) / GIB:.3f} GiB a rank",
+        f"engine    {engine.kind}, {world.size} rank(s), {world.device}",
+        f"method    {config.method.kind}, rank {config.method.rank}, "
+        f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",
+        f"steps     {steps} of {data.batch_size} sequences",
+    ]
+
+
+def _finish(session: Session, folder: Path, steps: int) -> None:
+    """Export, draw, describe; rank 0 only, since adapters are whole on every rank."""
+    adapter = folder / "adapter"
+    note = _export(session, adapter)
+    figure = draw_loss([folder], folder / "figures" / "loss")
+    lines = read_metrics(folder / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    scores = next((line for line in reversed(lines) if "eval_loss" in line), {})
+    summary = f"done      {steps} steps"
+    if losses:
+        summary += f", loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    for name, value in scores.items():
+        if name != "step" and value is not None:
+            summary += f", {name} {value:.4g}"
+    summary += f", peak {peak_gib(session.world.device):.2f} GiB"
+    (folder / "README.md").write_text(
+        _readme(session.config, summary.removeprefix("done").strip(), note), encoding="utf-8"
+    )
+    if session.config.log.progress != "none":
+        print(f"{summary}\nadapter   {adapter}\nfigure    {figure}", flush=True)
+
+
+def _export(session: Session, folder: Path) -> str:
+    config = session.config
+    heads = {
+        f"{path}.{name.removeprefix('inner.')}": parameter.detach()
+        for path, head in session.backbone.heads.items()
+        for name, parameter in head.named_parameters()
+    }
+    note = ""
+    if config.model.quantization != "none":
+        note = (
+            f"Trained on the {config.model.quantization} backbone, whose matrices differ from the "
+            f"unquantised ones by {session.backbone.quantization_error:.2%} (Frobenius). What that "
+            "costs on held-out data: `python launch/export.py RUN OUT --measure`."
+        )
+    export_adapter(
+        folder,
+        session.method.adapters,
+        base_model=config.model.id,
+        revision=config.model.revision,
+        task=config.task.kind,
+        heads=heads,
+        note=note,
+    )
+    return note
+
+
+def _readme(config: Config, summary: str, note: str) -> str:
+    return f"""# {config.run.name}
+
+{config.method.kind} on `{config.model.id}` ({config.model.quantization}): {summary}.
+
+| | |
+|---|---|
+| `config.yaml` | the resolved configuration |
+| `metrics.jsonl` | one object a logged step or evaluation |
+| `tensorboard/` | the same for `tensorboard --logdir` |
+| `checkpoints/` | resumable on any engine and number of ranks |
+| `adapter/` | a LoRA that `peft.PeftModel.from_pretrained` loads |
+| `figures/` | the loss curve |
+
+![loss](figures/loss.png)
+
+{note}
+"""

@@ -1,0 +1,88 @@
+"""Next-token prediction, with the loss on the completion only (or on everything)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TaskOptions, pad
+
+
+class CausalLMOptions(TaskOptions):
+    """Options of `task.kind: causal_lm`."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    """Name of the task."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Learn the completion (assistant turns) only, or the prompt too."""
+
+
+class CausalLM(Task):
+    """Fine-tune a decoder on text."""
+
+    Options = CausalLMOptions
+    auto_class = AutoModelForCausalLM
+
+    def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
+        pieces = [text for record in records for text, _ in record.segments]
+        tokenised = iter(self.tokenizer(pieces, add_special_tokens=False)["input_ids"])
+        return [self._encode(record, tokenised, max_length) for record in records]
+
+    def _encode(self, record: Record, tokenised, max_length: int) -> Example | str:
+        learn_all = self.options.loss_on == "all"
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids: list[int] = []
+        learned: list[int] = []
+        if record.special_tokens and bos is not None:
+            ids, learned = [bos], [0]
+        for _, is_learned in record.segments:
+            piece = next(tokenised)
+            ids += piece
+            learned += [int(is_learned or learn_all)] * len(piece)
+        if record.special_tokens and eos is not None:
+            ids.append(eos)
+            learned.append(1)
+        if learned:
+            learned[0] = 0  # nothing precedes the first token, so nothing predicts it
+        if not any(learned):
+            return "no token to learn: the completion is empty"
+        truncated = len(ids) > max_length
+        ids, learned = ids[:max_length], learned[:max_length]
+        weight = sum(learned)
+        if weight == 0:
+            return f"the prompt alone fills data.max_length ({max_length} tokens)"
+        return Example(ids, learned, weight=weight, truncated=truncated)
+
+    def collate(self, sequences: Sequence[Sequence[Example]], *, empty: bool = False) -> Batch:
+        width = max(sum(len(example.input_ids) for example in packed) for packed in sequences)
+        ids, positions, targets = [], [], []
+        for packed in sequences:
+            row = [token for example in packed for token in example.input_ids]
+            place = [i for example in packed for i in range(len(example.input_ids))]
+            target = [
+                token if is_learned and not empty else IGNORED
+                for example in packed
+                for token, is_learned in zip(example.input_ids, example.loss_mask, strict=True)
+            ]
+            ids.append(pad(row, width, self.pad_token_id))
+            positions.append(place + list(range(width - len(row))))  # padding: one more document
+            targets.append(pad(target, width, IGNORED))
+        inputs = {"input_ids": torch.tensor(ids)}
+        if any(len(packed) > 1 for packed in sequences):
+            # Positions that start again at 0 are what keeps documents from seeing one another:
+            # transformers builds the block-diagonal mask from them. Unpacked rows need no mask at
+            # all, since padding stands on the right of everything that a causal model looks at.
+            inputs["position_ids"] = torch.tensor(positions)
+        weight = 0 if empty else sum(example.weight for packed in sequences for example in packed)
+        tokens = 0 if empty else sum(len(e.input_ids) for packed in sequences for e in packed)
+        return Batch(inputs, torch.tensor(targets), weight, tokens)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, None]:
+        logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
+        targets = batch.targets[:, 1:]
+        learned = targets != IGNORED  # selected first: float32 logits only where there is a loss
+        loss = F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
+        return loss, None

@@ -1,0 +1,154 @@
+"""Classify one text or a pair, or predict a number for it; the new head trains whole."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from sklearn import metrics as scores
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PretrainedConfig
+
+from trainer.errors import UserError
+from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TaskOptions, pad
+
+
+class SequenceClassificationOptions(TaskOptions):
+    """Options of `task.kind: sequence_classification`."""
+
+    kind: Literal["sequence_classification"] = "sequence_classification"
+    """Name of the task."""
+    problem: Literal["classification", "regression"] = "classification"
+    """Labels are names, or numbers to be predicted."""
+
+
+class SequenceClassification(Task):
+    """A head on a backbone that sees one or two texts."""
+
+    Options = SequenceClassificationOptions
+    auto_class = AutoModelForSequenceClassification
+    labels: list[str] = []
+
+    @property
+    def is_regression(self) -> bool:
+        return self.options.problem == "regression"
+
+    def learn_labels(self, labels: Sequence[str | float]) -> None:
+        if self.is_regression:
+            return
+        names = {str(label) for label in labels}
+        self.labels = sorted(names, key=lambda name: (not _is_integer(name), _sort_key(name)))
+        if len(self.labels) < 2:
+            raise UserError(
+                f"data.label: one label only in the training data ({', '.join(self.labels)}); "
+                "accepted: two or more, or task.problem=regression"
+            )
+
+    def labels_state(self) -> dict[str, Any]:
+        return {} if self.is_regression else {"labels": self.labels}
+
+    def configure(self, config: PretrainedConfig) -> None:
+        config.problem_type = (
+            "regression" if self.is_regression else "single_label_classification"
+        )
+        if self.is_regression:
+            config.num_labels = 1
+        else:
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {name: index for index, name in enumerate(self.labels)}
+        config.pad_token_id = self.pad_token_id
+
+    def trained_modules(self, model: nn.Module) -> list[str]:
+        backbone = model.base_model_prefix
+        return [
+            name
+            for name, child in model.named_children()
+            if name != backbone and any(True for _ in child.parameters())
+        ]
+
+    def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
+        return [self._encode(record, max_length) for record in records]
+
+    def _encode(self, record: Record, max_length: int) -> Example | str:
+        texts = [text for text, _ in record.segments]
+        try:
+            label = self._label(record.label)
+        except ValueError as error:
+            return str(error)
+        if self.tokenizer.sep_token is None:  # no separator of its own: a new line
+            texts = ["\n".join(texts)]
+        encoded = self.tokenizer(*texts)
+        truncated = len(encoded["input_ids"]) > max_length
+        if truncated:
+            encoded = self.tokenizer(*texts, truncation="longest_first", max_length=max_length)
+        if not encoded["input_ids"]:
+            return "no text"
+        types = encoded.get("token_type_ids", ())
+        return Example(
+            encoded["input_ids"], token_type_ids=types, label=label, truncated=truncated
+        )
+
+    def _label(self, raw: str | float | None) -> float:
+        if self.is_regression:
+            try:
+                value = float(raw)  # type: ignore[arg-type]
+            except (TypeError, ValueError):
+                value = float("nan")
+            if value != value or value in (float("inf"), float("-inf")):
+                raise ValueError(f"label {raw!r}: no number")
+            return value
+        if str(raw) not in self.labels:
+            raise ValueError(f"label {raw!r}: not in the training data ({', '.join(self.labels)})")
+        return float(self.labels.index(str(raw)))
+
+    def collate(self, sequences: Sequence[Sequence[Example]], *, empty: bool = False) -> Batch:
+        examples = [packed[0] for packed in sequences]
+        width = max(len(example.input_ids) for example in examples)
+        ids = [pad(example.input_ids, width, self.pad_token_id) for example in examples]
+        seen = [pad([1] * len(example.input_ids), width, 0) for example in examples]
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(seen)}
+        if examples[0].token_type_ids:
+            types = [pad(example.token_type_ids, width, 0) for example in examples]
+            inputs["token_type_ids"] = torch.tensor(types)
+        labels = [example.label for example in examples]
+        if self.is_regression:
+            targets = torch.tensor([float("nan")] * len(labels) if empty else labels)
+        else:
+            targets = torch.tensor([IGNORED if empty else int(label) for label in labels])
+        tokens = 0 if empty else sum(len(example.input_ids) for example in examples)
+        return Batch(inputs, targets, 0 if empty else len(examples), tokens)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = model(**batch.inputs).logits.float()
+        if self.is_regression:
+            predicted = logits.squeeze(-1)
+            error = torch.where(batch.targets.isnan(), 0.0, predicted - batch.targets)
+            return error.square().sum(), predicted.detach()
+        loss = F.cross_entropy(logits, batch.targets, reduction="sum", ignore_index=IGNORED)
+        return loss, logits.detach().argmax(-1)
+
+    def metrics(self, predictions: Sequence[Any], labels: Sequence[float]) -> dict[str, float]:
+        """Accuracy, F1 (of label 1 where there are two, else macro), Matthews; or correlations."""
+        if self.is_regression:
+            constant = len(set(predictions)) < 2 or len(set(labels)) < 2
+            nan = float("nan")  # a constant has no correlation
+            return {
+                "pearson": nan if constant else float(stats.pearsonr(predictions, labels)[0]),
+                "spearman": nan if constant else float(stats.spearmanr(predictions, labels)[0]),
+            }
+        truth, guess = [int(label) for label in labels], [int(p) for p in predictions]
+        average = "binary" if len(self.labels) == 2 else "macro"
+        return {
+            "accuracy": float(scores.accuracy_score(truth, guess)),
+            "f1": float(scores.f1_score(truth, guess, average=average, zero_division=0)),
+            "matthews": float(scores.matthews_corrcoef(truth, guess)),
+        }
+
+
+def _is_integer(name: str) -> bool:
+    return name.lstrip("-").isdigit()
+
+
+def _sort_key(name: str) -> tuple[int, str]:
+    return (int(name), "") if _is_integer(name) else (0, name)
