@@ -14,13 +14,25 @@ from trainer.errors import UserError
 
 
 @contextmanager
+def guarded() -> Iterator[None]:
+    """End the process on any failure: one line, a non-zero exit code, nobody waited for."""
+    try:
+        yield
+    except Exception as error:
+        distributed.report(error)
+        distributed.stop(failed=True)
+        sys.stdout.flush()
+        # Not sys.exit: libraries' exit handlers may wait for ranks that are already gone.
+        os._exit(distributed.exit_code(error))
+
+
+@contextmanager
 def launched(path: str, overrides: Sequence[str]) -> Iterator[tuple[Config, World]]:
-    """The agreed configuration and this process's place; every failure ends the process.
+    """The agreed configuration and this process's place among the ranks.
 
     A user's mistake is one `error:` line, printed once, and a non-zero exit code on every rank.
     """
-    world = World(rank=int(os.environ.get("RANK", "0")))
-    try:
+    with guarded():
         config: Config | None = None
         failure: UserError | None = None
         try:
@@ -29,33 +41,31 @@ def launched(path: str, overrides: Sequence[str]) -> Iterator[tuple[Config, Worl
             failure = error
         if failure is not None and "RANK" not in os.environ:
             raise failure
-        engine = config.engine if config is not None else None
-        world = distributed.start(*(engine.device, engine.timeout) if engine else ("cpu", 60.0))
-        with world.together():
-            if failure is not None:
-                raise failure
-        assert config is not None
-        _agree(config, world)
-        yield config, world
-        distributed.stop(world)
-    except Exception as error:
-        distributed.report(error, world)
-        distributed.stop(world, failed=True)
-        sys.stdout.flush()
-        # Not sys.exit: libraries' exit handlers may wait for ranks that are already gone.
-        os._exit(distributed.exit_code(error))
+        with join(config, failure) as world:
+            assert config is not None
+            yield config, world
 
 
-def _agree(config: Config, world: World) -> None:
-    """Refuse to start where the ranks were given different configurations."""
+@contextmanager
+def join(config: Config | None, failure: UserError | None = None) -> Iterator[World]:
+    """Join the other processes; go on only if all of them have the same configuration."""
+    engine = config.engine if config is not None else None
+    world = distributed.start(*(engine.device, engine.timeout) if engine else ("cpu", 60.0))
+    with world.together():
+        if failure is not None:
+            raise failure
+    assert config is not None
     texts = world.gather(config.to_yaml())
-    for rank, text in enumerate(texts):
-        if text != texts[0]:
-            key, ours, theirs = _first_difference(yaml.safe_load(texts[0]), yaml.safe_load(text))
-            raise UserError(
-                f"{key}: {ours!r} on rank 0, {theirs!r} on rank {rank}; "
-                "accepted: the same configuration on every rank"
-            ) if world.is_main else distributed.FailedElsewhere(UserError.exit_code)
+    with world.together():
+        for rank, text in enumerate(texts):
+            if text != texts[0]:
+                key, ours, theirs = _first_difference(yaml.safe_load(texts[0]), yaml.safe_load(text))
+                raise UserError(
+                    f"{key}: {ours!r} on rank 0, {theirs!r} on rank {rank}; "
+                    "accepted: the same configuration on every rank"
+                )
+    yield world
+    distributed.stop()
 
 
 def _first_difference(a: object, b: object, path: str = "") -> tuple[str, object, object]:

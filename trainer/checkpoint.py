@@ -186,13 +186,7 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
     """Put a checkpoint's state into a session that was opened with the same configuration."""
     _check_same_run(session, checkpoint, state)
     stored = read_tensors(checkpoint)
-    own = _tensors(session)
-    for name, tensor in own.items():
-        if name not in stored or stored[name].shape != tensor.shape:
-            found = tuple(stored[name].shape) if name in stored else "nothing"
-            raise BadCheckpoint(f"{checkpoint}: {name}: {found}, expected {tuple(tensor.shape)}")
-        if not name.startswith("optimizer/"):
-            tensor.data.copy_(stored[name])
+    load_trained(session, checkpoint, stored)
     session.optimizer.load_state_dict(_unflatten(stored, "optimizer/"))
     session.method.load_state_dict(
         {n.removeprefix("method/"): t for n, t in stored.items() if n.startswith("method/")}
@@ -200,6 +194,17 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
     loader.load_state_dict(state["loader"])
     _restore_random_state(session, stored, state["step"])
     return Progress(**state["progress"])
+
+
+def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) -> None:
+    """Adapters, masks and heads, without what only training needs."""
+    for name, tensor in _tensors(session).items():
+        if not name.startswith(("adapter/", "head/")):
+            continue
+        if name not in stored or stored[name].shape != tensor.shape:
+            found = tuple(stored[name].shape) if name in stored else "nothing"
+            raise BadCheckpoint(f"{checkpoint}: {name}: {found}, expected {tuple(tensor.shape)}")
+        tensor.data.copy_(stored[name])
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from trainer.tasks.base import TaskOptions
 class RunOptions(Section):
     """What is run, where its folder is, how long it lasts."""
 
-    name: str = Field("", pattern=r"^[A-Za-z0-9._-]*$")
+    name: str = Field("", pattern=r"^(\.?[A-Za-z0-9_-][A-Za-z0-9._-]*)?$")
     """Name of the run's folder; empty: the name of the configuration file."""
     dir: str = "runs"
     """Folder that holds the run folders."""
@@ -258,7 +258,11 @@ class Config(Section):
                 + ("accepted: classification" if classifies else "accepted: any other format")
             )
         if self.run.eval_every and self.data.eval is None:
-            raise ValueError("run.eval_every: given without data.eval; accepted: 0")
+            raise ValueError(
+                f"run.eval_every: {self.run.eval_every} given without data.eval; accepted: 0"
+            )
+        if self.run.eval_at_start and self.data.eval is None:
+            raise ValueError("run.eval_at_start: true given without data.eval; accepted: false")
         return self
 
     @property
@@ -267,7 +271,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration; `load_config` reads it back to the same."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -278,7 +282,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; accepted: a YAML file") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not UTF-8 at byte {error.start}") from error
+        raise UserError(f"--config {path}: not UTF-8 at byte {error.start}; accepted: a YAML file") from error
     raw = _parse_yaml(text, f"--config {path}")
     if not isinstance(raw, dict):
         given = "an empty file" if raw is None else type(raw).__name__
@@ -288,6 +292,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     run = raw.get("run")
     if run is None or (isinstance(run, dict) and not run.get("name")):
         raw["run"] = {**(run or {}), "name": path.stem}
+    return parse_config(raw)
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `section.key=value` overrides applied, checked again."""
+    raw = config.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(raw, override)
     return parse_config(raw)
 
 
@@ -336,7 +348,10 @@ def _explain(prefix: str, error: ErrorDetails, kind: type[BaseModel]) -> str:
     key = ".".join(part for part in (prefix, *fields) if part)
     if error["type"] == "missing":
         return f"{key}: missing; accepted: {_accepted(kind, fields)}"
-    return f"{key}: {error['input']!r} given; accepted: {_accepted(kind, fields, error['msg'])}"
+    accepted = _accepted(kind, fields, error["msg"])
+    if error["type"] == "literal_error":
+        accepted += _nearest(error["input"], re.findall(r"'(\w+)'", accepted))
+    return f"{key}: {error['input']!r} given; accepted: {accepted}"
 
 
 def _accepted(kind: type[BaseModel], path: list[str], message: str = "") -> str:
@@ -366,9 +381,12 @@ def _type_name(annotation: Any) -> str:
 
 def _unknown(key: str, path: list[str], kind: type[BaseModel]) -> str:
     full = ".".join(part for part in (*path, key) if part)
-    near = difflib.get_close_matches(key, kind.model_fields, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{full}: unknown key; accepted: {_names(kind)}{hint}"
+    return f"{full}: unknown key; accepted: {_names(kind)}{_nearest(key, kind.model_fields)}"
+
+
+def _nearest(given: Any, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(given), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _names(kind: type[BaseModel]) -> str:
@@ -376,11 +394,11 @@ def _names(kind: type[BaseModel]) -> str:
 
 
 def _one_of(key: str, value: Any, known: Mapping[str, Any]) -> str:
-    if value in known:
+    if isinstance(value, str) and value in known:
         return value
-    near = difflib.get_close_matches(str(value), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"{key}: {value!r} given; accepted: {', '.join(known)}{hint}")
+    raise UserError(
+        f"{key}: {value!r} given; accepted: {', '.join(known)}{_nearest(value, known)}"
+    )
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -397,7 +415,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if inner is None:
             inner = section[part] = {}
         if not isinstance(inner, dict):
-            raise UserError(f"override {override!r}: {part} is no section")
+            raise UserError(
+                f"override {override!r}: {part} is no section; accepted: section.key=value"
+            )
         section = inner
     section[path[-1]] = _parse_yaml(text, f"override {override!r}")
 
@@ -421,11 +441,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around the strings that `_Loader` would read as numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+        list("-+0123456789."),
+    )
 
 
 def _parse_yaml(text: str, where: str) -> Any:

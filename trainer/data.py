@@ -73,13 +73,19 @@ class TokenDataset:
 
     def __init__(self, table: pa.Table, counts: Counts):
         self.counts = counts
-        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-        lists = ("input_ids", "loss_mask", "token_type_ids")
-        self._offsets = {name: columns[name].offsets.to_numpy() for name in lists}
-        self._values = {name: columns[name].values.to_numpy() for name in lists}
-        self.lengths = np.diff(self._offsets["input_ids"])
-        self.weights = columns["weight"].to_numpy(zero_copy_only=False)
-        self.labels = columns["label"].to_numpy(zero_copy_only=False)
+        # By chunk, as they lie in the file: joining the chunks would copy them into memory.
+        chunks = [chunk for chunk in table.to_batches() if len(chunk)]
+        self._first = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+        self._chunks = [
+            {
+                name: (chunk.column(name).offsets.to_numpy(), chunk.column(name).values.to_numpy())
+                for name in ("input_ids", "loss_mask", "token_type_ids")
+            }
+            for chunk in chunks
+        ]
+        self.lengths = np.concatenate([np.diff(lists["input_ids"][0]) for lists in self._chunks])
+        self.weights = table.column("weight").to_numpy()
+        self.labels = table.column("label").to_numpy()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -94,8 +100,10 @@ class TokenDataset:
         )
 
     def _list(self, name: str, index: int) -> list[int]:
-        start, stop = self._offsets[name][index : index + 2]
-        return self._values[name][start:stop].tolist()
+        chunk = int(np.searchsorted(self._first, index, side="right")) - 1
+        offsets, values = self._chunks[chunk][name]
+        start, stop = offsets[index - self._first[chunk] :][:2]
+        return values[start:stop].tolist()
 
 
 class BadRecord(ValueError):
@@ -103,17 +111,28 @@ class BadRecord(ValueError):
 
 
 def read_labels(source: str, split: str, options: DataOptions) -> list[str | float]:
-    """The raw labels of a classification source, bad records left out."""
+    """The raw labels of a classification source; bad records end the run or are left out."""
     labels = []
-    for _, row in read_rows(source, split, options, options.train_records):
-        if isinstance(row, dict):
-            try:
-                label = to_record(row, "classification", options, None).label
-            except BadRecord:
-                continue
-            assert label is not None
-            labels.append(label)
+    for line, row in read_rows(source, split, options, options.train_records):
+        try:
+            if isinstance(row, BadRecord):
+                raise row
+            label = to_record(row, "classification", options, None).label
+        except BadRecord as reason:
+            if options.on_bad_record == "stop":
+                raise _stop(source, line, reason) from reason
+            continue
+        assert label is not None
+        labels.append(label)
+    if not labels:
+        raise UserError(f"{source}: no usable record; accepted: at least one")
     return labels
+
+
+def _stop(source: str, line: int, reason: object) -> UserError:
+    return UserError(
+        f"{source}:{line}: {reason} (data.on_bad_record=skip leaves such records out)"
+    )
 
 
 def prepare(
@@ -123,8 +142,13 @@ def prepare(
     key = _cache_key(source, split, limit, options, task)
     folder = _cache_root(options) / key
     if not (folder / "counts.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
+        except OSError as error:
+            raise UserError(
+                f"data.cache: {folder.parent}: {error.strerror}; accepted: a folder to write into"
+            ) from error
         try:
             counts = _tokenise(source, split, limit, options, task, partial / "tokens.arrow")
             (partial / "counts.json").write_text(json.dumps(dataclasses.asdict(counts)))
@@ -186,9 +210,7 @@ def _encode_chunk(
         example = str(record) if isinstance(record, BadRecord) else next(encoded)
         if isinstance(example, str):
             if options.on_bad_record == "stop":
-                raise UserError(
-                    f"{source}:{line}: {example} (data.on_bad_record=skip leaves such records out)"
-                )
+                raise _stop(source, line, example)
             counts.bad += 1
             continue
         if example.truncated:
@@ -228,9 +250,7 @@ def to_record(row: dict, kind: str, options: DataOptions, tokenizer: Any) -> Rec
     if kind == "classification":
         columns = [options.text] if isinstance(options.text, str) else options.text
         texts = [(_text(row, column), False) for column in columns]
-        if options.label not in row or row[options.label] is None:
-            raise BadRecord(_no_column(options.label, row))
-        return Record(texts, label=row[options.label])
+        return Record(texts, label=_text(row, options.label))
     if kind == "alpaca":
         prompt = _ALPACA_WITH_INPUT if row.get("input") else _ALPACA
         return Record([(_fill(prompt, row), False), (_text(row, "output"), True)])
@@ -272,7 +292,8 @@ def _render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # a template raises whatever its author chose
-        raise BadRecord(f"the chat template refuses it: {error}") from error
+        reason = " ".join(str(error).split()) or repr(error)
+        raise BadRecord(f"the chat template refuses it: {reason}") from error
 
 
 def read_rows(
@@ -316,11 +337,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, with or without a byte order mark."""
     line = 0
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for line, text in enumerate(file, 1):  # noqa: B007
-                yield line, text
+        with path.open("rb") as file:  # decoded by line: a text file decodes far ahead of it
+            for line, raw in enumerate(file, 1):
+                yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{line + 1}: not UTF-8 ({error.reason})") from error
+        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason})") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
 
@@ -331,7 +352,9 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict | BadRecord]]:
             continue
         try:
             yield line, _as_row(json.loads(text))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except json.JSONDecodeError as error:
+            yield line, BadRecord(f"broken JSON ({error.msg} at character {error.colno})")
+        except (ValueError, RecursionError) as error:  # a huge number, or nested too deep
             yield line, BadRecord(f"broken JSON ({error})")
 
 
@@ -341,6 +364,8 @@ def _json_list(path: Path) -> Iterator[tuple[int, dict | BadRecord]]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a huge number, or nested too deep
+        raise UserError(f"{path}: broken JSON ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: a JSON {type(rows).__name__}; accepted: a list of records")
     yield from ((number, _as_row(row)) for number, row in enumerate(rows, 1))

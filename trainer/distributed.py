@@ -129,24 +129,26 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
     )
 
 
-def stop(world: World, *, failed: bool = False) -> None:
+def stop(*, failed: bool = False) -> None:
     """Leave the process group; after a failure without waiting for the others."""
     if not dist.is_initialized():
         return
     if not failed:
-        world.barrier()
+        dist.barrier()
     dist.destroy_process_group()
 
 
 def exit_code(error: BaseException) -> int:
+    """The code in which a failure ends the process."""
     return error.exit_code if isinstance(error, UserError) else EXIT_FAILED
 
 
-def report(error: BaseException, world: World) -> None:
+def report(error: BaseException) -> None:
     """Print a failure where a person sees it: one line, or a traceback where it is our mistake."""
     if isinstance(error, FailedElsewhere):
         return
-    who = f" [rank {world.rank}]" if world.rank > 0 else ""
+    rank = int(os.environ.get("RANK", "0"))
+    who = f" [rank {rank}]" if rank > 0 else ""
     if isinstance(error, UserError):
         print(f"error:{who} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return

@@ -1,12 +1,16 @@
 """Loss and metrics on held-out data, the same whatever the number of ranks."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from trainer import checkpoint as checkpoints
+from trainer.config import Config
+from trainer.distributed import World
 from trainer.loader import deal
-from trainer.session import Session
+from trainer.session import Session, open_session
 
 
 @torch.no_grad()
@@ -40,3 +44,12 @@ def evaluate(session: Session) -> dict[str, float]:
         labels = [float(data.labels[record]) for part in everyone for record in part[3]]
         scores |= {f"eval_{name}": score for name, score in task.metrics(guesses, labels).items()}
     return scores
+
+
+def evaluate_saved(config: Config, world: World, checkpoint: Path) -> dict[str, float]:
+    """Scores of a checkpoint's adapters on the backbone that `config` describes."""
+    session = open_session(config, world)
+    with world.together():
+        stored = checkpoints.read_tensors(checkpoint)
+        checkpoints.load_trained(session, checkpoint, stored)
+    return evaluate(session)

@@ -59,8 +59,9 @@ class Loader:
         """Optimizer steps that see `epochs` epochs; the last one may reach into the next epoch."""
         whole = sum(len(self.sequences(epoch)) for epoch in range(int(epochs)))
         part = epochs - int(epochs)
-        total = whole + (part * len(self.sequences(int(epochs))) if part else 0)
-        return max(1, int(np.ceil(total / self.options.batch_size)))
+        # Rounded first: 1.1 epochs of 50 sequences are 55, not a little more.
+        rest = round(part * len(self.sequences(int(epochs))), 6) if part else 0
+        return max(1, int(np.ceil((whole + rest) / self.options.batch_size)))
 
     def __iter__(self) -> Iterator[Step]:
         while True:

@@ -23,4 +23,5 @@ def warmup_steps(options: OptimOptions, steps: int) -> int:
     """Warm-up in steps, from either way of giving it."""
     if options.warmup_steps is not None:
         return options.warmup_steps
-    return math.ceil((options.warmup_ratio or 0.0) * steps)
+    # Rounded first: 0.07 * 100 is a little more than 7 in floating point.
+    return math.ceil(round((options.warmup_ratio or 0.0) * steps, 6))

@@ -5,6 +5,7 @@ gather and release the partitioned parameters, and adapters, attached later, sta
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,19 +44,13 @@ class DeepSpeedEngine(Engine):
         self._user_json = read_user_json(config)
         self._json: dict[str, Any] | None = None
 
-    def _settings(self, hidden_size: int, dtype: torch.dtype) -> dict[str, Any]:
-        if self._json is None:
-            ours = settings(self.config, self.world.size, hidden_size, dtype)
-            self._json = merge(self._user_json, ours)
-        return self._json
-
     def shard_block(self, block: nn.Module) -> None:
         import deepspeed
 
-        parameter = next(block.parameters())
-        hidden_size = max(p.shape[0] for p in block.parameters() if p.dim() == 1 and _plain(p))
-        config = self._settings(hidden_size, parameter.dtype)
-        deepspeed.zero.Init(module=block, config_dict_or_path=config, dtype=parameter.dtype)
+        dtype = next(block.parameters()).dtype
+        if self._json is None:
+            self._json = merge(self._user_json, settings(self.config, self.world.size, block))
+        deepspeed.zero.Init(module=block, config_dict_or_path=self._json, dtype=dtype)
 
     def shard(self, model: nn.Module) -> None:
         import deepspeed
@@ -67,7 +62,8 @@ class DeepSpeedEngine(Engine):
     def unsharded(self, module: nn.Module) -> Iterator[None]:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([p for p in module.parameters() if _plain(p)]):
+        frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+        with deepspeed.zero.GatheredParameters(frozen):
             yield
 
     def local_bytes(self, model: nn.Module) -> int:
@@ -80,30 +76,30 @@ class DeepSpeedEngine(Engine):
         return total
 
 
-def _plain(parameter: nn.Parameter) -> bool:
-    return not parameter.requires_grad
+def settings(config: Config, world_size: int, block: nn.Module) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run whose user brings none, and the values of `auto`.
 
-
-def settings(
-    config: Config, world_size: int, hidden_size: int, dtype: torch.dtype
-) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run whose user brings none, and the values of `auto`."""
+    Sizes are in elements of the model's dtype, for a model of such blocks.
+    """
     data = config.data
     per_round = data.micro_batch_size * world_size
+    sizes = [parameter.numel() for parameter in block.parameters()]
+    vectors = [p.numel() for name, p in block.named_parameters() if "norm" in name.lower()]
     return {
         # For DeepSpeed's own arithmetic only (it wants a product); our loader cuts the batches.
         "train_batch_size": per_round * -(-data.batch_size // per_round),
         "train_micro_batch_size_per_gpu": data.micro_batch_size,
         "gradient_accumulation_steps": -(-data.batch_size // per_round),
         "gradient_clipping": config.optim.max_grad_norm or 0.0,
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "bf16": {"enabled": next(block.parameters()).dtype == torch.bfloat16},
         "zero_optimization": {
             "stage": 3,
-            # Only norms and biases stay whole on every rank; gathering them costs more than it saves.
-            "stage3_param_persistence_threshold": hidden_size,
-            "stage3_prefetch_bucket_size": 50_000_000,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
+            # Only norms stay whole on every rank: gathering them costs more than it saves.
+            "stage3_param_persistence_threshold": max(vectors, default=0),
+            # One block in use and one on its way; more would keep the model whole.
+            "stage3_prefetch_bucket_size": sum(sizes),
+            "stage3_max_live_parameters": 2 * sum(sizes),
+            "stage3_max_reuse_distance": 0,
         },
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
@@ -169,8 +165,6 @@ _CONTRADICTS = {
 
 
 def _import_deepspeed(device: torch.device) -> None:
-    import os
-
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

@@ -90,6 +90,9 @@ class Task(ABC):
         """What `learn_labels` found, as plain data; part of the run's record."""
         return {}
 
+    def load_labels_state(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Inverse of `labels_state`, in place of `learn_labels`."""
+
     def configure(self, config: PretrainedConfig) -> None:  # noqa: B027
         """Fill the model's configuration in (number of labels, padding token)."""
 

@@ -1,5 +1,6 @@
 """Classify one text or a pair, or predict a number for it; the new head trains whole."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ class SequenceClassification(Task):
         if self.is_regression:
             return
         names = {str(label) for label in labels}
-        self.labels = sorted(names, key=lambda name: (not _is_integer(name), _sort_key(name)))
+        self.labels = sorted(names, key=_sort_key)
         if len(self.labels) < 2:
             raise UserError(
                 f"data.label: one label only in the training data ({', '.join(self.labels)}); "
@@ -47,6 +48,9 @@ class SequenceClassification(Task):
 
     def labels_state(self) -> dict[str, Any]:
         return {} if self.is_regression else {"labels": self.labels}
+
+    def load_labels_state(self, state: dict[str, Any]) -> None:
+        self.labels = state.get("labels", [])
 
     def configure(self, config: PretrainedConfig) -> None:
         config.problem_type = (
@@ -146,9 +150,7 @@ class SequenceClassification(Task):
         }
 
 
-def _is_integer(name: str) -> bool:
-    return name.lstrip("-").isdigit()
-
-
-def _sort_key(name: str) -> tuple[int, str]:
-    return (int(name), "") if _is_integer(name) else (0, name)
+def _sort_key(name: str) -> tuple[bool, int, str]:
+    """Integers by value, then all other names; no two names are equal in it."""
+    is_integer = re.fullmatch(r"-?[0-9]+", name) is not None
+    return not is_integer, int(name) if is_integer else 0, name

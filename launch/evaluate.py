@@ -1,0 +1,42 @@
+"""Evaluate what a run trained, on any engine and on any data that fits its task.
+
+    python launch/evaluate.py runs/NAME [data.eval=FILE ...]
+    torchrun --nproc_per_node 2 launch/evaluate.py runs/NAME/checkpoints/step-00000100
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.start import guarded, join  # noqa: E402
+from trainer.errors import UserError  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="run folder or checkpoint folder")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+    from trainer import export
+    from trainer.config import with_overrides
+    from trainer.evaluation import evaluate_saved
+
+    checkpoint, state = export.locate(arguments.source)
+    config = with_overrides(export.saved_config(state), arguments.overrides)
+    if config.data.eval is None:
+        raise UserError("data.eval: null given; accepted: a file or a hub id to evaluate on")
+    with join(config) as world:
+        scores = evaluate_saved(config, world, checkpoint)
+        if world.is_main:
+            print(json.dumps({"checkpoint": str(checkpoint), **scores}))
+
+
+if __name__ == "__main__":
+    with guarded():
+        main()

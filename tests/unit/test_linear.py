@@ -1,0 +1,166 @@
+"""The fused host operator against plain autograd and against PEFT."""
+
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from adapters.gated import GatedAdapter
+from adapters.linear import AdaptedLinear, Dropout, adapted_linear
+
+
+def host(fmt="none", bias=True, out=48, inp=64, rank=4, dtype=torch.float32, seed=0, learn=True):
+    torch.manual_seed(seed)
+    linear = nn.Linear(inp, out, bias=bias).to(dtype).requires_grad_(False)
+    layer = AdaptedLinear(linear, fmt)
+    layer.weight = nn.Parameter(layer.pack(linear.weight.data, dtype), requires_grad=False)
+    layer.adapter = GatedAdapter(
+        torch.randn(rank, inp), torch.rand(rank) + 0.5, torch.randn(rank, out), learn_gates=learn
+    )
+    return layer
+
+
+def reference(layer, x):
+    """The same in separate torch operations, differentiated by autograd."""
+    W = layer.dequantised(x.dtype)
+    A, g, B = (t.to(x.dtype) for t in (layer.adapter.A, layer.adapter.g, layer.adapter.B))
+    return F.linear(x, W, layer.bias) + ((x @ A.T) * g) @ B
+
+
+def gradients(function, layer, x):
+    x = x.detach().clone().requires_grad_(True)
+    layer.zero_grad()
+    y = function(x)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    adapter = layer.adapter
+    return [y.detach(), x.grad, adapter.A.grad, adapter.g.grad, adapter.B.grad]
+
+
+@pytest.mark.parametrize("fmt", ["none", "nf4", "fp4", "int8"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_and_all_gradients_equal_autograd(fmt, bias):
+    layer = host(fmt, bias)
+    x = torch.randn(2, 5, 64)
+    fused = gradients(layer, layer, x)
+    plain = gradients(lambda t: reference(layer, t), layer, x)
+    for ours, theirs in zip(fused, plain, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_compute_keeps_float32_adapter_gradients():
+    layer = host(dtype=torch.bfloat16, bias=False)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    fused, plain = gradients(layer, layer, x), gradients(lambda t: reference(layer, t), layer, x)
+    assert fused[0].dtype == fused[1].dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in fused[2:])
+    for ours, theirs in zip(fused, plain, strict=True):
+        assert (ours - theirs).float().norm() <= 2e-2 * theirs.float().norm()
+
+
+def test_gradients_by_finite_differences_in_numpy():
+    layer = host(out=6, inp=64, rank=2, bias=False)
+    x = torch.randn(3, 64)
+    _, dx, dA, dg, dB = gradients(layer, layer, x)
+    W = layer.weight.double().numpy()
+    values = {
+        "x": x.double().numpy(),
+        "A": layer.adapter.A.detach().double().numpy(),
+        "g": layer.adapter.g.detach().double().numpy(),
+        "B": layer.adapter.B.detach().double().numpy(),
+    }
+    upstream = np.linspace(-1, 1, 18).reshape(3, 6)
+
+    def loss():
+        v = values
+        return ((v["x"] @ W.T + ((v["x"] @ v["A"].T) * v["g"]) @ v["B"]) * upstream).sum()
+
+    for name, gradient in (("x", dx), ("A", dA), ("g", dg), ("B", dB)):
+        array = values[name]
+        for index in list(np.ndindex(array.shape))[:7]:
+            kept = array[index]
+            array[index] = kept + 1e-6
+            above = loss()
+            array[index] = kept - 1e-6
+            below = loss()
+            array[index] = kept
+            assert gradient[index].item() == pytest.approx((above - below) / 2e-6, rel=1e-3, abs=1e-3)
+
+
+def test_equals_peft_lora():
+    torch.manual_seed(1)
+    base = nn.Sequential(nn.Linear(64, 32, bias=True))
+    wrapped = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
+    )
+    lora = wrapped.base_model.model[0]
+    layer = AdaptedLinear(lora.base_layer, "none")
+    A, B = lora.lora_A["default"].weight, lora.lora_B["default"].weight
+    layer.adapter = GatedAdapter(A.detach(), torch.full((4,), 8 / 4), B.detach().T)
+    x = torch.randn(5, 64)
+    assert torch.allclose(layer(x), wrapped(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_dropout_mask_is_the_same_in_backward_and_reproducible(on_input):
+    layer, x = host(bias=False), torch.randn(40, 64)
+    seed = torch.tensor(7)
+    layer.dropout = Dropout(0.5, on_input, seed, unit_index=3)
+    layer.train()
+    # The operator is linear in B: with the same mask in backward, <dB, B> is the adapter's part
+    # of <dy, y>, whatever was dropped.
+    y, *_rest, dB = gradients(layer, layer, x)
+    upstream = torch.linspace(-1, 1, y.numel()).view_as(y)
+    part = ((y - x @ layer.weight.T) * upstream).sum()
+    assert torch.allclose((dB * layer.adapter.B).sum(), part, rtol=1e-4)
+    assert torch.equal(layer(x), y)  # the same seed, the same mask
+    seed.fill_(8)
+    assert not torch.allclose(layer(x), y)
+    layer.eval()
+    assert torch.allclose(layer(x), reference(layer, x), atol=1e-5)
+
+
+def test_dropout_keeps_the_expectation():
+    layer, x = host(bias=False, learn=False), torch.randn(4, 64)
+    seed = torch.tensor(0)
+    layer.dropout = Dropout(0.3, False, seed, unit_index=0)
+    outputs = []
+    for value in range(3000):
+        seed.fill_(value)
+        outputs.append(layer(x).detach())
+    mean, plain = torch.stack(outputs).mean(0), reference(layer, x)
+    assert (mean - plain).norm() < 0.05 * plain.norm()
+
+
+@pytest.mark.parametrize("fmt", ["none", "nf4"])
+def test_without_adapter_input_gradient_is_exact(fmt):
+    layer = host(fmt, bias=False)
+    layer.adapter = None
+    x = torch.randn(3, 64, requires_grad=True)
+    layer(x).sum().backward()
+    W = layer.dequantised(torch.float32)
+    assert torch.allclose(x.grad, W.sum(0).expand(3, -1), atol=1e-5)
+
+
+def test_backward_holds_the_parameter_itself_and_no_dequantised_matrix():
+    layer = host("nf4", bias=False, out=256, inp=256)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(torch.randn(8, 256, requires_grad=True))
+    assert any(t.data_ptr() == layer.weight.data_ptr() and t.shape == layer.weight.shape for t in saved)
+    assert not any(t.numel() == 256 * 256 for t in saved)
+
+
+def test_the_operator_is_opaque_to_torch_compile():
+    layer = host("nf4", bias=False)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 5, 64)
+    for ours, theirs in zip(gradients(compiled, layer, x), gradients(layer, layer, x), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    torch.library.opcheck(
+        adapted_linear,
+        (x, layer.weight, None, layer.adapter.A, layer.adapter.g, layer.adapter.B, 48, "nf4", 0.0,
+         False, None),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip

@@ -1,0 +1,173 @@
+"""Masked AdamW against torch's AdamW and a NumPy reference."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from adapters.optimizer import MaskedAdamW, Trainable
+
+
+def parameters(seed=0):
+    torch.manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape)) for shape in ((4, 10), (4,), (3, 7), (5, 1))]
+
+
+def trainables(tensors, masks=None):
+    masks = masks or [None] * len(tensors)
+    return [Trainable(f"p{i}", p, m) for i, (p, m) in enumerate(zip(tensors, masks, strict=True))]
+
+
+def set_gradients(tensors, step):
+    torch.manual_seed(100 + step)
+    for tensor in tensors:
+        tensor.grad.copy_(torch.randn_like(tensor))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_without_masks_it_is_torch_adamw(weight_decay):
+    ours, theirs = parameters(), parameters()
+    settings = {"betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": weight_decay}
+    optimizer = MaskedAdamW(trainables(ours), learning_rate=1e-2, **settings)
+    reference = torch.optim.AdamW(theirs, lr=1e-2, **settings)
+    for step in range(12):
+        set_gradients(ours, step)
+        for mine, other in zip(ours, theirs, strict=True):
+            other.grad = mine.grad.clone()
+        optimizer.step()
+        reference.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, other, atol=1e-6)
+
+
+def test_masked_rows_follow_their_own_step_count():
+    """NumPy, row by row: a row moves only when active, and t counts its active steps."""
+    tensor = nn.Parameter(torch.randn(4, 6))
+    value = tensor.detach().double().numpy().copy()
+    mask = torch.ones(4, dtype=torch.bool)
+    optimizer = MaskedAdamW(
+        [Trainable("p", tensor, mask)], learning_rate=1e-2, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    m, v, t = np.zeros((4, 6)), np.zeros((4, 6)), np.zeros(4)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        active = rng.random(4) < 0.6
+        mask.copy_(torch.from_numpy(active))
+        gradient = rng.normal(size=(4, 6))
+        tensor.grad.copy_(torch.from_numpy(gradient))
+        optimizer.clip(None)
+        optimizer.step()
+        for row in np.flatnonzero(active):
+            t[row] += 1
+            m[row] = 0.9 * m[row] + 0.1 * gradient[row]
+            v[row] = 0.95 * v[row] + 0.05 * gradient[row] ** 2
+            direction = (m[row] / (1 - 0.9 ** t[row])) / (
+                np.sqrt(v[row] / (1 - 0.95 ** t[row])) + 1e-8
+            )
+            value[row] -= 1e-2 * (0.1 * value[row] + direction)
+    assert np.abs(tensor.detach().numpy() - value).max() < 1e-6
+    assert optimizer.state_dict()["p"]["step"].tolist() == t.tolist()
+
+
+def test_inactive_rows_keep_every_bit():
+    tensors = parameters()
+    masks = [torch.tensor([1, 0, 1, 0], dtype=torch.bool), torch.tensor([0, 1, 1, 0]).bool(), None, None]
+    tensors[0].data[1, 0] = -0.0
+    optimizer = MaskedAdamW(trainables(tensors, masks), learning_rate=0.1, weight_decay=0.5)
+    for mask in masks[:2]:
+        mask.fill_(True)
+    set_gradients(tensors, 0)
+    optimizer.step()  # moments are not zero any more
+    masks[0].copy_(torch.tensor([1, 0, 1, 0]))
+    masks[1].copy_(torch.tensor([0, 1, 1, 0]))
+
+    def bits(state):
+        return {(n, k): t.clone().view(torch.int32) for n, s in state.items() for k, t in s.items()}
+
+    values, moments = [t.detach().clone() for t in tensors], bits(optimizer.state_dict())
+    set_gradients(tensors, 1)
+    tensors[0].grad[1] = float("inf")  # an inactive row's gradient counts for nothing
+    assert np.isfinite(optimizer.clip(1.0))
+    optimizer.step()
+    after = bits(optimizer.state_dict())
+    for index, mask in enumerate(masks[:2]):
+        still, moved = ~mask, mask
+        now, before = tensors[index].detach(), values[index]
+        assert torch.equal(now[still].view(torch.int32), before[still].view(torch.int32))
+        assert not torch.equal(now[moved], before[moved])
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            old, new = moments[(f"p{index}", key)], after[(f"p{index}", key)]
+            assert torch.equal(old[still], new[still]) and not torch.equal(old[moved], new[moved])
+
+
+def test_clip_is_torch_clip_grad_norm():
+    ours, theirs = parameters(), parameters()
+    optimizer = MaskedAdamW(trainables(ours), learning_rate=1e-2)
+    set_gradients(ours, 0)
+    for mine, other in zip(ours, theirs, strict=True):
+        other.grad = mine.grad.clone()
+    expected = torch.nn.utils.clip_grad_norm_(theirs, 0.7)
+    assert optimizer.clip(0.7) == pytest.approx(expected.item(), rel=1e-6)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine.grad, other.grad, atol=1e-7)
+
+
+def test_parameters_can_be_differentiated_and_stepped_as_usual():
+    layer = nn.Linear(6, 3)
+    optimizer = MaskedAdamW(
+        [Trainable(n, p) for n, p in layer.named_parameters()], learning_rate=0.05
+    )
+    x, target = torch.randn(32, 6), torch.randn(32, 3)
+    losses = []
+    for _ in range(60):
+        loss = (layer(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(optimizer.gradients, torch.zeros_like(optimizer.gradients))
+
+
+def test_follow_keeps_moments_of_what_stays():
+    first, second, third = parameters()[:3]
+    optimizer = MaskedAdamW(trainables([first, second, third]), learning_rate=1e-2)
+    set_gradients([first, second, third], 0)
+    optimizer.step()
+    kept = {k: t.clone() for k, t in optimizer.state_dict()["p0"].items()}
+    value = first.detach().clone()
+    fresh = nn.Parameter(torch.randn(2, 2))
+    optimizer.follow([Trainable("new", fresh), Trainable("p0", first)])
+    assert torch.equal(first, value)
+    state = optimizer.state_dict()
+    assert set(state) == {"new", "p0"}
+    assert all(torch.equal(state["p0"][key], kept[key]) for key in kept)
+    assert state["new"]["step"].tolist() == [0.0, 0.0]
+
+
+def test_state_round_trip_continues_exactly():
+    ours, copy = parameters(), parameters()
+    masks = [torch.tensor([1, 0, 1, 1]).bool(), None, None, None]
+    first = MaskedAdamW(trainables(ours, masks), learning_rate=1e-2, weight_decay=0.1)
+    for step in range(3):
+        set_gradients(ours, step)
+        first.step()
+    second = MaskedAdamW(trainables(copy, masks), learning_rate=1e-2, weight_decay=0.1)
+    for mine, other in zip(ours, copy, strict=True):
+        other.data.copy_(mine)
+    second.load_state_dict({n: {k: t.clone() for k, t in s.items()} for n, s in first.state_dict().items()})
+    for tensors, optimizer in ((ours, first), (copy, second)):
+        set_gradients(tensors, 9)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, copy, strict=True))
+
+
+def test_learning_rate_ratio():
+    slow, fast = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2, 2))
+    optimizer = MaskedAdamW(
+        [Trainable("A", slow), Trainable("B", fast, learning_rate_ratio=16.0)], learning_rate=1e-3
+    )
+    slow.grad.fill_(1.0)
+    fast.grad.fill_(1.0)
+    optimizer.step()
+    assert torch.allclose(fast, 16 * slow)

@@ -1,0 +1,201 @@
+"""From a run or a checkpoint to something that others load: a PEFT folder, or a whole model."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from adapters.export import export_adapter, merged
+from adapters.gated import GatedAdapter
+from trainer import backbone as backbones
+from trainer import checkpoint as checkpoints
+from trainer.backbone import Backbone
+from trainer.config import Config, parse_config
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.evaluation import evaluate_saved
+from trainer.pretrained import PretrainedFiles
+from trainer.tasks import TASKS
+from trainer.tasks.base import Task
+
+_SHARD_BYTES = 4 * 2**30
+
+
+def locate(path: Path) -> tuple[Path, dict[str, Any]]:
+    """(checkpoint, its state) for a run folder (its newest) or a checkpoint folder, verified."""
+    if (path / "manifest.json").is_file():
+        return path, checkpoints.verify(path)
+    checkpoint, state, _ = checkpoints.find("auto", path / "checkpoints")
+    if checkpoint is None:
+        raise UserError(
+            f"{path}: neither a run folder with a checkpoint nor a checkpoint; accepted: "
+            "runs/NAME or runs/NAME/checkpoints/step-00000100"
+        )
+    return checkpoint, state
+
+
+def saved_config(state: Mapping[str, Any]) -> Config:
+    """The configuration that a checkpoint was made with."""
+    return parse_config(state["config"])
+
+
+def saved_adapters(tensors: Mapping[str, Tensor]) -> dict[str, GatedAdapter]:
+    """Adapters by unit name from a checkpoint's tensors."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("adapter/"):
+            _, unit, role = name.split("/")
+            parts.setdefault(unit, {})[role] = tensor
+    return {unit: GatedAdapter(p["A"], p["g"], p["B"]) for unit, p in parts.items()}
+
+
+def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of whole trained modules by their name in the model."""
+    heads = {}
+    for name, tensor in tensors.items():
+        if name.startswith("head/"):
+            _, path, parameter = name.split("/")
+            heads[f"{path}.{parameter.removeprefix('inner.')}"] = tensor
+    return heads
+
+
+def cost_of_dequantising(config: Config, world: World, checkpoint: Path) -> str:
+    """What the adapter loses on the unquantised backbone, measured on the evaluation data."""
+    if config.data.eval is None:
+        return (
+            f"Trained on the {config.model.quantization} backbone. What the adapter loses on the "
+            "unquantised one was not measured: the run has no data.eval."
+        )
+    engine = config.engine.model_copy(update={"kind": "single", "config": None})
+    plain = config.model.model_copy(update={"quantization": "none"})
+    losses = [
+        evaluate_saved(
+            config.model_copy(update={"model": model, "engine": engine}), world, checkpoint
+        )["eval_loss"]
+        for model in (config.model, plain)
+    ]
+    return (
+        f"Trained on the {config.model.quantization} backbone: held-out loss {losses[0]:.4f} there "
+        f"(and on its dequantised copy), {losses[1]:.4f} on the unquantised backbone "
+        f"({losses[1] - losses[0]:+.4f})."
+    )
+
+
+def write_adapter(checkpoint: Path, state: Mapping[str, Any], out: Path, note: str = "") -> None:
+    """A PEFT folder from a checkpoint; the backbone is not needed."""
+    config, tensors = saved_config(state), checkpoints.read_tensors(checkpoint)
+    export_adapter(
+        out,
+        saved_adapters(tensors),
+        base_model=config.model.id,
+        revision=config.model.revision,
+        task=config.task.kind,
+        heads=saved_heads(tensors),
+        note=note,
+    )
+
+
+def write_model(
+    checkpoint: Path,
+    state: Mapping[str, Any],
+    out: Path,
+    *,
+    with_adapter: bool,
+    dequantised: bool,
+    device: torch.device,
+) -> None:
+    """A model folder that `from_pretrained` loads, one tensor in memory at a time.
+
+    `with_adapter`: every host's W + ΔW. `dequantised`: W as the adapter was trained on it,
+    through quantisation and back; else W as it is in the pretrained files.
+    """
+    config, tensors = saved_config(state), checkpoints.read_tensors(checkpoint)
+    if config.model.weights == "random":
+        raise UserError("model.weights: random has no files to merge into; accepted: pretrained")
+    tokenizer = backbones.load_tokenizer(config.model)
+    task = TASKS[config.task.kind](config.task, tokenizer)
+    task.load_labels_state(state["labels"])
+    backbone = backbones.build(config, task, device)
+    adapters = saved_adapters(tensors) if with_adapter else {}
+    _refuse_tied_targets(backbone, adapters)
+    out.mkdir(parents=True, exist_ok=True)
+    parameters = _final_parameters(
+        config, backbone, task, adapters, saved_heads(tensors), dequantised, device
+    )
+    _write_shards(parameters, out)
+    backbone.model.config.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    generation = backbones.resolve_folder(config.model.id, config.model.revision)
+    if (generation / "generation_config.json").is_file():
+        shutil.copy(generation / "generation_config.json", out)
+
+
+def _final_parameters(
+    config: Config,
+    backbone: Backbone,
+    task: Task,
+    adapters: Mapping[str, GatedAdapter],
+    heads: Mapping[str, Tensor],
+    dequantised: bool,
+    device: torch.device,
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, value on the CPU) of every parameter of the model to be written."""
+    model, dtype = backbone.model, backbone.dtype
+    files = PretrainedFiles(backbones.resolve_folder(config.model.id, config.model.revision))
+    head_paths = tuple(f"{path}." for path in task.trained_modules(model))
+    for name, _ in model.named_parameters():
+        if name.startswith(head_paths):
+            yield name, heads[name].to(dtype)
+            continue
+        key = files.find(name, model.base_model_prefix)
+        if key is None:
+            raise files.missing(name)
+        value = files.read(key).to(device, dtype)
+        path, _, attribute = name.rpartition(".")
+        host = backbone.hosts.get(path) if attribute == "weight" else None
+        if host is not None and dequantised and host.weight_format != "none":
+            host.weight = torch.nn.Parameter(host.pack(value, dtype), requires_grad=False)
+            value = host.dequantised(dtype)
+            host.weight = torch.nn.Parameter(value.to("meta"), requires_grad=False)
+        if host is not None and path in adapters:
+            value = merged(value, adapters[path])
+        yield name, value.cpu().contiguous()
+
+
+def _write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:
+    """Safetensors files of at most 4 GiB, with transformers' index."""
+    shard: dict[str, Tensor] = {}
+    weight_map: dict[str, str] = {}
+    size = total = 0
+
+    def flush() -> None:
+        file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(shard, out / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for name, value in parameters:
+        nbytes = value.numel() * value.element_size()
+        if shard and size + nbytes > _SHARD_BYTES:
+            flush()
+            size = 0
+        shard[name], size, total = value, size + nbytes, total + nbytes
+    flush()
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _refuse_tied_targets(backbone: Backbone, adapters: Mapping[str, GatedAdapter]) -> None:
+    """A shared matrix cannot take one user's update: the other would get it too."""
+    embedding = backbone.model.get_input_embeddings().weight
+    for path, host in backbone.hosts.items():
+        if path in adapters and host.weight is embedding:
+            raise UserError(
+                f"{path} shares its matrix with the input embedding, so its adapter cannot be "
+                "merged; accepted: export the adapter alone"
+            )
