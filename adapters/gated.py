@@ -20,7 +20,9 @@ class GatedAdapter(nn.Module):
         super().__init__()
         rank = A.shape[0]
         if g.shape != (rank,) or B.shape[0] != rank:
-            raise ValueError(f"A {tuple(A.shape)}, g {tuple(g.shape)}, B {tuple(B.shape)}: R differs")
+            raise ValueError(
+                f"A {tuple(A.shape)}, g {tuple(g.shape)}, B {tuple(B.shape)}: R differs"
+            )
         self.A = nn.Parameter(A.float().contiguous())
         self.B = nn.Parameter(B.float().contiguous())
         self.g = nn.Parameter(g.float().contiguous(), requires_grad=learn_gates)

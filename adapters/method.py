@@ -99,11 +99,11 @@ class Method(ABC):
             total += per_row * int(trainable.mask.sum())
         return total
 
-    def decide(self, step: int) -> Decision | None:  # noqa: ARG002
+    def decide(self, step: int) -> Decision | None:
         """Rank 0: what changes before optimizer step `step`, or None for nothing."""
         return None
 
-    def apply(self, decision: Decision) -> bool:  # noqa: ARG002
+    def apply(self, decision: Decision) -> bool:
         """Every rank: carry it out; True if tensors were added, removed or resized."""
         return False
 

@@ -200,9 +200,7 @@ class MaskedAdamW:
 
     def _spread(self, per_row: Tensor) -> Tensor:
         """Per-row values repeated for every scalar of the row."""
-        return torch.repeat_interleave(
-            per_row, self._row_sizes, output_size=self.values.numel()
-        )
+        return torch.repeat_interleave(per_row, self._row_sizes, output_size=self.values.numel())
 
     def _learning_rate_ratios(self) -> Tensor | None:
         if all(slot.trainable.learning_rate_ratio == 1.0 for slot in self._slots):

@@ -1,18 +1,15 @@
 """Evaluate what a run trained, on any engine and on any data that fits its task.
 
-    python launch/evaluate.py runs/NAME [data.eval=FILE ...]
-    torchrun --nproc_per_node 2 launch/evaluate.py runs/NAME/checkpoints/step-00000100
+python launch/evaluate.py runs/NAME [data.eval=FILE ...]
+torchrun --nproc_per_node 2 launch/evaluate.py runs/NAME/checkpoints/step-00000100
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from launch.start import guarded, join  # noqa: E402
-from trainer.errors import UserError  # noqa: E402
+from trainer.errors import UserError
+from trainer.start import guarded, join
 
 
 def main() -> None:

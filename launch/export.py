@@ -10,14 +10,11 @@ and the export measures on the evaluation data what the adapter loses on the unq
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from launch.start import guarded  # noqa: E402
-from trainer import distributed  # noqa: E402
-from trainer.errors import UserError  # noqa: E402
+from trainer import distributed
+from trainer.errors import UserError
+from trainer.start import guarded
 
 
 def parse() -> argparse.Namespace:
@@ -30,7 +27,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", choices=("trained", "original"), default="trained")
     parser.add_argument("--no-measure", action="store_true", help="skip the evaluation")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="where data moved")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="where data moved"
+    )
     return parser.parse_args()
 
 

@@ -1,25 +1,26 @@
 """Train as one YAML file says.
 
-    python launch/train.py --config configs/quickstart.yaml [section.key=value ...]
-    torchrun --nproc_per_node 2 launch/train.py --config ...
-    deepspeed --num_gpus 2 launch/train.py --config ...
+python launch/train.py --config configs/quickstart.yaml [section.key=value ...]
+torchrun --nproc_per_node 2 launch/train.py --config ...
+deepspeed --num_gpus 2 launch/train.py --config ...
 """
 
 import argparse
 import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from launch.start import launched  # noqa: E402
+from trainer.start import launched
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--print-config", action="store_true", help="print the resolved YAML")
-    parser.add_argument("--dry-run", action="store_true", help="load shapes and data, train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="load shapes and data, train nothing"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_args()

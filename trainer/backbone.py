@@ -103,7 +103,9 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
     try:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as for the tokenizer
-        raise UserError(f"model.id: {folder}: no usable config.json ({_first_line(error)})") from error
+        raise UserError(
+            f"model.id: {folder}: no usable config.json ({_first_line(error)})"
+        ) from error
     for key, value in options.overrides.items():
         if not hasattr(model_config, key):
             raise UserError(f"model.overrides: {key}: not a key of {folder / 'config.json'}")
@@ -113,10 +115,14 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
     try:
         with torch.device("meta"):
             model = task.auto_class.from_config(
-                model_config, dtype=dtype, attn_implementation=options.attention
+                model_config,
+                dtype=dtype,
+                attn_implementation=None if options.attention == "auto" else options.attention,
             )
     except (ImportError, ValueError, KeyError) as error:
-        raise UserError(f"model.id: {folder}: {_first_line(error)}") from error
+        raise UserError(
+            f"model.id: {folder} with model.attention={options.attention}: {_first_line(error)}"
+        ) from error
     model.requires_grad_(False)
     model.eval()
     _check_vocabulary(task.tokenizer, model, options)
@@ -130,7 +136,9 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
                 f"engine.activation_checkpointing: true given, but {type(model).__name__} does not "
                 "support it; accepted: false"
             )
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers renamed it in 5.2x; both names must do.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     heads = {path: model.get_submodule(path) for path in trained}
     return Backbone(model, dtype, make_units(model, targets), hosts, heads)
 
@@ -363,7 +371,9 @@ def _paths_of_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, st
 def _check_vocabulary(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, options: ModelOptions
 ) -> None:
-    size = model.get_input_embeddings().num_embeddings
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    size = embedding.num_embeddings
     if len(tokenizer) > size:
         raise UserError(
             f"model.tokenizer: {options.tokenizer or options.id} has {len(tokenizer)} tokens; "

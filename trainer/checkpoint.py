@@ -129,7 +129,7 @@ def complete(folder: Path) -> list[Path]:
 
 def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
-    return (complete(folder) or [None])[-1]
+    return max(complete(folder), default=None)
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def find(resume: str, folder: Path) -> tuple[Path | None, dict[str, Any], list[s
     if resume != "auto":
         path = Path(resume)
         return path, verify(path), []
-    remarks = []
+    remarks: list[str] = []
     for checkpoint in reversed(complete(folder)):
         try:
             return checkpoint, verify(checkpoint), remarks
@@ -209,7 +209,7 @@ def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, on the CPU."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
         try:
             with safe_open(file, framework="pt") as opened:

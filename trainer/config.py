@@ -62,8 +62,9 @@ class ModelOptions(Section):
     (most CPUs emulate bfloat16 products, several times slower)."""
     quantization: str = "none"
     """Format of the frozen linear weights."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention kernel; flash_attention_2 needs the `flash-attn` extra and a GPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel; auto: transformers' own choice for the architecture. flash_attention_2
+    needs the `flash-attn` extra and a GPU."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` needs no weight files, only config.json: for benchmarks and tests."""
     overrides: dict[str, int | float | str | bool] = {}
@@ -95,9 +96,9 @@ class DataOptions(Section):
     """Split of a hub data set to train on."""
     eval_split: str = "test"
     """Split of a hub data set to evaluate on."""
-    format: Literal[
-        "auto", "prompt_completion", "alpaca", "messages", "text", "classification"
-    ] = "auto"
+    format: Literal["auto", "prompt_completion", "alpaca", "messages", "text", "classification"] = (
+        "auto"
+    )
     """What a record holds; auto: by its columns."""
     prompt: str = "prompt"
     """Column, or template such as `"{question}\\n"`, of the part that is given."""
@@ -282,7 +283,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}; accepted: a YAML file") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"--config {path}: not UTF-8 at byte {error.start}; accepted: a YAML file") from error
+        raise UserError(
+            f"--config {path}: not UTF-8 at byte {error.start}; accepted: a YAML file"
+        ) from error
     raw = _parse_yaml(text, f"--config {path}")
     if not isinstance(raw, dict):
         given = "an empty file" if raw is None else type(raw).__name__
@@ -396,9 +399,7 @@ def _names(kind: type[BaseModel]) -> str:
 def _one_of(key: str, value: Any, known: Mapping[str, Any]) -> str:
     if isinstance(value, str) and value in known:
         return value
-    raise UserError(
-        f"{key}: {value!r} given; accepted: {', '.join(known)}{_nearest(value, known)}"
-    )
+    raise UserError(f"{key}: {value!r} given; accepted: {', '.join(known)}{_nearest(value, known)}")
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

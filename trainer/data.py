@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -130,9 +130,7 @@ def read_labels(source: str, split: str, options: DataOptions) -> list[str | flo
 
 
 def _stop(source: str, line: int, reason: object) -> UserError:
-    return UserError(
-        f"{source}:{line}: {reason} (data.on_bad_record=skip leaves such records out)"
-    )
+    return UserError(f"{source}:{line}: {reason} (data.on_bad_record=skip leaves such records out)")
 
 
 def prepare(
@@ -173,9 +171,7 @@ def _tokenise(
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
         while chunk := list(itertools.islice(rows, _CHUNK)):
             kept = list(_encode_chunk(source, chunk, options, task, counts))
-            columns = {
-                name: [getattr(example, name) for example in kept] for name in _SCHEMA.names
-            }
+            columns = {name: [getattr(example, name) for example in kept] for name in _SCHEMA.names}
             writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
     if counts.records == 0:
         raise UserError(f"{source}: no records; accepted: at least one")
@@ -202,9 +198,7 @@ def _encode_chunk(
             )
         except BadRecord as reason:
             records.append(reason)
-    encoded = iter(
-        task.encode([r for r in records if isinstance(r, Record)], options.max_length)
-    )
+    encoded = iter(task.encode([r for r in records if isinstance(r, Record)], options.max_length))
     for (line, _), record in zip(chunk, records, strict=True):
         counts.records += 1
         example = str(record) if isinstance(record, BadRecord) else next(encoded)
@@ -374,7 +368,7 @@ def _json_list(path: Path) -> Iterator[tuple[int, dict | BadRecord]]:
 def _delimited(
     path: Path, delimiter: str, options: DataOptions
 ) -> Iterator[tuple[int, dict | BadRecord]]:
-    quoting = csv.QUOTE_NONE if options.quoting == "none" else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if options.quoting == "none" else csv.QUOTE_MINIMAL
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader((text for _, text in _lines(path)), delimiter=delimiter, quoting=quoting)
     names = options.columns
@@ -406,9 +400,7 @@ def _hub_rows(source: str, split: str, options: DataOptions) -> Iterable[dict]:
     import datasets
 
     try:
-        return datasets.load_dataset(
-            source, options.subset, split=split, revision=options.revision
-        )
+        return datasets.load_dataset(source, options.subset, split=split, revision=options.revision)
     except Exception as error:  # the hub client raises a score of types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(

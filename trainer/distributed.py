@@ -33,7 +33,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     launcher: str = "none"
     """`deepspeed`, `torchrun` (or another that sets RANK and WORLD_SIZE), or `none`."""
     control: Any = None

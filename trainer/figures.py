@@ -21,7 +21,9 @@ def draw_loss(runs: Sequence[Path], target: Path) -> Path:
         name = "" if len(runs) == 1 else f"{run.name}: "
         colour = None
         if trained:
-            (line,) = axes.plot(*zip(*trained, strict=True), lw=1, alpha=0.8, label=f"{name}training")
+            (line,) = axes.plot(
+                *zip(*trained, strict=True), lw=1, alpha=0.8, label=f"{name}training"
+            )
             colour = line.get_color() if len(runs) > 1 else None
         if evaluated:
             axes.plot(

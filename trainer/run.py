@@ -1,6 +1,5 @@
 """One whole run: open, resume, train, export, and leave a folder that explains itself."""
 
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -60,7 +59,7 @@ def dry_run(config: Config, world: World) -> str:
     """What the run would be: data, units, parameters, memory; nothing is trained or written."""
     _, task, train_data, eval_data = open_data(config, world)
     backbone = backbones.build(config, task, world.device)
-    kind = config.engine.kind
+    kind: str = config.engine.kind
     if kind == "auto":
         kind = automatic_kind(config, world)
     shards = kind in ("fsdp2", "deepspeed")
@@ -134,7 +133,7 @@ def _finish(session: Session, folder: Path, steps: int) -> None:
     figure = draw_loss([folder], folder / "figures" / "loss")
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    scores = next((line for line in reversed(lines) if "eval_loss" in line), {})
+    scores: dict = next((line for line in reversed(lines) if "eval_loss" in line), {})
     summary = f"done      {steps} steps"
     if losses:
         summary += f", loss {losses[0]:.4f} -> {losses[-1]:.4f}"

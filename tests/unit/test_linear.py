@@ -85,7 +85,9 @@ def test_gradients_by_finite_differences_in_numpy():
             array[index] = kept - 1e-6
             below = loss()
             array[index] = kept
-            assert gradient[index].item() == pytest.approx((above - below) / 2e-6, rel=1e-3, abs=1e-3)
+            assert gradient[index].item() == pytest.approx(
+                (above - below) / 2e-6, rel=1e-3, abs=1e-3
+            )
 
 
 def test_equals_peft_lora():
@@ -148,7 +150,9 @@ def test_backward_holds_the_parameter_itself_and_no_dequantised_matrix():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(torch.randn(8, 256, requires_grad=True))
-    assert any(t.data_ptr() == layer.weight.data_ptr() and t.shape == layer.weight.shape for t in saved)
+    assert any(
+        t.data_ptr() == layer.weight.data_ptr() and t.shape == layer.weight.shape for t in saved
+    )
     assert not any(t.numel() == 256 * 256 for t in saved)
 
 

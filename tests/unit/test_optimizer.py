@@ -71,7 +71,12 @@ def test_masked_rows_follow_their_own_step_count():
 
 def test_inactive_rows_keep_every_bit():
     tensors = parameters()
-    masks = [torch.tensor([1, 0, 1, 0], dtype=torch.bool), torch.tensor([0, 1, 1, 0]).bool(), None, None]
+    masks = [
+        torch.tensor([1, 0, 1, 0], dtype=torch.bool),
+        torch.tensor([0, 1, 1, 0]).bool(),
+        None,
+        None,
+    ]
     tensors[0].data[1, 0] = -0.0
     optimizer = MaskedAdamW(trainables(tensors, masks), learning_rate=0.1, weight_decay=0.5)
     for mask in masks[:2]:
@@ -155,7 +160,9 @@ def test_state_round_trip_continues_exactly():
     second = MaskedAdamW(trainables(copy, masks), learning_rate=1e-2, weight_decay=0.1)
     for mine, other in zip(ours, copy, strict=True):
         other.data.copy_(mine)
-    second.load_state_dict({n: {k: t.clone() for k, t in s.items()} for n, s in first.state_dict().items()})
+    second.load_state_dict(
+        {n: {k: t.clone() for k, t in s.items()} for n, s in first.state_dict().items()}
+    )
     for tensors, optimizer in ((ours, first), (copy, second)):
         set_gradients(tensors, 9)
         optimizer.step()

@@ -18,7 +18,7 @@ _ENGINES = {
 
 def make_engine(config: Config, world: World) -> Engine:
     """The engine that the configuration asks for; its library is imported only then."""
-    kind = config.engine.kind
+    kind: str = config.engine.kind
     if kind == "auto":
         kind = automatic_kind(config, world)
     if kind == "single" and world.size > 1:

@@ -19,7 +19,7 @@ class SingleEngine(Engine):
     def shard(self, model: nn.Module) -> None:
         """The model stays as it was loaded."""
 
-    def unsharded(self, module: nn.Module) -> nullcontext:  # noqa: ARG002
+    def unsharded(self, module: nn.Module) -> nullcontext:
         return nullcontext()
 
     def local_bytes(self, model: nn.Module) -> int:

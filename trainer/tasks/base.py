@@ -96,7 +96,7 @@ class Task(ABC):
     def configure(self, config: PretrainedConfig) -> None:  # noqa: B027
         """Fill the model's configuration in (number of labels, padding token)."""
 
-    def trained_modules(self, model: nn.Module) -> list[str]:  # noqa: ARG002
+    def trained_modules(self, model: nn.Module) -> list[str]:
         """Paths of modules that train whole beside the adapters (a new head)."""
         return []
 
@@ -110,10 +110,10 @@ class Task(ABC):
         """One micro-batch; each sequence is one example, or several packed. `empty`: no loss."""
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(summed loss in float32, predictions for `metrics`)."""
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """(summed loss in float32, predictions for `metrics` where the task has any)."""
 
-    def metrics(self, predictions: Sequence[Any], labels: Sequence[float]) -> dict[str, float]:  # noqa: ARG002
+    def metrics(self, predictions: Sequence[Any], labels: Sequence[float]) -> dict[str, float]:
         """Scores over the whole evaluation set, in record order."""
         return {}
 

@@ -28,6 +28,8 @@ class CausalLM(Task):
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
         pieces = [text for record in records for text, _ in record.segments]
+        if not pieces:  # the tokenizer refuses an empty list
+            return []
         tokenised = iter(self.tokenizer(pieces, add_special_tokens=False)["input_ids"])
         return [self._encode(record, tokenised, max_length) for record in records]
 

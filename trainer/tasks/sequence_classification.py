@@ -53,9 +53,7 @@ class SequenceClassification(Task):
         self.labels = state.get("labels", [])
 
     def configure(self, config: PretrainedConfig) -> None:
-        config.problem_type = (
-            "regression" if self.is_regression else "single_label_classification"
-        )
+        config.problem_type = "regression" if self.is_regression else "single_label_classification"
         if self.is_regression:
             config.num_labels = 1
         else:
@@ -89,9 +87,7 @@ class SequenceClassification(Task):
         if not encoded["input_ids"]:
             return "no text"
         types = encoded.get("token_type_ids", ())
-        return Example(
-            encoded["input_ids"], token_type_ids=types, label=label, truncated=truncated
-        )
+        return Example(encoded["input_ids"], token_type_ids=types, label=label, truncated=truncated)
 
     def _label(self, raw: str | float | None) -> float:
         if self.is_regression:

@@ -59,7 +59,9 @@ def join(config: Config | None, failure: UserError | None = None) -> Iterator[Wo
     with world.together():
         for rank, text in enumerate(texts):
             if text != texts[0]:
-                key, ours, theirs = _first_difference(yaml.safe_load(texts[0]), yaml.safe_load(text))
+                key, ours, theirs = _first_difference(
+                    yaml.safe_load(texts[0]), yaml.safe_load(text)
+                )
                 raise UserError(
                     f"{key}: {ours!r} on rank 0, {theirs!r} on rank {rank}; "
                     "accepted: the same configuration on every rank"

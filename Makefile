@@ -1,0 +1,43 @@
+# Everything a person or the CI runs. No step needs a compiler or CUDA.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM := false
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install install-dev quickstart test lint clean
+
+# torch first: whatever depends on it then finds it installed. deepspeed is a source package
+# whose build needs torch, so it is built against the one that is there.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel packaging numpy psutil py-cpuinfo \
+	    ninja hjson msgpack pydantic tqdm einops
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install -q -c constraints.txt -e .
+	touch $@
+
+$(BIN)/.installed-dev: $(BIN)/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(BIN)/.installed
+
+install-dev: $(BIN)/.installed-dev
+
+quickstart: $(BIN)/.installed
+	deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml
+
+test: $(BIN)/.installed-dev lint
+	python -m pytest -q
+
+lint: $(BIN)/.installed-dev
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,126 @@
+"""The same run under every engine: the same losses, and a backbone that is really sharded."""
+
+import pytest
+
+from tests.distributed.cases import ok, run_cases
+from tests.helpers import losses, quick_config
+from trainer.config import Config
+from trainer.distributed import World
+from trainer.run import run
+
+ENGINES = ["ddp", "fsdp2", "deepspeed"]
+SHARDING = ["fsdp2", "deepspeed"]
+FORMATS = ["none", "nf4", "fp4", "int8"]
+
+SHORT = ["data.max_length=56", "data.batch_size=3", "data.micro_batch_size=1"]
+VARIANTS = {
+    "float32": ["model.dtype=float32"],
+    "nf4": ["model.quantization=nf4"],
+    "fp4": ["model.quantization=fp4"],
+    "int8": ["model.quantization=int8"],
+    # bfloat16 products are emulated on most CPUs: short and few.
+    "bfloat16": ["model.dtype=bfloat16", *SHORT],
+    "nf4-bfloat16": ["model.dtype=bfloat16", "model.quantization=nf4", *SHORT],
+    "packed-checkpointed-dropout": [
+        "data.packing=true", "engine.activation_checkpointing=true", "method.dropout=0.1",
+        "data.batch_size=3", "data.micro_batch_size=1",
+    ],
+    "uneven": ["data.batch_size=5", "data.micro_batch_size=3", "model.quantization=nf4"],
+    "classification": [
+        "task.kind=sequence_classification", "data.train=TRAIN", "data.eval=TRAIN",
+        "model.quantization=nf4",
+    ],
+}  # fmt: skip
+STEPS = 20
+
+
+def configuration(tmp, variant: str, engine: str) -> Config:
+    changes = [change.replace("TRAIN", str(tmp / "labels.csv")) for change in VARIANTS[variant]]
+    return quick_config(
+        tmp, f"run.steps={STEPS}", f"engine.kind={engine}", f"run.name={variant}-{engine}",
+        "method.alpha=8", *changes,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every variant under every engine with two processes, and in this process alone."""
+    import os
+
+    from tests.helpers import ROOT
+
+    os.chdir(ROOT)
+    tmp = tmp_path_factory.mktemp("engines")
+    rows = [f"the {'good' if i % 3 else 'bad'} apple number {i},{i % 3 > 0}" for i in range(60)]
+    (tmp / "labels.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    for variant in VARIANTS:
+        run(configuration(tmp, variant, "single"), World())
+    cases = {
+        f"{variant}-{engine}": ("train", configuration(tmp, variant, engine).model_dump())
+        for variant in VARIANTS
+        for engine in ENGINES
+    }
+    for results in run_cases(tmp / "work", cases).values():
+        ok(results)
+    return tmp / "runs"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_losses_agree_with_one_process(runs, variant, engine):
+    alone, spread = losses(runs / f"{variant}-single"), losses(runs / f"{variant}-{engine}")
+    assert len(alone) == len(spread) == STEPS
+    assert alone[-1] < alone[0]
+    tolerance = 2e-2 if "bfloat16" in variant else 1e-4
+    assert max(abs(a - b) / a for a, b in zip(alone, spread, strict=True)) <= tolerance
+
+
+def test_formats_are_not_all_the_same_run(runs):
+    first = {
+        variant: losses(runs / f"{variant}-single")[0] for variant in ("float32", *FORMATS[1:])
+    }
+    assert len(set(first.values())) == 4
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory):
+    """Memory of a model of 100 MB or so (in its own format) under each sharding engine."""
+    import os
+
+    from tests.helpers import ROOT
+
+    os.chdir(ROOT)
+    tmp = tmp_path_factory.mktemp("shares")
+    cases = {}
+    for engine in SHARDING:
+        for fmt in [*FORMATS, "bfloat16"]:
+            quantization = "none" if fmt == "bfloat16" else fmt
+            config = quick_config(
+                tmp, f"engine.kind={engine}", f"model.quantization={quantization}",
+                f"model.dtype={'bfloat16' if fmt == 'bfloat16' else 'float32'}",
+                "model.weights=random", "model.overrides.hidden_size=1024",
+                "model.overrides.intermediate_size=2816", "model.overrides.num_hidden_layers=10",
+                "data.batch_size=2", "data.micro_batch_size=1", "data.train_records=2",
+                "data.eval=null", "data.max_length=16", "method.rank=1",
+            )  # fmt: skip
+            cases[f"{engine}-{fmt}"] = ("shard", config.model_dump())
+    return {name: ok(results) for name, results in run_cases(tmp / "work", cases).items()}
+
+
+LINEAR = 10 * (1024 * 128 * 2 + 1024 * 64 * 2 + 3 * 1024 * 2816)
+BYTES = {"none": 4.0, "bfloat16": 2.0, "nf4": 0.5625, "fp4": 0.5625, "int8": 1.0}
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, "bfloat16"])
+@pytest.mark.parametrize("engine", SHARDING)
+def test_each_rank_holds_half_of_the_backbone(shares, engine, fmt):
+    """By the engine's account and by the process's resident memory, also inside a step."""
+    whole = LINEAR * BYTES[fmt]
+    block = whole / 10
+    for rank in shares[f"{engine}-{fmt}"]:
+        assert rank["kind"] == engine
+        assert 0.48 * whole <= rank["local_bytes"] <= 0.56 * whole
+        # Three of ten blocks are allowed for: one in use, one on its way, and slack.
+        assert rank["resident_after_loading"] <= 0.56 * whole + 3 * block + 40e6
+        assert rank["held_after_forward"] <= 3 * block + 8e6
+        assert rank["held_after_backward"] <= 3 * block + 8e6

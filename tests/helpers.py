@@ -1,0 +1,157 @@
+"""What several tests need: tiny models on disk, configurations, launching real processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from trainer.config import Config, load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "configs/quickstart.yaml"
+TINY = ROOT / "configs/quickstart/model"
+
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 576, "max_position_embeddings": 256,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def save_random_model(
+    folder: Path, model_type: str, auto: Any = None, seed: int = 0, **changes: Any
+) -> Path:
+    """A random model of `model_type` with the quickstart's tokenizer, as transformers saves it."""
+    settings = {**SMALL, **changes}
+    if model_type in ("bert", "roberta"):
+        settings.pop("head_dim"), settings.pop("num_key_value_heads")
+    config = AutoConfig.for_model(model_type, **settings)
+    torch.manual_seed(seed)
+    model = (auto or AutoModel).from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
+    return folder
+
+
+def quick_config(tmp: Path, *overrides: str) -> Config:
+    """The quickstart, shortened and silent, in one process unless overridden."""
+    return load_config(
+        QUICKSTART,
+        [
+            "engine.kind=single", f"run.dir={tmp}/runs", f"data.cache={tmp}/cache", "run.steps=4",
+            "run.eval_every=0", "run.eval_at_start=false", "log.every=1", "log.progress=none",
+            "log.tensorboard=false", "data.train_records=64", "data.eval_records=16",
+            "data.batch_size=8", "data.micro_batch_size=2", "checkpoint.every=0",
+            "model.quantization=none", *overrides,
+        ],
+    )  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    """Training losses of a run, in order of step; steps are checked to be without gaps."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, len(trained) + 1))
+    return [line["loss"] for line in trained]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def command(launcher: str, processes: int, script: str | Path, *arguments: str) -> list[str]:
+    """The command line that starts `script` under a launcher."""
+    if launcher == "python":
+        return [sys.executable, str(script), *arguments]
+    port = str(free_port())
+    binaries = Path(sys.executable).parent
+    if launcher == "deepspeed":
+        head = [str(binaries / "deepspeed"), "--num_gpus", str(processes), "--master_port", port]
+    else:
+        head = [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+            "--master_port", port,
+        ]  # fmt: skip
+    return [*head, str(script), *arguments]
+
+
+def environment() -> dict[str, str]:
+    """For started processes: offline, one thread each, no trace of an outer launcher."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return clean | {
+        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+
+
+def start(launcher: str, processes: int, script: str | Path, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(launcher, processes, script, *arguments),
+        cwd=ROOT, env=environment(), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, seconds: float = 180) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr); a process group that does not end in time is a failure."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"no end after {seconds} s\n{out[-2000:]}\n{err[-4000:]}") from None
+    return process.returncode, out, err
+
+
+def launch(
+    launcher: str, processes: int, script: str | Path, *arguments: str, seconds: float = 180
+) -> tuple[int, str, str]:
+    return finish(start(launcher, processes, script, *arguments), seconds)
+
+
+def error_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error:")]
+
+
+def ranks_of(process: subprocess.Popen) -> dict[int, int]:
+    """Process ids of a launcher's ranks that run the training script, by rank."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            variables = dict(
+                item.split("=", 1)
+                for item in (folder / "environ").read_text().split("\0")
+                if "=" in item
+            )
+            line = (folder / "cmdline").read_text().split("\0")
+            group = os.getsid(int(folder.name))
+        except (OSError, ValueError):
+            continue
+        if group == process.pid and "RANK" in variables and any("train.py" in p for p in line):
+            found[int(variables["RANK"])] = int(folder.name)
+    return found
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until the run has logged `step`."""
+    deadline = time.monotonic() + seconds
+    file = run / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if file.exists() and len(file.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    out, err = process.communicate(timeout=5) if process.poll() is not None else ("", "")
+    raise AssertionError(f"step {step} was not reached\n{out[-2000:]}\n{err[-4000:]}")
