@@ -63,7 +63,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         adapter = self.adapter
-        if adapter is None:
+        if adapter is None or adapter.rank == 0:
             return frozen_linear(x, self.weight, self.bias, self.out_features, self.weight_format)
         probability, on_input, seed = 0.0, False, None
         if self.dropout is not None and self.training:

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("source", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     from trainer import export
     from trainer.config import with_overrides
     from trainer.evaluation import evaluate_saved

@@ -1,37 +1,27 @@
-"""Checkpoints that belong to no engine and no world size.
+"""Save a session and put it back, on any engine and any number of ranks.
 
-    checkpoints/step-00000100/
-        state.json                    step, loader position, configuration, backbone's digest …
-        shard-*.safetensors           tensors, written by all ranks in parallel
-        manifest.json                 size and SHA-256 of every other file; written last
-
-Written into a hidden folder that is renamed when complete: what has the final name is whole.
 Holds adapters, masks, heads, optimizer, method state and every rank's random generators; never
-the frozen backbone. Tensors are in safetensors and the rest is JSON: loading executes nothing.
+the frozen backbone. What the files look like stands in `checkpoint_files.py`.
 """
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-from trainer.errors import RunFailed, UserError
+from trainer import checkpoint_files as files
+from trainer.errors import RunFailed
 from trainer.loader import Loader
 from trainer.session import Session
-
-FORMAT = 1
-_PARTIAL = ".partial"
 
 
 @dataclasses.dataclass
@@ -43,10 +33,6 @@ class Progress:
     skipped: int = 0
     """Steps skipped since the loss or gradient was not finite."""
     skipped_in_a_row: int = 0
-
-
-class BadCheckpoint(UserError):
-    """A checkpoint that cannot be used; the message says why."""
 
 
 class CheckpointWriter:
@@ -81,8 +67,8 @@ class CheckpointWriter:
             assert pending is not None
             try:
                 pending.result()
-            except Exception as error:
-                last = newest(self.folder)
+            except BaseException as error:  # torch's CheckpointException is no Exception
+                last = files.newest(self.folder)
                 raise RunFailed(
                     f"checkpoint of step {self._pending_step} could not be written in "
                     f"{self.folder}: {_root_cause(error)}; last good checkpoint: {last or 'none'}"
@@ -93,15 +79,26 @@ class CheckpointWriter:
         self.wait()
         self._thread.shutdown()
 
+    def _open(self, partial: Path) -> None:
+        """Make the folder; where one rank cannot, none goes on to wait for it."""
+        world, problem = self.session.world, None
+        try:
+            if world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        except OSError as error:
+            problem = error.strerror or str(error)
+        problem = world.gather(problem, world.saving)[0]
+        if problem is not None:
+            raise OSError(problem)
+
     def _write(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """In the background: all ranks write tensors, rank 0 adds the rest and renames."""
         world = self.session.world
         final = self.folder / f"step-{state['step']:08d}"
-        partial = self.folder / f".{final.name}{_PARTIAL}"
+        partial = self.folder / f".{final.name}{files.PARTIAL}"
         try:
-            if world.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True, exist_ok=True)
+            self._open(partial)
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.save(
                 tensors,
@@ -109,12 +106,13 @@ class CheckpointWriter:
                 process_group=world.saving,
             )
             if world.is_main:
+                files.check_complete(partial, tensors.keys(), world.size)
                 (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-                _write_manifest(partial)
+                files.write_manifest(partial)
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
-                _sync(self.folder)
-                for old in complete(self.folder)[: -self._options.keep]:
+                files.sync(self.folder)
+                for old in files.complete(self.folder)[: -self._options.keep]:
                     shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             if world.is_main:
@@ -122,70 +120,10 @@ class CheckpointWriter:
             raise
 
 
-def complete(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    return max(complete(folder), default=None)
-
-
-def verify(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's state.json, once every file has its recorded size and SHA-256."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        for name, (size, digest) in manifest.items():
-            file = checkpoint / name
-            if Path(name).name != name or not file.is_file():
-                raise BadCheckpoint(f"{checkpoint}: {name} is missing")
-            if file.stat().st_size != size:
-                raise BadCheckpoint(
-                    f"{file}: {file.stat().st_size} bytes, {size} were written: truncated"
-                )
-            if _digest(file) != digest:
-                raise BadCheckpoint(f"{file}: checksum differs from the one written: damaged")
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadCheckpoint(
-            f"{checkpoint}: no checkpoint of this project ({error.strerror}: "
-            f"{Path(error.filename).name}); accepted: a folder such as step-00000100"
-        ) from error
-    except (ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise BadCheckpoint(f"{checkpoint}: damaged ({error})") from error
-    if state.get("format") != FORMAT:
-        raise BadCheckpoint(f"{checkpoint}: format {state.get('format')}; accepted: {FORMAT}")
-    return state
-
-
-def find(resume: str, folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """(checkpoint to resume from, its state, remarks on newer ones that are damaged)."""
-    if resume == "never":
-        return None, {}, []
-    if resume != "auto":
-        path = Path(resume)
-        return path, verify(path), []
-    remarks: list[str] = []
-    for checkpoint in reversed(complete(folder)):
-        try:
-            return checkpoint, verify(checkpoint), remarks
-        except BadCheckpoint as error:
-            remarks.append(str(error))
-    if remarks:
-        raise BadCheckpoint(
-            f"run.resume: auto found no undamaged checkpoint in {folder} ({remarks[0]}); "
-            "accepted: run.resume=PATH of a good one, or another run.name to start anew"
-        )
-    return None, {}, []
-
-
 def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> Progress:
     """Put a checkpoint's state into a session that was opened with the same configuration."""
     _check_same_run(session, checkpoint, state)
-    stored = read_tensors(checkpoint)
+    stored = files.read_tensors(checkpoint)
     load_trained(session, checkpoint, stored)
     session.optimizer.load_state_dict(_unflatten(stored, "optimizer/"))
     session.method.load_state_dict(
@@ -203,20 +141,10 @@ def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
             continue
         if name not in stored or stored[name].shape != tensor.shape:
             found = tuple(stored[name].shape) if name in stored else "nothing"
-            raise BadCheckpoint(f"{checkpoint}: {name}: {found}, expected {tuple(tensor.shape)}")
+            raise files.BadCheckpoint(
+                f"{checkpoint}: {name}: {found}, expected {tuple(tensor.shape)}"
+            )
         tensor.data.copy_(stored[name])
-
-
-def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, on the CPU."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise BadCheckpoint(f"{file}: not a readable safetensors file ({error})") from error
-    return tensors
 
 
 def _tensors(session: Session) -> dict[str, Tensor]:
@@ -269,80 +197,69 @@ def _restore_random_state(session: Session, stored: dict[str, Tensor], step: int
 
 def _describe(session: Session, loader: Loader, progress: Progress) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": files.FORMAT,
         "step": progress.step,
         "progress": dataclasses.asdict(progress),
         "loader": loader.state_dict(),
         "engine": session.engine.kind,
         "world_size": session.world.size,
         "backbone": session.backbone.digest,
+        "data": session.train_data.key,
         "labels": session.task.labels_state(),
         "config": session.config.model_dump(mode="json"),
     }
 
 
-_MUST_AGREE = (
-    ("model", ("quantization", "overrides", "weights")),
-    ("task", None),
-    ("method", None),
-    (
-        "data",
-        (
-            "train", "subset", "train_split", "format", "prompt", "completion", "text", "messages",
-            "label", "max_length", "on_long_record", "on_bad_record", "train_records", "packing",
-            "shuffle", "batch_size", "micro_batch_size",
-        ),
-    ),
-    ("run", ("seed",)),
-)  # fmt: skip
+_MUST_AGREE = {
+    "model": ("quantization",),
+    "task": None,
+    "method": None,
+    "data": ("format", "max_length", "packing", "shuffle", "batch_size", "micro_batch_size"),
+    "run": ("seed",),
+}
 """Keys without which a resumed run would not be the same run (None: the whole section)."""
+
+_MAY_CHANGE = {"model": ("dtype", "attention"), "optim": None, "run": ("steps", "epochs")}
+"""Keys that a user may change on purpose, and should see that they did."""
 
 
 def _check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
     if state["backbone"] != session.backbone.digest:
-        raise BadCheckpoint(
+        raise files.BadCheckpoint(
             f"{checkpoint}: was made on another backbone "
             f"({state['config']['model']['id']}); accepted: a checkpoint of "
             f"{session.config.model.id}"
         )
-    now, then = session.config.model_dump(mode="json"), state["config"]
-    for section, keys in _MUST_AGREE:
+    now = session.config.model_dump(mode="json")
+    for key, old, new in _differences(state["config"], now, _MUST_AGREE):
+        raise files.BadCheckpoint(
+            f"{key}: {new!r} given, but {checkpoint} was made with {old!r}; "
+            "accepted: the same, or another run.name to start anew"
+        )
+    if state["data"] != session.train_data.key:
+        raise files.BadCheckpoint(
+            f"data.train: {session.config.data.train} does not hold the records (or they are not "
+            f"read in the way) that {checkpoint} was made with; accepted: the same, or another "
+            "run.name to start anew"
+        )
+
+
+def changes(state: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a resumed run does otherwise than the run that it goes on from."""
+    return [
+        f"{key} {old!r} -> {new!r}"
+        for key, old, new in _differences(state["config"], now, _MAY_CHANGE)
+    ]
+
+
+def _differences(
+    then: dict[str, Any], now: dict[str, Any], table: Mapping[str, tuple[str, ...] | None]
+) -> Iterator[tuple[str, Any, Any]]:
+    for section, keys in table.items():
         for key in keys or sorted({*now[section], *then[section]}):
             old, new = then[section].get(key), now[section].get(key)
-            if old != new and not (section == "data" and key == "train" and _same_name(old, new)):
-                raise BadCheckpoint(
-                    f"{section}.{key}: {new!r} given, but {checkpoint} was made with {old!r}; "
-                    "accepted: the same, or another run.name to start anew"
-                )
-
-
-def _same_name(old: str, new: str) -> bool:
-    """A data file may have moved with its folder."""
-    return Path(old).name == Path(new).name
-
-
-def _write_manifest(folder: Path) -> None:
-    manifest = {}
-    for file in sorted(folder.iterdir()):
-        _sync(file)
-        manifest[file.name] = (file.stat().st_size, _digest(file))
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    _sync(folder / "manifest.json")
-    _sync(folder)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Make sure that a file (or a folder's entries) survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            if old != new:
+                yield f"{section}.{key}", old, new
 
 
 def _root_cause(error: BaseException) -> str:
@@ -355,9 +272,3 @@ def _root_cause(error: BaseException) -> str:
         return error.strerror
     text = str(error).strip()
     return text.splitlines()[0] if text else repr(error)
-
-
-def remove_partial(folder: Path) -> None:
-    """Delete what a killed run had begun to write."""
-    if folder.name.endswith(_PARTIAL):
-        shutil.rmtree(folder, ignore_errors=True)

@@ -6,23 +6,19 @@ An unknown key, a wrong type or an impossible combination is a `UserError` of on
 the key, what was given and what is accepted.
 """
 
-import difflib
-import re
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+import torch
+from pydantic import Field, SerializeAsAny, model_validator
 
 from adapters.method import MethodOptions
 from adapters.options import Section
 from adapters.registry import METHODS
 from adapters.weights import FORMATS
 from trainer.errors import UserError
+from trainer.strict import dump_yaml, names_of, one_of, parse_yaml, unknown_key, validate
 from trainer.tasks import TASKS
 from trainer.tasks.base import TaskOptions
 
@@ -72,13 +68,20 @@ class ModelOptions(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelOptions":
-        _one_of("model.quantization", self.quantization, FORMATS)
+        one_of("model.quantization", self.quantization, FORMATS)
         if self.overrides and self.weights == "pretrained":
             raise ValueError(
                 "model.overrides: given with model.weights=pretrained; accepted: only with "
                 "model.weights=random, since the files' tensors would no longer fit"
             )
         return self
+
+
+def compute_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
+    """`model.dtype`, with `auto` resolved for the device."""
+    if options.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, options.dtype)
 
 
 class DataOptions(Section):
@@ -248,6 +251,13 @@ class Config(Section):
             raise ValueError(
                 f"optim.warmup_steps: {warmup} given; accepted: at most run.steps ({steps})"
             )
+        flash = self.model.attention == "flash_attention_2"
+        if self.data.packing and flash and self.data.micro_batch_size > 1:
+            raise ValueError(
+                f"data.micro_batch_size: {self.data.micro_batch_size} given with data.packing and "
+                "model.attention=flash_attention_2; accepted: 1 (flash attention keeps packed "
+                "documents apart in a single row only)"
+            )
         classifies = self.task.kind == "sequence_classification"
         if self.data.packing and classifies:
             raise ValueError(
@@ -272,7 +282,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration; `load_config` reads it back to the same."""
-        return yaml.dump(self.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump())
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -286,10 +296,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(
             f"--config {path}: not UTF-8 at byte {error.start}; accepted: a YAML file"
         ) from error
-    raw = _parse_yaml(text, f"--config {path}")
+    raw = parse_yaml(text, f"--config {path}")
     if not isinstance(raw, dict):
         given = "an empty file" if raw is None else type(raw).__name__
-        raise UserError(f"--config {path}: {given}; accepted: the sections {_names(Config)}")
+        raise UserError(f"--config {path}: {given}; accepted: the sections {names_of(Config)}")
     for override in overrides:
         _apply_override(raw, override)
     run = raw.get("run")
@@ -310,96 +320,26 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
     """Check a nested dictionary. Raises UserError with the first thing that is wrong."""
     for key in raw:
         if key not in Config.model_fields:
-            raise UserError(_unknown(str(key), [], Config))
+            raise UserError(unknown_key(str(key), [], Config))
     sections: dict[str, Any] = {}
     for name, field in Config.model_fields.items():
         value = raw.get(name)
         value = {} if value is None else value
         if not isinstance(value, Mapping):
             raise UserError(f"{name}: {value!r} given; accepted: a section of keys")
-        sections[name] = _validate(name, value, _section_type(name, field.annotation, value))
-    return _validate("", sections, Config)
+        sections[name] = validate(name, value, _section_type(name, field.annotation, value))
+    return validate("", sections, Config)
 
 
 def _section_type(name: str, annotation: Any, value: Mapping[str, Any]) -> type[Section]:
     """The class of a section; `method` and `task` depend on their `kind`."""
     if name == "method":
         kind = value.get("kind", "lora")
-        return METHODS[_one_of("method.kind", kind, METHODS)].Options
+        return METHODS[one_of("method.kind", kind, METHODS)].Options
     if name == "task":
         kind = value.get("kind", "causal_lm")
-        return TASKS[_one_of("task.kind", kind, TASKS)].Options
+        return TASKS[one_of("task.kind", kind, TASKS)].Options
     return annotation
-
-
-def _validate(prefix: str, value: Any, kind: type[Section]) -> Any:
-    try:
-        return kind.model_validate(value)
-    except ValidationError as error:
-        raise UserError(_explain(prefix, error.errors()[0], kind)) from error
-
-
-def _explain(prefix: str, error: ErrorDetails, kind: type[BaseModel]) -> str:
-    """One line for pydantic's first complaint."""
-    path = [str(part) for part in error["loc"]]
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])  # our own validators name the key themselves
-    if error["type"] == "extra_forbidden":
-        return _unknown(path[-1], [prefix, *path[:-1]], kind)
-    # Members of a union appear in the location ("eval.str"); only keys are of interest.
-    fields = [part for part in path if part in kind.model_fields or part.isdigit()] or path
-    key = ".".join(part for part in (prefix, *fields) if part)
-    if error["type"] == "missing":
-        return f"{key}: missing; accepted: {_accepted(kind, fields)}"
-    accepted = _accepted(kind, fields, error["msg"])
-    if error["type"] == "literal_error":
-        accepted += _nearest(error["input"], re.findall(r"'(\w+)'", accepted))
-    return f"{key}: {error['input']!r} given; accepted: {accepted}"
-
-
-def _accepted(kind: type[BaseModel], path: list[str], message: str = "") -> str:
-    """What a field takes: pydantic's own words for bounds and choices, else its type."""
-    stated = re.sub(r"^Input should be (a valid )?", "", message)
-    field = kind.model_fields.get(path[0])
-    if field is None or (stated and not message.startswith("Input should be a valid")):
-        return stated
-    return _type_name(field.annotation)
-
-
-def _type_name(annotation: Any) -> str:
-    if annotation is type(None):
-        return "null"
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        return ", ".join(map(str, typing.get_args(annotation)))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(part) for part in typing.get_args(annotation))
-    if origin is list:
-        return f"a list of {_type_name(typing.get_args(annotation)[0])}s"
-    if origin is dict:
-        return "a mapping"
-    names = {str: "string", int: "integer", float: "number", bool: "true or false"}
-    return names.get(annotation, str(annotation))
-
-
-def _unknown(key: str, path: list[str], kind: type[BaseModel]) -> str:
-    full = ".".join(part for part in (*path, key) if part)
-    return f"{full}: unknown key; accepted: {_names(kind)}{_nearest(key, kind.model_fields)}"
-
-
-def _nearest(given: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(given), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _names(kind: type[BaseModel]) -> str:
-    return ", ".join(kind.model_fields)
-
-
-def _one_of(key: str, value: Any, known: Mapping[str, Any]) -> str:
-    if isinstance(value, str) and value in known:
-        return value
-    raise UserError(f"{key}: {value!r} given; accepted: {', '.join(known)}{_nearest(value, known)}")
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -408,7 +348,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or len(path) < 2 or not all(path):
         raise UserError(
             f"override {override!r}: not understood; accepted: section.key=value, "
-            f"with a section of {_names(Config)}"
+            f"with a section of {names_of(Config)}"
         )
     section = raw
     for part in path[:-1]:
@@ -420,45 +360,4 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
                 f"override {override!r}: {part} is no section; accepted: section.key=value"
             )
         section = inner
-    section[path[-1]] = _parse_yaml(text, f"override {override!r}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with 1.2's floats (`1e-3` is a number) and no key given twice."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is not a string", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts quotes around the strings that `_Loader` would read as numbers."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
-        list("-+0123456789."),
-    )
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{line}: not valid YAML ({problem})") from error
+    section[path[-1]] = parse_yaml(text, f"override {override!r}")

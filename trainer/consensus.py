@@ -22,11 +22,12 @@ def decide_and_apply(method: Method, step: int, world: World) -> tuple[Decision 
     changed = method.apply(decision)
     digests = world.gather(state_digest(method))
     strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if strays:
-        raise RunFailed(
-            f"step {step}: masks and gates of rank {', '.join(map(str, strays))} differ from "
-            "rank 0's after applying the same decision; the run stops"
-        )
+    with world.together():
+        if strays:
+            raise RunFailed(
+                f"step {step}: masks and gates of rank {', '.join(map(str, strays))} differ from "
+                "rank 0's after applying the same decision; the run stops"
+            )
     return decision, changed
 
 

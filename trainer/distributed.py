@@ -5,6 +5,7 @@ The only module besides the engines that touches `torch.distributed`.
 
 import datetime
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -45,12 +46,12 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
         """Everyone's value, in order of rank, on every rank. For small plain data."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value, group=group or self.control)
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -129,13 +130,11 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
     )
 
 
-def stop(*, failed: bool = False) -> None:
-    """Leave the process group; after a failure without waiting for the others."""
-    if not dist.is_initialized():
-        return
-    if not failed:
+def stop() -> None:
+    """Leave the process group once everyone is done."""
+    if dist.is_initialized():
         dist.barrier()
-    dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def exit_code(error: BaseException) -> int:
@@ -151,6 +150,10 @@ def report(error: BaseException) -> None:
     who = f" [rank {rank}]" if rank > 0 else ""
     if isinstance(error, UserError):
         print(f"error:{who} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return
+    if isinstance(error, RuntimeError) and re.search("gloo|NCCL|TCPStore", str(error)):
+        reason = str(error).strip().splitlines()[0]
+        print(f"error:{who} lost another rank ({reason})", file=sys.stderr, flush=True)
         return
     traceback.print_exception(error)
     print(f"error:{who} {type(error).__name__}: {error}", file=sys.stderr, flush=True)

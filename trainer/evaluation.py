@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from trainer import checkpoint as checkpoints
+from trainer import checkpoint_files
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.loader import deal
@@ -50,6 +51,6 @@ def evaluate_saved(config: Config, world: World, checkpoint: Path) -> dict[str, 
     """Scores of a checkpoint's adapters on the backbone that `config` describes."""
     session = open_session(config, world)
     with world.together():
-        stored = checkpoints.read_tensors(checkpoint)
+        stored = checkpoint_files.read_tensors(checkpoint)
         checkpoints.load_trained(session, checkpoint, stored)
     return evaluate(session)

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from adapters.export import export_adapter, merged
 from adapters.gated import GatedAdapter
-from trainer import backbone as backbones
-from trainer import checkpoint as checkpoints
-from trainer.backbone import Backbone
+from trainer import architecture, checkpoint_files
+from trainer.architecture import Backbone
 from trainer.config import Config, parse_config
 from trainer.distributed import World
 from trainer.errors import UserError
@@ -29,8 +28,8 @@ _SHARD_BYTES = 4 * 2**30
 def locate(path: Path) -> tuple[Path, dict[str, Any]]:
     """(checkpoint, its state) for a run folder (its newest) or a checkpoint folder, verified."""
     if (path / "manifest.json").is_file():
-        return path, checkpoints.verify(path)
-    checkpoint, state, _ = checkpoints.find("auto", path / "checkpoints")
+        return path, checkpoint_files.verify(path)
+    checkpoint, state, _ = checkpoint_files.find("auto", path / "checkpoints")
     if checkpoint is None:
         raise UserError(
             f"{path}: neither a run folder with a checkpoint nor a checkpoint; accepted: "
@@ -88,7 +87,7 @@ def cost_of_dequantising(config: Config, world: World, checkpoint: Path) -> str:
 
 def write_adapter(checkpoint: Path, state: Mapping[str, Any], out: Path, note: str = "") -> None:
     """A PEFT folder from a checkpoint; the backbone is not needed."""
-    config, tensors = saved_config(state), checkpoints.read_tensors(checkpoint)
+    config, tensors = saved_config(state), checkpoint_files.read_tensors(checkpoint)
     export_adapter(
         out,
         saved_adapters(tensors),
@@ -114,13 +113,13 @@ def write_model(
     `with_adapter`: every host's W + ΔW. `dequantised`: W as the adapter was trained on it,
     through quantisation and back; else W as it is in the pretrained files.
     """
-    config, tensors = saved_config(state), checkpoints.read_tensors(checkpoint)
+    config, tensors = saved_config(state), checkpoint_files.read_tensors(checkpoint)
     if config.model.weights == "random":
         raise UserError("model.weights: random has no files to merge into; accepted: pretrained")
-    tokenizer = backbones.load_tokenizer(config.model)
+    tokenizer = architecture.load_tokenizer(config.model)
     task = TASKS[config.task.kind](config.task, tokenizer)
     task.load_labels_state(state["labels"])
-    backbone = backbones.build(config, task, device)
+    backbone = architecture.build(config, task, device)
     adapters = saved_adapters(tensors) if with_adapter else {}
     _refuse_tied_targets(backbone, adapters)
     out.mkdir(parents=True, exist_ok=True)
@@ -130,7 +129,7 @@ def write_model(
     _write_shards(parameters, out)
     backbone.model.config.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    generation = backbones.resolve_folder(config.model.id, config.model.revision)
+    generation = architecture.resolve_folder(config.model.id, config.model.revision)
     if (generation / "generation_config.json").is_file():
         shutil.copy(generation / "generation_config.json", out)
 
@@ -146,15 +145,13 @@ def _final_parameters(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, value on the CPU) of every parameter of the model to be written."""
     model, dtype = backbone.model, backbone.dtype
-    files = PretrainedFiles(backbones.resolve_folder(config.model.id, config.model.revision))
+    files = PretrainedFiles(architecture.resolve_folder(config.model.id, config.model.revision))
     head_paths = tuple(f"{path}." for path in task.trained_modules(model))
-    for name, _ in model.named_parameters():
+    for name, parameter in model.named_parameters():
         if name.startswith(head_paths):
             yield name, heads[name].to(dtype)
             continue
-        key = files.find(name, model.base_model_prefix)
-        if key is None:
-            raise files.missing(name)
+        key = files.check([name], model.base_model_prefix, tuple(parameter.shape))
         value = files.read(key).to(device, dtype)
         path, _, attribute = name.rpartition(".")
         host = backbone.hosts.get(path) if attribute == "weight" else None

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from trainer import consensus
-from trainer.checkpoint import CheckpointWriter, Progress, newest
+from trainer.checkpoint import CheckpointWriter, Progress
+from trainer.checkpoint_files import newest
 from trainer.distributed import World
 from trainer.errors import RunFailed
 from trainer.evaluation import evaluate
@@ -76,11 +77,12 @@ def train(
                 clock = Clock(time.perf_counter())
         if progress.skipped_in_a_row >= config.optim.max_skipped_steps:
             writer.wait()
-            raise RunFailed(
-                f"step {progress.step}: loss or gradient not finite {progress.skipped_in_a_row} "
-                "times in a row (optim.max_skipped_steps); last good checkpoint: "
-                f"{newest(writer.folder) or 'none'}"
-            )
+            with world.together():
+                raise RunFailed(
+                    f"step {progress.step}: loss or gradient not finite "
+                    f"{progress.skipped_in_a_row} times in a row (optim.max_skipped_steps); "
+                    f"last good checkpoint: {newest(writer.folder) or 'none'}"
+                )
         if last or _due(config.run.eval_every, progress.step):
             paused = time.perf_counter()
             _evaluate(session, metrics, progress)
@@ -97,7 +99,10 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
     """
     total = torch.zeros((), dtype=torch.float64, device=session.world.device)
     for index, micro_batch in batch.micro_batches:
+        # Dropout, the adapters' and the backbone's own, depends on the micro-batch and not on who
+        # runs it.
         session.method.set_dropout_seed(step, index)
+        torch.manual_seed((session.config.run.seed << 40) + (step << 16) + index)
         loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
         loss = loss / batch.weight
         session.engine.backward(loss)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from adapters.weights import FORMATS
-from trainer.backbone import Backbone
+from trainer.architecture import Backbone
 from trainer.config import Config
 
 GIB = 2**30

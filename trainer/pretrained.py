@@ -41,18 +41,46 @@ class PretrainedFiles:
 
     def read(self, key: str) -> Tensor:
         """One tensor, on the CPU, in the dtype of the file."""
+        try:
+            return self._file(key).get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise _unreadable(self.folder / self._file_of[key], error) from error
+
+    def check(self, names: list[str], base_prefix: str, shape: tuple[int, ...]) -> str:
+        """The key of a parameter known by `names` (several if tied). UserError: absent, or it has
+        another shape or no floating-point dtype of ours (prequantised files would load as noise).
+        """
+        keys = (self.find(name, base_prefix) for name in names)
+        key = next((key for key in keys if key is not None), None)
+        if key is None:
+            near = difflib.get_close_matches(names[0], self._file_of, n=1)
+            hint = f" (nearest: {near[0]})" if near else ""
+            raise UserError(f"model.id: {self.folder}: no tensor for {names[0]}{hint}")
+        stored, dtype = self._header(key)
+        if stored != shape:
+            raise UserError(
+                f"model.id: {self.folder}: {key} is {stored}, config.json makes it {shape}"
+            )
+        if dtype not in ("F32", "F16", "BF16"):
+            raise UserError(
+                f"model.id: {self.folder}: {key} is stored as {dtype}; "
+                "accepted: float32, float16 or bfloat16"
+            )
+        return key
+
+    def _header(self, key: str) -> tuple[tuple[int, ...], str]:
+        part = self._file(key).get_slice(key)
+        return tuple(part.get_shape()), part.get_dtype()
+
+    def _file(self, key: str) -> safe_open:
+        """The open file of a tensor; one at a time stays open."""
         file = self._file_of[key]
         try:
             if self._open is None or self._open[0] != file:
                 self._open = (file, safe_open(self.folder / file, framework="pt"))
-            return self._open[1].get_tensor(key)
+            return self._open[1]
         except (SafetensorError, OSError, RuntimeError) as error:
             raise _unreadable(self.folder / file, error) from error
-
-    def missing(self, name: str) -> UserError:
-        near = difflib.get_close_matches(name, self._file_of, n=1)
-        hint = f" (nearest: {near[0]})" if near else ""
-        return UserError(f"model.id: {self.folder}: no tensor for {name}{hint}")
 
     def digest(self) -> str:
         """Identity of the weights: every tensor's name, dtype, shape and a sample of its bytes.
@@ -67,17 +95,12 @@ class PretrainedFiles:
         return digest.hexdigest()
 
     def _slice(self, key: str) -> Tensor:
-        file = self.folder / self._file_of[key]
-        try:
-            with safe_open(file, framework="pt") as opened:
-                part = opened.get_slice(key)
-                shape = part.get_shape()
-                if not shape:
-                    return opened.get_tensor(key).reshape(1)
-                middle = shape[0] // 2
-                return part[middle : middle + 1].reshape(-1)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise _unreadable(file, error) from error
+        part = self._file(key).get_slice(key)
+        shape = part.get_shape()
+        if not shape:
+            return self.read(key).reshape(1)
+        middle = shape[0] // 2
+        return part[middle : middle + 1].reshape(-1)
 
 
 def _index(folder: Path) -> dict[str, str]:

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from adapters.export import export_adapter
-from trainer import backbone as backbones
-from trainer import checkpoint
+from trainer import architecture, checkpoint, checkpoint_files
 from trainer.checkpoint import CheckpointWriter, Progress
 from trainer.config import Config
 from trainer.distributed import World
@@ -35,14 +34,19 @@ def run(config: Config, world: World) -> None:
     metrics = None
     with world.together():
         if world.is_main:
+            remarks += checkpoint_files.clear_the_way(
+                folder / "checkpoints", progress.step, config.run.resume
+            )
             _prepare_folder(config, folder)
             metrics = MetricsWriter(config, folder, steps, progress.step)
     if metrics is not None:
-        for line in (*_introduction(session, steps), *(f"damaged: {r}" for r in remarks)):
+        for line in (*_introduction(session, steps), *(f"damaged   {r}" for r in remarks)):
             metrics.say(line)
         if resumed is not None:
             metrics.say(f"resumed from {resumed} (made by {state['engine']} on "
                         f"{state['world_size']} ranks) at step {progress.step}")  # fmt: skip
+            for change in checkpoint.changes(state, config.model_dump(mode="json")):
+                metrics.say(f"changed   {change}")
     writer = CheckpointWriter(session, loader, folder / "checkpoints")
     try:
         train(session, loader, writer, metrics, progress, steps)
@@ -58,7 +62,7 @@ def run(config: Config, world: World) -> None:
 def dry_run(config: Config, world: World) -> str:
     """What the run would be: data, units, parameters, memory; nothing is trained or written."""
     _, task, train_data, eval_data = open_data(config, world)
-    backbone = backbones.build(config, task, world.device)
+    backbone = architecture.build(config, task, world.device)
     kind: str = config.engine.kind
     if kind == "auto":
         kind = automatic_kind(config, world)
@@ -88,7 +92,7 @@ def dry_run(config: Config, world: World) -> str:
 
 def _choose_start(config: Config, folder: Path):
     """The checkpoint to go on from. A finished or begun run is never overwritten by accident."""
-    found = checkpoint.find(config.run.resume, folder / "checkpoints")
+    found = checkpoint_files.find(config.run.resume, folder / "checkpoints")
     if config.run.resume == "never" and (folder / "metrics.jsonl").exists():
         raise UserError(
             f"run.resume: never given, but {folder} holds a run already; accepted: "
@@ -103,7 +107,7 @@ def _prepare_folder(config: Config, folder: Path) -> None:
         (folder / "figures").mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         for stale in (folder / "checkpoints").glob(".step-*"):
-            checkpoint.remove_partial(stale)
+            checkpoint_files.remove_partial(stale)
     except OSError as error:
         raise UserError(f"run.dir: {folder} cannot be written ({error.strerror})") from error
 

@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from adapters.method import Method
 from adapters.optimizer import MaskedAdamW, Trainable
 from adapters.registry import METHODS
+from trainer import architecture
 from trainer import backbone as backbones
-from trainer.backbone import Backbone
+from trainer.architecture import Backbone
 from trainer.config import Config, DataOptions
 from trainer.data import TokenDataset, prepare, read_labels
 from trainer.distributed import World
@@ -53,7 +54,7 @@ def open_data(
 ) -> tuple[PreTrainedTokenizerBase, Task, TokenDataset, TokenDataset | None]:
     """Tokenizer, task and tokenised data; each node's first rank tokenises, the others follow."""
     with world.together():
-        tokenizer = backbones.load_tokenizer(config.model)
+        tokenizer = architecture.load_tokenizer(config.model)
         task = TASKS[config.task.kind](config.task, tokenizer)
         if config.task.kind == "sequence_classification":
             task.learn_labels(read_labels(config.data.train, config.data.train_split, config.data))
@@ -79,7 +80,7 @@ def open_session(config: Config, world: World) -> Session:
         engine = make_engine(config, world)
     tokenizer, task, train_data, eval_data = open_data(config, world)
     with world.together():  # what is wrong with the model shows without its weights
-        backbones.build(config, task, world.device)
+        backbones.check(config, task, world.device)
     backbone = backbones.load(config, task, engine, world)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     method.attach(backbone.units, backbone.hosts, world.device)

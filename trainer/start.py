@@ -20,9 +20,8 @@ def guarded() -> Iterator[None]:
         yield
     except Exception as error:
         distributed.report(error)
-        distributed.stop(failed=True)
         sys.stdout.flush()
-        # Not sys.exit: libraries' exit handlers may wait for ranks that are already gone.
+        # Not sys.exit, and no farewell to the process group: both may wait for ranks that are gone.
         os._exit(distributed.exit_code(error))
 
 

@@ -12,7 +12,9 @@ ENGINES = ["ddp", "fsdp2", "deepspeed"]
 SHARDING = ["fsdp2", "deepspeed"]
 FORMATS = ["none", "nf4", "fp4", "int8"]
 
-SHORT = ["data.max_length=56", "data.batch_size=3", "data.micro_batch_size=1"]
+SHORT = [
+    "data.max_length=64", "data.on_bad_record=skip", "data.batch_size=3", "data.micro_batch_size=1",
+]  # fmt: skip
 VARIANTS = {
     "float32": ["model.dtype=float32"],
     "nf4": ["model.quantization=nf4"],

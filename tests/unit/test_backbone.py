@@ -14,6 +14,7 @@ from adapters.registry import METHODS
 from adapters.weights import FORMATS
 from tests.conftest import shared
 from tests.helpers import TINY, quick_config, save_random_model
+from trainer import architecture
 from trainer import backbone as backbones
 from trainer.distributed import World
 from trainer.engine.single import SingleEngine
@@ -25,7 +26,7 @@ ENCODERS = ["bert", "roberta"]
 
 
 def load(config, labels=("0", "1")):
-    tokenizer = backbones.load_tokenizer(config.model)
+    tokenizer = architecture.load_tokenizer(config.model)
     task = TASKS[config.task.kind](config.task, tokenizer)
     task.learn_labels(list(labels))
     return backbones.load(config, task, SingleEngine(config, World()), World()), task

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config import Config
+from trainer.config import Config, compute_dtype
 from trainer.distributed import World
 from trainer.engine.base import Engine
 from trainer.errors import UserError
@@ -24,12 +24,17 @@ _OURS = {
     "scheduler": "optim.schedule",
     "fp16": "model.dtype (bfloat16 or float32)",
     "amp": "model.dtype (bfloat16 or float32)",
+    "torch_autocast": "model.dtype (bfloat16 or float32)",
     "activation_checkpointing": "engine.activation_checkpointing",
     "data_efficiency": "data",
     "curriculum_learning": "data",
     "compression_training": "model.quantization",
 }
 """Sections of a DeepSpeed JSON whose work this project does itself."""
+
+
+_CORRUPTING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+"""ZeRO++ options that take the bytes of a packed matrix for numbers."""
 
 
 class DeepSpeedEngine(Engine):
@@ -41,21 +46,21 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
         _import_deepspeed(world.device)
-        self._user_json = read_user_json(config)
-        self._json: dict[str, Any] | None = None
+        dtype = compute_dtype(config.model, world.device)
+        self._json = merge(read_user_json(config), settings(config, world.size, dtype))
+        self._sized = False
 
     def shard_block(self, block: nn.Module) -> None:
         import deepspeed
 
         dtype = next(block.parameters()).dtype
-        if self._json is None:
-            self._json = merge(self._user_json, settings(self.config, self.world.size, block))
+        if not self._sized:
+            self._json, self._sized = merge(self._json, sizes(block)), True
         deepspeed.zero.Init(module=block, config_dict_or_path=self._json, dtype=dtype)
 
     def shard(self, model: nn.Module) -> None:
         import deepspeed
 
-        assert self._json is not None, "the blocks are sharded first"
         self._engine, *_ = deepspeed.initialize(model=model, config=self._json)
 
     @contextmanager
@@ -76,33 +81,36 @@ class DeepSpeedEngine(Engine):
         return total
 
 
-def settings(config: Config, world_size: int, block: nn.Module) -> dict[str, Any]:
-    """The DeepSpeed JSON of a run whose user brings none, and the values of `auto`.
-
-    Sizes are in elements of the model's dtype, for a model of such blocks.
-    """
+def settings(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What our configuration says in DeepSpeed's terms."""
     data = config.data
     per_round = data.micro_batch_size * world_size
-    sizes = [parameter.numel() for parameter in block.parameters()]
-    vectors = [p.numel() for name, p in block.named_parameters() if "norm" in name.lower()]
     return {
         # For DeepSpeed's own arithmetic only (it wants a product); our loader cuts the batches.
         "train_batch_size": per_round * -(-data.batch_size // per_round),
         "train_micro_batch_size_per_gpu": data.micro_batch_size,
         "gradient_accumulation_steps": -(-data.batch_size // per_round),
         "gradient_clipping": config.optim.max_grad_norm or 0.0,
-        "bf16": {"enabled": next(block.parameters()).dtype == torch.bfloat16},
-        "zero_optimization": {
-            "stage": 3,
-            # Only norms stay whole on every rank: gathering them costs more than it saves.
-            "stage3_param_persistence_threshold": max(vectors, default=0),
-            # One block in use and one on its way; more would keep the model whole.
-            "stage3_prefetch_bucket_size": sum(sizes),
-            "stage3_max_live_parameters": 2 * sum(sizes),
-            "stage3_max_reuse_distance": 0,
-        },
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": {"stage": 3},
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
+    }
+
+
+def sizes(block: nn.Module) -> dict[str, Any]:
+    """Buffer sizes, in elements of the model's dtype, for a model of such blocks."""
+    elements = sum(parameter.numel() for parameter in block.parameters())
+    norms = [p.numel() for name, p in block.named_parameters() if "norm" in name.lower()]
+    return {
+        "zero_optimization": {
+            # Only norms stay whole on every rank: gathering them costs more than it saves.
+            "stage3_param_persistence_threshold": max(norms, default=0),
+            # One block in use and one on its way; more would keep the model whole.
+            "stage3_prefetch_bucket_size": elements,
+            "stage3_max_live_parameters": 2 * elements,
+            "stage3_max_reuse_distance": 0,
+        }
     }
 
 
@@ -126,6 +134,14 @@ def read_user_json(config: Config) -> dict[str, Any]:
             raise UserError(
                 f"engine.config: {path}: {key} given; accepted: leave it out, it is set by {ours}"
             )
+    zero = user.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {}
+    for key in _CORRUPTING:
+        if zero.get(key) not in (None, False, "auto"):
+            raise UserError(
+                f"engine.config: {path}: zero_optimization.{key}: {zero[key]!r} given; accepted: "
+                "false (it would quantise the packed bytes of the backbone a second time)"
+            )
     return user
 
 
@@ -146,11 +162,16 @@ def merge(user: dict[str, Any], ours: dict[str, Any], path: str = "") -> dict[st
                 f"engine.config: {name}: {value!r} given, but {_CONTRADICTS[name]} makes it "
                 f"{own!r}; accepted: {own!r} or 'auto'"
             )
-    for key, value in merged.items():
-        if value == "auto":
-            name = f"{path}.{key}" if path else key
-            raise UserError(f"engine.config: {name}: 'auto' given; accepted: a value")
-    return merged
+    return _without_auto(merged)
+
+
+def _without_auto(value: dict[str, Any]) -> dict[str, Any]:
+    """Leave out every `auto` on which we have no opinion: DeepSpeed's own default holds."""
+    return {
+        key: _without_auto(inner) if isinstance(inner, dict) else inner
+        for key, inner in value.items()
+        if inner != "auto"
+    }
 
 
 _CONTRADICTS = {

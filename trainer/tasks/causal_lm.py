@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from trainer.errors import UserError
 from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TaskOptions, pad
 
 
@@ -25,6 +26,13 @@ class CausalLM(Task):
 
     Options = CausalLMOptions
     auto_class = AutoModelForCausalLM
+
+    def configure(self, config: PretrainedConfig) -> None:
+        if getattr(config, "is_decoder", None) is False:  # encoders carry it; decoders do not
+            raise UserError(
+                f"task.kind: causal_lm given, but {config.model_type} is an encoder, whose tokens "
+                "see what they are to predict; accepted: sequence_classification"
+            )
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
         pieces = [text for record in records for text, _ in record.segments]

@@ -59,7 +59,9 @@ class SequenceClassification(Task):
         else:
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {name: index for index, name in enumerate(self.labels)}
-        config.pad_token_id = self.pad_token_id
+        if config.pad_token_id is None:
+            config.pad_token_id = self.pad_token_id
+        self.pad_token_id = config.pad_token_id  # the model looks for its own to find the end
 
     def trained_modules(self, model: nn.Module) -> list[str]:
         backbone = model.base_model_prefix

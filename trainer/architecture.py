@@ -1,0 +1,236 @@
+"""The model without its weights: found, built on the meta device, linear layers made hosts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from adapters.linear import AdaptedLinear
+from adapters.method import MethodOptions
+from adapters.units import Unit, linear_names, make_units, select_targets, transformer_blocks
+from trainer.config import Config, ModelOptions, compute_dtype
+from trainer.errors import UserError
+from trainer.tasks.base import Task
+
+
+class TrainedModule(nn.Module):
+    """A module that trains whole beside the adapters (a new head): float32, never sharded."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner.float().requires_grad_(True)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.inner(x.float(), *args, **kwargs)
+
+
+@dataclass
+class Backbone:
+    """A model whose linear layers are hosts, before or after loading."""
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    units: list[Unit]
+    hosts: dict[str, AdaptedLinear]
+    """Host modules by path; those of `units` are to take adapters."""
+    heads: dict[str, nn.Module]
+    """The task's new modules, by path; their parameters train whole."""
+    digest: str = ""
+    quantization_error: float = 0.0
+    """‖W − Ŵ‖ / ‖W‖ over all quantised matrices (Frobenius)."""
+
+
+def resolve_folder(name: str, revision: str | None, *, with_weights: bool = True) -> Path:
+    """The local folder of a model: as given, or downloaded from the hub (safetensors only)."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"model.id: {name}: no such folder; accepted: a local folder or a hub id")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[*patterns, *(["*.safetensors"] if with_weights else [])],
+                ignore_patterns=["consolidated*", "original/*"],
+            )
+        )
+    except Exception as error:  # the hub client raises a score of types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"model.id: {name}: neither a local folder nor a model that the hub gives ({reason})"
+        ) from error
+
+
+def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or the one that `model.tokenizer` names."""
+    key = "model.id" if options.tokenizer is None else "model.tokenizer"
+    revision = options.revision if options.tokenizer is None else None
+    folder = resolve_folder(options.tokenizer or options.id, revision, with_weights=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the files lead to
+        raise UserError(f"{key}: {folder}: no usable tokenizer ({_first_line(error)})") from error
+
+
+def build(config: Config, task: Task, device: torch.device) -> Backbone:
+    """The model on the meta device, its linear layers replaced by hosts: shapes, no bytes."""
+    options = config.model
+    folder = resolve_folder(options.id, options.revision, with_weights=False)
+    model_config = _model_config(folder, options)
+    task.configure(model_config)
+    dtype = compute_dtype(options, device)
+    try:
+        with torch.device("meta"):
+            model = task.auto_class.from_config(
+                model_config,
+                dtype=dtype,
+                attn_implementation=None if options.attention == "auto" else options.attention,
+            )
+    except Exception as error:  # a model's constructor raises whatever its shapes lead to
+        raise UserError(
+            f"model.id: {folder} with model.attention={options.attention}: {_first_line(error)}"
+        ) from error
+    model.requires_grad_(False)
+    model.eval()
+    _check_vocabulary(task.tokenizer, model, options)
+    trained = task.trained_modules(model)
+    head = _output_head(model)
+    targets = _targets(model, config.method, head, trained)
+    hosts = _install_hosts(model, options.quantization, targets, [*head, *trained])
+    if config.engine.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(
+                f"engine.activation_checkpointing: true given, but {type(model).__name__} does not "
+                "support it; accepted: false"
+            )
+        # transformers renamed it in 5.2x; both names must do.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    heads = {path: model.get_submodule(path) for path in trained}
+    return Backbone(model, dtype, make_units(model, targets), hosts, heads)
+
+
+def _model_config(folder: Path, options: ModelOptions) -> PretrainedConfig:
+    """The model's configuration with `model.overrides` applied."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as for the tokenizer
+        raise UserError(
+            f"model.id: {folder}: no usable config.json ({_first_line(error)})"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"model.id: {folder}: its weights are quantised already (quantization_config); "
+            "accepted: an unquantised model, with model.quantization for its format"
+        )
+    for key in options.overrides:
+        if not hasattr(config, key):
+            raise UserError(f"model.overrides: {key}: not a key of {folder / 'config.json'}")
+    if not options.overrides:
+        return config
+    values = config.to_dict()
+    values.pop("layer_types", None)  # derived from the number of layers
+    try:
+        return type(config).from_dict({**values, **options.overrides})
+    except Exception as error:  # likewise
+        raise UserError(f"model.overrides: {options.overrides}: {_first_line(error)}") from error
+
+
+def _targets(
+    model: nn.Module, method: MethodOptions, head: list[str], trained: list[str]
+) -> list[str]:
+    """Paths of the linear layers that host adapters. Raises UserError naming what does not fit."""
+    excluded = trained if method.include_head else [*head, *trained]
+    try:
+        targets = select_targets(linear_names(model, excluded), method.targets)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not targets:
+        raise UserError(
+            f"method.targets: {method.targets!r} picks no linear layer of {type(model).__name__}; "
+            "accepted: a model whose projections are nn.Linear, and at least one of them"
+        )
+    for unit in make_units(model, targets):
+        largest = min(unit.out_features, unit.in_features)
+        if method.rank > largest:
+            raise UserError(
+                f"method.rank: {method.rank} given; accepted: at most {largest}, the smaller side "
+                f"of {unit.name} ({unit.out_features} x {unit.in_features})"
+            )
+    return targets
+
+
+def _install_hosts(
+    model: nn.Module, quantization: str, targets: list[str], unquantized: list[str]
+) -> dict[str, AdaptedLinear]:
+    """Replace linear layers: those to be quantised, and those to be adapted."""
+    hosts = {}
+    quantizable = linear_names(model, unquantized) if quantization != "none" else []
+    if quantization != "none":
+        _refuse_other_matrices(model, quantization)
+    for path in dict.fromkeys([*quantizable, *targets]):
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        host = AdaptedLinear(linear, quantization if path in quantizable else "none")
+        set_module(model, path, host)
+        hosts[path] = host
+    return hosts
+
+
+def _refuse_other_matrices(model: nn.Module, quantization: str) -> None:
+    """Large matrices in the blocks that are no nn.Linear (stacked experts) are never skipped
+    silently: half a quantised model is not what was asked for."""
+    for path, block in transformer_blocks(model):
+        for name, module in block.named_modules():
+            for attribute, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() > 1 and not isinstance(module, nn.Linear | nn.Embedding):
+                    if parameter.numel() <= 1 << 20:
+                        continue  # a router, say
+                    where = ".".join(part for part in (path, name, attribute) if part)
+                    raise UserError(
+                        f"model.quantization: {quantization!r} given, but {where} "
+                        f"{tuple(parameter.shape)} belongs to no linear layer and would stay "
+                        "unquantised; accepted for this model: none"
+                    )
+
+
+def _output_head(model: PreTrainedModel) -> list[str]:
+    head = model.get_output_embeddings()
+    return [path for path, module in model.named_modules() if head is not None and module is head]
+
+
+def _check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, options: ModelOptions
+) -> None:
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    size = embedding.num_embeddings
+    if len(tokenizer) > size:
+        raise UserError(
+            f"model.tokenizer: {options.tokenizer or options.id} has {len(tokenizer)} tokens; "
+            f"accepted: at most {size}, the size of the model's embedding"
+        )
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module | None) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else repr(error)

@@ -1,0 +1,171 @@
+"""A checkpoint as files: complete or not, intact or damaged, kept or cleared away.
+
+    checkpoints/step-00000100/
+        state.json                    step, loader position, configuration, backbone's digest …
+        shard-*.safetensors           tensors, written by all ranks in parallel
+        manifest.json                 size and SHA-256 of every other file; written last
+
+Written into a hidden folder that is renamed when complete: what has the final name is whole.
+Tensors are in safetensors and the rest is JSON: loading executes nothing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trainer.errors import UserError
+
+FORMAT = 1
+
+
+PARTIAL = ".partial"
+
+
+class BadCheckpoint(UserError):
+    """A checkpoint that cannot be used; the message says why."""
+
+
+def check_complete(folder: Path, names: Iterable[str], ranks: int) -> None:
+    """Every rank's tensors must have arrived where rank 0 sees them."""
+    written = {
+        key
+        for file in folder.glob("*.safetensors")
+        for key in safe_open(file, framework="pt").keys()  # noqa: SIM118
+    }
+    missing = {*names, *(f"random/{rank}/cpu" for rank in range(ranks))} - written
+    if missing:
+        raise OSError(f"{min(missing)} is missing; accepted: a run.dir that all nodes share")
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    return max(complete(folder), default=None)
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's state.json, once every file has its recorded size and SHA-256."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        for name, (size, digest) in manifest.items():
+            file = checkpoint / name
+            if Path(name).name != name or not file.is_file():
+                raise BadCheckpoint(f"{checkpoint}: {name} is missing")
+            if file.stat().st_size != size:
+                raise BadCheckpoint(
+                    f"{file}: {file.stat().st_size} bytes, {size} were written: truncated"
+                )
+            if _digest(file) != digest:
+                raise BadCheckpoint(f"{file}: checksum differs from the one written: damaged")
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadCheckpoint(
+            f"{checkpoint}: no checkpoint of this project ({error.strerror}: "
+            f"{Path(error.filename).name}); accepted: a folder such as step-00000100"
+        ) from error
+    except (ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise BadCheckpoint(f"{checkpoint}: damaged ({error})") from error
+    if state.get("format") != FORMAT:
+        raise BadCheckpoint(f"{checkpoint}: format {state.get('format')}; accepted: {FORMAT}")
+    return state
+
+
+def find(resume: str, folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """(checkpoint to resume from, its state, remarks on newer ones that are damaged)."""
+    if resume == "never":
+        return None, {}, []
+    if resume != "auto":
+        path = Path(resume)
+        return path, verify(path), []
+    remarks: list[str] = []
+    for checkpoint in reversed(complete(folder)):
+        try:
+            return checkpoint, verify(checkpoint), remarks
+        except BadCheckpoint as error:
+            remarks.append(str(error))
+    if remarks:
+        raise BadCheckpoint(
+            f"run.resume: auto found no undamaged checkpoint in {folder} ({remarks[0]}); "
+            "accepted: run.resume=PATH of a good one, or another run.name to start anew"
+        )
+    return None, {}, []
+
+
+def clear_the_way(folder: Path, step: int, resume: str) -> list[str]:
+    """Before going on from `step`: set damaged newer checkpoints aside, refuse to bury good ones.
+
+    Retention counts by step: a newer checkpoint that is damaged, or of a run that took another
+    way, would otherwise push out the ones that this run is about to write.
+    """
+    remarks = []
+    for newer in complete(folder):
+        if int(newer.name.removeprefix("step-")) <= step:
+            continue
+        try:
+            verify(newer)
+        except BadCheckpoint:
+            aside = newer.with_name(f"damaged-{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
+            remarks.append(f"{newer.name} is damaged; moved to {aside}")
+            continue
+        raise BadCheckpoint(
+            f"run.resume: {resume} is older than {newer}, which going on from it would overwrite; "
+            "accepted: another run.name, or delete the newer checkpoints first"
+        )
+    return remarks
+
+
+def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise BadCheckpoint(f"{file}: not a readable safetensors file ({error})") from error
+    return tensors
+
+
+def write_manifest(folder: Path) -> None:
+    manifest = {}
+    for file in sorted(folder.iterdir()):
+        sync(file)
+        manifest[file.name] = (file.stat().st_size, _digest(file))
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    sync(folder / "manifest.json")
+    sync(folder)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file (or a folder's entries) survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a killed run had begun to write."""
+    if folder.name.endswith(PARTIAL):
+        shutil.rmtree(folder, ignore_errors=True)

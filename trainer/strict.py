@@ -1,0 +1,134 @@
+"""Strict YAML and strict sections, with one line for whatever is wrong.
+
+Every message names the key, what was given and what is accepted, with the nearest match.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from adapters.options import Section
+from trainer.errors import UserError
+
+
+def validate(prefix: str, value: Any, kind: type[Section]) -> Any:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise UserError(_explain(prefix, error.errors()[0], kind)) from error
+
+
+def _explain(prefix: str, error: ErrorDetails, kind: type[BaseModel]) -> str:
+    """One line for pydantic's first complaint."""
+    path = [str(part) for part in error["loc"]]
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])  # our own validators name the key themselves
+    if error["type"] == "extra_forbidden":
+        return unknown_key(path[-1], [prefix, *path[:-1]], kind)
+    # Members of a union appear in the location ("eval.str"); only keys are of interest.
+    fields = [part for part in path if part in kind.model_fields or part.isdigit()] or path
+    key = ".".join(part for part in (prefix, *fields) if part)
+    if error["type"] == "missing":
+        return f"{key}: missing; accepted: {_accepted(kind, fields)}"
+    accepted = _accepted(kind, fields, error["msg"])
+    if error["type"] == "literal_error":
+        accepted += _nearest(error["input"], re.findall(r"'(\w+)'", accepted))
+    return f"{key}: {error['input']!r} given; accepted: {accepted}"
+
+
+def _accepted(kind: type[BaseModel], path: list[str], message: str = "") -> str:
+    """What a field takes: pydantic's own words for bounds and choices, else its type."""
+    stated = re.sub(r"^Input should be (a valid )?", "", message)
+    field = kind.model_fields.get(path[0])
+    if field is None or (stated and not message.startswith("Input should be a valid")):
+        return stated
+    return _type_name(field.annotation)
+
+
+def _type_name(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return ", ".join(map(str, typing.get_args(annotation)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(part) for part in typing.get_args(annotation))
+    if origin is list:
+        return f"a list of {_type_name(typing.get_args(annotation)[0])}s"
+    if origin is dict:
+        return "a mapping"
+    names = {str: "string", int: "integer", float: "number", bool: "true or false"}
+    return names.get(annotation, str(annotation))
+
+
+def unknown_key(key: str, path: list[str], kind: type[BaseModel]) -> str:
+    full = ".".join(part for part in (*path, key) if part)
+    return f"{full}: unknown key; accepted: {names_of(kind)}{_nearest(key, kind.model_fields)}"
+
+
+def _nearest(given: Any, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(given), list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def names_of(kind: type[BaseModel]) -> str:
+    return ", ".join(kind.model_fields)
+
+
+def one_of(key: str, value: Any, known: Mapping[str, Any]) -> str:
+    if isinstance(value, str) and value in known:
+        return value
+    raise UserError(f"{key}: {value!r} given; accepted: {', '.join(known)}{_nearest(value, known)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1.2's floats (`1e-3` is a number) and no key given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is not a string", key_node.start_mark
+                )
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around the strings that `_Loader` would read as numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+        list("-+0123456789."),
+    )
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}{line}: not valid YAML ({problem})") from error
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML that `parse_yaml` reads back to the same."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
