@@ -32,11 +32,13 @@ def export_adapter(
     revision: str | None = None,
     task: str = "causal_lm",
     heads: Mapping[str, Tensor] | None = None,
+    labels: int | None = None,
     note: str = "",
 ) -> None:
     """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
 
-    `adapters` by module path; `heads`: parameters of whole trained modules by their full name.
+    `adapters` by module path; `heads`: parameters of whole trained modules by their full name;
+    `labels`: outputs of a classification head.
     A unit of rank 0 is left out (PEFT refuses it).
     """
     heads = heads or {}
@@ -60,7 +62,7 @@ def export_adapter(
         "task_type": _TASK_TYPES.get(task),
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (folder / "README.md").write_text(_readme(base_model, task, note), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(base_model, task, labels, note), encoding="utf-8")
 
 
 def _peft_config(ranks: Mapping[str, int], heads: list[str]) -> dict[str, object]:
@@ -83,8 +85,9 @@ def _peft_config(ranks: Mapping[str, int], heads: list[str]) -> dict[str, object
     }
 
 
-def _readme(base_model: str, task: str, note: str) -> str:
+def _readme(base_model: str, task: str, labels: int | None, note: str) -> str:
     auto = "SequenceClassification" if task == "sequence_classification" else "CausalLM"
+    arguments = f'"{base_model}"' + (f", num_labels={labels}" if labels else "")
     return f"""---
 base_model: {base_model}
 library_name: peft
@@ -96,7 +99,7 @@ library_name: peft
 from peft import PeftModel
 from transformers import AutoModelFor{auto}
 
-model = AutoModelFor{auto}.from_pretrained("{base_model}")
+model = AutoModelFor{auto}.from_pretrained({arguments})
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 

@@ -5,6 +5,8 @@ holds, beside its share, one unquantised matrix and one quantised block (at the 
 and the head) whole.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import os
 import zlib
@@ -34,6 +36,7 @@ def load(config: Config, task: Task, engine: Engine, world: World) -> Backbone:
     for path, block in transformer_blocks(model):
         filler.fill(block, path)
         engine.shard_block(block)
+        _return_freed_memory()
     filler.fill(model, "")
     engine.shard(model)
     for path, head in backbone.heads.items():
@@ -185,6 +188,13 @@ def _frozen(value: Tensor) -> nn.Parameter:
     parameter = nn.Parameter(value, requires_grad=False)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # `_init_weights` passes it by
     return parameter
+
+
+def _return_freed_memory() -> None:
+    """Ask the C library to give freed pages back. Between the packed matrices, which stay, the
+    freed copies of unquantised ones would otherwise add up to the whole unquantised model."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _initialise(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:

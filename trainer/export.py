@@ -88,13 +88,15 @@ def cost_of_dequantising(config: Config, world: World, checkpoint: Path) -> str:
 def write_adapter(checkpoint: Path, state: Mapping[str, Any], out: Path, note: str = "") -> None:
     """A PEFT folder from a checkpoint; the backbone is not needed."""
     config, tensors = saved_config(state), checkpoint_files.read_tensors(checkpoint)
+    heads = saved_heads(tensors)
     export_adapter(
         out,
         saved_adapters(tensors),
         base_model=config.model.id,
         revision=config.model.revision,
         task=config.task.kind,
-        heads=saved_heads(tensors),
+        heads=heads,
+        labels=(len(state["labels"].get("labels", ())) or 1) if heads else None,
         note=note,
     )
 

@@ -1,5 +1,6 @@
 """One whole run: open, resume, train, export, and leave a folder that explains itself."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -133,7 +134,11 @@ def _introduction(session: Session, steps: int) -> list[str]:
 def _finish(session: Session, folder: Path, steps: int) -> None:
     """Export, draw, describe; rank 0 only, since adapters are whole on every rank."""
     adapter = folder / "adapter"
-    note = _export(session, adapter)
+    unfinished = folder / ".adapter.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    note = _export(session, unfinished)
+    shutil.rmtree(adapter, ignore_errors=True)
+    unfinished.rename(adapter)
     figure = draw_loss([folder], folder / "figures" / "loss")
     lines = read_metrics(folder / "metrics.jsonl")
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
@@ -173,6 +178,7 @@ def _export(session: Session, folder: Path) -> str:
         revision=config.model.revision,
         task=config.task.kind,
         heads=heads,
+        labels=session.backbone.model.config.num_labels if heads else None,
         note=note,
     )
     return note

@@ -49,19 +49,19 @@ def _accepted(kind: type[BaseModel], path: list[str], message: str = "") -> str:
     field = kind.model_fields.get(path[0])
     if field is None or (stated and not message.startswith("Input should be a valid")):
         return stated
-    return _type_name(field.annotation)
+    return type_name(field.annotation)
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
     origin = typing.get_origin(annotation)
     if origin is Literal:
         return ", ".join(map(str, typing.get_args(annotation)))
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(part) for part in typing.get_args(annotation))
+        return " or ".join(type_name(part) for part in typing.get_args(annotation))
     if origin is list:
-        return f"a list of {_type_name(typing.get_args(annotation)[0])}s"
+        return f"a list of {type_name(typing.get_args(annotation)[0])}s"
     if origin is dict:
         return "a mapping"
     names = {str: "string", int: "integer", float: "number", bool: "true or false"}

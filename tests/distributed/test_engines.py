@@ -103,7 +103,7 @@ def shares(tmp_path_factory):
                 "model.weights=random", "model.overrides.hidden_size=1024",
                 "model.overrides.intermediate_size=2816", "model.overrides.num_hidden_layers=10",
                 "data.batch_size=2", "data.micro_batch_size=1", "data.train_records=2",
-                "data.eval=null", "data.max_length=16", "method.rank=1",
+                "data.eval=null", "task.loss_on=all", "data.max_length=16", "method.rank=1",
             )  # fmt: skip
             cases[f"{engine}-{fmt}"] = ("shard", config.model_dump())
     return {name: ok(results) for name, results in run_cases(tmp / "work", cases).items()}

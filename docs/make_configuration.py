@@ -1,0 +1,39 @@
+"""Write docs/configuration.md from the configuration's own types and docstrings.
+
+python docs/make_configuration.py
+"""
+
+from pathlib import Path
+
+from adapters.options import Section
+from adapters.registry import METHODS
+from trainer.config import Config
+from trainer.strict import type_name
+from trainer.tasks import TASKS
+
+
+def table(section: type[Section]) -> list[str]:
+    lines = ["| key | type | default | |", "|---|---|---|---|"]
+    for name, field in section.model_fields.items():
+        default = "required" if field.is_required() else f"`{field.get_default()!r}`"
+        text = " ".join((field.description or "").split())
+        cells = (f"`{name}`", type_name(field.annotation), default, text)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def document() -> str:
+    lines = ["# Configuration", "", "Made by `python docs/make_configuration.py`; do not edit.", ""]
+    for name, field in Config.model_fields.items():
+        kinds = {"method": METHODS, "task": TASKS}.get(name)
+        if kinds is None:
+            assert isinstance(field.annotation, type)
+            lines += [f"## {name}", "", *table(field.annotation), ""]
+            continue
+        for kind, implementation in kinds.items():
+            lines += [f"## {name} (`kind: {kind}`)", "", *table(implementation.Options), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("configuration.md").write_text(document(), encoding="utf-8")

@@ -1,0 +1,80 @@
+"""A rank never holds the whole unquantised model: measured in a process of its own."""
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import shared
+from tests.helpers import ROOT, finish, quick_config
+
+PROGRAM = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from trainer import backbone
+from trainer.architecture import load_tokenizer
+from trainer.config import parse_config
+from trainer.distributed import World
+from trainer.engine.single import SingleEngine
+from trainer.tasks import TASKS
+
+def anonymous():  # resident and private: pages of mapped files come and go as the kernel likes
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+
+config = parse_config(json.loads(Path(sys.argv[1]).read_text()))
+task = TASKS["causal_lm"](config.task, load_tokenizer(config.model))
+backbone.build(config, task, torch.device("cpu"))
+before, peak, done = anonymous(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+loaded = backbone.load(config, task, SingleEngine(config, World()), World())
+done = True
+thread.join()
+held = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+print(json.dumps({"peak": peak - before, "held": held}))
+"""
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_peak_is_the_quantised_model_and_a_matrix_or_two(quantization, tmp_path):
+    """books-llama-28m's architecture, three times as wide and deeper: 150 M parameters."""
+    import subprocess
+
+    from tests.helpers import environment
+
+    source = shared("models/books-llama-28m")
+    shape = AutoConfig.from_pretrained(source)
+    shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers = 1024, 2816, 12
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model", max_shard_size="100MB")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "model")
+    parameters = sum(p.numel() for p in model.parameters())
+    largest = max(p.numel() for p in model.parameters())
+    del model
+    config = quick_config(
+        tmp_path, f"model.id={tmp_path}/model", f"model.quantization={quantization}"
+    )
+    (tmp_path / "config.json").write_text(json.dumps(config.model_dump()))
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "config.json")],
+        cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    code, out, err = finish(process)
+    assert code == 0, err[-3000:]
+    measured = json.loads(out.splitlines()[-1])
+    unquantised = 4 * parameters
+    # What is held, and a few float32 copies of the largest matrix while it is converted.
+    assert measured["peak"] <= measured["held"] + 4 * 4 * largest + 20e6
+    assert measured["peak"] < 0.5 * unquantised, f"{measured} against {unquantised}"
