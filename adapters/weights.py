@@ -3,7 +3,8 @@
 A quantised matrix is one flat tensor of bytes, codes first and scales behind them, *viewed as
 the model's own dtype*. To a sharder it is an ordinary frozen parameter, so ZeRO-3 and FSDP2
 (which on torch 2.11 shards no integer tensors) split it without knowing about quantisation, and
-a cast to the dtype it already has leaves its bits alone. Never call `.float()` on it.
+a cast to the dtype it already has leaves its bits alone. Never call `.float()` on it. `unpack`
+takes the bytes through any dtype (FSDP2 wants them viewed as float32).
 """
 
 import math

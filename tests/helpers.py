@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +86,31 @@ def command(launcher: str, processes: int, script: str | Path, *arguments: str) 
     return [*head, str(script), *arguments]
 
 
-def environment() -> dict[str, str]:
-    """For started processes: offline, one thread each, no trace of an outer launcher."""
+def environment(gpus: str | None = "") -> dict[str, str]:
+    """For started processes: offline, one thread each, no trace of an outer launcher, no GPU
+    unless `gpus` (CUDA_VISIBLE_DEVICES; None: all)."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return clean | {
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "PYTHONWARNINGS": "ignore", **({} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }  # fmt: skip
 
 
-def start(launcher: str, processes: int, script: str | Path, *arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
+def start(
+    launcher: str, processes: int, script: str | Path, *arguments: str, gpus: str | None = ""
+) -> subprocess.Popen:
+    """Start a launcher in a session of its own; `ranks_of` finds its ranks by a mark."""
+    marked = environment(gpus) | {"RANKCAST_TEST_MARK": uuid.uuid4().hex}
+    process = subprocess.Popen(
         command(launcher, processes, script, *arguments),
-        cwd=ROOT, env=environment(), text=True, start_new_session=True,
+        cwd=ROOT, env=marked, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
+
+    process.mark = marked["RANKCAST_TEST_MARK"]  # type: ignore[attr-defined]
+    return process
 
 
 def finish(process: subprocess.Popen, seconds: float = 180) -> tuple[int, str, str]:
@@ -115,9 +125,14 @@ def finish(process: subprocess.Popen, seconds: float = 180) -> tuple[int, str, s
 
 
 def launch(
-    launcher: str, processes: int, script: str | Path, *arguments: str, seconds: float = 180
+    launcher: str,
+    processes: int,
+    script: str | Path,
+    *arguments: str,
+    seconds: float = 180,
+    gpus: str | None = "",
 ) -> tuple[int, str, str]:
-    return finish(start(launcher, processes, script, *arguments), seconds)
+    return finish(start(launcher, processes, script, *arguments, gpus=gpus), seconds)
 
 
 def error_lines(text: str) -> list[str]:
@@ -136,11 +151,9 @@ def ranks_of(process: subprocess.Popen) -> dict[int, int]:
                 for item in (folder / "environ").read_text().split("\0")
                 if "=" in item
             )
-            line = (folder / "cmdline").read_text().split("\0")
-            group = os.getsid(int(folder.name))
         except (OSError, ValueError):
             continue
-        if group == process.pid and "RANK" in variables and any("train.py" in p for p in line):
+        if variables.get("RANKCAST_TEST_MARK") == process.mark and "RANK" in variables:
             found[int(variables["RANK"])] = int(folder.name)
     return found
 

@@ -1,6 +1,7 @@
 """Cases for the worker: written, run on real processes, read back."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,15 @@ from tests.helpers import ROOT, launch
 
 
 def run_cases(
-    folder: Path, cases: dict[str, tuple[str, Any]], processes: int = 2
+    folder: Path, cases: dict[str, tuple[str, Any]], processes: int = 2, device: str = "cpu"
 ) -> dict[str, list]:
     """Every rank's result by case. Fails where a rank did not finish the list."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     worker = ROOT / "tests/distributed/worker.py"
-    files = (str(folder / "cases.json"), str(folder))
-    code, out, err = launch("torchrun", processes, worker, *files, seconds=480)
+    arguments = (str(folder / "cases.json"), str(folder), device)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") if device == "cuda" else ""
+    code, out, err = launch("torchrun", processes, worker, *arguments, seconds=480, gpus=gpus)
     assert code == 0, f"{out[-3000:]}\n{err[-6000:]}"
     per_rank = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
     return {name: [results[name] for results in per_rank] for name in cases}

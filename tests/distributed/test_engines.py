@@ -77,6 +77,37 @@ def test_losses_agree_with_one_process(runs, variant, engine):
     assert max(abs(a - b) / a for a, b in zip(alone, spread, strict=True)) <= tolerance
 
 
+def gathering(tmp, engine: str, fmt: str, device: str = "cpu") -> Config:
+    """A bfloat16 backbone whose packed bytes, seen as bfloat16, include many that mean NaN."""
+    return quick_config(
+        tmp, f"engine.kind={engine}", f"model.quantization={fmt}", "model.dtype=bfloat16",
+        f"engine.device={device}", "data.eval=null",
+    )  # fmt: skip
+
+
+def check_gathered(tmp, device: str) -> None:
+    """Every rank's gathered bytes under every sharder are those that one process packs."""
+    cases = {
+        f"{engine}-{fmt}": ("gathered", gathering(tmp, engine, fmt, device).model_dump())
+        for engine in SHARDING
+        for fmt in FORMATS[1:]
+    }
+    results = run_cases(tmp / "work", cases, device=device)
+    alone = {
+        fmt: ("gathered", gathering(tmp, "single", fmt, device).model_dump()) for fmt in FORMATS[1:]
+    }
+    for fmt, result in run_cases(tmp / "alone", alone, 1, device).items():
+        (expected,) = ok(result)
+        assert len(expected) == 28
+        for engine in SHARDING:
+            for digests in ok(results[f"{engine}-{fmt}"]):
+                assert digests == expected, f"{engine} {fmt}"
+
+
+def test_packed_bytes_survive_sharding_and_gathering(tmp_path):
+    check_gathered(tmp_path, "cpu")
+
+
 def test_formats_are_not_all_the_same_run(runs):
     first = {
         variant: losses(runs / f"{variant}-single")[0] for variant in ("float32", *FORMATS[1:])
@@ -100,8 +131,8 @@ def shares(tmp_path_factory):
             config = quick_config(
                 tmp, f"engine.kind={engine}", f"model.quantization={quantization}",
                 f"model.dtype={'bfloat16' if fmt == 'bfloat16' else 'float32'}",
-                "model.weights=random", "model.overrides.hidden_size=1024",
-                "model.overrides.intermediate_size=2816", "model.overrides.num_hidden_layers=10",
+                "model.weights=random", "model.overrides.hidden_size=768",
+                "model.overrides.intermediate_size=2048", "model.overrides.num_hidden_layers=10",
                 "data.batch_size=2", "data.micro_batch_size=1", "data.train_records=2",
                 "data.eval=null", "task.loss_on=all", "data.max_length=16", "method.rank=1",
             )  # fmt: skip
@@ -109,7 +140,7 @@ def shares(tmp_path_factory):
     return {name: ok(results) for name, results in run_cases(tmp / "work", cases).items()}
 
 
-LINEAR = 10 * (1024 * 128 * 2 + 1024 * 64 * 2 + 3 * 1024 * 2816)
+LINEAR = 10 * (768 * 128 * 2 + 768 * 64 * 2 + 3 * 768 * 2048)
 BYTES = {"none": 4.0, "bfloat16": 2.0, "nf4": 0.5625, "fp4": 0.5625, "int8": 1.0}
 
 

@@ -8,6 +8,7 @@ ended in) is written to results/<rank>.json.
 
 import ctypes
 import gc
+import hashlib
 import json
 import resource
 import signal
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch
 
+from adapters.linear import AdaptedLinear
+from adapters.units import transformer_blocks
 from trainer import distributed
 from trainer.config import parse_config
 from trainer.distributed import World
@@ -78,6 +81,20 @@ def shard(world: World, config: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def gathered(world: World, config: dict[str, Any]) -> dict[str, str]:
+    """Digest of every quantised matrix, byte by byte, as it is while its block is whole."""
+    session = open_session(parse_config(config), world)
+    digests = {}
+    for path, block in transformer_blocks(session.model):
+        with session.engine.unsharded(block):
+            for name, host in block.named_modules():
+                if isinstance(host, AdaptedLinear):
+                    data = host.weight.detach().cpu().clone().view(torch.uint8)
+                    digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()
+                    digests[f"{path}.{name}"] = digest
+    return digests
+
+
 def settle() -> None:
     """Give freed memory back to the system, so that resident memory says what is in use."""
     gc.collect()
@@ -92,12 +109,17 @@ def resident() -> int:
     raise RuntimeError("no RssAnon in /proc/self/status")
 
 
-CASES = {"train": train, "train_on_a_full_disk": train_on_a_full_disk, "shard": shard}
+CASES = {
+    "train": train,
+    "train_on_a_full_disk": train_on_a_full_disk,
+    "shard": shard,
+    "gathered": gathered,
+}
 
 
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    world = distributed.start("cpu", 120.0)
+    world = distributed.start(sys.argv[3] if len(sys.argv) > 3 else "cpu", 120.0)
     results = {}
     for name, (function, argument) in cases.items():
         started = time.perf_counter()

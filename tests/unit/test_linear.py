@@ -33,7 +33,7 @@ def gradients(function, layer, x):
     x = x.detach().clone().requires_grad_(True)
     layer.zero_grad()
     y = function(x)
-    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y))
     adapter = layer.adapter
     return [y.detach(), x.grad, adapter.A.grad, adapter.g.grad, adapter.B.grad]
 

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from adapters.linear import AdaptedLinear
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine.base import Engine
@@ -24,6 +26,13 @@ class FSDP2Engine(Engine):
         self._mesh = init_device_mesh(world.device.type, (world.size,))
 
     def shard_block(self, block: nn.Module) -> None:
+        for module in block.modules():
+            if isinstance(module, AdaptedLinear) and module.weight_format != "none":
+                # On a GPU the gather copies bfloat16 by way of float32, which makes all NaNs one:
+                # of packed bytes it would change those that look like a NaN. float32 goes
+                # unchanged, and unpacking asks for bytes only.
+                packed = module.weight.detach().view(torch.float32)
+                module.weight = nn.Parameter(packed, requires_grad=False)
         fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
 
     def shard(self, model: nn.Module) -> None:

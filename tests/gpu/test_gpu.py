@@ -1,0 +1,58 @@
+"""What only a GPU can show; skipped where there is none."""
+
+import pytest
+import torch
+
+from adapters.weights import FORMATS
+from tests.distributed.test_engines import check_gathered
+from tests.helpers import losses, quick_config
+from tests.unit.test_linear import gradients, host, reference
+from trainer import distributed
+from trainer.run import run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fmt", list(FORMATS))
+def test_fused_operator_equals_autograd(fmt, dtype):
+    layer = host(fmt, dtype=dtype, out=192, inp=256).cuda()
+    packed = layer.pack(torch.randn(192, 256, device="cuda", dtype=dtype) * 0.02, dtype)
+    layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+    x = torch.randn(2, 5, 256, device="cuda", dtype=dtype)
+    fused, plain = gradients(layer, layer, x), gradients(lambda t: reference(layer, t), layer, x)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, theirs in zip(fused, plain, strict=True):
+        assert (ours - theirs).float().norm() <= tolerance * theirs.float().norm()
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "fp4", "int8"])
+def test_cpu_and_gpu_quantise_alike(fmt):
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)) * 0.02
+    restored = []
+    for device in ("cpu", "cuda"):
+        packed = FORMATS[fmt].pack(weight.to(device), torch.float32)
+        restored.append(FORMATS[fmt].unpack(packed, (128, 256), torch.float32).cpu())
+    spread = (restored[0] - restored[1]).norm() / weight.norm()
+    assert spread < 5e-3, "beyond ties and float16 scales"
+
+
+@pytest.mark.parametrize("changes", [[], ["model.quantization=nf4", "data.packing=true"]])
+def test_a_run_learns_and_agrees_with_the_cpu(changes, tmp_path):
+    found = []
+    for device in ("cpu", "cuda"):
+        config = quick_config(
+            tmp_path, "run.steps=10", f"run.name={device}", f"engine.device={device}",
+            "model.dtype=float32", *changes,
+        )  # fmt: skip
+        run(config, distributed.start(device))
+        found.append(losses(config.run_folder))
+    assert found[1][-1] < found[1][0]
+    worst = max(abs(a - b) / a for a, b in zip(*found, strict=True))
+    assert worst < (1e-3 if not changes else 1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_packed_bytes_survive_sharding_and_gathering(tmp_path):
+    """NCCL's copies must not touch bits that look like a NaN."""
+    check_gathered(tmp_path, "cuda")
