@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 from trainer import distributed
-from trainer.errors import UserError
 from trainer.start import guarded
 
 
@@ -35,29 +34,20 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    from trainer import export
-    from trainer.config import with_overrides
+    from trainer.export import export_run
 
-    world = distributed.start(arguments.device)
-    if arguments.out.exists():
-        raise UserError(f"{arguments.out}: exists already; accepted: a folder that does not")
-    checkpoint, state = export.locate(arguments.source)
-    config = with_overrides(export.saved_config(state), arguments.overrides)
-    state["config"] = config.model_dump(mode="json")
-    note = ""
-    if config.model.quantization != "none" and not arguments.no_measure:
-        note = export.cost_of_dequantising(config, world, checkpoint)
-        print(note)
-    if arguments.what == "adapter":
-        export.write_adapter(checkpoint, state, arguments.out, note)
-    else:
-        export.write_model(
-            checkpoint, state, arguments.out,
-            with_adapter=arguments.what == "merged",
-            dequantised=arguments.base == "trained",
-            device=world.device,
-        )  # fmt: skip
-    print(f"{arguments.what} of {checkpoint} written to {arguments.out}")
+    note = export_run(
+        arguments.source,
+        arguments.out,
+        distributed.start(arguments.device),
+        what=arguments.what,
+        base=arguments.base,
+        measure=not arguments.no_measure,
+        overrides=arguments.overrides,
+    )
+    print(
+        f"{note}\n" * bool(note) + f"{arguments.what} of {arguments.source} is in {arguments.out}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from adapters.export import export_adapter, merged
 from adapters.gated import GatedAdapter
 from trainer import architecture, checkpoint_files
 from trainer.architecture import Backbone
-from trainer.config import Config, parse_config
+from trainer.config import Config, parse_config, with_overrides
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.evaluation import evaluate_saved
@@ -23,6 +23,40 @@ from trainer.tasks import TASKS
 from trainer.tasks.base import Task
 
 _SHARD_BYTES = 4 * 2**30
+
+
+def export_run(
+    source: Path,
+    out: Path,
+    world: World,
+    *,
+    what: str = "adapter",
+    base: str = "trained",
+    measure: bool = True,
+    overrides: Sequence[str] = (),
+) -> str:
+    """Write `what` (`adapter`, `merged` or `backbone`) of a run or checkpoint to `out`.
+
+    `base`: whether a quantised backbone's matrices are written as `trained`, dequantised, or as in
+    the `original` files. Returns what the adapter loses without quantisation ("" if it lost none
+    or `measure` is off).
+    """
+    if out.exists():
+        raise UserError(f"{out}: exists already; accepted: a folder that does not")
+    checkpoint, state = locate(source)
+    config = with_overrides(saved_config(state), overrides)
+    state["config"] = config.model_dump(mode="json")
+    note = ""
+    if config.model.quantization != "none" and measure:
+        note = cost_of_dequantising(config, world, checkpoint)
+    if what == "adapter":
+        write_adapter(checkpoint, state, out, note)
+    else:
+        write_model(
+            checkpoint, state, out,
+            with_adapter=what == "merged", dequantised=base == "trained", device=world.device,
+        )  # fmt: skip
+    return note
 
 
 def locate(path: Path) -> tuple[Path, dict[str, Any]]:

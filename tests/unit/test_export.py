@@ -13,6 +13,7 @@ from tests.conftest import shared
 from tests.helpers import TINY, launch, quick_config
 from trainer import checkpoint, checkpoint_files
 from trainer.distributed import World
+from trainer.export import export_run
 from trainer.run import run
 from trainer.session import open_session
 
@@ -31,19 +32,8 @@ def trained_logits(config, **more):
         return session.model(inputs(), **more).logits
 
 
-def export(config, out, *arguments):
-    code, text, err = launch(
-        "python",
-        1,
-        "launch/export.py",
-        str(config.run_folder),
-        str(out),
-        "--device",
-        "cpu",
-        *arguments,
-    )
-    assert code == 0, err[-3000:]
-    return text
+def export(config, out, **options):
+    return export_run(config.run_folder, out, World(), **options)
 
 
 def through_peft(model, folder):
@@ -62,7 +52,7 @@ def test_unquantised_adapter_and_merged_model(name, tmp_path):
     logits = through_peft(plain, config.run_folder / "adapter")
     assert (expected - untouched).abs().max() > 1e-2, "training changed nothing"
     assert torch.allclose(logits, expected, atol=1e-4)
-    export(config, tmp_path / "merged", "--what", "merged")
+    export(config, tmp_path / "merged", what="merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == torch.float32
     assert torch.allclose(merged(inputs()).logits, expected, atol=1e-4)
@@ -73,16 +63,16 @@ def test_quantised_on_the_identical_dequantised_backbone(quantization, tmp_path)
     config = quick_config(tmp_path, f"model.quantization={quantization}", "run.steps=3")
     run(config, World())
     expected = trained_logits(config)
-    export(config, tmp_path / "backbone", "--what", "backbone", "--no-measure")
+    export(config, tmp_path / "backbone", what="backbone", measure=False)
     said = export(config, tmp_path / "adapter")
     dequantised = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
     assert torch.allclose(through_peft(dequantised, tmp_path / "adapter"), expected, atol=1e-4)
-    export(config, tmp_path / "merged", "--what", "merged", "--no-measure")
+    export(config, tmp_path / "merged", what="merged", measure=False)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(merged(inputs()).logits, expected, atol=1e-4)
     assert "on the unquantised backbone" in said
-    assert said.splitlines()[0] in (tmp_path / "adapter/README.md").read_text()
-    export(config, tmp_path / "original", "--what", "merged", "--base", "original", "--no-measure")
+    assert said in (tmp_path / "adapter/README.md").read_text()
+    export(config, tmp_path / "original", what="merged", base="original", measure=False)
     plain = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
     on_plain = through_peft(plain, tmp_path / "adapter")
@@ -131,9 +121,19 @@ def test_every_unit_has_alpha_over_r_of_one_and_empty_ones_are_left_out(tmp_path
         )
 
 
-def test_export_refuses_what_it_cannot_use(tmp_path):
-    code, _, err = launch("python", 1, "launch/export.py", str(tmp_path), str(tmp_path / "out"))
+def test_command_line(tmp_path):
+    config = quick_config(tmp_path, "run.steps=1", "model.quantization=nf4")
+    run(config, World())
+    script, folder = "launch/export.py", str(config.run_folder)
+    code, out, err = launch("python", 1, script, folder, str(tmp_path / "a"))
+    assert code == 0, err
+    assert "Trained on the nf4 backbone: held-out loss" in out and "adapter of" in out
+    code, _, err = launch("python", 1, script, folder, str(tmp_path / "a"))
+    assert code == 2 and err.strip().endswith("exists already; accepted: a folder that does not")
+    code, _, err = launch("python", 1, script, str(tmp_path), str(tmp_path / "b"))
     assert code == 2 and err.startswith("error:") and "neither a run folder" in err
-    (tmp_path / "out").mkdir()
-    code, _, err = launch("python", 1, "launch/export.py", str(tmp_path), str(tmp_path / "out"))
-    assert code == 2 and "exists already" in err
+    code, out, err = launch("python", 1, "launch/evaluate.py", folder)
+    assert code == 0, err
+    last = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").open()][-1]
+    scores = json.loads(out.splitlines()[-1])
+    assert scores["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-6)

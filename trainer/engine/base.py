@@ -8,6 +8,7 @@ backbone's bytes live; each engine is one file that says that.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from adapters.gated import GatedAdapter
 from adapters.optimizer import MaskedAdamW
 from trainer.config import Config
 from trainer.distributed import World
@@ -77,6 +79,7 @@ class Engine(ABC):
         return Update(loss, norm, skipped)
 
 
-def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of a model's frozen parameters as this process holds them, tied ones once."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+def backbone_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """A model's frozen parameters without the adapters' gates, tied ones once."""
+    gates = {id(m.g) for m in model.modules() if isinstance(m, GatedAdapter)}
+    return (p for p in model.parameters() if not p.requires_grad and id(p) not in gates)

@@ -16,7 +16,7 @@ from torch import nn
 
 from trainer.config import Config, compute_dtype
 from trainer.distributed import World
-from trainer.engine.base import Engine
+from trainer.engine.base import Engine, backbone_parameters
 from trainer.errors import UserError
 
 _OURS = {
@@ -73,11 +73,10 @@ class DeepSpeedEngine(Engine):
 
     def local_bytes(self, model: nn.Module) -> int:
         total = 0
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                local = getattr(parameter, "ds_tensor", parameter)
-                held = parameter.numel() * parameter.element_size()  # 0 while partitioned
-                total += max(held, local.numel() * local.element_size())
+        for parameter in backbone_parameters(model):
+            local = getattr(parameter, "ds_tensor", parameter)
+            held = parameter.numel() * parameter.element_size()  # 0 while partitioned
+            total += max(held, local.numel() * local.element_size())
         return total
 
 

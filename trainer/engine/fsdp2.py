@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from adapters.linear import AdaptedLinear
 from trainer.config import Config
 from trainer.distributed import World
-from trainer.engine.base import Engine
+from trainer.engine.base import Engine, backbone_parameters
 
 
 class FSDP2Engine(Engine):
@@ -51,8 +51,7 @@ class FSDP2Engine(Engine):
 
     def local_bytes(self, model: nn.Module) -> int:
         total = 0
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                total += local.numel() * local.element_size()
+        for parameter in backbone_parameters(model):
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            total += local.numel() * local.element_size()
         return total

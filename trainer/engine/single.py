@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 from torch import nn
 
-from trainer.engine.base import Engine, parameter_bytes
+from trainer.engine.base import Engine, backbone_parameters
 
 
 class SingleEngine(Engine):
@@ -23,4 +23,4 @@ class SingleEngine(Engine):
         return nullcontext()
 
     def local_bytes(self, model: nn.Module) -> int:
-        return parameter_bytes(model)
+        return sum(p.numel() * p.element_size() for p in backbone_parameters(model))
