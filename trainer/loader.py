@@ -76,6 +76,9 @@ class Loader:
             self.offset += len(more)
             if self.offset == len(sequences):
                 self.epoch, self.offset = self.epoch + 1, 0
+        # Neighbours in length share a micro-batch, so that less of it is padding. The step's sum
+        # is the same in any order.
+        taken.sort(key=lambda packed: int(self.data.lengths[packed].sum()))
         records = np.concatenate(taken)
         return Step(
             micro_batches=list(

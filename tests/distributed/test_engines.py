@@ -38,6 +38,8 @@ STEPS = 20
 
 def configuration(tmp, variant: str, engine: str) -> Config:
     changes = [change.replace("TRAIN", str(tmp / "labels.csv")) for change in VARIANTS[variant]]
+    if (variant, engine) == ("nf4", "deepspeed"):
+        changes.append("engine.config=configs/deepspeed/zero3.json")
     return quick_config(
         tmp, f"run.steps={STEPS}", f"engine.kind={engine}", f"run.name={variant}-{engine}",
         "method.alpha=8", *changes,

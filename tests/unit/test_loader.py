@@ -102,11 +102,20 @@ def test_order_without_shuffling(data, task) -> None:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_epochs_follow_one_another_without_a_gap(data, task, packing: bool) -> None:
-    seen = [r for step in steps(loader(data, task, packing=packing), 16) for r in records_of(step)]
     fresh = loader(data, task, packing=packing)
     expected = [record for epoch in range(8) for record in order(fresh, epoch)]
-    assert len(seen) >= 160
-    assert seen == expected[: len(seen)]
+    start = 0
+    for step in steps(loader(data, task, packing=packing), 16):
+        seen = records_of(step)  # within a step in order of length
+        assert sorted(seen) == sorted(expected[start : start + len(seen)])
+        start += len(seen)
+    assert start >= 160
+
+
+def test_neighbours_in_length_share_a_micro_batch(data, task) -> None:
+    for step in steps(loader(data, task), 5):
+        lengths = [int(data.lengths[record]) for record in records_of(step)]
+        assert lengths == sorted(lengths)
 
 
 def test_data_smaller_than_a_batch(task) -> None:

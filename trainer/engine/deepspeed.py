@@ -6,6 +6,7 @@ gather and release the partitioned parameters, and adapters, attached later, sta
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -191,6 +192,8 @@ def _import_deepspeed(device: torch.device) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    # DeepSpeed calls torch by names that torch is about to rename; nothing a user can mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if device.type == "cpu":
         # A shared-memory transport that would be compiled, for half a minute, at first start.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
