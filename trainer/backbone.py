@@ -8,7 +8,6 @@ and the head) whole.
 import contextlib
 import ctypes
 import hashlib
-import os
 import zlib
 
 import torch
@@ -55,12 +54,11 @@ def check(config: Config, task: Task, device: torch.device) -> None:
         return
     files = PretrainedFiles(resolve_folder(config.model.id, config.model.revision))
     heads = tuple(f"{path}." for path in backbone.heads)
-    paths = _paths_of_parameters(backbone.model)
-    names = _module_names(backbone.model)
+    names = _names_of_parameters(backbone.model)
     for name, parameter in backbone.model.named_parameters():
-        if not name.startswith(heads or ("\0",)):
-            owners = [f"{names[id(m)]}.{a}".lstrip(".") for m, a in paths[id(parameter)]]
-            files.check(owners, backbone.model.base_model_prefix, tuple(parameter.shape))
+        if not (heads and name.startswith(heads)):
+            prefix, shape = backbone.model.base_model_prefix, tuple(parameter.shape)
+            files.check(names[id(parameter)], prefix, shape)
 
 
 class _Filler:
@@ -69,8 +67,7 @@ class _Filler:
     def __init__(self, backbone: Backbone, config: Config, device: torch.device):
         self.backbone, self.config, self.device = backbone, config, device
         self.model = backbone.model
-        self._paths = _paths_of_parameters(self.model)
-        self._names = _module_names(self.model)
+        self._names = _names_of_parameters(self.model)
         self._error = torch.zeros(2, dtype=torch.float64)
         self.files: PretrainedFiles | None = None
         if config.model.weights == "pretrained":
@@ -109,7 +106,6 @@ class _Filler:
 
     def _fill_parameter(self, name: str, parameter: nn.Parameter) -> None:
         full = self._read(name, parameter)
-        paths = self._paths[id(parameter)]
         host = self._host_of_weight(name)
         if host is not None and host.weight_format != "none":
             packed = host.pack(full.to(self.device, self.backbone.dtype), self.backbone.dtype)
@@ -117,18 +113,15 @@ class _Filler:
             self._note_error(host, full)
             return
         value = _frozen(full.to(self.device, parameter.dtype))
-        for owner, attribute in paths:
-            setattr(owner, attribute, value)
+        for known_as in self._names[id(parameter)]:
+            owner, _, attribute = known_as.rpartition(".")
+            setattr(self.model.get_submodule(owner), attribute, value)
 
     def _read(self, name: str, parameter: nn.Parameter) -> Tensor:
         if self.files is None:
             return self._random(name, parameter)
-        owners = [
-            f"{self._names[id(module)]}.{attribute}".lstrip(".")
-            for module, attribute in self._paths[id(parameter)]
-        ]
-        shape = tuple(parameter.shape)
-        return self.files.read(self.files.check(owners, self.model.base_model_prefix, shape))
+        prefix, shape = self.model.base_model_prefix, tuple(parameter.shape)
+        return self.files.read(self.files.check(self._names[id(parameter)], prefix, shape))
 
     def _random(self, name: str, parameter: nn.Parameter) -> Tensor:
         """Matrices normal with the model's own spread, vectors as a fresh model has them."""
@@ -202,17 +195,9 @@ def _initialise(model: PreTrainedModel, module: nn.Module, device: torch.device)
         model._init_weights(module)
 
 
-def _paths_of_parameters(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """(module, attribute) pairs of every parameter; several for a tied one."""
-    paths: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            paths.setdefault(id(parameter), []).append((module, name))
-    return paths
-
-
-def _module_names(model: nn.Module) -> dict[int, str]:
-    return {id(module): path for path, module in model.named_modules()}
-
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Every name of every parameter, by its id; a tied one has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names

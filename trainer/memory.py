@@ -66,6 +66,11 @@ def _frozen_bytes(module: nn.Module, backbone: Backbone) -> int:
     return total
 
 
+def readable(nbytes: int) -> str:
+    """A number of bytes for a person: MiB below a tenth of a GiB, else GiB."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
+
+
 def peak_gib(device: torch.device) -> float:
     """Most memory that this process has held: the GPU's allocator, or resident memory on a CPU."""
     if device.type == "cuda":

@@ -14,7 +14,7 @@ from trainer.engine import automatic_kind
 from trainer.errors import UserError
 from trainer.figures import draw_loss
 from trainer.loop import make_loader, total_steps, train
-from trainer.memory import GIB, estimate, peak_gib, trainable_parameters
+from trainer.memory import estimate, peak_gib, readable, trainable_parameters
 from trainer.metrics import MetricsWriter, read_metrics
 from trainer.session import Session, open_data, open_session
 
@@ -83,10 +83,10 @@ def dry_run(config: Config, world: World) -> str:
         *(f"                    {len(names)} x {kind}" for kind, names in by_kind.items()),
         f"trainable           {trainable_parameters(backbone, config):,} parameters",
         "memory a rank       without activations",
-        f"  backbone          {needs.backbone / GIB:.3f} GiB",
-        f"  gathered layers   {needs.gathered / GIB:.3f} GiB",
-        f"  trainable state   {needs.trainable / GIB:.3f} GiB",
-        f"  total             {needs.total / GIB:.3f} GiB",
+        f"  backbone          {readable(needs.backbone)}",
+        f"  gathered layers   {readable(needs.gathered)}",
+        f"  trainable state   {readable(needs.trainable)}",
+        f"  total             {readable(needs.total)}",
     ]
     return "\n".join(lines)
 
@@ -123,7 +123,7 @@ def _introduction(session: Session, steps: int) -> list[str]:
         *([f"          eval {eval_data.counts}"] if eval_data is not None else []),
         f"backbone  {type(session.model).__name__}, {session.backbone.dtype}, "
         f"{config.model.quantization}, "
-        f"{engine.local_bytes(session.model) / GIB:.3f} GiB a rank",
+        f"{readable(engine.local_bytes(session.model))} a rank",
         f"engine    {engine.kind}, {world.size} rank(s), {world.device}",
         f"method    {config.method.kind}, rank {config.method.rank}, "
         f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",

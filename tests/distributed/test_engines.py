@@ -42,7 +42,7 @@ def configuration(tmp, variant: str, engine: str) -> Config:
         changes.append("engine.config=configs/deepspeed/zero3.json")
     return quick_config(
         tmp, f"run.steps={STEPS}", f"engine.kind={engine}", f"run.name={variant}-{engine}",
-        "method.alpha=8", *changes,
+        "method.alpha=8", "data.batch_size=4", "data.eval_records=4", *changes,
     )  # fmt: skip
 
 
@@ -155,7 +155,8 @@ def test_each_rank_holds_half_of_the_backbone(shares, engine, fmt):
     for rank in shares[f"{engine}-{fmt}"]:
         assert rank["kind"] == engine
         assert 0.48 * whole <= rank["local_bytes"] <= 0.56 * whole
-        # Three of ten blocks are allowed for: one in use, one on its way, and slack.
-        assert rank["resident_after_loading"] <= 0.56 * whole + 3 * block + 40e6
+        assert rank["resident_after_loading"] <= 0.56 * whole + max(8e6, 0.1 * whole)
+        # Between forward and backward: up to 8 MB of activations, and two of ten blocks that may be
+        # whole (ZeRO-3 keeps the last one and one on its way). Keeping all would be five more.
         assert rank["held_after_forward"] <= 3 * block + 8e6
-        assert rank["held_after_backward"] <= 3 * block + 8e6
+        assert rank["held_after_backward"] <= 2e6

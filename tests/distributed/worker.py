@@ -63,12 +63,11 @@ def shard(world: World, config: dict[str, Any]) -> dict[str, Any]:
         "kind": session.engine.kind,
         "local_bytes": session.engine.local_bytes(session.model),
         "resident_after_loading": loaded - before,
-        "adapters": [p.numel() for _, p in session.optimizer.parameters()],
     }
     step = next(iter(loader))
     accumulate(session, step, 0)  # the first pass allocates what stays: buffers, traces
     settle()
-    index, batch = step.micro_batches[0]
+    _, batch = step.micro_batches[0]
     rested = resident()
     loss, _ = session.task.loss(session.model, batch)
     settle()
@@ -77,7 +76,6 @@ def shard(world: World, config: dict[str, Any]) -> dict[str, Any]:
     del loss
     settle()
     result["held_after_backward"] = resident() - rested
-    result["index"] = index
     return result
 
 

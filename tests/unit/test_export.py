@@ -13,6 +13,7 @@ from tests.conftest import shared
 from tests.helpers import TINY, launch, quick_config
 from trainer import checkpoint, checkpoint_files
 from trainer.distributed import World
+from trainer.errors import UserError
 from trainer.export import export_run
 from trainer.run import run
 from trainer.session import open_session
@@ -128,10 +129,10 @@ def test_command_line(tmp_path):
     code, out, err = launch("python", 1, script, folder, str(tmp_path / "a"))
     assert code == 0, err
     assert "Trained on the nf4 backbone: held-out loss" in out and "adapter of" in out
-    code, _, err = launch("python", 1, script, folder, str(tmp_path / "a"))
-    assert code == 2 and err.strip().endswith("exists already; accepted: a folder that does not")
-    code, _, err = launch("python", 1, script, str(tmp_path), str(tmp_path / "b"))
-    assert code == 2 and err.startswith("error:") and "neither a run folder" in err
+    with pytest.raises(UserError, match="exists already; accepted: a folder that does not"):
+        export(config, tmp_path / "a")
+    with pytest.raises(UserError, match="neither a run folder with a checkpoint nor a checkpoint"):
+        export_run(tmp_path, tmp_path / "b", World())
     code, out, err = launch("python", 1, "launch/evaluate.py", folder)
     assert code == 0, err
     last = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").open()][-1]

@@ -103,7 +103,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_checkpoint(tmp_pat
 def test_dry_run_says_what_would_be_and_leaves_nothing(tmp_path):
     config = quick_config(tmp_path, "model.quantization=nf4")
     text = dry_run(config, World())
-    for part in ("64 of 64 records", "units               28", "71,680 parameters", "nf4", "GiB"):
+    for part in ("64 of 64 records", "units               28", "71,680 parameters", "nf4", "MiB"):
         assert part in text
     assert not config.run_folder.exists()
 
