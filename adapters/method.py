@@ -1,6 +1,6 @@
 """What a method must provide: a policy over the gates and masks of gated adapters.
 
-A method is one file. It says how A, g and B start (`attach`), and it may decide, on rank 0 only,
+A method is one file. It says how A, g and B start (`start`), and it may decide, on rank 0 only,
 how masks, gates, ranks or survivors change (`decide`), from statistics that were reduced over all
 ranks (`observe`). Every rank then applies the same plain data (`apply`).
 """
@@ -43,7 +43,7 @@ class MethodOptions(Section):
 
 
 class Method(ABC):
-    """A method over `units`; its file defines `Options` and `attach`, and what it decides."""
+    """A method over `units`; its file defines `Options` and `start`, and what it decides."""
 
     Options: ClassVar[type[MethodOptions]]
     decides: ClassVar[bool] = False

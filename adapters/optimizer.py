@@ -13,7 +13,7 @@ would still move it.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,10 +97,6 @@ class MaskedAdamW:
         self._ratios = self._learning_rate_ratios()
         kept = {slot.trainable.name for slot in self._slots}
         self._load({n: s for n, s in earlier.items() if n in kept and self._fits(n, s)})
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, parameter) of everything trained."""
-        return ((slot.trainable.name, slot.trainable.parameter) for slot in self._slots)
 
     @property
     def numel(self) -> int:

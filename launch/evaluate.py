@@ -25,7 +25,9 @@ def main() -> None:
     from trainer.evaluation import evaluate_saved
 
     checkpoint, state = export.locate(arguments.source)
-    config = with_overrides(export.saved_config(state), arguments.overrides)
+    # The run's engine need not be this one's: adapters belong to none.
+    anywhere = ["engine.kind=auto", "engine.config=null"]
+    config = with_overrides(export.saved_config(state), [*anywhere, *arguments.overrides])
     if config.data.eval is None:
         raise UserError("data.eval: null given; accepted: a file or a hub id to evaluate on")
     with join(config) as world:

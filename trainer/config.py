@@ -57,7 +57,7 @@ class ModelOptions(Section):
     """Dtype of activations and unquantised weights; auto: bfloat16 on a GPU, float32 on a CPU
     (most CPUs emulate bfloat16 products, several times slower)."""
     quantization: str = "none"
-    """Format of the frozen linear weights."""
+    """Format of the frozen linear weights: none, nf4, fp4 or int8."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel; auto: transformers' own choice for the architecture. flash_attention_2
     needs the `flash-attn` extra and a GPU."""
@@ -187,8 +187,8 @@ class EngineOptions(Section):
     """How the work is spread over processes."""
 
     kind: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
-    """auto: deepspeed under the deepspeed launcher, fsdp2 under torchrun with several
-    processes, else single."""
+    """auto: deepspeed under the deepspeed launcher (or with `config`), fsdp2 under torchrun with
+    several processes, else single."""
     config: str | None = None
     """A DeepSpeed JSON of your own; its `auto` values are filled in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

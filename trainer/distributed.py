@@ -1,6 +1,6 @@
 """Processes: who we are, the process group, and failing together.
 
-The only module besides the engines that touches `torch.distributed`.
+The only module besides the engines and the checkpoint writer that touches `torch.distributed`.
 """
 
 import datetime
@@ -68,10 +68,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        self.gather(None)
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """Run a stage without collectives inside; if it fails on one rank, it fails on all.
@@ -114,9 +110,10 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    patience = datetime.timedelta(seconds=timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
-        timeout=datetime.timedelta(seconds=timeout),
+        timeout=patience,
         device_id=place if use_gpu else None,
     )
     return World(
@@ -125,8 +122,8 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
         local_rank=local_rank,
         device=place,
         launcher="deepspeed" if "CROSS_RANK" in os.environ else "torchrun",
-        control=dist.new_group(backend="gloo") if use_gpu else None,
-        saving=dist.new_group(backend="gloo"),
+        control=dist.new_group(backend="gloo", timeout=patience) if use_gpu else None,
+        saving=dist.new_group(backend="gloo", timeout=patience),
     )
 
 

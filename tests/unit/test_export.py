@@ -133,6 +133,12 @@ def test_command_line(tmp_path):
         export(config, tmp_path / "a")
     with pytest.raises(UserError, match="neither a run folder with a checkpoint nor a checkpoint"):
         export_run(tmp_path, tmp_path / "b", World())
+    state = checkpoint_files.newest(config.run_folder / "checkpoints") / "state.json"
+    made_by = json.loads(state.read_text())
+    made_by["config"]["engine"]["kind"] = "deepspeed"  # what it was trained on need not be here
+    state.write_text(json.dumps(made_by, indent=1))
+    (state.parent / "manifest.json").unlink()
+    checkpoint_files.write_manifest(state.parent)
     code, out, err = launch("python", 1, "launch/evaluate.py", folder)
     assert code == 0, err
     last = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").open()][-1]

@@ -17,7 +17,12 @@ _ENGINES = {
 
 
 def make_engine(config: Config, world: World) -> Engine:
-    """The engine that the configuration asks for; its library is imported only then."""
+    """The engine that the configuration asks for."""
+    return engine_class(config, world)(config, world)
+
+
+def engine_class(config: Config, world: World) -> type[Engine]:
+    """Its class; its library is imported only then. UserError where it does not fit the launch."""
     kind: str = config.engine.kind
     if kind == "auto":
         kind = automatic_kind(config, world)
@@ -32,7 +37,7 @@ def make_engine(config: Config, world: World) -> Engine:
             "with `deepspeed launch/train.py` or `torchrun launch/train.py`"
         )
     module, name = _ENGINES[kind]
-    return getattr(importlib.import_module(module), name)(config, world)
+    return getattr(importlib.import_module(module), name)
 
 
 def automatic_kind(config: Config, world: World) -> str:
