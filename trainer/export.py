@@ -38,8 +38,8 @@ def export_run(
     """Write `what` (`adapter`, `merged` or `backbone`) of a run or checkpoint to `out`.
 
     `base`: whether a quantised backbone's matrices are written as `trained`, dequantised, or as in
-    the `original` files. Returns what the adapter loses without quantisation ("" if it lost none
-    or `measure` is off).
+    the `original` files. Returns what the adapter loses without quantisation ("" where the backbone
+    was not quantised, or `measure` is off).
     """
     if out.exists():
         raise UserError(f"{out}: exists already; accepted: a folder that does not")

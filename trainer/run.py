@@ -63,8 +63,9 @@ def run(config: Config, world: World) -> None:
 def dry_run(config: Config, world: World) -> str:
     """What the run would be: data, units, parameters, memory; nothing is trained or written."""
     _, task, train_data, eval_data = open_data(config, world)
-    backbone = architecture.build(config, task, world.device)
-    engine = engine_class(config, world)
+    with world.together():
+        backbone = architecture.build(config, task, world.device)
+        engine = engine_class(config, world)
     needs = estimate(backbone, config, world.size, shards=engine.shards)
     by_kind: dict[str, list[str]] = {}
     for unit in backbone.units:
