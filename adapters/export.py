@@ -17,11 +17,43 @@ from adapters.gated import GatedAdapter
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 
 
-def lora_factors(adapter: GatedAdapter) -> tuple[Tensor, Tensor]:
-    """(lora_A (r, in), lora_B (out, r)) in float32 with ΔW = lora_B lora_A; g is in lora_B."""
-    A = adapter.A.detach().cpu()
-    B = (adapter.B.detach() * adapter.g.detach().unsqueeze(1)).T.contiguous().cpu()
-    return A, B
+def lora_factors(
+    adapter: GatedAdapter, initial: GatedAdapter | None = None
+) -> tuple[Tensor, Tensor]:
+    """(lora_A (r, in), lora_B (out, r)) in float32 with ΔW = lora_B lora_A; g is in lora_B.
+
+    Components whose gate is 0 are left out. Where the adapter started as `initial`, a part of W,
+    the update against W is a LoRA of twice as many components as were ever trained,
+
+        B g A − B₀ g₀ A₀ = (B g − B₀ g₀) A + B₀ g₀ (A − A₀),
+
+    written so that small differences are not lost between large products at serving precision.
+    """
+    A, B = _folded(adapter)
+    if initial is None:
+        kept = adapter.g.detach().cpu() != 0
+        return A[kept], B[kept].T.contiguous()
+    A0, B0 = _folded(initial)
+    touched = (A != A0).any(1) | (B != B0).any(1)
+    A, B, A0, B0 = A[touched], B[touched], A0[touched], B0[touched]
+    return torch.cat([A, A - A0]), torch.cat([B - B0, B0]).T.contiguous()
+
+
+def _folded(adapter: GatedAdapter) -> tuple[Tensor, Tensor]:
+    """A (R, in) and B (R, out) with the gates in B, on the CPU."""
+    return adapter.A.detach().cpu(), (adapter.B.detach() * adapter.g.detach().unsqueeze(1)).cpu()
+
+
+def compressed(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """(A (≤ rank, in), B (out, ≤ rank), ‖ΔW − BA‖² of what was cut off): the nearest product of
+    that rank, by Eckart–Young on the factors' QR decompositions."""
+    Qb, Rb = torch.linalg.qr(B.double())
+    Qa, Ra = torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
+    lost = float(S[rank:].square().sum())
+    root = S[:rank].sqrt()
+    lora_A = (root.unsqueeze(1) * Vh[:rank]) @ Qa.T
+    return lora_A.float().contiguous(), ((Qb @ U[:, :rank]) * root).float().contiguous(), lost
 
 
 def export_adapter(
@@ -34,20 +66,29 @@ def export_adapter(
     heads: Mapping[str, Tensor] | None = None,
     labels: int | None = None,
     note: str = "",
-) -> None:
+    initial: Mapping[str, GatedAdapter] | None = None,
+    rank: int | None = None,
+) -> float:
     """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
 
     `adapters` by module path; `heads`: parameters of whole trained modules by their full name;
-    `labels`: outputs of a classification head.
-    A unit of rank 0 is left out (PEFT refuses it).
+    `labels`: outputs of a classification head; `initial`: the parts of W that adapters started as.
+    A unit of rank 0 is left out (PEFT refuses it). `rank`: compress every unit to at most so much;
+    returns what that loses, ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.
     """
     heads = heads or {}
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
+    lost = whole = 0.0
     for name, adapter in adapters.items():
-        A, B = lora_factors(adapter)
+        A, B = lora_factors(adapter, (initial or {}).get(name))
         if A.shape[0] == 0:
             continue
+        if rank is not None:
+            whole += float((A @ A.T).double().mul((B.T @ B).double()).sum())  # ‖BA‖²
+            if A.shape[0] > rank:
+                A, B, cut = compressed(A, B, rank)
+                lost += cut
         ranks[name] = A.shape[0]
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
@@ -62,7 +103,13 @@ def export_adapter(
         "task_type": _TASK_TYPES.get(task),
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    error = (lost / whole) ** 0.5 if whole else 0.0
+    if rank is not None:
+        note = (
+            f"{note}\n\nCompressed to rank {rank}: relative error {error:.2%} (Frobenius).".strip()
+        )
     (folder / "README.md").write_text(_readme(base_model, task, labels, note), encoding="utf-8")
+    return error
 
 
 def _peft_config(ranks: Mapping[str, int], heads: list[str]) -> dict[str, object]:
@@ -108,6 +155,7 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder")
 
 
 @torch.no_grad()
-def merged(weight: Tensor, adapter: GatedAdapter) -> Tensor:
-    """W + ΔW, summed in float32, in W's dtype."""
-    return (weight.float() + adapter.delta().to(weight.device)).to(weight.dtype)
+def merged(weight: Tensor, adapter: GatedAdapter, initial: GatedAdapter | None = None) -> Tensor:
+    """W + ΔW − ΔW₀, summed in float32, in W's dtype."""
+    delta = adapter.delta() if initial is None else adapter.delta() - initial.delta()
+    return (weight.float() + delta.to(weight.device)).to(weight.dtype)

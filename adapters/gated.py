@@ -11,12 +11,12 @@ class GatedAdapter(nn.Module):
     row j of both matrices and any set of consecutive components is one contiguous slice.
     `mask` (R, bool) says which components train; the others stay bit-identical through a step.
     All three tensors are float32 whatever the backbone's dtype; the host casts them for its
-    products. `g` is a parameter only where a method learns it.
+    products. `g` has gradients only where a method wants them.
     """
 
     mask: Tensor
 
-    def __init__(self, A: Tensor, g: Tensor, B: Tensor, *, learn_gates: bool = False):
+    def __init__(self, A: Tensor, g: Tensor, B: Tensor):
         super().__init__()
         rank = A.shape[0]
         if g.shape != (rank,) or B.shape[0] != rank:
@@ -25,13 +25,33 @@ class GatedAdapter(nn.Module):
             )
         self.A = nn.Parameter(A.float().contiguous())
         self.B = nn.Parameter(B.float().contiguous())
-        self.g = nn.Parameter(g.float().contiguous(), requires_grad=learn_gates)
+        self.g = nn.Parameter(g.float().contiguous(), requires_grad=False)
         self.register_buffer("mask", torch.ones(rank, dtype=torch.bool, device=A.device))
+
+    @classmethod
+    def zeros(cls, rank: int, in_features: int, out_features: int) -> "GatedAdapter":
+        """R components of zeros, to be filled."""
+        return cls(
+            torch.zeros(rank, in_features), torch.zeros(rank), torch.zeros(rank, out_features)
+        )
+
+    def copy(self) -> "GatedAdapter":
+        """The same tensors, not shared and not trained."""
+        made = GatedAdapter(
+            self.A.detach().clone(), self.g.detach().clone(), self.B.detach().clone()
+        )
+        return made.requires_grad_(False)
 
     @property
     def rank(self) -> int:
         """R, the number of components held (active or not)."""
         return self.A.shape[0]
+
+    @property
+    def gate_gradient(self) -> Tensor:
+        """∂L/∂g (R), once there was a backward."""
+        assert self.g.grad is not None
+        return self.g.grad
 
     def delta(self) -> Tensor:
         """ΔW as a dense float32 matrix (out, in)."""

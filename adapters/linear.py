@@ -51,6 +51,9 @@ class AdaptedLinear(nn.Module):
         self.bias = linear.bias
         self.adapter: GatedAdapter | None = None
         self.dropout: Dropout | None = None
+        self.initial: GatedAdapter | None = None
+        """The part of W that a splitting method handed to the adapter; where it is given, only
+        the adapter's difference from it is dropped."""
 
     def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The packed form of a full matrix (out, in); the caller sets it as the parameter."""
@@ -65,27 +68,38 @@ class AdaptedLinear(nn.Module):
         adapter = self.adapter
         if adapter is None or adapter.rank == 0:
             return frozen_linear(x, self.weight, self.bias, self.out_features, self.weight_format)
-        probability, on_input, seed = 0.0, False, None
+        A: Tensor = adapter.A
+        g: Tensor = adapter.g
+        B: Tensor = adapter.B
+        probability, on_input, seed, initial = 0.0, False, None, None
         if self.dropout is not None and self.training:
             probability, on_input = self.dropout.probability, self.dropout.on_input
-            seed = self.dropout.seed()
+            seed, initial = self.dropout.seed(), self.initial
+        if initial is not None:  # drop(ΔW − ΔW₀) + ΔW₀
+            A, B = torch.cat([A, initial.A]), torch.cat([B, initial.B])
+            g = torch.cat([g, -initial.g])
         y, _ = adapted_linear(
-            x, self.weight, self.bias, adapter.A, adapter.g, adapter.B,
-            self.out_features, self.weight_format, probability, on_input, seed,
+            x, self.weight, self.bias, A, g, B, self.out_features, self.weight_format,
+            probability, on_input, initial is not None, seed,
         )  # fmt: skip
+        if initial is not None:
+            y = y + ((x @ initial.A.to(x.dtype).T) * initial.g.to(x.dtype)) @ initial.B.to(x.dtype)
         return y
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, format={self.weight_format}"
 
 
-def _drop(x: Tensor, probability: float, seed: Tensor | None) -> Tensor:
-    """Inverted dropout whose mask depends on `seed` only."""
+def _drop(x: Tensor, probability: float, seed: Tensor | None, paired: bool = False) -> Tensor:
+    """Inverted dropout whose mask depends on `seed` only. `paired`: the second half of the columns
+    shares the first half's mask, so that a difference is dropped whole."""
     if probability == 0.0 or seed is None:
         return x
     generator = torch.Generator(device=x.device).manual_seed(int(seed.item()) & (2**63 - 1))
-    keep = torch.empty_like(x).bernoulli_(1.0 - probability, generator=generator)
-    return x * keep.div_(1.0 - probability)
+    drawn = x.chunk(2, dim=-1)[0] if paired else x
+    keep = torch.empty_like(drawn, memory_format=torch.contiguous_format)
+    keep.bernoulli_(1.0 - probability, generator=generator).div_(1.0 - probability)
+    return x * (torch.cat([keep, keep], dim=-1) if paired else keep)
 
 
 def _matrix(packed: Tensor, fmt: str, out: int, inp: int, dtype: torch.dtype) -> Tensor:
@@ -104,6 +118,7 @@ def adapted_linear(
     weight_format: str,
     dropout: float,
     drop_input: bool,
+    paired: bool,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y (…, out) and z = x Aᵀ (…, R), z after dropout on the input but before any on itself."""
@@ -111,14 +126,14 @@ def adapted_linear(
     y = F.linear(x, W, bias)
     del W
     z = (_drop(x, dropout, seed) if drop_input else x) @ A.to(x.dtype).T
-    z_kept = z if drop_input else _drop(z, dropout, seed)
+    z_kept = z if drop_input else _drop(z, dropout, seed, paired)
     rows = (z_kept * g.to(x.dtype)).view(-1, A.shape[0])
     y.view(-1, out_features).addmm_(rows, B.to(x.dtype))
     return y, z
 
 
 @adapted_linear.register_fake
-def _(x, weight, bias, A, g, B, out_features, weight_format, dropout, drop_input, seed):
+def _(x, weight, bias, A, g, B, out_features, weight_format, dropout, drop_input, paired, seed):
     return x.new_empty(*x.shape[:-1], out_features), x.new_empty(*x.shape[:-1], A.shape[0])
 
 
@@ -134,6 +149,7 @@ def adapted_linear_backward(
     weight_format: str,
     dropout: float,
     drop_input: bool,
+    paired: bool,
     seed: Tensor | None,
     need_x: bool,
     need_g: bool,
@@ -148,13 +164,13 @@ def adapted_linear_backward(
     dy2 = dy.reshape(-1, out_features)
     x2 = x.reshape(-1, in_features)
     gates = g.to(x.dtype)
-    kept = (z if drop_input else _drop(z, dropout, seed)).reshape(-1, rank)
+    kept = (z if drop_input else _drop(z, dropout, seed, paired)).reshape(-1, rank)
     d_gated = dy2 @ B.to(x.dtype).T
     dB = ((kept * gates).T @ dy2).float()
     dg = (d_gated * kept).sum(0, dtype=torch.float32) if need_g else g.new_empty(0)
     dz = d_gated * gates
     if not drop_input:
-        dz = _drop(dz.view_as(z), dropout, seed).view(-1, rank)
+        dz = _drop(dz.view_as(z), dropout, seed, paired).view(-1, rank)
     x_kept = _drop(x, dropout, seed).reshape(-1, in_features) if drop_input else x2
     dA = (dz.T @ x_kept).float()
     if not need_x:
@@ -169,23 +185,23 @@ def adapted_linear_backward(
 
 
 @adapted_linear_backward.register_fake
-def _(dy, x, weight, A, g, B, z, weight_format, dropout, drop_input, seed, need_x, need_g):
+def _(dy, x, weight, A, g, B, z, weight_format, dropout, drop_input, paired, seed, need_x, need_g):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     dg = torch.empty_like(g) if need_g else g.new_empty(0)
     return dx, torch.empty_like(A), dg, torch.empty_like(B)
 
 
 def _save_adapted(ctx, inputs, output):
-    x, weight, _bias, A, g, B, _out, weight_format, dropout, drop_input, seed = inputs
+    x, weight, _bias, A, g, B, _out, weight_format, dropout, drop_input, paired, seed = inputs
     _y, z = output
     ctx.mark_non_differentiable(z)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, A, g, B, z, seed)
-    ctx.options = (weight_format, dropout, drop_input)
+    ctx.options = (weight_format, dropout, drop_input, paired)
 
 
 def _adapted_backward(ctx, dy, _dz):
-    nothing = (None,) * 11
+    nothing = (None,) * 12
     if dy is None:
         return nothing
     x, weight, A, g, B, z, seed = ctx.saved_tensors

@@ -24,12 +24,19 @@ _ALIGNMENT = 16  # elements; every tensor starts on a 64-byte boundary of the fl
 
 @dataclass(frozen=True)
 class Trainable:
-    """A tensor to train. `mask`, where given, has one bool per row (dimension 0)."""
+    """A tensor to train. `mask`, where given, has one bool per row (dimension 0).
+
+    `learning_rate_ratio` multiplies the learning rate (LoRA+), decay included; `decay_ratio` the
+    decay alone. The gradient of an `observed` tensor
+    is averaged with the others, but neither clipped nor used: its owner changes it in its own way.
+    """
 
     name: str
     parameter: nn.Parameter
     mask: Tensor | None = None
     learning_rate_ratio: float = 1.0
+    decay_ratio: float = 1.0
+    observed: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,17 +74,25 @@ class MaskedAdamW:
         self.follow(trainables)
 
     def follow(self, trainables: Sequence[Trainable]) -> None:
-        """Take on a new set of tensors; those kept by name and shape keep moments and counts."""
+        """Take on a new set of tensors. A parameter that stays, the object itself, keeps moments
+        and counts; one made anew under an old name starts afresh."""
+        observed = [t.parameter for t in trainables if t.observed]
+        trainables = [t for t in trainables if not t.observed]
         if not trainables:
             raise ValueError("nothing to train: no adapter and no head")
-        earlier = self.state_dict() if self._slots else {}
+        held = {id(slot.trainable.parameter) for slot in self._slots}
+        kept = {t.name for t in trainables if id(t.parameter) in held}
+        earlier = {n: state for n, state in self.state_dict().items() if n in kept}
         device = trainables[0].parameter.device
         sizes = [_padded(t.parameter.numel()) for t in trainables]
         total, rows = sum(sizes), sum(t.parameter.shape[0] for t in trainables)
         self.values = torch.zeros(total, dtype=torch.float32, device=device)
-        self.gradients, self.exp_avg, self.exp_avg_sq = (
-            torch.zeros_like(self.values) for _ in range(3)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.values), torch.zeros_like(self.values)
+        # All gradients, observed ones last, so that one collective averages them.
+        self.gradients = torch.zeros(
+            total + sum(p.numel() for p in observed), dtype=torch.float32, device=device
         )
+        self._trained = self.gradients[:total]
         self.counts = torch.zeros(rows, dtype=torch.float32, device=device)  # t, per component
         self._slots, self._row_sizes = [], torch.empty(rows, dtype=torch.int64)
         start = row = 0
@@ -92,16 +107,29 @@ class MaskedAdamW:
             parameter.grad = slot.view(self.gradients)
             self._slots.append(slot)
             start, row = start + size, row + count
+        for parameter in observed:
+            parameter.grad = self.gradients[start : start + parameter.numel()].view_as(parameter)
+            start += parameter.numel()
         self._row_sizes = self._row_sizes.to(device)
         self._uniform_count: float | None = 0.0  # t where all components share it, else None
-        self._ratios = self._learning_rate_ratios()
-        kept = {slot.trainable.name for slot in self._slots}
-        self._load({n: s for n, s in earlier.items() if n in kept and self._fits(n, s)})
+        self._ratios = self._per_tensor([t.learning_rate_ratio for t in trainables])
+        self._decays = self._per_tensor([t.decay_ratio for t in trainables])
+        self._load(earlier)
 
     @property
     def numel(self) -> int:
         """Number of trained scalars, padding left out."""
         return sum(slot.trainable.parameter.numel() for slot in self._slots)
+
+    @property
+    def trained_gradients(self) -> Tensor:
+        """Gradients of `values`, in the same places."""
+        return self._trained
+
+    def row_sums(self, flat: Tensor) -> Tensor:
+        """Σ over each component's row of each trained tensor, in the order of the trainables;
+        `flat` is laid out as `values`. One entry per row: (rows,) float32."""
+        return torch.segment_reduce(flat, "sum", lengths=self._row_sizes, unsafe=True)
 
     def zero_grad(self) -> None:
         self.gradients.zero_()
@@ -110,10 +138,10 @@ class MaskedAdamW:
         """Drop inactive components' gradients, scale the rest to `max_norm`; the norm before."""
         active = self._active()
         if active is not None:
-            self.gradients.masked_fill_(~self._spread(active), 0.0)
-        norm = float(torch.linalg.vector_norm(self.gradients))
+            self._trained.masked_fill_(~self._spread(active), 0.0)
+        norm = float(torch.linalg.vector_norm(self._trained))
         if max_norm is not None and math.isfinite(norm) and norm > max_norm:
-            self.gradients.mul_(max_norm / (norm + 1e-6))
+            self._trained.mul_(max_norm / (norm + 1e-6))
         return norm
 
     @torch.no_grad()
@@ -136,11 +164,13 @@ class MaskedAdamW:
 
     def _update(self, correction1: Tensor | float, correction2: Tensor | float, keep) -> None:
         beta1, beta2 = self.betas
-        m = torch.lerp(self.exp_avg, self.gradients, 1 - beta1)
-        v = torch.addcmul(self.exp_avg_sq * beta2, self.gradients, self.gradients, value=1 - beta2)
+        m = torch.lerp(self.exp_avg, self._trained, 1 - beta1)
+        g = self._trained
+        v = torch.addcmul(self.exp_avg_sq * beta2, g, g, value=1 - beta2)
         direction = (m / correction1).div_((v / correction2).sqrt_().add_(self.eps))
         if self.weight_decay:
-            direction.add_(self.values, alpha=self.weight_decay)
+            decayed = self.values if self._decays is None else self.values * self._decays
+            direction.add_(decayed, alpha=self.weight_decay)
         if self._ratios is not None:
             direction.mul_(self._ratios)
         new = direction.mul_(-self.learning_rate).add_(self.values)
@@ -175,10 +205,6 @@ class MaskedAdamW:
         first = float(self.counts[0])
         self._uniform_count = first if bool((self.counts == first).all()) else None
 
-    def _fits(self, name: str, state: dict[str, Tensor]) -> bool:
-        slot = next(slot for slot in self._slots if slot.trainable.name == name)
-        return state["exp_avg"].shape == slot.trainable.parameter.shape
-
     def _active(self) -> Tensor | None:
         """One bool per row, or None where everything is active."""
         masks = [slot.trainable.mask for slot in self._slots]
@@ -198,14 +224,13 @@ class MaskedAdamW:
         """Per-row values repeated for every scalar of the row."""
         return torch.repeat_interleave(per_row, self._row_sizes, output_size=self.values.numel())
 
-    def _learning_rate_ratios(self) -> Tensor | None:
-        if all(slot.trainable.learning_rate_ratio == 1.0 for slot in self._slots):
+    def _per_tensor(self, ratios: Sequence[float]) -> Tensor | None:
+        """One number a tensor, repeated for its scalars; None where all are 1."""
+        if all(ratio == 1.0 for ratio in ratios):
             return None
-        ratios = [
-            torch.full((slot.rows.stop - slot.rows.start,), slot.trainable.learning_rate_ratio)
-            for slot in self._slots
-        ]
-        return self._spread(torch.cat(ratios).to(self.values))
+        sizes = [slot.rows.stop - slot.rows.start for slot in self._slots]
+        rows = torch.repeat_interleave(torch.tensor(ratios), torch.tensor(sizes))
+        return self._spread(rows.to(self.values))
 
 
 def _padded(numel: int) -> int:

@@ -13,8 +13,16 @@ from trainer.tasks import TASKS
 
 
 def table(section: type[Section]) -> list[str]:
-    lines = ["| key | type | default | |", "|---|---|---|---|"]
+    return ["| key | type | default | |", "|---|---|---|---|", *rows(section)]
+
+
+def rows(section: type[Section], prefix: str = "") -> list[str]:
+    lines = []
     for name, field in section.model_fields.items():
+        name = prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            lines += rows(field.annotation, f"{name}.")
+            continue
         default = "required" if field.is_required() else f"`{field.get_default()!r}`"
         text = " ".join((field.description or "").split())
         cells = (f"`{name}`", type_name(field.annotation), default, text)

@@ -1,6 +1,7 @@
 """Export what a run trained.
 
     python launch/export.py runs/NAME out/                     a LoRA for PEFT, vLLM, SGLang
+    python launch/export.py runs/NAME out/ --rank 8            the same, compressed
     python launch/export.py runs/NAME out/ --what merged       the backbone with the LoRA in it
     python launch/export.py runs/NAME out/ --what backbone     the backbone as it was trained on
 
@@ -24,6 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--what", choices=("adapter", "merged", "backbone"), default="adapter")
     parser.add_argument("--base", choices=("trained", "original"), default="trained")
+    parser.add_argument("--rank", type=int, help="compress the adapter; the error is reported")
     parser.add_argument("--no-measure", action="store_true", help="skip the evaluation")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
@@ -43,6 +45,7 @@ def main() -> None:
         what=arguments.what,
         base=arguments.base,
         measure=not arguments.no_measure,
+        rank=arguments.rank,
         overrides=arguments.overrides,
     )
     print(

@@ -1,5 +1,6 @@
 """The model without its weights: found, built on the meta device, linear layers made hosts."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import (
 
 from adapters.linear import AdaptedLinear
 from adapters.method import MethodOptions
+from adapters.registry import METHODS
 from adapters.units import Unit, linear_names, make_units, select_targets, transformer_blocks
 from trainer.config import Config, ModelOptions, compute_dtype
 from trainer.errors import UserError
@@ -164,14 +166,24 @@ def _targets(
             f"method.targets: {method.targets!r} picks no linear layer of {type(model).__name__}; "
             "accepted: a model whose projections are nn.Linear, and at least one of them"
         )
-    for unit in make_units(model, targets):
-        largest = min(unit.out_features, unit.in_features)
-        if method.rank > largest:
-            raise UserError(
-                f"method.rank: {method.rank} given; accepted: at most {largest}, the smaller side "
-                f"of {unit.name} ({unit.out_features} x {unit.in_features})"
-            )
+    try:
+        method.check_units(make_units(model, targets))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if METHODS[method.kind].splits_weight:
+        _refuse_tied(model, method, targets)
     return targets
+
+
+def _refuse_tied(model: nn.Module, method: MethodOptions, targets: list[str]) -> None:
+    """A matrix with two users cannot give a part of itself to one of them."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for path in targets:
+        if owners[id(model.get_submodule(path).weight)] > 1:
+            raise UserError(
+                f"method.targets: {path} shares its matrix with another module, and "
+                f"method.kind={method.kind} takes a part of it out; accepted: matrices of their own"
+            )
 
 
 def _install_hosts(

@@ -5,8 +5,6 @@ holds, beside its share, one unquantised matrix and one quantised block (at the 
 and the head) whole.
 """
 
-import contextlib
-import ctypes
 import hashlib
 import zlib
 
@@ -14,28 +12,38 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from adapters import seeds
 from adapters.linear import AdaptedLinear
 from adapters.units import transformer_blocks
 from trainer.architecture import Backbone, TrainedModule, build, resolve_folder, set_module
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine.base import Engine
+from trainer.memory import release
 from trainer.pretrained import PretrainedFiles
+from trainer.splitting import Splitter
 from trainer.tasks.base import Task
 
 
-def load(config: Config, task: Task, engine: Engine, world: World) -> Backbone:
-    """Build, then fill every block with its tensors and hand it to the engine."""
+def load(
+    config: Config, task: Task, engine: Engine, world: World, splitter: Splitter | None = None
+) -> Backbone:
+    """Build, then fill every block with its tensors and hand it to the engine.
+
+    `splitter` takes a method's part out of the units' matrices before they are packed.
+    """
     backbone = build(config, task, world.device)
     model = backbone.model
-    filler = _Filler(backbone, config, world.device)
+    filler = _Filler(backbone, config, world.device, splitter)
     for path, head in backbone.heads.items():
         filler.fill_head(path, head)
         set_module(model, path, None)  # no sharder sees it
     for path, block in transformer_blocks(model):
         filler.fill(block, path)
         engine.shard_block(block)
-        _return_freed_memory()
+        # Between the packed matrices, which stay, the freed copies of unquantised ones would
+        # otherwise add up to the whole unquantised model.
+        release(torch.device("cpu"))
     filler.fill(model, "")
     engine.shard(model)
     for path, head in backbone.heads.items():
@@ -64,8 +72,12 @@ def check(config: Config, task: Task, device: torch.device) -> None:
 class _Filler:
     """Gives meta parameters their values."""
 
-    def __init__(self, backbone: Backbone, config: Config, device: torch.device):
+    def __init__(
+        self, backbone: Backbone, config: Config, device: torch.device, splitter: Splitter | None
+    ):
         self.backbone, self.config, self.device = backbone, config, device
+        self._splitter = splitter
+        self._units = {f"{unit.name}.weight": unit for unit in backbone.units}
         self.model = backbone.model
         self._names = _names_of_parameters(self.model)
         self._error = torch.zeros(2, dtype=torch.float64)
@@ -76,9 +88,16 @@ class _Filler:
     def fill(self, module: nn.Module, path: str) -> None:
         """Give every parameter and buffer below `module` that is still on meta its value."""
         prefix = f"{path}." if path else ""
-        for local_name, parameter in list(module.named_parameters()):
-            if parameter.is_meta:
-                self._fill_parameter(prefix + local_name, parameter)
+        missing = [(prefix + n, p) for n, p in module.named_parameters() if p.is_meta]
+        if self._splitter is not None:
+            matrices = {self._units[name].name: (name, p) for name, p in missing
+                        if name in self._units}  # fmt: skip
+            self._splitter.prepare(
+                [unit for unit in self.backbone.units if unit.name in matrices],
+                lambda unit: self._read(*matrices[unit.name]).to(self.device),
+            )
+        for name, parameter in missing:
+            self._fill_parameter(name, parameter)
         for name, child in module.named_modules():
             self._fill_buffers(child, prefix + name)
 
@@ -107,6 +126,8 @@ class _Filler:
     def _fill_parameter(self, name: str, parameter: nn.Parameter) -> None:
         full = self._read(name, parameter)
         host = self._host_of_weight(name)
+        if self._splitter is not None and name in self._units:
+            full = self._splitter.residual(self._units[name].name, full.to(self.device))
         if host is not None and host.weight_format != "none":
             packed = host.pack(full.to(self.device, self.backbone.dtype), self.backbone.dtype)
             host.weight = _frozen(packed)
@@ -125,8 +146,8 @@ class _Filler:
 
     def _random(self, name: str, parameter: nn.Parameter) -> Tensor:
         """Matrices normal with the model's own spread, vectors as a fresh model has them."""
-        seed = zlib.crc32(name.encode()) + (self.config.run.seed << 32)
-        generator = torch.Generator(self.device).manual_seed(seed)
+        key = self.config.run.seed, zlib.crc32(name.encode())
+        generator = seeds.generator(*key, device=self.device)
         if parameter.dim() == 1:
             filler = 0.0 if name.endswith("bias") else 1.0
             return torch.full(parameter.shape, filler, device=self.device)
@@ -181,13 +202,6 @@ def _frozen(value: Tensor) -> nn.Parameter:
     parameter = nn.Parameter(value, requires_grad=False)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # `_init_weights` passes it by
     return parameter
-
-
-def _return_freed_memory() -> None:
-    """Ask the C library to give freed pages back. Between the packed matrices, which stay, the
-    freed copies of unquantised ones would otherwise add up to the whole unquantised model."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _initialise(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:

@@ -18,10 +18,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
+from adapters import seeds
+from adapters.method import Start
 from trainer import checkpoint_files as files
 from trainer.errors import RunFailed
 from trainer.loader import Loader
 from trainer.session import Session
+from trainer.splitting import INITIAL, load_starts
 
 
 @dataclasses.dataclass
@@ -126,16 +129,26 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
     stored = files.read_tensors(checkpoint)
     load_trained(session, checkpoint, stored)
     session.optimizer.load_state_dict(_unflatten(stored, "optimizer/"))
-    session.method.load_state_dict(
-        {n.removeprefix("method/"): t for n, t in stored.items() if n.startswith("method/")}
-    )
+    if session.world.is_main:
+        session.method.load_decider_state(_below(stored, "decider/"))
     loader.load_state_dict(state["loader"])
     _restore_random_state(session, stored, state["step"])
     return Progress(**state["progress"])
 
 
 def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) -> None:
-    """Adapters, masks and heads, without what only training needs."""
+    """Structure, adapters, masks and heads, without what only training needs."""
+    method = session.method
+    method.load_state_dict(_below(stored, "method/"))
+    if method.changes_structure:
+        method.resize(
+            {
+                name.split("/")[1]: tensor.shape[0]
+                for name, tensor in stored.items()
+                if name.startswith("adapter/") and name.endswith("/A")
+            }
+        )
+        session.optimizer.follow(session.trainables())
     for name, tensor in _tensors(session).items():
         if not name.startswith(("adapter/", "head/")):
             continue
@@ -148,7 +161,7 @@ def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
 
 
 def _tensors(session: Session) -> dict[str, Tensor]:
-    """Everything that every rank holds alike, by name."""
+    """Everything that every rank holds alike, by name, and rank 0's own of the method."""
     tensors: dict[str, Tensor] = {}
     for name, adapter in session.method.adapters.items():
         for role in ("A", "g", "B", "mask"):
@@ -161,7 +174,20 @@ def _tensors(session: Session) -> dict[str, Tensor]:
             tensors[f"optimizer/{name}/{part}"] = tensor
     for name, tensor in session.method.state_dict().items():
         tensors[f"method/{name}"] = tensor
+    if session.world.is_main:
+        for name, tensor in session.method.decider_state().items():
+            tensors[f"decider/{name}"] = tensor
     return tensors
+
+
+def read_starts(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Start] | None:
+    """What the run of a checkpoint started from, where its method splits matrices."""
+    digest = state.get("initial")
+    return None if digest is None else load_starts(checkpoint.parents[1] / INITIAL, digest)
+
+
+def _below(stored: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
 
 
 def _unflatten(stored: dict[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
@@ -188,7 +214,7 @@ def _restore_random_state(session: Session, stored: dict[str, Tensor], step: int
     cpu = stored.get(f"random/{world.rank}/cpu")
     cuda = stored.get(f"random/{world.rank}/cuda")
     if cpu is None:
-        torch.manual_seed((session.config.run.seed << 32) + (step << 12) + world.rank)
+        torch.manual_seed(seeds.mixed(session.config.run.seed, step, world.rank))
         return
     torch.set_rng_state(cpu)
     if world.device.type == "cuda" and cuda is not None:
@@ -206,6 +232,7 @@ def _describe(session: Session, loader: Loader, progress: Progress) -> dict[str,
         "backbone": session.backbone.digest,
         "data": session.train_data.key,
         "labels": session.task.labels_state(),
+        "initial": session.initial_digest,
         "config": session.config.model_dump(mode="json"),
     }
 
@@ -214,7 +241,15 @@ _MUST_AGREE = {
     "model": ("quantization",),
     "task": None,
     "method": None,
-    "data": ("format", "max_length", "packing", "shuffle", "batch_size", "micro_batch_size"),
+    "data": (
+        "format",
+        "max_length",
+        "packing",
+        "shuffle",
+        "batch_size",
+        "micro_batch_size",
+        "leave_out",
+    ),
     "run": ("seed",),
 }
 """Keys without which a resumed run would not be the same run (None: the whole section)."""

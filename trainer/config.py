@@ -84,13 +84,18 @@ def compute_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
     return getattr(torch, options.dtype)
 
 
+LEFT_OUT = "left_out"
+"""`data.eval`: evaluate on the training records that were left out."""
+
+
 class DataOptions(Section):
     """Records, and how they become batches."""
 
     train: str
     """A file (.json, .jsonl, .csv, .tsv, .parquet, .txt) or a hub id."""
     eval: str | None = None
-    """The same for held-out data; none: no evaluation."""
+    """The same for held-out data, or `left_out`: the training records that `leave_out` takes
+    out; none: no evaluation."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     revision: str | None = None
@@ -135,6 +140,9 @@ class DataOptions(Section):
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int = Field(4, gt=0)
     """Sequences per forward pass of a rank. Gradients are accumulated over as many as needed."""
+    leave_out: int = Field(0, ge=0)
+    """Training records drawn by the seed and left out of training. Methods that validate take
+    theirs out anyway, so give the same number to the methods that they are compared with."""
     cache: str | None = None
     """Folder for tokenised data; none: `rankcast` in the user's cache folder."""
 
@@ -144,6 +152,11 @@ class DataOptions(Section):
             raise ValueError(
                 f"data.micro_batch_size: {self.micro_batch_size} given; accepted: at most "
                 f"data.batch_size ({self.batch_size})"
+            )
+        if self.eval == LEFT_OUT and not self.leave_out:
+            raise ValueError(
+                "data.leave_out: 0 given with data.eval=left_out; accepted: the number of training "
+                "records to evaluate on"
             )
         if isinstance(self.text, list) and len(self.text) not in (1, 2):
             raise ValueError(f"data.text: {self.text} given; accepted: one or two columns")
@@ -250,6 +263,13 @@ class Config(Section):
         if warmup is not None and steps is not None and warmup > steps:
             raise ValueError(
                 f"optim.warmup_steps: {warmup} given; accepted: at most run.steps ({steps})"
+            )
+        if steps is not None:
+            self.method.check_steps(steps)
+        if self.method.replay is not None and not METHODS[self.method.kind].decides:
+            raise ValueError(
+                f"method.replay: {self.method.replay} given, but {self.method.kind} decides "
+                "nothing; accepted: null"
             )
         flash = self.model.attention == "flash_attention_2"
         if self.data.packing and flash and self.data.micro_batch_size > 1:

@@ -5,21 +5,32 @@ import hashlib
 import torch
 
 from adapters.method import Decision, Method
+from trainer.allocation import Replay
 from trainer.distributed import World
 from trainer.errors import RunFailed
 
 
-def decide_and_apply(method: Method, step: int, world: World) -> tuple[Decision | None, bool]:
+def decide_and_apply(
+    method: Method, step: int, world: World, replay: Replay | None = None
+) -> tuple[Decision | None, bool]:
     """(what rank 0 decided before this step, whether tensors changed).
 
     Raises RunFailed, on every rank, where a rank's masks and gates then differ from rank 0's.
     """
-    if not method.decides:
+    if not method.due(step):
         return None, False
-    decision = world.broadcast(method.decide(step) if world.is_main else None)
+    decision = None
+    with world.together():
+        if world.is_main:
+            try:
+                decision = replay.decide(step) if replay is not None else method.decide(step)
+            except ValueError as error:
+                raise RunFailed(f"step {step}: {error}") from error
+    decision = world.broadcast(decision)
     if decision is None:
         return None, False
-    changed = method.apply(decision)
+    with world.together():
+        changed = method.apply(decision)
     digests = world.gather(state_digest(method))
     strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     with world.together():
@@ -32,10 +43,12 @@ def decide_and_apply(method: Method, step: int, world: World) -> tuple[Decision 
 
 
 def state_digest(method: Method) -> str:
-    """Digest of every unit's mask and gates."""
-    digest = hashlib.sha256()
-    for name, adapter in method.adapters.items():
-        digest.update(name.encode())
-        for tensor in (adapter.mask, adapter.g):
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    """Digest of every unit's name, mask and gates."""
+    adapters = method.adapters
+    digest = hashlib.sha256("\n".join(adapters).encode())
+    if adapters:
+        masks = torch.cat([adapter.mask for adapter in adapters.values()])
+        gates = torch.cat([adapter.g.detach() for adapter in adapters.values()])
+        for tensor in (masks, gates):
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

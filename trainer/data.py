@@ -122,7 +122,7 @@ def prepare(
 ) -> TokenDataset:
     """Tokenise `source`, or take it from the cache. Call it on one rank of a node first."""
     key = _cache_key(source, split, limit, options, task)
-    folder = _cache_root(options) / key
+    folder = cache_root(options) / key
     if not (folder / "counts.json").exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,8 @@ def _encode_chunk(
         yield example
 
 
-def _cache_root(options: DataOptions) -> Path:
+def cache_root(options: DataOptions) -> Path:
+    """Folder of what can be made again: tokenised data, decompositions."""
     if options.cache is not None:
         return Path(options.cache)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankcast"
@@ -216,7 +217,16 @@ def _cache_key(source: str, split: str, limit: int | None, options: DataOptions,
     """Everything that the tokenised form depends on, and nothing that only batching does."""
     path = Path(source)
     content = _digest(path) if path.is_file() else f"{options.subset} {options.revision} {split}"
-    batching = {"packing", "shuffle", "batch_size", "micro_batch_size", "cache", "train", "eval"}
+    batching = {
+        "packing",
+        "shuffle",
+        "batch_size",
+        "micro_batch_size",
+        "cache",
+        "train",
+        "eval",
+        "leave_out",
+    }
     limits = {"train_records", "eval_records"}
     parts = [
         _VERSION,

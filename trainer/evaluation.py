@@ -1,6 +1,7 @@
 """Loss and metrics on held-out data, the same whatever the number of ranks."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from trainer import checkpoint as checkpoints
 from trainer import checkpoint_files
 from trainer.config import Config
+from trainer.data import TokenDataset
 from trainer.distributed import World
 from trainer.loader import deal
 from trainer.session import Session, open_session
@@ -16,41 +18,77 @@ from trainer.session import Session, open_session
 
 @torch.no_grad()
 def evaluate(session: Session) -> dict[str, float]:
-    """Mean loss per learned token (or record) over all evaluation data, and the task's metrics.
+    """Mean loss per learned token (or record) over all evaluation data, and the task's metrics."""
+    data, records = session.held_out()
+    with session.method.inference():
+        parts = _forward(session, data, records)
+    scores = {"eval_loss": _mean(parts)}
+    if session.config.task.kind == "causal_lm":
+        scores["eval_perplexity"] = math.exp(min(scores["eval_loss"], 700.0))
+    guesses = [guess for part in parts for guess in part.predictions]
+    if guesses:
+        labels = [float(data.labels[record]) for part in parts for record in part.records]
+        metrics = session.task.metrics(guesses, labels)
+        scores |= {f"eval_{name}": score for name, score in metrics.items()}
+    return scores
 
-    Per-batch sums are gathered and added in record order in float64, so that the figure does not
-    depend on how many ranks shared the work.
-    """
-    data, world, task = session.eval_data, session.world, session.task
-    assert data is not None
-    sequences = list(np.arange(len(data))[:, None])
-    parts: list[tuple[int, float, int, list[int], list[float]]] = []
+
+def mean_loss(
+    session: Session, data: TokenDataset, records: np.ndarray, *, gradients: bool = False
+) -> float:
+    """Mean loss on some records; `gradients`: also its gradient, summed over ranks, added to the
+    optimizer's buffer. All ranks call it together, and run the same number of forwards."""
+    weight = int(data.weights[records].sum())
+    parts = _forward(session, data, records, weight if gradients else None)
+    if gradients:
+        session.world.sum_(session.optimizer.gradients)
+    return _mean(parts)
+
+
+@dataclass(frozen=True, order=True)
+class _Part:
+    """What one micro-batch adds; ordered by its index over all ranks."""
+
+    index: int
+    loss: float
+    weight: int
+    records: list[int]
+    predictions: list[float]
+
+
+def _forward(
+    session: Session, data: TokenDataset, records: np.ndarray, weight: int | None = None
+) -> list[_Part]:
+    """Every rank's parts in order, without dropout; with `weight` also gradients of the loss over
+    it. Micro-batches and the order of their sums do not depend on how many ranks share the work."""
+    world, task = session.world, session.task
+    parts = []
     was_training = session.model.training
     session.model.eval()
     size = session.config.data.micro_batch_size
+    sequences = list(np.asarray(records)[:, None])
     for index, batch in deal(sequences, data, task, size, world.rank, world.size):
         batch = batch.to(world.device)
         loss, predictions = task.loss(session.model, batch)
+        if weight is not None:
+            session.engine.backward(loss / weight)
         guesses = predictions.tolist() if predictions is not None and batch.records else []
-        parts.append((index, float(loss), batch.weight, batch.records, guesses))
+        parts.append(_Part(index, float(loss.detach()), batch.weight, batch.records, guesses))
     session.model.train(was_training)
-    everyone = sorted(part for parts_of_rank in world.gather(parts) for part in parts_of_rank)
-    weight = sum(part[2] for part in everyone)
-    mean = math.fsum(part[1] for part in everyone) / weight
-    scores = {"eval_loss": mean}
-    if session.config.task.kind == "causal_lm":
-        scores["eval_perplexity"] = math.exp(min(mean, 700.0))
-    guesses = [guess for part in everyone for guess in part[4]]
-    if guesses:
-        labels = [float(data.labels[record]) for part in everyone for record in part[3]]
-        scores |= {f"eval_{name}": score for name, score in task.metrics(guesses, labels).items()}
-    return scores
+    return sorted(part for parts_of_rank in world.gather(parts) for part in parts_of_rank)
+
+
+def _mean(parts: list[_Part]) -> float:
+    return math.fsum(part.loss for part in parts) / sum(part.weight for part in parts)
 
 
 def evaluate_saved(config: Config, world: World, checkpoint: Path) -> dict[str, float]:
     """Scores of a checkpoint's adapters on the backbone that `config` describes."""
-    session = open_session(config, world)
     with world.together():
+        state = checkpoint_files.verify(checkpoint)
         stored = checkpoint_files.read_tensors(checkpoint)
+        starts = checkpoints.read_starts(checkpoint, state)
+    session = open_session(config, world, starts)
+    with world.together():
         checkpoints.load_trained(session, checkpoint, stored)
     return evaluate(session)

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from adapters.export import export_adapter, merged
 from adapters.gated import GatedAdapter
+from adapters.linear import AdaptedLinear
+from adapters.registry import METHODS
 from trainer import architecture, checkpoint_files
 from trainer.architecture import Backbone
+from trainer.checkpoint import read_starts
 from trainer.config import Config, parse_config, with_overrides
 from trainer.distributed import World
 from trainer.errors import UserError
@@ -33,13 +36,15 @@ def export_run(
     what: str = "adapter",
     base: str = "trained",
     measure: bool = True,
+    rank: int | None = None,
     overrides: Sequence[str] = (),
 ) -> str:
     """Write `what` (`adapter`, `merged` or `backbone`) of a run or checkpoint to `out`.
 
     `base`: whether a quantised backbone's matrices are written as `trained`, dequantised, or as in
-    the `original` files. Returns what the adapter loses without quantisation ("" where the backbone
-    was not quantised, or `measure` is off).
+    the `original` files. `rank`: compress the adapter to it. Returns remarks: what the adapter
+    loses without quantisation ("" where the backbone was not quantised, or `measure` is off) and
+    by compression.
     """
     if out.exists():
         raise UserError(f"{out}: exists already; accepted: a folder that does not")
@@ -50,7 +55,9 @@ def export_run(
     if config.model.quantization != "none" and measure:
         note = cost_of_dequantising(config, world, checkpoint)
     if what == "adapter":
-        write_adapter(checkpoint, state, out, note)
+        error = write_adapter(checkpoint, state, out, note, rank)
+        if rank is not None:
+            note = f"{note}\nCompressed to rank {rank}: relative error {error:.2%}.".strip()
     else:
         write_model(
             checkpoint, state, out,
@@ -77,14 +84,24 @@ def saved_config(state: Mapping[str, Any]) -> Config:
     return parse_config(state["config"])
 
 
-def saved_adapters(tensors: Mapping[str, Tensor]) -> dict[str, GatedAdapter]:
-    """Adapters by unit name from a checkpoint's tensors."""
+def saved_adapters(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, GatedAdapter]:
+    """Adapters by unit name from a checkpoint's tensors, with the gates that they are used with."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("adapter/"):
             _, unit, role = name.split("/")
             parts.setdefault(unit, {})[role] = tensor
-    return {unit: GatedAdapter(p["A"], p["g"], p["B"]) for unit, p in parts.items()}
+    method = METHODS[config.method.kind]
+    return {
+        unit: GatedAdapter(p["A"], method.inference_gates(config.method, p["g"]), p["B"])
+        for unit, p in parts.items()
+    }
+
+
+def saved_initial(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, GatedAdapter]:
+    """The parts of W that adapters started as; empty where the method takes none."""
+    starts = read_starts(checkpoint, state) or {}
+    return {name: start.adapter for name, start in starts.items()}
 
 
 def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,13 +136,22 @@ def cost_of_dequantising(config: Config, world: World, checkpoint: Path) -> str:
     )
 
 
-def write_adapter(checkpoint: Path, state: Mapping[str, Any], out: Path, note: str = "") -> None:
-    """A PEFT folder from a checkpoint; the backbone is not needed."""
+def write_adapter(
+    checkpoint: Path,
+    state: Mapping[str, Any],
+    out: Path,
+    note: str = "",
+    rank: int | None = None,
+) -> float:
+    """A PEFT folder from a checkpoint; the backbone is not needed. Returns what compressing the
+    adapter to `rank` loses (relative, 0 without it)."""
     config, tensors = saved_config(state), checkpoint_files.read_tensors(checkpoint)
     heads = saved_heads(tensors)
-    export_adapter(
+    return export_adapter(
         out,
-        saved_adapters(tensors),
+        saved_adapters(config, tensors),
+        initial=saved_initial(checkpoint, state),
+        rank=rank,
         base_model=config.model.id,
         revision=config.model.revision,
         task=config.task.kind,
@@ -156,11 +182,12 @@ def write_model(
     task = TASKS[config.task.kind](config.task, tokenizer)
     task.load_labels_state(state["labels"])
     backbone = architecture.build(config, task, device)
-    adapters = saved_adapters(tensors) if with_adapter else {}
+    adapters = saved_adapters(config, tensors) if with_adapter else {}
+    initial = saved_initial(checkpoint, state)
     _refuse_tied_targets(backbone, adapters)
     out.mkdir(parents=True, exist_ok=True)
     parameters = _final_parameters(
-        config, backbone, task, adapters, saved_heads(tensors), dequantised, device
+        config, backbone, task, adapters, initial, saved_heads(tensors), dequantised, device
     )
     _write_shards(parameters, out)
     backbone.model.config.save_pretrained(out)
@@ -175,6 +202,7 @@ def _final_parameters(
     backbone: Backbone,
     task: Task,
     adapters: Mapping[str, GatedAdapter],
+    initial: Mapping[str, GatedAdapter],
     heads: Mapping[str, Tensor],
     dequantised: bool,
     device: torch.device,
@@ -191,13 +219,22 @@ def _final_parameters(
         value = files.read(key).to(device, dtype)
         path, _, attribute = name.rpartition(".")
         host = backbone.hosts.get(path) if attribute == "weight" else None
-        if host is not None and dequantised and host.weight_format != "none":
-            host.weight = torch.nn.Parameter(host.pack(value, dtype), requires_grad=False)
-            value = host.dequantised(dtype)
-            host.weight = torch.nn.Parameter(value.to("meta"), requires_grad=False)
+        if host is not None and dequantised:
+            value = _as_trained(host, value, initial.get(path))
         if host is not None and path in adapters:
-            value = merged(value, adapters[path])
+            value = merged(value, adapters[path], initial.get(path))
         yield name, value.cpu().contiguous()
+
+
+def _as_trained(host: AdaptedLinear, weight: Tensor, initial: GatedAdapter | None) -> Tensor:
+    """W (out, in) as the adapter saw it: without the part that the method took out through the
+    weight format and back, and that part."""
+    dtype, taken = weight.dtype, 0 if initial is None else initial.delta().to(weight.device)
+    kept = (weight.float() - taken).to(dtype)
+    host.weight = torch.nn.Parameter(host.pack(kept, dtype), requires_grad=False)
+    kept = host.dequantised(dtype)
+    host.weight = torch.nn.Parameter(kept.to("meta"), requires_grad=False)
+    return (kept.float() + taken).to(dtype)
 
 
 def _write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:

@@ -7,7 +7,7 @@ depend on the number of ranks; a rank left without one in a round runs an empty 
 ranks must run the same number of forward passes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +35,11 @@ class Loader:
     """Endless optimizer steps from the position that `load_state_dict` set (else the start)."""
 
     def __init__(
-        self, data: TokenDataset, task: Task, options: DataOptions, seed: int, rank: int, world: int
-    ):
+        self, data: TokenDataset, task: Task, options: DataOptions, seed: int, rank: int,
+        world: int, left_out: Sequence[int] | np.ndarray = (),
+    ):  # fmt: skip
+        self.micro_batch_size = options.micro_batch_size
+        self._records = np.setdiff1d(np.arange(len(data)), left_out)
         self.data, self.task, self.options = data, task, options
         self.seed, self.rank, self.world = seed, rank, world
         self.epoch, self.offset = 0, 0  # next sequence to be taken
@@ -45,7 +48,7 @@ class Loader:
     def sequences(self, epoch: int) -> list[np.ndarray]:
         """Record indices of each sequence of an epoch, in order."""
         if self._order is None or self._order[0] != epoch:
-            order = np.arange(len(self.data))
+            order = self._records
             if self.options.shuffle:
                 order = np.random.default_rng([self.seed, epoch]).permutation(order)
             if self.options.packing:
@@ -82,8 +85,7 @@ class Loader:
         records = np.concatenate(taken)
         return Step(
             micro_batches=list(
-                deal(taken, self.data, self.task, self.options.micro_batch_size,
-                     self.rank, self.world)
+                deal(taken, self.data, self.task, self.micro_batch_size, self.rank, self.world)
             ),
             weight=int(self.data.weights[records].sum()),
             tokens=int(self.data.lengths[records].sum()),
@@ -130,3 +132,9 @@ def pack(order: np.ndarray, lengths: np.ndarray, max_length: int) -> list[np.nda
     if len(order):
         sequences.append(order[start:])
     return sequences
+
+
+def left_out(records: int, count: int, seed: int) -> np.ndarray:
+    """`count` of `records` indices, drawn once by the seed: the same for every world size, and the
+    first ones of a larger draw."""
+    return np.random.default_rng([seed, 0x1EF7]).permutation(records)[:count]

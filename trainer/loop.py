@@ -2,21 +2,25 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from adapters import seeds
 from trainer import consensus
+from trainer.allocation import AllocationLog, Replay
 from trainer.checkpoint import CheckpointWriter, Progress
 from trainer.checkpoint_files import newest
 from trainer.distributed import World
 from trainer.errors import RunFailed
 from trainer.evaluation import evaluate
 from trainer.loader import Loader, Step
-from trainer.memory import peak_gib
+from trainer.memory import held_bytes, peak_gib, readable, release
 from trainer.metrics import MetricsWriter
 from trainer.schedule import learning_rate
 from trainer.session import Session
+from trainer.validation import make_validate
 
 
 @dataclass
@@ -33,26 +37,39 @@ def train(
     loader: Loader,
     writer: CheckpointWriter,
     metrics: MetricsWriter | None,
+    log: AllocationLog | None,
     progress: Progress,
     steps: int,
 ) -> None:
-    """Train from `progress` to `steps` optimizer steps. `metrics` is rank 0's, None elsewhere."""
+    """Train from `progress` to `steps` optimizer steps.
+
+    `metrics` and `log` (decisions) are rank 0's, None elsewhere.
+    """
     config, engine, method = session.config, session.engine, session.method
     optimizer, world = session.optimizer, session.world
+    replay = _open_replay(session)
+    validate = make_validate(session)
     batches = iter(loader)
-    if config.run.eval_at_start and progress.step == 0:
-        _evaluate(session, metrics, progress)
+    if progress.step == 0:
+        if config.run.eval_at_start:
+            _evaluate(session, metrics, progress)
+        method.begin(optimizer, validate)
     clock = Clock(time.perf_counter())
     while progress.step < steps:
-        _, changed = consensus.decide_and_apply(method, progress.step, world)
+        step = progress.step
+        decision, changed = consensus.decide_and_apply(method, step, world, replay)
         if changed:
-            optimizer.follow(session.trainables())
+            _follow(session, metrics, step)
+        if log is not None and decision is not None:
+            log.write(step, decision)
+        loader.micro_batch_size = method.micro_batch_size or config.data.micro_batch_size
         batch = next(batches)
-        loss = accumulate(session, batch, progress.step)
+        loss = accumulate(session, batch, step)
         mean_loss = engine.reduce(optimizer, loss)
-        method.observe(progress.step)
-        optimizer.learning_rate = learning_rate(config.optim, progress.step, steps)
+        method.observe(step, optimizer)
+        optimizer.learning_rate = learning_rate(config.optim, step, steps)
         update = engine.step(optimizer, mean_loss, config.optim.max_grad_norm)
+        method.after_step(step, optimizer, skipped=update.skipped, validate=validate)
 
         progress.step += 1
         progress.skipped += update.skipped
@@ -72,6 +89,7 @@ def train(
                         "learning_rate": optimizer.learning_rate,
                         "grad_norm": update.grad_norm,
                         **_figures(session, progress, clock),
+                        **{f"method/{name}": v for name, v in method.scalars().items()},
                     }
                 )
                 clock = Clock(time.perf_counter())
@@ -91,6 +109,29 @@ def train(
             writer.save(progress)
 
 
+def _open_replay(session: Session) -> Replay | None:
+    """Rank 0's recorded decisions, where the run is to follow another one's."""
+    path, replay = session.config.method.replay, None
+    with session.world.together():
+        if path is not None and session.world.is_main:
+            replay = Replay(Path(path), session.method)
+    return replay
+
+
+def _follow(session: Session, metrics: MetricsWriter | None, step: int) -> None:
+    """After adapters were removed or resized: the optimizer's buffers too, memory given back."""
+    device, before = session.world.device, held_bytes(session.world.device)
+    session.optimizer.follow(session.trainables())
+    release(device)
+    if metrics is not None:
+        adapters = session.method.adapters.values()
+        metrics.say(
+            f"step {step}: {len(adapters)} of {len(session.method.units)} units kept, rank "
+            f"{max((adapter.rank for adapter in adapters), default=0)}, memory "
+            f"{readable(before)} -> {readable(held_bytes(device))}"
+        )
+
+
 def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
     """Gradients of this rank's micro-batches; returns its part of the mean loss.
 
@@ -102,7 +143,7 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
         # Dropout, the adapters' and the backbone's own, depends on the micro-batch and not on who
         # runs it.
         session.method.set_dropout_seed(step, index)
-        torch.manual_seed((session.config.run.seed << 40) + (step << 16) + index)
+        torch.manual_seed(seeds.mixed(session.config.run.seed, step, index))
         loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
         loss = loss / batch.weight
         session.engine.backward(loss)
@@ -111,7 +152,7 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
 
 
 def _evaluate(session: Session, metrics: MetricsWriter | None, progress: Progress) -> None:
-    if session.eval_data is None:
+    if session.config.data.eval is None:
         return
     scores = evaluate(session)
     if metrics is not None:
@@ -146,5 +187,6 @@ def make_loader(session: Session, world: World) -> Loader:
     """The loader of the training data for this rank."""
     config = session.config
     return Loader(
-        session.train_data, session.task, config.data, config.run.seed, world.rank, world.size
-    )
+        session.train_data, session.task, config.data, config.run.seed, world.rank, world.size,
+        session.left_out,
+    )  # fmt: skip

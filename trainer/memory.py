@@ -1,7 +1,11 @@
 """Memory: what a run will need, and what a process has used."""
 
+import contextlib
+import ctypes
+import gc
 import resource
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -46,7 +50,7 @@ def estimate(backbone: Backbone, config: Config, ranks: int, *, shards: bool) ->
 
 def trainable_parameters(backbone: Backbone, config: Config) -> int:
     """Scalars that a fixed-rank adapter on every unit and the task's heads train."""
-    rank = config.method.rank
+    rank = config.method.components
     adapters = sum(rank * (unit.in_features + unit.out_features) for unit in backbone.units)
     heads = sum(p.numel() for module in backbone.heads.values() for p in module.parameters())
     return adapters + heads
@@ -69,6 +73,24 @@ def _frozen_bytes(module: nn.Module, backbone: Backbone) -> int:
 def readable(nbytes: int) -> str:
     """A number of bytes for a person: MiB below a tenth of a GiB, else GiB."""
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
+
+
+def held_bytes(device: torch.device) -> int:
+    """What this process holds now: the GPU allocator's tensors, or resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def release(device: torch.device) -> None:
+    """Hand freed memory back, to the GPU or to the system."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_gib(device: torch.device) -> float:

@@ -16,7 +16,7 @@ class MetricsWriter:
 
     def __init__(self, config: Config, folder: Path, steps: int, start: int):
         self.file = folder / "metrics.jsonl"
-        _cut_after(self.file, start)
+        cut_after(self.file, start)
         self._stream = self.file.open("a", encoding="utf-8")
         self._board = None
         if config.log.tensorboard:
@@ -41,8 +41,9 @@ class MetricsWriter:
         if self._board is not None:
             for name, value in finite.items():
                 if name != "step" and isinstance(value, int | float):
-                    group = "eval" if name.startswith("eval_") else "train"
-                    self._board.add_scalar(f"{group}/{name}", value, values["step"])
+                    group = "eval/" if name.startswith("eval_") else "train/"
+                    tag = name if "/" in name else group + name  # method/… names its own group
+                    self._board.add_scalar(tag, value, values["step"])
         self._show(values)
 
     def advance(self) -> None:
@@ -96,7 +97,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _cut_after(file: Path, step: int) -> None:
+def cut_after(file: Path, step: int) -> None:
     """Drop what a killed run logged after the step that it now resumes from."""
     kept = [line for line in read_metrics(file) if line["step"] <= step]
     temporary = file.with_suffix(".tmp")

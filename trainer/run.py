@@ -1,12 +1,16 @@
 """One whole run: open, resume, train, export, and leave a folder that explains itself."""
 
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from adapters import seeds
 from adapters.export import export_adapter
 from trainer import architecture, checkpoint, checkpoint_files
+from trainer.allocation import AllocationLog
 from trainer.checkpoint import CheckpointWriter, Progress
 from trainer.config import Config
 from trainer.distributed import World
@@ -16,7 +20,9 @@ from trainer.figures import draw_loss
 from trainer.loop import make_loader, total_steps, train
 from trainer.memory import estimate, peak_gib, readable, trainable_parameters
 from trainer.metrics import MetricsWriter, read_metrics
+from trainer.schedule import learning_rate
 from trainer.session import Session, open_data, open_session
+from trainer.splitting import save_starts
 
 
 def run(config: Config, world: World) -> None:
@@ -24,22 +30,26 @@ def run(config: Config, world: World) -> None:
     folder = config.run_folder
     with world.together():
         resumed, state, remarks = _choose_start(config, folder)
-    session = open_session(config, world)
-    torch.manual_seed((config.run.seed << 32) + world.rank)
+        starts = None if resumed is None else checkpoint.read_starts(resumed, state)
+    session = open_session(config, world, starts)
+    torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
     if resumed is not None:
         with world.together():
             progress = checkpoint.restore(session, loader, resumed, state)
     steps = total_steps(session, loader)
-    metrics = None
+    metrics = log = None
     with world.together():
+        _plan(session, steps)
         if world.is_main:
             remarks += checkpoint_files.clear_the_way(
                 folder / "checkpoints", progress.step, config.run.resume
             )
-            _prepare_folder(config, folder)
+            _prepare_folder(session, folder)
             metrics = MetricsWriter(config, folder, steps, progress.step)
+            if session.method.decides:
+                log = AllocationLog(folder, config.method.kind, progress.step)
     if metrics is not None:
         for line in (*_introduction(session, steps), *(f"damaged   {r}" for r in remarks)):
             metrics.say(line)
@@ -50,11 +60,12 @@ def run(config: Config, world: World) -> None:
                 metrics.say(f"changed   {change}")
     writer = CheckpointWriter(session, loader, folder / "checkpoints")
     try:
-        train(session, loader, writer, metrics, progress, steps)
+        train(session, loader, writer, metrics, log, progress, steps)
         writer.close()
     finally:
-        if metrics is not None:
-            metrics.close()
+        for file in (metrics, log):
+            if file is not None:
+                file.close()
     with world.together():
         if world.is_main:
             _finish(session, folder, steps)
@@ -100,11 +111,26 @@ def _choose_start(config: Config, folder: Path):
     return found
 
 
-def _prepare_folder(config: Config, folder: Path) -> None:
+def _plan(session: Session, steps: int) -> None:
+    """Tell the method how long the run is. Raises UserError where its options do not fit."""
+    optim, method = session.config.optim, session.method
+    try:
+        method.options.check_steps(steps)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    method.plan(steps, lambda step: learning_rate(optim, step, steps) / optim.learning_rate)
+
+
+def _prepare_folder(session: Session, folder: Path) -> None:
+    config, units = session.config, session.method.units
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "figures").mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        described = [{k: v for k, v in asdict(unit).items() if k != "index"} for unit in units]
+        (folder / "units.json").write_text(json.dumps(described, indent=0), encoding="utf-8")
+        if session.starts is not None:
+            session.initial_digest = save_starts(session.starts, folder)
         for stale in (folder / "checkpoints").glob(".step-*"):
             checkpoint_files.remove_partial(stale)
     except OSError as error:
@@ -169,16 +195,18 @@ def _export(session: Session, folder: Path) -> str:
             f"unquantised ones by {session.backbone.quantization_error:.2%} (Frobenius). What that "
             "costs on held-out data: `python launch/export.py RUN OUT`."
         )
-    export_adapter(
-        folder,
-        session.method.adapters,
-        base_model=config.model.id,
-        revision=config.model.revision,
-        task=config.task.kind,
-        heads=heads,
-        labels=session.backbone.model.config.num_labels if heads else None,
-        note=note,
-    )
+    with session.method.inference():
+        export_adapter(
+            folder,
+            session.method.adapters,
+            initial={name: start.adapter for name, start in (session.starts or {}).items()},
+            base_model=config.model.id,
+            revision=config.model.revision,
+            task=config.task.kind,
+            heads=heads,
+            labels=session.backbone.model.config.num_labels if heads else None,
+            note=note,
+        )
     return note
 
 
@@ -190,6 +218,7 @@ def _readme(config: Config, summary: str, note: str) -> str:
 | | |
 |---|---|
 | `config.yaml` | the resolved configuration |
+| `units.json` | the adapted matrices |
 | `metrics.jsonl` | one object a logged step or evaluation |
 | `tensorboard/` | the same for `tensorboard --logdir` |
 | `checkpoints/` | resumable on any engine and number of ranks |

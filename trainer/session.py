@@ -1,21 +1,26 @@
 """A run's parts, put together in the one order in which they depend on each other."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from adapters.method import Method
+from adapters.method import Method, Start
 from adapters.optimizer import MaskedAdamW, Trainable
 from adapters.registry import METHODS
 from trainer import architecture
 from trainer import backbone as backbones
 from trainer.architecture import Backbone
-from trainer.config import Config, DataOptions
-from trainer.data import TokenDataset, prepare, read_labels
+from trainer.config import LEFT_OUT, Config, DataOptions
+from trainer.data import TokenDataset, cache_root, prepare, read_labels
 from trainer.distributed import World
 from trainer.engine import make_engine
 from trainer.engine.base import Engine
+from trainer.errors import UserError
+from trainer.loader import left_out
+from trainer.splitting import Splitter
 from trainer.tasks import TASKS
 from trainer.tasks.base import Task
 
@@ -30,14 +35,26 @@ class Session:
     task: Task
     train_data: TokenDataset
     eval_data: TokenDataset | None
+    left_out: np.ndarray
+    """Indices of the training records that are not trained on."""
     engine: Engine
     backbone: Backbone
     method: Method
     optimizer: MaskedAdamW
+    starts: Mapping[str, Start] | None
+    """Rank 0: what the method took out of the matrices, where it splits them."""
+    initial_digest: str | None = None
+    """SHA-256 of the file that keeps `starts`."""
 
     @property
     def model(self) -> nn.Module:
         return self.backbone.model
+
+    def held_out(self) -> tuple[TokenDataset, np.ndarray]:
+        """The data to evaluate on, and which of its records."""
+        if self.eval_data is not None:
+            return self.eval_data, np.arange(len(self.eval_data))
+        return self.train_data, self.left_out[: self.config.data.leave_out]
 
     def trainables(self) -> list[Trainable]:
         """Adapters first, then the parameters of new heads."""
@@ -67,26 +84,53 @@ def open_data(
     return tokenizer, task, *prepared
 
 
+def _leave_out(config: Config, records: int) -> np.ndarray:
+    """Records for evaluation and for the method's validation: the latter are the first of them."""
+    count = max(config.data.leave_out, config.method.validation_samples)
+    if count >= records:
+        key = (
+            "data.leave_out"
+            if config.data.leave_out == count
+            else "method.policy.validation_samples"
+        )
+        raise UserError(
+            f"{key}: {count} given; accepted: fewer than {records}, the training records"
+        )
+    return left_out(records, count, config.run.seed)
+
+
 def _prepare(data: DataOptions, task: Task) -> tuple[TokenDataset, TokenDataset | None]:
     train = prepare(data.train, data.train_split, data.train_records, data, task)
-    if data.eval is None:
+    if data.eval is None or data.eval == LEFT_OUT:
         return train, None
     return train, prepare(data.eval, data.eval_split, data.eval_records, data, task)
 
 
-def open_session(config: Config, world: World) -> Session:
-    """Load data and backbone, shard it, attach the method's adapters. The same on every rank."""
+def open_session(
+    config: Config, world: World, starts: Mapping[str, Start] | None = None
+) -> Session:
+    """Load data and backbone, shard it, attach the method's adapters. The same on every rank.
+
+    `starts`: the initial tensors of the run that is resumed, where its method splits matrices.
+    """
     with world.together():
         engine = make_engine(config, world)
     tokenizer, task, train_data, eval_data = open_data(config, world)
     with world.together():  # what is wrong with the model shows without its weights
         backbones.check(config, task, world.device)
-    backbone = backbones.load(config, task, engine, world)
+        left_out = _leave_out(config, len(train_data))
     method = METHODS[config.method.kind](config.method, config.run.seed)
-    method.attach(backbone.units, backbone.hosts, world.device)
+    splitter = None
+    if method.splits_weight:
+        splitter = Splitter(method, world, cache_root(config.data) / "spectra", starts)
+    backbone = backbones.load(config, task, engine, world, splitter)
+    if splitter is not None:
+        starts = splitter.starts
+    method.attach(backbone.units, backbone.hosts, world.device, starts)
     session = Session(
-        config, world, tokenizer, task, train_data, eval_data, engine, backbone, method,
+        config, world, tokenizer, task, train_data, eval_data, left_out, engine, backbone, method,
         optimizer=None,  # type: ignore[arg-type]  # follows at once, from the session's trainables
+        starts=starts if world.is_main else None,
     )  # fmt: skip
     session.optimizer = MaskedAdamW(
         session.trainables(),

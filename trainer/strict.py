@@ -30,6 +30,8 @@ def _explain(prefix: str, error: ErrorDetails, kind: type[BaseModel]) -> str:
     path = [str(part) for part in error["loc"]]
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])  # our own validators name the key themselves
+    while len(path) > 1 and (inner := _section_of(kind, path[0])) is not None:
+        prefix, kind, path = f"{prefix}.{path[0]}".lstrip("."), inner, path[1:]
     if error["type"] == "extra_forbidden":
         return unknown_key(path[-1], [prefix, *path[:-1]], kind)
     # Members of a union appear in the location ("eval.str"); only keys are of interest.
@@ -41,6 +43,13 @@ def _explain(prefix: str, error: ErrorDetails, kind: type[BaseModel]) -> str:
     if error["type"] == "literal_error":
         accepted += _nearest(error["input"], re.findall(r"'(\w+)'", accepted))
     return f"{key}: {error['input']!r} given; accepted: {accepted}"
+
+
+def _section_of(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The class of a section within a section."""
+    field = kind.model_fields.get(name)
+    annotation = None if field is None else field.annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def _accepted(kind: type[BaseModel], path: list[str], message: str = "") -> str:
@@ -64,6 +73,8 @@ def type_name(annotation: Any) -> str:
         return f"a list of {type_name(typing.get_args(annotation)[0])}s"
     if origin is dict:
         return "a mapping"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "a section of keys"
     names = {str: "string", int: "integer", float: "number", bool: "true or false"}
     return names.get(annotation, str(annotation))
 

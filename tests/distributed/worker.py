@@ -9,25 +9,32 @@ ended in) is written to results/<rank>.json.
 import ctypes
 import gc
 import hashlib
+import itertools
 import json
 import resource
+import shutil
 import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from adapters.linear import AdaptedLinear
+from adapters.registry import METHODS
 from adapters.units import transformer_blocks
-from trainer import distributed
+from trainer import consensus, distributed
 from trainer.config import parse_config
 from trainer.distributed import World
+from trainer.evaluation import evaluate_saved
 from trainer.loop import accumulate, make_loader
 from trainer.run import run
-from trainer.session import open_session
+from trainer.schedule import learning_rate
+from trainer.session import Session, open_session
+from trainer.validation import make_validate
 
 MIB = 2**20
 
@@ -97,6 +104,130 @@ def gathered(world: World, config: dict[str, Any]) -> dict[str, str]:
     return digests
 
 
+def train_only(world: World, config: dict[str, Any]) -> dict[str, Any]:
+    """A whole run but for the export and the figures at its end."""
+    with patch("trainer.run._finish"):
+        return train(world, config)
+
+
+def resume(world: World, argument: dict[str, Any]) -> dict[str, Any]:
+    """Go on from a run that was killed some time after it had saved `step`."""
+    if world.is_main:
+        target = parse_config(argument["config"]).run_folder
+        cut_run(Path(argument["source"]), target, argument["step"])
+    world.gather(None)
+    return train_only(world, argument["config"])
+
+
+def cut_run(source: Path, target: Path, step: int) -> None:
+    """A copy of a run without the checkpoints after `step`; what was logged since stays."""
+    shutil.copytree(source, target)
+    for saved in (target / "checkpoints").glob("step-*"):
+        if int(saved.name.removeprefix("step-")) > step:
+            shutil.rmtree(saved)
+
+
+def desynchronised(world: World, argument: dict[str, Any]) -> dict[str, Any]:
+    """A run in which rank 1 applies the decision before step `step` wrongly."""
+    config, calls = parse_config(argument["config"]), itertools.count()
+    kind = METHODS[config.method.kind]
+    honest = kind.apply
+
+    def apply(self, decision):
+        changed = honest(self, decision)
+        if next(calls) == argument["step"] and world.rank == 1:
+            name, adapter = next(iter(self.adapters.items()))
+            if argument["what"] == "mask":
+                adapter.mask[-1] = ~adapter.mask[-1]
+            elif argument["what"] == "gate":  # by the least that a float can
+                infinity = torch.full_like(adapter.g, torch.inf)
+                adapter.g.data[0] = torch.nextafter(adapter.g.data, infinity)[0]
+            else:
+                self._remove(name)
+        return changed
+
+    with patch.object(kind, "apply", apply):
+        return train_only(world, argument["config"])
+
+
+def masked_steps(world: World, config: dict[str, Any]) -> dict[str, Any]:
+    """A few steps by hand: which rows of adapters, moments and counts each one changed.
+
+    `moved`: what changed though its component was not active. `resting`: rows that were not
+    active, `with_momentum`: those of them that had been active before.
+    """
+    session = open_session(parse_config(config), world)
+    found: dict[str, Any] = {"moved": [], "resting": 0, "with_momentum": 0, "active": 0, "still": 0}
+    for step, before in drive(session):
+        after = snapshot(session)
+        for key, old in before.items():
+            name, part = key.rsplit("/", 1)
+            mask = before[f"{name}/mask"]
+            changed = (after[key] != old).view(len(mask), -1).any(1)
+            if part != "mask":
+                found["moved"] += [f"step {step}: {key}"] * bool(changed[~mask].any())
+                found["still"] += int((~changed[mask]).sum()) if part in ("A", "B", "step") else 0
+            elif f"{name}.A/step" in before:  # once a unit
+                found["active"] += int(mask.sum())
+                found["resting"] += int((~mask).sum())
+                found["with_momentum"] += int((~mask & (before[f"{name}.A/step"] > 0)).sum())
+    return found
+
+
+def drive(session: Session, *, copies: bool = True):
+    """The loop of a whole run, by hand; after each step (its number, what was before its update,
+    where `copies` are wanted)."""
+    config, method, optimizer = session.config, session.method, session.optimizer
+    steps, validate = config.run.steps or 1, make_validate(session)
+    batches = iter(make_loader(session, session.world))
+    method.plan(steps, lambda step: 1.0)
+    method.begin(optimizer, validate)
+    for step in range(steps):
+        _, changed = consensus.decide_and_apply(method, step, session.world)
+        if changed:
+            optimizer.follow(session.trainables())
+        before = snapshot(session) if copies else {}
+        loss = session.engine.reduce(optimizer, accumulate(session, next(batches), step))
+        method.observe(step, optimizer)
+        optimizer.learning_rate = learning_rate(config.optim, step, steps)
+        update = session.engine.step(optimizer, loss, config.optim.max_grad_norm)
+        method.after_step(step, optimizer, skipped=update.skipped, validate=validate)
+        yield step, before
+
+
+def snapshot(session: Session) -> dict[str, torch.Tensor]:
+    """Copies of masks, adapters, moments and counts, by unit/part or unit.role/part."""
+    held: dict[str, torch.Tensor] = {}
+    for name, adapter in session.method.adapters.items():
+        for role in ("mask", "A", "g", "B"):
+            held[f"{name}/{role}"] = getattr(adapter, role).detach().clone()
+    for name, moments in session.optimizer.state_dict().items():
+        unit = name.rpartition(".")[0]
+        held |= {f"{name}/{part}": moments[part].clone() for part in moments}
+        held[f"{name}/mask"] = held[f"{unit}/mask"]
+    return held
+
+
+def validation(world: World, config: dict[str, Any]) -> dict[str, Any]:
+    """Who is left out, who is trained on in two epochs, and L1 before and after a few steps."""
+    session = open_session(parse_config(config), world)
+    validate, losses = make_validate(session), []
+    losses.append(validate(False))
+    for _ in drive(session, copies=False):
+        losses.append(validate(False))
+    batches, seen = iter(make_loader(session, world)), set()
+    for step in batches:
+        seen |= {record for _, batch in step.micro_batches for record in batch.records}
+        if step.epoch >= 2:
+            break
+    return {"left_out": session.left_out.tolist(), "seen": sorted(seen), "losses": losses}
+
+
+def evaluate(world: World, argument: dict[str, Any]) -> dict[str, float]:
+    """Scores of a checkpoint's adapters."""
+    return evaluate_saved(parse_config(argument["config"]), world, Path(argument["checkpoint"]))
+
+
 def settle() -> None:
     """Give freed memory back to the system, so that resident memory says what is in use."""
     gc.collect()
@@ -116,6 +247,12 @@ CASES = {
     "train_on_a_full_disk": train_on_a_full_disk,
     "shard": shard,
     "gathered": gathered,
+    "train_only": train_only,
+    "resume": resume,
+    "desynchronised": desynchronised,
+    "masked_steps": masked_steps,
+    "validation": validation,
+    "evaluate": evaluate,
 }
 
 
@@ -137,6 +274,7 @@ def main() -> None:
         results[name] = result | {"seconds": time.perf_counter() - started}
         (out / f"{world.rank}.json").write_text(json.dumps(results))
         gc.collect()
+        gc.freeze()  # what is left are modules; loading a backbone collects garbage many times
     distributed.stop()
 
 

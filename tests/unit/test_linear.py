@@ -17,8 +17,9 @@ def host(fmt="none", bias=True, out=48, inp=64, rank=4, dtype=torch.float32, see
     layer = AdaptedLinear(linear, fmt)
     layer.weight = nn.Parameter(layer.pack(linear.weight.data, dtype), requires_grad=False)
     layer.adapter = GatedAdapter(
-        torch.randn(rank, inp), torch.rand(rank) + 0.5, torch.randn(rank, out), learn_gates=learn
+        torch.randn(rank, inp), torch.rand(rank) + 0.5, torch.randn(rank, out)
     )
+    layer.adapter.g.requires_grad_(learn)
     return layer
 
 
@@ -165,6 +166,6 @@ def test_the_operator_is_opaque_to_torch_compile():
     torch.library.opcheck(
         adapted_linear,
         (x, layer.weight, None, layer.adapter.A, layer.adapter.g, layer.adapter.B, 48, "nf4", 0.0,
-         False, None),
+         False, False, None),
         test_utils=("test_schema", "test_faketensor"),
     )  # fmt: skip

@@ -1,0 +1,349 @@
+"""LeLoRA: a policy chooses, by reinforcement learning, which singular components of W train.
+
+Before training every unit's W gives up the r_max largest (primary), middle (medium) and smallest
+(minor) singular triplets; they become the components of its adapter, A = Vᵀ, g = Σ, B = U, and
+
+    W = (W − Σ_banks U Σ Vᵀ) + Σ_banks U Σ Vᵀ,
+
+the first part frozen (and only then quantised). At iteration t
+
+    1. rank 0 draws (r, s) for every unit from p(· | ξ; Ω); r components of bank s train,
+    2. θ ← one optimizer step, in which only they move                                     (6)
+    3. L₁: loss of the updated model on validation records, L₂ = L₁ − L₁ of the iteration before,
+       R = L₁ + α L₂                                                                       (7)–(9)
+    4. Ω ← Ω − η₂ (R − b) (1/n) Σ_u ∇ log p(a_u | ξ_u; Ω)                                 (10)
+
+All components take part in the forward pass all the time. Beyond the paper, rewards of a unit's
+own. `credit: attributed`: R_u = ⟨∇_{θ_u} L, Δθ_u⟩, the first-order change of the loss that its
+update caused. `credit: counterfactual`, the default: since backward gives the gradient of every
+component, trained or not, every action of a unit is judged in every step (`_promised`). With
+`signal: next_batch` L is the next training batch's: its gradient is computed anyway, so the policy
+costs no extra pass.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from adapters.gated import GatedAdapter
+from adapters.method import Method, MethodOptions, Validate
+from adapters.optimizer import MaskedAdamW
+from adapters.reinforce import PolicyOptions, Reinforce
+from adapters.spectral import bank, largest_rank, resample
+
+Location = Literal["primary", "medium", "minor"]
+
+
+class LeLoRAOptions(MethodOptions):
+    """Options of `method.kind: lelora`; `rank` is r_max."""
+
+    kind: Literal["lelora"] = "lelora"
+    """Name of the method."""
+    ranks: list[int] | None = Field(None, min_length=1)
+    """Effective dimensions to choose from, R; where given, `rank` is its largest. none: 0, 2, 4,
+    8, … up to `rank`."""
+    locations: list[Location] = Field(["primary", "medium", "minor"], min_length=1)
+    """Banks to choose from."""
+    policy: PolicyOptions = Field(default_factory=PolicyOptions)
+    """The policy and how it learns."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _largest(cls, given: Any) -> Any:
+        """`rank` follows from `ranks`."""
+        ranks = given.get("ranks") if isinstance(given, Mapping) else None
+        if isinstance(ranks, list) and all(type(r) is int for r in ranks) and max(ranks, default=0):
+            return {**given, "rank": max(ranks)}
+        return given
+
+    @model_validator(mode="after")
+    def _check(self):
+        ranks = self.dimensions
+        if sorted(set(ranks)) != ranks or ranks[0] < 0 or ranks[-1] == 0:
+            raise ValueError(
+                f"method.ranks: {ranks} given; accepted: ascending whole numbers from 0 on, the "
+                "last above 0"
+            )
+        if len(set(self.locations)) < len(self.locations):
+            raise ValueError(
+                f"method.locations: {self.locations} given; accepted: each location once"
+            )
+        weights = self.policy.rank_weights
+        if weights is not None and len(weights) != len(ranks):
+            raise ValueError(
+                f"method.policy.rank_weights: {len(weights)} numbers given; accepted: one for each "
+                f"of method.ranks ({len(ranks)})"
+            )
+        return self
+
+    @property
+    def dimensions(self) -> list[int]:
+        """R, the effective dimensions to choose from."""
+        if self.ranks is not None:
+            return self.ranks
+        return [0, *(2**k for k in range(1, self.rank.bit_length()) if 2**k < self.rank), self.rank]
+
+    @property
+    def components(self) -> int:
+        return self.rank * len(self.locations)
+
+    @property
+    def validation_samples(self) -> int:
+        return self.policy.validation_samples if self.policy.validates else 0
+
+    def check_units(self, units):
+        for unit in units:
+            largest = largest_rank(self.locations, min(unit.out_features, unit.in_features))
+            if self.rank > largest:
+                raise ValueError(
+                    f"method.ranks: {self.rank} given; accepted: at most {largest}, for "
+                    f"{', '.join(self.locations)} of {unit.name} ({unit.out_features} x "
+                    f"{unit.in_features}) not to overlap"
+                )
+
+
+class LeLoRA(Method):
+    """Three singular banks a unit, of which one slice trains."""
+
+    Options = LeLoRAOptions
+    decides = True
+    splits_weight = True
+    learns_gates = True
+
+    def __init__(self, options: Any, seed: int):
+        super().__init__(options, seed)
+        self._before: Tensor | None = None  # θ, or its gradient, when the draw in force began
+        self._spoiled = False  # a step under that draw was skipped
+        self._reward: Tensor | None = None  # (n) or (1), until `decide` takes it
+        self._last_loss = float("nan")  # L₁ of the draw before
+        self._touched = torch.zeros(0, 0, dtype=torch.bool)  # (n, R): ever trained
+        self._policy: Reinforce | None = None  # rank 0
+        self._fixed: tuple[Tensor, Tensor, Tensor] | None = None  # rank 0: features that stay
+        self._drawn: dict[str, Any] = {}  # what the log describes
+
+    def ranges(self, unit):
+        d = min(unit.out_features, unit.in_features)
+        return [bank(location, self.options.rank, d) for location in self.options.locations]
+
+    def extract(self, unit, triplets):
+        return GatedAdapter(triplets.V.T, triplets.S, triplets.U.T)
+
+    def attach(self, units, hosts, device, starts=None):
+        super().attach(units, hosts, device, starts)
+        self._touched = torch.zeros(len(units), self.options.components, dtype=torch.bool)
+
+    def trained(self, rank: int, location: str) -> slice:
+        """Components that (r, s) trains: the first r of a bank, of `minor` the last r."""
+        largest = self.options.rank
+        start = self.options.locations.index(location) * largest
+        first = start + largest - rank if location == "minor" else start
+        return slice(first, first + rank)
+
+    # --- rewards, on every rank ----------------------------------------------------------------
+
+    def begin(self, optimizer, validate):
+        if self._learns and self.options.policy.credit == "global":
+            self._last_loss = validate(False)
+
+    def due(self, step):
+        return step % self.options.policy.every == 0
+
+    def observe(self, step, optimizer):
+        if not (self._learns and self.due(step)):
+            return
+        policy = self.options.policy
+        if not policy.validates and self._before is not None:
+            self._reward = self._local(optimizer)
+        self._before, self._spoiled = None, False
+        if policy.credit == "attributed":
+            self._before = optimizer.values.clone()
+        elif policy.credit == "counterfactual":
+            self._before = optimizer.trained_gradients.clone()
+
+    def after_step(self, step, optimizer, *, skipped, validate):
+        if not self._learns:
+            return
+        self._spoiled |= skipped
+        policy = self.options.policy
+        if not (policy.validates and self.due(step + 1)):
+            return
+        if policy.credit == "global":
+            self._reward = self._global(validate)
+        else:
+            validate(True)
+            self._reward = self._local(optimizer)
+            optimizer.zero_grad()
+
+    @property
+    def _learns(self) -> bool:
+        return self.options.policy.mode == "learned" and self.options.replay is None
+
+    def _local(self, optimizer: MaskedAdamW) -> Tensor:
+        """Each unit's own reward (n), or each of its actions' (n, |R|, |S|), from the summed,
+        unclipped gradient of all components."""
+        assert self._before is not None
+        gradient = optimizer.trained_gradients
+        if self.options.policy.credit == "attributed":
+            change = self._by_component(optimizer, gradient * (optimizer.values - self._before))
+            reward = change.sum((1, 2))
+        else:
+            reward = self._promised(optimizer, self._before, gradient)
+        return reward * float("nan") if self._spoiled else reward
+
+    def _promised(self, optimizer: MaskedAdamW, earlier: Tensor, later: Tensor) -> Tensor:
+        """R_u(r, s) = −Σ_{j in slice} Σ_{A, g, B} ⟨G_j, G′_j⟩ / rms(G_j), (n, |R|, |S|): what a
+        step of unit size along one batch's gradient does to another batch's loss, to first order.
+
+        The batches are independent, so the noise of neither looks like progress."""
+        dots = self._by_component(optimizer, earlier * later)
+        squares = self._by_component(optimizer, earlier * earlier)
+        sizes = torch.tensor([[u.in_features, 1, u.out_features] for u in self.units])
+        rms = (squares / sizes.to(squares).unsqueeze(2)).sqrt()
+        worth = -torch.where(rms > 0, dots / rms.clamp(min=1e-300), 0.0).sum(1)
+        table = [
+            torch.stack([worth[:, self.trained(r, s)].sum(1) for s in self.options.locations], 1)
+            for r in self.options.dimensions
+        ]
+        return torch.stack(table, 1)
+
+    def _by_component(self, optimizer: MaskedAdamW, flat: Tensor) -> Tensor:
+        """Sums (n, 3, R) over each component's row of A, its g, and its row of B, in float64."""
+        n, R = len(self.units), self.options.components
+        return optimizer.row_sums(flat)[: n * 3 * R].view(n, 3, R).double()
+
+    def _global(self, validate: Validate) -> Tensor:
+        """R = L₁ + α L₂, (1)."""
+        l1 = validate(False)
+        l2 = l1 - self._last_loss
+        self._last_loss = l1
+        reward = {"both": l1 + self.options.policy.alpha * l2, "l1": l1, "l2": l2}
+        value = float("nan") if self._spoiled else reward[self.options.policy.loss]
+        return torch.tensor([value], dtype=torch.float64)
+
+    # --- decisions, on rank 0 ------------------------------------------------------------------
+
+    def decide(self, step):
+        policy = self._the_policy()
+        if self._reward is not None:
+            policy.learn(self._reward)
+        ranks, locations = policy.draw(step, self.features())
+        names = [unit.name for unit in self.units]
+        dimensions = [self.options.dimensions[index] for index in ranks]
+        places = [self.options.locations[index] for index in locations]
+        return {
+            "ranks": dict(zip(names, dimensions, strict=True)),
+            "locations": dict(zip(names, places, strict=True)),
+        }
+
+    def features(self) -> Tensor:
+        """ξ without the embedded parts (n, F): log1p of the norm, the spectrum resampled and over
+        σ₁, and with `features: current` the banks' gates over σ₁."""
+        if self._fixed is None:
+            spectra = [self.spectra[unit.name].double().cpu() for unit in self.units]
+            count = self.options.policy.spectrum_points
+            curves = torch.stack([resample(s, count) for s in spectra])
+            energy = torch.stack([s.square().sum() for s in spectra])
+            if self.options.policy.features == "current":
+                banks = [[i for r in self.ranges(unit) for i in r] for unit in self.units]
+                pairs = zip(spectra, banks, strict=True)
+                energy = energy - torch.stack([s[bank].square().sum() for s, bank in pairs])
+            largest = torch.stack([s[0].clamp(min=1e-30) for s in spectra])
+            self._fixed = curves, energy, largest
+        curves, energy, largest = self._fixed
+        parts = [curves]
+        if self.options.policy.features == "current":
+            gates = torch.cat([adapter.g.detach() for adapter in self.adapters.values()])
+            gates = gates.double().cpu().view(len(self.units), -1)
+            energy = energy + gates.square().sum(1)  # approximate: U and V drift
+            parts.append(gates / largest.unsqueeze(1))
+        norm = energy.clamp(min=0).sqrt().log1p().unsqueeze(1)
+        return torch.cat([norm, *parts], dim=1).float()
+
+    def _the_policy(self) -> Reinforce:
+        if self._policy is None:
+            kinds = sorted({unit.kind for unit in self.units})
+            deepest = max((unit.layer for unit in self.units if unit.layer is not None), default=-1)
+            layers = [deepest + 1 if u.layer is None else u.layer for u in self.units]
+            options, components = self.options.policy, self.options.components
+            current = components if options.features == "current" else 0
+            self._policy = Reinforce(
+                options,
+                layer=torch.tensor(layers),
+                kind=torch.tensor([kinds.index(unit.kind) for unit in self.units]),
+                features=1 + options.spectrum_points + current,
+                ranks=self.options.dimensions,
+                locations=len(self.options.locations),
+                sizes=torch.tensor([u.in_features + u.out_features + 1 for u in self.units]),
+                seed=self.seed,
+                device=self.device,
+            )
+        return self._policy
+
+    def apply(self, decision):
+        mask = torch.zeros_like(self._touched)
+        for row, unit in zip(mask, self.units, strict=True):
+            row[self.trained(decision["ranks"][unit.name], decision["locations"][unit.name])] = True
+        self._reward = None  # rank 0 has taken it
+        self._touched |= mask
+        self._drawn = {key: list(decision[key].values()) for key in ("ranks", "locations")}
+        self._write([adapter.mask for adapter in self.adapters.values()], mask.flatten())
+        return False
+
+    def scalars(self):
+        """Fig. 3 and Table 4: mean dimension and shares of the locations, by type and third."""
+        if not self._drawn:
+            return {}
+        ranks, locations = self._drawn["ranks"], self._drawn["locations"]
+        found = {
+            "mean_rank": sum(ranks) / len(ranks),
+            "distinct_actions": len({(r, r and s) for r, s in zip(ranks, locations, strict=True)}),
+            "touched_parameters": sum(
+                int(row.sum()) * (unit.in_features + unit.out_features + 1)
+                for row, unit in zip(self._touched, self.units, strict=True)
+            ),
+        } | (self._policy.scalars if self._policy is not None else {})
+        for group, members in self._groups().items():
+            found[f"mean_rank/{group}"] = sum(ranks[i] for i in members) / len(members)
+            trained = [i for i in members if ranks[i] > 0]
+            for location in self.options.locations if trained else ():
+                share = sum(locations[i] == location for i in trained) / len(trained)
+                found[f"share_{location}/{group}"] = share
+        return found
+
+    def _groups(self) -> dict[str, list[int]]:
+        """Units by matrix type, and by front, middle and back third of the blocks."""
+        groups: dict[str, list[int]] = {}
+        blocks = 1 + max((u.layer for u in self.units if u.layer is not None), default=0)
+        for index, unit in enumerate(self.units):
+            groups.setdefault(unit.kind, []).append(index)
+            if unit.layer is not None:
+                third = ("front", "middle", "back")[3 * unit.layer // blocks]
+                groups.setdefault(third, []).append(index)
+        return groups
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def state_dict(self):
+        state = {
+            "touched": self._touched,
+            "spoiled": torch.tensor(self._spoiled),
+            "last_loss": torch.tensor(self._last_loss, dtype=torch.float64),
+        }
+        held = {"before": self._before, "reward": self._reward}
+        return state | {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def load_state_dict(self, state):
+        self._touched, self._spoiled = state["touched"].bool(), bool(state["spoiled"])
+        self._last_loss = float(state["last_loss"])
+        before, self._reward = state.get("before"), state.get("reward")
+        self._before = None if before is None else before.to(self.device)
+
+    def decider_state(self):
+        return {} if self._policy is None else self._policy.state_dict()
+
+    def load_decider_state(self, state):
+        if state:
+            self._the_policy().load_state_dict(state)

@@ -1,0 +1,328 @@
+"""REINFORCE over (rank, location) of every unit: LeLoRA's policy, how it draws and how it learns.
+
+    a_u ~ p(· | ξ_u; Ω)        Ω ← Ω − η₂ (1/n) Σ_u (R_u − b_u) ∇_Ω log p(a_u | ξ_u; Ω)      (10)
+
+R is a loss, lower is better. Eq. 9's R_i is one number for all units (`credit: global`) or the
+unit's own (`attributed`); b averages earlier R only, so that the first sample, which has none,
+teaches nothing. Where every action's reward is known and not only the drawn one's
+(`counterfactual`), the sum over actions takes the place of the sample, without its variance:
+
+    Ω ← Ω − η₂ (1/n) Σ_u ∇_Ω Σ_a p(a | ξ_u; Ω) R_u(a)
+
+Everything here lives on rank 0.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.func import functional_call
+
+from adapters import seeds
+from adapters.options import Section
+from adapters.policy import PolicyNetwork, entropies, log_probability, sample
+
+_PRECISION = 2.0**16
+"""Rewards are rounded to so many parts of the next power of two."""
+
+
+class PolicyOptions(Section):
+    """Keys under `method.policy`."""
+
+    mode: Literal["learned", "uniform", "frozen"] = "learned"
+    """Learn; or draw uniformly; or draw from the policy as it was initialised."""
+    rank_weights: list[float] | None = None
+    """mode=uniform: relative frequency of each of `method.ranks`; none: all alike."""
+    network: Literal["mlp", "resnet", "tabnet"] = "mlp"
+    """Backbone of the policy network (LeLoRA, tables 13 and 14)."""
+    learning_rate: float = Field(3e-3, gt=0)
+    """η₂ (paper: 1e-3)."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """`sgd` is eq. 10 to the letter."""
+    credit: Literal["counterfactual", "attributed", "global"] = "counterfactual"
+    """A reward for every action of a unit, the first-order change of the loss that its components
+    promise, trained or not; or one a unit, the change that its own update caused; or one for all,
+    R = L₁ + α L₂ (paper)."""
+    signal: Literal["auto", "validation", "next_batch"] = "auto"
+    """Loss that the reward is about: on records taken out of the training data, or on the next
+    training batch, whose gradient is computed anyway. auto: validation where credit=global."""
+    alpha: float = Field(0.8, ge=0)
+    """α in R = L₁ + α L₂, with credit=global."""
+    loss: Literal["both", "l1", "l2"] = "both"
+    """Terms of R, with credit=global."""
+    baseline: Literal["mean", "trend"] = "mean"
+    """b: mean of the earlier rewards, or their linear trend carried on."""
+    baseline_window: int = Field(20, gt=0)
+    """Earlier rewards that b looks at."""
+    advantage: Literal["normalised", "raw"] = "normalised"
+    """R − b, or that over the spread of the earlier rewards."""
+    entropy: float = Field(0.1, ge=0)
+    """Weight of an entropy bonus."""
+    cost: float = Field(0.0, ge=0)
+    """Price added to a unit's reward for every parameter that it trains."""
+    validation_samples: int = Field(32, gt=0)
+    """Training records taken out to validate on, with signal=validation."""
+    every: int = Field(1, gt=0)
+    """Steps for which a draw holds."""
+    features: Literal["current", "initial"] = "current"
+    """Whether the network also sees the banks' singular values as they are by now."""
+    spectrum_points: int = Field(256, gt=1)
+    """Points to which a unit's singular values are resampled."""
+    idle_location: bool = False
+    """Keep log p of the location where rank 0 was drawn, though it had no effect (paper)."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.credit == "global":
+            if self.signal == "next_batch":
+                raise ValueError(
+                    "method.policy.signal: next_batch given with policy.credit=global; accepted: "
+                    "validation, or another policy.credit"
+                )
+        else:
+            for key in ("alpha", "loss"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(
+                        f"method.policy.{key}: {getattr(self, key)!r} given with "
+                        f"policy.credit={self.credit}, which has no L1 and L2; accepted: with "
+                        "policy.credit=global"
+                    )
+        if self.rank_weights is not None:
+            if self.mode != "uniform":
+                raise ValueError(
+                    f"method.policy.rank_weights: given with policy.mode={self.mode}; accepted: "
+                    "with uniform"
+                )
+            if min(self.rank_weights) < 0 or sum(self.rank_weights) <= 0:
+                raise ValueError(
+                    f"method.policy.rank_weights: {self.rank_weights} given; accepted: numbers of "
+                    "at least 0, not all of them 0"
+                )
+        return self
+
+    @property
+    def validates(self) -> bool:
+        """Whether rewards come from validation records."""
+        return self.mode == "learned" and (self.credit == "global" or self.signal == "validation")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A sample whose reward is still to come, with the Ω and the inputs that it was drawn from."""
+
+    weights: dict[str, Tensor]
+    features: Tensor
+    ranks: Tensor
+    locations: Tensor
+
+
+class Reinforce:
+    """The policy of all units: n rows of layer, matrix type and features.
+
+    `ranks` is the set R, `locations` the number of locations, `sizes` (n) the parameters that one
+    component of a unit has.
+    """
+
+    def __init__(
+        self,
+        options: PolicyOptions,
+        *,
+        layer: Tensor,
+        kind: Tensor,
+        features: int,
+        ranks: Sequence[int],
+        locations: int,
+        sizes: Tensor,
+        seed: int,
+        device: torch.device,
+    ):
+        self.options, self.seed = options, seed
+        self._layer, self._kind = layer.to(device), kind.to(device)
+        self._ranks, self._sizes = torch.tensor(ranks), sizes.double()
+        self._locations = locations
+        self.network = PolicyNetwork(
+            options.network, layers=int(layer.max()) + 1, kinds=int(kind.max()) + 1,
+            features=features, ranks=len(ranks), locations=locations, seed=seed,
+        ).to(device)  # fmt: skip
+        make = torch.optim.Adam if options.optimizer == "adam" else torch.optim.SGD
+        self._optimizer = make(self.network.parameters(), lr=options.learning_rate)
+        self._earlier: deque[Tensor] = deque(maxlen=options.baseline_window)  # rewards (n) or (1)
+        self._draws: deque[Draw] = deque()
+        self.scalars: dict[str, float] = {}
+
+    def draw(self, step: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices into R and into the locations, (n) each on the CPU, for `step`.
+
+        Depends on (seed, step), Ω and `features` (n, F) only.
+        """
+        n = len(self._layer)
+        generator = seeds.generator(self.seed, step)
+        uniform = torch.rand(2, n, dtype=torch.float64, generator=generator)
+        features = features.to(self._layer.device)
+        probabilities = self.probabilities(features)
+        ranks, locations = (sample(p, u) for p, u in zip(probabilities, uniform, strict=True))
+        if self.options.mode == "learned":
+            weights = {name: p.detach().clone() for name, p in self.network.named_parameters()}
+            self._draws.append(Draw(weights, features, ranks, locations))
+        return ranks, locations
+
+    @torch.no_grad()
+    def probabilities(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """p of every rank (n, |R|) and of every location (n, |S|)."""
+        n = len(self._layer)
+        if self.options.mode == "uniform":
+            weights = torch.tensor(self.options.rank_weights or [1.0] * len(self._ranks))
+            ranks, locations = weights.repeat(n, 1), torch.ones(n, self._locations)
+            return ranks / ranks.sum(1, keepdim=True), locations / self._locations
+        logits = self.network(self._layer, self._kind, features)
+        entropy = entropies(*logits)
+        self.scalars |= {
+            "entropy_rank": float(entropy[0].mean()),
+            "entropy_location": float(entropy[1].mean()),
+        }
+        return logits[0].softmax(1), logits[1].softmax(1)
+
+    def learn(self, reward: Tensor) -> None:
+        """One step on Ω with the reward of the oldest draw that still lacks its own.
+
+        (1): one for all; (n): each unit's own; (n, |R|, |S|): each action's. A reward that is not
+        finite drops the draw.
+        """
+        draw = self._draws.popleft()
+        if not bool(reward.isfinite().all()):
+            return
+        reward = self._priced(_rounded(reward.double().cpu()), draw)
+        if reward.dim() == 3:
+            self._learn_table(draw, reward)
+            return
+        self.scalars["reward"] = float(reward.mean())
+        if self._earlier:
+            baseline = self._baseline()
+            self.scalars["baseline"] = float(baseline.mean())
+            normalised = self.options.advantage == "normalised"
+            spread = self._spread() if normalised else torch.ones_like(reward)
+            if spread is not None:
+                advantage = (reward - baseline) / spread.clamp(min=1e-300)
+                if normalised:  # where nothing varies yet nothing is learned, and no outlier rules
+                    advantage = advantage.where(spread > 0, 0.0).clamp(-3.0, 3.0)
+                self._update(draw, advantage)
+        self._earlier.append(reward)
+
+    def _learn_table(self, draw: Draw, table: Tensor) -> None:
+        """With R(a) averaged over the window, over its largest entry where `normalised`."""
+        n = torch.arange(len(table))
+        self.scalars["reward"] = float(table[n, draw.ranks, draw.locations].mean())
+        self._earlier.append(table)
+        mean = torch.stack(list(self._earlier)).mean(0)
+        if self.options.advantage == "normalised":
+            mean = mean / mean.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
+        weights, rank_logits, location_logits = self._again(draw)
+        both = rank_logits.softmax(1).unsqueeze(2) * location_logits.softmax(1).unsqueeze(1)
+        expected = (both * mean.to(both)).sum((1, 2)).mean()
+        self._descend(weights, expected, rank_logits, location_logits)
+
+    def _priced(self, reward: Tensor, draw: Draw) -> Tensor:
+        if self.options.cost == 0:
+            return reward
+        if reward.dim() == 3:
+            return reward + self.options.cost * self._sizes[:, None, None] * self._ranks[:, None]
+        price = self.options.cost * self._ranks[draw.ranks] * self._sizes
+        return reward + (price if len(reward) > 1 else price.sum(0, keepdim=True))
+
+    def _baseline(self) -> Tensor:
+        """b from the earlier rewards only."""
+        earlier = torch.stack(list(self._earlier))
+        mean = earlier.mean(0)
+        if self.options.baseline == "mean" or len(earlier) < 3:
+            return mean
+        time = torch.arange(len(earlier), dtype=torch.float64).unsqueeze(1)
+        time -= time.mean()
+        slope = (time * earlier).sum(0) / time.square().sum()
+        return mean + slope * (time[-1] + 1)
+
+    def _spread(self) -> Tensor | None:
+        """Standard deviation of the earlier rewards; None while it is not known."""
+        return torch.stack(list(self._earlier)).std(0) if len(self._earlier) > 1 else None
+
+    def _update(self, draw: Draw, advantage: Tensor) -> None:
+        """Eq. 10 at the Ω that drew; the optimizer moves today's Ω."""
+        weights, rank_logits, location_logits = self._again(draw)
+        device = rank_logits.device
+        counts = (self._ranks[draw.ranks] > 0) | self.options.idle_location
+        log_p = log_probability(
+            rank_logits, location_logits, draw.ranks.to(device), draw.locations.to(device),
+            location_counts=counts.to(device),
+        )  # fmt: skip
+        loss = (advantage.to(log_p) * log_p).mean()
+        self._descend(weights, loss, rank_logits, location_logits)
+
+    def _again(self, draw: Draw) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The Ω that drew, and its logits, differentiable."""
+        weights = {name: w.requires_grad_(True) for name, w in draw.weights.items()}
+        inputs = (self._layer, self._kind, draw.features)
+        return weights, *functional_call(self.network, weights, inputs)
+
+    def _descend(
+        self, weights: dict[str, Tensor], loss: Tensor, rank_logits: Tensor, location_logits: Tensor
+    ) -> None:
+        if self.options.entropy:
+            of_ranks, of_locations = entropies(rank_logits, location_logits)
+            loss = loss - self.options.entropy * (of_ranks + of_locations).mean()
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        for parameter, gradient in zip(self.network.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        self._optimizer.step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Ω, its optimizer, earlier rewards, and the draws that still lack their reward."""
+        state = {f"network.{name}": p.detach() for name, p in self.network.named_parameters()}
+        for index, moments in self._optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{index}.{part}": tensor for part, tensor in moments.items()}
+        if self._earlier:
+            state["earlier"] = torch.stack(list(self._earlier))
+        for index, draw in enumerate(self._draws):
+            state |= {f"draw.{index}.weights.{name}": w for name, w in draw.weights.items()}
+            for part in ("features", "ranks", "locations"):
+                state[f"draw.{index}.{part}"] = getattr(draw, part)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        device = self._layer.device
+        with torch.no_grad():
+            for name, parameter in self.network.named_parameters():
+                parameter.copy_(state[f"network.{name}"])
+        optimizer = self._optimizer.state_dict()
+        optimizer["state"] = {
+            int(index): dict(parts) for index, parts in _nested(state, "optimizer.").items()
+        }
+        self._optimizer.load_state_dict(optimizer)
+        self._earlier.extend(state.get("earlier", torch.zeros(0, 1)).double())
+        for _, parts in sorted(_nested(state, "draw.").items(), key=lambda item: int(item[0])):
+            weights = {
+                name.removeprefix("weights."): tensor.to(device)
+                for name, tensor in parts.items()
+                if name.startswith("weights.")
+            }
+            features = parts["features"].to(device)
+            self._draws.append(Draw(weights, features, parts["ranks"], parts["locations"]))
+
+
+def _rounded(reward: Tensor) -> Tensor:
+    """To 16 significant bits, so that the order of a reduction decides nothing."""
+    mantissa, exponent = torch.frexp(reward)
+    return torch.ldexp(torch.round(mantissa * _PRECISION) / _PRECISION, exponent)
+
+
+def _nested(state: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+    """`prefix` index `.` name → by index, by name."""
+    nested: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        if name.startswith(prefix):
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            nested.setdefault(index, {})[rest] = tensor
+    return nested

@@ -1,0 +1,105 @@
+"""What does LeLoRA's policy learn? Its allocation against uniform, fixed and literal ones.
+
+    python benchmarks/lelora_policies.py OUT --workers 8 [--comparison benchmarks/gsm8k.yaml]
+
+Every policy runs at the same learning rate, steps, batches and seeds. `uniform` draws anew at every
+step with the learned run's own histogram of ranks, `fixed random` keeps one such draw, `r s` trains
+the same slice of every unit throughout. The table gives each policy's held-out loss, and the paired
+difference of the learned one from it over the seeds (negative: the learned one is better).
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections import Counter
+from pathlib import Path
+
+from trainer.comparison import compare, read_comparison
+from trainer.start import guarded
+
+LEARNED = "learned"
+POLICIES = {
+    "attributed": [
+        "method.policy.credit=attributed", "method.policy.learning_rate=3e-4",
+    ],
+    "literal": [
+        "method.policy.credit=global", "method.policy.learning_rate=1e-3",
+        "method.policy.advantage=raw", "method.policy.entropy=0",
+        "method.policy.idle_location=true",
+    ],
+    "frozen": ["method.policy.mode=frozen"],
+    **{
+        f"{rank} {location}": [f"method.ranks=[{rank}]", f"method.locations=[{location}]"]
+        for rank in (4, 8)
+        for location in ("primary", "medium", "minor")
+    },
+}  # fmt: skip
+
+
+def histogram(runs: list[Path], ranks: list[int]) -> list[float]:
+    """How often each rank was drawn, over all units, steps and runs."""
+    drawn: Counter[int] = Counter()
+    for run in runs:
+        for line in (run / "allocation.jsonl").read_text(encoding="utf-8").splitlines():
+            drawn.update(json.loads(line)["ranks"].values())
+    return [drawn[rank] / drawn.total() for rank in ranks]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--comparison", type=Path, default=Path("benchmarks/gsm8k.yaml"))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--seeds", type=int, default=5)
+    arguments = parser.parse_args()
+    ranks = [0, 2, 4, 8]
+
+    def run(policies: dict[str, list[str]]) -> None:
+        common = ["method.kind=lelora", f"method.ranks={ranks}"]
+        job = read_comparison(arguments.comparison).model_copy(
+            update={
+                "methods": {name: [*common, *extra] for name, extra in policies.items()},
+                "learning_rates": [arguments.learning_rate],
+                "seeds": list(range(arguments.seeds)),
+            }
+        )
+        compare(job, arguments.out, arguments.workers)
+
+    run({LEARNED: [], **POLICIES})
+    runs = list((arguments.out / "runs").glob(f"{LEARNED}-*"))
+    weights = [round(share, 4) for share in histogram(runs, ranks)]
+    uniform = ["method.policy.mode=uniform", f"method.policy.rank_weights={weights}"]
+    run({"uniform": uniform, "fixed random": [*uniform, "method.policy.every=1000000"]})
+    lines = (arguments.out / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    print(f"ranks drawn by the learned policy: {dict(zip(ranks, weights, strict=True))}")
+    print(table([json.loads(line) for line in lines]))
+
+
+def table(results: list[dict]) -> str:
+    """Markdown, sorted by loss."""
+    losses: dict[str, dict[int, float]] = {}
+    last = {result["method"]: result for result in results}
+    for result in results:
+        losses.setdefault(result["method"], {})[result["seed"]] = result["eval_loss"]
+    rows = ["| policy | held-out loss | learned minus it | distinct (r, s) | rank |",
+            "|---|---|---|---|---|"]  # fmt: skip
+    for name in sorted(losses, key=lambda name: statistics.mean(losses[name].values())):
+        values = list(losses[name].values())
+        pairs = [losses[LEARNED][seed] - loss for seed, loss in losses[name].items()]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else 0.0
+        paired = "" if name == LEARNED else f"{statistics.mean(pairs):+.4f} ± {error:.4f}"
+        rows.append(
+            f"| {name} | {statistics.mean(values):.4f} ± {spread:.4f} | {paired} | "
+            f"{last[name].get('distinct_actions')} | {last[name].get('mean_rank'):.2f} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    with guarded():
+        main()

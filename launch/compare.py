@@ -1,0 +1,27 @@
+"""Compare methods on one job: learning rates chosen on records left out, then several seeds.
+
+python launch/compare.py benchmarks/gsm8k.yaml OUT --workers 8
+"""
+
+import argparse
+from pathlib import Path
+
+from trainer.start import guarded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("comparison", type=Path, help="YAML file (see trainer/comparison.py)")
+    parser.add_argument("out", type=Path, help="folder for runs, results.jsonl and table.md")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time on this machine")
+    arguments = parser.parse_args()
+    from trainer.comparison import compare, read_comparison
+
+    print(compare(read_comparison(arguments.comparison), arguments.out, arguments.workers))
+
+
+if __name__ == "__main__":
+    with guarded():
+        main()

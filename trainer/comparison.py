@@ -1,0 +1,204 @@
+"""Several methods on one job: learning rates chosen apart, then seeds, then one table.
+
+A comparison is a YAML file:
+
+    base: configs/gsm8k_lora.yaml          # a run's configuration
+    overrides: [run.steps=300]             # for every run
+    score: eval_loss                       # a loss (less is better), or a metric (more is better)
+    learning_rates: [1e-3, 2e-3, 4e-3]     # every method chooses among these …
+    selection: [run.seed=100, data.leave_out=300, data.eval=left_out]   # … in runs of their own
+    seeds: [0, 1, 2]
+    methods:
+      lora: []
+      lelora: [method.kind=lelora]
+
+Runs are independent, so many share a machine. What is done is kept in `results.jsonl`, and a
+comparison that was stopped goes on from there.
+"""
+
+import json
+import multiprocessing
+import statistics
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.options import Section
+from trainer.config import Config, load_config
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.metrics import read_metrics
+from trainer.strict import parse_yaml, validate
+
+Result = dict[str, Any]
+
+
+class Comparison(Section):
+    """What is compared (see the module's docstring)."""
+
+    base: str
+    overrides: list[str] = []
+    score: str = "eval_loss"
+    learning_rates: list[float]
+    selection: list[str] = []
+    seeds: list[int]
+    methods: dict[str, list[str]]
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Read and check a comparison's file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; accepted: a comparison's YAML file") from error
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{path}: no mapping; accepted: the keys of a comparison")
+    return validate("", raw, Comparison)
+
+
+def compare(
+    comparison: Comparison, out: Path, workers: int, say: Callable[[str], None] = print
+) -> str:
+    """Run what is not done yet; returns the table (also in OUT/table.md)."""
+    out.mkdir(parents=True, exist_ok=True)
+    kept = out / "results.jsonl"
+    results = read_metrics(kept)
+    rates = comparison.learning_rates
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _prepare_worker, (context.Value("i", 0),)) as pool:
+        if len(rates) > 1:
+            jobs = [_job(comparison, m, rate) for rate in rates for m in comparison.methods]
+            _work(pool, jobs, results, kept, out, say)
+        chosen = {method: choose(results, method, comparison) for method in comparison.methods}
+        jobs = [
+            _job(comparison, method, chosen[method], seed)
+            for seed in comparison.seeds
+            for method in comparison.methods
+        ]
+        _work(pool, jobs, results, kept, out, say)
+    text = table(comparison, results)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def choose(results: Iterable[Result], method: str, comparison: Comparison) -> float:
+    """The learning rate of a method's best selection run."""
+    if len(comparison.learning_rates) == 1:
+        return comparison.learning_rates[0]
+    runs = [r for r in results if r["method"] == method and r["seed"] is None]
+    runs = [r for r in runs if r["learning_rate"] in comparison.learning_rates]
+    good = [run for run in runs if run.get(comparison.score) is not None]
+    if not good:
+        raise UserError(f"{method}: no selection run gave {comparison.score}; see results.jsonl")
+    best = min if less_is_better(comparison.score) else max
+    return best(good, key=lambda run: run[comparison.score])["learning_rate"]
+
+
+def less_is_better(score: str) -> bool:
+    return score in ("eval_loss", "eval_perplexity")
+
+
+def table(comparison: Comparison, results: Sequence[Result]) -> str:
+    """Markdown: every method's score over the seeds, and what it trained."""
+    score = comparison.score
+    lines = [
+        f"| method | {score} | learning rate | trainable | mean active | runs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in comparison.methods:
+        runs = [r for r in results if r["method"] == method and r["seed"] in comparison.seeds]
+        values = [run[score] for run in runs if run.get(score) is not None]
+        if not values:
+            lines.append(f"| {method} | no run ended | | | | 0 of {len(comparison.seeds)} |")
+            continue
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        trainable = statistics.mean(run["trainable_parameters"] for run in runs)
+        active = statistics.mean(run["mean_active_parameters"] for run in runs)
+        lines.append(
+            f"| {method} | {statistics.mean(values):.4f} ± {spread:.4f} | "
+            f"{runs[0]['learning_rate']:g} | {trainable:,.0f} | {active:,.0f} | {len(values)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _job(
+    comparison: Comparison, method: str, rate: float, seed: int | None = None
+) -> tuple[Result, str, list[str]]:
+    """(what identifies a run, its base configuration, its overrides); no seed: a selection run."""
+    part = "select" if seed is None else f"seed{seed}"
+    name = f"{method.replace(' ', '-')}-{rate:g}-{part}"
+    chosen = comparison.selection if seed is None else [f"run.seed={seed}"]
+    overrides = [
+        *comparison.overrides, *comparison.methods[method], *chosen,
+        f"optim.learning_rate={rate!r}", f"run.name={name}", "run.resume=never",
+    ]  # fmt: skip
+    return {"method": method, "learning_rate": rate, "seed": seed}, comparison.base, overrides
+
+
+def _work(
+    pool: ProcessPoolExecutor,
+    jobs: list[tuple[Result, str, list[str]]],
+    results: list[Result],
+    kept: Path,
+    out: Path,
+    say: Callable[[str], None],
+) -> None:
+    done = [{k: r.get(k) for k in ("method", "learning_rate", "seed")} for r in results]
+    futures = [
+        pool.submit(_run, identity, load_config(base, [*overrides, f"run.dir={out / 'runs'}"]))
+        for identity, base, overrides in jobs
+        if identity not in done
+    ]
+    for future in as_completed(futures):
+        result = future.result()
+        results.append(result)
+        with kept.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(result) + "\n")
+        say(json.dumps(result))
+
+
+_place = torch.device("cpu")
+
+
+def _prepare_worker(count: Any) -> None:
+    """Give a worker its device: GPUs in turn, or one thread of the CPU."""
+    global _place
+    with count.get_lock():
+        index = count.value
+        count.value += 1
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        _place = torch.device("cuda", index % torch.cuda.device_count())
+        torch.cuda.set_device(_place)
+
+
+def _run(identity: Result, config: Config) -> Result:
+    """One run from start to end, in a worker; a failure is a result too."""
+    from trainer.run import run
+
+    try:
+        run(config, World(device=_place))
+    except Exception as error:  # the other runs go on; the table says what is missing
+        return {**identity, "error": f"{type(error).__name__}: {error}",
+                "where": traceback.format_exc(limit=-3)}  # fmt: skip
+    return {**identity, **summary(config.run_folder)}
+
+
+def summary(folder: Path) -> Result:
+    """Last scores of a finished run, and averages over its logged steps."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    steps = [line for line in lines if "active_parameters" in line]
+    scores = next(line for line in reversed(lines) if "eval_loss" in line)
+    result = {k: v for k, v in scores.items() if k.startswith("eval_")}
+    result["mean_active_parameters"] = statistics.mean(s["active_parameters"] for s in steps)
+    result["trainable_parameters"] = steps[-1]["trainable_parameters"]
+    result["step_seconds"] = statistics.median(s["step_seconds"] for s in steps)
+    for name in ("mean_rank", "distinct_actions", "entropy_rank", "entropy_location", "budget"):
+        if f"method/{name}" in steps[-1]:
+            result[name] = steps[-1][f"method/{name}"]
+    return result
