@@ -282,6 +282,16 @@ class LeLoRA(Method):
             )
         return self._policy
 
+    def check_decision(self, decision):
+        for unit in self.units:
+            rank, place = decision["ranks"].get(unit.name), decision["locations"].get(unit.name)
+            if rank is None or place is None:
+                raise ValueError(f"nothing about {unit.name}; accepted: a run of the same units")
+            if rank not in self.options.dimensions:
+                raise ValueError(f"rank {rank}; accepted: {self.options.dimensions}")
+            if place not in self.options.locations:
+                raise ValueError(f"{place}; accepted: {', '.join(self.options.locations)}")
+
     def apply(self, decision):
         mask = torch.zeros_like(self._touched)
         for row, unit in zip(mask, self.units, strict=True):

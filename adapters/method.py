@@ -243,6 +243,12 @@ class Method:
         """Rank 0, where `due`: what holds from optimizer step `step` on; None: nothing changes."""
         raise NotImplementedError
 
+    def check_decision(self, decision: Decision) -> None:
+        """Raises ValueError where another run's decision does not fit this run's options."""
+        largest = max(decision.get("ranks", {}).values(), default=0)
+        if largest > self.options.components:
+            raise ValueError(f"rank {largest}; accepted: at most {self.options.components}")
+
     def apply(self, decision: Decision) -> bool:
         """Every rank: carry it out; True if tensors were added, removed or resized."""
         raise NotImplementedError

@@ -303,10 +303,10 @@ class Reinforce:
         self._optimizer.load_state_dict(optimizer)
         self._earlier.extend(state.get("earlier", torch.zeros(0, 1)).double())
         for _, parts in sorted(_nested(state, "draw.").items(), key=lambda item: int(item[0])):
+            # In the network's own order, in which gradients are handed to its parameters.
             weights = {
-                name.removeprefix("weights."): tensor.to(device)
-                for name, tensor in parts.items()
-                if name.startswith("weights.")
+                name: parts[f"weights.{name}"].to(device)
+                for name, _ in self.network.named_parameters()
             }
             features = parts["features"].to(device)
             self._draws.append(Draw(weights, features, parts["ranks"], parts["locations"]))

@@ -165,6 +165,11 @@ class RLoRA(Method):
         names = [self.units[index].name for index in survivors]
         return {"survivors": names, "ranks": dict.fromkeys(names, rank)}
 
+    def check_decision(self, decision):
+        largest, ranks = self.options.final_rank(len(self.units)), decision.get("ranks", {})
+        if max(ranks.values(), default=0) > largest:
+            raise ValueError(f"rank {max(ranks.values())}; accepted: at most {largest}")
+
     def apply(self, decision):
         """Removal: the only change of structure in a run."""
         self.selected = True

@@ -44,7 +44,7 @@ class AllocationLog:
 class Replay:
     """Decisions that another run recorded, by step (rank 0)."""
 
-    def __init__(self, path: Path, method: Method):
+    def __init__(self, path: Path, method: Method, first: int, steps: int):
         self.path = path / FILE if path.is_dir() else path
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
@@ -55,6 +55,7 @@ class Replay:
         except (ValueError, TypeError, KeyError) as error:
             raise self._refused(f"no record of decisions ({error!r})") from error
         self._check(method)
+        self._check_length(method, first, steps)
 
     def _check(self, method: Method) -> None:
         kind, units = method.options.kind, {unit.name for unit in method.units}
@@ -63,10 +64,22 @@ class Replay:
                 raise self._refused(f"was made by {decision.get('method')}; accepted: {kind}")
             if decision.get("digest") != decision_digest(decision):
                 raise self._refused(f"step {decision['step']}: damaged, its digest differs")
+            try:
+                method.check_decision(decision)
+            except ValueError as error:
+                raise self._refused(f"step {decision['step']}: {error}") from error
         named = {name for d in self._by_step.values() for name in d.get("ranks", {})}
         strange = {name for name in named if not (name in units or name.isdigit() or name == "all")}
         if strange:
             raise self._refused(f"names {min(strange)}, which is no unit of this run")
+
+    def _check_length(self, method: Method, first: int, steps: int) -> None:
+        """There must be decisions up to the last step that wants one (none after a selection)."""
+        if any("survivors" in decision for decision in self._by_step.values()):
+            return
+        due = [step for step in range(first, steps) if method.due(step)]
+        if due:
+            self.decide(due[-1])
 
     def decide(self, step: int) -> Decision | None:
         """What was decided before `step`; None: nothing."""

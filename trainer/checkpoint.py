@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from adapters import seeds
 from adapters.method import Start
 from trainer import checkpoint_files as files
+from trainer.config import Config
 from trainer.errors import RunFailed
 from trainer.loader import Loader
 from trainer.session import Session
@@ -258,18 +259,22 @@ _MAY_CHANGE = {"model": ("dtype", "attention"), "optim": None, "run": ("steps", 
 """Keys that a user may change on purpose, and should see that they did."""
 
 
+def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> None:
+    """Raises BadCheckpoint, naming the key, where a run of `config` would not be the same run."""
+    now = config.model_dump(mode="json")
+    for key, old, new in _differences(state["config"], now, _MUST_AGREE):
+        raise files.BadCheckpoint(
+            f"{key}: {new!r} given, but {checkpoint} was made with {old!r}; "
+            "accepted: the same, or another run.name to start anew"
+        )
+
+
 def _check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
     if state["backbone"] != session.backbone.digest:
         raise files.BadCheckpoint(
             f"{checkpoint}: was made on another backbone "
             f"({state['config']['model']['id']}); accepted: a checkpoint of "
             f"{session.config.model.id}"
-        )
-    now = session.config.model_dump(mode="json")
-    for key, old, new in _differences(state["config"], now, _MUST_AGREE):
-        raise files.BadCheckpoint(
-            f"{key}: {new!r} given, but {checkpoint} was made with {old!r}; "
-            "accepted: the same, or another run.name to start anew"
         )
     if state["data"] != session.train_data.key:
         raise files.BadCheckpoint(
@@ -291,7 +296,7 @@ def _differences(
     then: dict[str, Any], now: dict[str, Any], table: Mapping[str, tuple[str, ...] | None]
 ) -> Iterator[tuple[str, Any, Any]]:
     for section, keys in table.items():
-        for key in keys or sorted({*now[section], *then[section]}):
+        for key in keys or sorted({*now[section], *then[section]}, key=lambda k: (k != "kind", k)):
             old, new = then[section].get(key), now[section].get(key)
             if old != new:
                 yield f"{section}.{key}", old, new

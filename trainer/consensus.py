@@ -22,10 +22,7 @@ def decide_and_apply(
     decision = None
     with world.together():
         if world.is_main:
-            try:
-                decision = replay.decide(step) if replay is not None else method.decide(step)
-            except ValueError as error:
-                raise RunFailed(f"step {step}: {error}") from error
+            decision = replay.decide(step) if replay is not None else _decide(method, step)
     decision = world.broadcast(decision)
     if decision is None:
         return None, False
@@ -40,6 +37,13 @@ def decide_and_apply(
                 "rank 0's after applying the same decision; the run stops"
             )
     return decision, changed
+
+
+def _decide(method: Method, step: int) -> Decision | None:
+    try:
+        return method.decide(step)
+    except ValueError as error:
+        raise RunFailed(f"step {step}: {error}") from error
 
 
 def state_digest(method: Method) -> str:

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,14 +39,14 @@ def train(
     log: AllocationLog | None,
     progress: Progress,
     steps: int,
+    replay: Replay | None = None,
 ) -> None:
     """Train from `progress` to `steps` optimizer steps.
 
-    `metrics` and `log` (decisions) are rank 0's, None elsewhere.
+    `metrics`, `log` (decisions) and `replay` (another run's) are rank 0's, None elsewhere.
     """
     config, engine, method = session.config, session.engine, session.method
     optimizer, world = session.optimizer, session.world
-    replay = _open_replay(session)
     validate = make_validate(session)
     batches = iter(loader)
     if progress.step == 0:
@@ -107,15 +106,6 @@ def train(
             clock.started += time.perf_counter() - paused
         if last or _due(config.checkpoint.every, progress.step):
             writer.save(progress)
-
-
-def _open_replay(session: Session) -> Replay | None:
-    """Rank 0's recorded decisions, where the run is to follow another one's."""
-    path, replay = session.config.method.replay, None
-    with session.world.together():
-        if path is not None and session.world.is_main:
-            replay = Replay(Path(path), session.method)
-    return replay
 
 
 def _follow(session: Session, metrics: MetricsWriter | None, step: int) -> None:

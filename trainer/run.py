@@ -10,7 +10,7 @@ import torch
 from adapters import seeds
 from adapters.export import export_adapter
 from trainer import architecture, checkpoint, checkpoint_files
-from trainer.allocation import AllocationLog
+from trainer.allocation import AllocationLog, Replay
 from trainer.checkpoint import CheckpointWriter, Progress
 from trainer.config import Config
 from trainer.distributed import World
@@ -22,7 +22,7 @@ from trainer.memory import estimate, peak_gib, readable, trainable_parameters
 from trainer.metrics import MetricsWriter, read_metrics
 from trainer.schedule import learning_rate
 from trainer.session import Session, open_data, open_session
-from trainer.splitting import save_starts
+from trainer.splitting import INITIAL, save_starts
 
 
 def run(config: Config, world: World) -> None:
@@ -30,6 +30,8 @@ def run(config: Config, world: World) -> None:
     folder = config.run_folder
     with world.together():
         resumed, state, remarks = _choose_start(config, folder)
+        if resumed is not None:
+            checkpoint.check_options(config, resumed, state)
         starts = None if resumed is None else checkpoint.read_starts(resumed, state)
     session = open_session(config, world, starts)
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
@@ -38,11 +40,14 @@ def run(config: Config, world: World) -> None:
     if resumed is not None:
         with world.together():
             progress = checkpoint.restore(session, loader, resumed, state)
+            session.initial_digest = state.get("initial")
     steps = total_steps(session, loader)
-    metrics = log = None
+    metrics = log = replay = None
     with world.together():
         _plan(session, steps)
         if world.is_main:
+            if config.method.replay is not None:
+                replay = Replay(Path(config.method.replay), session.method, progress.step, steps)
             remarks += checkpoint_files.clear_the_way(
                 folder / "checkpoints", progress.step, config.run.resume
             )
@@ -60,7 +65,7 @@ def run(config: Config, world: World) -> None:
                 metrics.say(f"changed   {change}")
     writer = CheckpointWriter(session, loader, folder / "checkpoints")
     try:
-        train(session, loader, writer, metrics, log, progress, steps)
+        train(session, loader, writer, metrics, log, progress, steps, replay)
         writer.close()
     finally:
         for file in (metrics, log):
@@ -129,7 +134,8 @@ def _prepare_folder(session: Session, folder: Path) -> None:
         (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         described = [{k: v for k, v in asdict(unit).items() if k != "index"} for unit in units]
         (folder / "units.json").write_text(json.dumps(described, indent=0), encoding="utf-8")
-        if session.starts is not None:
+        written = session.initial_digest is not None and (folder / INITIAL).is_file()
+        if session.starts is not None and not written:
             session.initial_digest = save_starts(session.starts, folder)
         for stale in (folder / "checkpoints").glob(".step-*"):
             checkpoint_files.remove_partial(stale)

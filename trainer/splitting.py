@@ -44,7 +44,7 @@ class Splitter:
         `read` gives a unit's original matrix (out, in) on the device.
         """
         if self._stored is not None:
-            self.starts |= {unit.name: self._stored[unit.name] for unit in units}
+            self.starts |= {unit.name: _fitting(self._stored, unit) for unit in units}
             return
         own: dict[str, Start] = {}
         with self.world.together():
@@ -111,6 +111,17 @@ def load_starts(file: Path, digest: str) -> dict[str, Start]:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fitting(stored: Mapping[str, Start], unit: Unit) -> Start:
+    start = stored.get(unit.name)
+    shape = None if start is None else (start.adapter.B.shape[1], start.adapter.A.shape[1])
+    if start is None or shape != (unit.out_features, unit.in_features):
+        raise BadCheckpoint(
+            f"{unit.name}: {shape or 'nothing'} in {INITIAL}, which was made on another backbone; "
+            "accepted: a checkpoint of this one"
+        )
+    return start
 
 
 def _key(weight: Tensor, ranges: Sequence[range]) -> str:
