@@ -33,8 +33,11 @@ def draw_loss(runs: Sequence[Path], target: Path) -> Path:
     axes.set_title(f"Loss of {runs[0].name}" if len(runs) == 1 else "Loss of several runs")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    if axes.has_data():
+    if axes.has_data() and len(runs) <= 4:
         axes.legend()
+    elif axes.has_data():  # beside the plot, which many names would cover
+        figure.set_size_inches(10, max(4, 0.35 * len(runs)))
+        figure.legend(loc="outside right upper", fontsize="x-small")
     target.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".png", ".svg"):
         figure.savefig(target.with_suffix(suffix), dpi=120)

@@ -165,7 +165,7 @@ def draw_policy(run: Run) -> Figure:
         run,
         f"Policy of {run.name}",
         {
-            "reward (nats, lower is better)": {
+            "reward (change of loss, lower is better)": {
                 "reward": "method/reward",
                 "baseline": "method/baseline",
             },
@@ -190,6 +190,8 @@ def _panels(run: Run, title: str, panels: Mapping[str, Mapping[str, str]]) -> Fi
     for axes, (ylabel, series) in zip(every, drawn.items(), strict=True):
         for label, (steps, values) in series.items():
             axes.plot(steps, values, lw=1.2, marker="." if len(steps) <= 50 else "", label=label)
+        if not ylabel.startswith("reward"):  # entropies, counts and budgets begin at 0
+            axes.set_ylim(0, 1.08 * max(0.1, *(max(values) for _, values in series.values())))
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3)
         if len(series) > 1:
