@@ -110,7 +110,8 @@ def place(tmp_path_factory):
     gc.freeze()  # loading a backbone collects garbage many times
     tmp = tmp_path_factory.mktemp("resume")
     save_random_model(tmp / "model", "llama", AutoModelForCausalLM)
-    return tmp
+    yield tmp
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

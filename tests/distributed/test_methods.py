@@ -1,4 +1,4 @@
-"""Methods that decide: the same decisions on every engine, masks that hold, runs that follow others.
+"""Methods that decide: the same decisions on every engine, masks that hold, runs that replay.
 
 Whatever needs two processes runs in one pair of them. `RANKCAST_ALL=1` adds every method on every
 weight format, on a backbone with real spectra where it is there.
@@ -212,7 +212,8 @@ def outcome(tmp_path_factory):
         cases[f"refused-{name}"] = ("train_only", refused(tmp, name, "ddp").model_dump())
     for what in STRAYS:
         cases[f"stray-{what}"] = ("desynchronised", straying(tmp, what))
-    return tmp, run_cases(tmp / "work", cases)
+    yield tmp, run_cases(tmp / "work", cases)
+    gc.unfreeze()
 
 
 # --- the same decisions ---------------------------------------------------------------------------

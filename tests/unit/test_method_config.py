@@ -1,4 +1,4 @@
-"""Options of the methods: what does not go together is refused by name, what METHODS names parses."""
+"""Options of the methods: what does not go together is refused by name, every ablation parses."""
 
 import dataclasses
 import os
@@ -57,7 +57,8 @@ REFUSED = {
         ["method.policy.rank_weights: 2 numbers", "method.ranks (4)"],
     ),
     "weights without uniform draws": (
-        [LELORA, "method.policy.rank_weights=[1, 1, 1, 1]"], ["method.policy.rank_weights", "uniform"],
+        [LELORA, "method.policy.rank_weights=[1, 1, 1, 1]"],
+        ["method.policy.rank_weights", "uniform"],
     ),
     "next batch for all": (
         [LELORA, GLOBAL, "method.policy.signal=next_batch"],
@@ -81,7 +82,8 @@ REFUSED = {
         ["method.policy.spectrum_points: 1", "greater than 1"],
     ),
     "unknown policy network": (
-        [LELORA, "method.policy.network=mpl"], ["method.policy.network: 'mpl'", "did you mean 'mlp'"],
+        [LELORA, "method.policy.network=mpl"],
+        ["method.policy.network: 'mpl'", "did you mean 'mlp'"],
     ),
     "unknown key of the policy": (
         [LELORA, "method.policy.entorpy=0.1"],
@@ -115,10 +117,12 @@ REFUSED = {
         ["method.warmup_steps: 8", "fewer than the run's 8 steps"],
     ),
     "tied matrix split by pissa": (
-        ["method.kind=pissa", "method.include_head=true"], ["method.", "lm_head", "shares its matrix"],
+        ["method.kind=pissa", "method.include_head=true"],
+        ["method.", "lm_head", "shares its matrix"],
     ),
     "tied matrix split by milora": (
-        ["method.kind=milora", "method.include_head=true"], ["method.", "lm_head", "shares its matrix"],
+        ["method.kind=milora", "method.include_head=true"],
+        ["method.", "lm_head", "shares its matrix"],
     ),
     "tied matrix split by lelora": (
         [LELORA, "method.include_head=true"], ["method.", "lm_head", "shares its matrix"],
@@ -144,7 +148,8 @@ REFUSED = {
         ["method.export_rank: 9", "at most method.rank (8)"],
     ),
     "lora that follows": (
-        ["method.kind=lora", "method.replay=runs/other"], ["method.replay: runs/other", "lora decides nothing"],
+        ["method.kind=lora", "method.replay=runs/other"],
+        ["method.replay: runs/other", "lora decides nothing"],
     ),
     "nothing left out to evaluate on": (
         ["data.eval=left_out"], ["data.leave_out: 0", "data.eval=left_out"],

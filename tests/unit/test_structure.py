@@ -475,7 +475,7 @@ def test_packing_and_dropout_leave_validation_alone(small):
 
 
 def test_methods_that_are_compared_leave_the_same_records_out(small, tmp_path):
-    """`data.leave_out` gives those of a method that validates, and a larger one begins with them."""
+    """`data.leave_out` gives those of a method that validates; a larger one begins with them."""
     own = open_session(validating(small, "single"), World()).left_out.tolist()
     lora = ["method.kind=lora"]
     for count in (32, 40):
