@@ -19,7 +19,7 @@ from trainer.architecture import Backbone, TrainedModule, build, resolve_folder,
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine.base import Engine
-from trainer.memory import release
+from trainer.memory import trim
 from trainer.pretrained import PretrainedFiles
 from trainer.splitting import Splitter
 from trainer.tasks.base import Task
@@ -43,7 +43,7 @@ def load(
         engine.shard_block(block)
         # Between the packed matrices, which stay, the freed copies of unquantised ones would
         # otherwise add up to the whole unquantised model.
-        release(torch.device("cpu"))
+        trim()
     filler.fill(model, "")
     engine.shard(model)
     for path, head in backbone.heads.items():

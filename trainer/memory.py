@@ -84,11 +84,15 @@ def held_bytes(device: torch.device) -> int:
 
 
 def release(device: torch.device) -> None:
-    """Hand freed memory back, to the GPU or to the system."""
+    """Collect what is unreachable, and hand freed memory back to the GPU and to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return
+    trim()
+
+
+def trim() -> None:
+    """Ask the C library to give freed pages back to the system."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
