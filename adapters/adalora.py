@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from adapters.gated import GatedAdapter
-from adapters.method import Method, MethodOptions
+from adapters.method import Method, MethodOptions, check_fits
 from adapters.optimizer import Trainable
 
 _DIGITS = 6
@@ -64,13 +64,8 @@ class AdaLoRAOptions(MethodOptions):
 
     def check_units(self, units):
         super().check_units(units)
-        for unit in units:
-            largest = min(unit.out_features, unit.in_features)
-            if self.components > largest:
-                raise ValueError(
-                    f"method.initial_rank: {self.components} given; accepted: at most {largest}, "
-                    f"the smaller side of {unit.name} ({unit.out_features} x {unit.in_features})"
-                )
+        key = "method.initial_rank" + (" (1.5 · method.rank)" if self.initial_rank is None else "")
+        check_fits(key, self.components, units)
 
     def schedule(self, steps: int) -> tuple[int, int]:
         """(tinit, steps − tfinal): between them the budget falls."""

@@ -241,7 +241,7 @@ def allocate(contribution: np.ndarray, budget: float, largest: int) -> np.ndarra
     bound holds, with the one τ that spends the budget. Their whole parts are granted, and what is
     left goes to the largest remainders; of equal ones to the lower layer.
     """
-    total = int(np.clip(round(budget), len(contribution), largest * len(contribution)))
+    spent = float(np.clip(budget, len(contribution), largest * len(contribution)))
 
     def shares(tau: float) -> np.ndarray:
         return np.exp(np.clip(contribution + tau, 0.0, np.log(largest)))
@@ -250,11 +250,11 @@ def allocate(contribution: np.ndarray, budget: float, largest: int) -> np.ndarra
     high = np.log(largest) - float(contribution.min())
     for _ in range(200):  # bisection to the last bit
         middle = (low + high) / 2
-        low, high = (middle, high) if shares(middle).sum() < total else (low, middle)
+        low, high = (middle, high) if shares(middle).sum() < spent else (low, middle)
     real = np.round(shares(high), _DECIMALS)
     whole = np.floor(real).astype(np.int64)
     remainder = np.where(whole < largest, real - whole, -1.0)
-    extra = np.argsort(-remainder, kind="stable")[: total - whole.sum()]
+    extra = np.argsort(-remainder, kind="stable")[: round(spent) - int(whole.sum())]
     whole[extra] += 1
     return whole
 

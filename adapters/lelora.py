@@ -33,6 +33,7 @@ from adapters.method import Method, MethodOptions, Validate
 from adapters.optimizer import MaskedAdamW
 from adapters.reinforce import PolicyOptions, Reinforce
 from adapters.spectral import bank, largest_rank, resample
+from adapters.units import third
 
 Location = Literal["primary", "medium", "minor"]
 
@@ -43,8 +44,8 @@ class LeLoRAOptions(MethodOptions):
     kind: Literal["lelora"] = "lelora"
     """Name of the method."""
     ranks: list[int] | None = Field(None, min_length=1)
-    """Effective dimensions to choose from, R; where given, `rank` is its largest. none: 0, 2, 4,
-    8, … up to `rank`."""
+    """Effective dimensions to choose from, R; `rank` is then its largest. none: 0, 2, 4, 8, … up
+    to `rank`."""
     locations: list[Location] = Field(["primary", "medium", "minor"], min_length=1)
     """Banks to choose from."""
     policy: PolicyOptions = Field(default_factory=PolicyOptions)
@@ -53,10 +54,10 @@ class LeLoRAOptions(MethodOptions):
     @model_validator(mode="before")
     @classmethod
     def _largest(cls, given: Any) -> Any:
-        """`rank` follows from `ranks`."""
+        """`rank` follows from `ranks`, unless it is given too."""
         ranks = given.get("ranks") if isinstance(given, Mapping) else None
         if isinstance(ranks, list) and all(type(r) is int for r in ranks) and max(ranks, default=0):
-            return {**given, "rank": max(ranks)}
+            return {"rank": max(ranks), **given}
         return given
 
     @model_validator(mode="after")
@@ -66,6 +67,11 @@ class LeLoRAOptions(MethodOptions):
             raise ValueError(
                 f"method.ranks: {ranks} given; accepted: ascending whole numbers from 0 on, the "
                 "last above 0"
+            )
+        if ranks[-1] != self.rank:
+            raise ValueError(
+                f"method.rank: {self.rank} given with method.ranks: {ranks}; accepted: their "
+                f"largest, {ranks[-1]}"
             )
         if len(set(self.locations)) < len(self.locations):
             raise ValueError(
@@ -330,8 +336,7 @@ class LeLoRA(Method):
         for index, unit in enumerate(self.units):
             groups.setdefault(unit.kind, []).append(index)
             if unit.layer is not None:
-                third = ("front", "middle", "back")[3 * unit.layer // blocks]
-                groups.setdefault(third, []).append(index)
+                groups.setdefault(third(unit.layer, blocks), []).append(index)
         return groups
 
     # --- state ---------------------------------------------------------------------------------

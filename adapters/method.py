@@ -64,16 +64,21 @@ class MethodOptions(Section):
 
     def check_units(self, units: Sequence[Unit]) -> None:
         """Raises ValueError, naming key and unit, where the options do not fit the units."""
-        for unit in units:
-            largest = min(unit.out_features, unit.in_features)
-            if self.rank > largest:
-                raise ValueError(
-                    f"method.rank: {self.rank} given; accepted: at most {largest}, the smaller "
-                    f"side of {unit.name} ({unit.out_features} x {unit.in_features})"
-                )
+        check_fits("method.rank", self.rank, units)
 
     def check_steps(self, steps: int) -> None:
         """Raises ValueError, naming the key, where the options do not fit a run of `steps`."""
+
+
+def check_fits(key: str, rank: int, units: Sequence[Unit]) -> None:
+    """Raises ValueError, naming `key` and the unit, where a matrix has no room for `rank`."""
+    for unit in units:
+        largest = min(unit.out_features, unit.in_features)
+        if rank > largest:
+            raise ValueError(
+                f"{key}: {rank} given; accepted: at most {largest}, the smaller side of "
+                f"{unit.name} ({unit.out_features} x {unit.in_features})"
+            )
 
 
 @dataclass(frozen=True)

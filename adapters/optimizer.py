@@ -27,8 +27,8 @@ class Trainable:
     """A tensor to train. `mask`, where given, has one bool per row (dimension 0).
 
     `learning_rate_ratio` multiplies the learning rate (LoRA+), decay included; `decay_ratio` the
-    decay alone. The gradient of an `observed` tensor
-    is averaged with the others, but neither clipped nor used: its owner changes it in its own way.
+    decay alone. The gradient of an `observed` tensor is averaged with the others, but neither
+    clipped nor used: its owner changes it in its own way.
     """
 
     name: str

@@ -29,6 +29,14 @@ from adapters.policy import PolicyNetwork, entropies, log_probability, sample
 _PRECISION = 2.0**16
 """Rewards are rounded to so many parts of the next power of two."""
 
+_ONLY_WITH = {
+    "alpha": ("global",),
+    "loss": ("global",),
+    "baseline": ("attributed", "global"),
+    "idle_location": ("attributed", "global"),
+}
+"""Keys of the policy that mean something with some credits only."""
+
 
 class PolicyOptions(Section):
     """Keys under `method.policy`."""
@@ -55,11 +63,13 @@ class PolicyOptions(Section):
     loss: Literal["both", "l1", "l2"] = "both"
     """Terms of R, with credit=global."""
     baseline: Literal["mean", "trend"] = "mean"
-    """b: mean of the earlier rewards, or their linear trend carried on."""
+    """b: mean of the earlier rewards, or their linear trend carried on. Rewards of every action
+    need none."""
     baseline_window: int = Field(20, gt=0)
-    """Earlier rewards that b looks at."""
+    """Earlier rewards that b looks at; with credit=counterfactual, rewards that are averaged."""
     advantage: Literal["normalised", "raw"] = "normalised"
-    """R − b, or that over the spread of the earlier rewards."""
+    """R − b, or that over the spread of the earlier rewards (with credit=counterfactual: R, or
+    that over the unit's largest)."""
     entropy: float = Field(0.1, ge=0)
     """Weight of an entropy bonus."""
     cost: float = Field(0.0, ge=0)
@@ -77,20 +87,18 @@ class PolicyOptions(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        if self.credit == "global":
-            if self.signal == "next_batch":
+        if self.credit == "global" and self.signal == "next_batch":
+            raise ValueError(
+                "method.policy.signal: next_batch given with policy.credit=global; accepted: "
+                "validation, or another policy.credit"
+            )
+        for key, credits in _ONLY_WITH.items():
+            value = getattr(self, key)
+            if value != type(self).model_fields[key].default and self.credit not in credits:
                 raise ValueError(
-                    "method.policy.signal: next_batch given with policy.credit=global; accepted: "
-                    "validation, or another policy.credit"
+                    f"method.policy.{key}: {value!r} given with policy.credit={self.credit}, where "
+                    f"it has no effect; accepted: with policy.credit={' or '.join(credits)}"
                 )
-        else:
-            for key in ("alpha", "loss"):
-                if getattr(self, key) != type(self).model_fields[key].default:
-                    raise ValueError(
-                        f"method.policy.{key}: {getattr(self, key)!r} given with "
-                        f"policy.credit={self.credit}, which has no L1 and L2; accepted: with "
-                        "policy.credit=global"
-                    )
         if self.rank_weights is not None:
             if self.mode != "uniform":
                 raise ValueError(

@@ -41,6 +41,11 @@ def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return blocks
 
 
+def third(layer: int, blocks: int) -> str:
+    """Whether a block is in the front, middle or back third of all."""
+    return ("front", "middle", "back")[3 * layer // blocks]
+
+
 def linear_names(model: nn.Module, heads: Sequence[str] = ()) -> list[str]:
     """Paths of all linear layers, except those at or below a path in `heads`."""
     return [

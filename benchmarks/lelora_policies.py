@@ -15,7 +15,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from trainer.comparison import compare, read_comparison
+from trainer.comparison import Result, compare, read_comparison
 from trainer.start import guarded
 
 LEARNED = "learned"
@@ -30,7 +30,9 @@ POLICIES = {
     ],
     "frozen": ["method.policy.mode=frozen"],
     **{
-        f"{rank} {location}": [f"method.ranks=[{rank}]", f"method.locations=[{location}]"]
+        f"{rank} {location}": [
+            f"method.rank={rank}", f"method.ranks=[{rank}]", f"method.locations=[{location}]",
+        ]
         for rank in (4, 8)
         for location in ("primary", "medium", "minor")
     },
@@ -58,8 +60,8 @@ def main() -> None:
     arguments = parser.parse_args()
     ranks = [0, 2, 4, 8]
 
-    def run(policies: dict[str, list[str]]) -> None:
-        common = ["method.kind=lelora", f"method.ranks={ranks}"]
+    def run(policies: dict[str, list[str]]) -> list[Result]:
+        common = ["method.kind=lelora", f"method.rank={ranks[-1]}", f"method.ranks={ranks}"]
         job = read_comparison(arguments.comparison).model_copy(
             update={
                 "methods": {name: [*common, *extra] for name, extra in policies.items()},
@@ -67,19 +69,18 @@ def main() -> None:
                 "seeds": list(range(arguments.seeds)),
             }
         )
-        compare(job, arguments.out, arguments.workers)
+        return compare(job, arguments.out, arguments.workers)
 
-    run({LEARNED: [], **POLICIES})
+    results = run({LEARNED: [], **POLICIES})
     runs = list((arguments.out / "runs").glob(f"{LEARNED}-*"))
     weights = [round(share, 4) for share in histogram(runs, ranks)]
     uniform = ["method.policy.mode=uniform", f"method.policy.rank_weights={weights}"]
-    run({"uniform": uniform, "fixed random": [*uniform, "method.policy.every=1000000"]})
-    lines = (arguments.out / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    results += run({"uniform": uniform, "fixed random": [*uniform, "method.policy.every=1000000"]})
     print(f"ranks drawn by the learned policy: {dict(zip(ranks, weights, strict=True))}")
-    print(table([json.loads(line) for line in lines]))
+    print(table([result for result in results if "error" not in result]))
 
 
-def table(results: list[dict]) -> str:
+def table(results: list[Result]) -> str:
     """Markdown, sorted by loss."""
     losses: dict[str, dict[int, float]] = {}
     last = {result["method"]: result for result in results}

@@ -17,9 +17,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for runs, results.jsonl and table.md")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time on this machine")
     arguments = parser.parse_args()
-    from trainer.comparison import compare, read_comparison
+    from trainer.comparison import compare, read_comparison, table
 
-    print(compare(read_comparison(arguments.comparison), arguments.out, arguments.workers))
+    comparison = read_comparison(arguments.comparison)
+    print(table(comparison, compare(comparison, arguments.out, arguments.workers)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from adapters.units import Unit
+from adapters.units import Unit, third
 from trainer.errors import UserError
 
 LOCATIONS = ("primary", "medium", "minor")
@@ -204,8 +204,8 @@ def by_third(units: Sequence[Unit]) -> dict[str, list[int]]:
     """Units of the front, middle and back third of the blocks."""
     layers = [u.layer for u in units if u.layer is not None]
     thirds: dict[str, list[int]] = {}
-    for index, name in enumerate(("front", "middle", "back")):
-        members = [i for i in layers if i * 3 // (max(layers) + 1) == index]
+    for name in ("front", "middle", "back"):
+        members = [layer for layer in layers if third(layer, max(layers) + 1) == name]
         if members:
             first, last = min(members), max(members)
             label = f"{name} ({first}–{last})" if first < last else f"{name} ({first})"

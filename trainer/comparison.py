@@ -12,12 +12,15 @@ A comparison is a YAML file:
       lora: []
       lelora: [method.kind=lelora]
 
-Runs are independent, so many share a machine. What is done is kept in `results.jsonl`, and a
-comparison that was stopped goes on from there.
+Runs are independent, so many share a machine. What is done is kept in `results.jsonl` beside a
+digest of the run's whole configuration: a comparison that was stopped or changed goes on from
+there, with the runs that failed, were cut off or are new.
 """
 
+import hashlib
 import json
 import multiprocessing
+import shutil
 import statistics
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -63,27 +66,26 @@ def read_comparison(path: Path) -> Comparison:
 
 def compare(
     comparison: Comparison, out: Path, workers: int, say: Callable[[str], None] = print
-) -> str:
-    """Run what is not done yet; returns the table (also in OUT/table.md)."""
+) -> list[Result]:
+    """Run what is not done yet; returns this comparison's results (their table: OUT/table.md)."""
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "results.jsonl"
-    results = read_metrics(kept)
     rates = comparison.learning_rates
+    results: list[Result] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _prepare_worker, (context.Value("i", 0),)) as pool:
         if len(rates) > 1:
-            jobs = [_job(comparison, m, rate) for rate in rates for m in comparison.methods]
-            _work(pool, jobs, results, kept, out, say)
+            jobs = [_job(comparison, out, m, rate) for rate in rates for m in comparison.methods]
+            results += _work(pool, jobs, kept, say)
         chosen = {method: choose(results, method, comparison) for method in comparison.methods}
         jobs = [
-            _job(comparison, method, chosen[method], seed)
+            _job(comparison, out, method, chosen[method], seed)
             for seed in comparison.seeds
             for method in comparison.methods
         ]
-        _work(pool, jobs, results, kept, out, say)
-    text = table(comparison, results)
-    (out / "table.md").write_text(text, encoding="utf-8")
-    return text
+        results += _work(pool, jobs, kept, say)
+    (out / "table.md").write_text(table(comparison, results), encoding="utf-8")
+    return results
 
 
 def choose(results: Iterable[Result], method: str, comparison: Comparison) -> float:
@@ -91,7 +93,6 @@ def choose(results: Iterable[Result], method: str, comparison: Comparison) -> fl
     if len(comparison.learning_rates) == 1:
         return comparison.learning_rates[0]
     runs = [r for r in results if r["method"] == method and r["seed"] is None]
-    runs = [r for r in runs if r["learning_rate"] in comparison.learning_rates]
     good = [run for run in runs if run.get(comparison.score) is not None]
     if not good:
         raise UserError(f"{method}: no selection run gave {comparison.score}; see results.jsonl")
@@ -111,8 +112,9 @@ def table(comparison: Comparison, results: Sequence[Result]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for method in comparison.methods:
-        runs = [r for r in results if r["method"] == method and r["seed"] in comparison.seeds]
-        values = [run[score] for run in runs if run.get(score) is not None]
+        runs = [r for r in results if r["method"] == method and r["seed"] is not None]
+        runs = [run for run in runs if run.get(score) is not None]
+        values = [run[score] for run in runs]
         if not values:
             lines.append(f"| {method} | no run ended | | | | 0 of {len(comparison.seeds)} |")
             continue
@@ -127,9 +129,9 @@ def table(comparison: Comparison, results: Sequence[Result]) -> str:
 
 
 def _job(
-    comparison: Comparison, method: str, rate: float, seed: int | None = None
-) -> tuple[Result, str, list[str]]:
-    """(what identifies a run, its base configuration, its overrides); no seed: a selection run."""
+    comparison: Comparison, out: Path, method: str, rate: float, seed: int | None = None
+) -> tuple[Result, Config]:
+    """(what identifies a run, its configuration); without a seed, a selection run."""
     part = "select" if seed is None else f"seed{seed}"
     name = f"{method.replace(' ', '-')}-{rate:g}-{part}"
     chosen = comparison.selection if seed is None else [f"run.seed={seed}"]
@@ -137,29 +139,35 @@ def _job(
         *comparison.overrides, *comparison.methods[method], *chosen,
         f"optim.learning_rate={rate!r}", f"run.name={name}", "run.resume=never",
     ]  # fmt: skip
-    return {"method": method, "learning_rate": rate, "seed": seed}, comparison.base, overrides
+    config = load_config(comparison.base, [*overrides, f"run.dir={out / 'runs'}"])
+    text = config.model_dump_json(exclude={"run": {"dir"}})  # results may move with their folder
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {"method": method, "learning_rate": rate, "seed": seed, "config": digest}, config
 
 
 def _work(
     pool: ProcessPoolExecutor,
-    jobs: list[tuple[Result, str, list[str]]],
-    results: list[Result],
+    jobs: Sequence[tuple[Result, Config]],
     kept: Path,
-    out: Path,
     say: Callable[[str], None],
-) -> None:
-    done = [{k: r.get(k) for k in ("method", "learning_rate", "seed")} for r in results]
-    futures = [
-        pool.submit(_run, identity, load_config(base, [*overrides, f"run.dir={out / 'runs'}"]))
-        for identity, base, overrides in jobs
-        if identity not in done
-    ]
+) -> list[Result]:
+    """Results of all jobs; those that ended well before are not run again."""
+    done = [result for result in read_metrics(kept) if "error" not in result]
+    results = []
+    futures = []
+    for identity, config in jobs:
+        known = [result for result in done if identity.items() <= result.items()]
+        if known:
+            results.append(known[-1])
+        else:
+            futures.append(pool.submit(_run, identity, config))
     for future in as_completed(futures):
         result = future.result()
         results.append(result)
         with kept.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(result) + "\n")
         say(json.dumps(result))
+    return results
 
 
 _place = torch.device("cpu")
@@ -182,18 +190,20 @@ def _run(identity: Result, config: Config) -> Result:
     from trainer.run import run
 
     try:
+        if config.run_folder.exists():  # cut off, failed, or of another configuration
+            shutil.rmtree(config.run_folder)
         run(config, World(device=_place))
+        return {**identity, **summary(config.run_folder)}
     except Exception as error:  # the other runs go on; the table says what is missing
         return {**identity, "error": f"{type(error).__name__}: {error}",
                 "where": traceback.format_exc(limit=-3)}  # fmt: skip
-    return {**identity, **summary(config.run_folder)}
 
 
 def summary(folder: Path) -> Result:
     """Last scores of a finished run, and averages over its logged steps."""
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if "active_parameters" in line]
-    scores = next(line for line in reversed(lines) if "eval_loss" in line)
+    scores: Result = next((line for line in reversed(lines) if "eval_loss" in line), {})
     result = {k: v for k, v in scores.items() if k.startswith("eval_")}
     result["mean_active_parameters"] = statistics.mean(s["active_parameters"] for s in steps)
     result["trainable_parameters"] = steps[-1]["trainable_parameters"]

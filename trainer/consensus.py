@@ -30,8 +30,8 @@ def decide_and_apply(
         changed = method.apply(decision)
     digests = world.gather(state_digest(method))
     strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    with world.together():
-        if strays:
+    if strays:  # every rank has seen the same digests
+        with world.together():
             raise RunFailed(
                 f"step {step}: masks and gates of rank {', '.join(map(str, strays))} differ from "
                 "rank 0's after applying the same decision; the run stops"

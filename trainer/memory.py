@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from adapters.registry import METHODS
 from adapters.weights import FORMATS
 from trainer.architecture import Backbone
 from trainer.config import Config
@@ -50,8 +51,11 @@ def estimate(backbone: Backbone, config: Config, ranks: int, *, shards: bool) ->
 
 def trainable_parameters(backbone: Backbone, config: Config) -> int:
     """Scalars that a fixed-rank adapter on every unit and the task's heads train."""
-    rank = config.method.components
-    adapters = sum(rank * (unit.in_features + unit.out_features) for unit in backbone.units)
+    gates = int(METHODS[config.method.kind].learns_gates)
+    adapters = sum(
+        config.method.components * (unit.in_features + unit.out_features + gates)
+        for unit in backbone.units
+    )
     heads = sum(p.numel() for module in backbone.heads.values() for p in module.parameters())
     return adapters + heads
 

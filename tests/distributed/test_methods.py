@@ -5,7 +5,6 @@ weight format, on a backbone with real spectra where it is there.
 """
 
 import contextlib
-import gc
 import json
 import os
 import shutil
@@ -184,8 +183,6 @@ def masked(tmp, kind: str, engine: str) -> Config:
 def outcome(tmp_path_factory):
     """One process records; then two processes run everything else."""
     os.chdir(ROOT)
-    gc.collect()
-    gc.freeze()  # loading a backbone collects garbage many times
     tmp = tmp_path_factory.mktemp("methods")
     save_random_model(tmp / "model", "llama", AutoModelForCausalLM)
     for variant, (fmt, shorter) in SAMPLE.items():
@@ -213,7 +210,6 @@ def outcome(tmp_path_factory):
     for what in STRAYS:
         cases[f"stray-{what}"] = ("desynchronised", straying(tmp, what))
     yield tmp, run_cases(tmp / "work", cases)
-    gc.unfreeze()
 
 
 # --- the same decisions ---------------------------------------------------------------------------

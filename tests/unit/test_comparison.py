@@ -28,9 +28,10 @@ def comparison(tmp_path, **changes) -> Comparison:
 
 def test_every_run_is_done_once_and_described(tmp_path):
     said: list[str] = []
-    text = compare(comparison(tmp_path), tmp_path / "out", 1, said.append)
+    job = comparison(tmp_path)
+    returned = compare(job, tmp_path / "out", 1, said.append)
     results = [json.loads(line) for line in (tmp_path / "out/results.jsonl").open()]
-    assert len(results) == len(said) == 2 * 2 + 2 * 2
+    assert len(results) == len(said) == 2 * 2 + 2 * 2 and returned == results
     assert not any("error" in result for result in results)
     selected = [r for r in results if r["seed"] is None]
     for method in ("lora", "wide"):
@@ -43,11 +44,33 @@ def test_every_run_is_done_once_and_described(tmp_path):
         for m in ("wide", "lora")
     )
     assert wide == 2 * lora
-    assert text == (tmp_path / "out/table.md").read_text() and text.count("\n") == 4
+    text = (tmp_path / "out/table.md").read_text()
+    assert text == table(job, results) and text.count("\n") == 4
 
     again: list[str] = []
-    assert compare(comparison(tmp_path), tmp_path / "out", 1, again.append) == text
-    assert again == []
+    assert len(compare(job, tmp_path / "out", 1, again.append)) == 8 and again == []
+
+
+def test_changed_failed_and_unfinished_runs_are_run_again(tmp_path):
+    job = comparison(tmp_path).model_copy(update={"learning_rates": [1e-3], "seeds": [0]})
+    first = compare(job, tmp_path / "out", 1, lambda line: None)
+    kept = tmp_path / "out/results.jsonl"
+
+    longer = job.model_copy(update={"overrides": [*job.overrides, "run.steps=3"]})
+    said: list[str] = []
+    second = compare(longer, tmp_path / "out", 1, said.append)
+    assert len(said) == 2 and {r["config"] for r in first}.isdisjoint(r["config"] for r in second)
+    # Another comparison's results are neither in the table nor lost.
+    assert compare(job, tmp_path / "out", 1, said.append) == first and len(said) == 2
+
+    lines = [json.loads(line) for line in kept.open()][:2]
+    lines[0] = {key: lines[0][key] for key in ("method", "learning_rate", "seed", "config")}
+    lines[0] |= {"error": "OSError: no space left"}
+    kept.write_text(json.dumps(lines[0]) + "\n")  # one failed, the other was cut off
+    assert any((tmp_path / "out/runs").iterdir())
+    third = compare(job, tmp_path / "out", 1, said.append)
+    assert len(said) == 4 and not any("error" in r for r in third)
+    assert [r["eval_loss"] for r in third] == [r["eval_loss"] for r in first]
 
 
 def result(method, seed, rate=1e-3, **more):

@@ -238,7 +238,7 @@ ABLATIONS = {  # by what METHODS.md says must be reachable, or names as an optio
         "method.policy.idle_location=true", "method.policy.signal=validation",
     ],
     "initial features": [LELORA, "method.policy.features=initial"],
-    "trend": [LELORA, "method.policy.baseline=trend", "method.policy.baseline_window=5"],
+    "trend": [LELORA, "method.policy.credit=attributed", "method.policy.baseline=trend", "method.policy.baseline_window=5"],
     **{
         f"{credit}, {signal}": [
             LELORA, f"method.policy.credit={credit}", f"method.policy.signal={signal}",
@@ -354,7 +354,22 @@ def test_a_rank_and_its_set_follow_from_each_other():
     assert resolved(rank=128) == (128, [0, 2, 4, 8, 16, 32, 64, 128])
     assert resolved(rank=1) == (1, [0, 1])
     assert resolved(ranks=[0, 3]) == (3, [0, 3])
-    assert resolved(rank=8, ranks=[0, 2, 16]) == (16, [0, 2, 16])
+    assert resolved(rank=16, ranks=[0, 2, 16]) == (16, [0, 2, 16])
+    with pytest.raises(ValueError, match=r"method.rank: 8 given with .* accepted: .* 16"):
+        resolved(rank=8, ranks=[0, 2, 16])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "credit"),
+    [
+        ("alpha", 0.5, "counterfactual"), ("loss", "l1", "attributed"),
+        ("baseline", "trend", "counterfactual"), ("idle_location", True, "counterfactual"),
+    ],
+)  # fmt: skip
+def test_keys_of_another_credit_are_refused(key, value, credit):
+    with pytest.raises(ValueError, match=f"method.policy.{key}: .*credit={credit}"):
+        METHODS["lelora"].Options(policy={"credit": credit, key: value})
+    METHODS["lelora"].Options(policy={"credit": "global", "signal": "validation", key: value})
 
 
 def test_units_of_odd_sizes_bound_the_rank():

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from adapters.lora import LoRA
+from adapters.units import transformer_blocks
 from docs.make_configuration import document
 from tests.conftest import shared
 from tests.helpers import ROOT, launch, losses, quick_config
@@ -15,7 +16,9 @@ from trainer.config import load_config
 from trainer.distributed import World
 from trainer.errors import RunFailed
 from trainer.run import dry_run, run
+from trainer.session import open_session
 from trainer.tasks.causal_lm import CausalLM
+from trainer.validation import make_validate
 
 METRICS = {
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds",
@@ -185,3 +188,28 @@ def test_decisions_reach_masks_and_the_optimizer(tmp_path, monkeypatch):
     lines = (config.run_folder / "metrics.jsonl").read_text().splitlines()
     active = [json.loads(line).get("active_parameters") for line in lines if "grad_norm" in line]
     assert active == [71680, 35840, 35840]
+
+
+def test_validation_with_gradients_recomputes_as_training_does(tmp_path):
+    """Activation checkpointing holds there too; loss and gradient stay as they are."""
+    results = []
+    for checkpointing in (True, False):
+        config = quick_config(
+            tmp_path, "method.kind=lelora", "method.policy.signal=validation",
+            f"engine.activation_checkpointing={str(checkpointing).lower()}",
+        )  # fmt: skip
+        session = open_session(config, World())
+        forwards = []
+        inner = session.model.get_submodule("model.layers.0.mlp.up_proj")
+        inner.register_forward_hook(lambda *_, to=forwards: to.append(1))
+        validate = make_validate(session)
+        validate(False)
+        once = len(forwards)
+        loss = validate(True)
+        assert len(forwards) == once * (3 if checkpointing else 2)
+        assert session.model.training and not any(
+            block.training is False for _, block in transformer_blocks(session.model)
+        )
+        results.append((loss, session.optimizer.gradients.clone()))
+    assert results[0][0] == results[1][0] and results[0][1].any()
+    torch.testing.assert_close(results[0][1], results[1][1])

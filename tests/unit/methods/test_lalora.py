@@ -53,7 +53,7 @@ def whole_ranks(c, total, largest):
         raise AssertionError("no consistent shares")
     real = np.round(real.astype(float), 6)
     ranks = np.floor(real).astype(int)
-    rest = total - ranks.sum()
+    rest = round(total) - ranks.sum()
     for layer in sorted(range(L), key=lambda i: (-(real[i] - ranks[i]), i))[:rest]:
         ranks[layer] += 1
     return ranks
@@ -151,7 +151,7 @@ class Reference:
                 growth = np.mean((s - self.s_previous) / self.s_previous)
                 self.budget = np.clip(self.budget * (1 + self.gamma * growth), L, self.r * L)
             old = self.ranks
-            self.ranks = whole_ranks(self.c(layers), round(self.budget), self.r)
+            self.ranks = whole_ranks(self.c(layers), self.budget, self.r)
             self.s_previous = self.s(layers, self.ranks if self.growth == "same_rank" else old)
         self.previous = layers
         return self.ranks, self.budget
@@ -396,7 +396,7 @@ def test_allocation_of_random_contributions(spread):
         ranks = allocate(c, budget, r)
         assert ranks.sum() == round(budget)
         assert ranks.min() >= 1 and ranks.max() <= r
-        np.testing.assert_array_equal(ranks, whole_ranks(c, round(budget), r))
+        np.testing.assert_array_equal(ranks, whole_ranks(c, budget, r))
         order = np.argsort(-c, kind="stable")  # more contribution, not less rank; ties: lower
         assert (np.diff(ranks[order]) <= 0).all()
 

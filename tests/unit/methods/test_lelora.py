@@ -435,16 +435,21 @@ def test_samples_are_not_mixed_up_after_a_skipped_step(monkeypatch):
     assert pairs == [drawn[step] for step in (2, 6, 7, 8, 9)]
 
 
+def advance(main, other):
+    """A step of a rank that decides and of one that only applies."""
+    decision = main.decide()
+    if decision is not None:
+        other.method.apply(decision)
+    for bench in (main, other):
+        bench.backward()
+        bench.update()
+
+
 def test_decisions_can_be_applied_where_none_is_made():
     """Other ranks only apply, and hold the same adapters and the same common state."""
     main, other = bench_of({"every": 2}), bench_of({"every": 2})
-    for step in range(9):
-        decision = main.decide()
-        if decision is not None:
-            other.method.apply(decision)
-        for bench in (main, other):
-            bench.backward()
-            bench.update()
+    for _ in range(9):
+        advance(main, other)
         for a, b in zip(main.adapters.values(), other.adapters.values(), strict=True):
             assert torch.equal(bits(a.A), bits(b.A)) and torch.equal(a.mask, b.mask)
         first, second = main.method.state_dict(), other.method.state_dict()
@@ -459,12 +464,7 @@ def test_the_common_state_is_common_with_validation(credit):
     policy = {"credit": credit, "signal": "validation", "every": 2}
     main, other = (bench_of(policy, validate=validation) for _ in range(2))
     for _ in range(5):
-        decision = main.decide()
-        if decision is not None:
-            other.method.apply(decision)
-        for bench in (main, other):
-            bench.backward()
-            bench.update()
+        advance(main, other)
         assert main.method.state_dict().keys() == other.method.state_dict().keys()
 
 
