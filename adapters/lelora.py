@@ -48,6 +48,9 @@ class LeLoRAOptions(MethodOptions):
     to `rank`."""
     locations: list[Location] = Field(["primary", "medium", "minor"], min_length=1)
     """Banks to choose from."""
+    wake: Literal["gradual", "at_once"] = "gradual"
+    """First steps of a component: as long as Adam's momentum has grown, or all of the learning
+    rate at once, noise of one batch included (paper)."""
     policy: PolicyOptions = Field(default_factory=PolicyOptions)
     """The policy and how it learns."""
 
@@ -129,6 +132,10 @@ class LeLoRA(Method):
         self._policy: Reinforce | None = None  # rank 0
         self._fixed: tuple[Tensor, Tensor, Tensor] | None = None  # rank 0: features that stay
         self._drawn: dict[str, Any] = {}  # what the log describes
+
+    @property
+    def wakes_gradually(self):  # type: ignore[override]
+        return self.options.wake == "gradual"
 
     def ranges(self, unit):
         d = min(unit.out_features, unit.in_features)

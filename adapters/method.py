@@ -104,6 +104,8 @@ class Method:
     """Whether gates have gradients that the method uses itself; the optimizer leaves them alone."""
     learns_gates: ClassVar[bool] = False
     """Whether the optimizer trains g."""
+    wakes_gradually: ClassVar[bool] = False
+    """Whether a component's first steps are short (`adapters/optimizer.py`)."""
 
     def __init__(self, options: Any, seed: int):
         self.options = options

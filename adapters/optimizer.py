@@ -10,6 +10,8 @@ would still move it.
     θ ← θ − η (λ θ + m̂ / (√v̂ + ε))        m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ)
 
 (Loshchilov & Hutter 2019, algorithm 2; t counts the steps in which the component was active.)
+`gradual` takes m for m̂: a component's first steps, which rest on one or two batches, are 1 − β₁ᵗ
+times as long.
 """
 
 import math
@@ -67,8 +69,9 @@ class MaskedAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        gradual: bool = False,
     ):
-        self.learning_rate, self.betas = learning_rate, betas
+        self.learning_rate, self.betas, self.gradual = learning_rate, betas, gradual
         self.eps, self.weight_decay = eps, weight_decay
         self._slots: list[_Slot] = []
         self.follow(trainables)
@@ -164,6 +167,8 @@ class MaskedAdamW:
 
     def _update(self, correction1: Tensor | float, correction2: Tensor | float, keep) -> None:
         beta1, beta2 = self.betas
+        if self.gradual:
+            correction1 = 1.0
         m = torch.lerp(self.exp_avg, self._trained, 1 - beta1)
         g = self._trained
         v = torch.addcmul(self.exp_avg_sq * beta2, g, g, value=1 - beta2)

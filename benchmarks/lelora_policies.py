@@ -26,7 +26,7 @@ POLICIES = {
     "literal": [
         "method.policy.credit=global", "method.policy.learning_rate=1e-3",
         "method.policy.advantage=raw", "method.policy.entropy=0",
-        "method.policy.idle_location=true",
+        "method.policy.idle_location=true", "method.wake=at_once",
     ],
     "frozen": ["method.policy.mode=frozen"],
     **{
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--comparison", type=Path, default=Path("benchmarks/gsm8k.yaml"))
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     ranks = [0, 2, 4, 8]

@@ -138,5 +138,6 @@ def open_session(
         betas=(config.optim.betas[0], config.optim.betas[1]),
         eps=config.optim.eps,
         weight_decay=config.optim.weight_decay,
+        gradual=method.wakes_gradually,
     )
     return session

@@ -246,6 +246,7 @@ ABLATIONS = {  # by what METHODS.md says must be reachable, or names as an optio
         for credit in ("attributed", "counterfactual")
         for signal in ("validation", "next_batch")
     },
+    "woken at once": [LELORA, "method.wake=at_once"],
     "price": [LELORA, "method.policy.cost=1e-6"],
     "every 3": [LELORA, "method.policy.every=3"],
     "spectrum": [LELORA, "method.policy.spectrum_points=64"],

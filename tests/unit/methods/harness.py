@@ -89,7 +89,7 @@ class Bench:
         self.starts = starts
         self.optimizer = MaskedAdamW(
             self.method.trainables(), learning_rate=learning_rate, betas=betas,
-            weight_decay=weight_decay,
+            weight_decay=weight_decay, gradual=self.method.wakes_gradually,
         )  # fmt: skip
         self.max_norm, self.validate = max_norm, partial(validate, self)
         self.batch = slice(None)  # records of the next forward passes
@@ -284,8 +284,10 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         eps: float = 1e-8,
+        gradual: bool = False,
     ):
         self.lr, self.betas, self.wd, self.eps = learning_rate, betas, weight_decay, eps
+        self.gradual = gradual
         self.state: dict[Any, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def update(
@@ -306,9 +308,8 @@ class AdamW:
             t[row] += 1
             m[row] = b1 * m[row] + (1 - b1) * gradient[row]
             v[row] = b2 * v[row] + (1 - b2) * gradient[row] ** 2
-            direction = (m[row] / (1 - b1 ** t[row])) / (
-                np.sqrt(v[row] / (1 - b2 ** t[row])) + self.eps
-            )
+            mean = m[row] if self.gradual else m[row] / (1 - b1 ** t[row])
+            direction = mean / (np.sqrt(v[row] / (1 - b2 ** t[row])) + self.eps)
             value[row] -= self.lr * ratio * (self.wd * value[row] + direction)
 
 

@@ -23,10 +23,13 @@ RANKS = [0, 2, 4]
 PLACES = ["primary", "medium", "minor"]
 
 
-def bench_of(policy=None, locations=PLACES, ranks=RANKS, **settings):
+def bench_of(policy=None, locations=PLACES, ranks=RANKS, wake="gradual", **settings):
     policy = {"credit": "attributed", **(policy or {})}
+    options = {
+        "ranks": list(ranks), "locations": list(locations), "wake": wake, "policy": policy,
+    }  # fmt: skip
     return Bench(
-        "lelora", {"ranks": list(ranks), "locations": list(locations), "policy": policy},
+        "lelora", options,
         **{"shapes": SHAPES, "records": 32, "learning_rate": 5e-3, **settings},
     )  # fmt: skip
 
@@ -127,9 +130,11 @@ def test_all_components_take_part_in_the_forward_pass():
         np.testing.assert_allclose(array(bench.output(twin.name)), twin.output(), atol=1e-4)
 
 
-def test_training_is_numpy_s_and_inactive_rows_keep_every_bit():
-    bench = bench_of(weight_decay=0.1, max_norm=1.0)
-    references, optimizer = twins(bench), AdamW(5e-3, weight_decay=0.1)
+@pytest.mark.parametrize("wake", ["gradual", "at_once"])
+def test_training_is_numpy_s_and_inactive_rows_keep_every_bit(wake):
+    bench = bench_of(weight_decay=0.1, max_norm=1.0, wake=wake)
+    references = twins(bench)
+    optimizer = AdamW(5e-3, weight_decay=0.1, gradual=wake == "gradual")
     rested = 0
     for _ in range(12):
         decision = bench.decide()
