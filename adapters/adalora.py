@@ -11,6 +11,7 @@ grow again; b falls from n · initial_rank to n · rank along a cubic. The last 
 with the final choice. Orthogonality of A and B is a penalty with the weight `orthogonality`.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from adapters.gated import GatedAdapter
 from adapters.method import Method, MethodOptions, check_fits
-from adapters.optimizer import Trainable
 
 _DIGITS = 6
 """Scores are rounded to so many significant digits before they are sorted."""
@@ -105,7 +105,8 @@ class AdaLoRA(Method):
     def trainable(self, name, role, parameter, mask):
         # An Adam step on g = λ α/r that moves λ as a step on λ itself would.
         ratio = self.options.alpha / self.options.rank if role == "g" else 1.0
-        return Trainable(name, parameter, mask, ratio, decay_ratio=1.0 / ratio)
+        plain = super().trainable(name, role, parameter, mask)
+        return replace(plain, learning_rate_ratio=ratio, decay_ratio=1.0 / ratio)
 
     def budget(self, step: int) -> int:
         """b(t): components of all units that are kept from step t on."""

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters.gated import GatedAdapter
+from adapters.units import stem
 
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 
@@ -63,22 +64,26 @@ def export_adapter(
     base_model: str,
     revision: str | None = None,
     task: str = "causal_lm",
-    heads: Mapping[str, Tensor] | None = None,
+    heads: Mapping[str, Mapping[str, Tensor]] | None = None,
     labels: int | None = None,
     note: str = "",
     initial: Mapping[str, GatedAdapter] | None = None,
     rank: int | None = None,
+    experts: Mapping[str, int] | None = None,
 ) -> float:
     """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
 
-    `adapters` by module path; `heads`: parameters of whole trained modules by their full name;
+    `adapters` by module path; `heads`: whole trained modules by path, each its parameters by name;
     `labels`: outputs of a classification head; `initial`: the parts of W that adapters started as.
+    `experts`: how many there are in a stack, by its path; their adapters become one LoRA on that
+    parameter (PEFT's `target_parameters`), as wide as the widest of them.
     A unit of rank 0 is left out (PEFT refuses it). `rank`: compress every unit to at most so much;
     returns what that loses, ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.
     """
     heads = heads or {}
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
+    stacks: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     lost = whole = 0.0
     for name, adapter in adapters.items():
         A, B = lora_factors(adapter, (initial or {}).get(name))
@@ -89,14 +94,27 @@ def export_adapter(
             if A.shape[0] > rank:
                 A, B, cut = compressed(A, B, rank)
                 lost += cut
+        if experts is not None and stem(name) in experts:
+            stacks.setdefault(stem(name), {})[int(name.rpartition(".")[2])] = (A, B)
+            continue
         ranks[name] = A.shape[0]
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
-    for name, value in heads.items():
-        tensors[f"base_model.model.{name}"] = value.cpu().contiguous()
+    modules = sorted(ranks)
+    for name, parts in stacks.items():
+        A, B = stacked_factors(parts, (experts or {})[name])
+        ranks[name] = A.shape[0] // (experts or {})[name]
+        path = _wrapped(name, stacks)
+        tensors[f"base_model.model.{path}.lora_A.weight"] = A
+        tensors[f"base_model.model.{path}.lora_B.weight"] = B
+    for path, head in heads.items():
+        for name, value in head.items():
+            tensors[f"base_model.model.{path}.{name}"] = value.cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = _peft_config(ranks, sorted({name.split(".")[0] for name in heads}))
+    config = _peft_config(ranks, modules, sorted(heads))
+    if stacks:
+        config["target_parameters"] = sorted(stacks)
     config |= {
         "base_model_name_or_path": base_model,
         "revision": revision,
@@ -112,7 +130,33 @@ def export_adapter(
     return error
 
 
-def _peft_config(ranks: Mapping[str, int], heads: list[str]) -> dict[str, object]:
+def stacked_factors(
+    parts: Mapping[int, tuple[Tensor, Tensor]], experts: int
+) -> tuple[Tensor, Tensor]:
+    """(A (r, in), B (out, r)) by expert as PEFT's pair for the whole stack: lora_A (E · r, in),
+    component by component within an expert, and lora_B (out, r · E), expert by expert within a
+    component. What an expert lacks is zero."""
+    rank = max(A.shape[0] for A, _ in parts.values())
+    one_A, one_B = next(iter(parts.values()))
+    lora_A = torch.zeros(experts, rank, one_A.shape[1])
+    lora_B = torch.zeros(one_B.shape[0], rank, experts)
+    for expert, (A, B) in parts.items():
+        lora_A[expert, : A.shape[0]] = A
+        lora_B[:, : A.shape[0], expert] = B
+    return lora_A.flatten(0, 1), lora_B.flatten(1)
+
+
+def _wrapped(name: str, stacks: Mapping[str, object]) -> str:
+    """Where PEFT keeps the pair of a parameter: it wraps a module once for every parameter that it
+    adapts, the first one innermost; `gate_up_proj` is registered before `down_proj`."""
+    module, _, parameter = name.rpartition(".")
+    inner = parameter == "gate_up_proj" and f"{module}.down_proj" in stacks
+    return f"{module}.base_layer" if inner else module
+
+
+def _peft_config(
+    ranks: Mapping[str, int], modules: list[str], heads: list[str]
+) -> dict[str, object]:
     """LoraConfig as plain data. The commonest rank is `r`, others go to the patterns."""
     values = list(ranks.values())
     common = max(set(values), key=lambda rank: (values.count(rank), rank)) if values else 1
@@ -124,7 +168,7 @@ def _peft_config(ranks: Mapping[str, int], heads: list[str]) -> dict[str, object
         "lora_alpha": common,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": sorted(ranks),
+        "target_modules": modules,
         "modules_to_save": heads or None,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -133,8 +177,9 @@ def _peft_config(ranks: Mapping[str, int], heads: list[str]) -> dict[str, object
 
 
 def _readme(base_model: str, task: str, labels: int | None, note: str) -> str:
-    auto = "SequenceClassification" if task == "sequence_classification" else "CausalLM"
-    arguments = f'"{base_model}"' + (f", num_labels={labels}" if labels else "")
+    classifies = task == "sequence_classification"
+    auto = "SequenceClassification" if classifies else "CausalLM"
+    arguments = f'"{base_model}"' + (f", num_labels={labels}" if classifies else "")
     return f"""---
 base_model: {base_model}
 library_name: peft

@@ -196,15 +196,20 @@ class LeLoRA(Method):
 
     def _local(self, optimizer: MaskedAdamW) -> Tensor:
         """Each unit's own reward (n), or each of its actions' (n, |R|, |S|), from the summed,
-        unclipped gradient of all components."""
+        unclipped gradient of all components; NaN for an expert that saw no token, and for all after
+        a step that was skipped."""
         assert self._before is not None
         gradient = optimizer.trained_gradients
+        seen = self._by_component(optimizer, gradient.abs()).sum((1, 2)) > 0
+        if self.options.policy.credit == "counterfactual":
+            seen &= self._by_component(optimizer, self._before.abs()).sum((1, 2)) > 0
         if self.options.policy.credit == "attributed":
             change = self._by_component(optimizer, gradient * (optimizer.values - self._before))
             reward = change.sum((1, 2))
         else:
             reward = self._promised(optimizer, self._before, gradient)
-        return reward * float("nan") if self._spoiled else reward
+        unknown = ~seen | self._spoiled
+        return reward.masked_fill(unknown.view(-1, *[1] * (reward.dim() - 1)), float("nan"))
 
     def _promised(self, optimizer: MaskedAdamW, earlier: Tensor, later: Tensor) -> Tensor:
         """R_u(r, s) = −Σ_{j in slice} Σ_{A, g, B} ⟨G_j, G′_j⟩ / rms(G_j), (n, |R|, |S|): what a

@@ -55,14 +55,19 @@ class AdaptedLinear(nn.Module):
         """The part of W that a splitting method handed to the adapter; where it is given, only
         the adapter's difference from it is dropped."""
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, columns) of what is packed."""
+        return self.out_features, self.in_features
+
     def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The packed form of a full matrix (out, in); the caller sets it as the parameter."""
         return FORMATS[self.weight_format].pack(weight, dtype)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """W (out, in) as the products see it; under a sharder only while it is unsharded."""
-        shape = (self.out_features, self.in_features)
-        return FORMATS[self.weight_format].unpack(self.weight.detach(), shape, dtype)
+        packed = self.weight.detach()
+        return FORMATS[self.weight_format].unpack(packed, self.matrix_shape, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         adapter = self.adapter
@@ -90,7 +95,7 @@ class AdaptedLinear(nn.Module):
         return f"in={self.in_features}, out={self.out_features}, format={self.weight_format}"
 
 
-def _drop(x: Tensor, probability: float, seed: Tensor | None, paired: bool = False) -> Tensor:
+def dropped(x: Tensor, probability: float, seed: Tensor | None, paired: bool = False) -> Tensor:
     """Inverted dropout whose mask depends on `seed` only. `paired`: the second half of the columns
     shares the first half's mask, so that a difference is dropped whole."""
     if probability == 0.0 or seed is None:
@@ -125,8 +130,8 @@ def adapted_linear(
     W = _matrix(weight, weight_format, out_features, x.shape[-1], x.dtype)
     y = F.linear(x, W, bias)
     del W
-    z = (_drop(x, dropout, seed) if drop_input else x) @ A.to(x.dtype).T
-    z_kept = z if drop_input else _drop(z, dropout, seed, paired)
+    z = (dropped(x, dropout, seed) if drop_input else x) @ A.to(x.dtype).T
+    z_kept = z if drop_input else dropped(z, dropout, seed, paired)
     rows = (z_kept * g.to(x.dtype)).view(-1, A.shape[0])
     y.view(-1, out_features).addmm_(rows, B.to(x.dtype))
     return y, z
@@ -164,21 +169,21 @@ def adapted_linear_backward(
     dy2 = dy.reshape(-1, out_features)
     x2 = x.reshape(-1, in_features)
     gates = g.to(x.dtype)
-    kept = (z if drop_input else _drop(z, dropout, seed, paired)).reshape(-1, rank)
+    kept = (z if drop_input else dropped(z, dropout, seed, paired)).reshape(-1, rank)
     d_gated = dy2 @ B.to(x.dtype).T
     dB = ((kept * gates).T @ dy2).float()
     dg = (d_gated * kept).sum(0, dtype=torch.float32) if need_g else g.new_empty(0)
     dz = d_gated * gates
     if not drop_input:
-        dz = _drop(dz.view_as(z), dropout, seed, paired).view(-1, rank)
-    x_kept = _drop(x, dropout, seed).reshape(-1, in_features) if drop_input else x2
+        dz = dropped(dz.view_as(z), dropout, seed, paired).view(-1, rank)
+    x_kept = dropped(x, dropout, seed).reshape(-1, in_features) if drop_input else x2
     dA = (dz.T @ x_kept).float()
     if not need_x:
         return x.new_empty(0), dA, dg, dB
     dx = dy2 @ _matrix(weight, weight_format, out_features, in_features, x.dtype)
     through_adapter = dz @ A.to(x.dtype)
     if drop_input:
-        dx += _drop(through_adapter.view_as(x), dropout, seed).view_as(dx)
+        dx += dropped(through_adapter.view_as(x), dropout, seed).view_as(dx)
     else:
         dx += through_adapter
     return dx.view_as(x), dA, dg, dB

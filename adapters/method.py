@@ -15,12 +15,13 @@ from pydantic import Field
 from torch import Tensor
 
 from adapters import seeds
+from adapters.experts import ExpertHost
 from adapters.gated import GatedAdapter
-from adapters.linear import AdaptedLinear, Dropout
+from adapters.linear import Dropout
 from adapters.optimizer import MaskedAdamW, Trainable
 from adapters.options import Section
 from adapters.spectral import Triplets
-from adapters.units import Unit
+from adapters.units import Host, Unit, stem
 
 Decision = dict[str, Any]
 """Plain data (numbers, strings, lists, dicts): what rank 0 decided, the same for every rank."""
@@ -48,6 +49,8 @@ class MethodOptions(Section):
     """Drop on the R-dimensional z (WeightLoRA, appendix) or on x (PEFT)."""
     include_head: bool = False
     """Let `all-linear` (and suffixes) reach the output head too."""
+    train_router: bool = False
+    """Train the routers of a mixture of experts whole, beside the adapters."""
     replay: str | None = None
     """A run folder (or its allocation.jsonl) whose recorded decisions are applied instead of
     deciding anew."""
@@ -111,7 +114,7 @@ class Method:
         self.options = options
         self.seed = seed
         self.units: list[Unit] = []
-        self.hosts: Mapping[str, AdaptedLinear] = {}
+        self.hosts: Mapping[str, Host] = {}
         self.adapters: dict[str, GatedAdapter] = {}
         self.spectra: dict[str, Tensor] = {}
         self.device = torch.device("cpu")
@@ -136,7 +139,7 @@ class Method:
     def attach(
         self,
         units: Sequence[Unit],
-        hosts: Mapping[str, AdaptedLinear],
+        hosts: Mapping[str, Host],
         device: torch.device,
         starts: Mapping[str, Start] | None = None,
     ) -> None:
@@ -206,11 +209,24 @@ class Method:
                 parameter = getattr(adapter, role)
                 if parameter.requires_grad:
                     found.append(self.trainable(f"{name}.{role}", role, parameter, adapter.mask))
-        return found
+        return found + self._counters()
+
+    def _counters(self) -> list[Trainable]:
+        """What counts the tokens of every expert; none for a matrix that sees all of them."""
+        stacks = {
+            stem(name): host.tokens
+            for name, host in self.hosts.items()
+            if name in self.adapters and isinstance(host, ExpertHost)
+        }
+        return [Trainable(f"{name}.tokens", p, observed=True) for name, p in stacks.items()]
 
     def trainable(self, name: str, role: str, parameter: Any, mask: Tensor) -> Trainable:
         """How one tensor trains."""
-        return Trainable(name, parameter, mask, observed=role == "g" and self.observes_gates)
+        host = self.hosts[name.rpartition(".")[0]]
+        return Trainable(
+            name, parameter, mask, observed=role == "g" and self.observes_gates,
+            counter=(host.tokens, host.index) if isinstance(host, ExpertHost) else None,
+        )  # fmt: skip
 
     def active_parameters(self) -> int:
         """Trained scalars whose component is active in this step."""

@@ -30,7 +30,9 @@ class Trainable:
 
     `learning_rate_ratio` multiplies the learning rate (LoRA+), decay included; `decay_ratio` the
     decay alone. The gradient of an `observed` tensor is averaged with the others, but neither
-    clipped nor used: its owner changes it in its own way.
+    clipped nor used: its owner changes it in its own way. `counter`: an observed parameter and an
+    index; where its gradient there is 0 the tensor saw no token in the whole step, which makes all
+    of its rows inactive.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Trainable:
     learning_rate_ratio: float = 1.0
     decay_ratio: float = 1.0
     observed: bool = False
+    counter: tuple[nn.Parameter, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,12 @@ class MaskedAdamW:
             parameter.grad = slot.view(self.gradients)
             self._slots.append(slot)
             start, row = start + size, row + count
+        places: dict[int, int] = {}
         for parameter in observed:
             parameter.grad = self.gradients[start : start + parameter.numel()].view_as(parameter)
+            places[id(parameter)] = start
             start += parameter.numel()
+        self._counted = self._counters(places)
         self._row_sizes = self._row_sizes.to(device)
         self._uniform_count: float | None = 0.0  # t where all components share it, else None
         self._ratios = self._per_tensor([t.learning_rate_ratio for t in trainables])
@@ -210,10 +216,27 @@ class MaskedAdamW:
         first = float(self.counts[0])
         self._uniform_count = first if bool((self.counts == first).all()) else None
 
+    def _counters(self, places: dict[int, int]) -> tuple[Tensor, Tensor] | None:
+        """Rows that have a counter, and where each one's is in `gradients`; None without any."""
+        rows: list[int] = []
+        found: list[int] = []
+        for slot in self._slots:
+            if slot.trainable.counter is not None:
+                parameter, index = slot.trainable.counter
+                members = range(slot.rows.start, slot.rows.stop)
+                rows += members
+                found += [places[id(parameter)] + index] * len(members)
+        device = self.values.device
+        return (
+            (torch.tensor(rows, device=device), torch.tensor(found, device=device))
+            if rows
+            else None
+        )
+
     def _active(self) -> Tensor | None:
         """One bool per row, or None where everything is active."""
         masks = [slot.trainable.mask for slot in self._slots]
-        if all(mask is None for mask in masks):
+        if all(mask is None for mask in masks) and self._counted is None:
             return None
         active = torch.cat(
             [
@@ -223,6 +246,9 @@ class MaskedAdamW:
                 for slot in self._slots
             ]
         )
+        if self._counted is not None:
+            rows, places = self._counted
+            active[rows] &= self.gradients[places] > 0
         return None if bool(active.all()) else active
 
     def _spread(self, per_row: Tensor) -> Tensor:

@@ -197,40 +197,45 @@ class Reinforce:
     def learn(self, reward: Tensor) -> None:
         """One step on Ω with the reward of the oldest draw that still lacks its own.
 
-        (1): one for all; (n): each unit's own; (n, |R|, |S|): each action's. A reward that is not
-        finite drops the draw.
+        (1): one for all; (n): each unit's own; (n, |R|, |S|): each action's. A unit whose reward is
+        not finite learns nothing from this draw, and its baseline stays.
         """
         draw = self._draws.popleft()
-        if not bool(reward.isfinite().all()):
+        known = reward.isfinite().view(len(reward), -1).all(1).cpu()
+        if not bool(known.any()):
             return
-        reward = self._priced(_rounded(reward.double().cpu()), draw)
+        known = known.view(-1, *[1] * (reward.dim() - 1))
+        reward = reward.double().cpu().masked_fill(~known, float("nan"))
+        reward = self._priced(_rounded(reward), draw)
         if reward.dim() == 3:
             self._learn_table(draw, reward)
             return
-        self.scalars["reward"] = float(reward.mean())
+        self.scalars["reward"] = float(reward.nanmean())
         if self._earlier:
             baseline = self._baseline()
-            self.scalars["baseline"] = float(baseline.mean())
+            self.scalars["baseline"] = float(baseline.nanmean())
             normalised = self.options.advantage == "normalised"
             spread = self._spread() if normalised else torch.ones_like(reward)
             if spread is not None:
                 advantage = (reward - baseline) / spread.clamp(min=1e-300)
                 if normalised:  # where nothing varies yet nothing is learned, and no outlier rules
                     advantage = advantage.where(spread > 0, 0.0).clamp(-3.0, 3.0)
-                self._update(draw, advantage)
+                self._update(draw, advantage.nan_to_num())
         self._earlier.append(reward)
 
     def _learn_table(self, draw: Draw, table: Tensor) -> None:
         """With R(a) averaged over the window, over its largest entry where `normalised`."""
         n = torch.arange(len(table))
-        self.scalars["reward"] = float(table[n, draw.ranks, draw.locations].mean())
+        drawn = table[n, draw.ranks, draw.locations]
+        self.scalars["reward"] = float(drawn.nanmean())
         self._earlier.append(table)
-        mean = torch.stack(list(self._earlier)).mean(0)
+        mean = torch.stack(list(self._earlier)).nanmean(0).nan_to_num()
         if self.options.advantage == "normalised":
             mean = mean / mean.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
         weights, rank_logits, location_logits = self._again(draw)
         both = rank_logits.softmax(1).unsqueeze(2) * location_logits.softmax(1).unsqueeze(1)
-        expected = (both * mean.to(both)).sum((1, 2)).mean()
+        expected = (both * mean.to(both)).sum((1, 2))
+        expected = expected.where(drawn.isfinite().to(expected.device), 0.0).mean()
         self._descend(weights, expected, rank_logits, location_logits)
 
     def _priced(self, reward: Tensor, draw: Draw) -> Tensor:
@@ -244,17 +249,23 @@ class Reinforce:
     def _baseline(self) -> Tensor:
         """b from the earlier rewards only."""
         earlier = torch.stack(list(self._earlier))
-        mean = earlier.mean(0)
-        if self.options.baseline == "mean" or len(earlier) < 3:
+        mean = earlier.nanmean(0)
+        if self.options.baseline == "mean":
             return mean
-        time = torch.arange(len(earlier), dtype=torch.float64).unsqueeze(1)
-        time -= time.mean()
-        slope = (time * earlier).sum(0) / time.square().sum()
-        return mean + slope * (time[-1] + 1)
+        known = earlier.isfinite()
+        time = torch.arange(len(earlier), dtype=torch.float64).unsqueeze(1).where(known, torch.nan)
+        middle = time.nanmean(0)
+        slope = ((time - middle) * earlier).nansum(0) / (time - middle).square().nansum(0)
+        return torch.where(known.sum(0) < 3, mean, mean + slope * (len(earlier) - middle))
 
     def _spread(self) -> Tensor | None:
-        """Standard deviation of the earlier rewards; None while it is not known."""
-        return torch.stack(list(self._earlier)).std(0) if len(self._earlier) > 1 else None
+        """Standard deviation of the earlier rewards, 0 for a unit with fewer than two; None while
+        nobody has them."""
+        if len(self._earlier) < 2:
+            return None
+        earlier = torch.stack(list(self._earlier))
+        squares = (earlier - earlier.nanmean(0)).square().nansum(0)
+        return (squares / (earlier.isfinite().sum(0) - 1).clamp(min=1)).sqrt()
 
     def _update(self, draw: Draw, advantage: Tensor) -> None:
         """Eq. 10 at the Ω that drew; the optimizer moves today's Ω."""

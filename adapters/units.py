@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from adapters.experts import ExpertHost, StackedLinear
 from adapters.linear import AdaptedLinear
+
+Host = AdaptedLinear | ExpertHost
+"""What takes an adapter."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,8 @@ class Unit:
 
     `name` is the module's path in the model, `layer` the index of its transformer block (None
     outside the blocks; encoder blocks are numbered before decoder blocks), `kind` its path within
-    the block, such as `self_attn.q_proj`: what makes matrices of different blocks comparable.
+    the block, such as `self_attn.q_proj`: what makes matrices of different blocks comparable. An
+    expert's matrix is `mlp.experts.down_proj.3`, its kind `mlp.experts.down_proj`.
     """
 
     index: int
@@ -47,20 +52,47 @@ def third(layer: int, blocks: int) -> str:
 
 
 def linear_names(model: nn.Module, heads: Sequence[str] = ()) -> list[str]:
-    """Paths of all linear layers, except those at or below a path in `heads`."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | AdaptedLinear)
-        and not any(path == head or path.startswith(head + ".") for head in heads)
-    ]
+    """Names of all linear layers, stacked experts each by its own, except those at or below a path
+    in `heads`."""
+    names = []
+    for path, module in model.named_modules():
+        if any(path == head or path.startswith(head + ".") for head in heads):
+            continue
+        if isinstance(module, nn.Linear | AdaptedLinear):
+            names.append(path)
+        elif isinstance(module, StackedLinear):
+            names += [f"{path}.{index}" for index in range(module.experts)]
+    return names
+
+
+def layer_at(model: nn.Module, name: str) -> nn.Linear | Host:
+    """The linear layer, or the place in a stack of experts, that `linear_names` calls so."""
+    parent, _, last = name.rpartition(".")
+    stack = model.get_submodule(parent)
+    if isinstance(stack, StackedLinear):
+        return stack.hosts[int(last)]
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear | AdaptedLinear)
+    return layer
+
+
+def expert_counts(model: nn.Module) -> dict[str, int]:
+    """How many experts every stack has, by its path."""
+    stacks = ((path, m) for path, m in model.named_modules() if isinstance(m, StackedLinear))
+    return {path: stack.experts for path, stack in stacks}
+
+
+def stem(name: str) -> str:
+    """A name without the number of an expert in a stack."""
+    return re.sub(r"(\bexperts\.\w+)\.\d+$", r"\1", name)
 
 
 def select_targets(names: Sequence[str], targets: str | Sequence[str]) -> list[str]:
     """The names that `targets` picks: `all-linear`, a regular expression, or a list of suffixes.
 
     As in PEFT a string is matched against the whole path, and a list entry against whole dotted
-    components at its end. Raises ValueError naming an entry that picks nothing.
+    components at its end; one expert's matrix goes by its stack's name too. Raises ValueError
+    naming an entry that picks nothing.
     """
     if targets == "all-linear":
         return list(names)
@@ -72,7 +104,7 @@ def select_targets(names: Sequence[str], targets: str | Sequence[str]) -> list[s
                 f"method.targets: {targets!r} is no regular expression ({error}); accepted: "
                 "all-linear, a regular expression for the whole path, a list of suffixes"
             ) from error
-        chosen = [name for name in names if pattern.fullmatch(name)]
+        chosen = [n for n in names if pattern.fullmatch(n) or pattern.fullmatch(stem(n))]
         if not chosen:
             raise ValueError(_nothing_matches(targets, names))
         return chosen
@@ -89,14 +121,13 @@ def make_units(model: nn.Module, names: Sequence[str]) -> list[Unit]:
     units = []
     for index, name in enumerate(names):
         block = next((path for path in layer_of if name.startswith(path + ".")), None)
-        host = model.get_submodule(name)
-        assert isinstance(host, nn.Linear | AdaptedLinear)
+        host = layer_at(model, name)
         units.append(
             Unit(
                 index=index,
                 name=name,
                 layer=None if block is None else layer_of[block],
-                kind=name if block is None else name[len(block) + 1 :],
+                kind=stem(name if block is None else name[len(block) + 1 :]),
                 out_features=host.out_features,
                 in_features=host.in_features,
             )
@@ -109,11 +140,11 @@ def _has_linear(module: nn.Module) -> bool:
 
 
 def _ends_with(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith("." + suffix)
+    return any(n == suffix or n.endswith("." + suffix) for n in (name, stem(name)))
 
 
 def _nothing_matches(target: str, names: Sequence[str]) -> str:
-    known = sorted({name.rsplit(".", 1)[-1] for name in names})
+    known = sorted({stem(name).rsplit(".", 1)[-1] for name in names})
     near = difflib.get_close_matches(target, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return (

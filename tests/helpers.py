@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from trainer.config import Config, load_config
 
@@ -40,6 +40,15 @@ def save_random_model(
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     return folder
+
+
+def save_mixture(folder: Path, model_type: str, **changes: Any) -> Path:
+    """A random mixture of 4 experts, 2 for every token."""
+    own = {"mixtral": {"num_local_experts": 4}}
+    settings = own.get(model_type, {"num_experts": 4, "moe_intermediate_size": 96})
+    return save_random_model(
+        folder, model_type, AutoModelForCausalLM, num_experts_per_tok=2, **{**settings, **changes}
+    )
 
 
 def quick_config(tmp: Path, *overrides: str) -> Config:

@@ -15,10 +15,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from adapters.experts import AdaptedExperts, ExpertHost, StackedLinear
 from adapters.linear import AdaptedLinear
 from adapters.method import MethodOptions
 from adapters.registry import METHODS
-from adapters.units import Unit, linear_names, make_units, select_targets, transformer_blocks
+from adapters.units import (
+    Host,
+    Unit,
+    layer_at,
+    linear_names,
+    make_units,
+    select_targets,
+    transformer_blocks,
+)
 from trainer.config import Config, ModelOptions, compute_dtype
 from trainer.errors import UserError
 from trainer.tasks.base import Task
@@ -42,8 +51,8 @@ class Backbone:
     model: PreTrainedModel
     dtype: torch.dtype
     units: list[Unit]
-    hosts: dict[str, AdaptedLinear]
-    """Host modules by path; those of `units` are to take adapters."""
+    hosts: dict[str, Host]
+    """Hosts by name; those of `units` are to take adapters."""
     heads: dict[str, nn.Module]
     """The task's new modules, by path; their parameters train whole."""
     digest: str = ""
@@ -108,8 +117,13 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
         ) from error
     model.requires_grad_(False)
     model.eval()
+    for path, module in list(model.named_modules()):
+        if AdaptedExperts.fits(module):
+            set_module(model, path, AdaptedExperts(module))
     _check_vocabulary(task.tokenizer, model, options)
     trained = task.trained_modules(model)
+    if config.method.train_router:
+        trained += _routers(model)
     head = _output_head(model)
     targets = _targets(model, config.method, head, trained)
     hosts = _install_hosts(model, options.quantization, targets, [*head, *trained])
@@ -175,11 +189,31 @@ def _targets(
     return targets
 
 
+def _routers(model: nn.Module) -> list[str]:
+    """Paths of what chooses the experts: the module beside them with one row of weights each."""
+    routers = []
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedExperts):
+            block = path.rpartition(".")[0]
+            routers += [
+                f"{block}.{name}"
+                for name, child in model.get_submodule(block).named_children()
+                if isinstance(weight := getattr(child, "weight", None), nn.Parameter)
+                and weight.shape[0] == module.gate_up_proj.experts
+            ]
+    if not routers:
+        raise UserError(
+            f"method.train_router: true given, but {type(model).__name__} has no experts of a "
+            "known form; accepted: false"
+        )
+    return routers
+
+
 def _refuse_tied(model: nn.Module, method: MethodOptions, targets: list[str]) -> None:
     """A matrix with two users cannot give a part of itself to one of them."""
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for path in targets:
-        if owners[id(model.get_submodule(path).weight)] > 1:
+        if owners[id(layer_at(model, path).weight)] > 1:
             raise UserError(
                 f"method.targets: {path} shares its matrix with another module, and "
                 f"method.kind={method.kind} takes a part of it out; accepted: matrices of their own"
@@ -188,28 +222,35 @@ def _refuse_tied(model: nn.Module, method: MethodOptions, targets: list[str]) ->
 
 def _install_hosts(
     model: nn.Module, quantization: str, targets: list[str], unquantized: list[str]
-) -> dict[str, AdaptedLinear]:
+) -> dict[str, Host]:
     """Replace linear layers: those to be quantised, and those to be adapted."""
-    hosts = {}
-    quantizable = linear_names(model, unquantized) if quantization != "none" else []
+    hosts: dict[str, Host] = {}
+    quantizable = dict.fromkeys(linear_names(model, unquantized) if quantization != "none" else [])
     if quantization != "none":
         _refuse_other_matrices(model, quantization)
     for path in dict.fromkeys([*quantizable, *targets]):
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        host = AdaptedLinear(linear, quantization if path in quantizable else "none")
+        layer = layer_at(model, path)
+        weight_format = quantization if path in quantizable else "none"
+        if isinstance(layer, ExpertHost):
+            layer.stack.weight_format = weight_format
+            hosts[path] = layer
+            continue
+        assert isinstance(layer, nn.Linear)
+        host = AdaptedLinear(layer, weight_format)
         set_module(model, path, host)
         hosts[path] = host
     return hosts
 
 
 def _refuse_other_matrices(model: nn.Module, quantization: str) -> None:
-    """Large matrices in the blocks that are no nn.Linear (stacked experts) are never skipped
-    silently: half a quantised model is not what was asked for."""
+    """Large matrices in the blocks that are neither linear layers nor experts of a known form are
+    never skipped silently: half a quantised model is not what was asked for."""
     for path, block in transformer_blocks(model):
         for name, module in block.named_modules():
             for attribute, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() > 1 and not isinstance(module, nn.Linear | nn.Embedding):
+                if parameter.dim() > 1 and not isinstance(
+                    module, nn.Linear | nn.Embedding | StackedLinear
+                ):
                     if parameter.numel() <= 1 << 20:
                         continue  # a router, say
                     where = ".".join(part for part in (path, name, attribute) if part)

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapters import seeds
+from adapters.experts import StackedLinear
 from adapters.linear import AdaptedLinear
-from adapters.units import transformer_blocks
+from adapters.units import Unit, stem, transformer_blocks
 from trainer.architecture import Backbone, TrainedModule, build, resolve_folder, set_module
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine.base import Engine
+from trainer.layout import Layout
 from trainer.memory import trim
 from trainer.pretrained import PretrainedFiles
 from trainer.splitting import Splitter
@@ -60,13 +62,19 @@ def check(config: Config, task: Task, device: torch.device) -> None:
     backbone = build(config, task, device)
     if config.model.weights == "random":
         return
-    files = PretrainedFiles(resolve_folder(config.model.id, config.model.revision))
-    heads = tuple(f"{path}." for path in backbone.heads)
+    files = _files(config, backbone)
+    heads = tuple(f"{path}." for path in task.trained_modules(backbone.model))
     names = _names_of_parameters(backbone.model)
+    prefix = backbone.model.base_model_prefix
     for name, parameter in backbone.model.named_parameters():
-        if not (heads and name.startswith(heads)):
-            prefix, shape = backbone.model.base_model_prefix, tuple(parameter.shape)
-            files.check(names[id(parameter)], prefix, shape)
+        if heads and name.startswith(heads):
+            continue
+        stack = _stack_of(backbone.model, name)
+        if stack is None:
+            files.check(names[id(parameter)], prefix, tuple(parameter.shape))
+            continue
+        for expert in range(stack.experts):
+            files.check_expert(name.removesuffix(".weight"), expert, prefix, stack.shape)
 
 
 class _Filler:
@@ -77,24 +85,23 @@ class _Filler:
     ):
         self.backbone, self.config, self.device = backbone, config, device
         self._splitter = splitter
-        self._units = {f"{unit.name}.weight": unit for unit in backbone.units}
+        self._units = {unit.name: unit for unit in backbone.units}
         self.model = backbone.model
         self._names = _names_of_parameters(self.model)
         self._error = torch.zeros(2, dtype=torch.float64)
         self.files: PretrainedFiles | None = None
         if config.model.weights == "pretrained":
-            self.files = PretrainedFiles(resolve_folder(config.model.id, config.model.revision))
+            self.files = _files(config, backbone)
 
     def fill(self, module: nn.Module, path: str) -> None:
         """Give every parameter and buffer below `module` that is still on meta its value."""
         prefix = f"{path}." if path else ""
         missing = [(prefix + n, p) for n, p in module.named_parameters() if p.is_meta]
         if self._splitter is not None:
-            matrices = {self._units[name].name: (name, p) for name, p in missing
-                        if name in self._units}  # fmt: skip
+            absent = {name for name, _ in missing}
             self._splitter.prepare(
-                [unit for unit in self.backbone.units if unit.name in matrices],
-                lambda unit: self._read(*matrices[unit.name]).to(self.device),
+                [u for u in self.backbone.units if f"{stem(u.name)}.weight" in absent],
+                lambda unit: self._read_unit(unit).to(self.device),
             )
         for name, parameter in missing:
             self._fill_parameter(name, parameter)
@@ -124,35 +131,71 @@ class _Filler:
                 parameters[name].data.copy_(tensor)
 
     def _fill_parameter(self, name: str, parameter: nn.Parameter) -> None:
-        full = self._read(name, parameter)
-        host = self._host_of_weight(name)
-        if self._splitter is not None and name in self._units:
-            full = self._splitter.residual(self._units[name].name, full.to(self.device))
-        if host is not None and host.weight_format != "none":
-            packed = host.pack(full.to(self.device, self.backbone.dtype), self.backbone.dtype)
-            host.weight = _frozen(packed)
-            self._note_error(host, full)
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, StackedLinear):
+            # On the device at once: on the host there is never more than one expert's matrix.
+            full = torch.empty(owner.shape, dtype=self.backbone.dtype, device=self.device)
+            for expert in range(owner.experts):
+                full[expert] = self._kept(f"{name.removesuffix('.weight')}.{expert}", name, expert)
+        else:
+            full = self._kept(name.removesuffix(".weight"), name)
+        if isinstance(owner, AdaptedLinear | StackedLinear) and parameter is owner.weight:
+            self._set_matrix(owner, parameter, full)
+        else:
+            self._set(parameter, full)
+
+    def _set_matrix(
+        self, owner: AdaptedLinear | StackedLinear, parameter: nn.Parameter, full: Tensor
+    ) -> None:
+        if owner.weight_format == "none":
+            self._set(parameter, full)
             return
+        packed = owner.pack(full.to(self.device, self.backbone.dtype), self.backbone.dtype)
+        owner.weight = _frozen(packed)
+        self._note_error(owner, full)
+
+    def _set(self, parameter: nn.Parameter, full: Tensor) -> None:
         value = _frozen(full.to(self.device, parameter.dtype))
         for known_as in self._names[id(parameter)]:
-            owner, _, attribute = known_as.rpartition(".")
-            setattr(self.model.get_submodule(owner), attribute, value)
+            path, _, attribute = known_as.rpartition(".")
+            setattr(self.model.get_submodule(path), attribute, value)
 
-    def _read(self, name: str, parameter: nn.Parameter) -> Tensor:
-        if self.files is None:
-            return self._random(name, parameter)
+    def _kept(self, unit: str, name: str, expert: int | None = None) -> Tensor:
+        """What the backbone keeps of a tensor, or of one expert's part of it: all, unless the
+        method takes a part of `unit`."""
+        full = self._read(name, expert)
+        if self._splitter is None or unit not in self._units:
+            return full
+        return self._splitter.residual(unit, full.to(self.device))
+
+    def _read_unit(self, unit: Unit) -> Tensor:
+        stack = stem(unit.name)
+        expert = int(unit.name.removeprefix(f"{stack}.")) if stack != unit.name else None
+        return self._read(f"{stack}.weight", expert)
+
+    def _read(self, name: str, expert: int | None = None) -> Tensor:
+        """A tensor, or one expert's matrix (out, in) of it."""
+        parameter = self.model.get_parameter(name)
         prefix, shape = self.model.base_model_prefix, tuple(parameter.shape)
-        return self.files.read(self.files.check(self._names[id(parameter)], prefix, shape))
+        if self.files is None:
+            if expert is None:
+                return self._random(name, shape)
+            return self._random(f"{name}.{expert}", shape[1:])
+        if expert is None:
+            return self.files.read(self.files.check(self._names[id(parameter)], prefix, shape))
+        experts, rows, columns = shape
+        stack = name.removesuffix(".weight")
+        return self.files.read_expert(stack, expert, prefix, (experts, rows, columns))
 
-    def _random(self, name: str, parameter: nn.Parameter) -> Tensor:
+    def _random(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Matrices normal with the model's own spread, vectors as a fresh model has them."""
         key = self.config.run.seed, zlib.crc32(name.encode())
         generator = seeds.generator(*key, device=self.device)
-        if parameter.dim() == 1:
+        if len(shape) == 1:
             filler = 0.0 if name.endswith("bias") else 1.0
-            return torch.full(parameter.shape, filler, device=self.device)
+            return torch.full(shape, filler, device=self.device)
         spread = getattr(self.model.config, "initializer_range", 0.02)
-        values = torch.empty(parameter.shape, dtype=self.backbone.dtype, device=self.device)
+        values = torch.empty(shape, dtype=self.backbone.dtype, device=self.device)
         return values.normal_(0.0, spread, generator=generator)
 
     def _fill_buffers(self, module: nn.Module, path: str) -> None:
@@ -171,12 +214,9 @@ class _Filler:
                 if key is not None:
                     getattr(module, name).copy_(self.files.read(key))
 
-    def _host_of_weight(self, name: str) -> AdaptedLinear | None:
-        path, _, attribute = name.rpartition(".")
-        return self.backbone.hosts.get(path) if attribute == "weight" else None
-
-    def _note_error(self, host: AdaptedLinear, full: Tensor) -> None:
-        restored = host.dequantised(self.backbone.dtype)
+    def _note_error(self, host: AdaptedLinear | StackedLinear, full: Tensor) -> None:
+        restored = host.dequantised(self.backbone.dtype).view(host.matrix_shape)
+        full = full.view(host.matrix_shape)
         for exact, approximate in zip(full.split(1024), restored.split(1024), strict=True):
             exact = exact.to(self.device, torch.float32)
             squares = [(approximate - exact).square().sum(), exact.square().sum()]
@@ -196,6 +236,16 @@ class _Filler:
         else:
             digest.update(f"random {self.config.run.seed} {options.overrides}".encode())
         return digest.hexdigest()
+
+
+def _files(config: Config, backbone: Backbone) -> PretrainedFiles:
+    folder = resolve_folder(config.model.id, config.model.revision)
+    return PretrainedFiles(folder, Layout(backbone.model.config))
+
+
+def _stack_of(model: nn.Module, parameter: str) -> StackedLinear | None:
+    owner = model.get_submodule(parameter.rpartition(".")[0])
+    return owner if isinstance(owner, StackedLinear) else None
 
 
 def _frozen(value: Tensor) -> nn.Parameter:

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters.experts import StackedLinear
 from adapters.export import export_adapter, merged
 from adapters.gated import GatedAdapter
 from adapters.linear import AdaptedLinear
 from adapters.registry import METHODS
+from adapters.units import expert_counts, stem
 from trainer import architecture, checkpoint_files
 from trainer.architecture import Backbone
 from trainer.checkpoint import read_starts
@@ -21,6 +23,7 @@ from trainer.config import Config, parse_config, with_overrides
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.evaluation import evaluate_saved
+from trainer.layout import Layout
 from trainer.pretrained import PretrainedFiles
 from trainer.tasks import TASKS
 from trainer.tasks.base import Task
@@ -104,13 +107,13 @@ def saved_initial(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Gated
     return {name: start.adapter for name, start in starts.items()}
 
 
-def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of whole trained modules by their name in the model."""
-    heads = {}
+def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Whole trained modules by their path in the model, each its parameters by name."""
+    heads: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("head/"):
             _, path, parameter = name.split("/")
-            heads[f"{path}.{parameter.removeprefix('inner.')}"] = tensor
+            heads.setdefault(path, {})[parameter.removeprefix("inner.")] = tensor
     return heads
 
 
@@ -146,19 +149,31 @@ def write_adapter(
     """A PEFT folder from a checkpoint; the backbone is not needed. Returns what compressing the
     adapter to `rank` loses (relative, 0 without it)."""
     config, tensors = saved_config(state), checkpoint_files.read_tensors(checkpoint)
-    heads = saved_heads(tensors)
+    heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
+    experts = None
+    if any(stem(name) != name for name in adapters):
+        experts = expert_counts(_built(config, state, torch.device("cpu"))[0].model)
     return export_adapter(
         out,
-        saved_adapters(config, tensors),
+        adapters,
+        experts=experts,
         initial=saved_initial(checkpoint, state),
         rank=rank,
         base_model=config.model.id,
         revision=config.model.revision,
         task=config.task.kind,
         heads=heads,
-        labels=(len(state["labels"].get("labels", ())) or 1) if heads else None,
+        labels=len(state["labels"].get("labels", ())) or 1,
         note=note,
     )
+
+
+def _built(config: Config, state: Mapping[str, Any], device: torch.device) -> tuple[Backbone, Task]:
+    """The model without its weights, and the task, of a checkpoint."""
+    tokenizer = architecture.load_tokenizer(config.model)
+    task = TASKS[config.task.kind](config.task, tokenizer)
+    task.load_labels_state(state["labels"])
+    return architecture.build(config, task, device), task
 
 
 def write_model(
@@ -178,10 +193,7 @@ def write_model(
     config, tensors = saved_config(state), checkpoint_files.read_tensors(checkpoint)
     if config.model.weights == "random":
         raise UserError("model.weights: random has no files to merge into; accepted: pretrained")
-    tokenizer = architecture.load_tokenizer(config.model)
-    task = TASKS[config.task.kind](config.task, tokenizer)
-    task.load_labels_state(state["labels"])
-    backbone = architecture.build(config, task, device)
+    backbone, task = _built(config, state, device)
     adapters = saved_adapters(config, tensors) if with_adapter else {}
     initial = saved_initial(checkpoint, state)
     _refuse_tied_targets(backbone, adapters)
@@ -191,7 +203,7 @@ def write_model(
     )
     _write_shards(parameters, out)
     backbone.model.config.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    task.tokenizer.save_pretrained(out)
     generation = architecture.resolve_folder(config.model.id, config.model.revision)
     if (generation / "generation_config.json").is_file():
         shutil.copy(generation / "generation_config.json", out)
@@ -203,36 +215,68 @@ def _final_parameters(
     task: Task,
     adapters: Mapping[str, GatedAdapter],
     initial: Mapping[str, GatedAdapter],
-    heads: Mapping[str, Tensor],
+    heads: Mapping[str, Mapping[str, Tensor]],
     dequantised: bool,
     device: torch.device,
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, value on the CPU) of every parameter of the model to be written."""
     model, dtype = backbone.model, backbone.dtype
-    files = PretrainedFiles(architecture.resolve_folder(config.model.id, config.model.revision))
-    head_paths = tuple(f"{path}." for path in task.trained_modules(model))
+    layout = Layout(model.config)
+    folder = architecture.resolve_folder(config.model.id, config.model.revision)
+    files, prefix = PretrainedFiles(folder, layout), model.base_model_prefix
+    trained = {f"{path}.{name}": t for path, head in heads.items() for name, t in head.items()}
     for name, parameter in model.named_parameters():
-        if name.startswith(head_paths):
-            yield name, heads[name].to(dtype)
+        if name in trained:
+            key = files.find(name, prefix)
+            yield (key if key in layout.names(name) else name), trained[name].to(dtype)
             continue
-        key = files.check([name], model.base_model_prefix, tuple(parameter.shape))
-        value = files.read(key).to(device, dtype)
         path, _, attribute = name.rpartition(".")
-        host = backbone.hosts.get(path) if attribute == "weight" else None
-        if host is not None and dequantised:
-            value = _as_trained(host, value, initial.get(path))
-        if host is not None and path in adapters:
-            value = merged(value, adapters[path], initial.get(path))
-        yield name, value.cpu().contiguous()
+        owner = model.get_submodule(path)
+        if isinstance(owner, StackedLinear):
+            matrices = [
+                (f"{path}.{expert}", files.read_expert(path, expert, prefix, owner.shape))
+                for expert in range(owner.experts)
+            ]
+        else:
+            key = files.check([name], prefix, tuple(parameter.shape))
+            matrices = [(path, files.read(key))]
+        value = torch.stack([matrix.to(device, dtype) for _, matrix in matrices])
+        starts = [initial.get(unit) for unit, _ in matrices]
+        if isinstance(owner, AdaptedLinear | StackedLinear) and attribute == "weight":
+            if dequantised:
+                value = _as_trained(owner, value, starts)
+            for index, (unit, _) in enumerate(matrices):
+                if unit in adapters:
+                    value[index] = merged(value[index], adapters[unit], starts[index])
+        value = value.cpu()
+        if not isinstance(owner, StackedLinear):
+            yield (key if key in layout.names(name) else name), value[0].contiguous()
+            continue
+        keys = [files.check_expert(path, e, prefix, owner.shape) for e in range(owner.experts)]
+        if keys[0] == keys[-1]:  # the files hold the whole stack
+            yield keys[0][0], value.contiguous()
+            continue
+        for names, matrix in zip(keys, value, strict=True):
+            for part, rows in zip(names, matrix.chunk(len(names)), strict=True):
+                yield part, rows.contiguous()
 
 
-def _as_trained(host: AdaptedLinear, weight: Tensor, initial: GatedAdapter | None) -> Tensor:
-    """W (out, in) as the adapter saw it: without the part that the method took out through the
-    weight format and back, and that part."""
-    dtype, taken = weight.dtype, 0 if initial is None else initial.delta().to(weight.device)
+def _as_trained(
+    host: AdaptedLinear | StackedLinear, weight: Tensor, initial: Sequence[GatedAdapter | None]
+) -> Tensor:
+    """W (matrices, out, in) as the adapters saw it: without the parts that the method took out
+    through the weight format and back, and those parts."""
+    dtype = weight.dtype
+    taken = torch.stack(
+        [
+            torch.zeros_like(matrix) if start is None else start.delta().to(weight.device)
+            for matrix, start in zip(weight.float(), initial, strict=True)
+        ]
+    )
     kept = (weight.float() - taken).to(dtype)
-    host.weight = torch.nn.Parameter(host.pack(kept, dtype), requires_grad=False)
-    kept = host.dequantised(dtype)
+    packed = host.pack(kept if isinstance(host, StackedLinear) else kept[0], dtype)
+    host.weight = torch.nn.Parameter(packed, requires_grad=False)
+    kept = host.dequantised(dtype).view_as(weight)
     host.weight = torch.nn.Parameter(kept.to("meta"), requires_grad=False)
     return (kept.float() + taken).to(dtype)
 

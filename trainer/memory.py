@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from adapters.experts import ExpertHost
 from adapters.registry import METHODS
 from adapters.weights import FORMATS
 from trainer.architecture import Backbone
@@ -67,8 +68,8 @@ def _frozen_bytes(module: nn.Module, backbone: Backbone) -> int:
     for parameter in module.parameters():
         host = hosts.get(id(parameter))
         if host is not None:
-            shape = (host.out_features, host.in_features)
-            total += FORMATS[host.weight_format].nbytes(shape, backbone.dtype)
+            matrix = host.stack if isinstance(host, ExpertHost) else host
+            total += FORMATS[matrix.weight_format].nbytes(matrix.matrix_shape, backbone.dtype)
         else:
             total += parameter.numel() * parameter.element_size()
     return total

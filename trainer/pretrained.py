@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.errors import UserError
+from trainer.layout import Layout
 
 _SAMPLE = 4096  # bytes of each tensor that enter the digest, from its middle
 
@@ -17,8 +18,9 @@ _SAMPLE = 4096  # bytes of each tensor that enter the digest, from its middle
 class PretrainedFiles:
     """Tensors by name, read one at a time; no file is ever loaded whole."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, layout: Layout | None = None):
         self.folder = folder
+        self._layout = layout or Layout()
         self._file_of = _index(folder)
         self._open: tuple[str, safe_open] | None = None
 
@@ -28,6 +30,13 @@ class PretrainedFiles:
         A checkpoint may have been saved from the bare backbone (no `model.` or `bert.` prefix) or
         with TensorFlow's names for a layer norm's parameters.
         """
+        for known_as in self._layout.names(name):
+            key = self._find(known_as, base_prefix)
+            if key is not None:
+                return key
+        return None
+
+    def _find(self, name: str, base_prefix: str) -> str | None:
         candidates = [name, f"{base_prefix}.{name}"]
         if name.startswith(base_prefix + "."):
             candidates.append(name[len(base_prefix) + 1 :])
@@ -67,6 +76,30 @@ class PretrainedFiles:
                 "accepted: float32, float16 or bfloat16"
             )
         return key
+
+    def check_expert(
+        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, int, int]
+    ) -> list[str]:
+        """The keys whose matrices, one below the other, are an expert's (out, in) of `stack`, of
+        `shape` (E, out, in); or the key of the whole stack. UserError as in `check`."""
+        whole = self.find(stack, base_prefix)
+        parts = self._layout.expert_parts(stack, expert)
+        if whole is not None or not parts:
+            return [self.check([stack], base_prefix, shape)]
+        rows = shape[1] // len(parts)
+        return [self.check(names, base_prefix, (rows, shape[2])) for names in parts]
+
+    def read_expert(
+        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, int, int]
+    ) -> Tensor:
+        """One expert's matrix (out, in)."""
+        keys = self.check_expert(stack, expert, base_prefix, shape)
+        if len(self._header(keys[0])[0]) == 3:
+            try:
+                return self._file(keys[0]).get_slice(keys[0])[expert]
+            except (SafetensorError, OSError, RuntimeError) as error:
+                raise _unreadable(self.folder / self._file_of[keys[0]], error) from error
+        return torch.cat([self.read(key) for key in keys])
 
     def _header(self, key: str) -> tuple[tuple[int, ...], str]:
         part = self._file(key).get_slice(key)

@@ -9,6 +9,7 @@ import torch
 
 from adapters import seeds
 from adapters.export import export_adapter
+from adapters.units import expert_counts
 from trainer import architecture, checkpoint, checkpoint_files
 from trainer.allocation import AllocationLog, Replay
 from trainer.checkpoint import CheckpointWriter, Progress
@@ -190,9 +191,11 @@ def _finish(session: Session, folder: Path, steps: int) -> None:
 def _export(session: Session, folder: Path) -> str:
     config = session.config
     heads = {
-        f"{path}.{name.removeprefix('inner.')}": parameter.detach()
+        path: {
+            name.removeprefix("inner."): parameter.detach()
+            for name, parameter in head.named_parameters()
+        }
         for path, head in session.backbone.heads.items()
-        for name, parameter in head.named_parameters()
     }
     note = ""
     if config.model.quantization != "none":
@@ -210,7 +213,8 @@ def _export(session: Session, folder: Path) -> str:
             revision=config.model.revision,
             task=config.task.kind,
             heads=heads,
-            labels=session.backbone.model.config.num_labels if heads else None,
+            labels=session.backbone.model.config.num_labels,
+            experts=expert_counts(session.model),
             note=note,
         )
     return note

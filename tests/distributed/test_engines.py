@@ -3,7 +3,7 @@
 import pytest
 
 from tests.distributed.cases import ok, run_cases
-from tests.helpers import losses, quick_config
+from tests.helpers import losses, quick_config, save_mixture
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.run import run
@@ -32,12 +32,21 @@ VARIANTS = {
         "task.kind=sequence_classification", "data.train=TRAIN", "data.eval=TRAIN",
         "model.quantization=nf4",
     ],
+    # Every rank routes its own tokens in its own way.
+    "experts": ["model.id=MIXTURE", "method.targets=all-linear", "method.alpha=2"],
+    "experts-nf4-checkpointed": [
+        "model.id=MIXTURE", "method.targets=all-linear", "model.quantization=nf4",
+        "engine.activation_checkpointing=true", "method.dropout=0.1", "method.alpha=2",
+    ],
 }  # fmt: skip
 STEPS = 20
 
 
 def configuration(tmp, variant: str, engine: str) -> Config:
-    changes = [change.replace("TRAIN", str(tmp / "labels.csv")) for change in VARIANTS[variant]]
+    places = {"TRAIN": "labels.csv", "MIXTURE": "mixture"}
+    changes = VARIANTS[variant]
+    for name, place in places.items():
+        changes = [change.replace(name, str(tmp / place)) for change in changes]
     if (variant, engine) == ("nf4", "deepspeed"):
         changes.append("engine.config=configs/deepspeed/zero3.json")
     return quick_config(
@@ -57,6 +66,7 @@ def runs(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("engines")
     rows = [f"the {'good' if i % 3 else 'bad'} apple number {i},{i % 3 > 0}" for i in range(60)]
     (tmp / "labels.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    save_mixture(tmp / "mixture", "mixtral")
     for variant in VARIANTS:
         run(configuration(tmp, variant, "single"), World())
     cases = {

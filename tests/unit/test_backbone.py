@@ -167,9 +167,9 @@ def test_random_weights_need_no_files_and_keep_their_shapes(tmp_path):
     assert torch.isfinite(first.model(inputs()).logits).all()
 
 
-def test_stacked_experts_are_refused_rather_than_left_unquantised(tmp_path):
+def test_experts_of_unknown_form_are_refused_rather_than_left_unquantised(tmp_path):
     folder = save_random_model(
-        tmp_path / "model", "mixtral", AutoModelForCausalLM, num_local_experts=4,
+        tmp_path / "model", "gpt_oss", AutoModelForCausalLM, num_local_experts=4,
         hidden_size=256, intermediate_size=1024, head_dim=64,
     )  # fmt: skip
     with pytest.raises(UserError, match=r"model.quantization: 'nf4'.*experts.*accepted.*none"):

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from adapters.experts import StackedLinear
 from adapters.linear import AdaptedLinear
 from trainer.config import Config
 from trainer.distributed import World
@@ -27,7 +28,7 @@ class FSDP2Engine(Engine):
 
     def shard_block(self, block: nn.Module) -> None:
         for module in block.modules():
-            if isinstance(module, AdaptedLinear) and module.weight_format != "none":
+            if isinstance(module, AdaptedLinear | StackedLinear) and module.weight_format != "none":
                 # On a GPU the gather copies bfloat16 by way of float32, which makes all NaNs one:
                 # of packed bytes it would change those that look like a NaN. float32 goes
                 # unchanged, and unpacking asks for bytes only.

@@ -17,8 +17,8 @@ LITERAL = {
 }  # fmt: skip
 
 
-def reinforce(seed=0, n=UNITS, ranks=RANKS, **options):
-    return Reinforce(
+def reinforce(seed=0, n=UNITS, ranks=RANKS, kind=Reinforce, **options):
+    return kind(
         PolicyOptions(**options),
         layer=torch.arange(n) // KINDS, kind=torch.arange(n) % KINDS, features=FEATURES,
         ranks=ranks, locations=3, sizes=torch.from_numpy(SIZES[:n]), seed=seed,
@@ -265,6 +265,57 @@ def test_a_reward_that_is_not_finite_drops_its_draw_only():
     assert gaps[3] == gaps[6] == 0
     # the same baselines as without them (other draws, but the advantage does not depend on those)
     np.testing.assert_allclose(np.delete(gaps, [3, 6]), advantages(R), rtol=2e-3, atol=2e-3)
+
+
+def test_a_unit_without_a_reward_learns_nothing_and_keeps_its_baseline():
+    """An expert that saw no token: the others learn as if it had been told to stay as it is."""
+    rng = np.random.default_rng(0)
+    R = rng.normal(size=(6, UNITS))
+    R[3, 1], R[4, 1] = np.nan, np.nan
+    found = []
+
+    class Spy(Reinforce):
+        def _update(self, draw, advantage):
+            found.append(advantage.numpy().copy())
+
+    for baseline in ("mean", "trend"):
+        found.clear()
+        policy, features = (
+            reinforce(kind=Spy, **{**LITERAL, "credit": "attributed", "baseline": baseline}),
+            inputs(),
+        )
+        for step, rewards in enumerate(R):
+            policy.draw(step, features)
+            policy.learn(torch.from_numpy(rewards))
+        assert (found[2][1], found[3][1]) == (0.0, 0.0)  # draws 3 and 4
+        if baseline == "mean":
+            expected = R[5] - np.nanmean(R[:5], 0)
+            assert expected[1] == R[5, 1] - R[:3, 1].mean()
+        else:
+            line = np.polyfit([0, 1, 2], R[:3, 1], 1)
+            np.testing.assert_allclose(found[4][1], R[5, 1] - np.polyval(line, 5), atol=1e-3)
+            line = np.polyfit(range(5), R[:5, 0], 1)
+            expected = np.full(UNITS, R[5, 0] - np.polyval(line, 5))
+        np.testing.assert_allclose(found[4][0], expected[0], atol=1e-3)
+
+
+def test_actions_of_a_unit_without_rewards_keep_their_logits():
+    """The gradient is that of the other units alone."""
+    rng = np.random.default_rng(0)
+    table = torch.from_numpy(rng.normal(size=(UNITS, len(RANKS), 3)))
+    moved = []
+    for unknown in (float("nan"), 0.0):
+        policy, features = (
+            reinforce(**{**LITERAL, "credit": "counterfactual", "advantage": "raw"}),
+            inputs(),
+        )
+        policy.draw(0, features)
+        holed = table.clone()
+        holed[1] = unknown
+        policy.learn(holed)
+        moved.append(torch.cat([p.detach().flatten() for p in policy.network.parameters()]))
+    assert torch.isfinite(moved[0]).all()
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("credit", ["attributed", "global", "counterfactual"])

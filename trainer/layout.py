@@ -1,0 +1,45 @@
+"""What a model's parameters are called in published files.
+
+transformers merges and renames some of them when it loads (Mixtral's experts are one tensor each
+on disk, one stack in memory); its own table of conversions is read here from right to left.
+"""
+
+from transformers import PretrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+_PATTERN = frozenset("^$()[]|+?{}")  # of a regular expression, not of a name
+
+
+class Layout:
+    """Names on disk for names in memory, of one type of model."""
+
+    def __init__(self, config: PretrainedConfig | None = None):
+        self._renamed: list[tuple[str, str]] = []
+        self._stacks: dict[str, list[str]] = {}
+        conversions = get_checkpoint_conversion_mapping(config.model_type) if config else None
+        for conversion in conversions or []:
+            sources = [source.replace("\\.", ".") for source in conversion.source_patterns]
+            targets = [target.replace("\\.", ".") for target in conversion.target_patterns]
+            if len(targets) != 1 or _PATTERN & set("".join([*sources, *targets])):
+                continue
+            steps = [type(step).__name__ for step in getattr(conversion, "operations", [])]
+            if not steps and len(sources) == 1:
+                self._renamed.append((sources[0], targets[0]))
+            elif steps == ["MergeModulelist"] or steps == ["MergeModulelist", "Concatenate"]:
+                self._stacks[targets[0]] = sources
+
+    def names(self, name: str) -> list[str]:
+        """What a parameter may be called."""
+        names = [name]
+        for source, target in self._renamed:
+            names += [known.replace(target, source) for known in names if target in known]
+        return names
+
+    def expert_parts(self, stack: str, expert: int) -> list[list[str]]:
+        """What the matrices may be called that, one below the other, are one expert's in `stack`;
+        empty where the files are not known to hold experts apart."""
+        for target, sources in self._stacks.items():
+            if stack.endswith(target):
+                start = stack.removesuffix(target)
+                return [self.names(start + source.replace("*", str(expert))) for source in sources]
+        return []
