@@ -28,8 +28,9 @@ FORMATS = ["none", "nf4", "int8"]
 STEPS = 40
 OMEGA = "method.warmup_steps=20"
 # Adam's first step of a component is as long as the learning rate in every entry, those whose
-# gradient is nothing but rounding too. LeLoRA wakes components all the time: at the quickstart's
-# 4e-3 two engines can be 1e-4 of the loss apart after ten steps and draw differently after fifteen.
+# gradient is nothing but rounding too. LeLoRA and La-LoRA wake components all the time: at the
+# quickstart's 4e-3 two engines can be 1e-4 of the loss apart after ten steps, and with LeLoRA draw
+# differently after fifteen.
 LELORA = ["method.kind=lelora", "optim.learning_rate=5e-4"]
 # At its default rate the policy settles within a few steps on a backbone as small as these.
 SLOWLY = [*LELORA, "method.policy.learning_rate=3e-4"]
@@ -38,7 +39,7 @@ VARIANTS = {
     "lelora-global": [*SLOWLY, "method.policy.credit=global"],
     "lelora-attributed": [*SLOWLY, "method.policy.credit=attributed"],
     "lelora-validation": [*SLOWLY, "method.policy.signal=validation"],
-    "lalora": ["method.kind=lalora", "method.gamma=5"],
+    "lalora": ["method.kind=lalora", "method.gamma=5", "optim.learning_rate=2e-3"],
     "weightlora": ["method.kind=weightlora", OMEGA],
     "weightlora_plus": ["method.kind=weightlora_plus", OMEGA],
     "adalora": ["method.kind=adalora", "method.delta_t=2"],
