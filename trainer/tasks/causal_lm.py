@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from trainer.errors import UserError
 from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TaskOptions, pad
+from trainer.tasks.chunked import loss_head, loss_inside
 
 
 class CausalLMOptions(TaskOptions):
@@ -91,8 +92,13 @@ class CausalLM(Task):
         return Batch(inputs, torch.tensor(targets), weight, tokens)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, None]:
-        logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
         targets = batch.targets[:, 1:]
-        learned = targets != IGNORED  # selected first: float32 logits only where there is a loss
+        learned = targets != IGNORED
+        head = loss_head(model)
+        if head is not None:
+            with loss_inside(head, learned, targets[learned]):
+                return model(**batch.inputs, use_cache=False).logits, None
+        logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
+        # Selected first: float32 logits only where there is a loss.
         loss = F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
         return loss, None

@@ -1,0 +1,94 @@
+"""The loss inside the head: against torch's cross entropy on whole logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapters.linear import AdaptedLinear
+from tests.helpers import SMALL
+from trainer.tasks import chunked
+from trainer.tasks.base import IGNORED
+from trainer.tasks.chunked import loss_head, loss_inside
+
+TYPES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "qwen3_moe"]
+
+
+def model_of(model_type):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **SMALL)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).requires_grad_(False)
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 500, (3, 21), generator=generator)
+    targets = ids.where(torch.rand(3, 21, generator=generator) < 0.6, IGNORED)
+    targets[1] = IGNORED  # a row without a loss
+    return ids, targets[:, 1:]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("model_type", TYPES)
+def test_loss_and_gradient_are_those_of_whole_logits(model_type, rows, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK", rows * SMALL["vocab_size"])
+    model, (ids, targets) = model_of(model_type), inputs()
+    learned = targets != IGNORED
+    head = loss_head(model)
+    assert head is model.lm_head
+    embedded = model.get_input_embeddings()(ids).requires_grad_(True)
+    largest = []
+    linear = F.linear
+
+    def watched(x, weight, bias=None):
+        y = linear(x, weight, bias)
+        if weight is head.weight:
+            largest.append(y.shape[:-1].numel())
+        return y
+
+    monkeypatch.setattr(F, "linear", watched)
+    with loss_inside(head, learned, targets[learned]):
+        loss = model(inputs_embeds=embedded, use_cache=False).logits
+    assert max(largest) == min(rows, int(learned.sum()))
+    found = torch.autograd.grad(loss / 3, embedded)[0]
+    logits = model(inputs_embeds=embedded, use_cache=False).logits
+    assert logits.shape == (3, 21, SMALL["vocab_size"])  # the head is what it was
+    expected = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).double(), targets.flatten(), reduction="sum"
+    )
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, torch.autograd.grad(expected / 3, embedded)[0], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_without_gradients_only_the_loss_is_computed():
+    model, (ids, targets) = model_of("llama"), inputs()
+    learned = targets != IGNORED
+    with torch.no_grad(), loss_inside(model.lm_head, learned, targets[learned]):
+        loss = model(ids, use_cache=False).logits
+    assert not loss.requires_grad and loss.dim() == 0
+
+
+def test_nothing_to_learn_is_no_loss():
+    model, (ids, targets) = model_of("llama"), inputs()
+    learned = torch.zeros_like(targets, dtype=torch.bool)
+    embedded = model.get_input_embeddings()(ids).requires_grad_(True)
+    with loss_inside(model.lm_head, learned, targets[learned]):
+        loss = model(inputs_embeds=embedded, use_cache=False).logits
+    assert loss.item() == 0
+    assert not torch.autograd.grad(loss, embedded)[0].any()
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "granite", "cohere"])
+def test_models_that_change_their_logits_keep_them_whole(model_type):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SMALL))
+    assert loss_head(model) is None
+
+
+def test_a_head_that_trains_keeps_its_logits():
+    model = model_of("llama")
+    model.set_output_embeddings(AdaptedLinear(nn.Linear(64, 576, bias=False), "none"))
+    assert loss_head(model) is None

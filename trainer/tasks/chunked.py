@@ -1,0 +1,87 @@
+"""Cross entropy of an output head without its logits ever being whole.
+
+The logits of 4096 tokens over 128,256 words are 1 GiB in bfloat16, and cross entropy makes three
+float32 tensors of twice that size of them. Here the head is applied to a few rows at a time, and
+since it is frozen, a row's gradient p W − W_target is known as soon as its loss is: forward keeps
+that (as large as the hidden states), and backward neither needs the head's weight again, which a
+sharder would have to gather, nor the logits.
+"""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CHUNK = 2**27
+"""Logits at a time: 512 MiB in float32."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of x Wᵀ + b; x (rows, in), W (words, in), targets (rows)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets):
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        needed = ctx.needs_input_grad[0]
+        dx = torch.empty_like(x) if needed else None
+        rows = max(1, CHUNK // weight.shape[0])
+        for start in range(0, x.shape[0], rows):
+            part = slice(start, start + rows)
+            logits = F.linear(x[part], weight, bias).float()
+            total = logits.logsumexp(1, keepdim=True)
+            chosen = targets[part].unsqueeze(1)
+            loss += (total - logits.gather(1, chosen)).sum()
+            if dx is not None:
+                p = logits.sub_(total).exp_()
+                p.scatter_add_(1, chosen, p.new_full(chosen.shape, -1.0))
+                dx[part] = p.to(x.dtype) @ weight
+        ctx.save_for_backward(*([dx] if dx is not None else []))
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        (dx,) = ctx.saved_tensors
+        return dx * dloss.to(dx.dtype), None, None, None
+
+
+def loss_head(model: nn.Module) -> nn.Linear | None:
+    """The model's output head, where the loss may be computed inside it: a frozen linear layer
+    whose output the model hands on as it is."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear) or any(p.requires_grad for p in head.parameters()):
+        return None
+    return head if _hands_on(type(model).forward) else None
+
+
+@functools.cache
+def _hands_on(forward: Callable[..., Any]) -> bool:
+    """Whether the logits of a model with this `forward` are what its head gives: by its source, as
+    no attribute says it (Gemma 2 caps them, Granite and Cohere scale them)."""
+    source = inspect.getsource(inspect.unwrap(forward))
+    made = re.findall(r"^\s*logits = (.*)$", source, re.MULTILINE)
+    return len(made) == 1 and re.fullmatch(r"self\.lm_head\(hidden_states.*\)", made[0]) is not None
+
+
+@contextmanager
+def loss_inside(head: nn.Linear, learned: Tensor, targets: Tensor) -> Iterator[None]:
+    """Within it the head gives, in place of logits, the summed loss of the `learned` positions
+    (batch, length − 1); `targets` are theirs. It runs where the model calls it, so a sharder has
+    gathered its weight."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        rows = hidden[:, :-1][learned]
+        loss = _LinearCrossEntropy.apply(rows, head.weight, head.bias, targets)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    head.forward = forward  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        del head.forward
