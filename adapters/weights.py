@@ -143,8 +143,34 @@ class Int8(_CodesAndScales):
         return torch.ops.bitsandbytes.int8_vectorwise_dequant(matrix, scales).to(dtype)
 
 
+class Float8(_CodesAndScales):
+    """float8 e4m3 (4 bits of exponent, 3 of mantissa, no infinities), one scale a row.
+
+    Scales are numbers that bfloat16 holds, so that they are the same in every compute dtype.
+    """
+
+    name = "fp8"
+
+    def sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[0] * shape[1], shape[0]
+
+    def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        scales = (weight.float().abs().amax(1) / largest).bfloat16().float()
+        scales = torch.where(scales > 0, scales, 1.0)  # a row of zeros
+        # What a scale rounded down leaves above the largest number would become NaN.
+        codes = (weight / scales.unsqueeze(1)).clamp(-largest, largest)
+        return codes.to(torch.float8_e4m3fn), scales
+
+    def decode(
+        self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        matrix = codes.view(torch.float8_e4m3fn).view(shape)
+        return matrix.to(dtype) * scales.to(dtype).unsqueeze(1)
+
+
 FORMATS: dict[str, WeightFormat] = {
-    fmt.name: fmt for fmt in (Plain(), FourBit("nf4"), FourBit("fp4"), Int8())
+    fmt.name: fmt for fmt in (Plain(), FourBit("nf4"), FourBit("fp4"), Int8(), Float8())
 }
 
 

@@ -57,7 +57,7 @@ class ModelOptions(Section):
     """Dtype of activations and unquantised weights; auto: bfloat16 on a GPU, float32 on a CPU
     (most CPUs emulate bfloat16 products, several times slower)."""
     quantization: str = "none"
-    """Format of the frozen linear weights: none, nf4, fp4 or int8."""
+    """Format of the frozen linear weights: none, nf4, fp4, int8 or fp8."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel; auto: transformers' own choice for the architecture. flash_attention_2
     needs the `flash-attn` extra and a GPU."""

@@ -10,7 +10,7 @@ from trainer.run import run
 
 ENGINES = ["ddp", "fsdp2", "deepspeed"]
 SHARDING = ["fsdp2", "deepspeed"]
-FORMATS = ["none", "nf4", "fp4", "int8"]
+FORMATS = ["none", "nf4", "fp4", "int8", "fp8"]
 
 SHORT = [
     "data.max_length=64", "data.on_bad_record=skip", "data.batch_size=3", "data.micro_batch_size=1",
@@ -20,6 +20,7 @@ VARIANTS = {
     "nf4": ["model.quantization=nf4"],
     "fp4": ["model.quantization=fp4"],
     "int8": ["model.quantization=int8"],
+    "fp8": ["model.quantization=fp8"],
     # bfloat16 products are emulated on most CPUs: short and few.
     "bfloat16": ["model.dtype=bfloat16", *SHORT],
     "nf4-bfloat16": ["model.dtype=bfloat16", "model.quantization=nf4", *SHORT],
@@ -124,7 +125,7 @@ def test_formats_are_not_all_the_same_run(runs):
     first = {
         variant: losses(runs / f"{variant}-single")[0] for variant in ("float32", *FORMATS[1:])
     }
-    assert len(set(first.values())) == 4
+    assert len(set(first.values())) == len(FORMATS)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +154,7 @@ def shares(tmp_path_factory):
 
 
 LINEAR = 10 * (768 * 128 * 2 + 768 * 64 * 2 + 3 * 768 * 2048)
-BYTES = {"none": 4.0, "bfloat16": 2.0, "nf4": 0.5625, "fp4": 0.5625, "int8": 1.0}
+BYTES = {"none": 4.0, "bfloat16": 2.0, "nf4": 0.5625, "fp4": 0.5625, "int8": 1.0, "fp8": 1.0}
 
 
 @pytest.mark.parametrize("fmt", [*FORMATS, "bfloat16"])

@@ -212,7 +212,7 @@ def test_published_files_load_expert_by_expert(tmp_path, model_type):
     assert len(kinds) == 2 * (4 + 8)
 
 
-@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+@pytest.mark.parametrize("fmt", ["nf4", "int8", "fp8"])
 def test_quantised_experts_compute_with_the_matrices_they_stand_for(tmp_path, fmt):
     folder = save_mixture(tmp_path / "model", "mixtral")
     config = quick_config(tmp_path, f"model.id={folder}", f"model.quantization={fmt}")

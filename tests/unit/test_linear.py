@@ -39,7 +39,7 @@ def gradients(function, layer, x):
     return [y.detach(), x.grad, adapter.A.grad, adapter.g.grad, adapter.B.grad]
 
 
-@pytest.mark.parametrize("fmt", ["none", "nf4", "fp4", "int8"])
+@pytest.mark.parametrize("fmt", ["none", "nf4", "fp4", "int8", "fp8"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_forward_and_all_gradients_equal_autograd(fmt, bias):
     layer = host(fmt, bias)

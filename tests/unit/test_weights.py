@@ -25,7 +25,7 @@ def test_packed_size_and_error(name, shape, dtype):
     restored = FORMATS[name].unpack(packed, shape, dtype)
     assert restored.shape == weight.shape and restored.dtype == dtype
     error = ((restored - weight).float().norm() / weight.float().norm()).item()
-    assert error <= {"none": 0.0, "nf4": 0.13, "fp4": 0.17, "int8": 0.02}[name]
+    assert error <= {"none": 0.0, "nf4": 0.13, "fp4": 0.17, "int8": 0.02, "fp8": 0.03}[name]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
@@ -63,7 +63,29 @@ def test_int8_is_row_wise_absmax():
     assert ((restored - expected).abs() > 1e-6).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_rounds_to_the_nearest_of_its_numbers(dtype):
+    """All numbers of e4m3, from its definition: ±(1 + m/8)·2^(e−7), subnormals m/8·2^−6, NaN for
+    s.1111.111."""
+    positive = [m / 8 * 2.0**-6 for m in range(8)]
+    positive += [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
+    code = np.array(sorted({s * x for x in positive[:-1] for s in (-1, 1)}))
+    assert code.max() == 448
+    weight = (matrix((16, 96), seed=5) * torch.logspace(-3, 3, 16).unsqueeze(1)).to(dtype)
+    weight[3] = 0
+    packed = FORMATS["fp8"].pack(weight, dtype)
+    restored = FORMATS["fp8"].unpack(packed, (16, 96), torch.float32).double().numpy()
+    exact = weight.double().numpy()
+    scale = np.abs(exact).max(1, keepdims=True) / 448
+    scale = torch.from_numpy(scale).bfloat16().double().numpy()
+    scale[3] = 1
+    nearest = np.abs((exact / scale)[..., None] - code).min(-1) * scale
+    # What lies halfway may go either way, and division rounds: the distance is what counts.
+    np.testing.assert_allclose(np.abs(restored - exact), nearest, atol=1e-6 * 448 * scale.max())
+    assert not restored[3].any()
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8", "fp8"])
 def test_bits_survive_a_copy_and_a_cast_to_their_own_dtype(name):
     packed = FORMATS[name].pack(matrix((64, 64)).bfloat16(), torch.bfloat16)
     copied = packed.to(torch.bfloat16).clone()

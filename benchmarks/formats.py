@@ -1,0 +1,85 @@
+"""What each weight format costs in quality and saves in memory: perplexity on held-out text.
+
+    python benchmarks/formats.py MODEL TEXT [--records 120] [section.key=value ...]
+
+TEXT is plain text that the model has not seen; it is cut into records of 2000 characters, and the
+first of them are scored, every token by those before it in its record. The loss is the backbone's
+own (a fresh LoRA adds nothing); the difference from the unquantised one is paired over records.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from adapters.weights import FORMATS
+from trainer.config import load_config
+from trainer.distributed import World
+from trainer.evaluation import mean_loss
+from trainer.memory import estimate
+from trainer.session import open_session
+from trainer.start import guarded
+
+CHARACTERS = 2000
+
+
+def losses(
+    fmt: str, model: str, file: Path, overrides: list[str]
+) -> tuple[list[float], int, float]:
+    """(mean loss of every record, bytes of the backbone, relative error of its matrices)."""
+    config = load_config(
+        "configs/gsm8k_lora.yaml",
+        [
+            f"model.id={model}", f"model.quantization={fmt}", f"data.train={file}",
+            f"data.eval={file}", "data.subset=null", "data.format=text", "data.max_length=1024",
+            "data.eval_records=null", "data.micro_batch_size=1", "task.loss_on=all",
+            "engine.kind=single",
+            f"data.cache={file.parent}/cache", *overrides,
+        ],
+    )  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    session = open_session(config, World(device=device))
+    data, records = session.held_out()
+    with torch.no_grad(), session.method.inference():
+        found = [mean_loss(session, data, np.array([record])) for record in records]
+    size = estimate(session.backbone, config, 1, shards=False).backbone
+    return found, size, session.backbone.quantization_error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--records", type=int, default=120)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    text = arguments.text.read_text(encoding="utf-8")
+    pieces = [text[i : i + CHARACTERS] for i in range(0, len(text) - CHARACTERS, CHARACTERS)]
+    print("| format | perplexity | loss minus unquantised | error of W | backbone, MiB |")
+    print("|---|---|---|---|---|")
+    plain: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "text.jsonl"
+        lines = (json.dumps({"text": piece}) for piece in pieces[: arguments.records])
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for fmt in FORMATS:
+            found, size, error = losses(fmt, arguments.model, file, arguments.overrides)
+            plain = plain or found
+            pairs = [a - b for a, b in zip(found, plain, strict=True)]
+            spread = statistics.stdev(pairs) / math.sqrt(len(pairs))
+            change = f"{statistics.mean(pairs):+.4f} ± {spread:.4f}"
+            perplexity = math.exp(statistics.mean(found))
+            size /= 2**20
+            print(f"| {fmt} | {perplexity:.2f} | {change} | {error:.2%} | {size:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    with guarded():
+        main()

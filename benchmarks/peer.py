@@ -1,0 +1,105 @@
+"""PEFT with bitsandbytes on the same shapes: what a user would otherwise run on one GPU.
+
+4-bit linear layers (or plain ones), LoRA on the same projections through `target_modules`, stacked
+experts through `target_parameters` (which bitsandbytes leaves unquantised), bfloat16 autocast,
+gradient checkpointing of every layer, torch's fused AdamW.
+"""
+
+from collections.abc import Callable
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from adapters.units import stem
+from trainer import architecture
+from trainer.config import Config
+from trainer.distributed import World
+from trainer.errors import UserError
+from trainer.tasks import TASKS
+
+
+def peft_step(config: Config, world: World) -> tuple[Callable[[], None], int]:
+    """One training step of the peer's model, of the same size and batch, and the parameters that it
+    trains."""
+    if world.size > 1 or config.model.quantization not in ("none", "nf4", "fp4"):
+        raise UserError(
+            f"--peer: peft given with {world.size} ranks and model.quantization="
+            f"{config.model.quantization}; accepted: one rank, none, nf4 or fp4"
+        )
+    device = world.device
+    task = TASKS[config.task.kind](config.task, architecture.load_tokenizer(config.model))
+    backbone = architecture.build(config, task, device)
+    units, shapes = backbone.units, backbone.model.config
+    model = _random_model(shapes, config.model.quantization, device)
+    stacks = {stem(unit.name) for unit in units if stem(unit.name) != unit.name}
+    lora = LoraConfig(
+        r=config.method.rank,
+        lora_alpha=config.method.rank,
+        target_modules=sorted({u.name for u in units if stem(u.name) not in stacks}),
+        target_parameters=sorted(stacks) or None,
+        task_type="CAUSAL_LM",
+    )
+    if config.engine.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    adapted = get_peft_model(model, lora)
+    adapted.train()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.optim.learning_rate, fused=device.type == "cuda"
+    )
+    size = config.data.micro_batch_size, config.data.max_length
+    ids = torch.randint(3, min(shapes.vocab_size, 32000), size, device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = adapted(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm or 1e9)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, sum(parameter.numel() for parameter in trained)
+
+
+def _random_model(shapes, quantization: str, device: torch.device) -> PreTrainedModel:
+    """Built layer by layer in the device's memory, in bfloat16 or 4 bits."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shapes, dtype=torch.bfloat16)
+    head = model.get_output_embeddings()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and module is not head and quantization != "none":
+            weight = _random(module.weight.shape, device)
+            small = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, device="meta",
+                compute_dtype=torch.bfloat16, quant_type=quantization,
+            )  # fmt: skip
+            small.weight = bnb.nn.Params4bit(
+                weight.cpu() if device.type == "cpu" else weight, requires_grad=False,
+                quant_type=quantization, module=small,
+            ).to(device)  # fmt: skip
+            architecture.set_module(model, path, small)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                value = (
+                    torch.ones(parameter.shape, dtype=torch.bfloat16, device=device)
+                    if parameter.dim() == 1
+                    else _random(parameter.shape, device)
+                )
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+        buffers = [name for name, b in module.named_buffers(recurse=False) if b.is_meta]
+        for name in buffers:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        if buffers:
+            with torch.no_grad(), device:
+                model._init_weights(module)
+    model.tie_weights()
+    return model
+
+
+def _random(shape: torch.Size, device: torch.device) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0.0, 0.02)

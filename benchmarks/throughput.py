@@ -1,0 +1,212 @@
+"""Tokens per second and peak memory of a training step, on random weights and tokens.
+
+    python -m benchmarks.throughput configs/llama70b_random.yaml [--layers 8,16] [--peer peft]
+        [--steps 8] [--out FILE.json] [section.key=value ...]
+
+Every rank runs `data.micro_batch_size` sequences of exactly `data.max_length` tokens, all learned.
+The step time is the median after two steps of warm-up, of whatever rank is slowest. `--layers`
+times models of so many layers only; two counts are carried on linearly to the whole depth.
+FLOPs are 4 per token and parameter that it meets (a frozen backbone: forward, and the gradient of
+the input), attention not counted. `--peer peft` runs PEFT with bitsandbytes on the same shapes.
+Under torchrun or the deepspeed launcher several ranks share the work.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from adapters.experts import StackedLinear
+from adapters.linear import AdaptedLinear
+from trainer.architecture import build
+from trainer.config import Config, with_overrides
+from trainer.distributed import World
+from trainer.memory import peak_gib, release
+from trainer.session import open_session
+from trainer.start import launched
+from trainer.tasks.base import Batch
+
+WARM_UP = 2
+
+Contestant = Callable[[Config, World], tuple[Callable[[], None], int]]
+"""Prepares a model; gives its training step, and how many parameters that trains."""
+
+
+@dataclass
+class Figures:
+    """What was measured for one depth; `layers` of the whole model where it was carried on."""
+
+    who: str
+    layers: int
+    trainable: int | None
+    step_seconds: float
+    tokens_per_second: float
+    """A rank."""
+    tflops: float
+    share_of_ceiling: float
+    peak_gib: float | None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config")
+    parser.add_argument("--layers", default="")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--peer", choices=["peft"])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    with launched(arguments.config, arguments.overrides) as (config, world):
+        whole = depth(config, world)
+        counts = [int(count) for count in arguments.layers.split(",") if count] or [whole]
+        ceiling = matmul_ceiling(world.device)
+        found: list[Figures] = []
+        contestants: dict[str, Contestant] = {"rankcast": ours}
+        if arguments.peer == "peft":
+            from benchmarks.peer import peft_step
+
+            contestants["peft"] = peft_step
+        for who, prepare in contestants.items():
+            timed = []
+            for count in counts:
+                shorter = with_overrides(config, [f"model.overrides.num_hidden_layers={count}"])
+                seconds, trainable = measure(prepare, shorter, world, arguments.steps)
+                timed.append(figures(who, shorter, world, count, trainable, seconds, ceiling))
+                release(world.device)
+            found += timed
+            if len(timed) == 2 and whole not in counts:
+                further = carried_on(timed, config, world, whole, ceiling)
+                found += [further] if further else []
+        if world.is_main:
+            report(found, config, world, ceiling, arguments.out)
+
+
+def ours(config: Config, world: World) -> tuple[Callable[[], None], int]:
+    """This project's step on its own session."""
+    session = open_session(config, world)
+    vocabulary = session.model.config.vocab_size
+    ids = torch.randint(3, min(vocabulary, 32000), shape(config), device=world.device)
+    weight = ids.numel() - ids.shape[0]
+    batch = Batch({"input_ids": ids}, ids, weight, ids.numel())
+
+    def step() -> None:
+        loss, _ = session.task.loss(session.model, batch)
+        loss = loss / (weight * world.size)
+        session.engine.backward(loss)
+        mean = session.engine.reduce(session.optimizer, loss)
+        session.engine.step(session.optimizer, mean, config.optim.max_grad_norm)
+
+    return step, session.optimizer.numel
+
+
+def shape(config: Config) -> tuple[int, int]:
+    return config.data.micro_batch_size, config.data.max_length
+
+
+def measure(prepare: Contestant, config: Config, world: World, steps: int) -> tuple[float, int]:
+    """Median seconds of a step of the slowest rank, and the parameters that it trains."""
+    step, trainable = prepare(config, world)
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)
+    seconds = []
+    for _ in range(WARM_UP + steps):
+        world.gather(None)
+        started = time.perf_counter()
+        step()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        seconds.append(max(world.gather(time.perf_counter() - started)))
+    return statistics.median(seconds[WARM_UP:]), trainable
+
+
+def depth(config: Config, world: World) -> int:
+    return int(build(config, _task(config), world.device).model.config.num_hidden_layers)
+
+
+def met_parameters(config: Config, world: World) -> int:
+    """Parameters of matrices that one token meets: of k experts out of all, without embeddings."""
+    model = build(config, _task(config), world.device).model
+    chosen = getattr(model.config, "num_experts_per_tok", 1)
+    total = 0
+    for module in model.modules():
+        if isinstance(module, StackedLinear):
+            total += chosen * module.out_features * module.in_features
+        elif isinstance(module, torch.nn.Linear | AdaptedLinear):
+            total += module.out_features * module.in_features
+    return total
+
+
+def _task(config: Config):
+    from trainer import architecture
+    from trainer.tasks import TASKS
+
+    return TASKS[config.task.kind](config.task, architecture.load_tokenizer(config.model))
+
+
+def figures(
+    who: str, config: Config, world: World, layers: int, trainable: int | None, seconds: float,
+    ceiling: float,
+) -> Figures:  # fmt: skip
+    """`trainable` None: a time that was carried on, and no memory of its own."""
+    micro, length = shape(config)
+    speed = micro * length / seconds
+    tflops = 4 * met_parameters(config, world) * speed / 1e12
+    held = None if trainable is None else max(world.gather(peak_gib(world.device)))
+    return Figures(who, layers, trainable, seconds, speed, tflops, tflops / ceiling, held)
+
+
+def carried_on(
+    timed: list[Figures], config: Config, world: World, layers: int, ceiling: float
+) -> Figures | None:
+    """The whole depth's step time on the line through two shorter models'; None if it falls."""
+    first, second = timed
+    slope = (second.step_seconds - first.step_seconds) / (second.layers - first.layers)
+    if slope <= 0:
+        return None
+    seconds = second.step_seconds + slope * (layers - second.layers)
+    return figures(first.who, config, world, layers, None, seconds, ceiling)
+
+
+def matmul_ceiling(device: torch.device) -> float:
+    """TFLOP/s of a large product in bfloat16 (on a CPU: a small one in float32)."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    times = []
+    for _ in range(12):
+        started = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(times[2:]) / 1e12
+
+
+def report(
+    found: list[Figures], config: Config, world: World, ceiling: float, out: Path | None
+) -> None:
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    model = f"{config.run.name}, {config.model.quantization}, {config.method.kind}"
+    job = f"{model}, {world.size} x {device}"
+    print(f"{job}, torch {torch.__version__}; matmul ceiling {ceiling:.0f} TFLOP/s")
+    print("| | layers | trains | step, s | tokens/s a rank | 4P TFLOP/s | of ceiling | peak, GiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for f in found:
+        trains = "carried on" if f.trainable is None else f"{f.trainable:,}"
+        peak = "" if f.peak_gib is None else f"{f.peak_gib:.1f}"
+        speed = f"{f.step_seconds:.3f} | {f.tokens_per_second:.0f} | {f.tflops:.0f}"
+        print(f"| {f.who} | {f.layers} | {trains} | {speed} | {f.share_of_ceiling:.0%} | {peak} |")
+    if out is not None:
+        data = {"job": job, "ceiling": ceiling, "figures": [asdict(f) for f in found]}
+        out.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
