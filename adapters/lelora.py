@@ -33,7 +33,7 @@ from adapters.method import Method, MethodOptions, Validate
 from adapters.optimizer import MaskedAdamW
 from adapters.reinforce import PolicyOptions, Reinforce
 from adapters.spectral import bank, largest_rank, resample
-from adapters.units import third
+from adapters.units import stem, third
 
 Location = Literal["primary", "medium", "minor"]
 
@@ -282,7 +282,10 @@ class LeLoRA(Method):
 
     def _the_policy(self) -> Reinforce:
         if self._policy is None:
-            kinds = sorted({unit.kind for unit in self.units})
+            own = self.options.policy.expert_embedding
+            kind_of = [u.kind + u.name.removeprefix(stem(u.name)) if own else u.kind
+                       for u in self.units]  # fmt: skip
+            kinds = sorted(set(kind_of))
             deepest = max((unit.layer for unit in self.units if unit.layer is not None), default=-1)
             layers = [deepest + 1 if u.layer is None else u.layer for u in self.units]
             options, components = self.options.policy, self.options.components
@@ -290,7 +293,7 @@ class LeLoRA(Method):
             self._policy = Reinforce(
                 options,
                 layer=torch.tensor(layers),
-                kind=torch.tensor([kinds.index(unit.kind) for unit in self.units]),
+                kind=torch.tensor([kinds.index(kind) for kind in kind_of]),
                 features=1 + options.spectrum_points + current,
                 ranks=self.options.dimensions,
                 locations=len(self.options.locations),

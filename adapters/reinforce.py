@@ -82,6 +82,8 @@ class PolicyOptions(Section):
     """Whether the network also sees the banks' singular values as they are by now."""
     spectrum_points: int = Field(256, gt=1)
     """Points to which a unit's singular values are resampled."""
+    expert_embedding: bool = False
+    """Give every expert's matrix type an embedding of its own; else those of a stack share one."""
     idle_location: bool = False
     """Keep log p of the location where rank 0 was drawn, though it had no effect (paper)."""
 

@@ -345,6 +345,18 @@ def test_a_router_to_train_must_be_there(tmp_path):
         open_session(quick_config(tmp_path, "method.train_router=true"), World())
 
 
+@pytest.mark.parametrize(("own", "kinds"), [("false", 4 + 2), ("true", 4 + 2 * 4)])
+def test_experts_share_their_type_s_embedding_unless_asked(tmp_path, own, kinds):
+    folder = save_mixture(tmp_path / "model", "mixtral")
+    config = quick_config(
+        tmp_path, f"model.id={folder}", *MIXTURE, "method.kind=lelora",
+        f"method.policy.expert_embedding={own}",
+    )  # fmt: skip
+    session = open_session(config, World())
+    session.method.decide(0)
+    assert session.method._policy.network.kind.num_embeddings == kinds
+
+
 def test_an_expert_that_no_token_reached_keeps_every_bit(tmp_path):
     """Weight decay and momentum would move it otherwise. The router of the first layer is made to
     avoid expert 2."""
