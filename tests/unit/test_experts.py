@@ -1,12 +1,13 @@
 """Stacked experts: products against one expert after the other, transformers, PEFT; files; runs."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -239,8 +240,6 @@ def test_a_missing_expert_is_named(tmp_path):
     folder = save_mixture(tmp_path / "model", "mixtral")
     stored = load_file(folder / "model.safetensors")
     gone = next(name for name in stored if ".experts.2.w3" in name)
-    from safetensors.torch import save_file
-
     save_file({n: t for n, t in stored.items() if n != gone}, folder / "model.safetensors")
     with pytest.raises(UserError, match=r"no tensor for .*experts\.2"):
         open_session(quick_config(tmp_path, f"model.id={folder}"), World())
@@ -397,3 +396,23 @@ def test_an_expert_that_no_token_reached_keeps_every_bit(tmp_path):
     for name in names:
         assert all(torch.equal(a, b) for a, b in zip(before[name], state(name), strict=True))
     assert not torch.equal(before[other][0], state(other)[0])
+
+
+@pytest.mark.parametrize("method", ["weightlora_plus", "lelora", "pissa"])
+def test_a_mixture_resumes_as_if_nothing_had_happened(tmp_path, method):
+    """Before and after WeightLoRA's selection, which leaves stacks with experts of two kinds."""
+    whole = mixture_run(
+        tmp_path, "run.steps=6", "checkpoint.every=1", "checkpoint.keep=9", "run.name=whole",
+        *METHODS[method],
+    )  # fmt: skip
+    for step in (1, 4):
+        folder = tmp_path / "runs" / f"cut-{step}"
+        shutil.copytree(whole.run_folder, folder)
+        for checkpoint in checkpoint_files.complete(folder / "checkpoints"):
+            if int(checkpoint.name.rpartition("-")[2]) > step:
+                shutil.rmtree(checkpoint)
+        again = mixture_run(
+            tmp_path, "run.steps=6", "checkpoint.every=1", "checkpoint.keep=9",
+            f"run.name=cut-{step}", *METHODS[method],
+        )  # fmt: skip
+        assert losses(again.run_folder) == losses(whole.run_folder)
