@@ -52,12 +52,8 @@ class ExpertHost:
 
     @property
     def tokens(self) -> nn.Parameter:
-        """(E,), of no value; its gradient counts the tokens that every expert got."""
+        """(E,), of no value; its gradient counts every expert's tokens that matter to the loss."""
         return self.stack.tokens
-
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """W_e (out, in) as the products see it."""
-        return self.stack.dequantised(dtype)[self.index]
 
 
 class StackedLinear(nn.Module):
@@ -75,7 +71,7 @@ class StackedLinear(nn.Module):
 
     @property
     def tokens(self) -> nn.Parameter:
-        """(E,), of no value; its gradient counts the tokens that every expert got."""
+        """(E,), of no value; its gradient counts every expert's tokens that matter to the loss."""
         if "_tokens" not in self.__dict__:
             # Past nn.Module's registration: it belongs to the adapters, not to the backbone.
             zeros = torch.zeros(self.experts, device=self.weight.device)
@@ -324,7 +320,12 @@ def _adapted_backward(ctx, dy, _dz):
         return (None,) * 12
     x, offsets, weight, A, B, z, seed = ctx.saved_tensors
     dx, dA, dB = adapted_experts_backward(dy, x, offsets, weight, A, B, z, *ctx.options, seed)
-    counts = torch.diff(offsets, prepend=offsets.new_zeros(1)).float()
+    # Tokens that have no loss, padding among them, are not counted: their gradient is zero.
+    numbers = torch.arange(dy.shape[0], device=dy.device)
+    expert = torch.searchsorted(offsets, numbers, right=True)
+    counts = torch.zeros(offsets.shape[0], device=dy.device).index_add_(
+        0, expert, (dy != 0).any(1).float()
+    )
     return dx, None, None, dA, dB, counts, *(None,) * 6
 
 

@@ -125,6 +125,7 @@ class LeLoRA(Method):
     def __init__(self, options: Any, seed: int):
         super().__init__(options, seed)
         self._before: Tensor | None = None  # θ, or its gradient, when the draw in force began
+        self._reached = torch.zeros(0, dtype=torch.bool)  # (n): had a gradient in that step
         self._spoiled = False  # a step under that draw was skipped
         self._reward: Tensor | None = None  # (n) or (1), until `decide` takes it
         self._last_loss = float("nan")  # L₁ of the draw before
@@ -147,6 +148,7 @@ class LeLoRA(Method):
     def attach(self, units, hosts, device, starts=None):
         super().attach(units, hosts, device, starts)
         self._touched = torch.zeros(len(units), self.options.components, dtype=torch.bool)
+        self._reached = torch.zeros(len(units), dtype=torch.bool)
 
     def trained(self, rank: int, location: str) -> slice:
         """Components that (r, s) trains: the first r of a bank, of `minor` the last r."""
@@ -171,6 +173,7 @@ class LeLoRA(Method):
         if not policy.validates and self._before is not None:
             self._reward = self._local(optimizer)
         self._before, self._spoiled = None, False
+        self._reached = self._with_any(optimizer, optimizer.trained_gradients).cpu()
         if policy.credit == "attributed":
             self._before = optimizer.values.clone()
         elif policy.credit == "counterfactual":
@@ -200,15 +203,15 @@ class LeLoRA(Method):
         a step that was skipped."""
         assert self._before is not None
         gradient = optimizer.trained_gradients
-        seen = self._by_component(optimizer, gradient.abs()).sum((1, 2)) > 0
-        if self.options.policy.credit == "counterfactual":
-            seen &= self._by_component(optimizer, self._before.abs()).sum((1, 2)) > 0
+        known = self._reached.to(gradient.device)
         if self.options.policy.credit == "attributed":
-            change = self._by_component(optimizer, gradient * (optimizer.values - self._before))
-            reward = change.sum((1, 2))
+            change = optimizer.values - self._before
+            reward = self._by_component(optimizer, gradient * change).sum((1, 2))
+            known = known | self._with_any(optimizer, change)  # in a later step under the same draw
         else:
             reward = self._promised(optimizer, self._before, gradient)
-        unknown = ~seen | self._spoiled
+        known = known & self._with_any(optimizer, gradient)
+        unknown = ~known | self._spoiled
         return reward.masked_fill(unknown.view(-1, *[1] * (reward.dim() - 1)), float("nan"))
 
     def _promised(self, optimizer: MaskedAdamW, earlier: Tensor, later: Tensor) -> Tensor:
@@ -231,6 +234,10 @@ class LeLoRA(Method):
         """Sums (n, 3, R) over each component's row of A, its g, and its row of B, in float64."""
         n, R = len(self.units), self.options.components
         return optimizer.row_sums(flat)[: n * 3 * R].view(n, 3, R).double()
+
+    def _with_any(self, optimizer: MaskedAdamW, flat: Tensor) -> Tensor:
+        """Units (n) of which anything in `flat` is not 0."""
+        return self._by_component(optimizer, flat.abs()).sum((1, 2)) > 0
 
     def _global(self, validate: Validate) -> Tensor:
         """R = L₁ + α L₂, (1)."""
@@ -362,12 +369,14 @@ class LeLoRA(Method):
             "spoiled": torch.tensor(self._spoiled),
             "last_loss": torch.tensor(self._last_loss, dtype=torch.float64),
         }
-        held = {"before": self._before, "reward": self._reward}
+        reached = None if self._before is None else self._reached
+        held = {"before": self._before, "reached": reached, "reward": self._reward}
         return state | {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def load_state_dict(self, state):
         self._touched, self._spoiled = state["touched"].bool(), bool(state["spoiled"])
         self._last_loss = float(state["last_loss"])
+        self._reached = state.get("reached", self._reached).bool()
         before, self._reward = state.get("before"), state.get("reward")
         self._before = None if before is None else before.to(self.device)
 

@@ -77,12 +77,16 @@ class MaskedAdamW:
         self.learning_rate, self.betas, self.gradual = learning_rate, betas, gradual
         self.eps, self.weight_decay = eps, weight_decay
         self._slots: list[_Slot] = []
+        self._observed: list[nn.Parameter] = []
         self.follow(trainables)
 
     def follow(self, trainables: Sequence[Trainable]) -> None:
         """Take on a new set of tensors. A parameter that stays, the object itself, keeps moments
         and counts; one made anew under an old name starts afresh."""
         observed = [t.parameter for t in trainables if t.observed]
+        for parameter in self._observed:  # whose gradients would keep the old buffer
+            parameter.grad = None
+        self._observed = observed
         trainables = [t for t in trainables if not t.observed]
         if not trainables:
             raise ValueError("nothing to train: no adapter and no head")

@@ -51,6 +51,13 @@ def third(layer: int, blocks: int) -> str:
     return ("front", "middle", "back")[3 * layer // blocks]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes x Wᵀ + b and no more: some routers are an nn.Linear by name."""
+    return isinstance(module, nn.Linear) and (
+        type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+    )
+
+
 def linear_names(model: nn.Module, heads: Sequence[str] = ()) -> list[str]:
     """Names of all linear layers, stacked experts each by its own, except those at or below a path
     in `heads`."""
@@ -58,7 +65,7 @@ def linear_names(model: nn.Module, heads: Sequence[str] = ()) -> list[str]:
     for path, module in model.named_modules():
         if any(path == head or path.startswith(head + ".") for head in heads):
             continue
-        if isinstance(module, nn.Linear | AdaptedLinear):
+        if isinstance(module, AdaptedLinear) or is_linear(module):
             names.append(path)
         elif isinstance(module, StackedLinear):
             names += [f"{path}.{index}" for index in range(module.experts)]

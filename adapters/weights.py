@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 64  # bytes; the scales start on such a boundary, so that they can be viewed as float32
+_MOST = 2**30  # weights at a time; bitsandbytes' kernels count them in 32 bits
 _BLOCK = 64  # weights that share one scale in the 4-bit formats, as in QLoRA
 
 
@@ -107,14 +108,30 @@ class FourBit(_CodesAndScales):
         return math.ceil(numel / 2), math.ceil(numel / _BLOCK)
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.bitsandbytes.quantize_4bit(weight, _BLOCK, self.name, torch.uint8)
+        parts = [
+            torch.ops.bitsandbytes.quantize_4bit(part, _BLOCK, self.name, torch.uint8)
+            for part in weight.flatten().split(_MOST)
+        ]
+        return torch.cat([codes.flatten() for codes, _ in parts]), torch.cat([s for _, s in parts])
 
     def decode(
         self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
-        return torch.ops.bitsandbytes.dequantize_4bit(
-            codes.unsqueeze(1), scales, _BLOCK, self.name, shape, dtype
-        )
+        numel = shape[0] * shape[1]
+        parts = [
+            torch.ops.bitsandbytes.dequantize_4bit(
+                some.unsqueeze(1),
+                its,
+                _BLOCK,
+                self.name,
+                [min(_MOST, numel - index * _MOST)],
+                dtype,
+            )
+            for index, (some, its) in enumerate(
+                zip(codes.split(_MOST // 2), scales.split(_MOST // _BLOCK), strict=True)
+            )
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
 
 class Int8(_CodesAndScales):

@@ -1,6 +1,7 @@
 """The model without its weights: found, built on the meta device, linear layers made hosts."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from adapters.registry import METHODS
 from adapters.units import (
     Host,
     Unit,
+    is_linear,
     layer_at,
     linear_names,
     make_units,
@@ -38,7 +40,9 @@ class TrainedModule(nn.Module):
 
     def __init__(self, inner: nn.Module):
         super().__init__()
-        self.inner = inner.float().requires_grad_(True)
+        self.inner = inner.float()
+        for name, parameter in inner.named_parameters():  # a router's balancing terms do not train
+            parameter.requires_grad_(name.rpartition(".")[2] in ("weight", "bias"))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.inner(x.float(), *args, **kwargs)
@@ -55,6 +59,8 @@ class Backbone:
     """Hosts by name; those of `units` are to take adapters."""
     heads: dict[str, nn.Module]
     """The task's new modules, by path; their parameters train whole."""
+    left_alone: Sequence[str] = ()
+    """Stacks of experts of a form that hosts no adapters, by their path within a block."""
     digest: str = ""
     quantization_error: float = 0.0
     """‖W − Ŵ‖ / ‖W‖ over all quantised matrices (Frobenius)."""
@@ -125,8 +131,9 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
     if config.method.train_router:
         trained += _routers(model)
     head = _output_head(model)
-    targets = _targets(model, config.method, head, trained)
-    hosts = _install_hosts(model, options.quantization, targets, [*head, *trained])
+    gates = [path for path, _, _ in _gates(model)]
+    targets = _targets(model, config.method, head, [*trained, *gates])
+    hosts = _install_hosts(model, options.quantization, targets, [*head, *trained, *gates])
     if config.engine.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(
@@ -137,7 +144,8 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     heads = {path: model.get_submodule(path) for path in trained}
-    return Backbone(model, dtype, make_units(model, targets), hosts, heads)
+    alone = _left_alone(model) if config.method.targets == "all-linear" else []
+    return Backbone(model, dtype, make_units(model, targets), hosts, heads, alone)
 
 
 def _model_config(folder: Path, options: ModelOptions) -> PretrainedConfig:
@@ -189,18 +197,34 @@ def _targets(
     return targets
 
 
-def _routers(model: nn.Module) -> list[str]:
-    """Paths of what chooses the experts: the module beside them with one row of weights each."""
-    routers = []
+def _left_alone(model: nn.Module) -> list[str]:
+    """Stacked parameters of the blocks that belong to no host."""
+    return sorted({
+        name
+        for _, block in transformer_blocks(model)
+        for name, parameter in block.named_parameters()
+        if parameter.dim() == 3
+        and not isinstance(block.get_submodule(name.rpartition(".")[0]), StackedLinear)
+    })  # fmt: skip
+
+
+def _gates(model: nn.Module) -> list[tuple[str, int, int]]:
+    """(path, rows, experts) of what is beside a mixture's experts with a row of weights for each of
+    them, or one for a shared expert: too few for an adapter, and too delicate to quantise."""
+    found = []
     for path, module in model.named_modules():
         if isinstance(module, AdaptedExperts):
-            block = path.rpartition(".")[0]
-            routers += [
-                f"{block}.{name}"
-                for name, child in model.get_submodule(block).named_children()
-                if isinstance(weight := getattr(child, "weight", None), nn.Parameter)
-                and weight.shape[0] == module.gate_up_proj.experts
-            ]
+            block, experts = path.rpartition(".")[0], module.gate_up_proj.experts
+            for name, child in model.get_submodule(block).named_children():
+                weight = getattr(child, "weight", None)
+                if isinstance(weight, nn.Parameter) and weight.shape[0] in (1, experts):
+                    found.append((f"{block}.{name}", weight.shape[0], experts))
+    return found
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """Paths of what chooses the experts: the module beside them with one row of weights each."""
+    routers = [path for path, rows, experts in _gates(model) if rows == experts]
     if not routers:
         raise UserError(
             f"method.train_router: true given, but {type(model).__name__} has no experts of a "
@@ -227,7 +251,7 @@ def _install_hosts(
     hosts: dict[str, Host] = {}
     quantizable = dict.fromkeys(linear_names(model, unquantized) if quantization != "none" else [])
     if quantization != "none":
-        _refuse_other_matrices(model, quantization)
+        _refuse_other_matrices(model, quantization, unquantized)
     for path in dict.fromkeys([*quantizable, *targets]):
         layer = layer_at(model, path)
         weight_format = quantization if path in quantizable else "none"
@@ -242,17 +266,17 @@ def _install_hosts(
     return hosts
 
 
-def _refuse_other_matrices(model: nn.Module, quantization: str) -> None:
+def _refuse_other_matrices(model: nn.Module, quantization: str, unquantized: Sequence[str]) -> None:
     """Large matrices in the blocks that are neither linear layers nor experts of a known form are
     never skipped silently: half a quantised model is not what was asked for."""
     for path, block in transformer_blocks(model):
         for name, module in block.named_modules():
             for attribute, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() > 1 and not isinstance(
-                    module, nn.Linear | nn.Embedding | StackedLinear
+                if parameter.dim() > 1 and not (
+                    is_linear(module) or isinstance(module, nn.Embedding | StackedLinear)
                 ):
-                    if parameter.numel() <= 1 << 20:
-                        continue  # a router, say
+                    if parameter.numel() <= 1 << 20 or f"{path}.{name}" in unquantized:
+                        continue
                     where = ".".join(part for part in (path, name, attribute) if part)
                     raise UserError(
                         f"model.quantization: {quantization!r} given, but {where} "

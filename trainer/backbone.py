@@ -77,6 +77,10 @@ def check(config: Config, task: Task, device: torch.device) -> None:
             files.check_expert(name.removesuffix(".weight"), expert, prefix, stack.shape)
 
 
+_KEPT_IN_FLOAT32 = ("e_score_correction_bias",)
+"""Buffers whose rounding would change which experts are chosen."""
+
+
 class _Filler:
     """Gives meta parameters their values."""
 
@@ -106,16 +110,19 @@ class _Filler:
         for name, parameter in missing:
             self._fill_parameter(name, parameter)
         for name, child in module.named_modules():
-            self._fill_buffers(child, prefix + name)
+            self._fill_buffers(child, prefix + name, _meta_buffers(child))
 
     def fill_head(self, path: str, module: nn.Module) -> None:
         """A head: from the files where they have it in this shape, else freshly drawn."""
+        waiting = {name: _meta_buffers(part) for name, part in module.named_modules()}
         module.to_empty(device=self.device)
         module.to(torch.float32)
         with torch.random.fork_rng([]):
             torch.manual_seed(self.config.run.seed)
             for part in module.modules():
                 _initialise(self.model, part, self.device)
+            for name, part in module.named_modules():
+                self._fill_buffers(part, f"{path}.{name}" if name else path, waiting[name])
         if self.files is None:
             return
         stored = {
@@ -148,7 +155,8 @@ class _Filler:
         self, owner: AdaptedLinear | StackedLinear, parameter: nn.Parameter, full: Tensor
     ) -> None:
         if owner.weight_format == "none":
-            self._set(parameter, full)
+            # A stack as one matrix: sharders split the first dimension, and experts may be few.
+            self._set(parameter, full.view(owner.matrix_shape))
             return
         packed = owner.pack(full.to(self.device, self.backbone.dtype), self.backbone.dtype)
         owner.weight = _frozen(packed)
@@ -198,8 +206,7 @@ class _Filler:
         values = torch.empty(shape, dtype=self.backbone.dtype, device=self.device)
         return values.normal_(0.0, spread, generator=generator)
 
-    def _fill_buffers(self, module: nn.Module, path: str) -> None:
-        missing = [name for name, b in module.named_buffers(recurse=False) if b.is_meta]
+    def _fill_buffers(self, module: nn.Module, path: str, missing: list[str]) -> None:
         if not missing:
             return
         for name in missing:
@@ -208,6 +215,8 @@ class _Filler:
         # frequencies, position ids) come from the model's own initialisation.
         _initialise(self.model, module, self.device)
         for name in missing:
+            if name in _KEPT_IN_FLOAT32:
+                setattr(module, name, getattr(module, name).float())
             if name not in module._non_persistent_buffers_set and self.files is not None:
                 full = f"{path}.{name}" if path else name
                 key = self.files.find(full, self.model.base_model_prefix)
@@ -252,6 +261,10 @@ def _frozen(value: Tensor) -> nn.Parameter:
     parameter = nn.Parameter(value, requires_grad=False)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # `_init_weights` passes it by
     return parameter
+
+
+def _meta_buffers(module: nn.Module) -> list[str]:
+    return [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
 
 
 def _initialise(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:

@@ -146,8 +146,8 @@ def write_adapter(
     note: str = "",
     rank: int | None = None,
 ) -> float:
-    """A PEFT folder from a checkpoint; the backbone is not needed. Returns what compressing the
-    adapter to `rank` loses (relative, 0 without it)."""
+    """A PEFT folder from a checkpoint; of the backbone no weights are needed. Returns what
+    compressing the adapter to `rank` loses (relative, 0 without it)."""
     config, tensors = saved_config(state), checkpoint_files.read_tensors(checkpoint)
     heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
     experts = None
@@ -258,7 +258,18 @@ def _final_parameters(
             continue
         for names, matrix in zip(keys, value, strict=True):
             for part, rows in zip(names, matrix.chunk(len(names)), strict=True):
-                yield part, rows.contiguous()
+                yield _under(prefix, part), rows.contiguous()
+    for name, buffer in model.named_buffers():
+        key = files.find(name, prefix)  # None for what is computed, and not kept in files
+        if key is not None:
+            value = files.read(key)
+            assert value.shape == buffer.shape
+            yield (key if key in layout.names(name) else name), value.contiguous()
+
+
+def _under(prefix: str, key: str) -> str:
+    """A key as a whole model has it; a bare backbone's files leave the first part out."""
+    return key if key.startswith(f"{prefix}.") else f"{prefix}.{key}"
 
 
 def _as_trained(
@@ -267,18 +278,13 @@ def _as_trained(
     """W (matrices, out, in) as the adapters saw it: without the parts that the method took out
     through the weight format and back, and those parts."""
     dtype = weight.dtype
-    taken = torch.stack(
-        [
-            torch.zeros_like(matrix) if start is None else start.delta().to(weight.device)
-            for matrix, start in zip(weight.float(), initial, strict=True)
-        ]
-    )
-    kept = (weight.float() - taken).to(dtype)
+    taken = [0 if start is None else start.delta().to(weight.device) for start in initial]
+    kept = torch.stack([(w.float() - t).to(dtype) for w, t in zip(weight, taken, strict=True)])
     packed = host.pack(kept if isinstance(host, StackedLinear) else kept[0], dtype)
     host.weight = torch.nn.Parameter(packed, requires_grad=False)
     kept = host.dequantised(dtype).view_as(weight)
     host.weight = torch.nn.Parameter(kept.to("meta"), requires_grad=False)
-    return (kept.float() + taken).to(dtype)
+    return torch.stack([(w.float() + t).to(dtype) for w, t in zip(kept, taken, strict=True)])
 
 
 def _write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:

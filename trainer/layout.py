@@ -31,7 +31,7 @@ class Layout:
     def names(self, name: str) -> list[str]:
         """What a parameter may be called."""
         names = [name]
-        for source, target in self._renamed:
+        for source, target in reversed(self._renamed):
             names += [known.replace(target, source) for known in names if target in known]
         return names
 

@@ -148,7 +148,13 @@ def _introduction(session: Session, steps: int) -> list[str]:
     config, data = session.config, session.config.data
     engine, world = session.engine, session.world
     eval_data = session.eval_data
+    alone = session.backbone.left_alone
     return [
+        *(
+            [f"note      no adapters on {', '.join(alone)}: stacks of another form"]
+            if alone
+            else []
+        ),
         f"run       {config.run_folder}",
         f"data      train {session.train_data.counts}",
         *([f"          eval {eval_data.counts}"] if eval_data is not None else []),

@@ -34,7 +34,10 @@ VARIANTS = {
         "model.quantization=nf4",
     ],
     # Every rank routes its own tokens in its own way.
-    "experts": ["model.id=MIXTURE", "method.targets=all-linear", "method.alpha=2"],
+    "experts": [
+        "model.id=MIXTURE", "method.targets=all-linear", "method.alpha=2",
+        "method.train_router=true",
+    ],
     "experts-nf4-checkpointed": [
         "model.id=MIXTURE", "method.targets=all-linear", "model.quantization=nf4",
         "engine.activation_checkpointing=true", "method.dropout=0.1", "method.alpha=2",

@@ -109,6 +109,14 @@ def test_the_operators_keep_their_promises_to_autograd_and_the_compiler(on_input
     torch.library.opcheck(frozen_experts, (x, offsets, stack.weight, OUT, "nf4"))
 
 
+def test_tokens_without_a_loss_are_not_counted():
+    stack, _ = stack_of()
+    y = stack(torch.randn(8, IN, requires_grad=True), offsets_of([3, 2, 3, 0]))
+    weight = torch.tensor([1.0, 0, 1, 0, 0, 0, 1, 0]).unsqueeze(1)
+    (y * weight).sum().backward()
+    assert stack.tokens.grad.tolist() == [2, 0, 1, 0]
+
+
 def test_tokens_are_counted_in_backward_only():
     stack, _ = stack_of()
     for counts in ([3, 0, 5, 0], [1, 0, 0, 2]):
@@ -236,6 +244,45 @@ def test_quantised_experts_compute_with_the_matrices_they_stand_for(tmp_path, fm
         )
 
 
+@pytest.mark.parametrize("train_router", ["false", "true"])
+def test_a_router_s_balancing_bias_is_loaded_and_merged(tmp_path, train_router):
+    folder = save_mixture(
+        tmp_path / "model", "glm4_moe", n_routed_experts=4, first_k_dense_replace=0, n_group=1,
+        topk_group=1, n_shared_experts=1,
+    )  # fmt: skip
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "e_score_correction_bias" in name]:
+        tensors[name] = torch.tensor([3.0, 0.0, -3.0, 1.0])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = quick_config(
+        tmp_path, f"model.id={folder}", *MIXTURE, f"method.train_router={train_router}",
+        "run.steps=1", "checkpoint.every=1", "optim.learning_rate=1e-12",
+    )  # fmt: skip
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids()).logits
+    session = open_session(config, World())
+    torch.testing.assert_close(session.model(ids()).logits, expected, rtol=1e-4, atol=1e-4)
+    run(config, World())
+    export_run(config.run_folder, tmp_path / "merged", World(), what="merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(merged(ids()).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "phimoe"])
+def test_gates_and_routers_take_no_adapter_and_stay_as_they_are(tmp_path, model_type):
+    """A shared expert's gate has one row; Phi's router is an nn.Linear that returns choices."""
+    changes = {"shared_expert_intermediate_size": 96} if model_type == "qwen2_moe" else {}
+    own = {"num_local_experts": 4} if model_type == "phimoe" else {}
+    folder = save_mixture(tmp_path / "model", model_type, **changes, **own)
+    config = quick_config(
+        tmp_path, f"model.id={folder}", "method.targets=all-linear", "model.quantization=int8"
+    )
+    session = open_session(config, World())
+    assert torch.isfinite(session.model(ids()).logits).all()
+    names = [unit.name for unit in session.backbone.units]
+    assert any("experts.down_proj.3" in name for name in names)
+    assert not any(name.endswith(("gate", "router")) for name in names)
+
+
 def test_a_missing_expert_is_named(tmp_path):
     folder = save_mixture(tmp_path / "model", "mixtral")
     stored = load_file(folder / "model.safetensors")
@@ -356,23 +403,68 @@ def test_experts_share_their_type_s_embedding_unless_asked(tmp_path, own, kinds)
     assert session.method._policy.network.kind.num_embeddings == kinds
 
 
-def test_an_expert_that_no_token_reached_keeps_every_bit(tmp_path):
-    """Weight decay and momentum would move it otherwise. The router of the first layer is made to
-    avoid expert 2."""
-    folder = save_mixture(tmp_path / "model", "mixtral")
-    config = quick_config(
-        tmp_path, f"model.id={folder}", *MIXTURE, "optim.weight_decay=0.5", "run.steps=3",
-    )  # fmt: skip
-    session = open_session(config, World())
-    router = session.model.model.layers[0].mlp.gate
+def avoid_expert_2(session):
+    """Until the returned list is emptied, the router of the first layer sends nothing there."""
+    router, on = session.model.model.layers[0].mlp.gate, [True]
     forward = type(router).forward
 
     def avoiding(hidden):
         logits, scores, index = forward(router, hidden)
         others = torch.where(index == 2, torch.full_like(index, 3), index)
-        return logits, scores, others
+        return logits, scores, others if on else index
 
     router.forward = avoiding
+    return on
+
+
+def learn_once(session):
+    inputs = ids()
+    F.cross_entropy(
+        session.model(inputs).logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten()
+    ).backward()
+
+
+@pytest.mark.parametrize("credit", ["attributed", "counterfactual"])
+@pytest.mark.parametrize("blind", [0, 1])
+def test_an_expert_that_no_token_reached_gets_no_reward(tmp_path, credit, blind):
+    """In the step that is judged, or in the one that judges."""
+    folder = save_mixture(tmp_path / "model", "mixtral")
+    config = quick_config(
+        tmp_path, f"model.id={folder}", *MIXTURE, "method.kind=lelora",
+        f"method.policy.credit={credit}",
+    )  # fmt: skip
+    session = open_session(config, World())
+    on, method, optimizer = avoid_expert_2(session), session.method, session.optimizer
+    optimizer.learning_rate = 1e-2
+    if blind == 1:
+        on.clear()
+    for step in range(2):
+        names = [unit.name for unit in method.units]
+        method.apply(
+            {"ranks": dict.fromkeys(names, 4), "locations": dict.fromkeys(names, "primary")}
+        )
+        learn_once(session)
+        method.observe(step, optimizer)
+        optimizer.clip(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        on[:] = [True] if blind == 1 else []
+    known = method._reward.flatten(1).isfinite().all(1) if method._reward.dim() > 1 else (
+        method._reward.isfinite()
+    )  # fmt: skip
+    assert [n for n, k in zip(names, known, strict=True) if not k] == [
+        f"model.layers.0.mlp.experts.{p}.2" for p in ("gate_up_proj", "down_proj")
+    ]
+
+
+def test_an_expert_that_no_token_reached_keeps_every_bit(tmp_path):
+    """Weight decay and momentum would move it otherwise."""
+    folder = save_mixture(tmp_path / "model", "mixtral")
+    config = quick_config(
+        tmp_path, f"model.id={folder}", *MIXTURE, "optim.weight_decay=0.5", "run.steps=3",
+    )  # fmt: skip
+    session = open_session(config, World())
+    avoid_expert_2(session)
     unit = "model.layers.0.mlp.experts.{}.2"
     names = [unit.format("gate_up_proj"), unit.format("down_proj")]
     other = unit.format("down_proj").replace(".2", ".3")
@@ -385,11 +477,8 @@ def test_an_expert_that_no_token_reached_keeps_every_bit(tmp_path):
 
     session.optimizer.learning_rate = 1e-2
     before = {name: state(name) for name in [*names, other]}
-    inputs = ids()
     for _ in range(2):
-        F.cross_entropy(
-            session.model(inputs).logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten()
-        ).backward()
+        learn_once(session)
         session.optimizer.clip(1.0)
         session.optimizer.step()
         session.optimizer.zero_grad()

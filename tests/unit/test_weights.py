@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from adapters import weights
 from adapters.weights import FORMATS
 
 SHAPES = [(64, 128), (96, 40), (7, 65), (1, 3)]  # in and out of step with blocks of 64
@@ -61,6 +62,16 @@ def test_int8_is_row_wise_absmax():
     restored = FORMATS["int8"].unpack(packed, (32, 48), torch.float32)
     assert (restored - expected).abs().max() <= 1.01 * scale.max() / 127  # a tie may go either way
     assert ((restored - expected).abs() > 1e-6).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (5, 65), (32, 64)])
+def test_large_stacks_are_packed_in_parts(shape, monkeypatch):
+    weight = matrix(shape)
+    whole = FORMATS["nf4"].pack(weight, torch.float32)
+    restored = FORMATS["nf4"].unpack(whole, shape, torch.float32)
+    monkeypatch.setattr(weights, "_MOST", 2048)
+    assert torch.equal(FORMATS["nf4"].pack(weight, torch.float32), whole)
+    assert torch.equal(FORMATS["nf4"].unpack(whole, shape, torch.float32), restored)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -92,7 +92,12 @@ def settings(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, A
         "gradient_accumulation_steps": -(-data.batch_size // per_round),
         "gradient_clipping": config.optim.max_grad_norm or 0.0,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {
+            "stage": 3,
+            # DeepSpeed would fetch everything below a mixture's block at once, what trains beside
+            # the adapters included. Our experts run all together anyway.
+            "leaf_module": {"classes": [], "names": [], "name_suffixes": []},
+        },
         "steps_per_print": 2**31 - 1,
         "wall_clock_breakdown": False,
     }
