@@ -1,19 +1,15 @@
 """From a run or a checkpoint to something that others load: a PEFT folder, or a whole model."""
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from adapters.experts import StackedLinear
-from adapters.export import export_adapter, merged
+from adapters.export import export_adapter
 from adapters.gated import GatedAdapter
-from adapters.linear import AdaptedLinear
 from adapters.registry import METHODS
 from adapters.units import expert_counts, stem
 from trainer import architecture, checkpoint_files
@@ -23,12 +19,9 @@ from trainer.config import Config, parse_config, with_overrides
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.evaluation import evaluate_saved
-from trainer.layout import Layout
-from trainer.pretrained import PretrainedFiles
+from trainer.merge import Merger, refuse_tied_targets, write_shards
 from trainer.tasks import TASKS
 from trainer.tasks.base import Task
-
-_SHARD_BYTES = 4 * 2**30
 
 
 def export_run(
@@ -185,7 +178,7 @@ def write_model(
     dequantised: bool,
     device: torch.device,
 ) -> None:
-    """A model folder that `from_pretrained` loads, one tensor in memory at a time.
+    """A model folder that `from_pretrained` loads, one tensor (or stack) in memory at a time.
 
     `with_adapter`: every host's W + ΔW. `dequantised`: W as the adapter was trained on it,
     through quantisation and back; else W as it is in the pretrained files.
@@ -196,126 +189,15 @@ def write_model(
     backbone, task = _built(config, state, device)
     adapters = saved_adapters(config, tensors) if with_adapter else {}
     initial = saved_initial(checkpoint, state)
-    _refuse_tied_targets(backbone, adapters)
+    refuse_tied_targets(backbone, adapters)
     out.mkdir(parents=True, exist_ok=True)
-    parameters = _final_parameters(
-        config, backbone, task, adapters, initial, saved_heads(tensors), dequantised, device
-    )
-    _write_shards(parameters, out)
+    folder = architecture.resolve_folder(config.model.id, config.model.revision)
+    merger = Merger(
+        backbone, folder, adapters, initial, saved_heads(tensors),
+        dequantised=dequantised, device=device,
+    )  # fmt: skip
+    write_shards(merger.tensors(), out)
     backbone.model.config.save_pretrained(out)
     task.tokenizer.save_pretrained(out)
-    generation = architecture.resolve_folder(config.model.id, config.model.revision)
-    if (generation / "generation_config.json").is_file():
-        shutil.copy(generation / "generation_config.json", out)
-
-
-def _final_parameters(
-    config: Config,
-    backbone: Backbone,
-    task: Task,
-    adapters: Mapping[str, GatedAdapter],
-    initial: Mapping[str, GatedAdapter],
-    heads: Mapping[str, Mapping[str, Tensor]],
-    dequantised: bool,
-    device: torch.device,
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, value on the CPU) of every parameter of the model to be written."""
-    model, dtype = backbone.model, backbone.dtype
-    layout = Layout(model.config)
-    folder = architecture.resolve_folder(config.model.id, config.model.revision)
-    files, prefix = PretrainedFiles(folder, layout), model.base_model_prefix
-    trained = {f"{path}.{name}": t for path, head in heads.items() for name, t in head.items()}
-    for name, parameter in model.named_parameters():
-        if name in trained:
-            key = files.find(name, prefix)
-            yield (key if key in layout.names(name) else name), trained[name].to(dtype)
-            continue
-        path, _, attribute = name.rpartition(".")
-        owner = model.get_submodule(path)
-        if isinstance(owner, StackedLinear):
-            matrices = [
-                (f"{path}.{expert}", files.read_expert(path, expert, prefix, owner.shape))
-                for expert in range(owner.experts)
-            ]
-        else:
-            key = files.check([name], prefix, tuple(parameter.shape))
-            matrices = [(path, files.read(key))]
-        value = torch.stack([matrix.to(device, dtype) for _, matrix in matrices])
-        starts = [initial.get(unit) for unit, _ in matrices]
-        if isinstance(owner, AdaptedLinear | StackedLinear) and attribute == "weight":
-            if dequantised:
-                value = _as_trained(owner, value, starts)
-            for index, (unit, _) in enumerate(matrices):
-                if unit in adapters:
-                    value[index] = merged(value[index], adapters[unit], starts[index])
-        value = value.cpu()
-        if not isinstance(owner, StackedLinear):
-            yield (key if key in layout.names(name) else name), value[0].contiguous()
-            continue
-        keys = [files.check_expert(path, e, prefix, owner.shape) for e in range(owner.experts)]
-        if keys[0] == keys[-1]:  # the files hold the whole stack
-            yield keys[0][0], value.contiguous()
-            continue
-        for names, matrix in zip(keys, value, strict=True):
-            for part, rows in zip(names, matrix.chunk(len(names)), strict=True):
-                yield _under(prefix, part), rows.contiguous()
-    for name, buffer in model.named_buffers():
-        key = files.find(name, prefix)  # None for what is computed, and not kept in files
-        if key is not None:
-            value = files.read(key)
-            assert value.shape == buffer.shape
-            yield (key if key in layout.names(name) else name), value.contiguous()
-
-
-def _under(prefix: str, key: str) -> str:
-    """A key as a whole model has it; a bare backbone's files leave the first part out."""
-    return key if key.startswith(f"{prefix}.") else f"{prefix}.{key}"
-
-
-def _as_trained(
-    host: AdaptedLinear | StackedLinear, weight: Tensor, initial: Sequence[GatedAdapter | None]
-) -> Tensor:
-    """W (matrices, out, in) as the adapters saw it: without the parts that the method took out
-    through the weight format and back, and those parts."""
-    dtype = weight.dtype
-    taken = [0 if start is None else start.delta().to(weight.device) for start in initial]
-    kept = torch.stack([(w.float() - t).to(dtype) for w, t in zip(weight, taken, strict=True)])
-    packed = host.pack(kept if isinstance(host, StackedLinear) else kept[0], dtype)
-    host.weight = torch.nn.Parameter(packed, requires_grad=False)
-    kept = host.dequantised(dtype).view_as(weight)
-    host.weight = torch.nn.Parameter(kept.to("meta"), requires_grad=False)
-    return torch.stack([(w.float() + t).to(dtype) for w, t in zip(kept, taken, strict=True)])
-
-
-def _write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:
-    """Safetensors files of at most 4 GiB, with transformers' index."""
-    shard: dict[str, Tensor] = {}
-    weight_map: dict[str, str] = {}
-    size = total = 0
-
-    def flush() -> None:
-        file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(shard, out / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-        shard.clear()
-
-    for name, value in parameters:
-        nbytes = value.numel() * value.element_size()
-        if shard and size + nbytes > _SHARD_BYTES:
-            flush()
-            size = 0
-        shard[name], size, total = value, size + nbytes, total + nbytes
-    flush()
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-
-
-def _refuse_tied_targets(backbone: Backbone, adapters: Mapping[str, GatedAdapter]) -> None:
-    """A shared matrix cannot take one user's update: the other would get it too."""
-    embedding = backbone.model.get_input_embeddings().weight
-    for path, host in backbone.hosts.items():
-        if path in adapters and host.weight is embedding:
-            raise UserError(
-                f"{path} shares its matrix with the input embedding, so its adapter cannot be "
-                "merged; accepted: export the adapter alone"
-            )
+    if (folder / "generation_config.json").is_file():
+        shutil.copy(folder / "generation_config.json", out)
