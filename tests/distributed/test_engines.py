@@ -94,27 +94,30 @@ def test_losses_agree_with_one_process(runs, variant, engine):
 
 
 def gathering(tmp, engine: str, fmt: str, device: str = "cpu") -> Config:
-    """A bfloat16 backbone whose packed bytes, seen as bfloat16, include many that mean NaN."""
+    """A bfloat16 backbone whose packed bytes, seen as bfloat16, include many that mean NaN; of a
+    mixture where `fmt` begins with `experts-`."""
+    mixture = [f"model.id={tmp}/mixture"] if fmt.startswith("experts-") else []
     return quick_config(
-        tmp, f"engine.kind={engine}", f"model.quantization={fmt}", "model.dtype=bfloat16",
-        f"engine.device={device}", "data.eval=null",
+        tmp, f"engine.kind={engine}", f"model.quantization={fmt.removeprefix('experts-')}",
+        "model.dtype=bfloat16", f"engine.device={device}", "data.eval=null", *mixture,
     )  # fmt: skip
 
 
 def check_gathered(tmp, device: str) -> None:
     """Every rank's gathered bytes under every sharder are those that one process packs."""
+    save_mixture(tmp / "mixture", "mixtral")
+    formats = [*FORMATS[1:], "experts-nf4", "experts-int8"]
     cases = {
         f"{engine}-{fmt}": ("gathered", gathering(tmp, engine, fmt, device).model_dump())
         for engine in SHARDING
-        for fmt in FORMATS[1:]
+        for fmt in formats
     }
     results = run_cases(tmp / "work", cases, device=device)
-    alone = {
-        fmt: ("gathered", gathering(tmp, "single", fmt, device).model_dump()) for fmt in FORMATS[1:]
-    }
+    alone = {fmt: ("gathered", gathering(tmp, "single", fmt, device).model_dump())
+             for fmt in formats}  # fmt: skip
     for fmt, result in run_cases(tmp / "alone", alone, 1, device).items():
         (expected,) = ok(result)
-        assert len(expected) == 28
+        assert len(expected) == (2 * (4 + 2) if fmt.startswith("experts-") else 28)
         for engine in SHARDING:
             for digests in ok(results[f"{engine}-{fmt}"]):
                 assert digests == expected, f"{engine} {fmt}"

@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 
+from adapters.experts import StackedLinear
 from adapters.linear import AdaptedLinear
 from adapters.registry import METHODS
 from adapters.units import transformer_blocks
@@ -97,7 +98,7 @@ def gathered(world: World, config: dict[str, Any]) -> dict[str, str]:
     for path, block in transformer_blocks(session.model):
         with session.engine.unsharded(block):
             for name, host in block.named_modules():
-                if isinstance(host, AdaptedLinear):
+                if isinstance(host, AdaptedLinear | StackedLinear):
                     data = host.weight.detach().cpu().clone().view(torch.uint8)
                     digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()
                     digests[f"{path}.{name}"] = digest

@@ -6,6 +6,9 @@ import torch
 from adapters.weights import FORMATS
 from tests.distributed.test_engines import check_gathered
 from tests.helpers import losses, quick_config
+from tests.unit.test_experts import ROUTINGS, offsets_of, stack_of
+from tests.unit.test_experts import gradients as stack_gradients
+from tests.unit.test_experts import reference as one_by_one
 from tests.unit.test_linear import gradients, host, reference
 from trainer import distributed
 from trainer.run import run
@@ -26,7 +29,27 @@ def test_fused_operator_equals_autograd(fmt, dtype):
         assert (ours - theirs).float().norm() <= tolerance * theirs.float().norm()
 
 
-@pytest.mark.parametrize("fmt", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("routing", list(ROUTINGS))
+def test_grouped_products_equal_one_expert_after_the_other(routing, dtype):
+    counts = ROUTINGS[routing]
+    stack, W = stack_of("nf4", (8, 3, None, 16))
+    x = torch.randn(sum(counts), W.shape[2])
+    expected = one_by_one(stack, W, x.requires_grad_(True), counts)
+    plain = [expected, *stack_gradients(stack, x, expected)]
+    moved = torch.nn.Parameter(stack.pack(W.cuda().to(dtype), dtype), requires_grad=False)
+    stack.weight = moved
+    for place in stack.hosts:
+        if place.adapter is not None:
+            place.adapter.cuda()
+    y = stack(x.cuda().to(dtype), offsets_of(counts).cuda())
+    ours = [y, *stack_gradients(stack, x, y)]
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert (mine.float().cpu() - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "fp4", "int8", "fp8"])
 def test_cpu_and_gpu_quantise_alike(fmt):
     weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0)) * 0.02
     restored = []
