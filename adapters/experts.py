@@ -19,9 +19,8 @@ from adapters.gated import GatedAdapter
 from adapters.linear import Dropout, dropped
 from adapters.weights import FORMATS
 
-_RANK_MULTIPLE = (
-    8  # grouped products want rows of 16 bytes; what is padded is zero and never trains
-)
+_RANK_MULTIPLE = 8
+"""Grouped products want rows of 16 bytes; what is padded is zero and never trains."""
 
 
 class ExpertHost:

@@ -80,13 +80,13 @@ def export_adapter(
     A unit of rank 0 is left out (PEFT refuses it). `rank`: compress every unit to at most so much;
     returns what that loses, ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.
     """
-    heads = heads or {}
+    heads, experts, initial = heads or {}, experts or {}, initial or {}
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     stacks: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     lost = whole = 0.0
     for name, adapter in adapters.items():
-        A, B = lora_factors(adapter, (initial or {}).get(name))
+        A, B = lora_factors(adapter, initial.get(name))
         if A.shape[0] == 0:
             continue
         if rank is not None:
@@ -94,7 +94,7 @@ def export_adapter(
             if A.shape[0] > rank:
                 A, B, cut = compressed(A, B, rank)
                 lost += cut
-        if experts is not None and stem(name) in experts:
+        if stem(name) in experts:
             stacks.setdefault(stem(name), {})[int(name.rpartition(".")[2])] = (A, B)
             continue
         ranks[name] = A.shape[0]
@@ -102,8 +102,8 @@ def export_adapter(
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
     modules = sorted(ranks)
     for name, parts in stacks.items():
-        A, B = stacked_factors(parts, (experts or {})[name])
-        ranks[name] = A.shape[0] // (experts or {})[name]
+        A, B = stacked_factors(parts, experts[name])
+        ranks[name] = A.shape[0] // experts[name]
         path = _wrapped(name, stacks)
         tensors[f"base_model.model.{path}.lora_A.weight"] = A
         tensors[f"base_model.model.{path}.lora_B.weight"] = B

@@ -125,7 +125,7 @@ class LeLoRA(Method):
     def __init__(self, options: Any, seed: int):
         super().__init__(options, seed)
         self._before: Tensor | None = None  # θ, or its gradient, when the draw in force began
-        self._reached = torch.zeros(0, dtype=torch.bool)  # (n): had a gradient in that step
+        self._reached: Tensor | None = None  # (n), of experts: whether they saw tokens then
         self._spoiled = False  # a step under that draw was skipped
         self._reward: Tensor | None = None  # (n) or (1), until `decide` takes it
         self._last_loss = float("nan")  # L₁ of the draw before
@@ -148,7 +148,6 @@ class LeLoRA(Method):
     def attach(self, units, hosts, device, starts=None):
         super().attach(units, hosts, device, starts)
         self._touched = torch.zeros(len(units), self.options.components, dtype=torch.bool)
-        self._reached = torch.zeros(len(units), dtype=torch.bool)
 
     def trained(self, rank: int, location: str) -> slice:
         """Components that (r, s) trains: the first r of a bank, of `minor` the last r."""
@@ -173,7 +172,7 @@ class LeLoRA(Method):
         if not policy.validates and self._before is not None:
             self._reward = self._local(optimizer)
         self._before, self._spoiled = None, False
-        self._reached = self._with_any(optimizer, optimizer.trained_gradients).cpu()
+        self._reached = self._units_reached(optimizer)
         if policy.credit == "attributed":
             self._before = optimizer.values.clone()
         elif policy.credit == "counterfactual":
@@ -203,16 +202,19 @@ class LeLoRA(Method):
         a step that was skipped."""
         assert self._before is not None
         gradient = optimizer.trained_gradients
-        known = self._reached.to(gradient.device)
+        reached, known = self._units_reached(optimizer), self._reached
         if self.options.policy.credit == "attributed":
             change = optimizer.values - self._before
             reward = self._by_component(optimizer, gradient * change).sum((1, 2))
-            known = known | self._with_any(optimizer, change)  # in a later step under the same draw
+            if known is not None:  # perhaps it saw some in a later step under the same draw
+                known = known | (self._by_component(optimizer, change.abs()).sum((1, 2)) > 0)
         else:
             reward = self._promised(optimizer, self._before, gradient)
-        known = known & self._with_any(optimizer, gradient)
-        unknown = ~known | self._spoiled
-        return reward.masked_fill(unknown.view(-1, *[1] * (reward.dim() - 1)), float("nan"))
+        if self._spoiled:
+            return reward * float("nan")
+        if reached is None or known is None:
+            return reward
+        return reward.masked_fill(~(known & reached).view(-1, *[1] * (reward.dim() - 1)), torch.nan)
 
     def _promised(self, optimizer: MaskedAdamW, earlier: Tensor, later: Tensor) -> Tensor:
         """R_u(r, s) = −Σ_{j in slice} Σ_{A, g, B} ⟨G_j, G′_j⟩ / rms(G_j), (n, |R|, |S|): what a
@@ -235,9 +237,13 @@ class LeLoRA(Method):
         n, R = len(self.units), self.options.components
         return optimizer.row_sums(flat)[: n * 3 * R].view(n, 3, R).double()
 
-    def _with_any(self, optimizer: MaskedAdamW, flat: Tensor) -> Tensor:
-        """Units (n) of which anything in `flat` is not 0."""
-        return self._by_component(optimizer, flat.abs()).sum((1, 2)) > 0
+    def _units_reached(self, optimizer: MaskedAdamW) -> Tensor | None:
+        """Units (n) that saw a token; None where all do."""
+        reached = optimizer.reached()
+        if reached is None:
+            return None
+        n, R = len(self.units), self.options.components
+        return reached[: n * 3 * R].view(n, 3 * R)[:, 0]
 
     def _global(self, validate: Validate) -> Tensor:
         """R = L₁ + α L₂, (1)."""
@@ -369,16 +375,16 @@ class LeLoRA(Method):
             "spoiled": torch.tensor(self._spoiled),
             "last_loss": torch.tensor(self._last_loss, dtype=torch.float64),
         }
-        reached = None if self._before is None else self._reached
-        held = {"before": self._before, "reached": reached, "reward": self._reward}
+        held = {"before": self._before, "reached": self._reached, "reward": self._reward}
         return state | {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def load_state_dict(self, state):
         self._touched, self._spoiled = state["touched"].bool(), bool(state["spoiled"])
         self._last_loss = float(state["last_loss"])
-        self._reached = state.get("reached", self._reached).bool()
-        before, self._reward = state.get("before"), state.get("reward")
+        before, reached = state.get("before"), state.get("reached")
         self._before = None if before is None else before.to(self.device)
+        self._reached = None if reached is None else reached.to(self.device).bool()
+        self._reward = state.get("reward")
 
     def decider_state(self):
         return {} if self._policy is None else self._policy.state_dict()

@@ -230,17 +230,26 @@ class MaskedAdamW:
                 members = range(slot.rows.start, slot.rows.stop)
                 rows += members
                 found += [places[id(parameter)] + index] * len(members)
+        if not rows:
+            return None
         device = self.values.device
-        return (
-            (torch.tensor(rows, device=device), torch.tensor(found, device=device))
-            if rows
-            else None
-        )
+        return torch.tensor(rows, device=device), torch.tensor(found, device=device)
+
+    def reached(self) -> Tensor | None:
+        """One bool per row: False where its tensor's counter says that no token was seen since the
+        gradients were zeroed. None where nothing is counted: every row sees every token."""
+        if self._counted is None:
+            return None
+        rows, places = self._counted
+        seen = torch.ones_like(self.counts, dtype=torch.bool)
+        seen[rows] = self.gradients[places] > 0
+        return seen
 
     def _active(self) -> Tensor | None:
         """One bool per row, or None where everything is active."""
         masks = [slot.trainable.mask for slot in self._slots]
-        if all(mask is None for mask in masks) and self._counted is None:
+        reached = self.reached()
+        if all(mask is None for mask in masks) and reached is None:
             return None
         active = torch.cat(
             [
@@ -250,9 +259,8 @@ class MaskedAdamW:
                 for slot in self._slots
             ]
         )
-        if self._counted is not None:
-            rows, places = self._counted
-            active[rows] &= self.gradients[places] > 0
+        if reached is not None:
+            active &= reached
         return None if bool(active.all()) else active
 
     def _spread(self, per_row: Tensor) -> Tensor:

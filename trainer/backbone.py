@@ -77,10 +77,6 @@ def check(config: Config, task: Task, device: torch.device) -> None:
             files.check_expert(name.removesuffix(".weight"), expert, prefix, stack.shape)
 
 
-_KEPT_IN_FLOAT32 = ("e_score_correction_bias",)
-"""Buffers whose rounding would change which experts are chosen."""
-
-
 class _Filler:
     """Gives meta parameters their values."""
 
@@ -215,7 +211,8 @@ class _Filler:
         # frequencies, position ids) come from the model's own initialisation.
         _initialise(self.model, module, self.device)
         for name in missing:
-            if name in _KEPT_IN_FLOAT32:
+            # A router's balancing bias, whose rounding would change which experts are chosen.
+            if name in (self.model._keep_in_fp32_modules_strict or ()):
                 setattr(module, name, getattr(module, name).float())
             if name not in module._non_persistent_buffers_set and self.files is not None:
                 full = f"{path}.{name}" if path else name

@@ -16,7 +16,7 @@ from adapters.gated import GatedAdapter
 from adapters.linear import Dropout
 from adapters.units import linear_names, make_units, select_targets
 from adapters.weights import FORMATS
-from tests.helpers import losses, quick_config, save_mixture
+from tests.helpers import losses, quick_config, save_mixture, save_random_model
 from trainer import checkpoint_files
 from trainer.distributed import World
 from trainer.errors import UserError
@@ -204,7 +204,7 @@ def ids():
     return torch.randint(3, 500, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe"])
 def test_published_files_load_expert_by_expert(tmp_path, model_type):
     folder = save_mixture(tmp_path / "model", model_type)
     stored = load_file(folder / "model.safetensors")
@@ -216,6 +216,8 @@ def test_published_files_load_expert_by_expert(tmp_path, model_type):
         torch.testing.assert_close(
             session.model(ids()).logits, expected(ids()).logits, rtol=1e-4, atol=1e-4
         )
+    stack = session.model.get_submodule("model.layers.0.mlp.experts.down_proj")
+    assert stack.weight.dim() == 2  # so that a sharder can split it, however few experts there are
     kinds = [unit.kind for unit in session.backbone.units]
     assert kinds.count("mlp.experts.gate_up_proj") == kinds.count("mlp.experts.down_proj") == 8
     assert len(kinds) == 2 * (4 + 8)
@@ -281,6 +283,33 @@ def test_gates_and_routers_take_no_adapter_and_stay_as_they_are(tmp_path, model_
     names = [unit.name for unit in session.backbone.units]
     assert any("experts.down_proj.3" in name for name in names)
     assert not any(name.endswith(("gate", "router")) for name in names)
+
+
+def test_a_balancing_bias_keeps_its_precision_beside_bfloat16(tmp_path):
+    folder = save_mixture(
+        tmp_path / "model", "deepseek_v3", n_routed_experts=4, first_k_dense_replace=0, n_group=1,
+        topk_group=1, n_shared_experts=1, q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=16,
+        qk_rope_head_dim=16, v_head_dim=16, num_key_value_heads=4,
+    )  # fmt: skip
+    session = open_session(
+        quick_config(tmp_path, f"model.id={folder}", "model.dtype=bfloat16"), World()
+    )
+    biases = [b for n, b in session.model.named_buffers() if "e_score_correction_bias" in n]
+    assert len(biases) == 2 and all(b.dtype == torch.float32 for b in biases)
+
+
+def test_stacks_of_another_form_are_left_alone_and_mentioned(tmp_path, capsys):
+    folder = save_random_model(
+        tmp_path / "model", "gpt_oss", AutoModelForCausalLM, num_local_experts=4,
+        layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    config = quick_config(
+        tmp_path, f"model.id={folder}", "method.targets=all-linear", "log.progress=plain",
+        "run.steps=1",
+    )  # fmt: skip
+    run(config, World())
+    said = capsys.readouterr().out
+    assert "no adapters on mlp.experts.down_proj, mlp.experts.gate_up_proj" in said
 
 
 def test_a_missing_expert_is_named(tmp_path):
@@ -393,14 +422,16 @@ def test_a_router_to_train_must_be_there(tmp_path):
 
 @pytest.mark.parametrize(("own", "kinds"), [("false", 4 + 2), ("true", 4 + 2 * 4)])
 def test_experts_share_their_type_s_embedding_unless_asked(tmp_path, own, kinds):
-    folder = save_mixture(tmp_path / "model", "mixtral")
-    config = quick_config(
-        tmp_path, f"model.id={folder}", *MIXTURE, "method.kind=lelora",
-        f"method.policy.expert_embedding={own}",
-    )  # fmt: skip
-    session = open_session(config, World())
+    session = mixture_session(
+        tmp_path, "method.kind=lelora", f"method.policy.expert_embedding={own}"
+    )
     session.method.decide(0)
     assert session.method._policy.network.kind.num_embeddings == kinds
+
+
+def mixture_session(tmp_path, *overrides):
+    folder = save_mixture(tmp_path / "model", "mixtral")
+    return open_session(quick_config(tmp_path, f"model.id={folder}", *MIXTURE, *overrides), World())
 
 
 def avoid_expert_2(session):
@@ -428,12 +459,7 @@ def learn_once(session):
 @pytest.mark.parametrize("blind", [0, 1])
 def test_an_expert_that_no_token_reached_gets_no_reward(tmp_path, credit, blind):
     """In the step that is judged, or in the one that judges."""
-    folder = save_mixture(tmp_path / "model", "mixtral")
-    config = quick_config(
-        tmp_path, f"model.id={folder}", *MIXTURE, "method.kind=lelora",
-        f"method.policy.credit={credit}",
-    )  # fmt: skip
-    session = open_session(config, World())
+    session = mixture_session(tmp_path, "method.kind=lelora", f"method.policy.credit={credit}")
     on, method, optimizer = avoid_expert_2(session), session.method, session.optimizer
     optimizer.learning_rate = 1e-2
     if blind == 1:
@@ -459,11 +485,7 @@ def test_an_expert_that_no_token_reached_gets_no_reward(tmp_path, credit, blind)
 
 def test_an_expert_that_no_token_reached_keeps_every_bit(tmp_path):
     """Weight decay and momentum would move it otherwise."""
-    folder = save_mixture(tmp_path / "model", "mixtral")
-    config = quick_config(
-        tmp_path, f"model.id={folder}", *MIXTURE, "optim.weight_decay=0.5", "run.steps=3",
-    )  # fmt: skip
-    session = open_session(config, World())
+    session = mixture_session(tmp_path, "optim.weight_decay=0.5")
     avoid_expert_2(session)
     unit = "model.layers.0.mlp.experts.{}.2"
     names = [unit.format("gate_up_proj"), unit.format("down_proj")]

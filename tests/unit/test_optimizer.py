@@ -178,3 +178,29 @@ def test_learning_rate_ratio():
     fast.grad.fill_(1.0)
     optimizer.step()
     assert torch.allclose(fast, 16 * slow)
+
+
+def test_counters_decide_which_tensors_saw_tokens_and_keep_no_old_buffer():
+    """A tensor whose counter is 0 stays to the last bit; one without a counter always moves."""
+    first, second, third = parameters()[:3]
+    tokens = nn.Parameter(torch.zeros(2))
+    mine = [
+        Trainable("first", first, counter=(tokens, 0)),
+        Trainable("second", second, counter=(tokens, 1)),
+        Trainable("third", third),
+        Trainable("tokens", tokens, observed=True),
+    ]
+    optimizer = MaskedAdamW(mine, learning_rate=0.1, weight_decay=0.5)
+    set_gradients([first, second, third], 0)
+    tokens.grad.copy_(torch.tensor([0.0, 3.0]))
+    reached = optimizer.reached()
+    assert reached is not None
+    rows = [len(first), len(second), len(third)]
+    assert [part.unique().tolist() for part in reached.split(rows)] == [[False], [True], [True]]
+    before = [p.detach().clone() for p in (first, second, third)]
+    optimizer.clip(1.0)
+    optimizer.step()
+    same = [torch.equal(a, b) for a, b in zip(before, (first, second, third), strict=True)]
+    assert same == [True, False, False]
+    optimizer.follow([Trainable("third", third)])
+    assert tokens.grad is None and optimizer.reached() is None

@@ -1,10 +1,9 @@
 """Cross entropy of an output head without its logits ever being whole.
 
-The logits of 4096 tokens over 128,256 words are 1 GiB in bfloat16, and cross entropy makes three
-float32 tensors of twice that size of them. Here the head is applied to a few rows at a time, and
-since it is frozen, a row's gradient p W − W_target is known as soon as its loss is: forward keeps
-that (as large as the hidden states), and backward neither needs the head's weight again, which a
-sharder would have to gather, nor the logits.
+The logits of 4096 tokens over 128,256 words are 1 GiB in bfloat16, and cross entropy works on
+float32 copies of twice that size. Here the head is applied to a few rows at a time, and since it is
+frozen, a row's gradient p W − W_target is known as soon as its loss is: forward keeps that (as
+large as the hidden states), and backward uses neither the head's weight nor the logits.
 """
 
 import functools
