@@ -72,7 +72,7 @@ def main() -> None:
         return compare(job, arguments.out, arguments.workers)
 
     results = run({LEARNED: [], **POLICIES})
-    runs = list((arguments.out / "runs").glob(f"{LEARNED}-*"))
+    runs = [arguments.out / "runs" / r["run"] for r in results if r["method"] == LEARNED]
     weights = [round(share, 4) for share in histogram(runs, ranks)]
     uniform = ["method.policy.mode=uniform", f"method.policy.rank_weights={weights}"]
     results += run({"uniform": uniform, "fixed random": [*uniform, "method.policy.every=1000000"]})

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from adapters.options import Section
-from trainer.config import Config, load_config
+from trainer.config import Config, load_config, with_overrides
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.metrics import read_metrics
@@ -133,15 +133,18 @@ def _job(
 ) -> tuple[Result, Config]:
     """(what identifies a run, its configuration); without a seed, a selection run."""
     part = "select" if seed is None else f"seed{seed}"
-    name = f"{method.replace(' ', '-')}-{rate:g}-{part}"
     chosen = comparison.selection if seed is None else [f"run.seed={seed}"]
     overrides = [
         *comparison.overrides, *comparison.methods[method], *chosen,
-        f"optim.learning_rate={rate!r}", f"run.name={name}", "run.resume=never",
+        f"optim.learning_rate={rate!r}", f"run.dir={out / 'runs'}", "run.resume=never",
     ]  # fmt: skip
-    config = load_config(comparison.base, [*overrides, f"run.dir={out / 'runs'}"])
-    text = config.model_dump_json(exclude={"run": {"dir"}})  # results may move with their folder
+    config = load_config(comparison.base, overrides)
+    # Without the folder: results may move with it.
+    text = config.model_dump_json(exclude={"run": {"dir", "name"}})
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    config = with_overrides(
+        config, [f"run.name={method.replace(' ', '-')}-{rate:g}-{part}-{digest[:6]}"]
+    )
     return {"method": method, "learning_rate": rate, "seed": seed, "config": digest}, config
 
 
@@ -190,10 +193,10 @@ def _run(identity: Result, config: Config) -> Result:
     from trainer.run import run
 
     try:
-        if config.run_folder.exists():  # cut off, failed, or of another configuration
+        if config.run_folder.exists():  # cut off, or failed
             shutil.rmtree(config.run_folder)
         run(config, World(device=_place))
-        return {**identity, **summary(config.run_folder)}
+        return {**identity, "run": config.run.name, **summary(config.run_folder)}
     except Exception as error:  # the other runs go on; the table says what is missing
         return {**identity, "error": f"{type(error).__name__}: {error}",
                 "where": traceback.format_exc(limit=-3)}  # fmt: skip
