@@ -33,6 +33,7 @@ def main() -> int:
             if world.is_main:
                 print(config.to_yaml(), end="")
             return 0
+        from trainer.preemption import StopRequest
         from trainer.run import dry_run, run
 
         if arguments.dry_run:
@@ -40,7 +41,8 @@ def main() -> int:
             if world.is_main:
                 print(text)
             return 0
-        run(config, world)
+        with StopRequest(config.run) as stop:
+            run(config, world, stop)
     return 0
 
 

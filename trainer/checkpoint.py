@@ -37,6 +37,8 @@ class Progress:
     skipped: int = 0
     """Steps skipped since the loss or gradient was not finite."""
     skipped_in_a_row: int = 0
+    evaluated: int = -1
+    """The last step after which was evaluated; a run that was stopped catches up."""
 
 
 class CheckpointWriter:

@@ -40,6 +40,11 @@ class RunOptions(Section):
     """Evaluate every so many steps; 0: after the last step only."""
     eval_at_start: bool = False
     """Evaluate before the first step too."""
+    max_hours: float | None = Field(None, gt=0)
+    """Save and stop after so many hours, with exit code 75: started again the run goes on."""
+    slurm_margin: float = Field(120.0, ge=0)
+    """In a SLURM job: do the same so many seconds before its time limit (SLURM_JOB_END_TIME); long
+    enough for a step and a checkpoint."""
     resume: str = "auto"
     """`auto` (the newest good checkpoint of this run, if any), `never`, or a checkpoint's path."""
 

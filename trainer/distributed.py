@@ -7,6 +7,8 @@ import datetime
 import os
 import re
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.errors import EXIT_FAILED, UserError
+from trainer.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+
+_CONNECTION = "gloo|NCCL|TCPStore|pair closure|Connection (closed|reset)|Broken pipe"
+"""How a collective complains that another rank is not there."""
+
+_GRACE = 5.0
+"""Seconds in which every rank that still works notices that another one does not."""
 
 
 class FailedElsewhere(UserError):
@@ -61,6 +69,15 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank. It meets on the hosts: a rank that never comes shows
+        here, before the others wait for it on their GPUs."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        return bool(flags)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place."""
@@ -113,7 +130,8 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
     patience = datetime.timedelta(seconds=timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
-        timeout=patience,
+        # NCCL ends the process without a word: the hosts, who meet at every step, notice first.
+        timeout=patience + datetime.timedelta(seconds=60 if use_gpu else 0),
         device_id=place if use_gpu else None,
     )
     return World(
@@ -139,6 +157,29 @@ def exit_code(error: BaseException) -> int:
     return error.exit_code if isinstance(error, UserError) else EXIT_FAILED
 
 
+def _missing() -> tuple[list[int], bool]:
+    """(ranks that do not notice within seconds that the run has broken off: those that are gone or
+    stalled; whether this rank is the lowest of the others)."""
+    rank, others = dist.get_rank(), set(range(dist.get_world_size())) - {dist.get_rank()}
+    noticed: set[int] = set()
+    answers = threading.Event()
+
+    def ask() -> None:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"noticed/{rank}", "")
+        while noticed != others:
+            noticed.update(r for r in others - noticed if store.check([f"noticed/{r}"]))
+            answers.set()
+            time.sleep(0.1)
+
+    # In the background: where rank 0 keeps the store and is itself stalled, it answers nobody.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_GRACE)
+    missing = others - noticed if answers.is_set() else {0}
+    return sorted(missing), rank == min({rank, *others} - missing)
+
+
 def report(error: BaseException) -> None:
     """Print a failure where a person sees it: one line, or a traceback where it is our mistake."""
     if isinstance(error, FailedElsewhere):
@@ -146,11 +187,15 @@ def report(error: BaseException) -> None:
     rank = int(os.environ.get("RANK", "0"))
     who = f" [rank {rank}]" if rank > 0 else ""
     if isinstance(error, UserError):
-        print(f"error:{who} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        kind = "stopped" if error.exit_code == EXIT_REQUEUE else "error"
+        print(f"{kind}:{who} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return
-    if isinstance(error, RuntimeError) and re.search("gloo|NCCL|TCPStore", str(error)):
-        reason = str(error).strip().splitlines()[0]
-        print(f"error:{who} lost another rank ({reason})", file=sys.stderr, flush=True)
+    if isinstance(error, RuntimeError) and re.search(_CONNECTION, str(error)):
+        missing, spokesman = _missing()
+        lost = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
+        reason = re.sub(r"\[\S+?\.(cc|cpp|h):\d+\] ", "", str(error).strip().splitlines()[0])
+        if spokesman:
+            print(f"error:{who} lost {lost} ({reason})", file=sys.stderr, flush=True)
         return
     traceback.print_exception(error)
     print(f"error:{who} {type(error).__name__}: {error}", file=sys.stderr, flush=True)

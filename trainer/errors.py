@@ -4,6 +4,8 @@ EXIT_USAGE = 2
 """The configuration, a file or the data is not usable; nothing was trained."""
 EXIT_FAILED = 1
 """The run began and could not go on; what was saved is intact."""
+EXIT_REQUEUE = 75
+"""The run was asked to stop and saved: started again it goes on (EX_TEMPFAIL of sysexits.h)."""
 
 
 class UserError(ValueError):

@@ -17,6 +17,7 @@ from trainer.evaluation import evaluate
 from trainer.loader import Loader, Step
 from trainer.memory import held_bytes, peak_gib, readable, release
 from trainer.metrics import MetricsWriter
+from trainer.preemption import Interrupted, StopRequest
 from trainer.schedule import learning_rate
 from trainer.session import Session
 from trainer.validation import make_validate
@@ -39,9 +40,11 @@ def train(
     log: AllocationLog | None,
     progress: Progress,
     steps: int,
+    stop: StopRequest,
     replay: Replay | None = None,
 ) -> None:
-    """Train from `progress` to `steps` optimizer steps.
+    """Train from `progress` to `steps` optimizer steps. Raises Interrupted, on every rank, once
+    what was trained until `stop` is saved.
 
     `metrics`, `log` (decisions) and `replay` (another run's) are rank 0's, None elsewhere.
     """
@@ -53,8 +56,11 @@ def train(
         if config.run.eval_at_start:
             _evaluate(session, metrics, progress)
         method.begin(optimizer, validate)
+    elif _due(config.run.eval_every, progress.step) and progress.evaluated < progress.step:
+        _evaluate(session, metrics, progress)
     clock = Clock(time.perf_counter())
-    while progress.step < steps:
+    stopping = world.any(stop.reason is not None)
+    while progress.step < steps and not stopping:
         step = progress.step
         decision, changed = consensus.decide_and_apply(method, step, world, replay)
         if changed:
@@ -64,6 +70,7 @@ def train(
         loader.micro_batch_size = method.micro_batch_size or config.data.micro_batch_size
         batch = next(batches)
         loss = accumulate(session, batch, step)
+        stopping = world.any(stop.reason is not None)
         mean_loss = engine.reduce(optimizer, loss)
         method.observe(step, optimizer)
         optimizer.learning_rate = learning_rate(config.optim, step, steps)
@@ -76,10 +83,12 @@ def train(
         clock.tokens, clock.steps = clock.tokens + batch.tokens, clock.steps + 1
         last = progress.step == steps
         if metrics is not None:
-            metrics.advance()
+            metrics.advance(progress.step, update.loss)
             if update.skipped:
                 metrics.say(f"step {progress.step}: loss or gradient not finite, step skipped")
-            if progress.step % config.log.every == 0 or last:
+        if last or _due(config.log.every, progress.step):
+            figures = _figures(session, progress, clock)
+            if metrics is not None:
                 metrics.write(
                     {
                         "step": progress.step,
@@ -87,11 +96,11 @@ def train(
                         "loss": update.loss,
                         "learning_rate": optimizer.learning_rate,
                         "grad_norm": update.grad_norm,
-                        **_figures(session, progress, clock),
+                        **figures,
                         **{f"method/{name}": v for name, v in method.scalars().items()},
                     }
                 )
-                clock = Clock(time.perf_counter())
+            clock = Clock(time.perf_counter())
         if progress.skipped_in_a_row >= config.optim.max_skipped_steps:
             writer.wait()
             with world.together():
@@ -100,12 +109,20 @@ def train(
                     f"{progress.skipped_in_a_row} times in a row (optim.max_skipped_steps); "
                     f"last good checkpoint: {newest(writer.folder) or 'none'}"
                 )
-        if last or _due(config.run.eval_every, progress.step):
+        if last or (_due(config.run.eval_every, progress.step) and not stopping):
             paused = time.perf_counter()
             _evaluate(session, metrics, progress)
             clock.started += time.perf_counter() - paused
-        if last or _due(config.checkpoint.every, progress.step):
+        if last or stopping or _due(config.checkpoint.every, progress.step):
             writer.save(progress)
+    if progress.step < steps:
+        writer.wait()
+        reasons = [reason for reason in world.gather(stop.reason) if reason]
+        with world.together():
+            raise Interrupted(
+                f"{reasons[0]}: stopped after step {progress.step}; last checkpoint: "
+                f"{newest(writer.folder) or 'none'}; started again the run goes on"
+            )
 
 
 def _follow(session: Session, metrics: MetricsWriter | None, step: int) -> None:
@@ -145,18 +162,21 @@ def _evaluate(session: Session, metrics: MetricsWriter | None, progress: Progres
     if session.config.data.eval is None:
         return
     scores = evaluate(session)
+    progress.evaluated = progress.step
     if metrics is not None:
         metrics.write({"step": progress.step, **scores})
 
 
 def _figures(session: Session, progress: Progress, clock: Clock) -> dict[str, Any]:
-    """Speed, memory and sizes, for the log."""
+    """Speed, memory and sizes, for the log. All ranks call it together."""
+    peaks = session.world.gather(round(peak_gib(session.world.device), 3))
     seconds = time.perf_counter() - clock.started
     heads = sum(p.numel() for head in session.backbone.heads.values() for p in head.parameters())
     return {
         "tokens_per_second": round(clock.tokens / seconds, 1),
         "step_seconds": round(seconds / clock.steps, 4),
-        "peak_memory_gib": round(peak_gib(session.world.device), 3),
+        "peak_memory_gib": max(peaks),
+        **({"peak_memory_gib_by_rank": peaks} if len(peaks) > 1 else {}),
         "trainable_parameters": session.optimizer.numel,
         "active_parameters": session.method.active_parameters() + heads,
         "skipped_steps": progress.skipped,

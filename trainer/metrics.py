@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from trainer.config import Config
+from trainer.heartbeat import Heartbeat
 
 
 class MetricsWriter:
@@ -25,6 +26,8 @@ class MetricsWriter:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
             if start == 0:
                 self._board.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
+        self.heartbeat = Heartbeat(folder, steps)
+        self.heartbeat.write()
         self._steps, self._plain_after = steps, start
         self._bar: tqdm | None = None
         self._progress = config.log.progress
@@ -44,10 +47,12 @@ class MetricsWriter:
                     group = "eval/" if name.startswith("eval_") else "train/"
                     tag = name if "/" in name else group + name  # method/… names its own group
                     self._board.add_scalar(tag, value, values["step"])
+        self.heartbeat.beat(**finite)
         self._show(values)
 
-    def advance(self) -> None:
+    def advance(self, step: int, loss: float) -> None:
         """One step was done."""
+        self.heartbeat.beat(step=step, loss=None if _is_nan(loss) else loss)
         if self._bar is not None:
             self._bar.update(1)
 

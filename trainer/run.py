@@ -18,18 +18,33 @@ from trainer.distributed import World
 from trainer.engine import engine_class
 from trainer.errors import UserError
 from trainer.figures import draw_loss
+from trainer.lock import Lock
 from trainer.loop import make_loader, total_steps, train
 from trainer.memory import estimate, peak_gib, readable, trainable_parameters
 from trainer.metrics import MetricsWriter, read_metrics
+from trainer.preemption import Interrupted, StopRequest
 from trainer.schedule import learning_rate
 from trainer.session import Session, open_data, open_session
 from trainer.splitting import INITIAL, save_starts
 
 
-def run(config: Config, world: World) -> None:
-    """Train as configured and leave the run folder complete."""
+def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
+    """Train as configured and leave the run folder complete.
+
+    `stop` is asked at every step; Interrupted is raised once the run is saved.
+    """
+    lock = Lock(config.run_folder)
+    try:
+        _run(config, world, stop or StopRequest(config.run), lock)
+    finally:
+        lock.release()
+
+
+def _run(config: Config, world: World, stop: StopRequest, lock: Lock) -> None:
     folder = config.run_folder
     with world.together():
+        if world.is_main and folder.exists():
+            lock.acquire()
         resumed, state, remarks = _choose_start(config, folder)
         if resumed is not None:
             checkpoint.check_options(config, resumed, state)
@@ -52,12 +67,13 @@ def run(config: Config, world: World) -> None:
             remarks += checkpoint_files.clear_the_way(
                 folder / "checkpoints", progress.step, config.run.resume
             )
-            _prepare_folder(session, folder)
+            _prepare_folder(session, folder, lock)
             metrics = MetricsWriter(config, folder, steps, progress.step)
             if session.method.decides:
                 log = AllocationLog(folder, config.method.kind, progress.step)
     if metrics is not None:
-        for line in (*_introduction(session, steps), *(f"damaged   {r}" for r in remarks)):
+        notes = [f"note      {lock.note}"] if lock.note else []
+        for line in (*notes, *_introduction(session, steps), *(f"damaged   {r}" for r in remarks)):
             metrics.say(line)
         if resumed is not None:
             metrics.say(f"resumed from {resumed} (made by {state['engine']} on "
@@ -66,15 +82,22 @@ def run(config: Config, world: World) -> None:
                 metrics.say(f"changed   {change}")
     writer = CheckpointWriter(session, loader, folder / "checkpoints")
     try:
-        train(session, loader, writer, metrics, log, progress, steps, replay)
+        train(session, loader, writer, metrics, log, progress, steps, stop, replay)
         writer.close()
+        with world.together():
+            if metrics is not None:
+                metrics.close()
+                _finish(session, folder, steps)
+                metrics.heartbeat.end("done")
+    except BaseException as error:
+        if metrics is not None:
+            state = "interrupted" if isinstance(error, Interrupted) else "failed"
+            metrics.heartbeat.end(state, str(error))
+        raise
     finally:
         for file in (metrics, log):
             if file is not None:
                 file.close()
-    with world.together():
-        if world.is_main:
-            _finish(session, folder, steps)
 
 
 def dry_run(config: Config, world: World) -> str:
@@ -127,10 +150,15 @@ def _plan(session: Session, steps: int) -> None:
     method.plan(steps, lambda step: learning_rate(optim, step, steps) / optim.learning_rate)
 
 
-def _prepare_folder(session: Session, folder: Path) -> None:
+def _prepare_folder(session: Session, folder: Path, lock: Lock) -> None:
     config, units = session.config, session.method.units
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if not lock.held:  # the folder was not there when this run looked for its start
+            lock.acquire()
+            if (folder / "metrics.jsonl").exists():
+                raise UserError(f"run.name: {folder} was made by another run just now; accepted: "
+                                "another run.name")  # fmt: skip
         (folder / "figures").mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         described = [{k: v for k, v in asdict(unit).items() if k != "index"} for unit in units]

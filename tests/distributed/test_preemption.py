@@ -1,0 +1,109 @@
+"""Runs that are asked to stop, stalled ranks and doubled runs, with real launchers and signals."""
+
+import json
+import os
+import select
+import signal
+
+import pytest
+
+from tests.helpers import (
+    ROOT,
+    error_lines,
+    finish,
+    launch,
+    losses,
+    quick_config,
+    ranks_of,
+    start,
+    wait_for_step,
+)
+from trainer.errors import EXIT_REQUEUE
+from trainer.heartbeat import read_heartbeat
+
+STEPS = 16
+SCRIPT = ROOT / "launch/train.py"
+EXIT_CODES = {"deepspeed": EXIT_REQUEUE, "torchrun": 1}  # torchrun keeps its workers' codes back
+
+
+def arguments(tmp, name: str, *overrides: str) -> list[str]:
+    config = quick_config(
+        tmp, f"run.steps={STEPS}", f"run.name={name}", "engine.kind=auto", "run.eval_every=4",
+        "model.quantization=nf4", "data.batch_size=4", *overrides,
+    )  # fmt: skip
+    file = tmp / f"{name}.yaml"
+    file.write_text(config.to_yaml())
+    return ["--config", str(file)]
+
+
+def lines(run) -> list[dict]:
+    """metrics.jsonl, without what depends on the machine."""
+    read = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    kept = ("step", "loss", "grad_norm", "eval_loss")
+    return [{k: line[k] for k in kept if k in line} for line in read]
+
+
+@pytest.mark.parametrize(("launcher", "name"), [("deepspeed", "SIGUSR1"), ("torchrun", "SIGTERM")])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on(launcher, name, tmp_path):
+    code, _, err = launch(launcher, 2, SCRIPT, *arguments(tmp_path, "whole"))
+    assert code == 0, err[-3000:]
+    run = tmp_path / "runs/asked"
+    process = start(launcher, 2, SCRIPT, *arguments(tmp_path, "asked"))
+    wait_for_step(run, 5, process)
+    # One rank alone hears of it; the others agree.
+    os.kill(ranks_of(process)[1], getattr(signal, name))
+    code, _, err = finish(process)
+    assert code == EXIT_CODES[launcher], err[-3000:]
+    assert not ranks_of(process)
+    assert not error_lines(err)
+    said = [line for line in err.splitlines() if line.startswith("stopped:")]
+    assert len(said) == 1 and f"{name}: stopped after step" in said[0]
+    beat = read_heartbeat(run)
+    assert beat["state"] == "interrupted" and 5 <= beat["step"] < STEPS
+    assert str(run / f"checkpoints/step-{beat['step']:08d}") in beat["reason"]
+    assert len(losses(run)) == beat["step"]
+    code, _, err = launch(launcher, 2, SCRIPT, *arguments(tmp_path, "asked"))
+    assert code == 0, err[-3000:]
+    assert lines(run) == lines(tmp_path / "runs/whole")  # an evaluation that was due is caught up
+    assert read_heartbeat(run)["state"] == "done"
+
+
+@pytest.mark.parametrize(("launcher", "rank"), [("deepspeed", 0), ("torchrun", 1)])
+def test_a_stalled_rank_is_named_by_the_others(launcher, rank, tmp_path):
+    run = tmp_path / "runs/stalled"
+    process = start(
+        launcher, 2, SCRIPT, *arguments(tmp_path, "stalled", "engine.timeout=5", "run.steps=9999")
+    )
+    wait_for_step(run, 3, process)
+    ranks = ranks_of(process)
+    os.kill(ranks[rank], signal.SIGSTOP)
+    wait_until_gone(ranks[1 - rank], seconds=120)
+    os.kill(ranks[rank], signal.SIGKILL)  # the launcher would give it half a minute more
+    code, _, err = finish(process)
+    assert code != 0
+    assert any(f"lost rank {rank} (" in line for line in error_lines(err)), err[-3000:]
+    assert not ranks_of(process)
+
+
+def wait_until_gone(pid: int, seconds: float) -> None:
+    descriptor = os.pidfd_open(pid)
+    try:
+        ready, _, _ = select.select([descriptor], [], [], seconds)
+        assert ready, f"process {pid} did not end within {seconds} s"
+    finally:
+        os.close(descriptor)
+
+
+def test_a_second_run_on_the_same_folder_refuses(tmp_path):
+    run = tmp_path / "runs/one"
+    process = start("torchrun", 2, SCRIPT, *arguments(tmp_path, "one", "run.steps=9999"))
+    wait_for_step(run, 2, process)
+    code, _, err = launch("python", 1, SCRIPT, *arguments(tmp_path, "one", "run.steps=9999"))
+    assert code == 2
+    assert len(error_lines(err)) == 1
+    assert "run.name" in err and "is in use by process" in err
+    process.send_signal(signal.SIGINT)  # as Ctrl-C does; the launcher passes it on
+    finish(process)
+    beat = read_heartbeat(run)
+    assert beat["state"] == "interrupted" and beat["reason"].startswith("SIGINT")
+    assert len(losses(run)) == beat["step"]

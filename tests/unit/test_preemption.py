@@ -1,0 +1,155 @@
+"""Asking a run to stop: signals, deadlines, the heartbeat and the lock."""
+
+import os
+import signal
+import time
+from unittest.mock import patch
+
+import pytest
+
+from tests.helpers import losses, quick_config
+from trainer import loop, preemption
+from trainer.config import RunOptions
+from trainer.distributed import World
+from trainer.errors import EXIT_REQUEUE, UserError
+from trainer.heartbeat import Heartbeat, read_heartbeat
+from trainer.lock import Lock
+from trainer.preemption import Interrupted, StopRequest
+from trainer.run import run
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS)
+def test_signals_leave_a_note_and_nothing_else(number):
+    before = signal.getsignal(number)
+    with StopRequest(RunOptions()) as stop:
+        assert stop.reason is None
+        os.kill(os.getpid(), number)
+        assert stop.reason == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_leaves_at_once_but_not_the_echo_of_the_first():
+    clock = [100.0]
+    with (
+        patch.object(time, "monotonic", lambda: clock[0]),
+        patch.object(os, "_exit") as leave,
+        StopRequest(RunOptions()) as stop,
+    ):
+        for clock[0], left in ((100.0, False), (100.3, False), (102.0, True)):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.reason == "SIGINT"
+            assert leave.called == left
+    leave.assert_called_once_with(130)
+
+
+def test_a_deadline_is_counted_on_a_clock_that_nobody_sets_back(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    clock = {"monotonic": 1000.0, "time": 5000.0}
+    for name in clock:
+        monkeypatch.setattr(time, name, lambda name=name: clock[name])
+    stop = StopRequest(RunOptions(max_hours=0.5))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "8000")
+    job = StopRequest(RunOptions(slurm_margin=200))
+    clock["time"] = 0.0
+    for later, first, second in ((2799, False, False), (2800, True, False), (3800, True, True)):
+        clock["monotonic"] = later
+        assert [stop.reason is not None, job.reason is not None] == [first, second]
+    assert (stop.reason, job.reason) == ("run.max_hours: 0.5", "the SLURM job's time limit")
+
+
+def ask_at(step: int):
+    """A StopRequest that is asked while `step` is computed."""
+    stop, honest = StopRequest(RunOptions()), loop.accumulate
+
+    def accumulate(session, batch, index):
+        if index == step:
+            stop._note(signal.SIGUSR1, None)
+        return honest(session, batch, index)
+
+    return stop, patch.object(loop, "accumulate", accumulate)
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):
+    def config(name):
+        return quick_config(
+            tmp_path, f"run.name={name}", "run.steps=6", "run.eval_every=2", "method.kind=lelora"
+        )
+
+    run(config("whole"), World())
+    for step in (2, 3):  # an evaluation is due after the second of them
+        stop, patched = ask_at(step)
+        with patched, pytest.raises(Interrupted, match=f"stopped after step {step + 1}") as caught:
+            run(config("asked"), World(), stop)
+        assert caught.value.exit_code == EXIT_REQUEUE == 75
+        assert read_heartbeat(tmp_path / "runs/asked")["state"] == "interrupted"
+    run(config("asked"), World())
+    assert losses(tmp_path / "runs/asked") == losses(tmp_path / "runs/whole")
+    texts = [(tmp_path / f"runs/{name}/metrics.jsonl").read_text() for name in ("asked", "whole")]
+    assert texts[0].count("eval_loss") == texts[1].count("eval_loss") == 3
+    assert read_heartbeat(tmp_path / "runs/asked")["state"] == "done"
+
+
+def test_a_run_asked_in_its_last_step_simply_ends(tmp_path):
+    stop, patched = ask_at(3)
+    with patched:
+        run(quick_config(tmp_path, "run.name=last"), World(), stop)
+    assert (tmp_path / "runs/last/adapter").is_dir()
+
+
+def test_a_run_asked_before_its_first_step_saves_nothing(tmp_path):
+    stop, _ = ask_at(-1)
+    stop._note(signal.SIGTERM, None)
+    with pytest.raises(Interrupted, match="after step 0; last checkpoint: none"):
+        run(quick_config(tmp_path, "run.name=early"), World(), stop)
+
+
+def test_a_failed_run_says_so(tmp_path):
+    with patch.object(loop, "accumulate", side_effect=UserError("broken")):
+        with pytest.raises(UserError):
+            run(quick_config(tmp_path, "run.name=failed"), World())
+    beat = read_heartbeat(tmp_path / "runs/failed")
+    assert (beat["state"], beat["reason"]) == ("failed", "broken")
+
+
+def test_a_heartbeat_is_whole_and_written_once_a_second(tmp_path):
+    beat = Heartbeat(tmp_path, 100)
+    with patch.object(time, "monotonic", lambda: now[0]):
+        for step, now in enumerate(([10.0], [10.5], [11.1]), start=1):
+            beat.beat(step=step, loss=2.0)
+            assert read_heartbeat(tmp_path)["step"] == {1: 1, 2: 1, 3: 3}[step]
+    beat.end("failed", "no more")
+    read = read_heartbeat(tmp_path)
+    assert (read["state"], read["reason"], read["steps"], read["loss"]) == (
+        "failed", "no more", 100, 2.0,
+    )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["heartbeat.json"]
+    (tmp_path / "heartbeat.json").write_text("{")
+    assert read_heartbeat(tmp_path) == {}
+
+
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
+    first, second = Lock(tmp_path), Lock(tmp_path)
+    first.acquire()
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+        second.acquire()
+    first.release()
+    second.acquire()
+    assert second.held and not first.held
+    second.release()
+
+
+def test_a_folder_that_another_run_made_meanwhile_is_left_alone(tmp_path):
+    from trainer import run as runs
+
+    config = quick_config(tmp_path, "run.name=race")
+    honest = runs._prepare_folder
+
+    def prepare(session, folder, lock):
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+        honest(session, folder, lock)
+
+    with patch.object(runs, "_prepare_folder", prepare):
+        with pytest.raises(UserError, match="made by another run just now"):
+            run(config, World())
+    assert (config.run_folder / "metrics.jsonl").read_text() == '{"step": 1}\n'

@@ -1,0 +1,60 @@
+"""A run folder belongs to one run at a time.
+
+The lock is the operating system's, on a file of the folder: it ends with the process that holds it,
+however that ends, and nothing stale is left to clean up.
+"""
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from typing import IO
+
+from trainer.errors import UserError
+
+FILE = ".lock"
+
+
+class Lock:
+    """Held from `acquire` until `release` or the end of the process."""
+
+    def __init__(self, folder: Path):
+        self._file = folder / FILE
+        self._stream: IO[str] | None = None
+        self.note = ""
+        """What the user should know of it."""
+
+    @property
+    def held(self) -> bool:
+        return self._stream is not None
+
+    def acquire(self) -> None:
+        """Raises UserError where another run has the folder."""
+        try:
+            stream = self._file.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"run.dir: {self._file.parent} cannot be written ({error.strerror})"
+            ) from error
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            raise UserError(
+                f"run.name: {self._file.parent} is in use by {stream.read().strip()}; accepted: "
+                "another run.name, or wait until that run has ended"
+            ) from error
+        except OSError as error:
+            self.note = (
+                f"{self._file.parent} is on a file system without locks ({error.strerror}): "
+                "nothing keeps a second run off it"
+            )
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+        self._stream = stream
+
+    def release(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
