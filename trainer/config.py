@@ -231,7 +231,10 @@ class LogOptions(Section):
     every: int = Field(10, gt=0)
     """Log every so many steps."""
     tensorboard: bool = True
-    """Write TensorBoard event files into the run folder."""
+    """Write TensorBoard event files into the run folder; at most 10,000 points a curve."""
+    decisions_mib: float = Field(64.0, gt=0)
+    """Size at which allocation.jsonl is closed and compressed; the newest 32 closed parts are kept.
+    A run whose first parts are gone can be drawn, not replayed."""
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
     """auto: a bar on a terminal, else plain lines."""
 

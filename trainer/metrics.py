@@ -11,6 +11,9 @@ from tqdm import tqdm
 from trainer.config import Config
 from trainer.heartbeat import Heartbeat
 
+_BOARD_POINTS = 10_000
+"""TensorBoard draws a thousand points of a curve; more of them only make its files grow."""
+
 
 class MetricsWriter:
     """Rank 0's log of one run; a resumed run goes on in the same files."""
@@ -23,6 +26,8 @@ class MetricsWriter:
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            self._spacing = steps / _BOARD_POINTS
+            self._board_from = 0.0  # the first step to draw next
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
             if start == 0:
                 self._board.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
@@ -41,7 +46,10 @@ class MetricsWriter:
         finite = {k: None if _is_nan(v) else v for k, v in values.items()}
         self._stream.write(json.dumps(finite) + "\n")
         self._stream.flush()
-        if self._board is not None:
+        evaluated = any(name.startswith("eval_") for name in values)
+        if self._board is not None and (evaluated or values["step"] >= self._board_from):
+            if not evaluated:
+                self._board_from = values["step"] + self._spacing
             for name, value in finite.items():
                 if name != "step" and isinstance(value, int | float):
                     group = "eval/" if name.startswith("eval_") else "train/"
@@ -102,9 +110,9 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def cut_after(file: Path, step: int) -> None:
-    """Drop what a killed run logged after the step that it now resumes from."""
-    kept = [line for line in read_metrics(file) if line["step"] <= step]
+def cut_after(file: Path, step: int, first: int = 0) -> None:
+    """Keep the lines of steps `first` to `step`: a killed run logged more than it resumes from."""
+    kept = [line for line in read_metrics(file) if first <= line["step"] <= step]
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     temporary.replace(file)

@@ -70,7 +70,8 @@ def _run(config: Config, world: World, stop: StopRequest, lock: Lock) -> None:
             _prepare_folder(session, folder, lock)
             metrics = MetricsWriter(config, folder, steps, progress.step)
             if session.method.decides:
-                log = AllocationLog(folder, config.method.kind, progress.step)
+                limit = int(config.log.decisions_mib * 2**20)
+                log = AllocationLog(folder, config.method.kind, progress.step, limit)
     if metrics is not None:
         notes = [f"note      {lock.note}"] if lock.note else []
         for line in (*notes, *_introduction(session, steps), *(f"damaged   {r}" for r in remarks)):
