@@ -3,10 +3,15 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import ConfigDict, Field
 
 from adapters.method import Decision, Method
+from adapters.options import Section
 from trainer.errors import UserError
 from trainer.metrics import cut_after
+from trainer.strict import parse_json, validate
 
 FILE = "allocation.jsonl"
 
@@ -41,6 +46,23 @@ class AllocationLog:
         self._stream.close()
 
 
+class _Recorded(Section):
+    """A line of the file: what all methods mean by these keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int = Field(ge=0)
+    method: str
+    digest: str
+    ranks: dict[str, Annotated[int, Field(ge=0)]] = {}
+    locations: dict[str, str] = {}
+    survivors: list[str] = []
+    omega: dict[str, float] = {}
+    kept: dict[str, list[Annotated[int, Field(ge=0)]]] = {}
+    budget: float = 0.0
+    final: bool = False
+
+
 class Replay:
     """Decisions that another run recorded, by step (rank 0)."""
 
@@ -48,12 +70,14 @@ class Replay:
         self.path = path / FILE if path.is_dir() else path
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            decisions = [json.loads(line) for line in lines]
+            decisions = [parse_json(line) for line in lines]
+            for decision in decisions:
+                validate("", decision, _Recorded)
             self._by_step: dict[int, Decision] = {d["step"]: d for d in decisions}
         except OSError as error:
             raise self._refused(f"{error.strerror}; accepted: a run folder") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise self._refused(f"no record of decisions ({error!r})") from error
+        except ValueError as error:
+            raise self._refused(f"no record of decisions ({error})") from error
         self._check(method)
         self._check_length(method, first, steps)
 

@@ -9,6 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from trainer.config import Config
+from trainer.errors import UserError
+from trainer.strict import parse_json
 
 
 class MetricsWriter:
@@ -88,18 +90,29 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl; a line cut short by a crash is left out."""
     if not file.exists():
         return []
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {error}; accepted: a file that a run wrote") from error
+    lines: list[dict[str, Any]] = []
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            lines.append(json.loads(line))
+            value = parse_json(line)
         except ValueError:
             break
+        if not isinstance(value, dict):
+            raise UserError(f"{file} line {number}: no JSON object; accepted: what a run wrote")
+        lines.append(value)
     return lines
 
 
 def cut_after(file: Path, step: int) -> None:
     """Drop what a killed run logged after the step that it now resumes from."""
-    kept = [line for line in read_metrics(file) if line["step"] <= step]
+    lines = read_metrics(file)
+    strange = [line for line in lines if not isinstance(line.get("step"), int)]
+    if strange:
+        raise UserError(f"{file}: {strange[0]} has no step; accepted: what a run wrote")
+    kept = [line for line in lines if line["step"] <= step]
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     temporary.replace(file)
