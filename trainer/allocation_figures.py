@@ -3,7 +3,6 @@
 A decision holds until the next one, so every mean over time weighs it by the steps it held.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from adapters.units import Unit, third
 from trainer.errors import UserError
+from trainer.strict import parse_json
 
 LOCATIONS = ("primary", "medium", "minor")
 HEAT_MAP_SPANS = 240
@@ -97,7 +97,7 @@ def read_objects(file: Path) -> Iterator[dict[str, Any]]:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    value = json.loads(line)
+                    value = parse_json(line)
                 except ValueError:
                     if next(lines, None) is None:
                         return
@@ -125,7 +125,7 @@ def read_allocation(folder: Path, rank: float, end: int) -> Allocation | None:
         allocation = allocation or Allocation(read_units(folder / "units.json"), end=end)
         try:
             _take(allocation, decision, rank)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise UserError(
                 f"{file} line {number}: no decision about the units of units.json "
                 f"({type(error).__name__}: {error})"
@@ -137,7 +137,7 @@ def read_units(file: Path) -> list[Unit]:
     """The units of a run, in order."""
     keys = ("name", "layer", "kind", "out_features", "in_features")
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = parse_json(file.read_text(encoding="utf-8"))
         units = [Unit(i, *(entry[key] for key in keys)) for i, entry in enumerate(entries)]
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; allocation.jsonl needs it") from error

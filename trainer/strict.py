@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 from adapters.options import Section
 from trainer.errors import UserError, first_line
 
-_DEEPEST = 100  # levels of a JSON document that is no data
+_DEEPEST = 100  # levels of a YAML or JSON document that is no data
 
 
 def validate(prefix: str, value: Any, kind: type[Section]) -> Any:
@@ -107,13 +107,22 @@ class _Loader(yaml.SafeLoader):
     """YAML with 1.2's floats (`1e-3` is a number), no key given twice, integers of 64 bits, and no
     aliases (a few lines of them stand for more values than memory holds)."""
 
+    _depth = 0
+
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.composer.ComposerError(
                 None, None, f"alias *{event.anchor}; accepted: written out", event.start_mark
             )
-        return super().compose_node(parent, index)
+        self._depth += 1
+        if self._depth > _DEEPEST:  # its scanner takes time that grows with the square
+            raise yaml.composer.ComposerError(
+                None, None, f"nested deeper than {_DEEPEST} levels", self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_yaml_int(self, node):
         value = super().construct_yaml_int(node)
@@ -150,7 +159,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
         list("-+0123456789."),
     )
 
