@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from trainer.errors import UserError
@@ -30,6 +30,7 @@ def fuzz(usual: int = 100, many: int = 3000) -> settings:
         derandomize=True,
         database=None,
         deadline=None,  # `attempt` has one that stops a reader, too
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],  # to explain, it traces every line
         suppress_health_check=list(HealthCheck),
     )
 
