@@ -5,11 +5,15 @@ import hashlib
 import json
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
+
+from pydantic import ConfigDict, Field
 
 from adapters.method import Decision, Method
+from adapters.options import Section
 from trainer.errors import UserError
 from trainer.metrics import cut_after
+from trainer.strict import parse_json, validate
 
 FILE = "allocation.jsonl"
 
@@ -93,11 +97,33 @@ class AllocationLog:
             if last < start:
                 break
             if first < start:  # goes on in the middle of this one
-                with open_decisions(part) as stream:
-                    current.write_text(stream.read(), encoding="utf-8")
+                try:
+                    with open_decisions(part) as stream:
+                        current.write_text(stream.read(), encoding="utf-8")
+                except (OSError, ValueError, EOFError, zlib.error) as error:
+                    raise UserError(
+                        f"{part}: damaged ({error}); accepted: as it was written, or none"
+                    ) from error
             part.unlink()
             last = -1
         cut_after(current, start - 1, last + 1)  # a crash may have left what a part holds
+
+
+class _Recorded(Section):
+    """A line of the file: what all methods mean by these keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int = Field(ge=0)
+    method: str
+    digest: str
+    ranks: dict[str, Annotated[int, Field(ge=0)]] = {}
+    locations: dict[str, str] = {}
+    survivors: list[str] = []
+    omega: dict[str, float] = {}
+    kept: dict[str, list[Annotated[int, Field(ge=0)]]] = {}
+    budget: float = 0.0
+    final: bool = False
 
 
 class Replay:
@@ -111,12 +137,15 @@ class Replay:
             decisions = []
             for file in files or [self.path]:
                 with open_decisions(file) as stream:
-                    decisions += [json.loads(line) for line in stream]
+                    decisions += [parse_json(line) for line in stream]
+            for decision in decisions:
+                validate("", decision, _Recorded)
             self._by_step: dict[int, Decision] = {d["step"]: d for d in decisions}
         except OSError as error:
-            raise self._refused(f"{error.strerror}; accepted: a run folder") from error
-        except (ValueError, TypeError, KeyError, EOFError, zlib.error) as error:
-            raise self._refused(f"no record of decisions ({error!r})") from error
+            reason = error.strerror or error
+            raise self._refused(f"{reason}; accepted: a run folder") from error
+        except (ValueError, EOFError, zlib.error) as error:
+            raise self._refused(f"no record of decisions ({error})") from error
         self._check(method)
         self._check_length(method, first, steps)
 

@@ -3,7 +3,6 @@
 A decision holds until the next one, so every mean over time weighs it by the steps it held.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from adapters.units import Unit, third
 from trainer.allocation import decision_files, open_decisions
 from trainer.errors import UserError
+from trainer.strict import parse_json
 
 LOCATIONS = ("primary", "medium", "minor")
 HEAT_MAP_SPANS = 240
@@ -99,7 +99,7 @@ def read_objects(file: Path) -> Iterator[dict[str, Any]]:
         with open_decisions(file) as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    value = json.loads(line)
+                    value = parse_json(line)
                 except ValueError:
                     if next(lines, None) is None:
                         return
@@ -127,7 +127,7 @@ def read_allocation(folder: Path, rank: float, end: int) -> Allocation | None:
             allocation = allocation or Allocation(read_units(folder / "units.json"), end=end)
             try:
                 _take(allocation, decision, rank)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
                 raise UserError(
                     f"{file} line {number}: no decision about the units of units.json "
                     f"({type(error).__name__}: {error})"
@@ -139,7 +139,7 @@ def read_units(file: Path) -> list[Unit]:
     """The units of a run, in order."""
     keys = ("name", "layer", "kind", "out_features", "in_features")
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = parse_json(file.read_text(encoding="utf-8"))
         units = [Unit(i, *(entry[key] for key in keys)) for i, entry in enumerate(entries)]
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; allocation.jsonl needs it") from error
