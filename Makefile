@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install install-dev quickstart test lint clean
+.PHONY: install install-dev quickstart test test-all campaign lint clean
 
 # torch first: whatever depends on it then finds it installed. deepspeed is a source package
 # whose build needs torch, so it is built against the one that is there.
@@ -33,6 +33,17 @@ quickstart: $(BIN)/.installed
 
 test: $(BIN)/.installed-dev lint
 	python -m pytest -q
+
+# What takes too long for every change: every engine with every method, save and resume between all
+# engines, thousands of hostile files. An hour or two on two cores.
+test-all: $(BIN)/.installed-dev lint
+	RANKCAST_ALL=1 python -m pytest -q
+
+# Breaks runs on purpose, then lets one run for 20,000 steps (docs/reliability.md). Needs root for
+# the file systems that it mounts.
+campaign: $(BIN)/.installed-dev
+	python -m tests.campaigns.faults build/faults
+	python -m tests.campaigns.long_run build/long_run
 
 lint: $(BIN)/.installed-dev
 	ruff check .

@@ -37,7 +37,7 @@ class Progress:
     skipped: int = 0
     """Steps skipped since the loss or gradient was not finite."""
     skipped_in_a_row: int = 0
-    evaluated: int = -1
+    evaluated: int = 0
     """The last step after which was evaluated; a run that was stopped catches up."""
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from trainer.checkpoint import CheckpointWriter, Progress
 from trainer.config import LEFT_OUT, Config
 from trainer.distributed import World
 from trainer.engine import engine_class
-from trainer.errors import UserError
+from trainer.errors import RunFailed, UserError
 from trainer.figures import draw_loss
 from trainer.lock import Lock
 from trainer.loop import make_loader, total_steps, train
@@ -84,7 +85,7 @@ def _run(config: Config, world: World, stop: StopRequest, lock: Lock) -> None:
             for change in checkpoint.changes(state, config.model_dump(mode="json")):
                 metrics.say(f"changed   {change}")
     writer = CheckpointWriter(session, loader, folder / "checkpoints")
-    try:
+    with _recorded(folder, metrics, log):
         train(session, loader, writer, metrics, log, progress, steps, stop, replay)
         writer.close()
         with world.together():
@@ -92,15 +93,30 @@ def _run(config: Config, world: World, stop: StopRequest, lock: Lock) -> None:
                 metrics.close()
                 _finish(session, folder, steps)
                 metrics.heartbeat.end("done")
+
+
+@contextmanager
+def _recorded(
+    folder: Path, metrics: MetricsWriter | None, log: AllocationLog | None
+) -> Iterator[None]:
+    """However the run ends, its heartbeat says so and its files are closed."""
+    try:
+        yield
     except BaseException as error:
+        if isinstance(error, OSError):  # of a record; the checkpoint writer has its own words
+            error = RunFailed(
+                f"{error.filename or folder}: {error.strerror or error}; last good checkpoint: "
+                f"{checkpoint_files.newest(folder / 'checkpoints') or 'none'}"
+            )
         if metrics is not None:
             state = "interrupted" if isinstance(error, Interrupted) else "failed"
             metrics.heartbeat.end(state, str(error))
-        raise
+        raise error
     finally:
         for file in (metrics, log):
             if file is not None:
-                file.close()
+                with suppress(OSError):  # what could not be written has been said
+                    file.close()
 
 
 def dry_run(config: Config, world: World) -> str:

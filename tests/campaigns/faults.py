@@ -184,10 +184,14 @@ def ask(campaign: Campaign, _: int) -> None:
                           f"{launcher}, {said}")  # fmt: skip
 
 
+def mount(*arguments: str | Path) -> None:
+    subprocess.run(["mount", *arguments], check=True)
+
+
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
+    mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder)
     try:
         yield
     finally:
@@ -199,7 +203,7 @@ def disk(campaign: Campaign, _: int) -> None:
     for launcher in LAUNCHERS:
         for what in ("full disk", "read-only folder"):
             folder = campaign.out / f"disk-{launcher}-{what.split()[0]}"
-            with small_disk(folder, "64m"):
+            with small_disk(folder, "256m"):
                 run = folder / "run"
                 config = campaign.config("run", folder, "log.progress=plain")
                 process = campaign.begin(launcher, config)
@@ -212,19 +216,9 @@ def disk(campaign: Campaign, _: int) -> None:
                                 filler.flush()
                         except OSError:
                             pass
-                else:
-                    code = 1
-                    while code:  # busy while a file is open for writing
-                        code = subprocess.run(
-                            ["mount", "-o", "remount,ro", folder], capture_output=True
-                        ).returncode
-                        if code:
-                            break
-                    if code:
-                        process.kill()
-                        finish(process)
-                        campaign.note(what, "could not be injected: files are open", None)
-                        continue
+                else:  # a mount over itself: what is open stays writable, nothing new can be
+                    mount("--bind", folder, folder)
+                    mount("-o", "remount,bind,ro", folder)
                 code, _, err = finish(process, seconds=120)
                 problem = left_behind(process) + ("" if code else "exit code 0; ")
                 reached, said = step_of(run), last_line(err)
@@ -232,7 +226,7 @@ def disk(campaign: Campaign, _: int) -> None:
                 if what == "full disk":
                     (folder / "filler").unlink()
                 else:
-                    subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
+                    subprocess.run(["umount", folder], check=True)
                 wrong, origin, _ = go_on(campaign, launcher, config, run)
                 campaign.note(what, problem + wrong, reached - origin, f"{launcher}, {said}")
 
