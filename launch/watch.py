@@ -1,0 +1,42 @@
+"""Watch a run from its folder, on any machine that sees it.
+
+python launch/watch.py runs/NAME            a view that follows the run until it ends
+python launch/watch.py runs/NAME --once     one look; the exit code says how the run stands:
+                                            0 done, 75 interrupted (start it again), 1 failed,
+                                            3 still running
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+
+from trainer.heartbeat import EXIT_RUNNING
+from trainer.start import guarded
+from trainer.watch import exit_code, view
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--once", action="store_true", help="print once; exit code by state")
+    arguments = parser.parse_args()
+    console = Console()
+    with guarded():
+        if arguments.once or not console.is_terminal:
+            console.print(view(arguments.run))
+            return exit_code(arguments.run)
+        with Live(view(arguments.run), console=console, auto_refresh=False) as live:
+            while exit_code(arguments.run) == EXIT_RUNNING:
+                time.sleep(1)
+                live.update(view(arguments.run), refresh=True)
+        return exit_code(arguments.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
