@@ -22,6 +22,9 @@ train() {
     local launcher=$1 config=$2 code=0 started
     shift 2
     started=$(date +%s)
+    # Looked up now, beside the start of the training: between the signal and the time limit the
+    # seconds that Python's imports take are short.
+    exec 3< <(run_folder "$config" "$@")
     echo "job $job_id, start $((restarts + 1)) on $SLURM_JOB_NODELIST, $(date -Is)"
     export_end_time
     # srun of SLURM 22.05 and later does not take --cpus-per-task over from sbatch.
@@ -31,7 +34,7 @@ train() {
     srun --kill-on-bad-exit=0 --wait=60 launch/slurm/task.sh "$launcher" \
         launch/train.py --config "$config" "$@" || code=$?
     if ((code == 0)); then return; fi
-    if interrupted "$started" "$config" "$@" && ((restarts < MAX_RESTARTS)); then
+    if interrupted "$started" && ((restarts < MAX_RESTARTS)); then
         echo "job $job_id: interrupted and saved, back into the queue"
         scontrol requeue "$job_id" # ends this script too
     else
@@ -44,8 +47,9 @@ train() {
 # time even where the signal came before it could listen.
 export_end_time() {
     local end
-    end=$(squeue --noheader --job "$job_id" --format %e)
-    if end=$(date -d "$end" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$end; fi
+    end=$(squeue --noheader --job "$job_id" --format %e) || return 0
+    # A job without a limit has no end ("NONE"); and to date, an empty one would be midnight.
+    if end=$(date -d "${end:-NONE}" +%s 2>/dev/null); then export SLURM_JOB_END_TIME=$end; fi
 }
 
 # Launchers hide their workers' exit code, so the run itself is asked. Where this start has saved
@@ -53,13 +57,13 @@ export_end_time() {
 # is too short to get that far, is not requeued.
 interrupted() {
     local started=$1 run state=0
-    run=$(run_folder "${@:2}") || return 1
+    read -r run <&3 || return 1
     python launch/watch.py "$run" --once || state=$?
     ((state == 75)) || return 1
     [[ -n $(find "$run/checkpoints" -mindepth 1 -maxdepth 1 -newermt "@$started" 2>/dev/null) ]]
 }
 
-# The folder that CONFIG and overrides name; the trainer has reported mistakes in them.
+# The folder that CONFIG and overrides name; mistakes in them are the trainer's to report.
 run_folder() {
     python - "$@" 2>/dev/null <<'EOF'
 import sys

@@ -17,8 +17,9 @@ from tests.slurm.cluster import Cluster, cluster
 pytestmark = pytest.mark.skipif("RANKCAST_TEST_SLURM" not in os.environ, reason="make test-slurm")
 
 SCRIPTS = ROOT / "launch/slurm"
-STEPS = 40
-TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1")
+STEPS = 30
+ONE_NODE = ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1")
+TWO_NODES = ("--nodes=2", *ONE_NODE[1:])
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 
 
@@ -62,12 +63,12 @@ def write_config(folder: Path, name: str, steps: int = STEPS, *overrides: str) -
     return str(file)
 
 
-def submit(slurm: Cluster, folder: Path, script: str, *arguments: str) -> str:
-    """`arguments`: sbatch's options, then the script's. The log is folder/JOB.out."""
+def submit(
+    slurm: Cluster, folder: Path, script: str, options: tuple[str, ...], *arguments: str
+) -> str:
+    """The log is folder/JOB.out."""
     output = f"--output={folder}/%j.out"
-    options = [argument for argument in arguments if argument.startswith("--")]
-    others = [argument for argument in arguments if not argument.startswith("--")]
-    return slurm.submit(output, *options, str(SCRIPTS / script), *others)
+    return slurm.submit(output, *options, str(SCRIPTS / script), *arguments)
 
 
 def wait_until(slurm: Cluster, job: str, what: str, ready: Callable[[], bool], seconds: float):
@@ -114,6 +115,15 @@ def test_batch_scripts_are_accepted_as_they_are(slurm, script):
     slurm.run("sbatch", "--test-only", str(SCRIPTS / script))
 
 
+def test_examples_know_their_jobs(slurm, folder):
+    """As far as this goes without the memory: shapes, data and units, in one process each."""
+    llama = submit(slurm, folder, "llama70b.sbatch", ONE_NODE, "nf4", "--dry-run")
+    mixtral = submit(slurm, folder, "mixtral.sbatch", ONE_NODE, "int8", "--dry-run")
+    for job, facts in ((llama, ("LlamaFor", "nf4")), (mixtral, ("MixtralFor", "int8"))):
+        assert wait_for_end(slurm, job)["JobState"] == "COMPLETED", slurm.log(job)
+        assert all(fact in slurm.log(job) for fact in facts), slurm.log(job)
+
+
 def test_scripts_pass_shellcheck():
     files = sorted(SCRIPTS.glob("*.s*h"))
     done = subprocess.run(["shellcheck", *map(str, files)], capture_output=True, text=True)
@@ -128,7 +138,7 @@ def test_a_signalled_job_requeues_and_ends_as_if_nothing_had_been(
 ):
     uninterrupted = whole(launcher, 2)
     name = script.removesuffix(".sbatch")
-    job = submit(slurm, folder, script, *TWO_NODES, write_config(folder, name))
+    job = submit(slurm, folder, script, TWO_NODES, write_config(folder, name))
     wait_for_steps(slurm, job, folder / "runs" / name)
     slurm.run("scancel", "--signal=USR1", job)
     assert check_resumed(slurm, job, folder / "runs" / name, uninterrupted) == 1
@@ -137,9 +147,9 @@ def test_a_signalled_job_requeues_and_ends_as_if_nothing_had_been(
 def test_a_job_under_torchrun_is_requeued_before_its_time_limit(slurm, folder, whole):
     # SLURM looks at time limits every 30 s: of 120 s, the signal comes after 45 to 75.
     limit = ("--time=2", "--signal=USR1@45")
-    steps = int(80 / step_seconds(folder / "runs" / f"whole-torchrun-2-{STEPS}-0"))
+    steps = int(70 / step_seconds(folder / "runs" / f"whole-torchrun-2-{STEPS}-0"))
     file = write_config(folder, "fsdp2", steps)
-    job = submit(slurm, folder, "fsdp2.sbatch", *TWO_NODES, *limit, file)
+    job = submit(slurm, folder, "fsdp2.sbatch", TWO_NODES + limit, file)
     wait_for_end(slurm, job, 600)
     assert "stopped: SIGUSR1" in slurm.log(job), slurm.log(job)
     check_resumed(slurm, job, folder / "runs" / "fsdp2", whole("torchrun", 2, steps))
@@ -148,7 +158,7 @@ def test_a_job_under_torchrun_is_requeued_before_its_time_limit(slurm, folder, w
 def test_each_seed_of_an_array_is_requeued_alone(slurm, folder, whole):
     file = write_config(folder, "array")
     options = ("--job-name=array", "--array=3-4", "--cpus-per-task=1")
-    array = submit(slurm, folder, "seeds.sbatch", *options, file)
+    array = submit(slurm, folder, "seeds.sbatch", options, file)
     for seed in (3, 4):
         wait_for_steps(slurm, f"{array}_{seed}", folder / "runs" / f"array-seed{seed}")
         slurm.run("scancel", "--signal=USR1", f"{array}_{seed}")
@@ -170,8 +180,7 @@ def test_a_job_that_fails_is_not_requeued(slurm, folder, script, mistake, error)
     run.mkdir(parents=True)
     # An earlier start was interrupted: that must not count for this one.
     (run / "heartbeat.json").write_text(json.dumps({"state": "interrupted"}))
-    options = ("--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1")
-    job = submit(slurm, folder, script, *options, write_config(folder, name), mistake)
+    job = submit(slurm, folder, script, ONE_NODE, write_config(folder, name), mistake)
     ended, log = wait_for_end(slurm, job), slurm.log(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), log
     assert error in log, log
@@ -180,7 +189,7 @@ def test_a_job_that_fails_is_not_requeued(slurm, folder, script, mistake, error)
 
 def test_a_cancelled_job_is_not_requeued(slurm, folder):
     options = ("--job-name=cancelled", "--array=0-0", "--cpus-per-task=1")
-    job = submit(slurm, folder, "seeds.sbatch", *options, write_config(folder, "cancelled", 10_000))
+    job = submit(slurm, folder, "seeds.sbatch", options, write_config(folder, "cancelled", 10_000))
     wait_for_steps(slurm, job, folder / "runs" / "cancelled-seed0")
     slurm.run("scancel", job)
     wait_until(slurm, job, "idle nodes", lambda: set(slurm.states()) == {"idle"}, 60)
