@@ -171,6 +171,13 @@ class AdaLoRA(Method):
         ranks = {name: len(components) for name, components in chosen.items()}
         return {"ranks": ranks, "kept": chosen, "final": step == last}
 
+    def check_decision(self, decision):
+        super().check_decision(decision)
+        kept, R = decision.get("kept", {}), self.options.components
+        kept_all = all(max(kept.get(unit.name, [R]), default=0) < R for unit in self.units)
+        if "final" not in decision or not kept_all:
+            raise ValueError(f"without `final`, or without components below {R} of every unit")
+
     def apply(self, decision):
         R = self.options.components
         kept = torch.zeros(len(self.units), R, dtype=torch.bool)

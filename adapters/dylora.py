@@ -53,6 +53,15 @@ class DyLoRA(Method):
             "ranks": {"all": int(torch.randint(self.options.rank, (), generator=generator)) + 1}
         }
 
+    @property
+    def decided(self):
+        return ["all"]
+
+    def check_decision(self, decision):
+        super().check_decision(decision)
+        if decision["ranks"]["all"] < 1:
+            raise ValueError("rank 0; accepted: at least 1")
+
     def apply(self, decision):
         b = decision["ranks"]["all"]
         index = torch.arange(self.options.rank)

@@ -195,6 +195,15 @@ class LaLoRA(Method):
 
     # --- every rank ----------------------------------------------------------------------------
 
+    @property
+    def decided(self):
+        return [str(layer) for layer in self.layers]
+
+    def check_decision(self, decision):
+        super().check_decision(decision)
+        if "budget" not in decision:
+            raise ValueError("no budget; accepted: what lalora recorded")
+
     def apply(self, decision):
         ranks = [decision["ranks"][str(unit.layer)] for unit in self.units]
         self._applied = decision

@@ -317,10 +317,10 @@ class LeLoRA(Method):
         return self._policy
 
     def check_decision(self, decision):
+        super().check_decision(decision)
         for unit in self.units:
-            rank, place = decision["ranks"].get(unit.name), decision["locations"].get(unit.name)
-            if rank is None or place is None:
-                raise ValueError(f"nothing about {unit.name}; accepted: a run of the same units")
+            rank = decision["ranks"][unit.name]
+            place = decision.get("locations", {}).get(unit.name)
             if rank not in self.options.dimensions:
                 raise ValueError(f"rank {rank}; accepted: {self.options.dimensions}")
             if place not in self.options.locations:

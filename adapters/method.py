@@ -266,11 +266,20 @@ class Method:
         """Rank 0, where `due`: what holds from optimizer step `step` on; None: nothing changes."""
         raise NotImplementedError
 
+    @property
+    def decided(self) -> Sequence[str]:
+        """The names under which every decision has ranks."""
+        return [unit.name for unit in self.units]
+
     def check_decision(self, decision: Decision) -> None:
         """Raises ValueError where another run's decision does not fit this run's options."""
-        largest = max(decision.get("ranks", {}).values(), default=0)
-        if largest > self.options.components:
-            raise ValueError(f"rank {largest}; accepted: at most {self.options.components}")
+        ranks, largest = decision.get("ranks", {}), self.options.components
+        for name in self.decided:
+            if name not in ranks:
+                raise ValueError(f"nothing about {name}; accepted: a run of the same units")
+        for name, rank in ranks.items():
+            if rank > largest:
+                raise ValueError(f"rank {rank} for {name}; accepted: at most {largest}")
 
     def apply(self, decision: Decision) -> bool:
         """Every rank: carry it out; True if tensors were added, removed or resized."""

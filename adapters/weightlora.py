@@ -167,8 +167,16 @@ class RLoRA(Method):
 
     def check_decision(self, decision):
         largest, ranks = self.options.final_rank(len(self.units)), decision.get("ranks", {})
-        if max(ranks.values(), default=0) > largest:
-            raise ValueError(f"rank {max(ranks.values())}; accepted: at most {largest}")
+        if set(decision.get("survivors", ())) != ranks.keys():
+            raise ValueError("survivors and ranks name different units; accepted: the same")
+        for name, rank in ranks.items():
+            if not 0 < rank <= largest:
+                raise ValueError(f"rank {rank} for {name}; accepted: 1 to {largest}")
+        self._check_scores(decision)
+
+    def _check_scores(self, decision):
+        if not decision.get("survivors"):
+            raise ValueError("no survivors; accepted: what rlora recorded")
 
     def apply(self, decision):
         """Removal: the only change of structure in a run."""
@@ -244,6 +252,11 @@ class WeightLoRA(RLoRA):
         names = [unit.name for unit in self.units]
         decision["omega"] = dict(zip(names, (1 + self._offset).tolist(), strict=True))
         return decision | ({"ties": ties} if ties else {})
+
+    def _check_scores(self, decision):
+        for unit in self.units:
+            if unit.name not in decision.get("omega", {}):
+                raise ValueError(f"no omega of {unit.name}; accepted: a run of the same units")
 
     def _stoiht(self, gradient: np.ndarray, rate: float) -> list[str]:
         """ω ← H_K(ω − η g_ω); the units of equal score on both sides of the border, if any."""

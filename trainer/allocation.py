@@ -1,14 +1,25 @@
 """allocation.jsonl: every decision of a run, one object a line; and decisions read back."""
 
+import gzip
 import hashlib
 import json
+import zlib
 from pathlib import Path
+from typing import IO, Annotated
+
+from pydantic import ConfigDict, Field
 
 from adapters.method import Decision, Method
+from adapters.options import Section
 from trainer.errors import UserError
 from trainer.metrics import cut_after
+from trainer.strict import parse_json, validate
 
 FILE = "allocation.jsonl"
+
+_PARTS = "allocation-*.jsonl.gz"
+_KEPT_PARTS = 32
+"""With 64 MiB a part, 2 GiB of decisions, of which the closed parts take a tenth or less."""
 
 _INTEGERS = ("ranks", "locations", "survivors")
 
@@ -23,22 +34,96 @@ def decision_digest(decision: Decision) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class AllocationLog:
-    """Rank 0's record of decisions; a resumed run goes on in the same file."""
+def decision_files(folder: Path) -> list[Path]:
+    """The files of a run's decisions, oldest first: closed parts, then the one being written."""
+    current = folder / FILE
+    return [*sorted(folder.glob(_PARTS)), *([current] if current.exists() else [])]
 
-    def __init__(self, folder: Path, kind: str, start: int):
-        self.kind = kind
-        cut_after(folder / FILE, start - 1)  # decisions for steps that are done
+
+def open_decisions(file: Path) -> IO[str]:
+    """A file of decisions as text, compressed or not."""
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8")
+    return file.open(encoding="utf-8")
+
+
+class AllocationLog:
+    """Rank 0's record of decisions; a resumed run goes on in the same file.
+
+    When the file reaches `limit` bytes it is closed and compressed, as
+    `allocation-<first step>-<last step>.jsonl.gz`, and only the newest `_KEPT_PARTS` of those stay.
+    """
+
+    def __init__(self, folder: Path, kind: str, start: int, limit: int = 64 * 2**20):
+        self.folder, self.kind, self._limit = folder, kind, limit
+        self._cut(start)
         self._stream = (folder / FILE).open("a", encoding="utf-8")
+        self._size = self._stream.tell()
 
     def write(self, step: int, decision: Decision) -> None:
         """One decision, made before optimizer step `step`."""
         line = {"step": step, "method": self.kind, "digest": decision_digest(decision), **decision}
-        self._stream.write(json.dumps(line) + "\n")
+        text = json.dumps(line) + "\n"
+        if self._size and self._size + len(text) > self._limit:
+            self._close_part()
+        self._stream.write(text)
         self._stream.flush()
+        self._size += len(text)
 
     def close(self) -> None:
         self._stream.close()
+
+    def _close_part(self) -> None:
+        """Compress what was written so far, and begin anew."""
+        self._stream.close()
+        current = self.folder / FILE
+        lines = current.read_text(encoding="utf-8").splitlines(keepends=True)
+        first, last = (json.loads(lines[index])["step"] for index in (0, -1))
+        part = self.folder / f"allocation-{first:08d}-{last:08d}.jsonl.gz"
+        unfinished = part.with_suffix(".tmp")
+        with gzip.open(unfinished, "wt", encoding="utf-8", compresslevel=6) as stream:
+            stream.writelines(lines)
+        unfinished.replace(part)
+        current.unlink()
+        for old in sorted(self.folder.glob(_PARTS))[:-_KEPT_PARTS]:
+            old.unlink()
+        self._stream, self._size = current.open("a", encoding="utf-8"), 0
+
+    def _cut(self, start: int) -> None:
+        """Drop decisions from step `start` on: they belong to steps that will be done again."""
+        current, last = self.folder / FILE, -1
+        for part in sorted(self.folder.glob(_PARTS), reverse=True):
+            first, last = (int(step) for step in part.name.split(".")[0].split("-")[1:])
+            if last < start:
+                break
+            if first < start:  # goes on in the middle of this one
+                try:
+                    with open_decisions(part) as stream:
+                        current.write_text(stream.read(), encoding="utf-8")
+                except (OSError, ValueError, EOFError, zlib.error) as error:
+                    raise UserError(
+                        f"{part}: damaged ({error}); accepted: as it was written, or none"
+                    ) from error
+            part.unlink()
+            last = -1
+        cut_after(current, start - 1, last + 1)  # a crash may have left what a part holds
+
+
+class _Recorded(Section):
+    """A line of the file: what all methods mean by these keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int = Field(ge=0)
+    method: str
+    digest: str
+    ranks: dict[str, Annotated[int, Field(ge=0)]] = {}
+    locations: dict[str, str] = {}
+    survivors: list[str] = []
+    omega: dict[str, float] = {}
+    kept: dict[str, list[Annotated[int, Field(ge=0)]]] = {}
+    budget: float = 0.0
+    final: bool = False
 
 
 class Replay:
@@ -46,14 +131,21 @@ class Replay:
 
     def __init__(self, path: Path, method: Method, first: int, steps: int):
         self.path = path / FILE if path.is_dir() else path
+        files = decision_files(path) if path.is_dir() else [path]
+        self._in_parts = len(files) > 1
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            decisions = [json.loads(line) for line in lines]
+            decisions = []
+            for file in files or [self.path]:
+                with open_decisions(file) as stream:
+                    decisions += [parse_json(line) for line in stream]
+            for decision in decisions:
+                validate("", decision, _Recorded)
             self._by_step: dict[int, Decision] = {d["step"]: d for d in decisions}
         except OSError as error:
-            raise self._refused(f"{error.strerror}; accepted: a run folder") from error
-        except (ValueError, TypeError, KeyError) as error:
-            raise self._refused(f"no record of decisions ({error!r})") from error
+            reason = error.strerror or error
+            raise self._refused(f"{reason}; accepted: a run folder") from error
+        except (ValueError, EOFError, zlib.error) as error:
+            raise self._refused(f"no record of decisions ({error})") from error
         self._check(method)
         self._check_length(method, first, steps)
 
@@ -80,6 +172,12 @@ class Replay:
         due = [step for step in range(first, steps) if method.due(step)]
         if due:
             self.decide(due[-1])
+        oldest = min(self._by_step, default=0)
+        if self._in_parts and due and oldest > due[0]:
+            raise self._refused(
+                f"decisions before step {oldest} were not kept; accepted: a run with a larger "
+                "log.decisions_mib"
+            )
 
     def decide(self, step: int) -> Decision | None:
         """What was decided before `step`; None: nothing."""

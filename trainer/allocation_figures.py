@@ -3,8 +3,8 @@
 A decision holds until the next one, so every mean over time weighs it by the steps it held.
 """
 
-import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from adapters.units import Unit, third
+from trainer.allocation import decision_files, open_decisions
 from trainer.errors import UserError
+from trainer.strict import parse_json
 
 LOCATIONS = ("primary", "medium", "minor")
 HEAT_MAP_SPANS = 240
@@ -94,10 +96,10 @@ def read_objects(file: Path) -> Iterator[dict[str, Any]]:
     if not file.exists():
         return
     try:
-        with file.open(encoding="utf-8") as lines:
+        with open_decisions(file) as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    value = json.loads(line)
+                    value = parse_json(line)
                 except ValueError:
                     if next(lines, None) is None:
                         return
@@ -110,8 +112,8 @@ def read_objects(file: Path) -> Iterator[dict[str, Any]]:
                 yield value
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; accepted: a file to read") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8; accepted: a file that a run wrote") from error
+    except (UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: not readable; accepted: a file that a run wrote") from error
 
 
 def read_allocation(folder: Path, rank: float, end: int) -> Allocation | None:
@@ -119,17 +121,17 @@ def read_allocation(folder: Path, rank: float, end: int) -> Allocation | None:
 
     `rank` is what units have until survivors are chosen, `end` the last step that was logged.
     """
-    file = folder / "allocation.jsonl"
     allocation: Allocation | None = None
-    for number, decision in enumerate(read_objects(file), 1):
-        allocation = allocation or Allocation(read_units(folder / "units.json"), end=end)
-        try:
-            _take(allocation, decision, rank)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{file} line {number}: no decision about the units of units.json "
-                f"({type(error).__name__}: {error})"
-            ) from error
+    for file in decision_files(folder):
+        for number, decision in enumerate(read_objects(file), 1):
+            allocation = allocation or Allocation(read_units(folder / "units.json"), end=end)
+            try:
+                _take(allocation, decision, rank)
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+                raise UserError(
+                    f"{file} line {number}: no decision about the units of units.json "
+                    f"({type(error).__name__}: {error})"
+                ) from error
     return allocation
 
 
@@ -137,7 +139,7 @@ def read_units(file: Path) -> list[Unit]:
     """The units of a run, in order."""
     keys = ("name", "layer", "kind", "out_features", "in_features")
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
+        entries = parse_json(file.read_text(encoding="utf-8"))
         units = [Unit(i, *(entry[key] for key in keys)) for i, entry in enumerate(entries)]
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; allocation.jsonl needs it") from error

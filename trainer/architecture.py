@@ -31,7 +31,8 @@ from adapters.units import (
     transformer_blocks,
 )
 from trainer.config import Config, ModelOptions, compute_dtype
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
+from trainer.strict import local
 from trainer.tasks.base import Task
 
 
@@ -68,10 +69,10 @@ class Backbone:
 
 def resolve_folder(name: str, revision: str | None, *, with_weights: bool = True) -> Path:
     """The local folder of a model: as given, or downloaded from the hub (safetensors only)."""
-    path = Path(name)
-    if path.is_dir():
+    path = local(name)
+    if path is not None and path.is_dir():
         return path
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if path is not None or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"model.id: {name}: no such folder; accepted: a local folder or a hub id")
     from huggingface_hub import snapshot_download
 
@@ -86,9 +87,9 @@ def resolve_folder(name: str, revision: str | None, *, with_weights: bool = True
             )
         )
     except Exception as error:  # the hub client raises a score of types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
-            f"model.id: {name}: neither a local folder nor a model that the hub gives ({reason})"
+            f"model.id: {name}: neither a local folder nor a model that the hub gives "
+            f"({first_line(error)})"
         ) from error
 
 
@@ -100,7 +101,7 @@ def load_tokenizer(options: ModelOptions) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the files lead to
-        raise UserError(f"{key}: {folder}: no usable tokenizer ({_first_line(error)})") from error
+        raise UserError(f"{key}: {folder}: no usable tokenizer ({first_line(error)})") from error
 
 
 def build(config: Config, task: Task, device: torch.device) -> Backbone:
@@ -115,11 +116,13 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
             model = task.auto_class.from_config(
                 model_config,
                 dtype=dtype,
+                # Given in any case: config.json may name code on the hub here, or in `auto_map`.
                 attn_implementation=None if options.attention == "auto" else options.attention,
+                trust_remote_code=False,
             )
     except Exception as error:  # a model's constructor raises whatever its shapes lead to
         raise UserError(
-            f"model.id: {folder} with model.attention={options.attention}: {_first_line(error)}"
+            f"model.id: {folder} with model.attention={options.attention}: {first_line(error)}"
         ) from error
     model.requires_grad_(False)
     model.eval()
@@ -154,24 +157,24 @@ def _model_config(folder: Path, options: ModelOptions) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as for the tokenizer
         raise UserError(
-            f"model.id: {folder}: no usable config.json ({_first_line(error)})"
+            f"model.id: {folder}: no usable config.json ({first_line(error)})"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"model.id: {folder}: its weights are quantised already (quantization_config); "
             "accepted: an unquantised model, with model.quantization for its format"
         )
-    for key in options.overrides:
-        if not hasattr(config, key):
-            raise UserError(f"model.overrides: {key}: not a key of {folder / 'config.json'}")
     if not options.overrides:
         return config
     values = config.to_dict()
+    for key in options.overrides:  # by the model's name for it, or by transformers' common one
+        if key not in values and key not in config.attribute_map:
+            raise UserError(f"model.overrides: {key}: not a key of {folder / 'config.json'}")
     values.pop("layer_types", None)  # derived from the number of layers
     try:
         return type(config).from_dict({**values, **options.overrides})
     except Exception as error:  # likewise
-        raise UserError(f"model.overrides: {options.overrides}: {_first_line(error)}") from error
+        raise UserError(f"model.overrides: {options.overrides}: {first_line(error)}") from error
 
 
 def _targets(
@@ -306,8 +309,3 @@ def _check_vocabulary(
 def set_module(model: nn.Module, path: str, module: nn.Module | None) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else repr(error)

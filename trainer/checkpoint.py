@@ -131,36 +131,48 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
     _check_same_run(session, checkpoint, state)
     stored = files.read_tensors(checkpoint)
     load_trained(session, checkpoint, stored)
-    session.optimizer.load_state_dict(_unflatten(stored, "optimizer/"))
-    if session.world.is_main:
-        session.method.load_decider_state(_below(stored, "decider/"))
-    loader.load_state_dict(state["loader"])
-    _restore_random_state(session, stored, state["step"])
-    return Progress(**state["progress"])
+    with files.fitting(checkpoint):
+        _check_fit(session, checkpoint, stored, "optimizer/")
+        session.optimizer.load_state_dict(_unflatten(stored, "optimizer/"))
+        if session.world.is_main:
+            session.method.load_decider_state(_below(stored, "decider/"))
+        loader.load_state_dict(state["loader"])
+        _restore_random_state(session, stored, state["step"])
+        return Progress(**state["progress"])
 
 
 def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) -> None:
     """Structure, adapters, masks and heads, without what only training needs."""
     method = session.method
-    method.load_state_dict(_below(stored, "method/"))
-    if method.changes_structure:
-        method.resize(
-            {
-                name.split("/")[1]: tensor.shape[0]
-                for name, tensor in stored.items()
-                if name.startswith("adapter/") and name.endswith("/A")
-            }
-        )
-        session.optimizer.follow(session.trainables())
-    for name, tensor in _tensors(session).items():
-        if not name.startswith(("adapter/", "head/")):
-            continue
-        if name not in stored or stored[name].shape != tensor.shape:
-            found = tuple(stored[name].shape) if name in stored else "nothing"
-            raise files.BadCheckpoint(
-                f"{checkpoint}: {name}: {found}, expected {tuple(tensor.shape)}"
+    with files.fitting(checkpoint):
+        method.load_state_dict(_below(stored, "method/"))
+        if method.changes_structure:
+            method.resize(
+                {
+                    name.split("/")[1]: tensor.shape[0]
+                    for name, tensor in stored.items()
+                    if name.startswith("adapter/") and name.endswith("/A")
+                }
             )
-        tensor.data.copy_(stored[name])
+            session.optimizer.follow(session.trainables())
+        for name, tensor in _check_fit(session, checkpoint, stored, "adapter/", "head/").items():
+            tensor.data.copy_(stored[name])
+
+
+def _check_fit(
+    session: Session, checkpoint: Path, stored: dict[str, Tensor], *groups: str
+) -> dict[str, Tensor]:
+    """The session's tensors of some groups, once the stored ones have their names and shapes."""
+    wanted = {n: t for n, t in _tensors(session).items() if n.startswith(groups)}
+    held = {n: t for n, t in stored.items() if n.startswith(groups)}
+    for name in sorted(wanted.keys() | held.keys()):
+        found, expected = (
+            (tuple(part[name].shape), part[name].dtype) if name in part else "nothing"
+            for part in (held, wanted)
+        )
+        if found != expected:
+            raise files.BadCheckpoint(f"{checkpoint}: {name}: {found}, expected {expected}")
+    return wanted
 
 
 def _tensors(session: Session) -> dict[str, Tensor]:
@@ -186,7 +198,9 @@ def _tensors(session: Session) -> dict[str, Tensor]:
 def read_starts(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Start] | None:
     """What the run of a checkpoint started from, where its method splits matrices."""
     digest = state.get("initial")
-    return None if digest is None else load_starts(checkpoint.parents[1] / INITIAL, digest)
+    return (
+        None if digest is None else load_starts(checkpoint.resolve().parents[1] / INITIAL, digest)
+    )
 
 
 def _below(stored: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -275,7 +289,7 @@ def _check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -
     if state["backbone"] != session.backbone.digest:
         raise files.BadCheckpoint(
             f"{checkpoint}: was made on another backbone "
-            f"({state['config']['model']['id']}); accepted: a checkpoint of "
+            f"({state['config'].get('model', {}).get('id')}); accepted: a checkpoint of "
             f"{session.config.model.id}"
         )
     if state["data"] != session.train_data.key:
@@ -298,8 +312,9 @@ def _differences(
     then: dict[str, Any], now: dict[str, Any], table: Mapping[str, tuple[str, ...] | None]
 ) -> Iterator[tuple[str, Any, Any]]:
     for section, keys in table.items():
-        for key in keys or sorted({*now[section], *then[section]}, key=lambda k: (k != "kind", k)):
-            old, new = then[section].get(key), now[section].get(key)
+        made = then.get(section, {})
+        for key in keys or sorted({*now[section], *made}, key=lambda k: (k != "kind", k)):
+            old, new = made.get(key), now[section].get(key)
             if old != new:
                 yield f"{section}.{key}", old, new
 

@@ -13,14 +13,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
+from safetensors import safe_open
 from torch import Tensor
 
-from trainer.errors import UserError
+from adapters.options import Section
+from trainer.errors import UserError, first_line
+from trainer.strict import parse_json, validate
 
 FORMAT = 1
 
@@ -30,6 +34,40 @@ PARTIAL = ".partial"
 
 class BadCheckpoint(UserError):
     """A checkpoint that cannot be used; the message says why."""
+
+
+_MOST = 2**31
+Counts = dict[str, Annotated[int, Field(ge=0, lt=_MOST)]]
+
+
+class _State(Section):
+    """state.json; what its parts mean is said where they are written and read."""
+
+    format: int
+    step: int = Field(ge=0, lt=_MOST)
+    progress: Counts
+    loader: Counts
+    engine: str
+    world_size: int
+    backbone: str
+    data: str
+    labels: dict[str, list[str]]
+    initial: str | None
+    config: dict[str, dict[str, Any]]
+
+
+@contextmanager
+def fitting(source: Path) -> Iterator[None]:
+    """Turns whatever wrong tensors or values lead to into BadCheckpoint."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a method's own state, say, is read by code that trusts it
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise BadCheckpoint(
+            f"{source}: not what a run of this configuration writes ({reason})"
+        ) from error
 
 
 def check_complete(folder: Path, names: Iterable[str], ranks: int) -> None:
@@ -46,7 +84,11 @@ def check_complete(folder: Path, names: Iterable[str], ranks: int) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
+    return sorted(
+        path
+        for path in folder.glob("step-*")
+        if path.name.removeprefix("step-").isdecimal() and (path / "manifest.json").is_file()
+    )
 
 
 def newest(folder: Path) -> Path | None:
@@ -57,10 +99,13 @@ def newest(folder: Path) -> Path | None:
 def verify(checkpoint: Path) -> dict[str, Any]:
     """The checkpoint's state.json, once every file has its recorded size and SHA-256."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        manifest = parse_json((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        held = {file.name for file in checkpoint.glob("*.safetensors")}
+        for name in sorted({"state.json", *held} - manifest.keys()):
+            raise BadCheckpoint(f"{checkpoint}: {name} is not in its manifest.json")
         for name, (size, digest) in manifest.items():
             file = checkpoint / name
-            if Path(name).name != name or not file.is_file():
+            if not file.is_file() or file.resolve().parent != checkpoint.resolve():
                 raise BadCheckpoint(f"{checkpoint}: {name} is missing")
             if file.stat().st_size != size:
                 raise BadCheckpoint(
@@ -68,18 +113,23 @@ def verify(checkpoint: Path) -> dict[str, Any]:
                 )
             if _digest(file) != digest:
                 raise BadCheckpoint(f"{file}: checksum differs from the one written: damaged")
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        state = parse_json((checkpoint / "state.json").read_text(encoding="utf-8"))
+        found = state.get("format")
     except OSError as error:
         raise BadCheckpoint(
             f"{checkpoint}: no checkpoint of this project ({error.strerror}: "
             f"{Path(error.filename).name}); accepted: a folder such as step-00000100"
         ) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise BadCheckpoint(f"{checkpoint}: damaged ({error})") from error
-    if state.get("format") != FORMAT:
-        raise BadCheckpoint(f"{checkpoint}: format {state.get('format')}; accepted: {FORMAT}")
+    if found != FORMAT:
+        raise BadCheckpoint(f"{checkpoint}: format {found!r}; accepted: {FORMAT}")
+    try:
+        validate("", state, _State)
+    except UserError as error:
+        raise BadCheckpoint(f"{checkpoint}/state.json: {error}") from error
     return state
 
 
@@ -133,11 +183,8 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, on the CPU."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise BadCheckpoint(f"{file}: not a readable safetensors file ({error})") from error
+        with fitting(file), safe_open(file, framework="pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     return tensors
 
 

@@ -56,8 +56,8 @@ def read_comparison(path: Path) -> Comparison:
     """Read and check a comparison's file."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; accepted: a comparison's YAML file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}; accepted: a comparison's YAML file") from error
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, Mapping):
         raise UserError(f"{path}: no mapping; accepted: the keys of a comparison")

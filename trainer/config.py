@@ -22,13 +22,15 @@ from trainer.strict import dump_yaml, names_of, one_of, parse_yaml, unknown_key,
 from trainer.tasks import TASKS
 from trainer.tasks.base import TaskOptions
 
+_PATH = r"^[^\x00]*$"  # the system raises on others
+
 
 class RunOptions(Section):
     """What is run, where its folder is, how long it lasts."""
 
-    name: str = Field("", pattern=r"^(\.?[A-Za-z0-9_-][A-Za-z0-9._-]*)?$")
+    name: str = Field("", pattern=r"^(\.?[A-Za-z0-9_-][A-Za-z0-9._-]*)?$", max_length=200)
     """Name of the run's folder; empty: the name of the configuration file."""
-    dir: str = "runs"
+    dir: str = Field("runs", pattern=_PATH)
     """Folder that holds the run folders."""
     seed: int = Field(0, ge=0, lt=2**20)
     """Seed of the adapters' start, the order of the data and dropout."""
@@ -148,7 +150,7 @@ class DataOptions(Section):
     leave_out: int = Field(0, ge=0)
     """Training records drawn by the seed and left out of training. Methods that validate take
     theirs out anyway, so give the same number to the methods that they are compared with."""
-    cache: str | None = None
+    cache: str | None = Field(None, pattern=_PATH)
     """Folder for tokenised data; none: `rankcast` in the user's cache folder."""
 
     @model_validator(mode="after")
@@ -213,7 +215,7 @@ class EngineOptions(Section):
     """auto: the GPU where there is one."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in backward instead of keeping them."""
-    timeout: float = Field(600.0, gt=0)
+    timeout: float = Field(600.0, gt=0, lt=2**31)
     """Seconds after which a collective that some rank never joined is given up."""
 
     @model_validator(mode="after")
@@ -231,7 +233,10 @@ class LogOptions(Section):
     every: int = Field(10, gt=0)
     """Log every so many steps."""
     tensorboard: bool = True
-    """Write TensorBoard event files into the run folder."""
+    """Write TensorBoard event files into the run folder; at most 10,000 points a curve."""
+    decisions_mib: float = Field(64.0, gt=0)
+    """Size at which allocation.jsonl is closed and compressed; the newest 32 closed parts are kept.
+    A run whose first parts are gone can be drawn, not replayed."""
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
     """auto: a bar on a terminal, else plain lines."""
 

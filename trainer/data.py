@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.config import DataOptions
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.records import BadRecord, detect_format, read_rows, to_record
+from trainer.strict import local, parse_json
 from trainer.tasks.base import Example, Record, Task
 
 _CHUNK = 1000  # records tokenised in one call
@@ -123,7 +124,7 @@ def prepare(
     """Tokenise `source`, or take it from the cache. Call it on one rank of a node first."""
     key = _cache_key(source, split, limit, options, task)
     folder = cache_root(options) / key
-    if not (folder / "counts.json").exists():
+    if local(folder / "counts.json", "data.cache") is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
@@ -141,10 +142,17 @@ def prepare(
                     raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    counts = Counts(**json.loads((folder / "counts.json").read_text()))
-    with pa.memory_map(str(folder / "tokens.arrow")) as file:
-        table = pa.ipc.open_file(file).read_all()
-    return TokenDataset(table, counts, key)
+    try:
+        counts = Counts(**parse_json((folder / "counts.json").read_text()))
+        with pa.memory_map(str(folder / "tokens.arrow")) as file:
+            table = pa.ipc.open_file(file).read_all()
+        if table.schema != _SCHEMA:
+            raise ValueError(f"columns {', '.join(table.schema.names)}")
+        return TokenDataset(table, counts, key)
+    except Exception as error:  # whatever a disk that failed, or a stranger, has left there
+        raise UserError(
+            f"data.cache: {folder}: damaged ({first_line(error)}); accepted: delete that folder"
+        ) from error
 
 
 def _tokenise(
@@ -215,8 +223,10 @@ def cache_root(options: DataOptions) -> Path:
 
 def _cache_key(source: str, split: str, limit: int | None, options: DataOptions, task: Task) -> str:
     """Everything that the tokenised form depends on, and nothing that only batching does."""
-    path = Path(source)
-    content = _digest(path) if path.is_file() else f"{options.subset} {options.revision} {split}"
+    path = local(source)
+    content = (
+        _digest(path) if path and path.is_file() else f"{options.subset} {options.revision} {split}"
+    )
     batching = {
         "packing",
         "shuffle",
@@ -249,5 +259,8 @@ def _tokenizer_state(tokenizer: Any) -> str:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; accepted: a file that can be read") from error

@@ -6,6 +6,7 @@ The only module besides the engines and the checkpoint writer that touches `torc
 import datetime
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,10 +124,13 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
         torch.cuda.set_device(place)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(device=place)
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if "OMP_NUM_THREADS" not in os.environ:
         # Threads of several processes on the same cores wait for each other, by the millisecond.
-        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
+    if neighbours == int(os.environ["WORLD_SIZE"]) and Path("/sys/class/net/lo").exists():
+        for library in ("GLOO", "NCCL"):  # one host: nobody outside needs to hear of it
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     patience = datetime.timedelta(seconds=timeout)
     dist.init_process_group(
@@ -133,6 +138,7 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
         # NCCL ends the process without a word: the hosts, who meet at every step, notice first.
         timeout=patience + datetime.timedelta(seconds=60 if use_gpu else 0),
         device_id=place if use_gpu else None,
+        **_meeting_point(patience),
     )
     return World(
         rank=dist.get_rank(),
@@ -143,6 +149,19 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
         control=dist.new_group(backend="gloo", timeout=patience) if use_gpu else None,
         saving=dist.new_group(backend="gloo", timeout=patience),
     )
+
+
+def _meeting_point(patience: datetime.timedelta) -> dict[str, Any]:
+    """How the processes find each other: as the launcher says. Where rank 0 keeps the store and all
+    come by the loopback interface, it listens there alone; torch's own listens to everyone."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if kept_by_launcher or not socket.gethostbyname(host).startswith("127."):
+        return {}
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    listener = socket.create_server((host, port)).detach() if rank == 0 else None
+    store = dist.TCPStore(host, port, size, rank == 0, patience, master_listen_fd=listener)
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def stop() -> None:

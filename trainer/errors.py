@@ -8,10 +8,27 @@ EXIT_REQUEUE = 75
 """The run was asked to stop and saved: started again it goes on (EX_TEMPFAIL of sysexits.h)."""
 
 
+_LONGEST = 1000  # characters of a message
+
+
 class UserError(ValueError):
-    """One line naming the key or file, the value, and what is accepted."""
+    """One line naming the key or file, the value, and what is accepted.
+
+    Values come from files, so whatever they hold is made printable and short here.
+    """
 
     exit_code = EXIT_USAGE
+
+    def __init__(self, message: str):
+        line = " ".join(message.split())
+        if len(line) > _LONGEST:  # the key stands first, what is accepted last
+            line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception says, without the rest of its lines."""
+    return next(iter(str(error).strip().splitlines()), repr(error))
 
 
 class RunFailed(UserError):

@@ -142,7 +142,8 @@ def write_adapter(
     """A PEFT folder from a checkpoint; of the backbone no weights are needed. Returns what
     compressing the adapter to `rank` loses (relative, 0 without it)."""
     config, tensors = saved_config(state), checkpoint_files.read_tensors(checkpoint)
-    heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
+    with checkpoint_files.fitting(checkpoint):
+        heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
     experts = None
     if any(stem(name) != name for name in adapters):
         experts = expert_counts(_built(config, state, torch.device("cpu"))[0].model)
@@ -187,13 +188,15 @@ def write_model(
     if config.model.weights == "random":
         raise UserError("model.weights: random has no files to merge into; accepted: pretrained")
     backbone, task = _built(config, state, device)
-    adapters = saved_adapters(config, tensors) if with_adapter else {}
+    with checkpoint_files.fitting(checkpoint):
+        heads = saved_heads(tensors)
+        adapters = saved_adapters(config, tensors) if with_adapter else {}
     initial = saved_initial(checkpoint, state)
     refuse_tied_targets(backbone, adapters)
     out.mkdir(parents=True, exist_ok=True)
     folder = architecture.resolve_folder(config.model.id, config.model.revision)
     merger = Merger(
-        backbone, folder, adapters, initial, saved_heads(tensors),
+        backbone, folder, adapters, initial, heads,
         dequantised=dequantised, device=device,
     )  # fmt: skip
     write_shards(merger.tensors(), out)

@@ -97,7 +97,12 @@ class Loader:
         return {"epoch": self.epoch, "offset": self.offset}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises ValueError where these data have no such position."""
         self.epoch, self.offset = state["epoch"], state["offset"]
+        if not 0 <= self.offset < len(self.sequences(self.epoch)):
+            raise ValueError(
+                f"offset {self.offset}, of {len(self.sequences(self.epoch))} sequences"
+            )
 
 
 def deal(

@@ -9,7 +9,12 @@ from typing import Any
 from tqdm import tqdm
 
 from trainer.config import Config
+from trainer.errors import UserError
 from trainer.heartbeat import Heartbeat
+from trainer.strict import parse_json
+
+_BOARD_POINTS = 10_000
+"""TensorBoard draws a thousand points of a curve; more of them only make its files grow."""
 
 
 class MetricsWriter:
@@ -23,6 +28,8 @@ class MetricsWriter:
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
+            self._spacing = steps / _BOARD_POINTS
+            self._board_from = 0.0  # the first step to draw next
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
             if start == 0:
                 self._board.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
@@ -41,7 +48,10 @@ class MetricsWriter:
         finite = {k: None if _is_nan(v) else v for k, v in values.items()}
         self._stream.write(json.dumps(finite) + "\n")
         self._stream.flush()
-        if self._board is not None:
+        evaluated = any(name.startswith("eval_") for name in values)
+        if self._board is not None and (evaluated or values["step"] >= self._board_from):
+            if not evaluated:
+                self._board_from = values["step"] + self._spacing
             for name, value in finite.items():
                 if name != "step" and isinstance(value, int | float):
                     group = "eval/" if name.startswith("eval_") else "train/"
@@ -93,18 +103,29 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The objects of a metrics.jsonl; a line cut short by a crash is left out."""
     if not file.exists():
         return []
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {error}; accepted: a file that a run wrote") from error
+    lines: list[dict[str, Any]] = []
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            lines.append(json.loads(line))
+            value = parse_json(line)
         except ValueError:
             break
+        if not isinstance(value, dict):
+            raise UserError(f"{file} line {number}: no JSON object; accepted: what a run wrote")
+        lines.append(value)
     return lines
 
 
-def cut_after(file: Path, step: int) -> None:
-    """Drop what a killed run logged after the step that it now resumes from."""
-    kept = [line for line in read_metrics(file) if line["step"] <= step]
+def cut_after(file: Path, step: int, first: int = 0) -> None:
+    """Keep the lines of steps `first` to `step`: a killed run logged more than it resumes from."""
+    lines = read_metrics(file)
+    strange = [line for line in lines if not isinstance(line.get("step"), int)]
+    if strange:
+        raise UserError(f"{file}: {strange[0]} has no step; accepted: what a run wrote")
+    kept = [line for line in lines if first <= line["step"] <= step]
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     temporary.replace(file)

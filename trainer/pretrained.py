@@ -2,7 +2,8 @@
 
 import difflib
 import hashlib
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.layout import Layout
+from trainer.strict import parse_json
 
 _SAMPLE = 4096  # bytes of each tensor that enter the digest, from its middle
 
@@ -50,10 +52,8 @@ class PretrainedFiles:
 
     def read(self, key: str) -> Tensor:
         """One tensor, on the CPU, in the dtype of the file."""
-        try:
-            return self._file(key).get_tensor(key)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise _unreadable(self.folder / self._file_of[key], error) from error
+        with self._reading(key) as file:
+            return file.get_tensor(key)
 
     def check(self, names: list[str], base_prefix: str, shape: tuple[int, ...]) -> str:
         """The key of a parameter known by `names` (several if tied). UserError: absent, or it has
@@ -95,24 +95,24 @@ class PretrainedFiles:
         """One expert's matrix (out, in)."""
         keys = self.check_expert(stack, expert, base_prefix, shape)
         if len(self._header(keys[0])[0]) == 3:
-            try:
-                return self._file(keys[0]).get_slice(keys[0])[expert]
-            except (SafetensorError, OSError, RuntimeError) as error:
-                raise _unreadable(self.folder / self._file_of[keys[0]], error) from error
+            with self._reading(keys[0]) as file:
+                return file.get_slice(keys[0])[expert]
         return torch.cat([self.read(key) for key in keys])
 
     def _header(self, key: str) -> tuple[tuple[int, ...], str]:
-        part = self._file(key).get_slice(key)
-        return tuple(part.get_shape()), part.get_dtype()
+        with self._reading(key) as file:
+            part = file.get_slice(key)
+            return tuple(part.get_shape()), part.get_dtype()
 
-    def _file(self, key: str) -> safe_open:
-        """The open file of a tensor; one at a time stays open."""
+    @contextmanager
+    def _reading(self, key: str) -> Iterator[safe_open]:
+        """The open file of a tensor; one at a time stays open. What goes wrong is a UserError."""
         file = self._file_of[key]
         try:
             if self._open is None or self._open[0] != file:
                 self._open = (file, safe_open(self.folder / file, framework="pt"))
-            return self._open[1]
-        except (SafetensorError, OSError, RuntimeError) as error:
+            yield self._open[1]
+        except Exception as error:  # safetensors', the system's, and torch's for a dtype or shape
             raise _unreadable(self.folder / file, error) from error
 
     def digest(self) -> str:
@@ -128,12 +128,13 @@ class PretrainedFiles:
         return digest.hexdigest()
 
     def _slice(self, key: str) -> Tensor:
-        part = self._file(key).get_slice(key)
-        shape = part.get_shape()
-        if not shape:
-            return self.read(key).reshape(1)
-        middle = shape[0] // 2
-        return part[middle : middle + 1].reshape(-1)
+        with self._reading(key) as file:
+            part = file.get_slice(key)
+            shape = part.get_shape()
+            if not shape:
+                return file.get_tensor(key).reshape(1)
+            middle = shape[0] // 2
+            return part[middle : middle + 1].reshape(-1)
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -141,12 +142,16 @@ def _index(folder: Path) -> dict[str, str]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            file_of = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
+            absent = [
+                file
+                for file in set(file_of.values())
+                if Path(file).name != file or not (folder / file).is_file()
+            ]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"model.id: {index}: no index of safetensors files") from error
-        for file in set(file_of.values()):
-            if Path(file).name != file or not (folder / file).is_file():
-                raise UserError(f"model.id: {folder}: {file} is named in the index but not there")
+        if absent:
+            raise UserError(f"model.id: {folder}: {absent[0]} is named in the index but not there")
         return file_of
     files = sorted(folder.glob("*.safetensors"))
     if not files:

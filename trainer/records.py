@@ -12,10 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-
 from trainer.config import DataOptions
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
+from trainer.strict import local
 from trainer.tasks.base import Record, Task
 
 _BATCH = 1000  # rows read at a time from a parquet file
@@ -61,6 +60,17 @@ def detect_format(row: dict, options: DataOptions, task: Task) -> str:
 
 def to_record(row: dict, kind: str, options: DataOptions, tokenizer: Any) -> Record:
     """One row in the project's one form. Raises BadRecord with the reason."""
+    record = _record(row, kind, options, tokenizer)
+    try:
+        "".join([str(record.label), *(text for text, _ in record.segments)]).encode()
+    except (
+        UnicodeEncodeError
+    ) as error:  # half of a pair, as JSON can have it; no tokenizer takes it
+        raise BadRecord(f"no Unicode text ({error.reason})") from error
+    return record
+
+
+def _record(row: dict, kind: str, options: DataOptions, tokenizer: Any) -> Record:
     if kind == "classification":
         columns = [options.text] if isinstance(options.text, str) else options.text
         texts = [(_text(row, column), False) for column in columns]
@@ -120,9 +130,8 @@ def read_rows(
 def _all_rows(
     source: str, split: str, options: DataOptions
 ) -> Iterator[tuple[int, dict | BadRecord]]:
-    path = Path(source)
-    suffix = path.suffix.lower()
-    if not path.exists():
+    path, suffix = local(source), Path(source).suffix.lower()
+    if path is None:
         if suffix in LOCAL_SUFFIXES or source.count("/") != 1 or source.startswith((".", "/")):
             raise UserError(
                 f"{source}: no such file; accepted: a {', '.join(LOCAL_SUFFIXES)} file or a hub id"
@@ -212,8 +221,8 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
     try:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=_BATCH):
             yield from batch.to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: no parquet file ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # of Arrow's own types, and of Python's for values it cannot hold
+        raise UserError(f"{path}: no parquet file ({first_line(error)})") from error
 
 
 def _hub_rows(source: str, split: str, options: DataOptions) -> Iterable[dict]:
@@ -222,9 +231,9 @@ def _hub_rows(source: str, split: str, options: DataOptions) -> Iterable[dict]:
     try:
         return datasets.load_dataset(source, options.subset, split=split, revision=options.revision)
     except Exception as error:  # the hub client raises a score of types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(
-            f"{source}: neither a local file nor a data set that the hub gives ({reason})"
+            f"{source}: neither a local file nor a data set that the hub gives "
+            f"({first_line(error)})"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from adapters.units import expert_counts
 from trainer import architecture, checkpoint, checkpoint_files
 from trainer.allocation import AllocationLog, Replay
 from trainer.checkpoint import CheckpointWriter, Progress
-from trainer.config import Config
+from trainer.config import LEFT_OUT, Config
 from trainer.distributed import World
 from trainer.engine import engine_class
 from trainer.errors import UserError
@@ -26,6 +27,7 @@ from trainer.preemption import Interrupted, StopRequest
 from trainer.schedule import learning_rate
 from trainer.session import Session, open_data, open_session
 from trainer.splitting import INITIAL, save_starts
+from trainer.strict import local
 
 
 def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
@@ -70,7 +72,8 @@ def _run(config: Config, world: World, stop: StopRequest, lock: Lock) -> None:
             _prepare_folder(session, folder, lock)
             metrics = MetricsWriter(config, folder, steps, progress.step)
             if session.method.decides:
-                log = AllocationLog(folder, config.method.kind, progress.step)
+                limit = int(config.log.decisions_mib * 2**20)
+                log = AllocationLog(folder, config.method.kind, progress.step, limit)
     if metrics is not None:
         notes = [f"note      {lock.note}"] if lock.note else []
         for line in (*notes, *_introduction(session, steps), *(f"damaged   {r}" for r in remarks)):
@@ -131,8 +134,9 @@ def dry_run(config: Config, world: World) -> str:
 
 def _choose_start(config: Config, folder: Path):
     """The checkpoint to go on from. A finished or begun run is never overwritten by accident."""
+    begun = local(folder / "metrics.jsonl", "run.dir")
     found = checkpoint_files.find(config.run.resume, folder / "checkpoints")
-    if config.run.resume == "never" and (folder / "metrics.jsonl").exists():
+    if config.run.resume == "never" and begun is not None:
         raise UserError(
             f"run.resume: never given, but {folder} holds a run already; accepted: "
             "another run.name, or run.resume=auto"
@@ -179,6 +183,10 @@ def _introduction(session: Session, steps: int) -> list[str]:
     alone = session.backbone.left_alone
     return [
         *(
+            f"note      {key}: {name} is what the hub has today; {fixed} keeps it the same"
+            for key, name, fixed in _unpinned(config)
+        ),
+        *(
             [f"note      no adapters on {', '.join(alone)}: stacks of another form"]
             if alone
             else []
@@ -194,6 +202,19 @@ def _introduction(session: Session, steps: int) -> list[str]:
         f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",
         f"steps     {steps} of {data.batch_size} sequences",
     ]
+
+
+def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(key, hub id, what would fix it) of what the hub may give in another version next time."""
+    model, data = config.model, config.data
+    for key, name, revision, fixed in (
+        ("model.id", model.id, model.revision, "model.revision=COMMIT"),
+        ("model.tokenizer", model.tokenizer, None, "a local folder"),
+        ("data.train", data.train, data.revision, "data.revision=COMMIT"),
+        ("data.eval", data.eval, data.revision, "data.revision=COMMIT"),
+    ):
+        if name not in (None, LEFT_OUT) and revision is None and local(name) is None:
+            yield key, name, fixed
 
 
 def _finish(session: Session, folder: Path, steps: int) -> None:

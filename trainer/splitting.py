@@ -20,7 +20,7 @@ from adapters.gated import GatedAdapter
 from adapters.method import Method, Start
 from adapters.spectral import Triplets, singular_triplets
 from adapters.units import Unit
-from trainer.checkpoint_files import BadCheckpoint
+from trainer.checkpoint_files import BadCheckpoint, fitting
 from trainer.distributed import World
 from trainer.errors import UserError
 
@@ -99,13 +99,14 @@ def load_starts(file: Path, digest: str) -> dict[str, Start]:
     if _digest(file) != digest:
         raise BadCheckpoint(f"{file}: checksum differs from the one written: damaged")
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(file).items():
-        name, _, role = key.rpartition("/")
-        parts.setdefault(name, {})[role] = tensor
-    return {
-        name: Start(GatedAdapter(p["A"], p["g"], p["B"]).requires_grad_(False), p["spectrum"])
-        for name, p in parts.items()
-    }
+    with fitting(file):
+        for key, tensor in load_file(file).items():
+            name, _, role = key.rpartition("/")
+            parts.setdefault(name, {})[role] = tensor
+        return {
+            name: Start(GatedAdapter(p["A"], p["g"], p["B"]).requires_grad_(False), p["spectrum"])
+            for name, p in parts.items()
+        }
 
 
 def _digest(file: Path) -> str:

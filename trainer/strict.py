@@ -4,10 +4,12 @@ Every message names the key, what was given and what is accepted, with the neare
 """
 
 import difflib
+import json
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -15,7 +17,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from adapters.options import Section
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
+
+_DEEPEST = 100  # levels of a YAML or JSON document that is no data
 
 
 def validate(prefix: str, value: Any, kind: type[Section]) -> Any:
@@ -55,7 +59,7 @@ def _section_of(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
 def _accepted(kind: type[BaseModel], path: list[str], message: str = "") -> str:
     """What a field takes: pydantic's own words for bounds and choices, else its type."""
     stated = re.sub(r"^Input should be (a valid )?", "", message)
-    field = kind.model_fields.get(path[0])
+    field = kind.model_fields.get(path[0]) if path else None  # no path: a key that is no text
     if field is None or (stated and not message.startswith("Input should be a valid")):
         return stated
     return type_name(field.annotation)
@@ -100,7 +104,33 @@ def one_of(key: str, value: Any, known: Mapping[str, Any]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with 1.2's floats (`1e-3` is a number) and no key given twice."""
+    """YAML with 1.2's floats (`1e-3` is a number), no key given twice, integers of 64 bits, and no
+    aliases (a few lines of them stand for more values than memory holds)."""
+
+    _depth = 0
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"alias *{event.anchor}; accepted: written out", event.start_mark
+            )
+        self._depth += 1
+        if self._depth > _DEEPEST:  # its scanner takes time that grows with the square
+            raise yaml.composer.ComposerError(
+                None, None, f"nested deeper than {_DEEPEST} levels", self.peek_event().start_mark
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_yaml_int(self, node):
+        value = super().construct_yaml_int(node)
+        if value.bit_length() > 63:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"integer of {value.bit_length()} bits; accepted: 63", node.start_mark
+            )
+        return value
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -119,13 +149,17 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around the strings that `_Loader` would read as numbers."""
+    """Puts quotes around the strings that `_Loader` would read as numbers; writes no aliases."""
+
+    def ignore_aliases(self, data):
+        return True
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
         list("-+0123456789."),
     )
 
@@ -133,13 +167,42 @@ for _side in (_Loader, _Dumper):
 def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except Exception as error:  # its constructors raise whatever a wrong value leads to
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{where}{line}: not valid YAML ({problem})") from error
 
 
 def dump_yaml(value: Any) -> str:
     """YAML that `parse_yaml` reads back to the same."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def parse_json(text: str) -> Any:
+    """JSON that is no data: ValueError where it is broken, or nested deeper than any of ours."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels") from error
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    if level:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
+    return value
+
+
+def local(name: str | Path, key: str = "") -> Path | None:
+    """The file or folder of this name; None where there is none. Raises UserError, naming `key`,
+    where the system refuses to look: a name that is too long, a folder that is closed to us."""
+    try:
+        return Path(name) if Path(name).exists() else None
+    except OSError as error:
+        where = f"{key}: {name}" if key else name
+        raise UserError(f"{where}: {error.strerror}; accepted: a path that can be read") from error

@@ -5,6 +5,7 @@ import os
 import select
 import signal
 
+import psutil
 import pytest
 
 from tests.helpers import (
@@ -107,3 +108,20 @@ def test_a_second_run_on_the_same_folder_refuses(tmp_path):
     beat = read_heartbeat(run)
     assert beat["state"] == "interrupted" and beat["reason"].startswith("SIGINT")
     assert len(losses(run)) == beat["step"]
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_ranks_of_one_host_listen_on_the_loopback_interface_alone(launcher, tmp_path):
+    """Only torchrun's own process, which is not ours, listens to everyone."""
+    process = start(launcher, 2, SCRIPT, *arguments(tmp_path, "listen", "run.steps=9999"))
+    wait_for_step(tmp_path / "runs/listen", 1, process)
+    ranks = ranks_of(process)
+    heard = [
+        connection.laddr.ip
+        for pid in ranks.values()
+        for connection in psutil.Process(pid).net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    os.kill(ranks[0], signal.SIGTERM)
+    finish(process)
+    assert heard and all(ip in ("127.0.0.1", "::1") for ip in heard)

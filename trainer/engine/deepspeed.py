@@ -4,7 +4,6 @@ DeepSpeed's engine is built without an optimizer and never called: its hooks on 
 gather and release the partitioned parameters, and adapters, attached later, stay outside it.
 """
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from trainer.config import Config, compute_dtype
 from trainer.distributed import World
 from trainer.engine.base import Engine, backbone_parameters
 from trainer.errors import UserError
+from trainer.strict import parse_json
 
 _OURS = {
     "optimizer": "optim (masked AdamW over the adapters)",
@@ -30,6 +30,10 @@ _OURS = {
     "data_efficiency": "data",
     "curriculum_learning": "data",
     "compression_training": "model.quantization",
+    "tensorboard": "log.tensorboard",
+    "csv_monitor": "log",
+    "wandb": "log",
+    "comet": "log",
 }
 """Sections of a DeepSpeed JSON whose work this project does itself."""
 
@@ -125,7 +129,7 @@ def read_user_json(config: Config) -> dict[str, Any]:
         return {}
     path = Path(config.engine.config)
     try:
-        user = json.loads(path.read_text(encoding="utf-8"))
+        user = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"engine.config: {path}: {error.strerror}") from error
     except ValueError as error:

@@ -150,5 +150,5 @@ class SequenceClassification(Task):
 
 def _sort_key(name: str) -> tuple[bool, int, str]:
     """Integers by value, then all other names; no two names are equal in it."""
-    is_integer = re.fullmatch(r"-?[0-9]+", name) is not None
+    is_integer = re.fullmatch(r"-?[0-9]{1,18}", name) is not None
     return not is_integer, int(name) if is_integer else 0, name
