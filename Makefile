@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install install-dev quickstart test test-all campaign lint clean
+.PHONY: install install-dev quickstart test test-slurm test-all campaign lint clean
 
 # torch first: whatever depends on it then finds it installed. deepspeed is a source package
 # whose build needs torch, so it is built against the one that is there.
@@ -44,6 +44,12 @@ test-all: $(BIN)/.installed-dev lint
 campaign: $(BIN)/.installed-dev
 	python -m tests.campaigns.faults build/faults
 	python -m tests.campaigns.long_run build/long_run
+
+# About ten minutes. SLURM comes from Debian's packages unless it is installed, runs from a temporary
+# folder, and is stopped again.
+test-slurm: $(BIN)/.installed-dev
+	tests/slurm/install.sh
+	RANKCAST_TEST_SLURM=1 python -m pytest -q tests/slurm
 
 lint: $(BIN)/.installed-dev
 	ruff check .

@@ -301,6 +301,7 @@ def _readme(config: Config, summary: str, note: str) -> str:
 | `config.yaml` | the resolved configuration |
 | `units.json` | the adapted matrices |
 | `metrics.jsonl` | one object a logged step or evaluation |
+| `heartbeat.json` | how the run stands, for `launch/watch.py` and monitors |
 | `tensorboard/` | the same for `tensorboard --logdir` |
 | `checkpoints/` | resumable on any engine and number of ranks |
 | `adapter/` | a LoRA that `peft.PeftModel.from_pretrained` loads |

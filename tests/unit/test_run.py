@@ -35,7 +35,7 @@ def test_the_run_folder_explains_itself(tmp_path):
     folder = config.run_folder
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml", "units.json", "metrics.jsonl", "tensorboard", "checkpoints", "adapter",
-        "figures", "README.md",
+        "figures", "README.md", "heartbeat.json", ".lock",
     }  # fmt: skip
     assert load_config(folder / "config.yaml") == config
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
