@@ -16,8 +16,8 @@ import torch
 
 from trainer.config import load_config
 from trainer.distributed import World
+from trainer.jsonl import read_metrics
 from trainer.memory import release
-from trainer.metrics import read_metrics
 from trainer.run import run
 from trainer.start import guarded
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
+from trainer.errors import UserError
 from trainer.heartbeat import EXIT_RUNNING
-from trainer.start import guarded
 from trainer.watch import exit_code, view
 
 
@@ -26,16 +26,23 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--once", action="store_true", help="print once; exit code by state")
     arguments = parser.parse_args()
+    try:
+        return watch(arguments.run, arguments.once)
+    except UserError as error:  # without trainer.start, whose imports take seconds
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def watch(run: Path, once: bool) -> int:
     console = Console()
-    with guarded():
-        if arguments.once or not console.is_terminal:
-            console.print(view(arguments.run))
-            return exit_code(arguments.run)
-        with Live(view(arguments.run), console=console, auto_refresh=False) as live:
-            while exit_code(arguments.run) == EXIT_RUNNING:
-                time.sleep(1)
-                live.update(view(arguments.run), refresh=True)
-        return exit_code(arguments.run)
+    if once or not console.is_terminal:
+        console.print(view(run))
+        return exit_code(run)
+    with Live(view(run), console=console, auto_refresh=False) as live:
+        while exit_code(run) == EXIT_RUNNING:
+            time.sleep(1)
+            live.update(view(run), refresh=True)
+    return exit_code(run)
 
 
 if __name__ == "__main__":

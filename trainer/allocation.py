@@ -5,19 +5,16 @@ import hashlib
 import json
 import zlib
 from pathlib import Path
-from typing import IO, Annotated
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
 from adapters.method import Decision, Method
 from adapters.options import Section
 from trainer.errors import UserError
-from trainer.metrics import cut_after
+from trainer.jsonl import DECISIONS, PARTS, cut_after, decision_files, open_decisions
 from trainer.strict import parse_json, validate
 
-FILE = "allocation.jsonl"
-
-_PARTS = "allocation-*.jsonl.gz"
 _KEPT_PARTS = 32
 """With 64 MiB a part, 2 GiB of decisions, of which the closed parts take a tenth or less."""
 
@@ -34,19 +31,6 @@ def decision_digest(decision: Decision) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def decision_files(folder: Path) -> list[Path]:
-    """The files of a run's decisions, oldest first: closed parts, then the one being written."""
-    current = folder / FILE
-    return [*sorted(folder.glob(_PARTS)), *([current] if current.exists() else [])]
-
-
-def open_decisions(file: Path) -> IO[str]:
-    """A file of decisions as text, compressed or not."""
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    return file.open(encoding="utf-8")
-
-
 class AllocationLog:
     """Rank 0's record of decisions; a resumed run goes on in the same file.
 
@@ -57,7 +41,7 @@ class AllocationLog:
     def __init__(self, folder: Path, kind: str, start: int, limit: int = 64 * 2**20):
         self.folder, self.kind, self._limit = folder, kind, limit
         self._cut(start)
-        self._stream = (folder / FILE).open("a", encoding="utf-8")
+        self._stream = (folder / DECISIONS).open("a", encoding="utf-8")
         self._size = self._stream.tell()
 
     def write(self, step: int, decision: Decision) -> None:
@@ -76,7 +60,7 @@ class AllocationLog:
     def _close_part(self) -> None:
         """Compress what was written so far, and begin anew."""
         self._stream.close()
-        current = self.folder / FILE
+        current = self.folder / DECISIONS
         lines = current.read_text(encoding="utf-8").splitlines(keepends=True)
         first, last = (json.loads(lines[index])["step"] for index in (0, -1))
         part = self.folder / f"allocation-{first:08d}-{last:08d}.jsonl.gz"
@@ -85,14 +69,14 @@ class AllocationLog:
             stream.writelines(lines)
         unfinished.replace(part)
         current.unlink()
-        for old in sorted(self.folder.glob(_PARTS))[:-_KEPT_PARTS]:
+        for old in sorted(self.folder.glob(PARTS))[:-_KEPT_PARTS]:
             old.unlink()
         self._stream, self._size = current.open("a", encoding="utf-8"), 0
 
     def _cut(self, start: int) -> None:
         """Drop decisions from step `start` on: they belong to steps that will be done again."""
-        current, last = self.folder / FILE, -1
-        for part in sorted(self.folder.glob(_PARTS), reverse=True):
+        current, last = self.folder / DECISIONS, -1
+        for part in sorted(self.folder.glob(PARTS), reverse=True):
             first, last = (int(step) for step in part.name.split(".")[0].split("-")[1:])
             if last < start:
                 break
@@ -130,7 +114,7 @@ class Replay:
     """Decisions that another run recorded, by step (rank 0)."""
 
     def __init__(self, path: Path, method: Method, first: int, steps: int):
-        self.path = path / FILE if path.is_dir() else path
+        self.path = path / DECISIONS if path.is_dir() else path
         files = decision_files(path) if path.is_dir() else [path]
         self._in_parts = len(files) > 1
         try:

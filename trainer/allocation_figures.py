@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from adapters.units import Unit, third
-from trainer.allocation import decision_files, open_decisions
 from trainer.errors import UserError
+from trainer.jsonl import decision_files, open_decisions
 from trainer.strict import parse_json
 
 LOCATIONS = ("primary", "medium", "minor")

@@ -34,7 +34,7 @@ from adapters.options import Section
 from trainer.config import Config, load_config, with_overrides
 from trainer.distributed import World
 from trainer.errors import UserError
-from trainer.metrics import read_metrics
+from trainer.jsonl import read_metrics
 from trainer.strict import parse_yaml, validate
 
 Result = dict[str, Any]

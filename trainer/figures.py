@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainer.metrics import read_metrics
+from trainer.jsonl import read_metrics
 
 
 def draw_loss(runs: Sequence[Path], target: Path) -> Path:

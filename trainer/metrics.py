@@ -9,9 +9,8 @@ from typing import Any
 from tqdm import tqdm
 
 from trainer.config import Config
-from trainer.errors import UserError
 from trainer.heartbeat import Heartbeat
-from trainer.strict import parse_json
+from trainer.jsonl import METRICS, cut_after
 
 _BOARD_POINTS = 10_000
 """TensorBoard draws a thousand points of a curve; more of them only make its files grow."""
@@ -21,7 +20,7 @@ class MetricsWriter:
     """Rank 0's log of one run; a resumed run goes on in the same files."""
 
     def __init__(self, config: Config, folder: Path, steps: int, start: int):
-        self.file = folder / "metrics.jsonl"
+        self.file = folder / METRICS
         cut_after(self.file, start)
         self._stream = self.file.open("a", encoding="utf-8")
         self._board = None
@@ -97,38 +96,6 @@ class MetricsWriter:
                 f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3f}  "
                 f"{values['tokens_per_second']:.0f} tokens/s  {values['peak_memory_gib']:.2f} GiB"
             )
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a line cut short by a crash is left out."""
-    if not file.exists():
-        return []
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: {error}; accepted: a file that a run wrote") from error
-    lines: list[dict[str, Any]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            value = parse_json(line)
-        except ValueError:
-            break
-        if not isinstance(value, dict):
-            raise UserError(f"{file} line {number}: no JSON object; accepted: what a run wrote")
-        lines.append(value)
-    return lines
-
-
-def cut_after(file: Path, step: int, first: int = 0) -> None:
-    """Keep the lines of steps `first` to `step`: a killed run logged more than it resumes from."""
-    lines = read_metrics(file)
-    strange = [line for line in lines if not isinstance(line.get("step"), int)]
-    if strange:
-        raise UserError(f"{file}: {strange[0]} has no step; accepted: what a run wrote")
-    kept = [line for line in lines if first <= line["step"] <= step]
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(file)
 
 
 def _is_nan(value: Any) -> bool:

@@ -20,10 +20,11 @@ from trainer.distributed import World
 from trainer.engine import engine_class
 from trainer.errors import RunFailed, UserError
 from trainer.figures import draw_loss
+from trainer.jsonl import METRICS, read_metrics
 from trainer.lock import Lock
 from trainer.loop import make_loader, total_steps, train
 from trainer.memory import estimate, peak_gib, readable, trainable_parameters
-from trainer.metrics import MetricsWriter, read_metrics
+from trainer.metrics import MetricsWriter
 from trainer.preemption import Interrupted, StopRequest
 from trainer.schedule import learning_rate
 from trainer.session import Session, open_data, open_session
@@ -150,7 +151,7 @@ def dry_run(config: Config, world: World) -> str:
 
 def _choose_start(config: Config, folder: Path):
     """The checkpoint to go on from. A finished or begun run is never overwritten by accident."""
-    begun = local(folder / "metrics.jsonl", "run.dir")
+    begun = local(folder / METRICS, "run.dir")
     found = checkpoint_files.find(config.run.resume, folder / "checkpoints")
     if config.run.resume == "never" and begun is not None:
         raise UserError(
@@ -176,7 +177,7 @@ def _prepare_folder(session: Session, folder: Path, lock: Lock) -> None:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if not lock.held:  # the folder was not there when this run looked for its start
             lock.acquire()
-            if (folder / "metrics.jsonl").exists():
+            if (folder / METRICS).exists():
                 raise UserError(f"run.name: {folder} was made by another run just now; accepted: "
                                 "another run.name")  # fmt: skip
         (folder / "figures").mkdir(exist_ok=True)
@@ -242,7 +243,7 @@ def _finish(session: Session, folder: Path, steps: int) -> None:
     shutil.rmtree(adapter, ignore_errors=True)
     unfinished.rename(adapter)
     figure = draw_loss([folder], folder / "figures" / "loss")
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_metrics(folder / METRICS)
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     scores: dict = next((line for line in reversed(lines) if "eval_loss" in line), {})
     summary = f"done      {steps} steps"

@@ -14,10 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from trainer.allocation import FILE as DECISIONS
 from trainer.errors import UserError
 from trainer.heartbeat import EXIT_CODES, EXIT_RUNNING, read_heartbeat
-from trainer.metrics import read_metrics
+from trainer.jsonl import DECISIONS, METRICS, read_metrics
 
 _BARS = "▁▂▃▄▅▆▇█"
 _COLORS = {"done": "green", "interrupted": "yellow", "failed": "red"}
@@ -32,7 +31,7 @@ def exit_code(folder: Path) -> int:
 def view(folder: Path) -> RenderableType:
     """Progress, loss, speed, memory and the current allocation of the run in `folder`."""
     beat = _heartbeat(folder)
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_metrics(folder / METRICS)
     step, steps = beat.get("step", 0), beat["steps"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")

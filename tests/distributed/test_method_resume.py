@@ -30,12 +30,12 @@ from tests.helpers import (
     wait_for_step,
 )
 from trainer import checkpoint
-from trainer.allocation import FILE
 from trainer.checkpoint_files import read_tensors, verify
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.evaluation import evaluate_saved
 from trainer.export import export_run
+from trainer.jsonl import DECISIONS
 from trainer.run import run
 from trainer.session import open_session
 
@@ -97,7 +97,7 @@ def interrupted(tmp, name: str, engine: str, run_name: str) -> Config:
 
 
 def decisions(folder) -> list[dict]:
-    file = folder / FILE
+    file = folder / DECISIONS
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 

@@ -10,10 +10,11 @@ import pytest
 from adapters.registry import METHODS
 from tests.helpers import losses, quick_config
 from trainer import allocation
-from trainer.allocation import FILE, AllocationLog, Replay, decision_files, open_decisions
+from trainer.allocation import AllocationLog, Replay
 from trainer.allocation_figures import read_allocation
 from trainer.distributed import World
 from trainer.errors import UserError
+from trainer.jsonl import DECISIONS, decision_files, open_decisions
 from trainer.run import run
 
 
@@ -44,7 +45,7 @@ def check(folder, steps):
 def test_parts_hold_every_decision_once_and_in_order(tmp_path):
     write(tmp_path, range(50))
     assert len(decision_files(tmp_path)) > 5
-    assert (tmp_path / FILE).stat().st_size <= 2000
+    assert (tmp_path / DECISIONS).stat().st_size <= 2000
     check(tmp_path, range(50))
 
 
@@ -59,7 +60,7 @@ def test_a_resumed_run_goes_on_wherever_it_is(tmp_path, start):
 def test_a_crash_while_a_part_is_closed_loses_and_doubles_nothing(tmp_path, seed):
     """Before the part has its name, and before the file that it was made of is gone."""
     chance, start = random.Random(seed), 0
-    for what, victim in (("replace", "allocation-0"), ("unlink", FILE)):
+    for what, victim in (("replace", "allocation-0"), ("unlink", DECISIONS)):
         honest = getattr(allocation.Path, what)
 
         def crash(self, *arguments, honest=honest, victim=victim):

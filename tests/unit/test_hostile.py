@@ -30,7 +30,7 @@ from trainer.allocation import Replay, decision_digest
 from trainer.comparison import read_comparison
 from trainer.config import Config, DataOptions, load_config, parse_config
 from trainer.data import prepare, read_labels
-from trainer.metrics import cut_after, read_metrics
+from trainer.jsonl import cut_after, read_metrics
 from trainer.report import read_run
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.tasks.sequence_classification import (
