@@ -39,9 +39,12 @@ def watch(run: Path, once: bool) -> int:
         console.print(view(run))
         return exit_code(run)
     with Live(view(run), console=console, auto_refresh=False) as live:
+        took = 0.0
         while exit_code(run) == EXIT_RUNNING:
-            time.sleep(1)
+            time.sleep(max(1.0, 5 * took))  # long records take long to read
+            began = time.monotonic()
             live.update(view(run), refresh=True)
+            took = time.monotonic() - began
     return exit_code(run)
 
 

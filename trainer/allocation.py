@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from adapters.method import Decision, Method
 from adapters.options import Section
 from trainer.errors import UserError
-from trainer.jsonl import DECISIONS, PARTS, cut_after, decision_files, open_decisions
+from trainer.jsonl import DECISIONS, PARTS, decision_files, keep_lines, open_decisions, read_objects
 from trainer.strict import parse_json, validate
 
 _KEPT_PARTS = 32
@@ -81,16 +81,12 @@ class AllocationLog:
             if last < start:
                 break
             if first < start:  # goes on in the middle of this one
-                try:
-                    with open_decisions(part) as stream:
-                        current.write_text(stream.read(), encoding="utf-8")
-                except (OSError, ValueError, EOFError, zlib.error) as error:
-                    raise UserError(
-                        f"{part}: damaged ({error}); accepted: as it was written, or none"
-                    ) from error
+                lines = "".join(json.dumps(line) + "\n" for line in read_objects(part))
+                current.write_text(lines, encoding="utf-8")
             part.unlink()
             last = -1
-        cut_after(current, start - 1, last + 1)  # a crash may have left what a part holds
+        # Up to `last` a crash may have left here what a part holds.
+        keep_lines(current, lambda line: last < line["step"] < start)
 
 
 class _Recorded(Section):
@@ -115,7 +111,8 @@ class Replay:
 
     def __init__(self, path: Path, method: Method, first: int, steps: int):
         self.path = path / DECISIONS if path.is_dir() else path
-        files = decision_files(path) if path.is_dir() else [path]
+        whole_run = self.path.name == DECISIONS
+        files = decision_files(self.path.parent) if whole_run else [path]
         self._in_parts = len(files) > 1
         try:
             decisions = []
@@ -151,17 +148,15 @@ class Replay:
 
     def _check_length(self, method: Method, first: int, steps: int) -> None:
         """There must be decisions up to the last step that wants one (none after a selection)."""
-        if any("survivors" in decision for decision in self._by_step.values()):
-            return
         due = [step for step in range(first, steps) if method.due(step)]
-        if due:
-            self.decide(due[-1])
         oldest = min(self._by_step, default=0)
         if self._in_parts and due and oldest > due[0]:
             raise self._refused(
                 f"decisions before step {oldest} were not kept; accepted: a run with a larger "
                 "log.decisions_mib"
             )
+        if due and not any("survivors" in decision for decision in self._by_step.values()):
+            self.decide(due[-1])
 
     def decide(self, step: int) -> Decision | None:
         """What was decided before `step`; None: nothing."""

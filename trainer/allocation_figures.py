@@ -4,8 +4,7 @@ A decision holds until the next one, so every mean over time weighs it by the st
 """
 
 import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from adapters.units import Unit, third
 from trainer.errors import UserError
-from trainer.jsonl import decision_files, open_decisions
+from trainer.jsonl import decision_files, read_objects
 from trainer.strict import parse_json
 
 LOCATIONS = ("primary", "medium", "minor")
@@ -85,35 +84,6 @@ class Allocation:
     def names(self) -> set[str]:
         """What a decision may name: units, layers, `all`."""
         return {"all", *(u.name for u in self.units), *(str(u.layer) for u in self.units)}
-
-
-def read_objects(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl one by one, for files larger than memory; none where it is absent.
-
-    A last line cut short by a crash is left out; anything else that is no object with a `step`
-    raises UserError.
-    """
-    if not file.exists():
-        return
-    try:
-        with open_decisions(file) as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    value = parse_json(line)
-                except ValueError:
-                    if next(lines, None) is None:
-                        return
-                    value = None
-                if not isinstance(value, dict) or not isinstance(value.get("step"), int):
-                    raise UserError(
-                        f"{file} line {number}: no JSON object with a step; "
-                        "accepted: what a run wrote"
-                    )
-                yield value
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; accepted: a file to read") from error
-    except (UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: not readable; accepted: a file that a run wrote") from error
 
 
 def read_allocation(folder: Path, rank: float, end: int) -> Allocation | None:

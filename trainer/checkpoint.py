@@ -24,21 +24,9 @@ from trainer import checkpoint_files as files
 from trainer.config import Config
 from trainer.errors import RunFailed
 from trainer.loader import Loader
+from trainer.progress import Progress
 from trainer.session import Session
 from trainer.splitting import INITIAL, load_starts
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come, besides what its parts know themselves."""
-
-    step: int = 0
-    """Optimizer steps done, skipped ones included."""
-    skipped: int = 0
-    """Steps skipped since the loss or gradient was not finite."""
-    skipped_in_a_row: int = 0
-    evaluated: int = 0
-    """The last step after which was evaluated; a run that was stopped catches up."""
 
 
 class CheckpointWriter:

@@ -25,6 +25,7 @@ import statistics
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from trainer.config import Config, load_config, with_overrides
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.jsonl import read_metrics
-from trainer.strict import parse_yaml, validate
+from trainer.strict import parse_json, parse_yaml, validate
 
 Result = dict[str, Any]
 
@@ -148,6 +149,15 @@ def _job(
     return {"method": method, "learning_rate": rate, "seed": seed, "config": digest}, config
 
 
+def _kept_results(file: Path) -> list[Result]:
+    """What earlier calls wrote; a line that was cut short stands for a run to be done again."""
+    results = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            results.append(parse_json(line))
+    return [result for result in results if isinstance(result, dict)]
+
+
 def _work(
     pool: ProcessPoolExecutor,
     jobs: Sequence[tuple[Result, Config]],
@@ -155,7 +165,7 @@ def _work(
     say: Callable[[str], None],
 ) -> list[Result]:
     """Results of all jobs; those that ended well before are not run again."""
-    done = [result for result in read_metrics(kept) if "error" not in result]
+    done = [result for result in _kept_results(kept) if "error" not in result]
     results = []
     futures = []
     for identity, config in jobs:

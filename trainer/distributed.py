@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.errors import EXIT_FAILED, EXIT_REQUEUE, UserError
+from trainer.errors import EXIT_FAILED, EXIT_REQUEUE, UserError, first_line
 
 _CONNECTION = "gloo|NCCL|TCPStore|pair closure|Connection (closed|reset)|Broken pipe"
 """How a collective complains that another rank is not there."""
@@ -154,13 +154,22 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
 def _meeting_point(patience: datetime.timedelta) -> dict[str, Any]:
     """How the processes find each other: as the launcher says. Where rank 0 keeps the store and all
     come by the loopback interface, it listens there alone; torch's own listens to everyone."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    kept_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if kept_by_launcher or not socket.gethostbyname(host).startswith("127."):
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher keeps it
         return {}
+    address = ":".join(os.environ.get(f"MASTER_{part}", "") for part in ("ADDR", "PORT"))
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if not socket.gethostbyname(host).startswith("127."):
+            return {}
+        listener = socket.create_server((host, port)) if os.environ["RANK"] == "0" else None
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"MASTER_ADDR:MASTER_PORT: {address!r}: {error}; accepted: rank 0's host and a port of "
+            "it that is free"
+        ) from error
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    listener = socket.create_server((host, port)).detach() if rank == 0 else None
-    store = dist.TCPStore(host, port, size, rank == 0, patience, master_listen_fd=listener)
+    descriptor = None if listener is None else listener.detach()
+    store = dist.TCPStore(host, port, size, rank == 0, patience, master_listen_fd=descriptor)
     return {"store": store, "rank": rank, "world_size": size}
 
 
@@ -185,11 +194,12 @@ def _missing() -> tuple[list[int], bool]:
 
     def ask() -> None:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"noticed/{rank}", "")
-        while noticed != others:
-            noticed.update(r for r in others - noticed if store.check([f"noticed/{r}"]))
-            answers.set()
-            time.sleep(0.1)
+        with suppress(RuntimeError):  # the store's process has left
+            store.set(f"noticed/{rank}", "")
+            while noticed != others:
+                noticed.update(r for r in others - noticed if store.check([f"noticed/{r}"]))
+                answers.set()
+                time.sleep(0.1)
 
     # In the background: where rank 0 keeps the store and is itself stalled, it answers nobody.
     thread = threading.Thread(target=ask, daemon=True)
@@ -197,6 +207,16 @@ def _missing() -> tuple[list[int], bool]:
     thread.join(_GRACE)
     missing = others - noticed if answers.is_set() else {0}
     return sorted(missing), rank == min({rank, *others} - missing)
+
+
+def report_lost(reason: str) -> None:
+    """Say once which ranks are gone or stand still; where none is, each says what it waited for."""
+    missing, spokesman = _missing()
+    rank = dist.get_rank()
+    who = f" [rank {rank}]" if rank > 0 else ""
+    lost = f"rank {', '.join(map(str, missing))}" if missing else "another rank, though all answer"
+    if spokesman or not missing:
+        print(f"error:{who} lost {lost} ({reason})", file=sys.stderr, flush=True)
 
 
 def report(error: BaseException) -> None:
@@ -210,11 +230,7 @@ def report(error: BaseException) -> None:
         print(f"{kind}:{who} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return
     if isinstance(error, RuntimeError) and re.search(_CONNECTION, str(error)):
-        missing, spokesman = _missing()
-        lost = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
-        reason = re.sub(r"\[\S+?\.(cc|cpp|h):\d+\] ", "", str(error).strip().splitlines()[0])
-        if spokesman:
-            print(f"error:{who} lost {lost} ({reason})", file=sys.stderr, flush=True)
+        report_lost(re.sub(r"\[\S+?\.(cc|cpp|h):\d+\] ", "", first_line(error)))
         return
     traceback.print_exception(error)
     print(f"error:{who} {type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -72,6 +72,7 @@ def _forward(
     size = session.config.data.micro_batch_size
     sequences = list(np.asarray(records)[:, None])
     for index, batch in deal(sequences, data, task, size, world.rank, world.size):
+        session.watchdog.alive(f"micro-batch {index} of an evaluation")
         batch = batch.to(world.device)
         loss, predictions = task.loss(session.model, batch)
         if weight is not None:

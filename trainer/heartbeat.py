@@ -2,8 +2,8 @@
 
     {"state": "running", "step": 120, "steps": 2000, "time": 1790000000.0, "loss": 1.93, …}
 
-`state` is starting, running, done, interrupted (start it again and it goes on) or failed. A process
-that was killed leaves `running` with a `time` that no longer changes.
+`state` is starting, running, evaluating, done, interrupted (start it again and it goes on) or
+failed. A process that was killed leaves what it did, and a `time` that no longer changes.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ _EVERY = 1.0  # seconds at least between two beats
 class Heartbeat:
     """Writes the file, whole or not at all; a full disk never stops a run here."""
 
-    def __init__(self, folder: Path, steps: int):
+    def __init__(self, folder: Path):
         self._file, self._last = folder / FILE, 0.0
         self._values: dict[str, Any] = {
-            "state": "starting", "step": 0, "steps": steps, "host": socket.gethostname(),
+            "state": "starting", "step": 0, "steps": 0, "host": socket.gethostname(),
             "pid": os.getpid(), "started": time.time(),
         }  # fmt: skip
         if "SLURM_JOB_ID" in os.environ:
@@ -41,6 +41,11 @@ class Heartbeat:
         self._values |= {"state": "running", **values}
         if time.monotonic() - self._last >= _EVERY:
             self.write()
+
+    def tell(self, state: str, **values: Any) -> None:
+        """Something else than steps goes on, and may take long."""
+        self._values |= {"state": state, **values}
+        self.write()
 
     def end(self, state: str, reason: str = "") -> None:
         """The last word of this process."""

@@ -6,6 +6,8 @@ allocation.jsonl     a decision; older ones in allocation-<first step>-<last ste
 
 import gzip
 import json
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,36 +16,46 @@ from trainer.strict import parse_json
 
 METRICS = "metrics.jsonl"
 DECISIONS = "allocation.jsonl"
-PARTS = "allocation-*.jsonl.gz"
+PARTS = "allocation-[0-9]*-[0-9]*.jsonl.gz"
+
+
+def read_objects(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl one by one, for files larger than memory; none where it is absent.
+
+    A last line cut short by a crash is left out; anything else that is no object with a `step`
+    raises UserError.
+    """
+    if not file.exists():
+        return
+    try:
+        with open_decisions(file) as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    value = parse_json(line)
+                except ValueError:
+                    if next(lines, None) is None:
+                        return
+                    value = None
+                if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+                    raise UserError(
+                        f"{file} line {number}: no JSON object with a step; "
+                        "accepted: what a run wrote"
+                    )
+                yield value
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; accepted: a file to read") from error
+    except (UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: not readable; accepted: a file that a run wrote") from error
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a line cut short by a crash is left out."""
-    if not file.exists():
-        return []
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: {error}; accepted: a file that a run wrote") from error
-    lines: list[dict[str, Any]] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            value = parse_json(line)
-        except ValueError:
-            break
-        if not isinstance(value, dict):
-            raise UserError(f"{file} line {number}: no JSON object; accepted: what a run wrote")
-        lines.append(value)
-    return lines
+    """All objects of a metrics.jsonl; [] where there is none."""
+    return list(read_objects(file))
 
 
-def cut_after(file: Path, step: int, first: int = 0) -> None:
-    """Keep the lines of steps `first` to `step`: a killed run logged more than it resumes from."""
-    lines = read_metrics(file)
-    strange = [line for line in lines if not isinstance(line.get("step"), int)]
-    if strange:
-        raise UserError(f"{file}: {strange[0]} has no step; accepted: what a run wrote")
-    kept = [line for line in lines if first <= line["step"] <= step]
+def keep_lines(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the other lines: a killed run logged more than what it resumes from."""
+    kept = [line for line in read_objects(file) if wanted(line)]
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     temporary.replace(file)

@@ -7,6 +7,7 @@ however that ends, and nothing stale is left to clean up.
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -49,12 +50,15 @@ class Lock:
                 f"{self._file.parent} is on a file system without locks ({error.strerror}): "
                 "nothing keeps a second run off it"
             )
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        stream.flush()
         self._stream = stream
+        if not self.note:
+            with suppress(OSError):  # a full disk: the lock holds all the same
+                stream.truncate(0)
+                stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                stream.flush()
 
     def release(self) -> None:
         if self._stream is not None:
-            self._stream.close()
+            with suppress(OSError):
+                self._stream.close()
             self._stream = None

@@ -7,17 +7,20 @@ from typing import Any
 import torch
 
 from adapters import seeds
+from adapters.method import Validate
 from trainer import consensus
 from trainer.allocation import AllocationLog, Replay
-from trainer.checkpoint import CheckpointWriter, Progress
+from trainer.checkpoint import CheckpointWriter
 from trainer.checkpoint_files import newest
 from trainer.distributed import World
+from trainer.engine.base import Update
 from trainer.errors import RunFailed
 from trainer.evaluation import evaluate
 from trainer.loader import Loader, Step
 from trainer.memory import held_bytes, peak_gib, readable, release
 from trainer.metrics import MetricsWriter
 from trainer.preemption import Interrupted, StopRequest
+from trainer.progress import Progress
 from trainer.schedule import learning_rate
 from trainer.session import Session
 from trainer.validation import make_validate
@@ -52,77 +55,82 @@ def train(
     optimizer, world = session.optimizer, session.world
     validate = make_validate(session)
     batches = iter(loader)
-    if progress.step == 0:
-        if config.run.eval_at_start:
-            _evaluate(session, metrics, progress)
-        method.begin(optimizer, validate)
-    elif _due(config.run.eval_every, progress.step) and progress.evaluated < progress.step:
-        _evaluate(session, metrics, progress)
-    clock = Clock(time.perf_counter())
-    stopping = world.any(stop.reason is not None)
-    while progress.step < steps and not stopping:
-        step = progress.step
-        decision, changed = consensus.decide_and_apply(method, step, world, replay)
-        if changed:
-            _follow(session, metrics, step)
-        if log is not None and decision is not None:
-            log.write(step, decision)
-        loader.micro_batch_size = method.micro_batch_size or config.data.micro_batch_size
-        batch = next(batches)
-        loss = accumulate(session, batch, step)
+    with session.watchdog:
         stopping = world.any(stop.reason is not None)
-        mean_loss = engine.reduce(optimizer, loss)
-        method.observe(step, optimizer)
-        optimizer.learning_rate = learning_rate(config.optim, step, steps)
-        update = engine.step(optimizer, mean_loss, config.optim.max_grad_norm)
-        method.after_step(step, optimizer, skipped=update.skipped, validate=validate)
+        if not stopping:
+            _begin(session, metrics, progress, validate)
+        clock = Clock(time.perf_counter())
+        while progress.step < steps and not stopping:
+            step = progress.step
+            decision, changed = consensus.decide_and_apply(method, step, world, replay)
+            if changed:
+                _follow(session, metrics, step)
+            if log is not None and decision is not None:
+                log.write(step, decision)
+            loader.micro_batch_size = method.micro_batch_size or config.data.micro_batch_size
+            batch = next(batches)
+            loss = accumulate(session, batch, step)
+            stopping = world.any(stop.reason is not None)
+            mean_loss = engine.reduce(optimizer, loss)
+            method.observe(step, optimizer)
+            optimizer.learning_rate = learning_rate(config.optim, step, steps)
+            update = engine.step(optimizer, mean_loss, config.optim.max_grad_norm)
+            method.after_step(step, optimizer, skipped=update.skipped, validate=validate)
 
-        progress.step += 1
-        progress.skipped += update.skipped
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if update.skipped else 0
-        clock.tokens, clock.steps = clock.tokens + batch.tokens, clock.steps + 1
-        last = progress.step == steps
-        if metrics is not None:
-            metrics.advance(progress.step, update.loss)
-            if update.skipped:
-                metrics.say(f"step {progress.step}: loss or gradient not finite, step skipped")
-        if last or _due(config.log.every, progress.step):
-            figures = _figures(session, progress, clock)
+            progress.count(skipped=update.skipped)
+            clock.tokens, clock.steps = clock.tokens + batch.tokens, clock.steps + 1
+            last = progress.step == steps
             if metrics is not None:
-                metrics.write(
-                    {
-                        "step": progress.step,
-                        "epoch": round(batch.epoch, 6),
-                        "loss": update.loss,
-                        "learning_rate": optimizer.learning_rate,
-                        "grad_norm": update.grad_norm,
-                        **figures,
-                        **{f"method/{name}": v for name, v in method.scalars().items()},
-                    }
-                )
-            clock = Clock(time.perf_counter())
-        if progress.skipped_in_a_row >= config.optim.max_skipped_steps:
-            writer.wait()
-            with world.together():
-                raise RunFailed(
-                    f"step {progress.step}: loss or gradient not finite "
-                    f"{progress.skipped_in_a_row} times in a row (optim.max_skipped_steps); "
-                    f"last good checkpoint: {newest(writer.folder) or 'none'}"
-                )
-        if last or (_due(config.run.eval_every, progress.step) and not stopping):
-            paused = time.perf_counter()
+                metrics.advance(progress.step, update.loss, skipped=update.skipped)
+            if last or _due(config.log.every, progress.step):
+                _log(session, metrics, progress, clock, batch.epoch, update)
+                clock = Clock(time.perf_counter())
+            if progress.skipped_in_a_row >= config.optim.max_skipped_steps:
+                _give_up(world, writer, progress)
+            if last or (_due(config.run.eval_every, progress.step) and not stopping):
+                paused = time.perf_counter()
+                _evaluate(session, metrics, progress)
+                clock.started += time.perf_counter() - paused
+                stopping = world.any(stop.reason is not None)
+            if last or stopping or _due(config.checkpoint.every, progress.step):
+                writer.save(progress)
+        if progress.step < steps:
+            _leave(world, writer, stop, progress)
+
+
+def _begin(
+    session: Session, metrics: MetricsWriter | None, progress: Progress, validate: Validate
+) -> None:
+    """What comes before the first step, and the evaluation that a stopped run was to make."""
+    options = session.config.run
+    if progress.step == 0:
+        if options.eval_at_start:
             _evaluate(session, metrics, progress)
-            clock.started += time.perf_counter() - paused
-        if last or stopping or _due(config.checkpoint.every, progress.step):
-            writer.save(progress)
-    if progress.step < steps:
-        writer.wait()
-        reasons = [reason for reason in world.gather(stop.reason) if reason]
-        with world.together():
-            raise Interrupted(
-                f"{reasons[0]}: stopped after step {progress.step}; last checkpoint: "
-                f"{newest(writer.folder) or 'none'}; started again the run goes on"
-            )
+        session.method.begin(session.optimizer, validate)
+    elif _due(options.eval_every, progress.step) and progress.evaluated < progress.step:
+        _evaluate(session, metrics, progress)
+
+
+def _leave(world: World, writer: CheckpointWriter, stop: StopRequest, progress: Progress) -> None:
+    """All ranks, asked to stop: once what is being written is complete."""
+    writer.wait()
+    reasons = [reason for reason in world.gather(stop.reason) if reason]
+    with world.together():
+        raise Interrupted(
+            f"{reasons[0]}: stopped after step {progress.step}; last checkpoint: "
+            f"{newest(writer.folder) or 'none'}; started again the run goes on"
+        )
+
+
+def _give_up(world: World, writer: CheckpointWriter, progress: Progress) -> None:
+    """All ranks: nothing good comes of going on."""
+    writer.wait()
+    with world.together():
+        raise RunFailed(
+            f"step {progress.step}: loss or gradient not finite {progress.skipped_in_a_row} times "
+            f"in a row (optim.max_skipped_steps); last good checkpoint: "
+            f"{newest(writer.folder) or 'none'}"
+        )
 
 
 def _follow(session: Session, metrics: MetricsWriter | None, step: int) -> None:
@@ -147,6 +155,7 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
     """
     total = torch.zeros((), dtype=torch.float64, device=session.world.device)
     for index, micro_batch in batch.micro_batches:
+        session.watchdog.alive(f"micro-batch {index} of step {step + 1}")
         # Dropout, the adapters' and the backbone's own, depends on the micro-batch and not on who
         # runs it.
         session.method.set_dropout_seed(step, index)
@@ -161,10 +170,37 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
 def _evaluate(session: Session, metrics: MetricsWriter | None, progress: Progress) -> None:
     if session.config.data.eval is None:
         return
+    if metrics is not None:
+        metrics.heartbeat.tell("evaluating")
     scores = evaluate(session)
     progress.evaluated = progress.step
     if metrics is not None:
         metrics.write({"step": progress.step, **scores})
+
+
+def _log(
+    session: Session,
+    metrics: MetricsWriter | None,
+    progress: Progress,
+    clock: Clock,
+    epoch: float,
+    update: Update,
+) -> None:
+    """One line of metrics, from figures of all ranks."""
+    figures = _figures(session, progress, clock)
+    if metrics is None:
+        return
+    metrics.write(
+        {
+            "step": progress.step,
+            "epoch": round(epoch, 6),
+            "loss": update.loss,
+            "learning_rate": session.optimizer.learning_rate,
+            "grad_norm": update.grad_norm,
+            **figures,
+            **{f"method/{name}": v for name, v in session.method.scalars().items()},
+        }
+    )
 
 
 def _figures(session: Session, progress: Progress, clock: Clock) -> dict[str, Any]:

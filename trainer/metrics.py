@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from trainer.config import Config
 from trainer.heartbeat import Heartbeat
-from trainer.jsonl import METRICS, cut_after
+from trainer.jsonl import METRICS, keep_lines
+from trainer.progress import Progress
 
 _BOARD_POINTS = 10_000
 """TensorBoard draws a thousand points of a curve; more of them only make its files grow."""
@@ -19,9 +20,11 @@ _BOARD_POINTS = 10_000
 class MetricsWriter:
     """Rank 0's log of one run; a resumed run goes on in the same files."""
 
-    def __init__(self, config: Config, folder: Path, steps: int, start: int):
-        self.file = folder / METRICS
-        cut_after(self.file, start)
+    def __init__(
+        self, config: Config, folder: Path, steps: int, progress: Progress, heartbeat: Heartbeat
+    ):
+        self.file, start = folder / METRICS, progress.step
+        keep_lines(self.file, lambda line: start > 0 and _belongs(line, progress))
         self._stream = self.file.open("a", encoding="utf-8")
         self._board = None
         if config.log.tensorboard:
@@ -32,8 +35,8 @@ class MetricsWriter:
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
             if start == 0:
                 self._board.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
-        self.heartbeat = Heartbeat(folder, steps)
-        self.heartbeat.write()
+        self.heartbeat = heartbeat
+        heartbeat.tell("starting", step=start, steps=steps)
         self._steps, self._plain_after = steps, start
         self._bar: tqdm | None = None
         self._progress = config.log.progress
@@ -59,8 +62,10 @@ class MetricsWriter:
         self.heartbeat.beat(**finite)
         self._show(values)
 
-    def advance(self, step: int, loss: float) -> None:
+    def advance(self, step: int, loss: float, *, skipped: bool) -> None:
         """One step was done."""
+        if skipped:
+            self.say(f"step {step}: loss or gradient not finite, step skipped")
         self.heartbeat.beat(step=step, loss=None if _is_nan(loss) else loss)
         if self._bar is not None:
             self._bar.update(1)
@@ -96,6 +101,11 @@ class MetricsWriter:
                 f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3f}  "
                 f"{values['tokens_per_second']:.0f} tokens/s  {values['peak_memory_gib']:.2f} GiB"
             )
+
+
+def _belongs(line: dict[str, Any], progress: Progress) -> bool:
+    """Whether a line is of what was done until then, and not of what will be done again."""
+    return line["step"] <= (progress.evaluated if "eval_loss" in line else progress.step)
 
 
 def _is_nan(value: Any) -> bool:

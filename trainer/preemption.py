@@ -7,6 +7,7 @@ at once.
 
 import os
 import signal
+import socket
 import threading
 import time
 from types import FrameType
@@ -30,8 +31,8 @@ class StopRequest:
 
     def __init__(self, options: RunOptions):
         self._reason: str | None = None
-        self._interrupted_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._wakeup: socket.socket | None = None
         # (moment of the monotonic clock, which nobody sets back; what ends then)
         self._deadlines: list[tuple[float, str]] = []
         if options.max_hours is not None:
@@ -53,16 +54,31 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # only there can it listen
             self._before = {name: signal.signal(name, self._note) for name in SIGNALS}
+            ours, self._wakeup = socket.socketpair()
+            self._wakeup.setblocking(False)
+            signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=_count, args=(ours,), daemon=True, name="signals").start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for name, handler in self._before.items():
             signal.signal(name, handler)
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(-1)
+            self._wakeup.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT:
-            if self._interrupted_at is not None and now - self._interrupted_at > _SAME_PRESS:
-                os._exit(128 + signal.SIGINT)
-            self._interrupted_at = self._interrupted_at or now
         self._reason = self._reason or signal.Signals(number).name
+
+
+def _count(signals: socket.socket) -> None:
+    """Leave at the second Ctrl-C. In a thread: Python tells the main one of signals only once it is
+    back from whatever library it waits in."""
+    first: float | None = None
+    with signals:
+        while number := signals.recv(1):
+            now = time.monotonic()
+            if number[0] == signal.SIGINT:
+                if first is not None and now - first > _SAME_PRESS:
+                    os._exit(128 + signal.SIGINT)
+                first = first or now

@@ -18,10 +18,10 @@ from trainer.allocation_figures import (
     draw_ranks,
     draw_ranks_by_type,
     read_allocation,
-    read_objects,
 )
 from trainer.errors import UserError
 from trainer.figures import draw_loss
+from trainer.jsonl import METRICS, read_metrics
 from trainer.strict import parse_yaml
 
 SCORES = {
@@ -73,7 +73,7 @@ def read_run(folder: Path) -> Run:
     sections = ("run", "method")
     if not isinstance(config, dict) or any(not isinstance(config.get(s), dict) for s in sections):
         raise UserError(f"{file}: no section run or method; accepted: the file that a run wrote")
-    metrics = list(read_objects(folder / "metrics.jsonl"))
+    metrics = read_metrics(folder / METRICS)
     end = metrics[-1]["step"] if metrics else 0
     allocation = read_allocation(folder, config["method"].get("rank", np.nan), end)
     folder = folder.resolve()

@@ -1,11 +1,9 @@
 """One whole run: open, resume, train, export, and leave a folder that explains itself."""
 
-import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,21 +12,21 @@ from adapters.export import export_adapter
 from adapters.units import expert_counts
 from trainer import architecture, checkpoint, checkpoint_files
 from trainer.allocation import AllocationLog, Replay
-from trainer.checkpoint import CheckpointWriter, Progress
+from trainer.checkpoint import CheckpointWriter
 from trainer.config import LEFT_OUT, Config
 from trainer.distributed import World
 from trainer.engine import engine_class
-from trainer.errors import RunFailed, UserError
+from trainer.errors import UserError
 from trainer.figures import draw_loss
 from trainer.jsonl import METRICS, read_metrics
-from trainer.lock import Lock
 from trainer.loop import make_loader, total_steps, train
 from trainer.memory import estimate, peak_gib, readable, trainable_parameters
 from trainer.metrics import MetricsWriter
-from trainer.preemption import Interrupted, StopRequest
+from trainer.preemption import StopRequest
+from trainer.progress import Progress
+from trainer.run_folder import RunFolder
 from trainer.schedule import learning_rate
 from trainer.session import Session, open_data, open_session
-from trainer.splitting import INITIAL, save_starts
 from trainer.strict import local
 
 
@@ -37,21 +35,13 @@ def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
 
     `stop` is asked at every step; Interrupted is raised once the run is saved.
     """
-    lock = Lock(config.run_folder)
-    try:
-        _run(config, world, stop or StopRequest(config.run), lock)
-    finally:
-        lock.release()
+    with RunFolder(config.run_folder) as folder:
+        _run(config, world, stop or StopRequest(config.run), folder)
 
 
-def _run(config: Config, world: World, stop: StopRequest, lock: Lock) -> None:
-    folder = config.run_folder
+def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> None:
+    resumed, state, remarks = _choose_start(config, world, folder)
     with world.together():
-        if world.is_main and folder.exists():
-            lock.acquire()
-        resumed, state, remarks = _choose_start(config, folder)
-        if resumed is not None:
-            checkpoint.check_options(config, resumed, state)
         starts = None if resumed is None else checkpoint.read_starts(resumed, state)
     session = open_session(config, world, starts)
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
@@ -62,22 +52,16 @@ def _run(config: Config, world: World, stop: StopRequest, lock: Lock) -> None:
             progress = checkpoint.restore(session, loader, resumed, state)
             session.initial_digest = state.get("initial")
     steps = total_steps(session, loader)
-    metrics = log = replay = None
+    replay = None
     with world.together():
         _plan(session, steps)
         if world.is_main:
             if config.method.replay is not None:
                 replay = Replay(Path(config.method.replay), session.method, progress.step, steps)
-            remarks += checkpoint_files.clear_the_way(
-                folder / "checkpoints", progress.step, config.run.resume
-            )
-            _prepare_folder(session, folder, lock)
-            metrics = MetricsWriter(config, folder, steps, progress.step)
-            if session.method.decides:
-                limit = int(config.log.decisions_mib * 2**20)
-                log = AllocationLog(folder, config.method.kind, progress.step, limit)
+            remarks += _open_folder(session, folder, steps, progress)
+    metrics, log = folder.metrics, folder.log
     if metrics is not None:
-        notes = [f"note      {lock.note}"] if lock.note else []
+        notes = [f"note      {folder.lock.note}"] if folder.lock.note else []
         for line in (*notes, *_introduction(session, steps), *(f"damaged   {r}" for r in remarks)):
             metrics.say(line)
         if resumed is not None:
@@ -85,39 +69,29 @@ def _run(config: Config, world: World, stop: StopRequest, lock: Lock) -> None:
                         f"{state['world_size']} ranks) at step {progress.step}")  # fmt: skip
             for change in checkpoint.changes(state, config.model_dump(mode="json")):
                 metrics.say(f"changed   {change}")
-    writer = CheckpointWriter(session, loader, folder / "checkpoints")
-    with _recorded(folder, metrics, log):
-        train(session, loader, writer, metrics, log, progress, steps, stop, replay)
-        writer.close()
-        with world.together():
-            if metrics is not None:
-                metrics.close()
-                _finish(session, folder, steps)
-                metrics.heartbeat.end("done")
-
-
-@contextmanager
-def _recorded(
-    folder: Path, metrics: MetricsWriter | None, log: AllocationLog | None
-) -> Iterator[None]:
-    """However the run ends, its heartbeat says so and its files are closed."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, OSError):  # of a record; the checkpoint writer has its own words
-            error = RunFailed(
-                f"{error.filename or folder}: {error.strerror or error}; last good checkpoint: "
-                f"{checkpoint_files.newest(folder / 'checkpoints') or 'none'}"
-            )
+    writer = CheckpointWriter(session, loader, folder.path / "checkpoints")
+    train(session, loader, writer, metrics, log, progress, steps, stop, replay)
+    writer.close()
+    with world.together():
         if metrics is not None:
-            state = "interrupted" if isinstance(error, Interrupted) else "failed"
-            metrics.heartbeat.end(state, str(error))
-        raise error
-    finally:
-        for file in (metrics, log):
-            if file is not None:
-                with suppress(OSError):  # what could not be written has been said
-                    file.close()
+            metrics.close()
+            _finish(session, folder.path, steps)
+
+
+def _open_folder(session: Session, folder: RunFolder, steps: int, progress: Progress) -> list[str]:
+    """Rank 0: make the folder ready to be written; remarks on what was found in it."""
+    config = session.config
+    folder.make()
+    remarks = checkpoint_files.clear_the_way(
+        folder.path / "checkpoints", progress.step, config.run.resume
+    )
+    folder.describe(session)
+    assert folder.heartbeat is not None
+    folder.metrics = MetricsWriter(config, folder.path, steps, progress, folder.heartbeat)
+    if session.method.decides:
+        limit = int(config.log.decisions_mib * 2**20)
+        folder.log = AllocationLog(folder.path, config.method.kind, progress.step, limit)
+    return remarks
 
 
 def dry_run(config: Config, world: World) -> str:
@@ -149,16 +123,28 @@ def dry_run(config: Config, world: World) -> str:
     return "\n".join(lines)
 
 
-def _choose_start(config: Config, folder: Path):
-    """The checkpoint to go on from. A finished or begun run is never overwritten by accident."""
-    begun = local(folder / METRICS, "run.dir")
-    found = checkpoint_files.find(config.run.resume, folder / "checkpoints")
-    if config.run.resume == "never" and begun is not None:
-        raise UserError(
-            f"run.resume: never given, but {folder} holds a run already; accepted: "
-            "another run.name, or run.resume=auto"
-        )
-    return found
+def _choose_start(
+    config: Config, world: World, folder: RunFolder
+) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """(the checkpoint to go on from, its state, remarks on damaged ones), as rank 0 sees them. A
+    finished or begun run is never overwritten by accident."""
+    found: tuple[Path | None, dict[str, Any], list[str]] = (None, {}, [])
+    with world.together():
+        if world.is_main:
+            folder.take()
+            found = checkpoint_files.find(config.run.resume, folder.path / "checkpoints")
+            if config.run.resume == "never" and (folder.path / METRICS).exists():
+                raise UserError(
+                    f"run.resume: never given, but {folder.path} holds a run already; accepted: "
+                    "another run.name, or run.resume=auto"
+                )
+            if found[0] is not None:
+                checkpoint.check_options(config, found[0], found[1])
+    resumed, state, remarks = world.broadcast(found)
+    with world.together():
+        if resumed is not None and not world.is_main:
+            checkpoint_files.verify(resumed)
+    return resumed, state, remarks
 
 
 def _plan(session: Session, steps: int) -> None:
@@ -169,28 +155,6 @@ def _plan(session: Session, steps: int) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     method.plan(steps, lambda step: learning_rate(optim, step, steps) / optim.learning_rate)
-
-
-def _prepare_folder(session: Session, folder: Path, lock: Lock) -> None:
-    config, units = session.config, session.method.units
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        if not lock.held:  # the folder was not there when this run looked for its start
-            lock.acquire()
-            if (folder / METRICS).exists():
-                raise UserError(f"run.name: {folder} was made by another run just now; accepted: "
-                                "another run.name")  # fmt: skip
-        (folder / "figures").mkdir(exist_ok=True)
-        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        described = [{k: v for k, v in asdict(unit).items() if k != "index"} for unit in units]
-        (folder / "units.json").write_text(json.dumps(described, indent=0), encoding="utf-8")
-        written = session.initial_digest is not None and (folder / INITIAL).is_file()
-        if session.starts is not None and not written:
-            session.initial_digest = save_starts(session.starts, folder)
-        for stale in (folder / "checkpoints").glob(".step-*"):
-            checkpoint_files.remove_partial(stale)
-    except OSError as error:
-        raise UserError(f"run.dir: {folder} cannot be written ({error.strerror})") from error
 
 
 def _introduction(session: Session, steps: int) -> list[str]:

@@ -23,6 +23,7 @@ from trainer.loader import left_out
 from trainer.splitting import Splitter
 from trainer.tasks import TASKS
 from trainer.tasks.base import Task
+from trainer.watchdog import Watchdog
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Session:
     backbone: Backbone
     method: Method
     optimizer: MaskedAdamW
+    watchdog: Watchdog
     starts: Mapping[str, Start] | None
     """Rank 0: what the method took out of the matrices, where it splits them."""
     initial_digest: str | None = None
@@ -130,6 +132,7 @@ def open_session(
     session = Session(
         config, world, tokenizer, task, train_data, eval_data, left_out, engine, backbone, method,
         optimizer=None,  # type: ignore[arg-type]  # follows at once, from the session's trainables
+        watchdog=Watchdog(world, config.engine.timeout),
         starts=starts if world.is_main else None,
     )  # fmt: skip
     session.optimizer = MaskedAdamW(

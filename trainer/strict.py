@@ -193,9 +193,9 @@ def parse_json(text: str) -> Any:
             if isinstance(outer, dict | list)
             for inner in (outer.values() if isinstance(outer, dict) else outer)
         ]
-    if level:
-        raise ValueError(f"nested deeper than {_DEEPEST} levels")
-    return value
+        if not level:
+            return value
+    raise ValueError(f"nested deeper than {_DEEPEST} levels")
 
 
 def local(name: str | Path, key: str = "") -> Path | None:

@@ -5,6 +5,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,17 @@ def exit_code(folder: Path) -> int:
 def view(folder: Path) -> RenderableType:
     """Progress, loss, speed, memory and the current allocation of the run in `folder`."""
     beat = _heartbeat(folder)
+    try:
+        return _view(folder, beat)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{folder}: not what a run wrote ({error!r}); accepted: a run") from error
+
+
+def _view(folder: Path, beat: dict[str, Any]) -> RenderableType:
     lines = read_metrics(folder / METRICS)
-    step, steps = beat.get("step", 0), beat["steps"]
+    step, steps = beat["step"], beat["steps"]
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column()
@@ -87,6 +97,8 @@ def allocation(folder: Path) -> list[tuple[str, str]]:
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
     """The values as a row of bars from their least to their largest, thinned to `width`."""
+    if not values:
+        return ""
     stride = max(1, len(values) / width)
     chosen = [values[int(index * stride)] for index in range(min(width, len(values)))]
     low, high = min(chosen), max(chosen)
@@ -96,7 +108,8 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 def _heartbeat(folder: Path) -> dict[str, Any]:
     beat = read_heartbeat(folder)
-    if not {"state", "steps", "time", "pid", "host"} <= beat.keys():
+    kinds = {"state": str, "step": int, "steps": int, "time": float, "pid": int, "host": str}
+    if any(not isinstance(beat.get(key), kind) for key, kind in kinds.items()):
         raise UserError(f"{folder}: no heartbeat.json of a run; accepted: a run folder")
     return beat
 
@@ -104,10 +117,11 @@ def _heartbeat(folder: Path) -> dict[str, Any]:
 def _state(beat: dict[str, Any]) -> str:
     silent = time.time() - beat["time"]
     if beat["state"] not in EXIT_CODES:
-        patience = 60 + 3 * beat.get("step_seconds", 60)
+        # Loading and evaluations write nothing while they go on.
+        patience = 60 + 3 * beat.get("step_seconds", 60) if beat["state"] == "running" else 3600
         if silent > patience:
             return f"{beat['state']}, but without a sign of life for {_duration(silent)}"
-        left = (beat["steps"] - beat.get("step", 0)) * beat.get("step_seconds", 0)
+        left = (beat["steps"] - beat["step"]) * beat.get("step_seconds", 0)
         return f"{beat['state']}, {_duration(left)} to go" if left else beat["state"]
     return f"{beat['state']} {_duration(silent)} ago" + (
         f" ({beat['reason']})" if "reason" in beat else ""
@@ -131,9 +145,10 @@ def _by_layer(folder: Path, ranks: dict[str, int]) -> list[float]:
     if all(name.isdigit() for name in ranks):
         return [ranks[name] for name in sorted(ranks, key=int)]
     layers: dict[int, list[int]] = {}
-    for unit in json.loads((folder / "units.json").read_text(encoding="utf-8")):
-        if unit["layer"] is not None:
-            layers.setdefault(unit["layer"], []).append(ranks.get(unit["name"], 0))
+    with suppress(OSError, ValueError, KeyError, TypeError):  # being written just now
+        for unit in json.loads((folder / "units.json").read_text(encoding="utf-8")):
+            if unit["layer"] is not None:
+                layers.setdefault(unit["layer"], []).append(ranks.get(unit["name"], 0))
     return [sum(layers[layer]) / len(layers[layer]) for layer in sorted(layers)]
 
 

@@ -8,6 +8,8 @@ source launch/slurm/rendezvous.sh
 # torchrun's agent and deepspeed's runner die of it while their workers are saving. A signal that is
 # ignored here stays ignored in every program started here, until it installs a handler.
 trap '' USR1
+# What torchrun gives its workers to save when it is told to end (SIGTERM) before it kills them.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
 launcher=$1
 shift

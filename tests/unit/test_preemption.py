@@ -1,13 +1,16 @@
 """Asking a run to stop: signals, deadlines, the heartbeat and the lock."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from unittest.mock import patch
 
 import pytest
 
-from tests.helpers import losses, quick_config
+from tests.helpers import ROOT, environment, losses, quick_config
 from trainer import loop, preemption
 from trainer.config import RunOptions
 from trainer.distributed import World
@@ -16,6 +19,7 @@ from trainer.heartbeat import Heartbeat, read_heartbeat
 from trainer.lock import Lock
 from trainer.preemption import Interrupted, StopRequest
 from trainer.run import run
+from trainer.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("number", preemption.SIGNALS)
@@ -28,18 +32,29 @@ def test_signals_leave_a_note_and_nothing_else(number):
     assert signal.getsignal(number) is before
 
 
+BUSY = """
+import sys, time
+from trainer.config import RunOptions
+from trainer.preemption import StopRequest
+import hashlib
+with StopRequest(RunOptions()):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in C, as a collective may wait
+"""
+
+
 def test_a_second_interrupt_leaves_at_once_but_not_the_echo_of_the_first():
-    clock = [100.0]
-    with (
-        patch.object(time, "monotonic", lambda: clock[0]),
-        patch.object(os, "_exit") as leave,
-        StopRequest(RunOptions()) as stop,
-    ):
-        for clock[0], left in ((100.0, False), (100.3, False), (102.0, True)):
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop.reason == "SIGINT"
-            assert leave.called == left
-    leave.assert_called_once_with(130)
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=environment(),
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # a terminal's and a launcher's
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(preemption._SAME_PRESS + 0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
 
 
 def test_a_deadline_is_counted_on_a_clock_that_nobody_sets_back(monkeypatch):
@@ -112,10 +127,10 @@ def test_a_failed_run_says_so(tmp_path):
 
 
 def test_a_heartbeat_is_whole_and_written_once_a_second(tmp_path):
-    beat = Heartbeat(tmp_path, 100)
+    beat = Heartbeat(tmp_path)
     with patch.object(time, "monotonic", lambda: now[0]):
         for step, now in enumerate(([10.0], [10.5], [11.1]), start=1):
-            beat.beat(step=step, loss=2.0)
+            beat.beat(step=step, steps=100, loss=2.0)
             assert read_heartbeat(tmp_path)["step"] == {1: 1, 2: 1, 3: 3}[step]
     beat.end("failed", "no more")
     read = read_heartbeat(tmp_path)
@@ -139,17 +154,64 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
 
 
 def test_a_folder_that_another_run_made_meanwhile_is_left_alone(tmp_path):
-    from trainer import run as runs
-
     config = quick_config(tmp_path, "run.name=race")
-    honest = runs._prepare_folder
+    honest = RunFolder.make
 
-    def prepare(session, folder, lock):
-        folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text('{"step": 1}\n')
-        honest(session, folder, lock)
+    def make(self):
+        self.path.mkdir(parents=True)
+        (self.path / "metrics.jsonl").write_text('{"step": 1}\n')
+        honest(self)
 
-    with patch.object(runs, "_prepare_folder", prepare):
+    with patch.object(RunFolder, "make", make):
         with pytest.raises(UserError, match="made by another run just now"):
             run(config, World())
     assert (config.run_folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert not (config.run_folder / "heartbeat.json").exists()
+
+
+def test_a_run_that_was_stopped_twice_evaluates_once(tmp_path):
+    """At the start, and after a step whose evaluation was caught up and then not saved."""
+    overrides = ("run.name=twice", "run.steps=6", "run.eval_every=2", "run.eval_at_start=true")
+    config = quick_config(tmp_path, *overrides)
+    for step in (0, 3, 4):
+        stop, patched = ask_at(step)
+        with patched, pytest.raises(Interrupted):
+            run(config, World(), stop)
+        if step == 3:  # evaluated after step 4 when it goes on, killed before it saves
+            with patch.object(loop, "accumulate", side_effect=KeyboardInterrupt):
+                with pytest.raises(KeyboardInterrupt):
+                    run(config, World())
+    run(config, World())
+    text = (config.run_folder / "metrics.jsonl").read_text().splitlines()
+    evaluated = [json.loads(line)["step"] for line in text if "eval_loss" in line]
+    assert evaluated == [0, 2, 4, 6]
+
+
+def test_the_heartbeat_knows_where_a_resumed_run_stands(tmp_path):
+    config = quick_config(tmp_path, "run.name=again")
+    run(config, World())
+    run(config, World())
+    beat = read_heartbeat(config.run_folder)
+    assert (beat["state"], beat["step"], beat["steps"]) == ("done", 4, 4)
+
+
+def test_a_watchdog_ends_a_process_that_waits_in_vain():
+    code = """
+import time
+from unittest.mock import patch
+from trainer import watchdog
+from trainer.distributed import World
+with patch.object(watchdog, "_MARGIN", 0.5), \
+     patch.object(watchdog.distributed, "report_lost", lambda reason: print(reason, flush=True)):
+    with watchdog.Watchdog(World(size=2), 0.5) as dog:
+        for _ in range(3):
+            dog.alive("a step")
+            time.sleep(0.6)
+        dog.alive("micro-batch 7")
+        time.sleep(60)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60,
+        env=environment(),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "micro-batch 7 has not ended for 1 s\n"), done

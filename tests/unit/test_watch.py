@@ -43,8 +43,8 @@ def test_a_run_is_shown_with_its_allocation(tmp_path, name):
     ("state", "code"), [("done", 0), ("interrupted", 75), ("failed", 1), (None, 3)]
 )
 def test_the_exit_code_says_how_a_run_stands(tmp_path, state, code):
-    beat = Heartbeat(tmp_path, 10)
-    beat.beat(step=3, loss=1.0, step_seconds=2.0, tokens_per_second=5.0, peak_memory_gib=1.0,
+    beat = Heartbeat(tmp_path)
+    beat.beat(steps=10, step=3, loss=1.0, step_seconds=2.0, tokens_per_second=5.0, peak_memory_gib=1.0,
               active_parameters=1, trainable_parameters=2)  # fmt: skip
     if state is not None:
         beat.end(state, "why")
@@ -54,7 +54,7 @@ def test_the_exit_code_says_how_a_run_stands(tmp_path, state, code):
 
 
 def test_a_run_that_was_killed_shows_no_sign_of_life(tmp_path):
-    Heartbeat(tmp_path, 10).beat(step=3)
+    Heartbeat(tmp_path).beat(steps=10, step=3)
     beat = json.loads((tmp_path / "heartbeat.json").read_text())
     (tmp_path / "heartbeat.json").write_text(json.dumps({**beat, "time": time.time() - 7200}))
     assert "without a sign of life for 2.0 h" in shown(tmp_path)

@@ -1,7 +1,7 @@
 """Faults inside a rank: Python imports this file at its start where PYTHONPATH names its folder.
 
-RANKCAST_INJECT=nan:5      the loss of the fifth step is not a number
-RANKCAST_INJECT=clock:5    from the fifth step on, the clock is a day behind
+RANKCAST_INJECT=nan:5      the loss of step 5, counted from 0, is not a number
+RANKCAST_INJECT=clock:5    from that step on, the clock is a day behind
 """
 
 import os
