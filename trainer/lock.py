@@ -60,5 +60,6 @@ class Lock:
     def release(self) -> None:
         if self._stream is not None:
             with suppress(OSError):
+                self._stream.truncate(0)
                 self._stream.close()
             self._stream = None

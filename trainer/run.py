@@ -58,7 +58,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         if world.is_main:
             if config.method.replay is not None:
                 replay = Replay(Path(config.method.replay), session.method, progress.step, steps)
-            remarks += _open_folder(session, folder, steps, progress)
+            _open_folder(session, folder, steps, progress)
     metrics, log = folder.metrics, folder.log
     if metrics is not None:
         notes = [f"note      {folder.lock.note}"] if folder.lock.note else []
@@ -78,20 +78,16 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
             _finish(session, folder.path, steps)
 
 
-def _open_folder(session: Session, folder: RunFolder, steps: int, progress: Progress) -> list[str]:
-    """Rank 0: make the folder ready to be written; remarks on what was found in it."""
+def _open_folder(session: Session, folder: RunFolder, steps: int, progress: Progress) -> None:
+    """Rank 0: make the folder ready to be written."""
     config = session.config
     folder.make()
-    remarks = checkpoint_files.clear_the_way(
-        folder.path / "checkpoints", progress.step, config.run.resume
-    )
     folder.describe(session)
     assert folder.heartbeat is not None
     folder.metrics = MetricsWriter(config, folder.path, steps, progress, folder.heartbeat)
     if session.method.decides:
         limit = int(config.log.decisions_mib * 2**20)
         folder.log = AllocationLog(folder.path, config.method.kind, progress.step, limit)
-    return remarks
 
 
 def dry_run(config: Config, world: World) -> str:
@@ -140,6 +136,12 @@ def _choose_start(
                 )
             if found[0] is not None:
                 checkpoint.check_options(config, found[0], found[1])
+            found[2].extend(
+                checkpoint_files.clear_the_way(
+                    folder.path / "checkpoints", found[1].get("step", 0), config.run.resume
+                )
+            )
+            folder.begin()
     resumed, state, remarks = world.broadcast(found)
     with world.together():
         if resumed is not None and not world.is_main:

@@ -32,10 +32,15 @@ class RunFolder:
         """Keep others off the folder, if there is one yet. Raises UserError where one is on it."""
         if local(self.path, "run.dir") is not None:
             self.lock.acquire()
-            self._begin()
+
+    def begin(self) -> None:
+        """The run is going to change the folder, which is there: say so."""
+        if self.lock.held:
+            self.heartbeat = Heartbeat(self.path)
+            self.heartbeat.write()
 
     def make(self) -> None:
-        """The same, and where there was none there is one now."""
+        """Where there was none there is one now, and it is ours."""
         if self.lock.held:
             return
         try:
@@ -48,11 +53,7 @@ class RunFolder:
                 f"run.name: {self.path} was made by another run just now; accepted: another "
                 "run.name, or start again"
             )
-        self._begin()
-
-    def _begin(self) -> None:
-        self.heartbeat = Heartbeat(self.path)
-        self.heartbeat.write()
+        self.begin()
 
     def describe(self, session: Session) -> None:
         """What the run is: configuration, units, initial tensors."""
