@@ -73,7 +73,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(launcher, name, tmp_path)
 def test_a_stalled_rank_is_named_by_the_others(launcher, rank, tmp_path):
     run = tmp_path / "runs/stalled"
     process = start(
-        launcher, 2, SCRIPT, *arguments(tmp_path, "stalled", "engine.timeout=5", "run.steps=9999")
+        launcher, 2, SCRIPT, *arguments(tmp_path, "stalled", "engine.timeout=15", "run.steps=9999")
     )
     wait_for_step(run, 3, process)
     ranks = ranks_of(process)
