@@ -52,6 +52,12 @@ class CheckpointWriter:
         if not self._options.asynchronous:
             self.wait()
 
+    @property
+    def failed(self) -> bool:
+        """Whether what was to be written in the background could not be."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
     def wait(self) -> None:
         """Until what is being written is complete. Raises RunFailed where it could not be."""
         pending, self._pending = self._pending, None

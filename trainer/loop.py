@@ -70,7 +70,8 @@ def train(
             loader.micro_batch_size = method.micro_batch_size or config.data.micro_batch_size
             batch = next(batches)
             loss = accumulate(session, batch, step)
-            stopping = world.any(stop.reason is not None)
+            # A checkpoint that could not be written is reported with the next one: make that now.
+            stopping = world.any(stop.reason is not None or writer.failed)
             mean_loss = engine.reduce(optimizer, loss)
             method.observe(step, optimizer)
             optimizer.learning_rate = learning_rate(config.optim, step, steps)

@@ -3,13 +3,14 @@
 import json
 import resource
 import signal
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from tests.helpers import losses, quick_config
-from trainer import checkpoint_files
+from trainer import checkpoint, checkpoint_files
 from trainer.distributed import World
 from trainer.errors import RunFailed, UserError
 from trainer.run import run
@@ -191,3 +192,11 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_saved(tmp_path):
     assert not list((config.run_folder / "checkpoints").glob(".*"))
     run(quick_config(tmp_path, "run.steps=6", "checkpoint.every=2", "method.rank=2"), World())
     assert len(losses(config.run_folder)) == 6
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_the_run_before_the_next_is_due(tmp_path):
+    config = quick_config(tmp_path, "run.steps=40", "checkpoint.every=20", "data.eval=null")
+    with patch.object(checkpoint.CheckpointWriter, "_write", side_effect=OSError(28, "disk full")):
+        with pytest.raises(RunFailed, match="checkpoint of step 20 could not be written"):
+            run(config, World())
+    assert 20 <= len(losses(config.run_folder)) < 40
