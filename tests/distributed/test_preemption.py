@@ -22,7 +22,7 @@ from tests.helpers import (
 from trainer.errors import EXIT_REQUEUE
 from trainer.heartbeat import read_heartbeat
 
-STEPS = 16
+STEPS = 30
 SCRIPT = ROOT / "launch/train.py"
 EXIT_CODES = {"deepspeed": EXIT_REQUEUE, "torchrun": 1}  # torchrun keeps its workers' codes back
 
