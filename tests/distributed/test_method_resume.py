@@ -160,7 +160,7 @@ def test_on_the_same_engine_it_is_the_same_run(outcome, name, step):
 def logged(folder) -> list[dict]:
     """metrics.jsonl without what depends on the machine."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    timing = ("tokens_per_second", "step_seconds", "peak_memory_gib")
+    timing = ("tokens_per_second", "step_seconds", "peak_memory_gib", "peak_memory_gib_by_rank")
     return [{k: v for k, v in line.items() if k not in timing} for line in lines]
 
 
