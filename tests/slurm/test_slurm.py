@@ -147,6 +147,7 @@ def test_a_signalled_job_requeues_and_ends_as_if_nothing_had_been(
 def test_a_job_under_torchrun_is_requeued_before_its_time_limit(slurm, folder, whole):
     # SLURM looks at time limits every 30 s: of 120 s, the signal comes after 45 to 75.
     limit = ("--time=2", "--signal=USR1@45")
+    whole("torchrun", 2)  # to know how long a step takes
     steps = int(70 / step_seconds(folder / "runs" / f"whole-torchrun-2-{STEPS}-0"))
     file = write_config(folder, "fsdp2", steps)
     job = submit(slurm, folder, "fsdp2.sbatch", TWO_NODES + limit, file)
