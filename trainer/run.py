@@ -43,6 +43,8 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     resumed, state, remarks = _choose_start(config, world, folder)
     with world.together():
         starts = None if resumed is None else checkpoint.read_starts(resumed, state)
+        if world.is_main:
+            folder.begin()
     session = open_session(config, world, starts)
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
@@ -141,7 +143,6 @@ def _choose_start(
                     folder.path / "checkpoints", found[1].get("step", 0), config.run.resume
                 )
             )
-            folder.begin()
     resumed, state, remarks = world.broadcast(found)
     with world.together():
         if resumed is not None and not world.is_main:

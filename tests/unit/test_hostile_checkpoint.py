@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save, save_file
 from tests.helpers import quick_config
 from tests.hostile import VALUES, attempt, damaged, fuzz, hostile_json, json_bytes, retyped
 from trainer import checkpoint, checkpoint_files
-from trainer.checkpoint import Progress
 from trainer.checkpoint_files import BadCheckpoint
 from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.export import saved_adapters, saved_config, saved_heads
 from trainer.loop import make_loader
+from trainer.progress import Progress
 from trainer.run import run
 from trainer.session import open_session
 from trainer.splitting import INITIAL, load_starts
@@ -91,7 +91,7 @@ def plain(tmp_path_factory):
 
 def test_what_is_not_damaged_is_taken(saved):
     bad = saved.write(saved.state, save(saved.tensors))
-    assert attempt(saved.folder, lambda: saved.resume(bad)) == Progress(step=2)
+    assert attempt(saved.folder, lambda: saved.resume(bad)) == Progress(step=2, evaluated=2)
 
 
 # --- files
