@@ -73,6 +73,13 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in trained]
 
 
+def kept_steps(run: Path, step: int) -> list[str]:
+    """What was logged up to a step, with the times that it took then: a run that went on from there
+    holds the same lines, one that began anew does not."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [line for line in lines if json.loads(line)["step"] <= step]
+
+
 def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))

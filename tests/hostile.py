@@ -23,6 +23,11 @@ MEMORY = 4 * 2**30
 """So much more address space a reader may ask for."""
 
 
+def written(folder: Path, name: str, content: bytes) -> Path:
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
 def fuzz(usual: int = 100, many: int = 3000) -> settings:
     """The same examples in every run: `usual` of them, or with RANKCAST_ALL=1 `many`."""
     return settings(

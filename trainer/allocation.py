@@ -16,7 +16,7 @@ from trainer.jsonl import DECISIONS, PARTS, decision_files, keep_lines, open_dec
 from trainer.strict import parse_json, validate
 
 _KEPT_PARTS = 32
-"""With 64 MiB a part, 2 GiB of decisions, of which the closed parts take a tenth or less."""
+"""With 64 MiB a part, 2 GiB of decisions before compression."""
 
 _INTEGERS = ("ranks", "locations", "survivors")
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.errors import EXIT_FAILED, EXIT_REQUEUE, UserError, first_line
+from trainer.errors import EXIT_FAILED, EXIT_REQUEUE, RunFailed, UserError, first_line
 
 _CONNECTION = "gloo|NCCL|TCPStore|pair closure|Connection (closed|reset)|Broken pipe"
 """How a collective complains that another rank is not there."""
@@ -133,13 +133,19 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     patience = datetime.timedelta(seconds=timeout)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
-        # NCCL ends the process without a word: the hosts, who meet at every step, notice first.
-        timeout=patience + datetime.timedelta(seconds=60 if use_gpu else 0),
-        device_id=place if use_gpu else None,
-        **_meeting_point(patience),
-    )
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
+            # NCCL ends the process without a word: the hosts, who meet at every step, notice first.
+            timeout=patience + datetime.timedelta(seconds=60 if use_gpu else 0),
+            device_id=place if use_gpu else None,
+            **_meeting_point(patience),
+        )
+    except RuntimeError as error:
+        raise RunFailed(
+            f"the {os.environ['WORLD_SIZE']} processes of this run did not find each other at "
+            f"{_address()} within {timeout:g} s, engine.timeout ({first_line(error)})"
+        ) from error
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
@@ -156,7 +162,6 @@ def _meeting_point(patience: datetime.timedelta) -> dict[str, Any]:
     come by the loopback interface, it listens there alone; torch's own listens to everyone."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher keeps it
         return {}
-    address = ":".join(os.environ.get(f"MASTER_{part}", "") for part in ("ADDR", "PORT"))
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         if not socket.gethostbyname(host).startswith("127."):
@@ -164,13 +169,17 @@ def _meeting_point(patience: datetime.timedelta) -> dict[str, Any]:
         listener = socket.create_server((host, port)) if os.environ["RANK"] == "0" else None
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"MASTER_ADDR:MASTER_PORT: {address!r}: {error}; accepted: rank 0's host and a port of "
-            "it that is free"
+            f"MASTER_ADDR:MASTER_PORT: {_address()}: {error}; accepted: rank 0's host and a port "
+            "of it that is free"
         ) from error
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     descriptor = None if listener is None else listener.detach()
     store = dist.TCPStore(host, port, size, rank == 0, patience, master_listen_fd=descriptor)
     return {"store": store, "rank": rank, "world_size": size}
+
+
+def _address() -> str:
+    return ":".join(os.environ.get(f"MASTER_{part}", "") for part in ("ADDR", "PORT"))
 
 
 def stop() -> None:
@@ -229,7 +238,8 @@ def report(error: BaseException) -> None:
         kind = "stopped" if error.exit_code == EXIT_REQUEUE else "error"
         print(f"{kind}:{who} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return
-    if isinstance(error, RuntimeError) and re.search(_CONNECTION, str(error)):
+    connected = isinstance(error, RuntimeError) and dist.is_initialized()
+    if connected and re.search(_CONNECTION, str(error)):
         report_lost(re.sub(r"\[\S+?\.(cc|cpp|h):\d+\] ", "", first_line(error)))
         return
     traceback.print_exception(error)

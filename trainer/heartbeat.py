@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import EXIT_FAILED, EXIT_REQUEUE
+from trainer.strict import parse_json
 
 FILE = "heartbeat.json"
 EXIT_RUNNING = 3
@@ -66,7 +67,7 @@ class Heartbeat:
 def read_heartbeat(folder: Path) -> dict[str, Any]:
     """What the file says; {} where there is none, or none that can be read."""
     try:
-        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        values = parse_json((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

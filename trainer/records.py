@@ -61,11 +61,9 @@ def detect_format(row: dict, options: DataOptions, task: Task) -> str:
 def to_record(row: dict, kind: str, options: DataOptions, tokenizer: Any) -> Record:
     """One row in the project's one form. Raises BadRecord with the reason."""
     record = _record(row, kind, options, tokenizer)
-    try:
+    try:  # JSON can hold half of a surrogate pair, which no tokenizer takes
         "".join([str(record.label), *(text for text, _ in record.segments)]).encode()
-    except (
-        UnicodeEncodeError
-    ) as error:  # half of a pair, as JSON can have it; no tokenizer takes it
+    except UnicodeEncodeError as error:
         raise BadRecord(f"no Unicode text ({error.reason})") from error
     return record
 

@@ -179,7 +179,7 @@ def dump_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """JSON that is no data: ValueError where it is broken, or nested deeper than any of ours."""
     try:
         value = json.loads(text)

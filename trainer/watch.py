@@ -1,6 +1,5 @@
 """A run's state as a person wants to see it, read from the files of its folder alone."""
 
-import json
 import os
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ from rich.text import Text
 from trainer.errors import UserError
 from trainer.heartbeat import EXIT_CODES, EXIT_RUNNING, read_heartbeat
 from trainer.jsonl import DECISIONS, METRICS, read_metrics
+from trainer.strict import parse_json
 
 _BARS = "▁▂▃▄▅▆▇█"
 _COLORS = {"done": "green", "interrupted": "yellow", "failed": "red"}
@@ -146,7 +146,7 @@ def _by_layer(folder: Path, ranks: dict[str, int]) -> list[float]:
         return [ranks[name] for name in sorted(ranks, key=int)]
     layers: dict[int, list[int]] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # being written just now
-        for unit in json.loads((folder / "units.json").read_text(encoding="utf-8")):
+        for unit in parse_json((folder / "units.json").read_text(encoding="utf-8")):
             if unit["layer"] is not None:
                 layers.setdefault(unit["layer"], []).append(ranks.get(unit["name"], 0))
     return [sum(layers[layer]) / len(layers[layer]) for layer in sorted(layers)]
@@ -161,7 +161,7 @@ def _last_object(file: Path) -> dict[str, Any]:
         lines = stream.read().splitlines()
     for line in reversed(lines):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError:  # being written just now
             continue
         return value if isinstance(value, dict) else {}

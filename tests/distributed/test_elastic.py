@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.distributed.cases import ok, run_cases
 from tests.distributed.worker import cut_run, train_only
-from tests.helpers import ROOT, losses, quick_config, save_random_model
+from tests.helpers import ROOT, kept_steps, losses, quick_config, save_random_model
 from trainer.config import Config, parse_config
 from trainer.distributed import World
 
@@ -90,6 +90,8 @@ def resumed(tmp_path_factory):
 def test_saved_in_one_place_and_resumed_in_another_it_is_the_same_run(resumed, source, target):
     for method, step in STATES:
         expected = losses(resumed / f"{method}-{named(ALONE)}")
-        found = losses(resumed / f"{method}-{step}-{named(source)}-{named(target)}")
+        again = resumed / f"{method}-{step}-{named(source)}-{named(target)}"
+        found = losses(again)
         assert len(found) == STEPS
+        assert kept_steps(again, step) == kept_steps(resumed / f"{method}-{named(source)}", step)
         assert found == pytest.approx(expected, rel=1e-4), (method, step)

@@ -21,6 +21,7 @@ from tests.distributed.worker import cut_run, train_only
 from tests.helpers import (
     ROOT,
     finish,
+    kept_steps,
     launch,
     losses,
     quick_config,
@@ -136,8 +137,10 @@ def outcome(place):
     return tmp, run_cases(tmp / "work", cases)
 
 
-def check_same_run(tmp, name: str, other: str, *, exactly: bool) -> None:
+def check_same_run(tmp, name: str, other: str, *, exactly: bool, step: int = 0) -> None:
+    """`step`: it went on from there, and did not begin anew."""
     whole, resumed = tmp / "runs" / name, tmp / "runs" / other
+    assert kept_steps(resumed, step) == kept_steps(whole, step)
     expected, found = losses(whole), losses(resumed)
     decided, again = decisions(whole), decisions(resumed)
     if exactly:
@@ -154,7 +157,7 @@ def test_on_the_same_engine_it_is_the_same_run(outcome, name, step):
     for case in (name, f"{name}-{step}-deepspeed"):
         ok(results[case])
     assert len(losses(tmp / "runs" / name)) >= STEPS
-    check_same_run(tmp, name, f"{name}-{step}-deepspeed", exactly=True)
+    check_same_run(tmp, name, f"{name}-{step}-deepspeed", exactly=True, step=step)
 
 
 def logged(folder) -> list[dict]:
@@ -181,7 +184,7 @@ def test_on_the_same_engine_it_logs_the_same(outcome, name, step):
 def test_on_another_engine_it_is_nearly_the_same_run(outcome, name, step):
     tmp, results = outcome
     ok(results[f"{name}-{step}-fsdp2"])
-    check_same_run(tmp, name, f"{name}-{step}-fsdp2", exactly=False)
+    check_same_run(tmp, name, f"{name}-{step}-fsdp2", exactly=False, step=step)
 
 
 @pytest.mark.parametrize(("name", "step"), PLACES)
@@ -191,7 +194,7 @@ def test_in_one_process_it_is_nearly_the_same_run(outcome, name, step):
     alone = interrupted(tmp, name, "single", f"{name}-{step}-single")
     cut_run(tmp / "runs" / name, alone.run_folder, step)
     train_only(World(), alone.model_dump())
-    check_same_run(tmp, name, f"{name}-{step}-single", exactly=False)
+    check_same_run(tmp, name, f"{name}-{step}-single", exactly=False, step=step)
 
 
 @pytest.mark.parametrize("name", list(ALONE))
@@ -202,7 +205,7 @@ def test_in_one_process_all_along_it_is_the_same_run(place, name):
         again = interrupted(place, name, "single", f"{name}-{step}")
         cut_run(whole.run_folder, again.run_folder, step)
         train_only(World(), again.model_dump())
-        check_same_run(place, name, f"{name}-{step}", exactly=True)
+        check_same_run(place, name, f"{name}-{step}", exactly=True, step=step)
 
 
 def test_the_checkpoints_were_in_the_phases_that_they_are_said_to_be_in(outcome):

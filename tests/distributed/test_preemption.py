@@ -12,6 +12,7 @@ from tests.helpers import (
     ROOT,
     error_lines,
     finish,
+    kept_steps,
     launch,
     losses,
     quick_config,
@@ -63,8 +64,10 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(launcher, name, tmp_path)
     assert beat["state"] == "interrupted" and 5 <= beat["step"] < STEPS
     assert str(run / f"checkpoints/step-{beat['step']:08d}") in beat["reason"]
     assert len(losses(run)) == beat["step"]
+    before = kept_steps(run, beat["step"])
     code, _, err = launch(launcher, 2, SCRIPT, *arguments(tmp_path, "asked"))
     assert code == 0, err[-3000:]
+    assert kept_steps(run, beat["step"])[: len(before)] == before, "it began anew"
     assert lines(run) == lines(tmp_path / "runs/whole")  # an evaluation that was due is caught up
     assert read_heartbeat(run)["state"] == "done"
 

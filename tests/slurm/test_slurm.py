@@ -101,6 +101,7 @@ def check_resumed(slurm: Cluster, job: str, run: Path, uninterrupted: list[float
     assert f"start {restarts + 1} on" in log, log  # what SLURM_RESTART_COUNT said
     assert json.loads((run / "heartbeat.json").read_text())["state"] == "done"
     assert len(list((run / "checkpoints").glob("step-*"))) >= 2, "of the interruption, of the end"
+    assert "resumed from" in log, log
     assert losses(run) == uninterrupted
     return restarts
 

@@ -24,6 +24,12 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """One folder for all examples of a module, which overwrite one another."""
+    return tmp_path_factory.mktemp("examples")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """The quickstart's tokenizer: <s> is 1, </s> is 2, <pad> is 0, and no chat template."""

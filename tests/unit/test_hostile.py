@@ -6,7 +6,6 @@ RANKCAST_ALL=1: thousands of examples a reader instead of about a hundred.
 
 import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +23,7 @@ from tests.hostile import (
     hostile_json,
     json_bytes,
     retyped,
+    written,
 )
 from tests.unit.methods.harness import Bench
 from trainer.allocation import Replay, decision_digest
@@ -37,18 +37,6 @@ from trainer.tasks.sequence_classification import (
     SequenceClassification,
     SequenceClassificationOptions,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """One folder for all examples, which overwrite one another."""
-    return tmp_path_factory.mktemp("hostile")
-
-
-def written(folder: Path, name: str, content: bytes) -> Path:
-    (folder / name).write_bytes(content)
-    return folder / name
-
 
 # --- the configuration
 

@@ -5,7 +5,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,21 +18,10 @@ from tests.hostile import (
     hostile_json,
     json_bytes,
     retyped,
+    written,
 )
 from trainer.engine.deepspeed import merge, read_user_json, settings, sizes
 from trainer.pretrained import PretrainedFiles
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """One folder for all examples, which overwrite one another."""
-    return tmp_path_factory.mktemp("hostile")
-
-
-def written(folder: Path, name: str, content: bytes) -> Path:
-    (folder / name).write_bytes(content)
-    return folder / name
-
 
 ZERO3 = json.loads((QUICKSTART.parent / "deepspeed/zero3.json").read_text())
 

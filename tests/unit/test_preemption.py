@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.helpers import ROOT, environment, losses, quick_config
+from tests.helpers import ROOT, environment, error_lines, free_port, losses, quick_config
 from trainer import loop, preemption
 from trainer.config import RunOptions
 from trainer.distributed import World
@@ -194,6 +194,24 @@ def test_the_heartbeat_knows_where_a_resumed_run_stands(tmp_path):
     run(config, World())
     beat = read_heartbeat(config.run_folder)
     assert (beat["state"], beat["step"], beat["steps"]) == ("done", 4, 4)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_stays_alone_at_the_start_says_so_in_one_line(tmp_path, rank):
+    config = quick_config(tmp_path, "engine.kind=ddp", "engine.timeout=2")
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    alone = {
+        "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "launch/train.py", "--config", str(tmp_path / "c.yaml")],
+        capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment() | alone,
+    )  # fmt: skip
+    assert done.returncode == 1
+    lines = error_lines(done.stderr)
+    assert len(lines) == 1 and "2 processes of this run did not find each other" in lines[0]
+    assert "Traceback" not in done.stderr
 
 
 WAITING = """
