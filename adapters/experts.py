@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.gated import GatedAdapter
-from adapters.linear import Dropout, dropped
+from adapters.linear import Dropout
+from adapters.opaque import OpaqueHost, add_gradient, host_of
 from adapters.weights import FORMATS
 
 _RANK_MULTIPLE = 8
@@ -55,7 +56,7 @@ class ExpertHost:
         return self.stack.tokens
 
 
-class StackedLinear(nn.Module):
+class StackedLinear(OpaqueHost):
     """One projection of E experts: frozen `y = x W_eᵀ` in any weight format, E adapters at most.
 
     `weight` holds the packed matrix of all experts' rows (E · out, in).
@@ -93,54 +94,118 @@ class StackedLinear(nn.Module):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """W (E, out, in) as the products see it."""
-        return _stack(self.weight.detach(), self.experts, *self.matrix_shape, self.weight_format,
-                      dtype)  # fmt: skip
+        return unpacked_stack(self.weight.detach(), self.shape, self.weight_format, dtype)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """(rows, in) sorted by expert, rows of expert e end before `offsets[e]` → (rows, out)."""
-        adapters = [host.adapter for host in self.hosts]
-        rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
-        if rank == 0:
-            return frozen_experts(x, offsets, self.weight, self.out_features, self.weight_format)
-        rank = -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
-        A, B = self._stacked(adapters, rank)
-        initial = [host.initial for host in self.hosts]
-        dropout = next((host.dropout for host in self.hosts if host.dropout is not None), None)
-        probability, on_input, seed, paired = 0.0, False, None, False
-        if dropout is not None and self.training:
-            probability, on_input, seed = dropout.probability, dropout.on_input, dropout.seed()
-            paired = any(part is not None for part in initial)
-        if paired:  # drop(ΔW − ΔW₀) + ΔW₀
-            A0, B0 = self._stacked(initial, rank)
-            A, B = torch.cat([A, A0], 1), torch.cat([B, -B0], 1)
-        y, _ = adapted_experts(
-            x, offsets, self.weight, A, B, self.tokens, self.out_features,
-            self.weight_format, probability, on_input, paired, seed,
-        )  # fmt: skip
-        if paired:
-            z = _grouped(x, A0.to(x.dtype).mT, offsets)
-            y = y + _grouped(z, B0.to(x.dtype), offsets)
+        return hosted_experts(
+            x, offsets, self.weight, self.handle, self.out_features, self.weight_format
+        )
+
+    def low_rank(self, x: Tensor, offsets: Tensor) -> Tensor | None:
+        """(z ∘ g_e) B_e (rows, out) of rows x (rows, in); None without any adapter."""
+        factors = self._factors(x.dtype)
+        if factors is None:
+            return None
+        A, g, B = factors
+        z = grouped(self._dropped_input(x), A.mT, offsets)
+        y = grouped(self._dropped_hidden(z), gated(g, B), offsets)
+        spared = self._spared(x.dtype)
+        if spared is not None:
+            A0, g0, B0 = spared
+            y += grouped(grouped(x, A0.mT, offsets), gated(g0, B0), offsets)
         return y
 
-    def _stacked(self, adapters: Sequence[GatedAdapter | None], rank: int) -> tuple[Tensor, Tensor]:
-        """A (E, R, in) and g ∘ B (E, R, out), zero where an expert has no such component."""
+    def low_rank_backward(self, dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor | None:
+        """Adds the adapters' gradients and the experts' tokens to `.grad`; their part of dx.
 
-        def padded(role: str, width: tuple[int, ...]) -> Tensor:
-            parts = []
-            for adapter in adapters:
-                if adapter is None:
-                    parts.append(self._zeros(rank, *width))
-                    continue
-                part = getattr(adapter, role)
-                missing = rank - adapter.rank
-                parts.append(torch.cat([part, self._zeros(missing, *width)]) if missing else part)
-            return torch.stack(parts)
+        As in `linear.py` for every expert's rows; with C = Σ sᵀ dy (R, out) dB = g ∘ C and
+        dg = Σ C ∘ B.
+        """
+        factors = self._factors(x.dtype)
+        if factors is None:
+            return None
+        A, g, B = factors
+        gB = gated(g, B)
+        x_kept = self._dropped_input(x)
+        s = self._dropped_hidden(grouped(x_kept, A.mT, offsets))
+        C = grouped(s.T, dy, offsets)
+        dz = self._dropped_hidden(grouped(dy, gB.mT, offsets))
+        dA = grouped(dz.T, x_kept, offsets)
+        for expert, host in enumerate(self.hosts):
+            adapter = host.adapter
+            if adapter is None or adapter.rank == 0:
+                continue
+            rank = slice(0, adapter.rank)
+            correlation = C[expert, rank].float()
+            add_gradient(adapter.B, correlation * adapter.g.detach().unsqueeze(1))
+            if adapter.g.requires_grad:
+                add_gradient(adapter.g, (correlation * adapter.B.detach()).sum(1))
+            add_gradient(adapter.A, dA[expert, rank])
+        # Tokens that have no loss, padding among them, are not counted: their gradient is zero.
+        numbers = torch.arange(dy.shape[0], device=dy.device)
+        expert_of = torch.searchsorted(offsets, numbers, right=True)
+        counts = torch.zeros(self.experts, device=dy.device)
+        add_gradient(self.tokens, counts.index_add_(0, expert_of, (dy != 0).any(1).float()))
+        dx = self._dropped_input(grouped(dz, A, offsets))
+        spared = self._spared(x.dtype)
+        if spared is not None:
+            A0, g0, B0 = spared
+            dx += grouped(grouped(dy, gated(g0, B0).mT, offsets), A0, offsets)
+        return dx
 
-        B = padded("B", (self.out_features,)) * padded("g", ()).unsqueeze(2)
-        return padded("A", (self.in_features,)), B
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A (E, R, in), g (E, R) and B (E, R, out): of drop(ΔW − ΔW₀) where ΔW₀ is spared."""
+        factors = self._stacked([host.adapter for host in self.hosts], dtype)
+        spared = self._spared(dtype) if factors is not None else None
+        if factors is None or spared is None:
+            return factors
+        A, g, B = factors
+        A0, g0, B0 = spared
+        return torch.cat([A, A0], 1), torch.cat([g, -g0], 1), torch.cat([B, B0], 1)
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=self.weight.device)
+    def _spared(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What a splitting method handed to the adapters, stacked, where there is dropout."""
+        if self._dropout is None:
+            return None
+        ranks = [0 if host.adapter is None else host.adapter.rank for host in self.hosts]
+        return self._stacked([host.initial for host in self.hosts], dtype, max(ranks))
+
+    @property
+    def _dropout(self) -> Dropout | None:
+        if not self.training:
+            return None
+        return next((host.dropout for host in self.hosts if host.dropout is not None), None)
+
+    def _dropped_input(self, x: Tensor) -> Tensor:
+        dropout = self._dropout
+        return x if dropout is None or not dropout.on_input else dropout(x)
+
+    def _dropped_hidden(self, z: Tensor) -> Tensor:
+        dropout = self._dropout
+        if dropout is None or dropout.on_input:
+            return z
+        return dropout(z, paired=any(host.initial is not None for host in self.hosts))
+
+    def _stacked(
+        self, adapters: Sequence[GatedAdapter | None], dtype: torch.dtype, least: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A (E, R, in), g (E, R) and B (E, R, out), zero where an expert has no such component;
+        None without any. R is at least `least`."""
+        rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
+        if rank == 0:
+            return None
+        rank = -(-max(rank, least) // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        device = self.weight.device
+        A = torch.zeros(self.experts, rank, self.in_features, dtype=dtype, device=device)
+        g = torch.zeros(self.experts, rank, dtype=dtype, device=device)
+        B = torch.zeros(self.experts, rank, self.out_features, dtype=dtype, device=device)
+        held = [(e, adapter) for e, adapter in enumerate(adapters) if adapter is not None]
+        torch._foreach_copy_(
+            [stack[e, : adapter.rank] for e, adapter in held for stack in (A, g, B)],
+            [t.detach() for _, adapter in held for t in (adapter.A, adapter.g, adapter.B)],
+        )
+        return A, g, B
 
     def extra_repr(self) -> str:
         return (
@@ -223,155 +288,70 @@ def _summed(rows: Tensor, inverse: Tensor, k: int) -> Tensor:
     return rows[inverse].view(-1, k, rows.shape[-1]).sum(1)
 
 
-def _stack(
-    packed: Tensor, experts: int, rows: int, columns: int, fmt: str, dtype: torch.dtype
+def unpacked_stack(
+    packed: Tensor, shape: tuple[int, int, int], fmt: str, dtype: torch.dtype
 ) -> Tensor:
-    matrix = FORMATS[fmt].unpack(packed, (rows, columns), dtype)
-    return matrix.view(experts, rows // experts, columns)
+    """W (E, out, in) of a packed stack."""
+    experts, rows, columns = shape
+    return FORMATS[fmt].unpack(packed, (experts * rows, columns), dtype).view(shape)
 
 
-def _grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+def gated(g: Tensor, B: Tensor) -> Tensor:
+    """g ∘ B for stacks g (E, R) and B (E, R, out)."""
+    return B * g.unsqueeze(2)
+
+
+def grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """(rows, n) by (E, n, m) → (rows, m), or (n, rows) by (rows, m) → (E, n, m)."""
     return F.grouped_mm(a, b, offs=offsets)
 
 
-@torch.library.custom_op("rankcast::adapted_experts", mutates_args=())
-def adapted_experts(
-    x: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    tokens: Tensor,
-    out_features: int,
+@torch.library.custom_op("rankcast::hosted_experts", mutates_args=())
+def hosted_experts(
+    x: Tensor, offsets: Tensor, weight: Tensor, handle: Tensor, out_features: int,
     weight_format: str,
-    dropout: float,
-    drop_input: bool,
-    paired: bool,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y (rows, out) and z = x A_eᵀ (rows, R), z after dropout on the input but before any on
-    itself. `A` (E, R, in), `B` (E, R, out) with the gates in it."""
-    experts = offsets.shape[0]
-    W = _stack(weight, experts, experts * out_features, x.shape[1], weight_format, x.dtype)
-    y = _grouped(x, W.mT, offsets)
-    del W
-    z = _grouped(dropped(x, dropout, seed) if drop_input else x, A.to(x.dtype).mT, offsets)
-    kept = z if drop_input else dropped(z, dropout, seed, paired)
-    return y.add_(_grouped(kept, B.to(x.dtype), offsets)), z
+) -> Tensor:  # fmt: skip
+    """(rows, in) → (rows, out)."""
+    shape = offsets.shape[0], out_features, x.shape[1]
+    y = grouped(x, unpacked_stack(weight, shape, weight_format, x.dtype).mT, offsets)
+    added = host_of(handle).low_rank(x, offsets)
+    return y if added is None else y.add_(added)
 
 
-@adapted_experts.register_fake
-def _(x, offsets, weight, A, B, tokens, out_features, weight_format, dropout, drop_input, paired,
-      seed):  # fmt: skip
-    return x.new_empty(x.shape[0], out_features), x.new_empty(x.shape[0], A.shape[1])
-
-
-@torch.library.custom_op("rankcast::adapted_experts_backward", mutates_args=())
-def adapted_experts_backward(
-    dy: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    z: Tensor,
-    weight_format: str,
-    dropout: float,
-    drop_input: bool,
-    paired: bool,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (rows, in), A (E, R, in) and B (E, R, out), the last two in float32."""
-    dy = dy.contiguous()
-    kept = z if drop_input else dropped(z, dropout, seed, paired)
-    dB = _grouped(kept.T, dy, offsets).float()
-    dz = _grouped(dy, B.to(x.dtype).mT, offsets)
-    if not drop_input:
-        dz = dropped(dz, dropout, seed, paired)
-    x_kept = dropped(x, dropout, seed) if drop_input else x
-    dA = _grouped(dz.T, x_kept, offsets).float()
-    experts, out_features = offsets.shape[0], dy.shape[1]
-    W = _stack(weight, experts, experts * out_features, x.shape[1], weight_format, x.dtype)
-    dx = _grouped(dy, W, offsets)
-    del W
-    through_adapter = _grouped(dz, A.to(x.dtype), offsets)
-    dx += dropped(through_adapter, dropout, seed) if drop_input else through_adapter
-    return dx, dA, dB
-
-
-@adapted_experts_backward.register_fake
-def _(dy, x, offsets, weight, A, B, z, weight_format, dropout, drop_input, paired, seed):
-    return torch.empty_like(x), torch.empty_like(A), torch.empty_like(B)
-
-
-def _save_adapted(ctx, inputs, output):
-    x, offsets, weight, A, B, _tokens, _out, *options, seed = inputs
-    _y, z = output
-    ctx.mark_non_differentiable(z)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, offsets, weight, A, B, z, seed)
-    ctx.options = options
-
-
-def _adapted_backward(ctx, dy, _dz):
-    if dy is None:
-        return (None,) * 12
-    x, offsets, weight, A, B, z, seed = ctx.saved_tensors
-    dx, dA, dB = adapted_experts_backward(dy, x, offsets, weight, A, B, z, *ctx.options, seed)
-    # Tokens that have no loss, padding among them, are not counted: their gradient is zero.
-    numbers = torch.arange(dy.shape[0], device=dy.device)
-    expert = torch.searchsorted(offsets, numbers, right=True)
-    counts = torch.zeros(offsets.shape[0], device=dy.device).index_add_(
-        0, expert, (dy != 0).any(1).float()
-    )
-    return dx, None, None, dA, dB, counts, *(None,) * 6
-
-
-adapted_experts.register_autograd(_adapted_backward, setup_context=_save_adapted)
-
-
-@torch.library.custom_op("rankcast::frozen_experts", mutates_args=())
-def frozen_experts(
-    x: Tensor, offsets: Tensor, weight: Tensor, out_features: int, weight_format: str
-) -> Tensor:
-    """y = x W_eᵀ without an adapter; (rows, in) → (rows, out)."""
-    experts = offsets.shape[0]
-    W = _stack(weight, experts, experts * out_features, x.shape[1], weight_format, x.dtype)
-    return _grouped(x, W.mT, offsets)
-
-
-@frozen_experts.register_fake
-def _(x, offsets, weight, out_features, weight_format):
+@hosted_experts.register_fake
+def _(x, offsets, weight, handle, out_features, weight_format):
     return x.new_empty(x.shape[0], out_features)
 
 
-@torch.library.custom_op("rankcast::frozen_experts_backward", mutates_args=())
-def frozen_experts_backward(
-    dy: Tensor, offsets: Tensor, weight: Tensor, in_features: int, weight_format: str
-) -> Tensor:
-    """dx = dy W_e."""
-    experts = offsets.shape[0]
-    W = _stack(weight, experts, experts * dy.shape[1], in_features, weight_format, dy.dtype)
-    return _grouped(dy.contiguous(), W, offsets)
+@torch.library.custom_op("rankcast::hosted_experts_backward", mutates_args=())
+def hosted_experts_backward(
+    dy: Tensor, x: Tensor, offsets: Tensor, weight: Tensor, handle: Tensor, weight_format: str
+) -> tuple[Tensor, Tensor]:
+    """dx (rows, in), and a 0 for the handle as in `linear.py`."""
+    dy = dy.contiguous()
+    shape = offsets.shape[0], dy.shape[1], x.shape[1]
+    dx = grouped(dy, unpacked_stack(weight, shape, weight_format, x.dtype), offsets)
+    added = host_of(handle).low_rank_backward(dy, x, offsets)
+    return dx if added is None else dx.add_(added), torch.zeros_like(handle)
 
 
-@frozen_experts_backward.register_fake
-def _(dy, offsets, weight, in_features, weight_format):
-    return dy.new_empty(dy.shape[0], in_features)
+@hosted_experts_backward.register_fake
+def _(dy, x, offsets, weight, handle, weight_format):
+    return torch.empty_like(x), torch.empty_like(handle)
 
 
-def _save_frozen(ctx, inputs, output):
-    x, offsets, weight, _out, weight_format = inputs
-    ctx.save_for_backward(offsets, weight)
-    ctx.options = (x.shape[1], weight_format)
+def _save(ctx, inputs, output):
+    x, offsets, weight, handle, _out, weight_format = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, offsets, weight, handle)
+    ctx.weight_format = weight_format
 
 
-def _frozen_backward(ctx, dy):
-    offsets, weight = ctx.saved_tensors
-    needed = ctx.needs_input_grad[0]
-    dx = frozen_experts_backward(dy, offsets, weight, *ctx.options) if needed else None
-    return dx, None, None, None, None
+def _backward(ctx, dy):
+    if dy is None:
+        return (None,) * 6
+    dx, nothing = hosted_experts_backward(dy, *ctx.saved_tensors, ctx.weight_format)
+    return dx, None, None, nothing, None, None
 
 
-frozen_experts.register_autograd(_frozen_backward, setup_context=_save_frozen)
+hosted_experts.register_autograd(_backward, setup_context=_save)

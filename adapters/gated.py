@@ -47,6 +47,10 @@ class GatedAdapter(nn.Module):
         """R, the number of components held (active or not)."""
         return self.A.shape[0]
 
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """A, g and B for products in `dtype`, without a gradient."""
+        return self.A.detach().to(dtype), self.g.detach().to(dtype), self.B.detach().to(dtype)
+
     @property
     def gate_gradient(self) -> Tensor:
         """∂L/∂g (R), once there was a backward."""

@@ -4,16 +4,18 @@
 
 W stays in its packed format (`weights.py`) and is dequantised inside the operator, once in
 forward and once more in backward. The operator is opaque to autograd and to torch.compile:
-otherwise either would keep the dequantised W alive until backward. Backward keeps x, A, g, B, z
-and the packed parameter *itself*: a view of it would hold ZeRO-3's gathered copy through the
-whole step.
+otherwise either would keep the dequantised W alive until backward. Backward keeps x and the packed
+parameter *itself* (a view of it would hold ZeRO-3's gathered copy through the whole step), and
+computes z again, which costs R/out of the layer's product.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.gated import GatedAdapter
+from adapters.opaque import OpaqueHost, add_gradient, host_of
 from adapters.weights import FORMATS
 
 
@@ -31,17 +33,30 @@ class Dropout:
         self.base_seed = base_seed
         self.unit_index = unit_index
 
-    def seed(self) -> Tensor:
-        return self.base_seed * 1_000_003 + self.unit_index
+    def __call__(self, x: Tensor, paired: bool = False) -> Tensor:
+        """Inverted dropout. `paired`: the second half of the columns shares the first half's mask,
+        so that a difference is dropped whole."""
+        seed = int(self.base_seed) * 1_000_003 + self.unit_index
+        generator = torch.Generator(device=x.device).manual_seed(seed & (2**63 - 1))
+        drawn = x.chunk(2, dim=-1)[0] if paired else x
+        keep = torch.empty_like(drawn, memory_format=torch.contiguous_format)
+        kept = 1.0 - self.probability
+        keep.bernoulli_(kept, generator=generator).div_(kept)
+        return x * (torch.cat([keep, keep], dim=-1) if paired else keep)
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(OpaqueHost):
     """Frozen `y = x Wᵀ + bias` in any weight format, with room for one gated adapter.
 
     Takes the place of an `nn.Linear`. `weight` holds the packed matrix (see `weights.py`).
-    `adapter` stays None until the backbone is placed or sharded: an adapter is replicated on
-    every rank, and no sharder ever sees it.
+    `adapter` is None or replicated on every rank; it is no submodule, so no sharder ever sees it.
     """
+
+    adapter: GatedAdapter | None
+    dropout: Dropout | None
+    initial: GatedAdapter | None
+    """The part of W that a splitting method handed to the adapter; where it is given, only
+    the adapter's difference from it is dropped."""
 
     def __init__(self, linear: nn.Linear, weight_format: str):
         super().__init__()
@@ -49,11 +64,13 @@ class AdaptedLinear(nn.Module):
         self.weight_format = weight_format
         self.weight = linear.weight
         self.bias = linear.bias
-        self.adapter: GatedAdapter | None = None
-        self.dropout: Dropout | None = None
-        self.initial: GatedAdapter | None = None
-        """The part of W that a splitting method handed to the adapter; where it is given, only
-        the adapter's difference from it is dropped."""
+        self.adapter = self.dropout = self.initial = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("adapter", "initial"):
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -70,194 +87,138 @@ class AdaptedLinear(nn.Module):
         return FORMATS[self.weight_format].unpack(packed, self.matrix_shape, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        return hosted_linear(
+            x, self.weight, self.bias, self.handle, self.out_features, self.weight_format
+        )
+
+    def low_rank(self, x: Tensor) -> Tensor | None:
+        """(z ∘ g) B (T, out) of rows x (T, in); None without an adapter."""
+        factors = self._factors(x.dtype)
+        if factors is None:
+            return None
+        A, g, B = factors
+        z = self._dropped_input(x) @ A.T
+        y = (self._dropped_hidden(z) * g) @ B
+        if self._spared is not None:
+            A0, g0, B0 = self._spared.cast(x.dtype)
+            y += ((x @ A0.T) * g0) @ B0
+        return y
+
+    def low_rank_backward(self, dy: Tensor, x: Tensor, need_x: bool) -> Tensor | None:
+        """Adds the adapter's gradients to `.grad`; its part of dx (T, in), if needed.
+
+        With s = dropped z (or z): dB = (s ∘ g)ᵀ dy, ds = (dy Bᵀ) ∘ g, dg = Σ (dy Bᵀ) ∘ s,
+        dz = dropped ds, dA = dzᵀ x, dx = dz A. They are added up in float32.
+        """
+        factors = self._factors(x.dtype)
+        if factors is None:
+            return None
+        A, g, B = factors
+        adapter = self.adapter
+        assert adapter is not None
+        rank = adapter.rank  # of the rows; where a part of W is spared, more follow
+        x_kept = self._dropped_input(x)
+        s = self._dropped_hidden(x_kept @ A.T)
+        d_gated = dy @ B.T
+        add_gradient(adapter.B, (s[:, :rank] * g[:rank]).T @ dy)
+        if adapter.g.requires_grad:
+            products = d_gated[:, :rank] * s[:, :rank]
+            add_gradient(adapter.g, products.sum(0, dtype=torch.float32))
+        dz = self._dropped_hidden(d_gated * g)
+        add_gradient(adapter.A, dz[:, :rank].T @ x_kept)
+        if not need_x:
+            return None
+        dx = self._dropped_input(dz @ A)
+        if self._spared is not None:
+            A0, g0, B0 = self._spared.cast(x.dtype)
+            dx += ((dy @ B0.T) * g0) @ A0
+        return dx
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A, g, B as the products take them: drop(ΔW − ΔW₀) has the components of both."""
         adapter = self.adapter
         if adapter is None or adapter.rank == 0:
-            return frozen_linear(x, self.weight, self.bias, self.out_features, self.weight_format)
-        A: Tensor = adapter.A
-        g: Tensor = adapter.g
-        B: Tensor = adapter.B
-        probability, on_input, seed, initial = 0.0, False, None, None
-        if self.dropout is not None and self.training:
-            probability, on_input = self.dropout.probability, self.dropout.on_input
-            seed, initial = self.dropout.seed(), self.initial
-        if initial is not None:  # drop(ΔW − ΔW₀) + ΔW₀
-            A, B = torch.cat([A, initial.A]), torch.cat([B, initial.B])
-            g = torch.cat([g, -initial.g])
-        y, _ = adapted_linear(
-            x, self.weight, self.bias, A, g, B, self.out_features, self.weight_format,
-            probability, on_input, initial is not None, seed,
-        )  # fmt: skip
-        if initial is not None:
-            y = y + ((x @ initial.A.to(x.dtype).T) * initial.g.to(x.dtype)) @ initial.B.to(x.dtype)
-        return y
+            return None
+        A, g, B = adapter.cast(dtype)
+        if self._spared is not None:
+            A0, g0, B0 = self._spared.cast(dtype)
+            A, g, B = torch.cat([A, A0]), torch.cat([g, -g0]), torch.cat([B, B0])
+        return A, g, B
+
+    @property
+    def _spared(self) -> GatedAdapter | None:
+        return self.initial if self.dropout is not None and self.training else None
+
+    def _dropped_input(self, x: Tensor) -> Tensor:
+        if self.dropout is None or not self.training or not self.dropout.on_input:
+            return x
+        return self.dropout(x)
+
+    def _dropped_hidden(self, z: Tensor) -> Tensor:
+        if self.dropout is None or not self.training or self.dropout.on_input:
+            return z
+        return self.dropout(z, paired=self._spared is not None)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, format={self.weight_format}"
 
 
-def dropped(x: Tensor, probability: float, seed: Tensor | None, paired: bool = False) -> Tensor:
-    """Inverted dropout whose mask depends on `seed` only. `paired`: the second half of the columns
-    shares the first half's mask, so that a difference is dropped whole."""
-    if probability == 0.0 or seed is None:
-        return x
-    generator = torch.Generator(device=x.device).manual_seed(int(seed.item()) & (2**63 - 1))
-    drawn = x.chunk(2, dim=-1)[0] if paired else x
-    keep = torch.empty_like(drawn, memory_format=torch.contiguous_format)
-    keep.bernoulli_(1.0 - probability, generator=generator).div_(1.0 - probability)
-    return x * (torch.cat([keep, keep], dim=-1) if paired else keep)
-
-
-def _matrix(packed: Tensor, fmt: str, out: int, inp: int, dtype: torch.dtype) -> Tensor:
-    return FORMATS[fmt].unpack(packed, (out, inp), dtype)
-
-
-@torch.library.custom_op("rankcast::adapted_linear", mutates_args=())
-def adapted_linear(
+@torch.library.custom_op("rankcast::hosted_linear", mutates_args=())
+def hosted_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    A: Tensor,
-    g: Tensor,
-    B: Tensor,
+    handle: Tensor,
     out_features: int,
     weight_format: str,
-    dropout: float,
-    drop_input: bool,
-    paired: bool,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y (…, out) and z = x Aᵀ (…, R), z after dropout on the input but before any on itself."""
-    W = _matrix(weight, weight_format, out_features, x.shape[-1], x.dtype)
-    y = F.linear(x, W, bias)
-    del W
-    z = (dropped(x, dropout, seed) if drop_input else x) @ A.to(x.dtype).T
-    z_kept = z if drop_input else dropped(z, dropout, seed, paired)
-    rows = (z_kept * g.to(x.dtype)).view(-1, A.shape[0])
-    y.view(-1, out_features).addmm_(rows, B.to(x.dtype))
-    return y, z
-
-
-@adapted_linear.register_fake
-def _(x, weight, bias, A, g, B, out_features, weight_format, dropout, drop_input, paired, seed):
-    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(*x.shape[:-1], A.shape[0])
-
-
-@torch.library.custom_op("rankcast::adapted_linear_backward", mutates_args=())
-def adapted_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    g: Tensor,
-    B: Tensor,
-    z: Tensor,
-    weight_format: str,
-    dropout: float,
-    drop_input: bool,
-    paired: bool,
-    seed: Tensor | None,
-    need_x: bool,
-    need_g: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (…, in), A (R, in), g (R), B (R, out); empty where not needed.
-
-    With s = dropped z (or z): dB = (s ∘ g)ᵀ dy, ds = (dy Bᵀ) ∘ g, dg = Σ (dy Bᵀ) ∘ s,
-    dz = dropped ds, dA = dzᵀ x, dx = dy W + dz A. The sums for A, g and B are handed on in
-    float32, the dtype of the parameters.
-    """
-    out_features, in_features, rank = dy.shape[-1], x.shape[-1], A.shape[0]
-    dy2 = dy.reshape(-1, out_features)
-    x2 = x.reshape(-1, in_features)
-    gates = g.to(x.dtype)
-    kept = (z if drop_input else dropped(z, dropout, seed, paired)).reshape(-1, rank)
-    d_gated = dy2 @ B.to(x.dtype).T
-    dB = ((kept * gates).T @ dy2).float()
-    dg = (d_gated * kept).sum(0, dtype=torch.float32) if need_g else g.new_empty(0)
-    dz = d_gated * gates
-    if not drop_input:
-        dz = dropped(dz.view_as(z), dropout, seed, paired).view(-1, rank)
-    x_kept = dropped(x, dropout, seed).reshape(-1, in_features) if drop_input else x2
-    dA = (dz.T @ x_kept).float()
-    if not need_x:
-        return x.new_empty(0), dA, dg, dB
-    dx = dy2 @ _matrix(weight, weight_format, out_features, in_features, x.dtype)
-    through_adapter = dz @ A.to(x.dtype)
-    if drop_input:
-        dx += dropped(through_adapter.view_as(x), dropout, seed).view_as(dx)
-    else:
-        dx += through_adapter
-    return dx.view_as(x), dA, dg, dB
-
-
-@adapted_linear_backward.register_fake
-def _(dy, x, weight, A, g, B, z, weight_format, dropout, drop_input, paired, seed, need_x, need_g):
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
-    dg = torch.empty_like(g) if need_g else g.new_empty(0)
-    return dx, torch.empty_like(A), dg, torch.empty_like(B)
-
-
-def _save_adapted(ctx, inputs, output):
-    x, weight, _bias, A, g, B, _out, weight_format, dropout, drop_input, paired, seed = inputs
-    _y, z = output
-    ctx.mark_non_differentiable(z)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, A, g, B, z, seed)
-    ctx.options = (weight_format, dropout, drop_input, paired)
-
-
-def _adapted_backward(ctx, dy, _dz):
-    nothing = (None,) * 12
-    if dy is None:
-        return nothing
-    x, weight, A, g, B, z, seed = ctx.saved_tensors
-    need_x, _, _, _, need_g, *_ = ctx.needs_input_grad
-    dx, dA, dg, dB = adapted_linear_backward(
-        dy, x, weight, A, g, B, z, *ctx.options, seed, need_x, need_g
-    )
-    gradients = (dx if need_x else None, None, None, dA, dg if need_g else None, dB)
-    return gradients + nothing[len(gradients) :]
-
-
-adapted_linear.register_autograd(_adapted_backward, setup_context=_save_adapted)
-
-
-@torch.library.custom_op("rankcast::frozen_linear", mutates_args=())
-def frozen_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, weight_format: str
 ) -> Tensor:
-    """y = x Wᵀ + bias without an adapter; (…, in) → (…, out)."""
-    W = _matrix(weight, weight_format, out_features, x.shape[-1], x.dtype)
-    return F.linear(x, W, bias)
+    """(…, in) → (…, out)."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = host_of(handle).low_rank(rows)
+    shape = out_features, x.shape[-1]
+    y = FORMATS[weight_format].forward(rows, weight, shape, bias, y)
+    return y.view(*x.shape[:-1], out_features)
 
 
-@frozen_linear.register_fake
-def _(x, weight, bias, out_features, weight_format):
+@hosted_linear.register_fake
+def _(x, weight, bias, handle, out_features, weight_format):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@torch.library.custom_op("rankcast::frozen_linear_backward", mutates_args=())
-def frozen_linear_backward(
-    dy: Tensor, weight: Tensor, in_features: int, weight_format: str
-) -> Tensor:
-    """dx = dy W."""
-    return dy @ _matrix(weight, weight_format, dy.shape[-1], in_features, dy.dtype)
+@torch.library.custom_op("rankcast::hosted_linear_backward", mutates_args=())
+def hosted_linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, handle: Tensor, weight_format: str, need_x: bool
+) -> tuple[Tensor, Tensor]:
+    """dx (…, in), empty where not needed; a 0 for the handle, which keeps a compiler from
+    leaving the call out."""
+    dy2, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dx = host_of(handle).low_rank_backward(dy2, rows, need_x)
+    if not need_x:
+        return x.new_empty(0), torch.zeros_like(handle)
+    shape = dy.shape[-1], x.shape[-1]
+    dx = FORMATS[weight_format].backward(dy2, weight, shape, dx)
+    return dx.view(x.shape), torch.zeros_like(handle)
 
 
-@frozen_linear_backward.register_fake
-def _(dy, weight, in_features, weight_format):
-    return dy.new_empty(*dy.shape[:-1], in_features)
+@hosted_linear_backward.register_fake
+def _(dy, x, weight, handle, weight_format, need_x):
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
+    return dx, torch.empty_like(handle)
 
 
-def _save_frozen(ctx, inputs, output):
-    x, weight, _bias, _out, weight_format = inputs
-    ctx.save_for_backward(weight)
-    ctx.options = (x.shape[-1], weight_format)
+def _save(ctx, inputs, output):
+    x, weight, _bias, handle, _out, weight_format = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, handle)
+    ctx.weight_format = weight_format
 
 
-def _frozen_backward(ctx, dy):
-    (weight,) = ctx.saved_tensors
-    dx = frozen_linear_backward(dy, weight, *ctx.options) if ctx.needs_input_grad[0] else None
-    return dx, None, None, None, None
+def _backward(ctx, dy):
+    if dy is None:
+        return (None,) * 6
+    need_x = ctx.needs_input_grad[0]
+    dx, nothing = hosted_linear_backward(dy, *ctx.saved_tensors, ctx.weight_format, need_x)
+    return dx if need_x else None, None, None, nothing, None, None
 
 
-frozen_linear.register_autograd(_frozen_backward, setup_context=_save_frozen)
+hosted_linear.register_autograd(_backward, setup_context=_save)

@@ -12,7 +12,10 @@ from abc import ABC, abstractmethod
 
 import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes, for CPU and GPU)
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from adapters import float8
 
 _ALIGNMENT = 64  # bytes; the scales start on such a boundary, so that they can be viewed as float32
 _MOST = 2**30  # weights at a time; bitsandbytes' kernels count them in 32 bits
@@ -35,6 +38,29 @@ class WeightFormat(ABC):
     @abstractmethod
     def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The matrix (out, in) in `dtype` that `pack` stands for."""
+
+    def forward(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        y: Tensor | None,
+    ) -> Tensor:
+        """x Wᵀ + bias (T, out) for rows x (T, in), added to `y`, in place, where it is given."""
+        W = self.unpack(packed, shape, x.dtype)
+        if y is None:
+            return F.linear(x, W, bias)
+        if bias is not None:
+            y += bias
+        return y.addmm_(x, W.T)
+
+    def backward(
+        self, dy: Tensor, packed: Tensor, shape: tuple[int, int], dx: Tensor | None
+    ) -> Tensor:
+        """dy W (T, in), added to `dx`, in place, where it is given."""
+        W = self.unpack(packed, shape, dy.dtype)
+        return dy @ W if dx is None else dx.addmm_(dy, W)
 
 
 class Plain(WeightFormat):
@@ -89,12 +115,14 @@ class _CodesAndScales(WeightFormat):
         return data.view(dtype)
 
     def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        return self.decode(*self.split(packed, shape), shape, dtype)
+
+    def split(self, packed: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Codes (uint8) and scales (float32), as views of `packed`."""
         codes, offset, _ = self._layout(shape)
         scales = self.sizes(shape)[1]
         data = packed.view(torch.uint8)
-        return self.decode(
-            data[:codes], data[offset : offset + 4 * scales].view(torch.float32), shape, dtype
-        )
+        return data[:codes], data[offset : offset + 4 * scales].view(torch.float32)
 
 
 class FourBit(_CodesAndScales):
@@ -164,6 +192,7 @@ class Float8(_CodesAndScales):
     """float8 e4m3 (4 bits of exponent, 3 of mantissa, no infinities), one scale a row.
 
     Scales are numbers that bfloat16 holds, so that they are the same in every compute dtype.
+    Products run in float8 where the GPU has them, and on the dequantised matrix elsewhere.
     """
 
     name = "fp8"
@@ -172,18 +201,46 @@ class Float8(_CodesAndScales):
         return shape[0] * shape[1], shape[0]
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        largest = torch.finfo(torch.float8_e4m3fn).max
+        largest = float8.LARGEST
         scales = (weight.float().abs().amax(1) / largest).bfloat16().float()
         scales = torch.where(scales > 0, scales, 1.0)  # a row of zeros
         # What a scale rounded down leaves above the largest number would become NaN.
         codes = (weight / scales.unsqueeze(1)).clamp(-largest, largest)
-        return codes.to(torch.float8_e4m3fn), scales
+        return codes.to(float8.E4M3), scales
 
     def decode(
         self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
-        matrix = codes.view(torch.float8_e4m3fn).view(shape)
+        matrix = codes.view(float8.E4M3).view(shape)
         return matrix.to(dtype) * scales.to(dtype).unsqueeze(1)
+
+    def forward(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        y: Tensor | None,
+    ) -> Tensor:
+        if not float8.has_products(x, shape):
+            return super().forward(x, packed, shape, bias, y)
+        product = float8.forward_product(x, *self.codes_and_scales(packed, shape))
+        for term in (bias, y):
+            if term is not None:
+                product += term
+        return product
+
+    def backward(
+        self, dy: Tensor, packed: Tensor, shape: tuple[int, int], dx: Tensor | None
+    ) -> Tensor:
+        if not float8.has_products(dy, shape):
+            return super().backward(dy, packed, shape, dx)
+        product = float8.backward_product(dy, *self.codes_and_scales(packed, shape))
+        return product if dx is None else product.add_(dx)
+
+    def codes_and_scales(self, packed: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        codes, scales = self.split(packed, shape)
+        return codes.view(float8.E4M3).view(shape), scales
 
 
 FORMATS: dict[str, WeightFormat] = {

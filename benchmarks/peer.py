@@ -42,9 +42,8 @@ def peft_step(config: Config, world: World) -> tuple[Callable[[], None], int]:
         target_parameters=sorted(stacks) or None,
         task_type="CAUSAL_LM",
     )
-    if config.engine.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
     adapted = get_peft_model(model, lora)
     adapted.train()
     trained = [p for p in adapted.parameters() if p.requires_grad]

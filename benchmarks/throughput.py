@@ -23,6 +23,7 @@ import torch
 
 from adapters.experts import StackedLinear
 from adapters.linear import AdaptedLinear
+from trainer.activations import fit
 from trainer.architecture import build
 from trainer.config import Config, with_overrides
 from trainer.distributed import World
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--layers", default="")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--peer", choices=["peft"])
+    parser.add_argument("--profile", type=Path, help="write the kernels of one step here")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -78,7 +80,9 @@ def main() -> None:
             timed = []
             for count in counts:
                 shorter = with_overrides(config, [f"model.overrides.num_hidden_layers={count}"])
-                seconds, trainable = measure(prepare, shorter, world, arguments.steps)
+                seconds, trainable = measure(
+                    prepare, shorter, world, arguments.steps, arguments.profile
+                )
                 timed.append(figures(who, shorter, world, count, trainable, seconds, ceiling))
                 release(world.device)
             found += timed
@@ -92,6 +96,9 @@ def main() -> None:
 def ours(config: Config, world: World) -> tuple[Callable[[], None], int]:
     """This project's step on its own session."""
     session = open_session(config, world)
+    plan = fit(session)
+    if world.is_main and plan is not None:
+        print(plan, flush=True)
     vocabulary = session.model.config.vocab_size
     ids = torch.randint(3, min(vocabulary, 32000), shape(config), device=world.device)
     weight = ids.numel() - ids.shape[0]
@@ -111,7 +118,9 @@ def shape(config: Config) -> tuple[int, int]:
     return config.data.micro_batch_size, config.data.max_length
 
 
-def measure(prepare: Contestant, config: Config, world: World, steps: int) -> tuple[float, int]:
+def measure(
+    prepare: Contestant, config: Config, world: World, steps: int, profile: Path | None = None
+) -> tuple[float, int]:
     """Median seconds of a step of the slowest rank, and the parameters that it trains."""
     step, trainable = prepare(config, world)
     if world.device.type == "cuda":
@@ -124,7 +133,20 @@ def measure(prepare: Contestant, config: Config, world: World, steps: int) -> tu
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         seconds.append(max(world.gather(time.perf_counter() - started)))
+    if profile is not None:
+        write_profile(step, world, profile)
     return statistics.median(seconds[WARM_UP:]), trainable
+
+
+def write_profile(step: Callable[[], None], world: World, file: Path) -> None:
+    """Append a table of one more step's kernels, the longest first."""
+    with torch.profiler.profile() as profiler:
+        step()
+    if world.is_main:
+        by = "self_device_time_total" if world.device.type == "cuda" else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=70)
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(f"{table}\n")
 
 
 def depth(config: Config, world: World) -> int:

@@ -30,6 +30,7 @@ from adapters.units import (
     select_targets,
     transformer_blocks,
 )
+from trainer.blocks import Blocks
 from trainer.config import Config, ModelOptions, compute_dtype
 from trainer.errors import UserError, first_line
 from trainer.strict import local
@@ -62,6 +63,8 @@ class Backbone:
     """The task's new modules, by path; their parameters train whole."""
     left_alone: Sequence[str] = ()
     """Stacks of experts of a form that hosts no adapters, by their path within a block."""
+    blocks: Blocks | None = None
+    """How the transformer blocks run; None before loading."""
     digest: str = ""
     quantization_error: float = 0.0
     """‖W − Ŵ‖ / ‖W‖ over all quantised matrices (Frobenius)."""
@@ -137,15 +140,6 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
     gates = [path for path, _, _ in _gates(model)]
     targets = _targets(model, config.method, head, [*trained, *gates])
     hosts = _install_hosts(model, options.quantization, targets, [*head, *trained, *gates])
-    if config.engine.activation_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UserError(
-                f"engine.activation_checkpointing: true given, but {type(model).__name__} does not "
-                "support it; accepted: false"
-            )
-        # transformers renamed it in 5.2x; both names must do.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     heads = {path: model.get_submodule(path) for path in trained}
     alone = _left_alone(model) if config.method.targets == "all-linear" else []
     return Backbone(model, dtype, make_units(model, targets), hosts, heads, alone)

@@ -17,6 +17,7 @@ from adapters.experts import StackedLinear
 from adapters.linear import AdaptedLinear
 from adapters.units import Unit, stem, transformer_blocks
 from trainer.architecture import Backbone, TrainedModule, build, resolve_folder, set_module
+from trainer.blocks import Blocks
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine.base import Engine
@@ -36,6 +37,11 @@ def load(
     """
     backbone = build(config, task, world.device)
     model = backbone.model
+    options = config.engine
+    compiled = world.device.type == "cuda" if options.compile == "auto" else options.compile
+    backbone.blocks = Blocks(model, compiled=compiled)
+    if options.activation_checkpointing is True:
+        backbone.blocks.keep(0)
     filler = _Filler(backbone, config, world.device, splitter)
     for path, head in backbone.heads.items():
         filler.fill_head(path, head)

@@ -213,8 +213,14 @@ class EngineOptions(Section):
     """A DeepSpeed JSON of your own; its `auto` values are filled in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
-    activation_checkpointing: bool = False
-    """Recompute each block's activations in backward instead of keeping them."""
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    """Compute activations again in backward instead of keeping them: in every block (true), in none
+    (false), or in as few as `memory_fraction` allows, measured before the first step (auto; on a
+    CPU none)."""
+    memory_fraction: float = Field(0.92, gt=0, le=1)
+    """Share of a GPU's memory that `activation_checkpointing: auto` plans to use."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the transformer blocks: one program for all of them. auto: on a GPU."""
     timeout: float = Field(600.0, gt=0, lt=2**31)
     """Seconds after which a collective that some rank never joined is given up."""
 

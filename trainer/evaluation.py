@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adapters.units import transformer_blocks
 from trainer import checkpoint as checkpoints
 from trainer import checkpoint_files
 from trainer.config import Config
@@ -66,9 +65,6 @@ def _forward(
     parts = []
     was_training = session.model.training
     session.model.eval()
-    if weight is not None and session.config.engine.activation_checkpointing:
-        for _, block in transformer_blocks(session.model):
-            block.training = True  # the block alone, which recomputes; what is in it drops nothing
     size = session.config.data.micro_batch_size
     sequences = list(np.asarray(records)[:, None])
     for index, batch in deal(sequences, data, task, size, world.rank, world.size):

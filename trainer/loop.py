@@ -8,7 +8,7 @@ import torch
 
 from adapters import seeds
 from adapters.method import Validate
-from trainer import consensus
+from trainer import activations, consensus
 from trainer.allocation import AllocationLog, Replay
 from trainer.checkpoint import CheckpointWriter
 from trainer.checkpoint_files import newest
@@ -67,9 +67,12 @@ def train(
                 _follow(session, metrics, step)
             if log is not None and decision is not None:
                 log.write(step, decision)
-            loader.micro_batch_size = method.micro_batch_size or config.data.micro_batch_size
+            micro_batch_size = method.micro_batch_size or config.data.micro_batch_size
+            if micro_batch_size != loader.micro_batch_size:
+                loader.micro_batch_size = micro_batch_size
+                say_plan(metrics, activations.fit(session, micro_batch_size))
             batch = next(batches)
-            loss = accumulate(session, batch, step)
+            loss = _accumulate_fitting(session, metrics, batch, step)
             # A checkpoint that could not be written is reported with the next one: make that now.
             stopping = world.any(stop.reason is not None or writer.failed)
             mean_loss = engine.reduce(optimizer, loss)
@@ -146,6 +149,31 @@ def _follow(session: Session, metrics: MetricsWriter | None, step: int) -> None:
             f"{max((adapter.rank for adapter in adapters), default=0)}, memory "
             f"{readable(before)} -> {readable(held_bytes(device))}"
         )
+
+
+def _accumulate_fitting(
+    session: Session, metrics: MetricsWriter | None, batch: Step, step: int
+) -> torch.Tensor:
+    """As `accumulate`; where the memory does not suffice, again with fewer activations kept."""
+    while True:
+        loss = None
+        try:
+            loss = accumulate(session, batch, step)
+        except torch.OutOfMemoryError:
+            if session.engine.shards:
+                activations.lower(session)
+        failed = session.world.any(loss is None)
+        if loss is not None and not failed:
+            return loss
+        session.optimizer.zero_grad()
+        remark = activations.lower(session)
+        if metrics is not None:
+            metrics.say(f"step {step + 1}: {remark}")
+
+
+def say_plan(metrics: MetricsWriter | None, plan: activations.Plan | None) -> None:
+    if metrics is not None and plan is not None:
+        metrics.say(f"memory    {plan}")
 
 
 def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from adapters import seeds
 from adapters.export import export_adapter
 from adapters.units import expert_counts
 from trainer import architecture, checkpoint, checkpoint_files
+from trainer.activations import fit
 from trainer.allocation import AllocationLog, Replay
 from trainer.checkpoint import CheckpointWriter
 from trainer.config import LEFT_OUT, Config
@@ -19,7 +20,7 @@ from trainer.engine import engine_class
 from trainer.errors import UserError
 from trainer.figures import draw_loss
 from trainer.jsonl import METRICS, read_metrics
-from trainer.loop import make_loader, total_steps, train
+from trainer.loop import make_loader, say_plan, total_steps, train
 from trainer.memory import estimate, peak_gib, readable, trainable_parameters
 from trainer.metrics import MetricsWriter
 from trainer.preemption import StopRequest
@@ -53,6 +54,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         with world.together():
             progress = checkpoint.restore(session, loader, resumed, state)
             session.initial_digest = state.get("initial")
+    plan = fit(session)
     steps = total_steps(session, loader)
     replay = None
     with world.together():
@@ -71,6 +73,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
                         f"{state['world_size']} ranks) at step {progress.step}")  # fmt: skip
             for change in checkpoint.changes(state, config.model_dump(mode="json")):
                 metrics.say(f"changed   {change}")
+    say_plan(metrics, plan)
     writer = CheckpointWriter(session, loader, folder.path / "checkpoints")
     train(session, loader, writer, metrics, log, progress, steps, stop, replay)
     writer.close()

@@ -20,11 +20,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 @pytest.mark.parametrize("fmt", list(FORMATS))
 def test_fused_operator_equals_autograd(fmt, dtype):
     layer = host(fmt, dtype=dtype, out=192, inp=256).cuda()
+    layer.adapter.cuda()
     packed = layer.pack(torch.randn(192, 256, device="cuda", dtype=dtype) * 0.02, dtype)
     layer.weight = torch.nn.Parameter(packed, requires_grad=False)
     x = torch.randn(2, 5, 256, device="cuda", dtype=dtype)
     fused, plain = gradients(layer, layer, x), gradients(lambda t: reference(layer, t), layer, x)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    if fmt == "fp8" and dtype == torch.bfloat16:
+        tolerance = 5e-2  # activations are rounded to 3 bits of mantissa
     for ours, theirs in zip(fused, plain, strict=True):
         assert (ours - theirs).float().norm() <= tolerance * theirs.float().norm()
 

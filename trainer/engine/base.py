@@ -16,7 +16,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from adapters.gated import GatedAdapter
 from adapters.optimizer import MaskedAdamW
 from trainer.config import Config
 from trainer.distributed import World
@@ -80,6 +79,5 @@ class Engine(ABC):
 
 
 def backbone_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """A model's frozen parameters without the adapters' gates, tied ones once."""
-    gates = {id(m.g) for m in model.modules() if isinstance(m, GatedAdapter)}
-    return (p for p in model.parameters() if not p.requires_grad and id(p) not in gates)
+    """A model's frozen parameters, tied ones once."""
+    return (p for p in model.parameters() if not p.requires_grad)

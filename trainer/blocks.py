@@ -1,0 +1,79 @@
+"""How the transformer blocks of a model run: compiled once for all of them, some checkpointed.
+
+Both wrap a block's `forward` and stay inside the hooks by which sharders gather its parameters.
+Blocks of one class share one compiled program: what tells two of them apart (weights, adapters) is
+input to it or hidden from it (`adapters/opaque.py`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from adapters.experts import StackedLinear
+from adapters.linear import AdaptedLinear
+from adapters.units import Host, transformer_blocks
+
+BACKEND = "inductor"
+
+
+class Blocks:
+    """Takes over the blocks of `model`, before they are sharded."""
+
+    def __init__(self, model: nn.Module, *, compiled: bool):
+        self._blocks = [_Block(block, compiled) for _, block in transformer_blocks(model)]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def kept(self) -> int:
+        """How many blocks keep their activations for backward; the others compute them again."""
+        return sum(not block.checkpointed for block in self._blocks)
+
+    def keep(self, count: int) -> None:
+        """Let the last `count` blocks keep their activations. The last, whose backward comes
+        first: their activations are gone when the others are computed again."""
+        for index, block in enumerate(self._blocks):
+            block.checkpointed = index < len(self) - count
+
+
+class _Block:
+    """Stands in for a block's `forward`."""
+
+    def __init__(self, block: nn.Module, compiled: bool):
+        self._block = block
+        self._forward: Callable[..., Any] = block.forward
+        if compiled:
+            # Dynamic: sequences differ in length from one micro-batch to the next.
+            self._forward = torch.compile(block.forward, dynamic=True, backend=BACKEND)
+        self.checkpointed = False
+        block.forward = self._run  # type: ignore[assignment,method-assign]
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._forward(*args, **kwargs)
+        if not any(_needs_gradient(a) for a in (*args, *kwargs.values())) and not self._trains():
+            with torch.no_grad():  # below everything that trains
+                return self._forward(*args, **kwargs)
+        if self.checkpointed:
+            return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
+        return self._forward(*args, **kwargs)
+
+    def _trains(self) -> bool:
+        hosts: list[Host] = []
+        for module in self._block.modules():
+            if isinstance(module, StackedLinear):
+                hosts += module.hosts
+            elif isinstance(module, AdaptedLinear):
+                hosts.append(module)
+        return any(host.adapter is not None for host in hosts) or any(
+            parameter.requires_grad
+            for parameter in self._block.parameters()  # a router
+        )
+
+
+def _needs_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
