@@ -12,10 +12,16 @@ would still move it.
 (Loshchilov & Hutter 2019, algorithm 2; t counts the steps in which the component was active.)
 `gradual` takes m for m̂: a component's first steps, which rest on one or two batches, are 1 − β₁ᵗ
 times as long.
+
+The update may be split (`Share`): every rank holds the moments of one part of the buffer, updates
+that part, and the new values are gathered. A part is a contiguous range rather than a set of
+units: parts are then equal, one collective in place gathers them, and nothing is dealt anew when
+units change size. Every scalar is computed as it would be in one piece, so the values are the same
+to the last bit. Values, gradients and step counts (one a row) stay whole everywhere.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +50,23 @@ class Trainable:
     counter: tuple[nn.Parameter, int] | None = None
 
 
+def _alone(flat: Tensor) -> None:
+    raise AssertionError("a single part has nothing to gather")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the update is one's own: the `index`-th of `count` equal ones.
+
+    `gather` takes a flat tensor of `count` equal parts, of which each rank's own is filled in, and
+    fills in the others, in place. All ranks call it together.
+    """
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[Tensor], None] = _alone
+
+
 @dataclass(frozen=True)
 class _Slot:
     """Where a trainable lives in the flat buffers, and its rows in the per-row ones."""
@@ -61,7 +84,9 @@ class MaskedAdamW:
     """AdamW that leaves inactive components alone (see the module's docstring).
 
     The parameters' storage and `.grad` become views of the flat buffers, so other code may go on
-    using them, but must not rebind them.
+    using them, but must not rebind them. Where the update is split, all ranks call `step`, `follow`
+    and `state_dict` together; before the first step there is nothing to gather, and the last two
+    may be called by one rank alone.
     """
 
     def __init__(
@@ -73,11 +98,13 @@ class MaskedAdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         gradual: bool = False,
+        share: Share = Share(),
     ):
         self.learning_rate, self.betas, self.gradual = learning_rate, betas, gradual
-        self.eps, self.weight_decay = eps, weight_decay
+        self.eps, self.weight_decay, self.share = eps, weight_decay, share
         self._slots: list[_Slot] = []
         self._observed: list[nn.Parameter] = []
+        self._uniform_count: float | None = 0.0  # t where all components share it, else None
         self.follow(trainables)
 
     def follow(self, trainables: Sequence[Trainable]) -> None:
@@ -92,12 +119,16 @@ class MaskedAdamW:
             raise ValueError("nothing to train: no adapter and no head")
         held = {id(slot.trainable.parameter) for slot in self._slots}
         kept = {t.name for t in trainables if id(t.parameter) in held}
-        earlier = {n: state for n, state in self.state_dict().items() if n in kept}
+        earlier = {n: state for n, state in self.state_dict().items() if n in kept} if kept else {}
         device = trainables[0].parameter.device
         sizes = [_padded(t.parameter.numel()) for t in trainables]
         total, rows = sum(sizes), sum(t.parameter.shape[0] for t in trainables)
-        self.values = torch.zeros(total, dtype=torch.float32, device=device)
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.values), torch.zeros_like(self.values)
+        part = _padded(-(-total // self.share.count))
+        # What parts are gathered into: longer than the values, since parts are equal.
+        self._gathered = torch.zeros(part * self.share.count, dtype=torch.float32, device=device)
+        self.values = self._gathered[:total]
+        start = min(self.share.index * part, total)
+        self._own = slice(start, min(start + part, total))
         # All gradients, observed ones last, so that one collective averages them.
         self.gradients = torch.zeros(
             total + sum(p.numel() for p in observed), dtype=torch.float32, device=device
@@ -124,7 +155,9 @@ class MaskedAdamW:
             start += parameter.numel()
         self._counted = self._counters(places)
         self._row_sizes = self._row_sizes.to(device)
-        self._uniform_count: float | None = 0.0  # t where all components share it, else None
+        ends = self._row_sizes.cumsum(0)  # of every row; those of other parts have no scalar here
+        begins = (ends - self._row_sizes).clamp(min=self._own.start)
+        self._own_sizes = (ends.clamp(max=self._own.stop) - begins).clamp(min=0)
         self._ratios = self._per_tensor([t.learning_rate_ratio for t in trainables])
         self._decays = self._per_tensor([t.decay_ratio for t in trainables])
         self._load(earlier)
@@ -151,7 +184,8 @@ class MaskedAdamW:
         """Drop inactive components' gradients, scale the rest to `max_norm`; the norm before."""
         active = self._active()
         if active is not None:
-            self._trained.masked_fill_(~self._spread(active), 0.0)
+            whole = torch.repeat_interleave(active, self._row_sizes, output_size=len(self.values))
+            self._trained.masked_fill_(~whole, 0.0)
         norm = float(torch.linalg.vector_norm(self._trained))
         if max_norm is not None and math.isfinite(norm) and norm > max_norm:
             self._trained.mul_(max_norm / (norm + 1e-6))
@@ -179,25 +213,31 @@ class MaskedAdamW:
         beta1, beta2 = self.betas
         if self.gradual:
             correction1 = 1.0
-        m = torch.lerp(self.exp_avg, self._trained, 1 - beta1)
-        g = self._trained
+        values, g = self.values[self._own], self._trained[self._own]
+        m = torch.lerp(self.exp_avg, g, 1 - beta1)
         v = torch.addcmul(self.exp_avg_sq * beta2, g, g, value=1 - beta2)
         direction = (m / correction1).div_((v / correction2).sqrt_().add_(self.eps))
         if self.weight_decay:
-            decayed = self.values if self._decays is None else self.values * self._decays
+            decayed = values if self._decays is None else values * self._decays
             direction.add_(decayed, alpha=self.weight_decay)
         if self._ratios is not None:
             direction.mul_(self._ratios)
-        new = direction.mul_(-self.learning_rate).add_(self.values)
-        for state, value in ((self.values, new), (self.exp_avg, m), (self.exp_avg_sq, v)):
+        new = direction.mul_(-self.learning_rate).add_(values)
+        for state, value in ((values, new), (self.exp_avg, m), (self.exp_avg_sq, v)):
             state.copy_(value if keep is None else torch.where(keep, value, state))
+        if self.share.count > 1:
+            self.share.gather(self._gathered)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Per trained tensor: its moments (its own shape) and step counts (one per row)."""
+        """Per trained tensor: its moments (its own shape) and step counts (one per row).
+
+        Whole, whatever the share: for as long as they are held, the memory that it saves is used.
+        """
+        exp_avg, exp_avg_sq = self._whole(self.exp_avg), self._whole(self.exp_avg_sq)
         return {
             slot.trainable.name: {
-                "exp_avg": slot.view(self.exp_avg),
-                "exp_avg_sq": slot.view(self.exp_avg_sq),
+                "exp_avg": slot.view(exp_avg),
+                "exp_avg_sq": slot.view(exp_avg_sq),
                 "step": self.counts[slot.rows],
             }
             for slot in self._slots
@@ -211,14 +251,31 @@ class MaskedAdamW:
         self._load(state)
 
     def _load(self, state: dict[str, dict[str, Tensor]]) -> None:
+        self.exp_avg = self._part(state, "exp_avg")
+        self.exp_avg_sq = self._part(state, "exp_avg_sq")
         for slot in self._slots:
-            own = state.get(slot.trainable.name)
-            if own is not None:
-                slot.view(self.exp_avg).copy_(own["exp_avg"])
-                slot.view(self.exp_avg_sq).copy_(own["exp_avg_sq"])
-                self.counts[slot.rows] = own["step"].to(self.counts)
+            if slot.trainable.name in state:
+                self.counts[slot.rows] = state[slot.trainable.name]["step"].to(self.counts)
         first = float(self.counts[0])
         self._uniform_count = first if bool((self.counts == first).all()) else None
+
+    def _whole(self, moment: Tensor) -> Tensor:
+        """All parts of a moment, laid out as `values`."""
+        if self.share.count == 1:
+            return moment
+        whole = torch.zeros_like(self._gathered)
+        whole[self._own] = moment
+        if self._uniform_count != 0.0:  # before the first step all moments are zero
+            self.share.gather(whole)
+        return whole
+
+    def _part(self, state: dict[str, dict[str, Tensor]], moment: str) -> Tensor:
+        """One's own part of a moment; zeros where `state` lacks a tensor."""
+        whole = torch.zeros_like(self.values)
+        for slot in self._slots:
+            if slot.trainable.name in state:
+                slot.view(whole).copy_(state[slot.trainable.name][moment])
+        return whole if self.share.count == 1 else whole[self._own].clone()
 
     def _counters(self, places: dict[int, int]) -> tuple[Tensor, Tensor] | None:
         """Rows that have a counter, and where each one's is in `gradients`; None without any."""
@@ -264,8 +321,9 @@ class MaskedAdamW:
         return None if bool(active.all()) else active
 
     def _spread(self, per_row: Tensor) -> Tensor:
-        """Per-row values repeated for every scalar of the row."""
-        return torch.repeat_interleave(per_row, self._row_sizes, output_size=self.values.numel())
+        """Per-row values repeated for every scalar of the row in one's own part."""
+        length = self._own.stop - self._own.start
+        return torch.repeat_interleave(per_row, self._own_sizes, output_size=length)
 
     def _per_tensor(self, ratios: Sequence[float]) -> Tensor | None:
         """One number a tensor, repeated for its scalars; None where all are 1."""

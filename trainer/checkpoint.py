@@ -121,7 +121,10 @@ class CheckpointWriter:
 
 
 def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> Progress:
-    """Put a checkpoint's state into a session that was opened with the same configuration."""
+    """Put a checkpoint's state into a session that was opened with the same configuration.
+
+    Each rank on its own: a new optimizer, split or not, has no moments that it would gather.
+    """
     _check_same_run(session, checkpoint, state)
     stored = files.read_tensors(checkpoint)
     load_trained(session, checkpoint, stored)
@@ -170,7 +173,8 @@ def _check_fit(
 
 
 def _tensors(session: Session) -> dict[str, Tensor]:
-    """Everything that every rank holds alike, by name, and rank 0's own of the method."""
+    """Everything that every rank holds alike, by name, and rank 0's own of the method. The moments
+    are whole, so all ranks call it together once a step was made (`optim.shard_state`)."""
     tensors: dict[str, Tensor] = {}
     for name, adapter in session.method.adapters.items():
         for role in ("A", "g", "B", "mask"):

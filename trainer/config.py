@@ -189,6 +189,9 @@ class OptimOptions(Section):
     """Warm-up as a share of all steps."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Clip the gradient's global norm; null: never."""
+    shard_state: bool = False
+    """Split the moments of AdamW over the ranks: each updates its part of the trained values, which
+    are then gathered. The same values to the last bit, in less memory; nothing on one process."""
     max_skipped_steps: int = Field(5, gt=0)
     """Stop after so many steps in a row whose loss or gradient is not finite."""
 

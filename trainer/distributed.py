@@ -87,6 +87,10 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather_parts_(self, flat: torch.Tensor) -> None:
+        """Fill in a flat tensor of `size` equal parts, of which each rank has its own, in place."""
+        dist.all_gather_into_tensor(flat, flat.view(self.size, -1)[self.rank])
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Run a stage without collectives inside; if it fails on one rank, it fails on all.

@@ -28,7 +28,8 @@ class Estimate:
     gathered: int
     """The largest group of layers that a sharder gathers at a time (0 without sharding)."""
     trainable: int
-    """Adapters and heads with gradients and two moments, float32, plus one step's temporaries."""
+    """Adapters and heads with gradients and two moments, float32, plus one step's temporaries; of
+    moments and temporaries the rank's part, where `optim.shard_state` splits them."""
 
     @property
     def total(self) -> int:
@@ -43,10 +44,11 @@ def estimate(backbone: Backbone, config: Config, ranks: int, *, shards: bool) ->
     whole = _frozen_bytes(backbone.model, backbone)
     groups = [*sizes, whole - sum(sizes)]
     share = -(-whole // ranks) if shards else whole
+    trained = trainable_parameters(backbone, config)
     return Estimate(
         backbone=share,
         gathered=2 * max(groups) if shards and ranks > 1 else 0,  # one in use, one prefetched
-        trainable=trainable_parameters(backbone, config) * 4 * 7,
+        trainable=4 * (2 * trained + 5 * -(-trained // (ranks if config.optim.shard_state else 1))),
     )
 
 

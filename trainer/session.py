@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from adapters.method import Method, Start
-from adapters.optimizer import MaskedAdamW, Trainable
+from adapters.optimizer import MaskedAdamW, Share, Trainable
 from adapters.registry import METHODS
 from trainer import architecture
 from trainer import backbone as backbones
@@ -135,6 +135,7 @@ def open_session(
         watchdog=Watchdog(world, config.engine.timeout),
         starts=starts if world.is_main else None,
     )  # fmt: skip
+    share = Share(world.rank, world.size, world.gather_parts_)
     session.optimizer = MaskedAdamW(
         session.trainables(),
         learning_rate=config.optim.learning_rate,
@@ -142,5 +143,6 @@ def open_session(
         eps=config.optim.eps,
         weight_decay=config.optim.weight_decay,
         gradual=method.wakes_gradually,
+        share=share if config.optim.shard_state else Share(),
     )
     return session

@@ -175,6 +175,12 @@ def masked_steps(world: World, config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def moments(world: World, config: dict[str, Any]) -> dict[str, int]:
+    """Scalars that this rank's optimizer has in its values and in each of its moments."""
+    optimizer = open_session(parse_config(config), world).optimizer
+    return {"values": len(optimizer.values), "moments": len(optimizer.exp_avg_sq)}
+
+
 def drive(session: Session, *, copies: bool = True):
     """The loop of a whole run, by hand; after each step (its number, what was before its update,
     where `copies` are wanted)."""
@@ -252,6 +258,7 @@ CASES = {
     "resume": resume,
     "desynchronised": desynchronised,
     "masked_steps": masked_steps,
+    "moments": moments,
     "validation": validation,
     "evaluate": evaluate,
 }

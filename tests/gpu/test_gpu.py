@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from adapters.weights import FORMATS
+from tests.distributed.cases import ok, run_cases
 from tests.distributed.test_engines import check_gathered
 from tests.helpers import losses, quick_config
 from tests.unit.test_experts import ROUTINGS, offsets_of, stack_of
@@ -82,3 +83,20 @@ def test_a_run_learns_and_agrees_with_the_cpu(changes, tmp_path):
 def test_packed_bytes_survive_sharding_and_gathering(tmp_path):
     """NCCL's copies must not touch bits that look like a NaN."""
     check_gathered(tmp_path, "cuda")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_split_moments_are_gathered_in_place(tmp_path):
+    """NCCL writes into the buffer that it reads from; units go before step 4, others grow."""
+    cases = {}
+    for name, shards in (("whole", "false"), ("split", "true")):
+        config = quick_config(
+            tmp_path, f"run.name={name}", "run.steps=10", "engine.kind=fsdp2",
+            "engine.device=cuda", "model.dtype=float32", f"optim.shard_state={shards}",
+            "method.kind=weightlora_plus", "method.warmup_steps=4",
+        )  # fmt: skip
+        cases[name] = ("train_only", config.model_dump())
+    for result in run_cases(tmp_path / "work", cases, device="cuda").values():
+        ok(result)
+    whole, split = (losses(tmp_path / "runs" / name) for name in cases)
+    assert split == pytest.approx(whole, rel=1e-4)

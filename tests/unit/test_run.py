@@ -125,6 +125,23 @@ def test_memory_estimate_is_what_is_held(tmp_path):
         assert session.engine.local_bytes(session.model) == expected.backbone
 
 
+def test_split_moments_need_less_memory_by_the_number_of_ranks(tmp_path):
+    from trainer.architecture import build, load_tokenizer
+    from trainer.memory import estimate, trainable_parameters
+
+    plain = quick_config(tmp_path)
+    split = quick_config(tmp_path, "optim.shard_state=true")
+    backbone = build(plain, CausalLM(plain.task, load_tokenizer(plain.model)), torch.device("cpu"))
+    scalars = trainable_parameters(backbone, plain)
+
+    def bytes_of_each(config, ranks):
+        return estimate(backbone, config, ranks, shards=True).trainable / scalars
+
+    assert [bytes_of_each(plain, ranks) for ranks in (1, 4)] == [28, 28]
+    # values and gradients stay whole; two moments and as much again as a step's three temporaries
+    assert [bytes_of_each(split, ranks) for ranks in (1, 2, 4)] == [28, 18, 13]
+
+
 def test_print_config_and_overrides_anywhere(tmp_path):
     code, out, err = launch(
         "python", 1, "launch/train.py", "run.steps=7", "--config", "configs/quickstart.yaml",

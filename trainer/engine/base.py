@@ -2,8 +2,9 @@
 
 Adapters (and a task's head) are small, so every rank holds them whole, outside any sharder:
 they are attached after `shard`, their gradients are summed by one flat all-reduce, and their
-update is the same on every rank. What differs between engines is only where the frozen
-backbone's bytes live; each engine is one file that says that.
+update is the same on every rank, or split by the optimizer (`optim.shard_state`) in every engine
+alike. What differs between engines is only where the frozen backbone's bytes live; each engine is
+one file that says that.
 """
 
 import math
