@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from adapters.gated import GatedAdapter
 from adapters.linear import Dropout
-from adapters.opaque import OpaqueHost, add_gradient, host_of
+from adapters.opaque import OpaqueHost, add_gradients, host_of
 from adapters.weights import FORMATS
 
 _RANK_MULTIPLE = 8
@@ -132,21 +132,23 @@ class StackedLinear(OpaqueHost):
         C = grouped(s.T, dy, offsets)
         dz = self._dropped_hidden(grouped(dy, gB.mT, offsets))
         dA = grouped(dz.T, x_kept, offsets)
-        for expert, host in enumerate(self.hosts):
-            adapter = host.adapter
-            if adapter is None or adapter.rank == 0:
-                continue
-            rank = slice(0, adapter.rank)
-            correlation = C[expert, rank].float()
-            add_gradient(adapter.B, correlation * adapter.g.detach().unsqueeze(1))
-            if adapter.g.requires_grad:
-                add_gradient(adapter.g, (correlation * adapter.B.detach()).sum(1))
-            add_gradient(adapter.A, dA[expert, rank])
+        C32 = C.float()
+        found = {"A": dA.float(), "B": gated(g.float(), C32)}
+        if any(host.adapter is not None and host.adapter.g.requires_grad for host in self.hosts):
+            found["g"] = (C32 * B.float()).sum(2)
+        add_gradients(
+            (getattr(host.adapter, role), gradients[expert, : host.adapter.rank])
+            for role, gradients in found.items()
+            for expert, host in enumerate(self.hosts)
+            if host.adapter is not None
+        )
         # Tokens that have no loss, padding among them, are not counted: their gradient is zero.
+        matters = torch.linalg.vector_norm(dy, ord=torch.inf, dim=1) != 0
         numbers = torch.arange(dy.shape[0], device=dy.device)
         expert_of = torch.searchsorted(offsets, numbers, right=True)
         counts = torch.zeros(self.experts, device=dy.device)
-        add_gradient(self.tokens, counts.index_add_(0, expert_of, (dy != 0).any(1).float()))
+        counts.index_add_(0, expert_of, matters.float())
+        add_gradients([(self.tokens, counts)])
         dx = self._dropped_input(grouped(dz, A, offsets))
         spared = self._spared(x.dtype)
         if spared is not None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from adapters.gated import GatedAdapter
-from adapters.opaque import OpaqueHost, add_gradient, host_of
-from adapters.weights import FORMATS
+from adapters.opaque import OpaqueHost, add_gradients, host_of
+from adapters.weights import FORMATS, LowRank
 
 
 class Dropout:
@@ -91,28 +91,30 @@ class AdaptedLinear(OpaqueHost):
             x, self.weight, self.bias, self.handle, self.out_features, self.weight_format
         )
 
-    def low_rank(self, x: Tensor) -> Tensor | None:
-        """(z ∘ g) B (T, out) of rows x (T, in); None without an adapter."""
+    def low_rank(self, x: Tensor) -> LowRank | None:
+        """z ∘ g (T, R) and B of rows x (T, in), whose product is y's part; None without adapter."""
         factors = self._factors(x.dtype)
         if factors is None:
             return None
         A, g, B = factors
-        z = self._dropped_input(x) @ A.T
-        y = (self._dropped_hidden(z) * g) @ B
+        s = self._dropped_hidden(self._dropped_input(x) @ A.T) * g
         if self._spared is not None:
             A0, g0, B0 = self._spared.cast(x.dtype)
-            y += ((x @ A0.T) * g0) @ B0
-        return y
+            s, B = torch.cat([s, (x @ A0.T) * g0], 1), torch.cat([B, B0])
+        return s, B
 
-    def low_rank_backward(self, dy: Tensor, x: Tensor, need_x: bool) -> Tensor | None:
-        """Adds the adapter's gradients to `.grad`; its part of dx (T, in), if needed.
+    def low_rank_backward(
+        self, dy: Tensor, x: Tensor, need_x: bool
+    ) -> tuple[LowRank | None, Tensor | None]:
+        """Adds the adapter's gradients to `.grad`; its part of dx, if needed: the product of two
+        factors, and what a dropped input leaves of it.
 
         With s = dropped z (or z): dB = (s ∘ g)ᵀ dy, ds = (dy Bᵀ) ∘ g, dg = Σ (dy Bᵀ) ∘ s,
         dz = dropped ds, dA = dzᵀ x, dx = dz A. They are added up in float32.
         """
         factors = self._factors(x.dtype)
         if factors is None:
-            return None
+            return None, None
         A, g, B = factors
         adapter = self.adapter
         assert adapter is not None
@@ -120,19 +122,25 @@ class AdaptedLinear(OpaqueHost):
         x_kept = self._dropped_input(x)
         s = self._dropped_hidden(x_kept @ A.T)
         d_gated = dy @ B.T
-        add_gradient(adapter.B, (s[:, :rank] * g[:rank]).T @ dy)
+        dz = self._dropped_hidden(d_gated * g)
+        found = [
+            (adapter.A, dz[:, :rank].T @ x_kept),
+            (adapter.B, (s[:, :rank] * g[:rank]).T @ dy),
+        ]
         if adapter.g.requires_grad:
             products = d_gated[:, :rank] * s[:, :rank]
-            add_gradient(adapter.g, products.sum(0, dtype=torch.float32))
-        dz = self._dropped_hidden(d_gated * g)
-        add_gradient(adapter.A, dz[:, :rank].T @ x_kept)
+            found.append((adapter.g, products.sum(0, dtype=torch.float32)))
+        add_gradients(found)
         if not need_x:
-            return None
-        dx = self._dropped_input(dz @ A)
+            return None, None
+        dropped = None
+        if self.dropout is not None and self.training and self.dropout.on_input:
+            dropped = self.dropout(dz @ A)
+            dz, A = dz[:, :0], A[:0]
         if self._spared is not None:
             A0, g0, B0 = self._spared.cast(x.dtype)
-            dx += ((dy @ B0.T) * g0) @ A0
-        return dx
+            dz, A = torch.cat([dz, (dy @ B0.T) * g0], 1), torch.cat([A, A0])
+        return (dz, A) if A.shape[0] else None, dropped
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
         """A, g, B as the products take them: drop(ΔW − ΔW₀) has the components of both."""
@@ -174,9 +182,9 @@ def hosted_linear(
 ) -> Tensor:
     """(…, in) → (…, out)."""
     rows = x.reshape(-1, x.shape[-1])
-    y = host_of(handle).low_rank(rows)
+    low_rank = host_of(handle).low_rank(rows)
     shape = out_features, x.shape[-1]
-    y = FORMATS[weight_format].forward(rows, weight, shape, bias, y)
+    y = FORMATS[weight_format].forward(rows, weight, shape, bias, low_rank)
     return y.view(*x.shape[:-1], out_features)
 
 
@@ -192,11 +200,13 @@ def hosted_linear_backward(
     """dx (…, in), empty where not needed; a 0 for the handle, which keeps a compiler from
     leaving the call out."""
     dy2, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    dx = host_of(handle).low_rank_backward(dy2, rows, need_x)
+    low_rank, dropped = host_of(handle).low_rank_backward(dy2, rows, need_x)
     if not need_x:
         return x.new_empty(0), torch.zeros_like(handle)
     shape = dy.shape[-1], x.shape[-1]
-    dx = FORMATS[weight_format].backward(dy2, weight, shape, dx)
+    dx = FORMATS[weight_format].backward(dy2, weight, shape, low_rank)
+    if dropped is not None:
+        dx += dropped
     return dx.view(x.shape), torch.zeros_like(handle)
 
 

@@ -9,6 +9,7 @@ backward adds the adapter's gradients to where the optimizer keeps them.
 
 import itertools
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,11 +46,16 @@ def host_of(handle: Tensor) -> Any:
     return _hosts[int(handle)]
 
 
-def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """What autograd does for a leaf, for a parameter that it does not see."""
-    if not parameter.requires_grad:
-        return
-    if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype, copy=True)
-    else:
-        parameter.grad.add_(gradient)
+def add_gradients(found: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    """What autograd does for leaves, for parameters that it does not see."""
+    sums, terms = [], []
+    for parameter, gradient in found:
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = gradient.to(parameter.dtype, copy=True)
+        else:
+            sums.append(parameter.grad)
+            terms.append(gradient)
+    if sums:
+        torch._foreach_add_(sums, terms)

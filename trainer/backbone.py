@@ -21,6 +21,7 @@ from trainer.blocks import Blocks
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine.base import Engine
+from trainer.errors import UserError
 from trainer.layout import Layout
 from trainer.memory import trim
 from trainer.pretrained import PretrainedFiles
@@ -37,10 +38,8 @@ def load(
     """
     backbone = build(config, task, world.device)
     model = backbone.model
-    options = config.engine
-    compiled = world.device.type == "cuda" if options.compile == "auto" else options.compile
-    backbone.blocks = Blocks(model, compiled=compiled)
-    if options.activation_checkpointing is True:
+    backbone.blocks = Blocks(model, compiled=_compiled(config, engine, world))
+    if config.engine.activation_checkpointing is True:
         backbone.blocks.keep(0)
     filler = _Filler(backbone, config, world.device, splitter)
     for path, head in backbone.heads.items():
@@ -61,6 +60,18 @@ def load(
     backbone.quantization_error = filler.quantization_error()
     model.train()
     return backbone
+
+
+def _compiled(config: Config, engine: Engine, world: World) -> bool:
+    asked = config.engine.compile
+    if asked is True and not engine.gathers_blocks_whole:
+        raise UserError(
+            f"engine.compile: true given with engine.kind={engine.kind} and "
+            "method.train_router=true; accepted: auto or false, or engine.kind=fsdp2"
+        )
+    if asked == "auto":
+        return world.device.type == "cuda" and engine.gathers_blocks_whole
+    return asked
 
 
 def check(config: Config, task: Task, device: torch.device) -> None:

@@ -46,6 +46,21 @@ def train(world: World, config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def train_compiled(world: World, config: dict[str, Any]) -> int:
+    """A whole run, whose blocks are compiled (captured and differentiated, but no code made: that
+    takes a compiler and minutes) once: a second compilation is an error. Returns the programs."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with (
+        patch("trainer.blocks.BACKEND", "aot_eager"),
+        torch._dynamo.config.patch(error_on_recompile=True),
+    ):
+        run(parse_config(config), world)
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    assert not breaks, torch._dynamo.utils.counters["graph_break"]
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def train_on_a_full_disk(world: World, config: dict[str, Any]) -> dict[str, Any]:
     """A run whose second rank may write only small files, by a limit of the operating system."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -251,6 +266,7 @@ def resident() -> int:
 
 CASES = {
     "train": train,
+    "train_compiled": train_compiled,
     "train_on_a_full_disk": train_on_a_full_disk,
     "shard": shard,
     "gathered": gathered,

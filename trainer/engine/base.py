@@ -44,6 +44,11 @@ class Engine(ABC):
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
 
+    @property
+    def gathers_blocks_whole(self) -> bool:
+        """Whether all of a block's parameters are there while it runs: what compiling it asks."""
+        return True
+
     @abstractmethod
     def shard_block(self, block: nn.Module) -> None:
         """Take over one transformer block, whole on this rank's device, as it was just loaded."""

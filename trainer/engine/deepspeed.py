@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO-3 as the sharder of the frozen backbone.
 
 DeepSpeed's engine is built without an optimizer and never called: its hooks on the modules
-gather and release the partitioned parameters, and adapters, attached later, stay outside it.
+gather and release the partitioned parameters, a whole transformer block at a time, and adapters,
+attached later, stay outside it.
 """
 
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapters.units import transformer_blocks
 from trainer.config import Config, compute_dtype
 from trainer.distributed import World
 from trainer.engine.base import Engine, backbone_parameters
@@ -63,9 +65,17 @@ class DeepSpeedEngine(Engine):
             self._json, self._sized = merge(self._json, sizes(block)), True
         deepspeed.zero.Init(module=block, config_dict_or_path=self._json, dtype=dtype)
 
+    @property
+    def gathers_blocks_whole(self) -> bool:
+        # A router that trains inside a block is none of DeepSpeed's parameters.
+        return not self.config.method.train_router
+
     def shard(self, model: nn.Module) -> None:
         import deepspeed
+        from deepspeed.utils import set_z3_leaf_module
 
+        for _, block in transformer_blocks(model):
+            set_z3_leaf_module(block, self.gathers_blocks_whole)
         self._engine, *_ = deepspeed.initialize(model=model, config=self._json)
 
     @contextmanager
@@ -98,8 +108,7 @@ def settings(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, A
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": {
             "stage": 3,
-            # DeepSpeed would fetch everything below a mixture's block at once, what trains beside
-            # the adapters included. Our experts run all together anyway.
+            # Blocks are leaves, set by `shard`, and nothing within them.
             "leaf_module": {"classes": [], "names": [], "name_suffixes": []},
         },
         "steps_per_print": 2**31 - 1,

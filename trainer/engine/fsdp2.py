@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ class FSDP2Engine(Engine):
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
         self._mesh = init_device_mesh(world.device.type, (world.size,))
+        self._blocks: list[FSDPModule] = []
 
     def shard_block(self, block: nn.Module) -> None:
         for module in block.modules():
@@ -34,12 +36,15 @@ class FSDP2Engine(Engine):
                 # unchanged, and unpacking asks for bytes only.
                 packed = module.weight.detach().view(torch.float32)
                 module.weight = nn.Parameter(packed, requires_grad=False)
-        fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
+        self._blocks.append(fully_shard(block, mesh=self._mesh, reshard_after_forward=True))
 
     def shard(self, model: nn.Module) -> None:
         # The root group would by default stay whole from forward to backward, and after an
         # evaluation until the next step.
         fully_shard(model, mesh=self._mesh, reshard_after_forward=True)
+        for block, following in pairwise(self._blocks):
+            block.set_modules_to_forward_prefetch([following])
+            following.set_modules_to_backward_prefetch([block])
 
     @contextmanager
     def unsharded(self, module: nn.Module) -> Iterator[None]:
