@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
+import torch.fx.experimental._config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +20,8 @@ from adapters.units import Host, transformer_blocks
 
 BACKEND = "inductor"
 
+# A sequence as long as the model is wide would be taken to be always so.
+torch.fx.experimental._config.use_duck_shape = False
 # Recompute every pointwise operation in backward, also where its result is an operator's input
 # there. It costs a percent of the time and saves a third of the memory: inputs of the projections
 # are pointwise results of what is kept anyway.
