@@ -210,8 +210,9 @@ class EngineOptions(Section):
     """How the work is spread over processes."""
 
     kind: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
-    """auto: deepspeed under the deepspeed launcher (or with `config`), fsdp2 under torchrun with
-    several processes, else single."""
+    """auto: deepspeed under the deepspeed launcher (or with `config`); under torchrun ddp where the
+    whole backbone fits on every GPU and leaves room, else fsdp2; single alone. The choice and its
+    reason are printed."""
     config: str | None = None
     """A DeepSpeed JSON of your own; its `auto` values are filled in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -16,12 +16,13 @@ from trainer.allocation import AllocationLog, Replay
 from trainer.checkpoint import CheckpointWriter
 from trainer.config import LEFT_OUT, Config
 from trainer.distributed import World
-from trainer.engine import engine_class
+from trainer.engine import make_engine
+from trainer.engine.base import Engine
 from trainer.errors import UserError
 from trainer.figures import draw_loss
 from trainer.jsonl import METRICS, read_metrics
 from trainer.loop import make_loader, say_plan, total_steps, train
-from trainer.memory import estimate, peak_gib, readable, trainable_parameters
+from trainer.memory import estimate, peak_gib, readable, total_bytes, trainable_parameters
 from trainer.metrics import MetricsWriter
 from trainer.preemption import StopRequest
 from trainer.progress import Progress
@@ -98,9 +99,10 @@ def _open_folder(session: Session, folder: RunFolder, steps: int, progress: Prog
 def dry_run(config: Config, world: World) -> str:
     """What the run would be: data, units, parameters, memory; nothing is trained or written."""
     _, task, train_data, eval_data = open_data(config, world)
+    gpu = min(world.gather(total_bytes(world.device)))
     with world.together():
         backbone = architecture.build(config, task, world.device)
-        engine = engine_class(config, world)
+        engine = make_engine(config, world, task, gpu)
     needs = estimate(backbone, config, world.size, shards=engine.shards)
     by_kind: dict[str, list[str]] = {}
     for unit in backbone.units:
@@ -109,7 +111,7 @@ def dry_run(config: Config, world: World) -> str:
     lines = [
         f"train data          {train_data.counts}",
         f"eval data           {eval_data.counts if eval_data else 'none'}",
-        f"engine              {engine.kind}, {world.size} rank(s), {world.device.type}",
+        f"engine              {_engine(engine)}, {world.size} rank(s), {world.device.type}",
         f"model               {type(backbone.model).__name__}, {backbone.dtype}, "
         f"{config.model.quantization}",
         f"units               {len(backbone.units)}",
@@ -184,11 +186,15 @@ def _introduction(session: Session, steps: int) -> list[str]:
         f"backbone  {type(session.model).__name__}, {session.backbone.dtype}, "
         f"{config.model.quantization}, "
         f"{readable(engine.local_bytes(session.model))} a rank",
-        f"engine    {engine.kind}, {world.size} rank(s), {world.device}",
+        f"engine    {_engine(engine)}, {world.size} rank(s), {world.device}",
         f"method    {config.method.kind}, rank {config.method.rank}, "
         f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",
         f"steps     {steps} of {data.batch_size} sequences",
     ]
+
+
+def _engine(engine: Engine) -> str:
+    return f"{engine.kind} ({engine.reason})" if engine.reason else engine.kind
 
 
 def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:

@@ -3,10 +3,13 @@
 import importlib
 import os
 
+from trainer import architecture
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine.base import Engine
 from trainer.errors import UserError
+from trainer.memory import estimate, readable
+from trainer.tasks.base import Task
 
 _ENGINES = {
     "single": ("trainer.engine.single", "SingleEngine"),
@@ -15,17 +18,15 @@ _ENGINES = {
     "deepspeed": ("trainer.engine.deepspeed", "DeepSpeedEngine"),
 }
 
+_STATES = 0.6
+"""Share of a GPU's memory that backbone, adapters and moments may take under ddp. More would leave
+so little for activations that computing them again costs more than gathering weights."""
 
-def make_engine(config: Config, world: World) -> Engine:
-    """The engine that the configuration asks for."""
-    return engine_class(config, world)(config, world)
 
-
-def engine_class(config: Config, world: World) -> type[Engine]:
-    """Its class; its library is imported only then. UserError where it does not fit the launch."""
-    kind: str = config.engine.kind
-    if kind == "auto":
-        kind = automatic_kind(config, world)
+def make_engine(config: Config, world: World, task: Task, gpu: int) -> Engine:
+    """The engine that the configuration asks for, or that `auto` chooses. `gpu`: bytes of the
+    smallest rank's GPU, 0 for a CPU."""
+    kind, reason = choose(config, world, task, gpu)
     if kind == "single" and world.size > 1:
         raise UserError(
             f"engine.kind: single given with {world.size} processes; "
@@ -36,16 +37,36 @@ def engine_class(config: Config, world: World) -> type[Engine]:
             f"engine.kind: {kind} given without a launcher; accepted: auto or single, or start "
             "with `deepspeed launch/train.py` or `torchrun launch/train.py`"
         )
-    module, name = _ENGINES[kind]
-    return getattr(importlib.import_module(module), name)
+    module, name = _ENGINES[kind]  # its library is imported only now
+    engine: Engine = getattr(importlib.import_module(module), name)(config, world)
+    engine.reason = reason
+    return engine
 
 
-def automatic_kind(config: Config, world: World) -> str:
-    """deepspeed under its launcher or with its JSON, fsdp2 under torchrun, else single."""
-    if world.launcher == "deepspeed" or (config.engine.config and world.launcher != "none"):
-        return "deepspeed"
+def choose(config: Config, world: World, task: Task, gpu: int) -> tuple[str, str]:
+    """(kind, why `auto` chose it): deepspeed under its launcher or with its JSON; under torchrun
+    ddp where the whole backbone fits on every GPU, else fsdp2; single alone."""
+    if config.engine.kind != "auto":
+        return config.engine.kind, ""
+    if world.launcher == "deepspeed":
+        return "deepspeed", "its launcher was used"
     if config.engine.config:
-        raise UserError(
-            "engine.config: given without a launcher; accepted: under `deepspeed launch/train.py`"
-        )
-    return "fsdp2" if world.size > 1 else "single"
+        if world.launcher == "none":
+            raise UserError(
+                "engine.config: given without a launcher; accepted: under `deepspeed "
+                "launch/train.py`"
+            )
+        return "deepspeed", "engine.config is given"
+    if world.size == 1:
+        return "single", "one process"
+    if gpu == 0:
+        return "fsdp2", "no GPU"
+    backbone = architecture.build(config, task, world.device)
+    needed = estimate(backbone, config, world.size, shards=False).total
+    room = int(_STATES * gpu)
+    fits = needed <= room
+    return (
+        "ddp" if fits else "fsdp2",
+        f"the whole backbone with adapters and moments takes {readable(needed)}, "
+        f"{'at most' if fits else 'more than'} {_STATES:.0%} of a GPU",
+    )

@@ -41,6 +41,9 @@ class Engine(ABC):
     shards: ClassVar[bool]
     """Whether a rank holds only its share of the backbone."""
 
+    reason: str = ""
+    """Why `engine.kind: auto` chose it; empty where it was asked for."""
+
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
 
