@@ -35,7 +35,9 @@ def _capable(device: torch.device) -> bool:
 
 def forward_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """x Wᵀ (T, out) for x (T, in), codes (out, in) and scales (out)."""
-    x8, scale = _by_row(x)
+    from adapters.kernels import encoded_rows  # only GPU builds of torch come with Triton
+
+    x8, scale = encoded_rows(x, None, E4M3)
     return torch._scaled_mm(
         x8, codes.t(), scale_a=scale, scale_b=scales.unsqueeze(0), out_dtype=x.dtype,
         use_fast_accum=True,
@@ -44,31 +46,11 @@ def forward_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 def backward_product(dy: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """dy W (T, in) for dy (T, out)."""
-    d8, scale = _scaled_by_row(dy, scales)
+    from adapters.kernels import encoded_rows, transposed
+
+    d8, scale = encoded_rows(dy, scales, E4M3)
     ones = torch.ones(1, codes.shape[1], device=dy.device)
     return torch._scaled_mm(
-        d8, _transposed(codes).t(), scale_a=scale, scale_b=ones, out_dtype=dy.dtype,
+        d8, transposed(codes).t(), scale_a=scale, scale_b=ones, out_dtype=dy.dtype,
         use_fast_accum=True,
     )  # fmt: skip
-
-
-@torch.compile(dynamic=True)
-def _by_row(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (T, n) as codes with a float32 scale a row (T, 1)."""
-    return _encoded(x.float())
-
-
-@torch.compile(dynamic=True)
-def _scaled_by_row(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    return _encoded(x.float() * columns)
-
-
-def _encoded(x: Tensor) -> tuple[Tensor, Tensor]:
-    # A row of zeros, or one too small to be scaled, becomes codes of 0.
-    scale = (x.abs().amax(1, keepdim=True) / LARGEST).clamp(min=1e-30)
-    return (x / scale).clamp(-LARGEST, LARGEST).to(E4M3), scale
-
-
-@torch.compile(dynamic=True)
-def _transposed(codes: Tensor) -> Tensor:
-    return codes.t().contiguous()

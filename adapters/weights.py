@@ -156,7 +156,10 @@ class FourBit(_CodesAndScales):
     ) -> Tensor:
         numel = shape[0] * shape[1]
         if codes.is_cuda and numel % _BLOCK == 0:
-            return _looked_up(codes, scales, _table(self.name, codes.device), dtype).view(shape)
+            from adapters.kernels import looked_up  # only GPU builds of torch come with Triton
+
+            table = _table(self.name, codes.device)
+            return looked_up(codes, scales, table, _BLOCK, dtype).view(shape)
         parts = [
             torch.ops.bitsandbytes.dequantize_4bit(
                 some.unsqueeze(1),
@@ -177,13 +180,6 @@ class FourBit(_CodesAndScales):
 def _table(name: str, device: torch.device) -> Tensor:
     """The 16 values of a 4-bit format (float32)."""
     return bitsandbytes.functional.get_4bit_type(name, device=device)
-
-
-@torch.compile(dynamic=True)
-def _looked_up(codes: Tensor, scales: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """Two weights a byte, the upper half first. Faster than bitsandbytes' kernel, same values."""
-    pairs = torch.stack([codes >> 4, codes & 15], dim=1).int()
-    return (table[pairs].view(-1, _BLOCK) * scales.unsqueeze(1)).to(dtype)
 
 
 class Int8(_CodesAndScales):
