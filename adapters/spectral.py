@@ -90,6 +90,13 @@ def singular_triplets(weight: Tensor, ranges: Sequence[range]) -> Triplets:
     )
 
 
+def cost(out_features: int, in_features: int) -> float:
+    """What `singular_triplets` takes, in no unit: d² times (the larger side, for the Gram matrix,
+    and 32 d for the eigenproblem, which a GPU solves far below its peak)."""
+    d = min(out_features, in_features)
+    return d * d * (max(out_features, in_features) + 32.0 * d)
+
+
 def bank(location: str, rank: int, d: int) -> range:
     """LeLoRA's slice of `rank` singular indices at one of `LOCATIONS`, of d in all (§3.1).
 

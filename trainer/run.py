@@ -12,6 +12,7 @@ from adapters.export import export_adapter
 from adapters.units import expert_counts
 from trainer import architecture, checkpoint, checkpoint_files
 from trainer.allocation import AllocationLog, Replay
+from trainer.architecture import Loading
 from trainer.checkpoint import CheckpointWriter
 from trainer.config import LEFT_OUT, Config
 from trainer.distributed import World
@@ -181,10 +182,20 @@ def _introduction(session: Session, steps: int) -> list[str]:
         f"backbone  {type(session.model).__name__}, {session.backbone.dtype}, "
         f"{config.model.quantization}, "
         f"{readable(engine.local_bytes(session.model))} a rank",
+        *_loading(session.backbone.loading),
         f"engine    {engine.kind}, {world.size} rank(s), {world.device}",
         f"method    {config.method.kind}, rank {config.method.rank}, "
         f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",
         f"steps     {steps} of {data.batch_size} sequences",
+    ]
+
+
+def _loading(figures: Loading | None) -> list[str]:
+    if figures is None:
+        return []
+    return [
+        f"          loaded in {figures.seconds:.1f} s, {readable(figures.bytes_read)} read, "
+        f"host memory at most {readable(figures.peak_host_bytes)} a rank"
     ]
 
 
