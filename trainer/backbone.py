@@ -53,9 +53,9 @@ def load(
         for path, head in backbone.heads.items():
             _fill_head(source, path, head)
             set_module(backbone.model, path, None)  # no sharder sees it
-    model, at_a_time = backbone.model, len(world.nodes[0])
-    blocks = transformer_blocks(model)
-    groups = [blocks[i : i + at_a_time] for i in range(0, len(blocks), at_a_time)] + [[("", model)]]
+    model = backbone.model
+    rest: tuple[str, nn.Module] = ("", model)
+    groups = [*in_groups(model, world), [rest]]
     seen: set[int] = set()
     items = [[items_of(backbone, [part], seen) for part in group] for group in groups]
     flat = [[item for of_part in of_group for item in of_part] for of_group in items]
@@ -85,6 +85,12 @@ def load(
     release(world.device)
     model.train()
     return backbone
+
+
+def in_groups(model: nn.Module, world: World) -> list[list[tuple[str, nn.Module]]]:
+    """The blocks (path, module), as many at a time as a host has ranks."""
+    blocks, size = transformer_blocks(model), len(world.nodes[0])
+    return [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
 
 def check(config: Config, task: Task, device: torch.device) -> None:

@@ -84,6 +84,25 @@ def deal(costs: Sequence[float], hands: int) -> list[int]:
     return dealt
 
 
+def assign(group: Sequence[Item], world: World, *, splits: bool) -> None:
+    """Say who reads what of a group on this host. Where units are decomposed (`splits`), each is by
+    one host, and is read on the others `later`."""
+    costs = [
+        sum(cost(unit.out_features, unit.in_features) for unit in item.units)
+        if item.units and splits
+        else float(item.parameter.numel())
+        for item in group
+    ]
+    homes = deal(costs, len(world.nodes))
+    for item, home in zip(group, homes, strict=True):
+        item.later = splits and bool(item.units) and home != world.node
+    ranks = world.nodes[world.node]
+    for late in (False, True):
+        some = [index for index, item in enumerate(group) if item.later == late]
+        for index, hand in zip(some, deal([costs[i] for i in some], len(ranks)), strict=True):
+            group[index].reader = ranks[hand]
+
+
 class Filler:
     """Fills groups of items, one after the other; every rank goes through the same groups."""
 
@@ -95,8 +114,9 @@ class Filler:
         self._packed: dict[Item, Tensor] = {}
         self._error = torch.zeros(2, dtype=torch.float64)
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        splits = splitter is not None and not splitter.resumed
         for group in groups:
-            self._deal(group)
+            assign(group, world, splits=splits)
         # All that this rank will ever read: reading goes on while a group is shared and sharded.
         mine = (
             item for group in groups for late in (False, True) for item in self._own(group, late)
@@ -133,25 +153,6 @@ class Filler:
         parts = torch.tensor(self._world.gather(self._error.tolist()), dtype=torch.float64)
         error, norm = parts.sum(0).tolist()
         return float((error / norm) ** 0.5) if norm else 0.0
-
-    def _deal(self, group: list[Item]) -> None:
-        """Decompositions are dealt to all ranks of all hosts, the rest to each host's ranks."""
-        nodes, node = self._world.nodes, self._world.node
-        splits = self._splitter is not None and not self._splitter.resumed
-        costs = [
-            sum(cost(u.out_features, u.in_features) for u in item.units)
-            if item.units and splits
-            else float(item.parameter.numel())
-            for item in group
-        ]
-        homes = deal(costs, len(nodes))
-        for item, home in zip(group, homes, strict=True):
-            item.later = splits and bool(item.units) and home != node
-        for late in (False, True):
-            some = [index for index, item in enumerate(group) if item.later == late]
-            hands = deal([costs[index] for index in some], len(nodes[node]))
-            for index, hand in zip(some, hands, strict=True):
-                group[index].reader = nodes[node][hand]
 
     def _own(self, group: list[Item], late: bool) -> list[Item]:
         return [i for i in group if i.reader == self._world.rank and i.later == late]
