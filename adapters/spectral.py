@@ -60,12 +60,12 @@ def singular_triplets(weight: Tensor, ranges: Sequence[range]) -> Triplets:
     d = min(weight.shape)
     if not _fit(ranges, d):
         raise ValueError(f"{list(ranges)}: accepted are disjoint ranges of step 1 in [0, {d})")
-    largest = torch.linalg.vector_norm(weight, ord=torch.inf, dtype=torch.float64)
+    W = weight.to(torch.float64, copy=True)
+    largest = torch.linalg.vector_norm(W, ord=torch.inf)
     if not largest.isfinite():
         raise ValueError("singular triplets of a matrix with values that are not finite")
     scale = torch.where(largest > 0, largest, 1.0)
-    # So that squares neither overflow nor vanish. In place: a copy of a large W is some GB.
-    W = weight.to(torch.float64, copy=True).div_(scale)
+    W /= scale  # so that squares neither overflow nor vanish
     wide = W.shape[0] < W.shape[1]
     if wide:
         W = W.T

@@ -203,7 +203,7 @@ def measured(what: str, one_pass, config: Config, world: World) -> Figures:
 
 
 def read_alone(config: Config, world: World) -> tuple[int, dict[str, float]]:
-    """Every rank reads its part of the files by a few threads, into the same memory over and over."""
+    """Every rank reads its part of the files by a few threads, always into the same memory."""
     pieces = [
         (file, start, min(PIECE, file.stat().st_size - start))
         for file in sorted(Path(config.model.id).glob("*.safetensors"))
