@@ -60,34 +60,58 @@ def singular_triplets(weight: Tensor, ranges: Sequence[range]) -> Triplets:
     d = min(weight.shape)
     if not _fit(ranges, d):
         raise ValueError(f"{list(ranges)}: accepted are disjoint ranges of step 1 in [0, {d})")
-    W = weight.double()
+    W = weight.to(torch.float64, copy=True)
     largest = torch.linalg.vector_norm(W, ord=torch.inf)
     if not largest.isfinite():
         raise ValueError("singular triplets of a matrix with values that are not finite")
     scale = torch.where(largest > 0, largest, 1.0)
-    W = W / scale  # so that squares neither overflow nor vanish
+    W /= scale  # so that squares neither overflow nor vanish
     wide = W.shape[0] < W.shape[1]
     if wide:
         W = W.T
-    eigenvalues, vectors = torch.linalg.eigh(W.T @ W)
-    spectrum, vectors = eigenvalues.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-
-    wanted = torch.tensor([i for r in ranges for i in r], dtype=torch.int64, device=W.device)
-    columns = wanted.sort().values  # the larger ones first into the QR
-    images = W @ vectors[:, columns]
-    if (torch.linalg.vector_norm(images, dim=0) <= _NEARLY_NULL * spectrum[0]).any():
-        columns = torch.arange(int(columns[-1]) + 1, device=W.device)
-        images = W @ vectors[:, columns]
-    Q, R = torch.linalg.qr(images)
-    signs = torch.ones_like(R.diagonal()).copysign(R.diagonal())
-    place = torch.searchsorted(columns, wanted)
-    left, right = (Q * signs)[:, place], vectors[:, wanted]
+    spectrum, vectors = _right(_gram(W))
+    left, S, right = _slices(W, spectrum, vectors, [i for r in ranges for i in r])
     return Triplets(
         U=right if wide else left,
-        S=torch.linalg.vector_norm(images, dim=0)[place] * scale,
+        S=S * scale,
         V=left if wide else right,
         spectrum=spectrum * scale,
     )
+
+
+def _gram(W: Tensor) -> Tensor:
+    """G = WᵀW (d, d)."""
+    return W.T @ W
+
+
+def _right(G: Tensor) -> tuple[Tensor, Tensor]:
+    """σ (d,), descending, and V (d, d)."""
+    eigenvalues, vectors = torch.linalg.eigh(G)
+    return eigenvalues.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+
+
+def _slices(
+    W: Tensor, spectrum: Tensor, V: Tensor, indices: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """U_s, S_s and V_s of these singular indices."""
+    wanted = torch.tensor(indices, dtype=torch.int64, device=W.device)
+    columns = wanted.sort().values  # the larger ones first into the QR
+    images = W @ V[:, columns]
+    if (torch.linalg.vector_norm(images, dim=0) <= _NEARLY_NULL * spectrum[0]).any():
+        columns = torch.arange(int(columns[-1]) + 1, device=W.device)
+        images = W @ V[:, columns]
+    Q, R = torch.linalg.qr(images)
+    signs = torch.ones_like(R.diagonal()).copysign(R.diagonal())
+    place = torch.searchsorted(columns, wanted)
+    S = torch.linalg.vector_norm(images, dim=0)[place]
+    return (Q * signs)[:, place], S, V[:, wanted]
+
+
+def cost(out_features: int, in_features: int) -> float:
+    """What `singular_triplets` takes, in no unit: d² times (the larger side, for the Gram matrix,
+    and 32 d for the eigenproblem, which a GPU solves far below its peak)."""
+    d = min(out_features, in_features)
+    return d * d * (max(out_features, in_features) + 32.0 * d)
 
 
 def bank(location: str, rank: int, d: int) -> range:

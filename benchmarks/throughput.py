@@ -24,12 +24,13 @@ import torch
 from adapters.experts import StackedLinear
 from adapters.linear import AdaptedLinear
 from trainer.activations import fit
-from trainer.architecture import build
+from trainer.architecture import Backbone, build, load_tokenizer
 from trainer.config import Config, with_overrides
 from trainer.distributed import World
 from trainer.memory import peak_gib, release
 from trainer.session import open_session
 from trainer.start import launched
+from trainer.tasks import TASKS
 from trainer.tasks.base import Batch
 
 WARM_UP = 2
@@ -150,12 +151,12 @@ def write_profile(step: Callable[[], None], world: World, file: Path) -> None:
 
 
 def depth(config: Config, world: World) -> int:
-    return int(build(config, _task(config), world.device).model.config.num_hidden_layers)
+    return int(built(config, world).model.config.num_hidden_layers)
 
 
 def met_parameters(config: Config, world: World) -> int:
     """Parameters of matrices that one token meets: of k experts out of all, without embeddings."""
-    model = build(config, _task(config), world.device).model
+    model = built(config, world).model
     chosen = getattr(model.config, "num_experts_per_tok", 1)
     total = 0
     for module in model.modules():
@@ -166,11 +167,10 @@ def met_parameters(config: Config, world: World) -> int:
     return total
 
 
-def _task(config: Config):
-    from trainer import architecture
-    from trainer.tasks import TASKS
-
-    return TASKS[config.task.kind](config.task, architecture.load_tokenizer(config.model))
+def built(config: Config, world: World) -> Backbone:
+    """The model without its weights."""
+    task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))
+    return build(config, task, world.device)
 
 
 def figures(

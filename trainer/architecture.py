@@ -50,6 +50,19 @@ class TrainedModule(nn.Module):
         return self.inner(x.float(), *args, **kwargs)
 
 
+@dataclass(frozen=True)
+class Loading:
+    """What it took to load a backbone."""
+
+    seconds: float
+    bytes_read: int
+    """Of tensors in files, by all ranks."""
+    shares: dict[str, float]
+    """Seconds in which this rank waited for files, split, packed, and shared with its host."""
+    peak_host_bytes: int
+    """The most resident memory that any rank has had so far, loaded libraries included."""
+
+
 @dataclass
 class Backbone:
     """A model whose linear layers are hosts, before or after loading."""
@@ -68,6 +81,7 @@ class Backbone:
     digest: str = ""
     quantization_error: float = 0.0
     """‖W − Ŵ‖ / ‖W‖ over all quantised matrices (Frobenius)."""
+    loading: Loading | None = None
 
 
 def resolve_folder(name: str, revision: str | None, *, with_weights: bool = True) -> Path:

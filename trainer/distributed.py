@@ -51,10 +51,19 @@ class World:
     """A gloo group for plain data, where the default group is NCCL's."""
     saving: Any = None
     """A gloo group of the checkpoint writer's own, since it works in the background."""
+    nodes: tuple[tuple[int, ...], ...] = ((0,),)
+    """The ranks of every host."""
+    neighbours: Any = None
+    """The group of this host's ranks; None for the default group, where there is one host."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def node(self) -> int:
+        """Index of this rank's host in `nodes`."""
+        return next(i for i, ranks in enumerate(self.nodes) if self.rank in ranks)
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
         """Everyone's value, in order of rank, on every rank. For small plain data."""
@@ -90,6 +99,12 @@ class World:
     def gather_parts_(self, flat: torch.Tensor) -> None:
         """Fill in a flat tensor of `size` equal parts, of which each rank has its own, in place."""
         dist.all_gather_into_tensor(flat, flat.view(self.size, -1)[self.rank])
+
+    def share_(self, tensor: torch.Tensor, source: int) -> None:
+        """Overwrite a contiguous tensor on every rank of this host with that of rank `source`, one
+        of them. Bits arrive as they are, whatever the dtype."""
+        if len(self.nodes[self.node]) > 1:
+            dist.broadcast(tensor.view(-1).view(torch.uint8), source, group=self.neighbours)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -137,11 +152,12 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     patience = datetime.timedelta(seconds=timeout)
+    # NCCL ends the process without a word: the hosts, who meet at every step, notice first.
+    longer = patience + datetime.timedelta(seconds=60 if use_gpu else 0)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
-            # NCCL ends the process without a word: the hosts, who meet at every step, notice first.
-            timeout=patience + datetime.timedelta(seconds=60 if use_gpu else 0),
+            timeout=longer,
             device_id=place if use_gpu else None,
             **_meeting_point(patience),
         )
@@ -150,6 +166,8 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
             f"the {os.environ['WORLD_SIZE']} processes of this run did not find each other at "
             f"{_address()} within {timeout:g} s, engine.timeout ({first_line(error)})"
         ) from error
+    nodes = _nodes()
+    groups = [dist.new_group(list(r), timeout=longer) for r in nodes] if len(nodes) > 1 else [None]
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
@@ -158,6 +176,20 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
         launcher="deepspeed" if "CROSS_RANK" in os.environ else "torchrun",
         control=dist.new_group(backend="gloo", timeout=patience) if use_gpu else None,
         saving=dist.new_group(backend="gloo", timeout=patience),
+        nodes=nodes,
+        neighbours=next(
+            group for group, ranks in zip(groups, nodes, strict=True) if dist.get_rank() in ranks
+        ),
+    )
+
+
+def _nodes() -> tuple[tuple[int, ...], ...]:
+    """The ranks of every host, hosts in order of their lowest rank."""
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return tuple(
+        tuple(rank for rank, name in enumerate(names) if name == host)
+        for host in dict.fromkeys(names)
     )
 
 

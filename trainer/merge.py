@@ -108,7 +108,7 @@ def _as_trained(
     """W (matrices, out, in) as the adapters saw it: without the parts that the method took out
     through the weight format and back, and those parts."""
     dtype = weight.dtype
-    taken = [0 if start is None else start.delta().to(weight.device) for start in initial]
+    taken = [0 if s is None else s.copy().to(weight.device).delta() for s in initial]
     kept = torch.stack([(w.float() - t).to(dtype) for w, t in zip(weight, taken, strict=True)])
     packed = host.pack(kept if isinstance(host, StackedLinear) else kept[0], dtype)
     host.weight = nn.Parameter(packed, requires_grad=False)

@@ -2,8 +2,9 @@
 
 import difflib
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,19 +13,62 @@ from torch import Tensor
 
 from trainer.errors import UserError
 from trainer.layout import Layout
+from trainer.reading import Reader, read_into, unreadable
 from trainer.strict import parse_json
 
 _SAMPLE = 4096  # bytes of each tensor that enter the digest, from its middle
 
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where and how a file holds a tensor."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    kind: str
+    """Its dtype, in the format's words."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.kind not in _DTYPES:
+            raise unreadable(self.file, ValueError(f"it holds {self.kind}"))
+        return _DTYPES[self.kind]
+
+    def row(self, index: int) -> "_Place":
+        """One element of the first dimension."""
+        shape = self.shape[1:]
+        offset = self.offset + index * math.prod(shape) * self.dtype.itemsize
+        return _Place(self.file, offset, shape, self.kind)
+
 
 class PretrainedFiles:
-    """Tensors by name, read one at a time; no file is ever loaded whole."""
+    """Tensors by name, read one at a time onto `device`; no file is ever loaded whole."""
 
-    def __init__(self, folder: Path, layout: Layout | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout | None = None,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    ):
         self.folder = folder
         self._layout = layout or Layout()
         self._file_of = _index(folder)
-        self._open: tuple[str, safe_open] | None = None
+        self._places: dict[str, dict[str, _Place]] = {}
+        self._reader = Reader(device)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read so far, without the samples of the digest."""
+        return self._reader.bytes_read
 
     def find(self, name: str, base_prefix: str) -> str | None:
         """The key under which the files hold parameter `name`, or None.
@@ -51,9 +95,12 @@ class PretrainedFiles:
         return None
 
     def read(self, key: str) -> Tensor:
-        """One tensor, on the CPU, in the dtype of the file."""
-        with self._reading(key) as file:
-            return file.get_tensor(key)
+        """One tensor, in the dtype of the file."""
+        return self.begin(key)()
+
+    def begin(self, key: str) -> Callable[[], Tensor]:
+        """Begin to read a tensor; what is returned waits for it and gives it."""
+        return self._begin(self._place(key))
 
     def check(self, names: list[str], base_prefix: str, shape: tuple[int, ...]) -> str:
         """The key of a parameter known by `names` (several if tied). UserError: absent, or it has
@@ -65,14 +112,14 @@ class PretrainedFiles:
             near = difflib.get_close_matches(names[0], self._file_of, n=1)
             hint = f" (nearest: {near[0]})" if near else ""
             raise UserError(f"model.id: {self.folder}: no tensor for {names[0]}{hint}")
-        stored, dtype = self._header(key)
-        if stored != shape:
+        stored = self._place(key)
+        if stored.shape != shape:
             raise UserError(
-                f"model.id: {self.folder}: {key} is {stored}, config.json makes it {shape}"
+                f"model.id: {self.folder}: {key} is {stored.shape}, config.json makes it {shape}"
             )
-        if dtype not in ("F32", "F16", "BF16"):
+        if stored.kind not in ("F32", "F16", "BF16"):
             raise UserError(
-                f"model.id: {self.folder}: {key} is stored as {dtype}; "
+                f"model.id: {self.folder}: {key} is stored as {stored.kind}; "
                 "accepted: float32, float16 or bfloat16"
             )
         return key
@@ -93,27 +140,33 @@ class PretrainedFiles:
         self, stack: str, expert: int, base_prefix: str, shape: tuple[int, int, int]
     ) -> Tensor:
         """One expert's matrix (out, in)."""
-        keys = self.check_expert(stack, expert, base_prefix, shape)
-        if len(self._header(keys[0])[0]) == 3:
-            with self._reading(keys[0]) as file:
-                return file.get_slice(keys[0])[expert]
-        return torch.cat([self.read(key) for key in keys])
+        return self.begin_expert(stack, expert, base_prefix, shape)()
 
-    def _header(self, key: str) -> tuple[tuple[int, ...], str]:
-        with self._reading(key) as file:
-            part = file.get_slice(key)
-            return tuple(part.get_shape()), part.get_dtype()
+    def begin_expert(
+        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, int, int]
+    ) -> Callable[[], Tensor]:
+        """Begin to read one expert's matrix (out, in)."""
+        places = [self._place(key) for key in self.check_expert(stack, expert, base_prefix, shape)]
+        if len(places[0].shape) == 3:
+            return self._begin(places[0].row(expert))
+        parts = [self._begin(place) for place in places]
+        return parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
 
-    @contextmanager
-    def _reading(self, key: str) -> Iterator[safe_open]:
-        """The open file of a tensor; one at a time stays open. What goes wrong is a UserError."""
-        file = self._file_of[key]
+    def _begin(self, place: _Place) -> Callable[[], Tensor]:
         try:
-            if self._open is None or self._open[0] != file:
-                self._open = (file, safe_open(self.folder / file, framework="pt"))
-            yield self._open[1]
-        except Exception as error:  # safetensors', the system's, and torch's for a dtype or shape
-            raise _unreadable(self.folder / file, error) from error
+            return self._reader.begin(place.file, place.offset, place.shape, place.dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch's for a shape
+            raise unreadable(place.file, error) from error
+
+    def _place(self, key: str) -> _Place:
+        file = self._file_of[key]
+        if file not in self._places:
+            self._places[file] = _places(self.folder / file)
+        if key not in self._places[file]:
+            raise unreadable(self.folder / file, KeyError(key))
+        return self._places[file][key]
 
     def digest(self) -> str:
         """Identity of the weights: every tensor's name, dtype, shape and a sample of its bytes.
@@ -122,19 +175,33 @@ class PretrainedFiles:
         """
         digest = hashlib.sha256()
         for key in sorted(self._file_of):
-            tensor = self._slice(key)
-            digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes()[:_SAMPLE])
+            place = self._place(key)
+            empty = 0 in place.shape
+            row = place.row(place.shape[0] // 2) if place.shape else place
+            count = 0 if empty else math.prod(row.shape)
+            sample = bytearray(min(count * row.dtype.itemsize, _SAMPLE))
+            read_into(memoryview(sample), row.file, row.offset)
+            digest.update(f"{key} {row.dtype} {[count]}".encode())
+            digest.update(sample)
         return digest.hexdigest()
 
-    def _slice(self, key: str) -> Tensor:
-        with self._reading(key) as file:
-            part = file.get_slice(key)
-            shape = part.get_shape()
-            if not shape:
-                return file.get_tensor(key).reshape(1)
-            middle = shape[0] // 2
-            return part[middle : middle + 1].reshape(-1)
+
+def _places(file: Path) -> dict[str, _Place]:
+    """Where the tensors of a file lie. UserError where it is no safetensors file."""
+    try:
+        with safe_open(file, framework="pt"):  # whose checks are thorough: offsets, sizes, length
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = parse_json(stream.read(length))
+        start = 8 + length
+        return {
+            key: _Place(file, start + e["data_offsets"][0], tuple(e["shape"]), e["dtype"])
+            for key, e in header.items()
+            if key != "__metadata__"
+        }
+    except Exception as error:  # safetensors', the system's, and ours for what is no header
+        raise unreadable(file, error) from error
 
 
 def _index(folder: Path) -> dict[str, str]:
@@ -166,9 +233,5 @@ def _index(folder: Path) -> dict[str, str]:
             with safe_open(file, framework="pt") as opened:
                 file_of.update(dict.fromkeys(opened.keys(), file.name))
         except (SafetensorError, OSError) as error:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
     return file_of
-
-
-def _unreadable(file: Path, error: Exception) -> UserError:
-    return UserError(f"model.id: {file}: not a readable safetensors file ({error})")

@@ -13,6 +13,7 @@ from adapters.units import expert_counts
 from trainer import architecture, checkpoint, checkpoint_files
 from trainer.activations import fit
 from trainer.allocation import AllocationLog, Replay
+from trainer.architecture import Loading
 from trainer.checkpoint import CheckpointWriter
 from trainer.config import LEFT_OUT, Config
 from trainer.distributed import World
@@ -186,6 +187,7 @@ def _introduction(session: Session, steps: int) -> list[str]:
         f"backbone  {type(session.model).__name__}, {session.backbone.dtype}, "
         f"{config.model.quantization}, "
         f"{readable(engine.local_bytes(session.model))} a rank",
+        *_loading(session.backbone.loading),
         f"engine    {_engine(engine)}, {world.size} rank(s), {world.device}",
         f"method    {config.method.kind}, rank {config.method.rank}, "
         f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",
@@ -195,6 +197,15 @@ def _introduction(session: Session, steps: int) -> list[str]:
 
 def _engine(engine: Engine) -> str:
     return f"{engine.kind} ({engine.reason})" if engine.reason else engine.kind
+
+
+def _loading(figures: Loading | None) -> list[str]:
+    if figures is None:
+        return []
+    return [
+        f"          loaded in {figures.seconds:.1f} s, {readable(figures.bytes_read)} read, "
+        f"host memory at most {readable(figures.peak_host_bytes)} a rank"
+    ]
 
 
 def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:

@@ -1,21 +1,23 @@
 """Taking a method's part out of the matrices, for methods that start from singular components.
 
-Decompositions are dealt out to the ranks and exchanged, so that every rank holds the same bits;
-they are cached on disk by the matrix's own digest. A run writes what it started from once
-(`initial.safetensors`, with its SHA-256 beside it) and always loads that again: signs and vectors
-of clustered singular values would differ if they were computed anew.
+A decomposition is computed by the rank that reads the matrix and handed to all others, so that they
+hold the same bits; it is cached on disk by the matrix's own digest. A run writes what it started
+from once (`initial.safetensors`, with its SHA-256 beside it) and always loads that again: signs and
+vectors of clustered singular values would differ if they were computed anew.
 """
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
+from adapters import seeds
 from adapters.gated import GatedAdapter
 from adapters.method import Method, Start
 from adapters.spectral import Triplets, singular_triplets
@@ -25,7 +27,9 @@ from trainer.distributed import World
 from trainer.errors import UserError
 
 INITIAL = "initial.safetensors"
-_VERSION = 1  # of the cached decompositions; raise it when their computation changes
+_VERSION = 2  # of the cached decompositions; raise it when their computation changes
+_WORDS = 1024  # 32-bit words in a row of the fingerprint
+_ROWS = 4096  # of them at a time, 32 MiB as 64-bit numbers
 
 
 class Splitter:
@@ -37,25 +41,31 @@ class Splitter:
         self.method, self.world, self.cache = method, world, cache
         self._stored = stored
         self.starts: dict[str, Start] = {}
+        self._new: dict[str, Start] = {}
 
-    def prepare(self, units: Sequence[Unit], read: Callable[[Unit], Tensor]) -> None:
-        """Compute (or take from the run's file) the start of `units`; all ranks call it together.
+    @property
+    def resumed(self) -> bool:
+        """Whether every unit's start is known from the run's file."""
+        return self._stored is not None
 
-        `read` gives a unit's original matrix (out, in) on the device.
-        """
+    def resume(self, units: Sequence[Unit]) -> None:
+        """Take the start of `units` from the run's file, if it has one. Raises BadCheckpoint."""
         if self._stored is not None:
             self.starts |= {unit.name: _fitting(self._stored, unit) for unit in units}
-            return
-        own: dict[str, Start] = {}
-        with self.world.together():
-            for unit in list(units)[self.world.rank :: self.world.size]:
-                own[unit.name] = self._compute(unit, read(unit))
-        for part in self.world.gather(own):
-            self.starts |= part
 
-    def residual(self, name: str, weight: Tensor) -> Tensor:
-        """W − ΔW₀ (out, in), in float32 on W's device."""
-        return weight.float() - self.starts[name].adapter.delta().to(weight.device)
+    def residual(self, unit: Unit, weight: Tensor) -> Tensor:
+        """W − ΔW₀ (out, in), in float32 on W's device, of a unit's original matrix (out, in); ΔW₀
+        is computed unless it is known. Raises UserError for a matrix that has none."""
+        if unit.name not in self.starts:
+            self.starts[unit.name] = self._new[unit.name] = self._compute(unit, weight)
+        adapter = self.starts[unit.name].adapter.copy().to(weight.device)
+        return weight.float() - adapter.delta()
+
+    def exchange(self) -> None:
+        """Make known to all ranks what each has computed; all call it together."""
+        for part in self.world.gather(self._new):
+            self.starts |= part
+        self._new = {}
 
     def _compute(self, unit: Unit, weight: Tensor) -> Start:
         ranges = self.method.ranges(unit)
@@ -126,11 +136,29 @@ def _fitting(stored: Mapping[str, Start], unit: Unit) -> Start:
 
 
 def _key(weight: Tensor, ranges: Sequence[range]) -> str:
-    data = weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    digest = hashlib.sha256(data.data)
     spans = [(r.start, r.stop) for r in ranges]
+    digest = hashlib.sha256(_fingerprint(weight))
     digest.update(f"{_VERSION} {tuple(weight.shape)} {weight.dtype} {spans}".encode())
     return digest.hexdigest()
+
+
+def _fingerprint(weight: Tensor) -> bytes:
+    """Two numbers a row of 32-bit words x, Σ w_i x_i mod 2⁶⁴ with fixed random w, on W's device.
+
+    SHA-256 of the matrix itself would take as long as a GPU takes to decompose it. Rows that differ
+    have the same two numbers with probability 2⁻⁶⁶, which is enough against accidents.
+    """
+    data = weight.detach().contiguous().flatten().view(torch.uint8)
+    if len(data) % (4 * _WORDS):
+        data = F.pad(data, (0, -len(data) % (4 * _WORDS)))
+    low, high = -(2**63), 2**63 - 1
+    factors = torch.randint(low, high, (_WORDS, 2), generator=seeds.generator(_VERSION))
+    factors = factors.to(weight.device)
+    sums = [
+        torch.stack([(rows.long() * column).sum(1) for column in factors.unbind(1)])
+        for rows in data.view(torch.int32).view(-1, _WORDS).split(_ROWS)
+    ]
+    return torch.cat(sums, 1).cpu().numpy().tobytes()
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:

@@ -11,12 +11,15 @@ import gc
 import hashlib
 import itertools
 import json
+import os
 import resource
 import shutil
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +30,7 @@ from adapters.experts import StackedLinear
 from adapters.linear import AdaptedLinear
 from adapters.registry import METHODS
 from adapters.units import transformer_blocks
-from trainer import consensus, distributed
+from trainer import consensus, distributed, reading
 from trainer.config import parse_config
 from trainer.distributed import World
 from trainer.evaluation import evaluate_saved
@@ -118,6 +121,52 @@ def gathered(world: World, config: dict[str, Any]) -> dict[str, str]:
                     digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()
                     digests[f"{path}.{name}"] = digest
     return digests
+
+
+def loaded(world: World, argument: dict[str, Any]) -> dict[str, Any]:
+    """Digests of every parameter of a loaded backbone and of what its adapters start as, and which
+    bytes of which files this rank has read. `nodes`: as if the ranks were on these hosts; `cut`: a
+    file loses its second half meanwhile; `fails_after`: rank 1 can read so many pieces only."""
+    if "nodes" in argument:
+        world = replace(world, nodes=tuple(map(tuple, argument["nodes"])))
+    honest, pieces = reading.read_into, []
+
+    def watched(memory: memoryview, file: Path, offset: int) -> None:
+        pieces.append((file.name, offset, len(memory)))
+        if len(pieces) > argument.get("fails_after", 10**9) and world.rank == 1:
+            raise reading.unreadable(file, OSError(5, "Input/output error"))
+        if "cut" in argument and world.is_main and len(pieces) == 2:
+            os.truncate(file, file.stat().st_size // 2)
+        honest(memory, file, offset)
+
+    with patch.object(reading, "read_into", watched):
+        session = open_session(parse_config(argument["config"]), world)
+    digests = {}
+
+    def note(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            data = tensor.detach().cpu().clone().flatten().view(torch.uint8)
+            digests.setdefault(name, hashlib.sha256(data.numpy().tobytes()).hexdigest())
+
+    blocks = transformer_blocks(session.model)
+    inside = tuple(f"{path}." for path, _ in blocks)
+    for path, block in blocks:
+        with session.engine.unsharded(block):
+            note(block.named_parameters(prefix=path))
+    with session.engine.unsharded(session.model):
+        others = session.model.named_parameters()
+        note((name, p) for name, p in others if not name.startswith(inside))
+    for name, adapter in session.method.adapters.items():
+        note((f"{name}/{role}", getattr(adapter, role)) for role in ("A", "B"))
+    figures = session.backbone.loading
+    assert figures is not None
+    return {
+        "digests": digests,
+        "pieces": pieces,
+        "bytes_read": figures.bytes_read,
+        "identity": session.backbone.digest,
+        "error": session.backbone.quantization_error,
+    }
 
 
 def train_only(world: World, config: dict[str, Any]) -> dict[str, Any]:
@@ -270,6 +319,7 @@ CASES = {
     "train_on_a_full_disk": train_on_a_full_disk,
     "shard": shard,
     "gathered": gathered,
+    "loaded": loaded,
     "train_only": train_only,
     "resume": resume,
     "desynchronised": desynchronised,

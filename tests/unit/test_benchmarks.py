@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoModelForCausalLM
 
-from tests.helpers import ROOT
+from tests.helpers import ROOT, environment, launch
 
 TINY = [
     "model.overrides.hidden_size=64", "model.overrides.intermediate_size=96",
@@ -35,3 +36,62 @@ def test_throughput_measures_both_on_the_same_shapes(tmp_path, config):
     assert ours["tflops"] * ours["step_seconds"] == pytest.approx(
         theirs["tflops"] * theirs["step_seconds"]
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "processes", "changes"),
+    [
+        ("llama70b_random", 1, ["model.quantization=int8"]),
+        ("mixtral_random", 2, ["method.kind=lelora", "method.rank=4", "method.alpha=8"]),
+    ],
+)
+def test_loading_writes_a_checkpoint_and_reads_it_once(tmp_path, config, processes, changes):
+    script = tmp_path / "loading.py"
+    script.write_text("from benchmarks.loading import main\n\nmain()\n")
+    folder, out = tmp_path / "checkpoint", tmp_path / "out.json"
+    code, printed, err = launch(
+        "python" if processes == 1 else "torchrun", processes, script, f"configs/{config}.yaml",
+        str(folder), "--layers", "2", "--out", str(out), "engine.device=cpu", *TINY, *changes,
+    )  # fmt: skip
+    assert code == 0, err[-2000:]
+    data = json.loads(out.read_text())
+    assert data["layers"] == 2 and "| load, cold |" in printed
+    passes = {figure["what"]: figure for figure in data["figures"]}
+    assert list(passes) == [
+        "files alone, cold",
+        "load, cold",
+        "files alone, cached",
+        "load, cached",
+    ]
+    for state in ("cold", "cached"):
+        loaded = passes[f"load, {state}"]
+        assert loaded["share_read"] == 1.0 and loaded["bytes_read"] == data["bytes"]
+        assert len(loaded["host_gib"]) == processes
+        assert ("splitting" in loaded["stages"]) == (processes == 2)
+    # As published: transformers finds every tensor under the name that it expects.
+    _, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    if "mixtral" in config:
+        names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        assert "model.layers.1.block_sparse_moe.experts.3.w1.weight" in names
+
+
+@pytest.mark.parametrize("units", ["1", "0"])
+def test_spectral_counts_every_unit(tmp_path, units):
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "benchmarks.spectral", "configs/llama70b_random.yaml", "--units",
+            units, "--out", str(out), "engine.device=cpu", "method.rank=4",
+            "model.overrides.num_hidden_layers=3", *TINY,
+        ],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    data = json.loads(out.read_text())
+    assert data["units"] == sum(shape["units"] for shape in data["shapes"]) == 21
+    assert data["how"] == ("computed" if units == "0" else "carried on")
+    expected = sum(shape["units"] * shape["seconds"] for shape in data["shapes"])
+    assert units == "0" or data["seconds"] == pytest.approx(expected)
+    for shape in data["shapes"]:
+        assert 0 < shape["gram"] + shape["eigh"] + shape["qr"] <= shape["seconds"]
