@@ -94,13 +94,13 @@ class StackedLinear(OpaqueHost):
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """W (E, out, in) as the products see it."""
-        return unpacked_stack(self.weight.detach(), self.shape, self.weight_format, dtype)
+        packed = self.weight.detach()
+        fmt = FORMATS[self.weight_format]
+        return fmt.unpack(packed, self.matrix_shape, dtype).view(self.shape)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """(rows, in) sorted by expert, rows of expert e end before `offsets[e]` → (rows, out)."""
-        return hosted_experts(
-            x, offsets, self.weight, self.handle, self.out_features, self.weight_format
-        )
+        return hosted_experts(x, offsets, self.handle, self.out_features)
 
     def low_rank(self, x: Tensor, offsets: Tensor) -> Tensor | None:
         """(z ∘ g_e) B_e (rows, out) of rows x (rows, in); None without any adapter."""
@@ -290,14 +290,6 @@ def _summed(rows: Tensor, inverse: Tensor, k: int) -> Tensor:
     return rows[inverse].view(-1, k, rows.shape[-1]).sum(1)
 
 
-def unpacked_stack(
-    packed: Tensor, shape: tuple[int, int, int], fmt: str, dtype: torch.dtype
-) -> Tensor:
-    """W (E, out, in) of a packed stack."""
-    experts, rows, columns = shape
-    return FORMATS[fmt].unpack(packed, (experts * rows, columns), dtype).view(shape)
-
-
 def gated(g: Tensor, B: Tensor) -> Tensor:
     """g ∘ B for stacks g (E, R) and B (E, R, out)."""
     return B * g.unsqueeze(2)
@@ -309,51 +301,47 @@ def grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("rankcast::hosted_experts", mutates_args=())
-def hosted_experts(
-    x: Tensor, offsets: Tensor, weight: Tensor, handle: Tensor, out_features: int,
-    weight_format: str,
-) -> Tensor:  # fmt: skip
+def hosted_experts(x: Tensor, offsets: Tensor, handle: Tensor, out_features: int) -> Tensor:
     """(rows, in) → (rows, out)."""
-    shape = offsets.shape[0], out_features, x.shape[1]
-    y = grouped(x, unpacked_stack(weight, shape, weight_format, x.dtype).mT, offsets)
-    added = host_of(handle).low_rank(x, offsets)
+    stack: StackedLinear = host_of(handle)
+    y = grouped(x, stack.dequantised(x.dtype).mT, offsets)
+    added = stack.low_rank(x, offsets)
     return y if added is None else y.add_(added)
 
 
 @hosted_experts.register_fake
-def _(x, offsets, weight, handle, out_features, weight_format):
+def _(x, offsets, handle, out_features):
     return x.new_empty(x.shape[0], out_features)
 
 
 @torch.library.custom_op("rankcast::hosted_experts_backward", mutates_args=())
 def hosted_experts_backward(
-    dy: Tensor, x: Tensor, offsets: Tensor, weight: Tensor, handle: Tensor, weight_format: str
+    dy: Tensor, x: Tensor, offsets: Tensor, handle: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dx (rows, in), and a 0 for the handle as in `linear.py`."""
+    stack: StackedLinear = host_of(handle)
     dy = dy.contiguous()
-    shape = offsets.shape[0], dy.shape[1], x.shape[1]
-    dx = grouped(dy, unpacked_stack(weight, shape, weight_format, x.dtype), offsets)
-    added = host_of(handle).low_rank_backward(dy, x, offsets)
+    dx = grouped(dy, stack.dequantised(x.dtype), offsets)
+    added = stack.low_rank_backward(dy, x, offsets)
     return dx if added is None else dx.add_(added), torch.zeros_like(handle)
 
 
 @hosted_experts_backward.register_fake
-def _(dy, x, offsets, weight, handle, weight_format):
+def _(dy, x, offsets, handle):
     return torch.empty_like(x), torch.empty_like(handle)
 
 
 def _save(ctx, inputs, output):
-    x, offsets, weight, handle, _out, weight_format = inputs
+    x, offsets, handle, _out = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, offsets, weight, handle)
-    ctx.weight_format = weight_format
+    ctx.save_for_backward(x, offsets, handle)
 
 
 def _backward(ctx, dy):
     if dy is None:
-        return (None,) * 6
-    dx, nothing = hosted_experts_backward(dy, *ctx.saved_tensors, ctx.weight_format)
-    return dx, None, None, nothing, None, None
+        return (None,) * 4
+    dx, nothing = hosted_experts_backward(dy, *ctx.saved_tensors)
+    return dx, None, nothing, None
 
 
 hosted_experts.register_autograd(_backward, setup_context=_save)

@@ -3,10 +3,10 @@
     z = x Aᵀ          y = x Wᵀ + bias + (z ∘ g) B
 
 W stays in its packed format (`weights.py`) and is dequantised inside the operator, once in
-forward and once more in backward. The operator is opaque to autograd and to torch.compile:
-otherwise either would keep the dequantised W alive until backward. Backward keeps x and the packed
-parameter *itself* (a view of it would hold ZeRO-3's gathered copy through the whole step), and
-computes z again, which costs R/out of the layer's product.
+forward and once more in backward. The operator is opaque to autograd and to torch.compile, which
+would keep the dequantised W alive until backward, and it finds W as it finds the adapter
+(`opaque.py`): only x is saved for backward, never a sharder's gathered copy. z is computed again,
+which costs R/out of the layer's product.
 """
 
 from typing import Any
@@ -87,9 +87,7 @@ class AdaptedLinear(OpaqueHost):
         return FORMATS[self.weight_format].unpack(packed, self.matrix_shape, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return hosted_linear(
-            x, self.weight, self.bias, self.handle, self.out_features, self.weight_format
-        )
+        return hosted_linear(x, self.handle, self.out_features)
 
     def low_rank(self, x: Tensor) -> LowRank | None:
         """z ∘ g (T, R) and B of rows x (T, in), whose product is y's part; None without adapter."""
@@ -172,63 +170,56 @@ class AdaptedLinear(OpaqueHost):
 
 
 @torch.library.custom_op("rankcast::hosted_linear", mutates_args=())
-def hosted_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    handle: Tensor,
-    out_features: int,
-    weight_format: str,
-) -> Tensor:
+def hosted_linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
     """(…, in) → (…, out)."""
+    host: AdaptedLinear = host_of(handle)
     rows = x.reshape(-1, x.shape[-1])
-    low_rank = host_of(handle).low_rank(rows)
-    shape = out_features, x.shape[-1]
-    y = FORMATS[weight_format].forward(rows, weight, shape, bias, low_rank)
+    y = FORMATS[host.weight_format].forward(
+        rows, host.weight, host.matrix_shape, host.bias, host.low_rank(rows)
+    )
     return y.view(*x.shape[:-1], out_features)
 
 
 @hosted_linear.register_fake
-def _(x, weight, bias, handle, out_features, weight_format):
+def _(x, handle, out_features):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.custom_op("rankcast::hosted_linear_backward", mutates_args=())
 def hosted_linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, handle: Tensor, weight_format: str, need_x: bool
+    dy: Tensor, x: Tensor, handle: Tensor, need_x: bool
 ) -> tuple[Tensor, Tensor]:
     """dx (…, in), empty where not needed; a 0 for the handle, which keeps a compiler from
     leaving the call out."""
+    host: AdaptedLinear = host_of(handle)
     dy2, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    low_rank, dropped = host_of(handle).low_rank_backward(dy2, rows, need_x)
+    low_rank, dropped = host.low_rank_backward(dy2, rows, need_x)
     if not need_x:
         return x.new_empty(0), torch.zeros_like(handle)
-    shape = dy.shape[-1], x.shape[-1]
-    dx = FORMATS[weight_format].backward(dy2, weight, shape, low_rank)
+    dx = FORMATS[host.weight_format].backward(dy2, host.weight, host.matrix_shape, low_rank)
     if dropped is not None:
         dx += dropped
     return dx.view(x.shape), torch.zeros_like(handle)
 
 
 @hosted_linear_backward.register_fake
-def _(dy, x, weight, handle, weight_format, need_x):
+def _(dy, x, handle, need_x):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     return dx, torch.empty_like(handle)
 
 
 def _save(ctx, inputs, output):
-    x, weight, _bias, handle, _out, weight_format = inputs
+    x, handle, _out = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, handle)
-    ctx.weight_format = weight_format
+    ctx.save_for_backward(x, handle)
 
 
 def _backward(ctx, dy):
     if dy is None:
-        return (None,) * 6
+        return None, None, None
     need_x = ctx.needs_input_grad[0]
-    dx, nothing = hosted_linear_backward(dy, *ctx.saved_tensors, ctx.weight_format, need_x)
-    return dx if need_x else None, None, None, nothing, None, None
+    dx, nothing = hosted_linear_backward(dy, *ctx.saved_tensors, need_x)
+    return dx if need_x else None, nothing, None
 
 
 hosted_linear.register_autograd(_backward, setup_context=_save)

@@ -1,10 +1,12 @@
-"""What neither the compiler nor a sharder looks into: a host's adapter.
+"""What neither the compiler nor a sharder looks into: a host's adapter, and how W is read.
 
 A compiled transformer block is one program for all layers and the whole run only if nothing that a
 method may change (ranks, gates, survivors, dropout) shows in it. So a host hands its operator a
-*handle*, a tensor whose value the compiler does not look at, and the operator finds the adapter by
-it. The handle requires gradients, which makes the host's output require them; the operator's
-backward adds the adapter's gradients to where the optimizer keeps them.
+*handle*, a tensor whose value the compiler does not look at, and the operator finds the host by it,
+with its adapter and with whatever W is at that moment. Nothing of W is then saved for backward:
+compiled programs save a second reference to it, which would hold ZeRO-3's gathered copy through
+the whole step. The handle requires gradients, which makes the host's output require them; the
+operator's backward adds the adapter's gradients to where the optimizer keeps them.
 """
 
 import itertools

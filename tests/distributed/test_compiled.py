@@ -51,6 +51,12 @@ def outcome(tmp_path_factory):
         for variant in VARIANTS
         for engine in ENGINES
     }
+    cases |= {
+        f"kept-{fmt}-{engine}": ("kept_for_backward", configuration(
+            tmp, "lora", engine, f"model.quantization={fmt}").model_dump())
+        for fmt in ("none", "nf4")
+        for engine in ENGINES
+    }  # fmt: skip
     results = run_cases(tmp / "work", cases)
     for variant in VARIANTS:
         plain = ["engine.compile=false", f"run.name={variant}-plain"]
@@ -68,6 +74,13 @@ def test_blocks_are_compiled_once_and_compute_the_same(outcome, variant, engine)
     found = losses(tmp / f"runs/{variant}-{engine}")
     assert len(found) == STEPS
     assert found == pytest.approx(losses(tmp / f"runs/{variant}-plain"), rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("fmt", ["none", "nf4"])
+def test_no_gathered_weight_is_kept_for_backward(outcome, fmt, engine):
+    for used, kept in ok(outcome[1][f"kept-{fmt}-{engine}"]):
+        assert used == 14 and kept == 0
 
 
 def test_in_one_process_too(tmp_path):

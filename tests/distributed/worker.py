@@ -64,6 +64,28 @@ def train_compiled(world: World, config: dict[str, Any]) -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def kept_for_backward(world: World, config: dict[str, Any]) -> list[int]:
+    """A compiled forward pass: how many weights it used, and how many of them it keeps."""
+    torch._dynamo.reset()
+    used, saved = [], []
+    inner = AdaptedLinear.low_rank
+
+    def low_rank(host: AdaptedLinear, x: torch.Tensor):
+        used.append(host.weight.untyped_storage())  # held, so that no other takes its place
+        return inner(host, x)
+
+    with patch("trainer.blocks.BACKEND", "aot_eager"):
+        session = open_session(parse_config(config), world)
+        _, batch = next(iter(make_loader(session, world))).micro_batches[0]
+        with (
+            patch.object(AdaptedLinear, "low_rank", low_rank),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        ):
+            session.task.loss(session.model, batch)
+    weights = {storage.data_ptr() for storage in used}
+    return [len(used), sum(t.untyped_storage().data_ptr() in weights for t in saved)]
+
+
 def train_on_a_full_disk(world: World, config: dict[str, Any]) -> dict[str, Any]:
     """A run whose second rank may write only small files, by a limit of the operating system."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -316,6 +338,7 @@ def resident() -> int:
 CASES = {
     "train": train,
     "train_compiled": train_compiled,
+    "kept_for_backward": kept_for_backward,
     "train_on_a_full_disk": train_on_a_full_disk,
     "shard": shard,
     "gathered": gathered,
