@@ -82,8 +82,9 @@ def kept_for_backward(world: World, config: dict[str, Any]) -> list[int]:
             torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
         ):
             session.task.loss(session.model, batch)
-    weights = {storage.data_ptr() for storage in used}
-    return [len(used), sum(t.untyped_storage().data_ptr() in weights for t in saved)]
+    weights = {storage.data_ptr() for storage in used if storage.nbytes()}  # FSDP2 empties them
+    kept = [t.untyped_storage() for t in saved if t.untyped_storage().nbytes()]
+    return [len(used), sum(storage.data_ptr() in weights for storage in kept)]
 
 
 def train_on_a_full_disk(world: World, config: dict[str, Any]) -> dict[str, Any]:
