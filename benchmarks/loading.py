@@ -50,6 +50,7 @@ from trainer.reading import read_into
 from trainer.splitting import Splitter
 from trainer.start import launched
 from trainer.tasks import TASKS
+from trainer.tasks.base import Task
 
 PARAMETERS = 8e9
 PIECE, THREADS = 8 * 2**20, 4  # a rank: what reads fastest
@@ -224,13 +225,17 @@ def read_alone(config: Config, world: World) -> tuple[int, dict[str, float]]:
         return sum(pool.map(read, pieces)), {}
 
 
+def task_of(config: Config) -> Task:
+    return TASKS[config.task.kind](config.task, load_tokenizer(config.model))
+
+
 def load(config: Config, world: World) -> tuple[int, dict[str, float]]:
     """The project's own way; singular slices are computed anew."""
-    task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))
+    task = task_of(config)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     with tempfile.TemporaryDirectory() as cache:
         splitter = Splitter(method, world, Path(cache)) if method.splits_weight else None
-        engine = make_engine(config, world)
+        engine = make_engine(config, world, task)
         loaded = backbones.load(config, task, engine, world, splitter)
     assert loaded.loading is not None
     mine = loaded.loading.bytes_read if world.is_main else 0  # all ranks' sum already
@@ -245,7 +250,7 @@ def warm_up(config: Config, world: World) -> None:
     world.share_(packed, world.nodes[world.node][0])
     world.sum_(weight)
     torch.linalg.qr(torch.linalg.eigh(weight.double() @ weight.double().T)[1])
-    make_engine(config, world)
+    make_engine(config, world, task_of(config))
 
 
 def resident() -> int:

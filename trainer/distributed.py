@@ -51,6 +51,8 @@ class World:
     """A gloo group for plain data, where the default group is NCCL's."""
     saving: Any = None
     """A gloo group of the checkpoint writer's own, since it works in the background."""
+    gpu_bytes: int = 0
+    """Memory of the smallest rank's GPU; 0 on CPUs."""
     nodes: tuple[tuple[int, ...], ...] = ((0,),)
     """The ranks of every host."""
     neighbours: Any = None
@@ -142,7 +144,7 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
     if use_gpu:
         torch.cuda.set_device(place)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return World(device=place)
+        return World(device=place, gpu_bytes=_memory(place))
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if "OMP_NUM_THREADS" not in os.environ:
         # Threads of several processes on the same cores wait for each other, by the millisecond.
@@ -166,7 +168,9 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
             f"the {os.environ['WORLD_SIZE']} processes of this run did not find each other at "
             f"{_address()} within {timeout:g} s, engine.timeout ({first_line(error)})"
         ) from error
-    nodes = _nodes()
+    met: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(met, (socket.gethostname(), _memory(place)))
+    nodes = _nodes([host for host, _ in met])
     groups = [dist.new_group(list(r), timeout=longer) for r in nodes] if len(nodes) > 1 else [None]
     return World(
         rank=dist.get_rank(),
@@ -176,6 +180,7 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
         launcher="deepspeed" if "CROSS_RANK" in os.environ else "torchrun",
         control=dist.new_group(backend="gloo", timeout=patience) if use_gpu else None,
         saving=dist.new_group(backend="gloo", timeout=patience),
+        gpu_bytes=min(memory for _, memory in met),
         nodes=nodes,
         neighbours=next(
             group for group, ranks in zip(groups, nodes, strict=True) if dist.get_rank() in ranks
@@ -183,13 +188,17 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
     )
 
 
-def _nodes() -> tuple[tuple[int, ...], ...]:
-    """The ranks of every host, hosts in order of their lowest rank."""
-    names: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(names, socket.gethostname())
+def _memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _nodes(hosts: list[str]) -> tuple[tuple[int, ...], ...]:
+    """The ranks of every host, hosts in order of their lowest rank; `hosts`: each rank's."""
     return tuple(
-        tuple(rank for rank, name in enumerate(names) if name == host)
-        for host in dict.fromkeys(names)
+        tuple(rank for rank, name in enumerate(hosts) if name == host)
+        for host in dict.fromkeys(hosts)
     )
 
 

@@ -82,13 +82,6 @@ def readable(nbytes: int) -> str:
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
 
 
-def total_bytes(device: torch.device) -> int:
-    """A GPU's memory; 0 for a CPU, whose memory others use too."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).total_memory
-
-
 def held_bytes(device: torch.device) -> int:
     """What this process holds now: the GPU allocator's tensors, or resident memory on a CPU."""
     if device.type == "cuda":

@@ -23,7 +23,7 @@ from trainer.errors import UserError
 from trainer.figures import draw_loss
 from trainer.jsonl import METRICS, read_metrics
 from trainer.loop import make_loader, say_plan, total_steps, train
-from trainer.memory import estimate, peak_gib, readable, total_bytes, trainable_parameters
+from trainer.memory import estimate, peak_gib, readable, trainable_parameters
 from trainer.metrics import MetricsWriter
 from trainer.preemption import StopRequest
 from trainer.progress import Progress
@@ -100,10 +100,9 @@ def _open_folder(session: Session, folder: RunFolder, steps: int, progress: Prog
 def dry_run(config: Config, world: World) -> str:
     """What the run would be: data, units, parameters, memory; nothing is trained or written."""
     _, task, train_data, eval_data = open_data(config, world)
-    gpu = min(world.gather(total_bytes(world.device)))
     with world.together():
         backbone = architecture.build(config, task, world.device)
-        engine = make_engine(config, world, task, gpu)
+        engine = make_engine(config, world, task)
     needs = estimate(backbone, config, world.size, shards=engine.shards)
     by_kind: dict[str, list[str]] = {}
     for unit in backbone.units:

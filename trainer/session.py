@@ -20,7 +20,6 @@ from trainer.engine import make_engine
 from trainer.engine.base import Engine
 from trainer.errors import UserError
 from trainer.loader import left_out
-from trainer.memory import total_bytes
 from trainer.splitting import Splitter
 from trainer.tasks import TASKS
 from trainer.tasks.base import Task
@@ -117,11 +116,10 @@ def open_session(
     `starts`: the initial tensors of the run that is resumed, where its method splits matrices.
     """
     tokenizer, task, train_data, eval_data = open_data(config, world)
-    smallest = min(world.gather(total_bytes(world.device)))
     with world.together():  # what is wrong with the model shows without its weights
         backbones.check(config, task, world.device)
         left_out = _leave_out(config, len(train_data))
-        engine = make_engine(config, world, task, smallest)
+        engine = make_engine(config, world, task)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     splitter = None
     if method.splits_weight:

@@ -16,7 +16,7 @@ GPU = 140 * 2**30
 def chosen(tmp_path, gpu, launcher="torchrun", size=2, *changes):
     config = quick_config(tmp_path, "engine.kind=auto", *changes)
     task = TASKS["causal_lm"](config.task, architecture.load_tokenizer(config.model))
-    return choose(config, World(size=size, launcher=launcher), task, gpu)
+    return choose(config, World(size=size, launcher=launcher, gpu_bytes=gpu), task)
 
 
 def test_ddp_where_the_backbone_fits_and_fsdp2_where_it_does_not(tmp_path):

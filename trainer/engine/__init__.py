@@ -23,10 +23,9 @@ _STATES = 0.6
 so little for activations that computing them again costs more than gathering weights."""
 
 
-def make_engine(config: Config, world: World, task: Task, gpu: int) -> Engine:
-    """The engine that the configuration asks for, or that `auto` chooses. `gpu`: bytes of the
-    smallest rank's GPU, 0 for a CPU."""
-    kind, reason = choose(config, world, task, gpu)
+def make_engine(config: Config, world: World, task: Task) -> Engine:
+    """The engine that the configuration asks for, or that `auto` chooses."""
+    kind, reason = choose(config, world, task)
     if kind == "single" and world.size > 1:
         raise UserError(
             f"engine.kind: single given with {world.size} processes; "
@@ -43,7 +42,7 @@ def make_engine(config: Config, world: World, task: Task, gpu: int) -> Engine:
     return engine
 
 
-def choose(config: Config, world: World, task: Task, gpu: int) -> tuple[str, str]:
+def choose(config: Config, world: World, task: Task) -> tuple[str, str]:
     """(kind, why `auto` chose it): deepspeed under its launcher or with its JSON; under torchrun
     ddp where the whole backbone fits on every GPU, else fsdp2; single alone."""
     if config.engine.kind != "auto":
@@ -59,11 +58,11 @@ def choose(config: Config, world: World, task: Task, gpu: int) -> tuple[str, str
         return "deepspeed", "engine.config is given"
     if world.size == 1:
         return "single", "one process"
-    if gpu == 0:
+    if world.gpu_bytes == 0:
         return "fsdp2", "no GPU"
     backbone = architecture.build(config, task, world.device)
     needed = estimate(backbone, config, world.size, shards=False).total
-    room = int(_STATES * gpu)
+    room = int(_STATES * world.gpu_bytes)
     fits = needed <= room
     return (
         "ddp" if fits else "fsdp2",
