@@ -205,7 +205,7 @@ class Int8(_CodesAndScales):
         self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
         function = _by_row_compiled if codes.is_cuda else _by_row
-        return function(codes.view(torch.int8).view(shape), scales / 127, dtype)
+        return function(codes.view(torch.int8).view(shape), scales * (1 / 127), dtype)
 
 
 class Float8(_CodesAndScales):

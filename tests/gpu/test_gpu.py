@@ -115,7 +115,7 @@ def test_fp8_trains_as_bfloat16_does(tmp_path):
         config = load_config("configs/gsm8k_lora.yaml", [
             f"model.id={model}", f"model.quantization={fmt}", f"run.dir={tmp_path}",
             f"run.name={fmt}", f"data.cache={tmp_path}/cache", "run.steps=100", "run.epochs=null",
-            "data.eval=null", "log.every=1", "log.progress=none", "log.tensorboard=false",
+            "run.eval_every=0", "run.eval_at_start=false", "data.eval=null", "log.every=1", "log.progress=none", "log.tensorboard=false",
         ])  # fmt: skip
         run(config, distributed.start("cuda"))
         found[fmt] = sum(losses(config.run_folder)[-10:]) / 10

@@ -70,7 +70,7 @@ def gradients(stack, x, y):
     for tensor in tensors:
         tensor.grad = None
     (y * direction).sum().backward()
-    return [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+    return [torch.zeros_like(t) if t.grad is None else t.grad.clone() for t in tensors]
 
 
 @pytest.mark.parametrize("ranks", [(3, 3, 3, 3), (8, None, 2, 16), (None, None, 1, None)])
