@@ -59,15 +59,24 @@ def fit(session: Session, micro_batch_size: int | None = None) -> Plan | None:
         raise _too_large(session) from error
     finally:
         release(device)
-    added = max(1, after - before)
     free, total = torch.cuda.mem_get_info(device)
     foreign = total - free - torch.cuda.memory_reserved(device)
     budget = int(options.memory_fraction * total) - foreign
-    room = min(budget - forward, budget - backward + added)
-    kept = min(world.gather(max(0, min(room // added, len(blocks)))))
+    added = max(1, after - before)
+    kept = min(world.gather(most(len(blocks), added, forward, backward, budget)))
     blocks.keep(kept)
-    peak = max(forward + kept * added, backward + max(0, kept - 1) * added)
-    return Plan(kept, len(blocks), peak, budget)
+    return Plan(kept, len(blocks), peak(kept, added, forward, backward), budget)
+
+
+def peak(kept: int, added: int, forward: int, backward: int) -> int:
+    """Bytes at the worst moment of a step in which `kept` blocks keep their activations."""
+    return max(forward + kept * added, backward + max(0, kept - 1) * added)
+
+
+def most(blocks: int, added: int, forward: int, backward: int, budget: int) -> int:
+    """How many of `blocks` can keep their activations within `budget` bytes."""
+    room = min(budget - forward, budget - backward + added)
+    return max(0, min(room // added, blocks))
 
 
 def lower(session: Session) -> str:

@@ -1,0 +1,113 @@
+"""How blocks run: which compute again, which need no gradients, what follows lack of memory."""
+
+import pytest
+import torch
+
+from adapters.units import transformer_blocks
+from tests.helpers import losses, quick_config
+from trainer import activations
+from trainer.distributed import World
+from trainer.errors import RunFailed
+from trainer.run import run
+from trainer.session import open_session
+from trainer.tasks.causal_lm import CausalLM
+
+
+def test_no_more_blocks_are_kept_than_fit_and_no_fewer():
+    for forward, backward, added, budget in [
+        (50, 60, 7, 100), (60, 50, 7, 100), (50, 57, 7, 100), (50, 90, 7, 100), (10, 20, 1, 15),
+    ]:  # fmt: skip
+        kept = activations.most(80, added, forward, backward, budget)
+        fitting = [n for n in range(81) if activations.peak(n, added, forward, backward) <= budget]
+        assert kept == max(fitting, default=0)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 4])
+def test_the_last_blocks_keep_their_activations_and_nothing_else_changes(tmp_path, kept):
+    session = opened(tmp_path)
+    blocks = session.backbone.blocks
+    assert len(blocks) == blocks.kept == 4  # on a CPU all keep them
+    expected = gradients(session)
+    blocks.keep(kept)
+    assert blocks.kept == kept
+    runs = [0] * 4
+    for index, (_, block) in enumerate(transformer_blocks(session.model)):
+        block.self_attn.register_forward_hook(lambda *_, i=index: runs.__setitem__(i, runs[i] + 1))
+    torch.testing.assert_close(gradients(session), expected)
+    assert runs == [2] * (4 - kept) + [1] * kept
+
+
+def test_blocks_below_the_first_adapter_need_no_gradients(tmp_path):
+    session = opened(tmp_path, "method.targets=model.layers.[23].*proj")
+    needed = []
+    for _, block in transformer_blocks(session.model):
+        block.register_forward_hook(lambda _, __, out: needed.append(out.requires_grad))
+    assert gradients(session).abs().sum() > 0
+    assert needed == [False, False, True, True]
+
+
+def test_the_largest_batch_is_as_large_as_the_data_can_make_one(tmp_path):
+    session = opened(tmp_path, "data.max_length=64", "data.on_long_record=truncate")
+    batch = activations.largest_batch(session, 3)
+    longest = int(session.train_data.lengths.max())
+    assert batch.inputs["input_ids"].shape == (3, longest) and longest <= 64
+    assert batch.weight == 3 * (longest - 1)
+    packed = opened(tmp_path, "data.max_length=256", "data.packing=true")
+    assert activations.largest_batch(packed, 2).inputs["input_ids"].shape == (2, 256)
+
+
+def test_a_step_that_runs_out_of_memory_is_made_again_with_fewer_activations(
+    tmp_path, monkeypatch, capsys
+):
+    expected = quick_config(tmp_path, "run.name=undisturbed", *FOUR_BLOCKS)
+    run(expected, World())
+    inner, calls = CausalLM.loss, []
+
+    def loss(self, model, batch):
+        calls.append(1)
+        if len(calls) in (6, 7):  # in the middle of the second step, and again when it is retried
+            inner(self, model, batch)[0].backward()  # what is there already must not count twice
+            raise torch.OutOfMemoryError("no memory left")
+        return inner(self, model, batch)
+
+    monkeypatch.setattr(CausalLM, "loss", loss)
+    config = quick_config(tmp_path, "run.name=disturbed", "log.progress=plain", *FOUR_BLOCKS)
+    run(config, World())
+    assert losses(config.run_folder) == losses(expected.run_folder)
+    said = capsys.readouterr().out
+    for kept in (3, 2):
+        assert f"step 2: out of memory: {kept} of 4 blocks keep their activations" in said
+
+
+def test_where_nothing_helps_it_says_so(tmp_path, monkeypatch):
+    def loss(self, model, batch):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(CausalLM, "loss", loss)
+    with pytest.raises(RunFailed, match=r"data.micro_batch_size: 2 sequences .* do not fit"):
+        run(quick_config(tmp_path, *FOUR_BLOCKS), World())
+
+
+def test_sharded_ranks_do_not_go_on_alone(tmp_path):
+    session = opened(tmp_path)
+    session.engine.shards = True
+    with pytest.raises(RunFailed, match=r"engine.memory_fraction: 0.92 .* accepted: a lower"):
+        activations.lower(session)
+
+
+FOUR_BLOCKS = ["model.weights=random", "model.overrides.num_hidden_layers=4"]
+
+
+def opened(tmp_path, *changes):
+    return open_session(quick_config(tmp_path, *FOUR_BLOCKS, *changes), World())
+
+
+def gradients(session) -> torch.Tensor:
+    """Of all adapters, for one batch."""
+    for adapter in session.method.adapters.values():
+        adapter.B.data.fill_(0.01)
+    session.optimizer.zero_grad()
+    batch = activations.largest_batch(session, 2)
+    loss, _ = session.task.loss(session.model, batch)
+    loss.backward()
+    return session.optimizer.gradients.clone()
