@@ -63,11 +63,16 @@ def fit(session: Session, micro_batch_size: int | None = None) -> Plan | None:
     free, total = torch.cuda.mem_get_info(device)
     foreign = total - free - torch.cuda.memory_reserved(device)
     budget = int(options.memory_fraction * total) - foreign
-    room = min(budget - forward, budget - backward + added)
-    kept = min(world.gather(max(0, min(room // added, len(blocks)))))
+    kept = min(world.gather(keepable(forward, backward, added, len(blocks), budget)))
     blocks.keep(kept)
     peak = max(forward + kept * added, backward + max(0, kept - 1) * added)
     return Plan(kept, len(blocks), peak, budget)
+
+
+def keepable(forward: int, backward: int, added: int, blocks: int, budget: int) -> int:
+    """The largest n ≤ `blocks` that the module's formula allows within `budget` bytes."""
+    room = min(budget - forward, budget - backward + added)
+    return max(0, min(room // added, blocks))
 
 
 def lower(session: Session) -> str:
