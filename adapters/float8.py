@@ -20,12 +20,12 @@ _MULTIPLE = 16  # rows and columns of W, as cuBLAS wants them
 
 def has_products(x: Tensor, shape: tuple[int, int]) -> bool:
     """Whether x Wᵀ with W of `shape` runs in float8; elsewhere W is dequantised."""
-    return (
-        x.is_cuda
-        and x.dtype == torch.bfloat16
-        and _capable(x.device)
-        and all(size % _MULTIPLE == 0 for size in shape)
-    )
+    return x.is_cuda and _capable(x.device) and fits(x.dtype, shape)
+
+
+def fits(dtype: torch.dtype, shape: tuple[int, int]) -> bool:
+    """Whether products in `dtype` with W of `shape` can run in float8 on a GPU that has them."""
+    return dtype == torch.bfloat16 and all(size % _MULTIPLE == 0 for size in shape)
 
 
 @functools.cache

@@ -44,6 +44,17 @@ class WeightFormat(ABC):
     def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The matrix (out, in) in `dtype` that `pack` stands for."""
 
+    def unpacked_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes that W takes beside its packed form while it is unpacked for its products."""
+        return shape[0] * shape[1] * dtype.itemsize
+
+    def product_bytes(
+        self, shape: tuple[int, int], rows: int, dtype: torch.dtype, *, backward: bool
+    ) -> int:
+        """Bytes that `forward` (or `backward`) of so many rows holds on a GPU of the newest kind,
+        beside its arguments and its result."""
+        return self.unpacked_bytes(shape, dtype)
+
     def forward(
         self,
         x: Tensor,
@@ -79,6 +90,9 @@ class Plain(WeightFormat):
 
     def nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         return shape[0] * shape[1] * dtype.itemsize
+
+    def unpacked_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        return 0  # it is held in the dtype of the products
 
     def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype)
@@ -233,6 +247,14 @@ class Float8(_CodesAndScales):
     ) -> Tensor:
         function = _by_row_compiled if codes.is_cuda else _by_row
         return function(codes.view(float8.E4M3).view(shape), scales, dtype)
+
+    def product_bytes(
+        self, shape: tuple[int, int], rows: int, dtype: torch.dtype, *, backward: bool
+    ) -> int:
+        if not float8.fits(dtype, shape):
+            return super().product_bytes(shape, rows, dtype, backward=backward)
+        # Codes of the rows, and in backward W's own, transposed.
+        return rows * shape[0] + shape[0] * shape[1] if backward else rows * shape[1]
 
     def forward(
         self,

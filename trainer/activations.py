@@ -63,18 +63,18 @@ def fit(session: Session, micro_batch_size: int | None = None) -> Plan | None:
     foreign = total - free - torch.cuda.memory_reserved(device)
     budget = int(options.memory_fraction * total) - foreign
     added = max(1, after - before)
-    kept = min(world.gather(most(len(blocks), added, forward, backward, budget)))
+    kept = min(world.gather(keepable(forward, backward, added, len(blocks), budget)))
     blocks.keep(kept)
-    return Plan(kept, len(blocks), peak(kept, added, forward, backward), budget)
+    return Plan(kept, len(blocks), peak(kept, forward, backward, added), budget)
 
 
-def peak(kept: int, added: int, forward: int, backward: int) -> int:
+def peak(kept: int, forward: int, backward: int, added: int) -> int:
     """Bytes at the worst moment of a step in which `kept` blocks keep their activations."""
     return max(forward + kept * added, backward + max(0, kept - 1) * added)
 
 
-def most(blocks: int, added: int, forward: int, backward: int, budget: int) -> int:
-    """How many of `blocks` can keep their activations within `budget` bytes."""
+def keepable(forward: int, backward: int, added: int, blocks: int, budget: int) -> int:
+    """The largest n ≤ `blocks` that the module's formula allows within `budget` bytes."""
     room = min(budget - forward, budget - backward + added)
     return max(0, min(room // added, blocks))
 

@@ -29,8 +29,7 @@ from trainer.architecture import (
 from trainer.blocks import Blocks
 from trainer.config import Config
 from trainer.distributed import World
-from trainer.engine.base import Engine
-from trainer.errors import UserError
+from trainer.engine.base import Engine, compiles
 from trainer.filling import Filler, items_of
 from trainer.memory import release, trim
 from trainer.sources import Source, names_of_parameters, open_files
@@ -49,7 +48,9 @@ def load(
     started = time.perf_counter()
     with world.together():
         backbone = build(config, task, world.device)
-        backbone.blocks = Blocks(backbone.model, compiled=_compiled(config, engine, world))
+        backbone.blocks = Blocks(
+            backbone.model, compiled=compiles(config, type(engine), world.device)
+        )
         if config.engine.activation_checkpointing is True:
             backbone.blocks.keep(0)
         source = Source(backbone, config, world.device)
@@ -90,18 +91,6 @@ def load(
     release(world.device)
     model.train()
     return backbone
-
-
-def _compiled(config: Config, engine: Engine, world: World) -> bool:
-    asked = config.engine.compile
-    if asked is True and not engine.gathers_blocks_whole:
-        raise UserError(
-            f"engine.compile: true given with engine.kind={engine.kind} and "
-            "method.train_router=true; accepted: auto or false, or engine.kind=fsdp2"
-        )
-    if asked == "auto":
-        return world.device.type == "cuda" and engine.gathers_blocks_whole
-    return asked
 
 
 def in_groups(model: nn.Module, world: World) -> list[list[tuple[str, nn.Module]]]:

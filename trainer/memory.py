@@ -26,10 +26,18 @@ class Estimate:
     backbone: int
     """The rank's share of the frozen backbone, between steps."""
     gathered: int
-    """The largest group of layers that a sharder gathers at a time (0 without sharding)."""
-    trainable: int
-    """Adapters and heads with gradients and two moments, float32, plus one step's temporaries; of
-    moments and temporaries the rank's part, where `optim.shard_state` splits them."""
+    """What a sharder gathers of it at a time (0 without sharding): the layers outside the blocks,
+    one block in use and one on its way."""
+    held: int
+    """Adapters and heads with gradients and two moments, float32; of the moments the rank's part,
+    where `optim.shard_state` splits them."""
+    update: int
+    """Temporaries of the optimizer's step, split likewise."""
+
+    @property
+    def trainable(self) -> int:
+        """What training the adapters and heads takes at most."""
+        return self.held + self.update
 
     @property
     def total(self) -> int:
@@ -42,13 +50,13 @@ def estimate(backbone: Backbone, config: Config, ranks: int, *, shards: bool) ->
 
     sizes = [_frozen_bytes(block, backbone) for _, block in transformer_blocks(backbone.model)]
     whole = _frozen_bytes(backbone.model, backbone)
-    groups = [*sizes, whole - sum(sizes)]
-    share = -(-whole // ranks) if shards else whole
     trained = trainable_parameters(backbone, config)
+    split = -(-trained // (ranks if config.optim.shard_state else 1))
     return Estimate(
-        backbone=share,
-        gathered=2 * max(groups) if shards and ranks > 1 else 0,  # one in use, one prefetched
-        trainable=4 * (2 * trained + 5 * -(-trained // (ranks if config.optim.shard_state else 1))),
+        backbone=-(-whole // ranks) if shards else whole,
+        gathered=whole - sum(sizes) + 2 * max(sizes, default=0) if shards and ranks > 1 else 0,
+        held=4 * (2 * trained + 2 * split),
+        update=4 * 3 * split,
     )
 
 

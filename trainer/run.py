@@ -117,7 +117,7 @@ def dry_run(config: Config, world: World) -> str:
         f"units               {len(backbone.units)}",
         *(f"                    {len(names)} x {kind}" for kind, names in by_kind.items()),
         f"trainable           {trainable_parameters(backbone, config):,} parameters",
-        "memory a rank       without activations",
+        "memory a rank       without activations (launch/estimate.py has them)",
         f"  backbone          {readable(needs.backbone)}",
         f"  gathered layers   {readable(needs.gathered)}",
         f"  trainable state   {readable(needs.trainable)}",

@@ -17,8 +17,8 @@ def test_no_more_blocks_are_kept_than_fit_and_no_fewer():
     for forward, backward, added, budget in [
         (50, 60, 7, 100), (60, 50, 7, 100), (50, 57, 7, 100), (50, 90, 7, 100), (10, 20, 1, 15),
     ]:  # fmt: skip
-        kept = activations.most(80, added, forward, backward, budget)
-        fitting = [n for n in range(81) if activations.peak(n, added, forward, backward) <= budget]
+        kept = activations.keepable(forward, backward, added, 80, budget)
+        fitting = [n for n in range(81) if activations.peak(n, forward, backward, added) <= budget]
         assert kept == max(fitting, default=0)
 
 
@@ -35,6 +35,20 @@ def test_the_last_blocks_keep_their_activations_and_nothing_else_changes(tmp_pat
         block.self_attn.register_forward_hook(lambda *_, i=index: runs.__setitem__(i, runs[i] + 1))
     torch.testing.assert_close(gradients(session), expected)
     assert runs == [2] * (4 - kept) + [1] * kept
+
+
+def test_a_decoder_that_classifies_computes_its_blocks_again(tmp_path):
+    rows = [f"the {'good' if i % 3 else 'bad'} apple number {i},{i % 3 > 0}" for i in range(40)]
+    (tmp_path / "labels.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    found = []
+    for setting in ("true", "false"):
+        config = quick_config(
+            tmp_path, "task.kind=sequence_classification", f"data.train={tmp_path}/labels.csv",
+            "data.eval=null", f"run.name={setting}", f"engine.activation_checkpointing={setting}",
+        )  # fmt: skip
+        run(config, World())
+        found.append(losses(config.run_folder))
+    assert found[0] == found[1]
 
 
 def test_blocks_below_the_first_adapter_need_no_gradients(tmp_path):

@@ -26,25 +26,30 @@ so little for activations that computing them again costs more than gathering we
 def make_engine(config: Config, world: World, task: Task) -> Engine:
     """The engine that the configuration asks for, or that `auto` chooses."""
     kind, reason = choose(config, world, task)
-    if kind == "single" and world.size > 1:
-        raise UserError(
-            f"engine.kind: single given with {world.size} processes; "
-            "accepted: auto, ddp, fsdp2, deepspeed"
-        )
     if kind != "single" and "RANK" not in os.environ:
         raise UserError(
             f"engine.kind: {kind} given without a launcher; accepted: auto or single, or start "
             "with `deepspeed launch/train.py` or `torchrun launch/train.py`"
         )
-    module, name = _ENGINES[kind]  # its library is imported only now
-    engine: Engine = getattr(importlib.import_module(module), name)(config, world)
+    engine = engine_class(kind)(config, world)
     engine.reason = reason
     return engine
+
+
+def engine_class(kind: str) -> type[Engine]:
+    """The engine of this name; its library is imported only now."""
+    module, name = _ENGINES[kind]
+    return getattr(importlib.import_module(module), name)
 
 
 def choose(config: Config, world: World, task: Task) -> tuple[str, str]:
     """(kind, why `auto` chose it): deepspeed under its launcher or with its JSON; under torchrun
     ddp where the whole backbone fits on every GPU, else fsdp2; single alone."""
+    if config.engine.kind == "single" and world.size > 1:
+        raise UserError(
+            f"engine.kind: single given with {world.size} processes; "
+            "accepted: auto, ddp, fsdp2, deepspeed"
+        )
     if config.engine.kind != "auto":
         return config.engine.kind, ""
     if world.launcher == "deepspeed":

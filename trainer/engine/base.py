@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adapters.optimizer import MaskedAdamW
 from trainer.config import Config
 from trainer.distributed import World
+from trainer.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Engine(ABC):
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
 
-    @property
-    def gathers_blocks_whole(self) -> bool:
+    @classmethod
+    def gathers_blocks_whole(cls, config: Config) -> bool:
         """Whether all of a block's parameters are there while it runs: what compiling it asks."""
         return True
 
@@ -85,6 +86,17 @@ class Engine(ABC):
             optimizer.step()
         optimizer.zero_grad()
         return Update(loss, norm, skipped)
+
+
+def compiles(config: Config, engine: type[Engine], device: torch.device) -> bool:
+    """Whether the transformer blocks are compiled (`engine.compile`)."""
+    asked, possible = config.engine.compile, engine.gathers_blocks_whole(config)
+    if asked is True and not possible:
+        raise UserError(
+            f"engine.compile: true given with engine.kind={engine.kind} and "
+            "method.train_router=true; accepted: auto or false, or engine.kind=fsdp2"
+        )
+    return device.type == "cuda" and possible if asked == "auto" else asked
 
 
 def backbone_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

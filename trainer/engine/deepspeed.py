@@ -65,17 +65,17 @@ class DeepSpeedEngine(Engine):
             self._json, self._sized = merge(self._json, sizes(block)), True
         deepspeed.zero.Init(module=block, config_dict_or_path=self._json, dtype=dtype)
 
-    @property
-    def gathers_blocks_whole(self) -> bool:
+    @classmethod
+    def gathers_blocks_whole(cls, config: Config) -> bool:
         # A router that trains inside a block is none of DeepSpeed's parameters.
-        return not self.config.method.train_router
+        return not config.method.train_router
 
     def shard(self, model: nn.Module) -> None:
         import deepspeed
         from deepspeed.utils import set_z3_leaf_module
 
         for _, block in transformer_blocks(model):
-            set_z3_leaf_module(block, self.gathers_blocks_whole)
+            set_z3_leaf_module(block, self.gathers_blocks_whole(self.config))
         self._engine, *_ = deepspeed.initialize(model=model, config=self._json)
 
     @contextmanager

@@ -27,8 +27,6 @@ class FSDP2Engine(Engine):
         super().__init__(config, world)
         self._mesh = init_device_mesh(world.device.type, (world.size,))
         self._blocks: list[FSDPModule] = []
-        self._rest: list[FSDPModule] = []
-        """The model itself, for what is in no other group, with its embedding and head."""
 
     def shard_block(self, block: nn.Module) -> None:
         for module in block.modules():
@@ -41,38 +39,21 @@ class FSDP2Engine(Engine):
         self._blocks.append(fully_shard(block, mesh=self._mesh, reshard_after_forward=True))
 
     def shard(self, model: nn.Module) -> None:
-        # Groups of their own: the root group, whose forward is the whole model's, would hold the
-        # embedding and the head all along.
-        # By default the root group would also stay whole from forward to backward, and after an
+        # The root group would by default stay whole from forward to backward, and after an
         # evaluation until the next step.
-        self._rest = [
-            fully_shard(module, mesh=self._mesh, reshard_after_forward=True)
-            for module in (*self._ends(model), model)
-        ]
+        fully_shard(model, mesh=self._mesh, reshard_after_forward=True)
         for block, following in pairwise(self._blocks):
             block.set_modules_to_forward_prefetch([following])
             following.set_modules_to_backward_prefetch([block])
 
-    @staticmethod
-    def _ends(model: nn.Module) -> list[nn.Module]:
-        """The embedding and the output head, unless they share a weight, or the model has none."""
-        ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-        ends = [module for module in ends if module is not None]
-        if len({id(p) for module in ends for p in module.parameters()}) < len(ends):
-            return []
-        return ends
-
     @contextmanager
     def unsharded(self, module: nn.Module) -> Iterator[None]:
         assert isinstance(module, FSDPModule)
-        parts = self._rest if module in self._rest else [module]
-        for part in parts:
-            part.unshard()
+        module.unshard()
         try:
             yield
         finally:
-            for part in parts:
-                part.reshard()
+            module.reshard()
 
     def local_bytes(self, model: nn.Module) -> int:
         total = 0

@@ -1,0 +1,49 @@
+"""Say what a run takes of a GPU's memory, and whether it fits: without GPU, weights or data.
+
+python launch/estimate.py configs/llama70b_random.yaml --gpus 2 [section.key=value ...]
+
+Exit code 0: it fits; 1: it does not.
+"""
+
+import argparse
+import os
+import sys
+
+from trainer.errors import UserError
+from trainer.start import guarded
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("--gpus", type=int, default=1, help="how many, on all hosts together")
+    parser.add_argument("--memory", type=float, default=139.8, help="GiB of each (H200: 139.8)")
+    parser.add_argument("--engine", help="in place of the file's engine.kind")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.gpus < 1:
+        raise UserError(f"--gpus: {arguments.gpus} given; accepted: 1 or more")
+    if not 0 < arguments.memory < 2**20:
+        raise UserError(f"--memory: {arguments.memory} given; accepted: GiB of a GPU, above 0")
+    from trainer.config import load_config
+    from trainer.estimate import predict, table
+    from trainer.memory import GIB
+
+    engine = [f"engine.kind={arguments.engine}"] if arguments.engine else []
+    config = load_config(arguments.config, [*arguments.overrides, *engine])
+    prediction = predict(config, arguments.gpus, int(arguments.memory * GIB))
+    print(table(prediction))
+    return 0 if prediction.fits else 1
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with guarded():
+        code = main()
+    sys.exit(code)
