@@ -44,7 +44,7 @@ def test_a_decoder_that_classifies_computes_its_blocks_again(tmp_path):
     for setting in ("true", "false"):
         config = quick_config(
             tmp_path, "task.kind=sequence_classification", f"data.train={tmp_path}/labels.csv",
-            "data.eval=null", f"run.name={setting}", f"engine.activation_checkpointing={setting}",
+            "data.eval=null", f"run.name=checkpointing-{setting}", f"engine.activation_checkpointing={setting}",
         )  # fmt: skip
         run(config, World())
         found.append(losses(config.run_folder))
