@@ -63,7 +63,8 @@ def _encode_rows(
     if SCALED:
         values *= tl.load(columns + at, mask=at < n, other=0.0)
     scale = tl.maximum(tl.max(tl.abs(values)) / LARGEST, 1e-30)
-    values = tl.minimum(tl.maximum(values / scale, -LARGEST), LARGEST)
+    # A NaN stays one: the step is then skipped, not trained on what it was clamped to.
+    values = tl.clamp(values / scale, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(codes + row * n + at, values.to(codes.dtype.element_ty), mask=at < n)
     tl.store(scales + row, scale)
 

@@ -97,13 +97,13 @@ def main() -> None:
 def ours(config: Config, world: World) -> tuple[Callable[[], None], int]:
     """This project's step on its own session."""
     session = open_session(config, world)
-    plan = fit(session)
-    if world.is_main and plan is not None:
-        print(plan, flush=True)
     vocabulary = session.model.config.vocab_size
     ids = torch.randint(3, min(vocabulary, 32000), shape(config), device=world.device)
     weight = ids.numel() - ids.shape[0]
     batch = Batch({"input_ids": ids}, ids, weight, ids.numel())
+    plan = fit(session, batch=batch)
+    if world.is_main and plan is not None:
+        print(plan, flush=True)
 
     def step() -> None:
         loss, _ = session.task.loss(session.model, batch)

@@ -11,6 +11,7 @@ bytes: while the last block is differentiated, all of them are held, and its own
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,35 +38,53 @@ class Plan:
         )
 
 
-def fit(session: Session, micro_batch_size: int | None = None) -> Plan | None:
-    """Measure and decide for micro-batches of this size (none: `data.micro_batch_size`), where
-    `engine.activation_checkpointing` is `auto` on a GPU; the same on every rank. RunFailed where
-    not even checkpointing every block fits."""
+def fit(session: Session, size: int | None = None, batch: Batch | None = None) -> Plan | None:
+    """Measure and decide for micro-batches of `size` sequences (none: `data.micro_batch_size`), or
+    for `batch`, where `engine.activation_checkpointing` is `auto` on a GPU; the same on every rank.
+    RunFailed where not even checkpointing every block fits."""
     options, device, world = session.config.engine, session.world.device, session.world
     if options.activation_checkpointing != "auto" or device.type != "cuda":
         return None
     blocks = session.backbone.blocks
     assert blocks is not None
-    size = micro_batch_size or session.config.data.micro_batch_size
-    batch = largest_batch(session, size).to(device)
+    batch = batch or largest_batch(session, size or session.config.data.micro_batch_size)
+    measured = None
     try:
-        blocks.keep(0)
-        for _ in range(2):  # the first one compiles
-            release(device)
-            before, forward, backward = _probe(session, batch)
-        blocks.keep(1)
-        after, *_ = _probe(session, batch)
+        measured = _measure(session, batch.to(device))
     except torch.OutOfMemoryError as error:
-        raise _too_large(session) from error
-    finally:
-        release(device)
+        if session.engine.shards:  # the others wait for it in the middle of a block
+            raise _too_large(session) from error
+    release(device)
+    with world.together():
+        if measured is None:
+            raise _too_large(session)
+    assert measured is not None
     free, total = torch.cuda.mem_get_info(device)
     foreign = total - free - torch.cuda.memory_reserved(device)
     budget = int(options.memory_fraction * total) - foreign
-    added = max(1, after - before)
-    kept = min(world.gather(keepable(forward, backward, added, len(blocks), budget)))
+    kept = min(world.gather(keepable(*measured, len(blocks), budget)))
     blocks.keep(kept)
-    return Plan(kept, len(blocks), peak(kept, forward, backward, added), budget)
+    return Plan(kept, len(blocks), peak(kept, *measured), budget)
+
+
+def _measure(session: Session, batch: Batch) -> tuple[int, int, int]:
+    """f, b and a of the module's formula. Where not even one block can keep its activations, a is
+    more than there is."""
+    blocks, device = session.backbone.blocks, session.world.device
+    assert blocks is not None
+    blocks.keep(0)
+    for _ in range(2):  # the first one compiles
+        release(device)
+        before, forward, backward = _probe(session, batch)
+    blocks.keep(1)
+    try:
+        after, *_ = _probe(session, batch)
+    except torch.OutOfMemoryError:
+        if session.engine.shards:
+            raise
+        session.optimizer.zero_grad()
+        after = before + torch.cuda.mem_get_info(device)[1]
+    return forward, backward, max(1, after - before)
 
 
 def peak(kept: int, forward: int, backward: int, added: int) -> int:
@@ -85,8 +104,14 @@ def lower(session: Session) -> str:
     middle cannot catch up with the others."""
     blocks = session.backbone.blocks
     assert blocks is not None
-    if blocks.kept == 0:
+    asked = session.config.engine.activation_checkpointing
+    if asked is True or blocks.kept == 0:
         raise _too_large(session)
+    if asked is False:
+        raise RunFailed(
+            "engine.activation_checkpointing: false given, but the GPU's memory ran out; accepted: "
+            "auto or true"
+        )
     if session.engine.shards:
         raise RunFailed(
             f"engine.memory_fraction: {session.config.engine.memory_fraction} given, but the GPU's "
@@ -99,18 +124,31 @@ def lower(session: Session) -> str:
 
 
 def largest_batch(session: Session, size: int) -> Batch:
-    """A micro-batch of `size` sequences, as long as the data and `data.max_length` allow."""
+    """A micro-batch of `size` sequences, as long as the data and `data.max_length` allow; two
+    documents each where they are packed, since those need a mask."""
     data, options = session.train_data, session.config.data
-    longest = options.max_length if options.packing else int(data.lengths.max())
-    index = int(data.lengths.argmax())
-    example = data[index]
-    ids = itertools.islice(itertools.cycle(example.input_ids), longest)
-    types = itertools.islice(itertools.cycle(example.token_type_ids), longest)
-    stretched = Example(
-        list(ids), [0, *[1] * (longest - 1)] if example.loss_mask else (),
-        list(types) if example.token_type_ids else (), example.label, max(1, longest - 1),
-    )  # fmt: skip
-    return session.task.collate([[stretched]] * size)
+    example = data[int(data.lengths.argmax())]
+    if options.packing:
+        half = options.max_length // 2
+        row = [_stretched(example, half), _stretched(example, options.max_length - half)]
+    else:
+        row = [_stretched(example, int(data.lengths.max()))]
+    return session.task.collate([row] * size)
+
+
+def _stretched(example: Example, length: int) -> Example:
+    """An example of this length, every token of it learned."""
+
+    def cycled(values: Sequence[int]) -> list[int]:
+        return list(itertools.islice(itertools.cycle(values), length)) if values else []
+
+    return Example(
+        cycled(list(example.input_ids)),
+        [0, *[1] * (length - 1)] if len(example.loss_mask) else (),
+        cycled(list(example.token_type_ids)),
+        example.label,
+        max(1, length - 1),
+    )
 
 
 def _probe(session: Session, batch: Batch) -> tuple[int, int, int]:

@@ -141,7 +141,6 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
         raise UserError(
             f"model.id: {folder} with model.attention={options.attention}: {first_line(error)}"
         ) from error
-    model.config.use_cache = False  # a block that is computed again would extend it twice
     model.requires_grad_(False)
     model.eval()
     for path, module in list(model.named_modules()):

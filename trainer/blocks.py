@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo.config
 import torch._functorch.config
 import torch.fx.experimental._config
 from torch import nn
@@ -20,6 +21,9 @@ from adapters.units import Host, transformer_blocks
 
 BACKEND = "inductor"
 
+# Programs: with gradients and without, with a mask and without, one sequence or several. Past the
+# limit blocks would silently run uncompiled.
+torch._dynamo.config.recompile_limit = 64
 # A sequence as long as the model is wide would be taken to be always so.
 torch.fx.experimental._config.use_duck_shape = False
 # Recompute every pointwise operation in backward, also where its result is an operator's input
@@ -68,8 +72,9 @@ class _Block:
             if not self._trains():  # and nothing below either
                 with torch.no_grad():
                     return self._forward(*args, **kwargs)
-            # The first block that trains is then the same program as the others.
-            args = (args[0].detach().requires_grad_(), *args[1:])
+            if args and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
+                # The first block that trains is then the same program as the others.
+                args = (args[0].detach().requires_grad_(), *args[1:])
         if self.checkpointed:
             return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
         return self._forward(*args, **kwargs)

@@ -99,6 +99,13 @@ def test_rows_are_encoded_in_float8_within_its_precision(shape):
     assert (error <= exact.abs() / 16 + largest * 2**-9 / 448).all()
 
 
+def test_a_nan_survives_encoding():
+    x = torch.ones(2, 64, device="cuda", dtype=torch.bfloat16)
+    x[1, 3] = torch.nan
+    codes, _ = encoded_rows(x, None, float8.E4M3)
+    assert codes.float().isnan().nonzero().tolist() == [[1, 3]]
+
+
 @pytest.mark.parametrize("shape", [(16, 16), (130, 300), (4096, 1040)])
 def test_codes_are_transposed(shape):
     codes = torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)

@@ -67,7 +67,10 @@ def test_the_largest_batch_is_as_large_as_the_data_can_make_one(tmp_path):
     assert batch.inputs["input_ids"].shape == (3, longest) and longest <= 64
     assert batch.weight == 3 * (longest - 1)
     packed = opened(tmp_path, "data.max_length=256", "data.packing=true")
-    assert activations.largest_batch(packed, 2).inputs["input_ids"].shape == (2, 256)
+    batch = activations.largest_batch(packed, 2)
+    assert batch.inputs["input_ids"].shape == (2, 256)
+    # Two documents: packed rows run with a mask, and that takes more.
+    assert batch.inputs["position_ids"][0].tolist() == [*range(128), *range(128)]
 
 
 def test_a_step_that_runs_out_of_memory_is_made_again_with_fewer_activations(
@@ -100,6 +103,32 @@ def test_where_nothing_helps_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(CausalLM, "loss", loss)
     with pytest.raises(RunFailed, match=r"data.micro_batch_size: 2 sequences .* do not fit"):
         run(quick_config(tmp_path, *FOUR_BLOCKS), World())
+
+
+def test_what_was_asked_for_is_not_overridden(tmp_path):
+    session = opened(tmp_path, "engine.activation_checkpointing=false")
+    with pytest.raises(RunFailed, match=r"engine.activation_checkpointing: false given, but"):
+        activations.lower(session)
+
+
+def test_every_way_to_run_a_block_is_compiled(tmp_path, monkeypatch):
+    """With and without gradients, a mask, a second sequence, training: none runs uncompiled."""
+    monkeypatch.setattr("trainer.blocks.BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    session = opened(tmp_path, "engine.compile=true")
+    single = session.task.collate([[session.train_data[0]]])
+    several = session.task.collate([[session.train_data[i]] for i in range(3)])
+    packed = [session.train_data[0], session.train_data[1]]
+    batches = [single, several, session.task.collate([packed]), session.task.collate([packed] * 2)]
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for training in (True, False):
+            session.model.train(training)
+            for gradients in (True, False):
+                for batch in batches:
+                    with torch.set_grad_enabled(gradients):
+                        loss, _ = session.task.loss(session.model, batch)
+                    if gradients:
+                        loss.backward()
 
 
 def test_sharded_ranks_do_not_go_on_alone(tmp_path):

@@ -97,8 +97,8 @@ class CausalLM(Task):
         head = loss_head(model)
         if head is not None:
             with loss_inside(head, learned, targets[learned]):
-                return model(**batch.inputs).logits, None
-        logits = model(**batch.inputs).logits[:, :-1]
+                return model(**batch.inputs, use_cache=False).logits, None
+        logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
         # Selected first: float32 logits only where there is a loss.
         loss = F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
         return loss, None

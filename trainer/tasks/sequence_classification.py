@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -122,7 +123,11 @@ class SequenceClassification(Task):
         return Batch(inputs, targets, 0 if empty else len(examples), tokens)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = model(**batch.inputs).logits.float()
+        # Decoders would keep keys and values, and a block that is computed again would add its own.
+        decoder = (
+            {"use_cache": False} if "use_cache" in signature(type(model).forward).parameters else {}
+        )
+        logits = model(**batch.inputs, **decoder).logits.float()
         if self.is_regression:
             predicted = logits.squeeze(-1)
             error = torch.where(batch.targets.isnan(), 0.0, predicted - batch.targets)
