@@ -34,7 +34,7 @@ SMALL = [
 METHODS = {
     "lelora": ["method.kind=lelora", "method.rank=8"],
     "lalora": ["method.kind=lalora"],
-    "weightlora": ["method.kind=weightlora", "method.warmup_steps=15"],
+    "weightlora": ["method.kind=weightlora", "method.warmup_steps={last}"],  # decides until then
     "adalora": ["method.kind=adalora", "method.delta_t=1"],
 }
 
@@ -62,7 +62,8 @@ def main() -> None:
             print("|---|---|---|---|")
         found = []
         for name in arguments.methods.split(","):
-            changes = [*METHODS[name], f"run.dir={folder}", f"run.name={name}"]
+            method = [override.format(last=steps - 1) for override in METHODS[name]]
+            changes = [*method, f"run.dir={folder}", f"run.name={name}"]
             config = load_config(arguments.config, [*shared, *changes])
             result = measure(name, config, world)
             found.append(result)

@@ -2,7 +2,8 @@
 
 4-bit linear layers (or plain ones), LoRA on the same projections through `target_modules`, stacked
 experts through `target_parameters` (which bitsandbytes leaves unquantised), bfloat16 autocast,
-gradient checkpointing of every layer, torch's fused AdamW.
+gradient checkpointing of every layer (unless `engine.activation_checkpointing` is false), torch's
+fused AdamW.
 """
 
 from collections.abc import Callable
@@ -42,8 +43,9 @@ def peft_step(config: Config, world: World) -> tuple[Callable[[], None], int]:
         target_parameters=sorted(stacks) or None,
         task_type="CAUSAL_LM",
     )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
+    if config.engine.activation_checkpointing is not False:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     adapted = get_peft_model(model, lora)
     adapted.train()
     trained = [p for p in adapted.parameters() if p.requires_grad]

@@ -1,7 +1,7 @@
 """Tokens per second and peak memory of a training step, on random weights and tokens.
 
     python -m benchmarks.throughput configs/llama70b_random.yaml [--layers 8,16] [--peer peft]
-        [--steps 8] [--out FILE.json] [section.key=value ...]
+        [--steps 8] [--profile FILE] [--out FILE.json] [section.key=value ...]
 
 Every rank runs `data.micro_batch_size` sequences of exactly `data.max_length` tokens, all learned.
 The step time is the median after two steps of warm-up, of whatever rank is slowest. `--layers`

@@ -20,7 +20,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("config", help="YAML file")
     parser.add_argument("--gpus", type=int, default=1, help="how many, on all hosts together")
     parser.add_argument("--memory", type=float, default=139.8, help="GiB of each (H200: 139.8)")
-    parser.add_argument("--engine", help="in place of the file's engine.kind")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
 
@@ -35,8 +34,7 @@ def main() -> int:
     from trainer.estimate import predict, table
     from trainer.memory import GIB
 
-    engine = [f"engine.kind={arguments.engine}"] if arguments.engine else []
-    config = load_config(arguments.config, [*arguments.overrides, *engine])
+    config = load_config(arguments.config, arguments.overrides)
     prediction = predict(config, arguments.gpus, int(arguments.memory * GIB))
     print(table(prediction))
     return 0 if prediction.fits else 1

@@ -10,16 +10,15 @@ activations, n such blocks need
 bytes: while the last block is differentiated, all of them are held, and its own are in b already.
 """
 
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from trainer.errors import RunFailed
 from trainer.memory import readable, release
+from trainer.options import DataOptions
 from trainer.session import Session
-from trainer.tasks.base import Batch, Example
+from trainer.tasks.base import Batch, Example, Task
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,19 @@ def fit(session: Session, size: int | None = None, batch: Batch | None = None) -
         return None
     blocks = session.backbone.blocks
     assert blocks is not None
-    batch = batch or largest_batch(session, size or session.config.data.micro_batch_size)
+    data = session.config.data
+    longest = data.max_length if data.packing else int(session.train_data.lengths.max())
+    batch = batch or largest_batch(session.task, data, longest, size or data.micro_batch_size)
     measured = None
     try:
         measured = _measure(session, batch.to(device))
     except torch.OutOfMemoryError as error:
         if session.engine.shards:  # the others wait for it in the middle of a block
-            raise _too_large(session) from error
+            raise exhausted(session) from error
     release(device)
     with world.together():
         if measured is None:
-            raise _too_large(session)
+            raise exhausted(session)
     assert measured is not None
     free, total = torch.cuda.mem_get_info(device)
     foreign = total - free - torch.cuda.memory_reserved(device)
@@ -100,55 +101,50 @@ def keepable(forward: int, backward: int, added: int, blocks: int, budget: int) 
 
 def lower(session: Session) -> str:
     """After an out-of-memory error: keep an eighth of the blocks fewer, and say so. RunFailed where
-    none is kept already, and where ranks gather the backbone together: one that breaks off in the
-    middle cannot catch up with the others."""
+    that is not what was asked for, or none is kept already."""
     blocks = session.backbone.blocks
     assert blocks is not None
-    asked = session.config.engine.activation_checkpointing
-    if asked is True or blocks.kept == 0:
-        raise _too_large(session)
-    if asked is False:
-        raise RunFailed(
-            "engine.activation_checkpointing: false given, but the GPU's memory ran out; accepted: "
-            "auto or true"
-        )
-    if session.engine.shards:
-        raise RunFailed(
-            f"engine.memory_fraction: {session.config.engine.memory_fraction} given, but the GPU's "
-            f"memory ran out with {blocks.kept} of {len(blocks)} blocks keeping their activations; "
-            "accepted: a lower fraction, or engine.activation_checkpointing=true"
-        )
+    if session.config.engine.activation_checkpointing != "auto" or blocks.kept == 0:
+        raise exhausted(session)
     release(session.world.device)
     blocks.keep(max(0, blocks.kept - -(-len(blocks) // 8)))
     return f"out of memory: {blocks.kept} of {len(blocks)} blocks keep their activations from here"
 
 
-def largest_batch(session: Session, size: int) -> Batch:
-    """A micro-batch of `size` sequences, as long as the data and `data.max_length` allow; two
-    documents each where they are packed, since those need a mask."""
-    data, options = session.train_data, session.config.data
-    example = data[int(data.lengths.argmax())]
-    if options.packing:
-        half = options.max_length // 2
-        row = [_stretched(example, half), _stretched(example, options.max_length - half)]
-    else:
-        row = [_stretched(example, int(data.lengths.max()))]
-    return session.task.collate([row] * size)
-
-
-def _stretched(example: Example, length: int) -> Example:
-    """An example of this length, every token of it learned."""
-
-    def cycled(values: Sequence[int]) -> list[int]:
-        return list(itertools.islice(itertools.cycle(values), length)) if values else []
-
-    return Example(
-        cycled(list(example.input_ids)),
-        [0, *[1] * (length - 1)] if len(example.loss_mask) else (),
-        cycled(list(example.token_type_ids)),
-        example.label,
-        max(1, length - 1),
+def exhausted(session: Session) -> RunFailed:
+    """What a user hears of memory that ran out for good."""
+    config, blocks = session.config, session.backbone.blocks
+    assert blocks is not None
+    if blocks.kept == 0:
+        size = session.method.micro_batch_size or config.data.micro_batch_size
+        return RunFailed(
+            f"data.micro_batch_size: {size} sequences of up to {config.data.max_length} tokens do "
+            "not fit into the GPU's memory, though every block is checkpointed; accepted: fewer, a "
+            "lower data.max_length, a smaller model.quantization, or more ranks"
+        )
+    if config.engine.activation_checkpointing is False:
+        return RunFailed(
+            "engine.activation_checkpointing: false given, but the GPU's memory ran out; accepted: "
+            "auto or true"
+        )
+    return RunFailed(
+        f"engine.memory_fraction: {config.engine.memory_fraction} given, but the GPU's memory ran "
+        f"out with {blocks.kept} of {len(blocks)} blocks keeping their activations; accepted: a "
+        "lower fraction, or engine.activation_checkpointing=true"
     )
+
+
+def largest_batch(task: Task, data: DataOptions, length: int, size: int) -> Batch:
+    """A micro-batch of `size` sequences of `length` tokens, all learned; two documents each where
+    they are packed, since those need a mask."""
+    lengths = [length // 2, length - length // 2] if data.packing else [length]
+    token = int(task.pad_token_id == 0)  # any but padding
+    typed = "token_type_ids" in task.tokenizer.model_input_names
+    row = [
+        Example([token] * n, [0, *[1] * (n - 1)], [0] * n if typed else (), weight=n - 1)
+        for n in lengths
+    ]
+    return task.collate([row] * size)
 
 
 def _probe(session: Session, batch: Batch) -> tuple[int, int, int]:
@@ -160,12 +156,3 @@ def _probe(session: Session, batch: Batch) -> tuple[int, int, int]:
     session.engine.backward(loss)
     session.optimizer.zero_grad()
     return held, forward, torch.cuda.max_memory_allocated(device)
-
-
-def _too_large(session: Session) -> RunFailed:
-    data = session.config.data
-    return RunFailed(
-        f"data.micro_batch_size: {data.micro_batch_size} sequences of up to {data.max_length} "
-        "tokens do not fit into the GPU's memory, though every block is checkpointed; accepted: "
-        "fewer, a lower data.max_length, a smaller model.quantization, or more ranks"
-    )

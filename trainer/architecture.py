@@ -1,7 +1,7 @@
 """The model without its weights: found, built on the meta device, linear layers made hosts."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import (
 from adapters.experts import AdaptedExperts, ExpertHost, StackedLinear
 from adapters.linear import AdaptedLinear
 from adapters.method import MethodOptions
+from adapters.opaque import OpaqueHost
 from adapters.registry import METHODS
 from adapters.units import (
     Host,
@@ -31,8 +32,9 @@ from adapters.units import (
     transformer_blocks,
 )
 from trainer.blocks import Blocks
-from trainer.config import Config, ModelOptions, compute_dtype
+from trainer.config import Config
 from trainer.errors import UserError, first_line
+from trainer.options import ModelOptions, compute_dtype
 from trainer.strict import local
 from trainer.tasks.base import Task
 
@@ -258,9 +260,10 @@ def _refuse_tied(model: nn.Module, method: MethodOptions, targets: list[str]) ->
 def _install_hosts(
     model: nn.Module, quantization: str, targets: list[str], unquantized: list[str]
 ) -> dict[str, Host]:
-    """Replace linear layers: those to be quantised, and those to be adapted."""
+    """Replace linear layers, those that take no adapter too: only a host keeps its matrix out of
+    what a compiled block saves for backward."""
     hosts: dict[str, Host] = {}
-    quantizable = dict.fromkeys(linear_names(model, unquantized) if quantization != "none" else [])
+    quantizable = dict.fromkeys(linear_names(model, unquantized))
     if quantization != "none":
         _refuse_other_matrices(model, quantization, unquantized)
     for path in dict.fromkeys([*quantizable, *targets]):
@@ -277,23 +280,26 @@ def _install_hosts(
     return hosts
 
 
-def _refuse_other_matrices(model: nn.Module, quantization: str, unquantized: Sequence[str]) -> None:
-    """Large matrices in the blocks that are neither linear layers nor experts of a known form are
-    never skipped silently: half a quantised model is not what was asked for."""
+def other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Large matrices in the blocks that are neither linear layers nor experts of a known form."""
     for path, block in transformer_blocks(model):
         for name, module in block.named_modules():
+            if is_linear(module) or isinstance(module, nn.Embedding | OpaqueHost):
+                continue
             for attribute, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() > 1 and not (
-                    is_linear(module) or isinstance(module, nn.Embedding | StackedLinear)
-                ):
-                    if parameter.numel() <= 1 << 20 or f"{path}.{name}" in unquantized:
-                        continue
-                    where = ".".join(part for part in (path, name, attribute) if part)
-                    raise UserError(
-                        f"model.quantization: {quantization!r} given, but {where} "
-                        f"{tuple(parameter.shape)} belongs to no linear layer and would stay "
-                        "unquantised; accepted for this model: none"
-                    )
+                if parameter.dim() > 1 and parameter.numel() > 1 << 20:
+                    yield ".".join(part for part in (path, name, attribute) if part), parameter
+
+
+def _refuse_other_matrices(model: nn.Module, quantization: str, unquantized: Sequence[str]) -> None:
+    """Never skipped silently: half a quantised model is not what was asked for."""
+    for where, parameter in other_matrices(model):
+        if where.rpartition(".")[0] not in unquantized:
+            raise UserError(
+                f"model.quantization: {quantization!r} given, but {where} "
+                f"{tuple(parameter.shape)} belongs to no linear layer and would stay "
+                "unquantised; accepted for this model: none"
+            )
 
 
 def _output_head(model: PreTrainedModel) -> list[str]:

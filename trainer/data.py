@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from trainer.config import DataOptions
 from trainer.errors import UserError, first_line
+from trainer.options import DataOptions
 from trainer.records import BadRecord, detect_format, read_rows, to_record
 from trainer.strict import local, parse_json
 from trainer.tasks.base import Example, Record, Task

@@ -20,16 +20,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from adapters.units import transformer_blocks
 from trainer import architecture, tracing
-from trainer.activations import keepable
+from trainer.activations import keepable, largest_batch
 from trainer.architecture import Backbone, TrainedModule, set_module
-from trainer.config import Config, EngineOptions
+from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine import choose, engine_class
 from trainer.engine.base import compiles
 from trainer.errors import UserError, first_line
 from trainer.memory import GIB, Estimate, estimate, readable
+from trainer.options import EngineOptions
 from trainer.tasks import TASKS
-from trainer.tasks.base import Batch, Example, Task
+from trainer.tasks.base import Batch, Task
 from trainer.tracing import BlockBytes, Call, Meter, Products, WorstCase
 
 CONTEXT = GIB
@@ -137,7 +138,7 @@ def predict(config: Config, gpus: int, memory: int) -> Prediction:
     engine = engine_class(kind)
     states = estimate(backbone, config, gpus, shards=engine.shards)
     more = {n: estimate(backbone, config, n, shards=True) for n in (2, 4, 8, 16, 32, 64)}
-    found = probe(backbone, config, task, compiled=compiles(config, engine, device))
+    found = probe(backbone, config, task, compiled=compiles(config, engine, backbone, device))
     kept = _kept(config.engine, found, states, gpus, memory)
     return Prediction(kind, reason, gpus, states, found, kept, memory, more)
 
@@ -159,7 +160,8 @@ def probe(backbone: Backbone, config: Config, task: Task, *, compiled: bool) -> 
     tokens. `backbone`, just built, is used up."""
     for path, module in backbone.heads.items():
         set_module(backbone.model, path, TrainedModule(module))
-    batch = _batch(task, config)
+    data = config.data
+    batch = largest_batch(task, data, data.max_length, data.micro_batch_size)
     model = backbone.model.train()
     drops_input = config.method.dropout > 0 and config.method.dropout_on == "input"
     products = Products(model.modules(), drops_input)
@@ -186,14 +188,6 @@ def probe(backbone: Backbone, config: Config, task: Task, *, compiled: bool) -> 
         ) from error
     finally:
         log.disabled = was_disabled
-
-
-def _batch(task: Task, config: Config) -> Batch:
-    """The largest micro-batch that the configuration allows."""
-    length = config.data.max_length
-    types = [0] * length if "token_type_ids" in task.tokenizer.model_input_names else ()
-    example = Example([1] * length, [0, *[1] * (length - 1)], types, weight=length - 1)
-    return task.collate([[example]] * config.data.micro_batch_size)
 
 
 def _make_fake(model: nn.Module) -> None:

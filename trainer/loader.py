@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.config import DataOptions
 from trainer.data import TokenDataset
+from trainer.options import DataOptions
 from trainer.tasks.base import Batch, Task
 
 

@@ -159,14 +159,15 @@ def _accumulate_fitting(
         loss = None
         try:
             loss = accumulate(session, batch, step)
-        except torch.OutOfMemoryError:
-            if session.engine.shards:
-                activations.lower(session)
-        failed = session.world.any(loss is None)
-        if loss is not None and not failed:
+        except torch.OutOfMemoryError as error:
+            if session.engine.shards:  # the others wait in the middle of a block
+                raise activations.exhausted(session) from error
+        lacking = not session.engine.shards and session.world.any(loss is None)
+        if loss is not None and not lacking:
             return loss
         session.optimizer.zero_grad()
-        remark = activations.lower(session)
+        with session.world.together():
+            remark = activations.lower(session)
         if metrics is not None:
             metrics.say(f"step {step + 1}: {remark}")
 

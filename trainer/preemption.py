@@ -13,8 +13,8 @@ import time
 from types import FrameType
 from typing import Any
 
-from trainer.config import RunOptions
 from trainer.errors import EXIT_REQUEUE, UserError
+from trainer.options import RunOptions
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SAME_PRESS = 1.0  # seconds: a terminal and a launcher may both pass one Ctrl-C on

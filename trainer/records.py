@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config import DataOptions
 from trainer.errors import UserError, first_line
+from trainer.options import DataOptions
 from trainer.strict import local
 from trainer.tasks.base import Record, Task
 

@@ -15,7 +15,7 @@ from trainer.activations import fit
 from trainer.allocation import AllocationLog, Replay
 from trainer.architecture import Loading
 from trainer.checkpoint import CheckpointWriter
-from trainer.config import LEFT_OUT, Config
+from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine import make_engine
 from trainer.engine.base import Engine
@@ -25,6 +25,7 @@ from trainer.jsonl import METRICS, read_metrics
 from trainer.loop import make_loader, say_plan, total_steps, train
 from trainer.memory import estimate, peak_gib, readable, trainable_parameters
 from trainer.metrics import MetricsWriter
+from trainer.options import LEFT_OUT
 from trainer.preemption import StopRequest
 from trainer.progress import Progress
 from trainer.run_folder import RunFolder

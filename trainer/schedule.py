@@ -2,7 +2,7 @@
 
 import math
 
-from trainer.config import OptimOptions
+from trainer.options import OptimOptions
 
 
 def learning_rate(options: OptimOptions, step: int, steps: int) -> float:

@@ -13,13 +13,14 @@ from adapters.registry import METHODS
 from trainer import architecture
 from trainer import backbone as backbones
 from trainer.architecture import Backbone
-from trainer.config import LEFT_OUT, Config, DataOptions
+from trainer.config import Config
 from trainer.data import TokenDataset, cache_root, prepare, read_labels
 from trainer.distributed import World
 from trainer.engine import make_engine
 from trainer.engine.base import Engine
 from trainer.errors import UserError
 from trainer.loader import left_out
+from trainer.options import LEFT_OUT, DataOptions
 from trainer.splitting import Splitter
 from trainer.tasks import TASKS
 from trainer.tasks.base import Task

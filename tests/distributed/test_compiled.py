@@ -53,7 +53,8 @@ def outcome(tmp_path_factory):
     }
     cases |= {
         f"kept-{fmt}-{engine}": ("kept_for_backward", configuration(
-            tmp, "lora", engine, f"model.quantization={fmt}").model_dump())
+            tmp, "lora", engine, f"model.quantization={fmt}", "method.targets=[q_proj]",
+        ).model_dump())
         for fmt in ("none", "nf4")
         for engine in ENGINES
     }  # fmt: skip
@@ -68,9 +69,7 @@ def outcome(tmp_path_factory):
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_blocks_are_compiled_once_and_compute_the_same(outcome, variant, engine):
     tmp, results = outcome
-    programs = ok(results[f"{variant}-{engine}"])
-    # One program; and one more where something below the first adapter needs no gradient.
-    assert all(1 <= count <= 2 for count in programs)
+    assert ok(results[f"{variant}-{engine}"]) == [1, 1]  # programs, on each rank
     found = losses(tmp / f"runs/{variant}-{engine}")
     assert len(found) == STEPS
     assert found == pytest.approx(losses(tmp / f"runs/{variant}-plain"), rel=1e-4)
@@ -80,7 +79,7 @@ def test_blocks_are_compiled_once_and_compute_the_same(outcome, variant, engine)
 @pytest.mark.parametrize("fmt", ["none", "nf4"])
 def test_no_gathered_weight_is_kept_for_backward(outcome, fmt, engine):
     for used, kept in ok(outcome[1][f"kept-{fmt}-{engine}"]):
-        assert used == 14 and kept == 0
+        assert used == 14 and kept == 0  # all linear layers, with an adapter or without
 
 
 def test_in_one_process_too(tmp_path):

@@ -65,7 +65,7 @@ def train_compiled(world: World, config: dict[str, Any]) -> int:
 
 
 def kept_for_backward(world: World, config: dict[str, Any]) -> list[int]:
-    """A compiled forward pass: how many weights it used, and how many of them it keeps."""
+    """A compiled forward pass: how many linear layers' weights it used, and how many it keeps."""
     torch._dynamo.reset()
     used, saved = [], []
     inner = AdaptedLinear.low_rank
@@ -83,8 +83,11 @@ def kept_for_backward(world: World, config: dict[str, Any]) -> list[int]:
         ):
             session.task.loss(session.model, batch)
     weights = {storage.data_ptr() for storage in used if storage.nbytes()}  # FSDP2 empties them
-    kept = [t.untyped_storage() for t in saved if t.untyped_storage().nbytes()]
-    return [len(used), sum(storage.data_ptr() in weights for storage in kept)]
+    kept = [t for t in saved if t.untyped_storage().nbytes()]
+    hosts = [m for m in session.model.modules() if isinstance(m, AdaptedLinear | torch.nn.Linear)]
+    shapes = {(host.out_features, host.in_features) for host in hosts}
+    looks_so = [tuple(t.shape) in shapes or t.untyped_storage().data_ptr() in weights for t in kept]
+    return [len(used), sum(looks_so)]
 
 
 def train_on_a_full_disk(world: World, config: dict[str, Any]) -> dict[str, Any]:

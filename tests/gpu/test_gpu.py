@@ -148,7 +148,9 @@ def test_more_activations_than_fit_are_planned_and_an_error_lowers_the_plan(tmp_
     blocks = session.backbone.blocks
     assert plan.kept == len(blocks)  # a small model
     torch.cuda.reset_peak_memory_stats()
-    loss, _ = session.task.loss(session.model, largest_batch(session, 2).to(torch.device("cuda")))
+    longest = int(session.train_data.lengths.max())
+    batch = largest_batch(session.task, config.data, longest, config.data.micro_batch_size)
+    loss, _ = session.task.loss(session.model, batch.to(torch.device("cuda")))
     session.engine.backward(loss)
     assert torch.cuda.max_memory_allocated() == pytest.approx(plan.peak, rel=0.1)
     assert "keep their activations" in lower(session) and blocks.kept == len(blocks) - 1

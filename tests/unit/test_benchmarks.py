@@ -95,3 +95,19 @@ def test_spectral_counts_every_unit(tmp_path, units):
     assert units == "0" or data["seconds"] == pytest.approx(expected)
     for shape in data["shapes"]:
         assert 0 < shape["gram"] + shape["eigh"] + shape["qr"] <= shape["seconds"]
+
+
+def test_decisions_are_timed_in_real_runs(tmp_path):
+    script, out = tmp_path / "decisions.py", tmp_path / "out.json"
+    script.write_text("from benchmarks.decisions import main\n\nmain()\n")
+    code, printed, err = launch(
+        "torchrun", 2, script, "configs/mixtral_random.yaml", "--steps", "2", "--methods",
+        "lalora,weightlora", "--out", str(out), "model.overrides.num_hidden_layers=1",
+        f"data.cache={tmp_path}/cache",
+    )  # fmt: skip
+    assert code == 0, err[-2000:]
+    found = json.loads(out.read_text())
+    assert [result["method"] for result in found] == ["lalora", "weightlora"]
+    for result in found:
+        assert result["units"] == 20 and 0 < result["ms"] <= result["slowest"]
+        assert f"| {result['method']} | 20 |" in printed

@@ -5,9 +5,10 @@ import torch
 
 from adapters.units import transformer_blocks
 from tests.helpers import losses, quick_config
-from trainer import activations
+from trainer import activations, loop
 from trainer.distributed import World
 from trainer.errors import RunFailed
+from trainer.loop import make_loader
 from trainer.run import run
 from trainer.session import open_session
 from trainer.tasks.causal_lm import CausalLM
@@ -60,14 +61,14 @@ def test_blocks_below_the_first_adapter_need_no_gradients(tmp_path):
     assert needed == [False, False, True, True]
 
 
-def test_the_largest_batch_is_as_large_as_the_data_can_make_one(tmp_path):
-    session = opened(tmp_path, "data.max_length=64", "data.on_long_record=truncate")
-    batch = activations.largest_batch(session, 3)
-    longest = int(session.train_data.lengths.max())
-    assert batch.inputs["input_ids"].shape == (3, longest) and longest <= 64
-    assert batch.weight == 3 * (longest - 1)
+def test_the_largest_batch_has_the_shapes_of_a_real_one(tmp_path):
+    session = opened(tmp_path)
+    batch = activations.largest_batch(session.task, session.config.data, 61, 3)
+    assert batch.inputs["input_ids"].shape == (3, 61) and batch.weight == 3 * 60
+    real = session.task.collate([[session.train_data[i]] for i in range(3)])
+    assert batch.inputs.keys() == real.inputs.keys()
     packed = opened(tmp_path, "data.max_length=256", "data.packing=true")
-    batch = activations.largest_batch(packed, 2)
+    batch = activations.largest_batch(packed.task, packed.config.data, 256, 2)
     assert batch.inputs["input_ids"].shape == (2, 256)
     # Two documents: packed rows run with a mask, and that takes more.
     assert batch.inputs["position_ids"][0].tolist() == [*range(128), *range(128)]
@@ -131,11 +132,21 @@ def test_every_way_to_run_a_block_is_compiled(tmp_path, monkeypatch):
                         loss.backward()
 
 
-def test_sharded_ranks_do_not_go_on_alone(tmp_path):
+def test_sharded_ranks_do_not_go_on_alone(tmp_path, monkeypatch):
+    """In the middle of a block there is nothing that they could agree on: it ends there."""
+
+    def loss(self, model, batch):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(CausalLM, "loss", loss)
     session = opened(tmp_path)
     session.engine.shards = True
+    batch = next(iter(make_loader(session, World())))
+    met = []
+    monkeypatch.setattr(World, "any", lambda self, flag: met.append(flag))
     with pytest.raises(RunFailed, match=r"engine.memory_fraction: 0.92 .* accepted: a lower"):
-        activations.lower(session)
+        loop._accumulate_fitting(session, None, batch, 0)
+    assert not met
 
 
 FOUR_BLOCKS = ["model.weights=random", "model.overrides.num_hidden_layers=4"]
@@ -150,7 +161,7 @@ def gradients(session) -> torch.Tensor:
     for adapter in session.method.adapters.values():
         adapter.B.data.fill_(0.01)
     session.optimizer.zero_grad()
-    batch = activations.largest_batch(session, 2)
+    batch = activations.largest_batch(session.task, session.config.data, 64, 2)
     loss, _ = session.task.loss(session.model, batch)
     loss.backward()
     return session.optimizer.gradients.clone()

@@ -30,7 +30,7 @@ def test_shipped_file_has_its_autos_filled_in(tmp_path):
     assert found["zero_optimization"]["stage"] == 3
     assert found["zero_optimization"]["overlap_comm"] is True
     block = nn.ModuleDict({"projection": nn.Linear(4, 6, bias=False), "norm": nn.LayerNorm(4)})
-    sized = merge(found, sizes(block))
+    sized = merge(found, {"zero_optimization": sizes(block)})
     assert sized["zero_optimization"]["stage3_prefetch_bucket_size"] == 32
     assert sized["zero_optimization"]["stage3_param_persistence_threshold"] == 4
     assert "auto" not in json.dumps(sized)
@@ -45,7 +45,7 @@ def test_what_the_user_sets_stays(tmp_path):
             "offload_param": {"device": "auto"},
         },
     }
-    found = merge(resolved(tmp_path, user), sizes(nn.Linear(2, 2)))
+    found = merge(resolved(tmp_path, user), {"zero_optimization": sizes(nn.Linear(2, 2))})
     assert found["wall_clock_breakdown"] is True
     assert found["zero_optimization"]["stage3_max_live_parameters"] == 5
     assert found["zero_optimization"]["offload_param"] == {}

@@ -170,7 +170,7 @@ def test_the_command(monkeypatch, capsys):
         return command.main()
 
     small_job = [LLAMA, "model.overrides.num_hidden_layers=4"]
-    assert run(*small_job, "--gpus", "2", "--engine", "fsdp2") == 0
+    assert run(*small_job, "--gpus", "2", "engine.kind=fsdp2") == 0
     out = capsys.readouterr().out
     for part in ("fsdp2, 2 GPU(s)", "4 of 4 blocks", "backbone", "gathered layers", "139.80 GiB"):
         assert part in out
@@ -184,7 +184,7 @@ def test_the_command(monkeypatch, capsys):
     [
         (["--gpus", "0"], "--gpus: 0 given"),
         (["--memory", "nan"], "--memory: nan given"),
-        (["--engine", "zero9"], "engine.kind: 'zero9' given"),
+        (["engine.kind=zero9"], "engine.kind: 'zero9' given"),
         (["engine.device=cpu"], "engine.device: cpu given"),
         (["model.nothing=1"], "model.nothing"),
     ],

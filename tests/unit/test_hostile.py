@@ -28,9 +28,10 @@ from tests.hostile import (
 from tests.unit.methods.harness import Bench
 from trainer.allocation import Replay, decision_digest
 from trainer.comparison import read_comparison
-from trainer.config import Config, DataOptions, load_config, parse_config
+from trainer.config import Config, load_config, parse_config
 from trainer.data import prepare, read_labels
 from trainer.jsonl import keep_lines, read_metrics
+from trainer.options import DataOptions
 from trainer.report import read_run
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.tasks.sequence_classification import (

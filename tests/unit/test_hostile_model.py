@@ -34,7 +34,9 @@ def test_deepspeed_json(folder, content):
 
     def read() -> None:
         ours = settings(config, 2, torch.float32)
-        merge(merge(read_user_json(config), ours), sizes(torch.nn.Linear(2, 2)))
+        merge(
+            merge(read_user_json(config), ours), {"zero_optimization": sizes(torch.nn.Linear(2, 2))}
+        )
 
     attempt(folder, read)
 

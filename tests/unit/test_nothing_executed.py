@@ -18,10 +18,11 @@ from transformers import AutoTokenizer
 from tests.helpers import QUICKSTART, ROOT, TINY, quick_config
 from tests.hostile import attempt
 from trainer import architecture
-from trainer.config import DataOptions, load_config
+from trainer.config import load_config
 from trainer.data import prepare
 from trainer.distributed import World
 from trainer.errors import UserError
+from trainer.options import DataOptions
 from trainer.pretrained import PretrainedFiles
 from trainer.records import read_rows
 from trainer.run import _unpinned, run

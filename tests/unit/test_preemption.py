@@ -13,11 +13,11 @@ import pytest
 
 from tests.helpers import ROOT, environment, error_lines, free_port, losses, quick_config
 from trainer import loop, preemption
-from trainer.config import RunOptions
 from trainer.distributed import World
 from trainer.errors import EXIT_REQUEUE, UserError
 from trainer.heartbeat import Heartbeat, read_heartbeat
 from trainer.lock import Lock
+from trainer.options import RunOptions
 from trainer.preemption import Interrupted, StopRequest
 from trainer.run import run
 from trainer.run_folder import RunFolder
@@ -35,7 +35,7 @@ def test_signals_leave_a_note_and_nothing_else(number):
 
 BUSY = """
 import sys, time
-from trainer.config import RunOptions
+from trainer.options import RunOptions
 from trainer.preemption import StopRequest
 import hashlib
 with StopRequest(RunOptions()):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from trainer.config import OptimOptions
+from trainer.options import OptimOptions
 from trainer.schedule import learning_rate, warmup_steps
 
 

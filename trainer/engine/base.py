@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.optimizer import MaskedAdamW
+from trainer.architecture import Backbone
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.errors import UserError
@@ -49,9 +50,9 @@ class Engine(ABC):
         self.config, self.world = config, world
 
     @classmethod
-    def gathers_blocks_whole(cls, config: Config) -> bool:
-        """Whether all of a block's parameters are there while it runs: what compiling it asks."""
-        return True
+    def against_compiling(cls, config: Config, backbone: Backbone) -> str | None:
+        """What keeps the transformer blocks from being compiled, where something does."""
+        return None
 
     @abstractmethod
     def shard_block(self, block: nn.Module) -> None:
@@ -88,15 +89,17 @@ class Engine(ABC):
         return Update(loss, norm, skipped)
 
 
-def compiles(config: Config, engine: type[Engine], device: torch.device) -> bool:
+def compiles(
+    config: Config, engine: type[Engine], backbone: Backbone, device: torch.device
+) -> bool:
     """Whether the transformer blocks are compiled (`engine.compile`)."""
-    asked, possible = config.engine.compile, engine.gathers_blocks_whole(config)
-    if asked is True and not possible:
+    asked, obstacle = config.engine.compile, engine.against_compiling(config, backbone)
+    if asked is True and obstacle:
         raise UserError(
-            f"engine.compile: true given with engine.kind={engine.kind} and "
-            "method.train_router=true; accepted: auto or false, or engine.kind=fsdp2"
+            f"engine.compile: true given with engine.kind={engine.kind} and {obstacle}; "
+            "accepted: auto or false, or engine.kind=fsdp2"
         )
-    return device.type == "cuda" and possible if asked == "auto" else asked
+    return device.type == "cuda" and obstacle is None if asked == "auto" else asked
 
 
 def backbone_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

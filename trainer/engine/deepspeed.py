@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from adapters.units import transformer_blocks
-from trainer.config import Config, compute_dtype
+from trainer.architecture import Backbone, other_matrices
+from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine.base import Engine, backbone_parameters
 from trainer.errors import UserError
+from trainer.options import compute_dtype
 from trainer.strict import parse_json
 
 _OURS = {
@@ -55,28 +57,35 @@ class DeepSpeedEngine(Engine):
         _import_deepspeed(world.device)
         dtype = compute_dtype(config.model, world.device)
         self._json = merge(read_user_json(config), settings(config, world.size, dtype))
-        self._sized = False
+        self._sizes: dict[str, int] = {}
 
     def shard_block(self, block: nn.Module) -> None:
         import deepspeed
 
         dtype = next(block.parameters()).dtype
-        if not self._sized:
-            self._json, self._sized = merge(self._json, sizes(block)), True
-        deepspeed.zero.Init(module=block, config_dict_or_path=self._json, dtype=dtype)
+        for key, size in sizes(block).items():  # blocks may differ: dense ones, then mixtures
+            self._sizes[key] = max(size, self._sizes.get(key, 0))
+        deepspeed.zero.Init(module=block, config_dict_or_path=self._sized(), dtype=dtype)
 
     @classmethod
-    def gathers_blocks_whole(cls, config: Config) -> bool:
-        # A router that trains inside a block is none of DeepSpeed's parameters.
-        return not config.method.train_router
+    def against_compiling(cls, config: Config, backbone: Backbone) -> str | None:
+        if config.method.train_router:  # blocks are then gathered piece by piece
+            return "method.train_router=true"
+        # A compiled program keeps its inputs for backward, and with them what was gathered.
+        other = next(other_matrices(backbone.model), None)
+        return None if other is None else f"{other[0]}, which is no linear layer's"
 
     def shard(self, model: nn.Module) -> None:
         import deepspeed
         from deepspeed.utils import set_z3_leaf_module
 
         for _, block in transformer_blocks(model):
-            set_z3_leaf_module(block, self.gathers_blocks_whole(self.config))
-        self._engine, *_ = deepspeed.initialize(model=model, config=self._json)
+            # A router that trains inside a block is none of DeepSpeed's parameters.
+            set_z3_leaf_module(block, not self.config.method.train_router)
+        self._engine, *_ = deepspeed.initialize(model=model, config=self._sized())
+
+    def _sized(self) -> dict[str, Any]:
+        return merge(self._json, {"zero_optimization": self._sizes})
 
     @contextmanager
     def unsharded(self, module: nn.Module) -> Iterator[None]:
@@ -116,19 +125,17 @@ def settings(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, A
     }
 
 
-def sizes(block: nn.Module) -> dict[str, Any]:
-    """Buffer sizes, in elements of the model's dtype, for a model of such blocks."""
+def sizes(block: nn.Module) -> dict[str, int]:
+    """Of `zero_optimization`, in elements of the model's dtype, for a model of such blocks."""
     elements = sum(parameter.numel() for parameter in block.parameters())
     norms = [p.numel() for name, p in block.named_parameters() if "norm" in name.lower()]
     return {
-        "zero_optimization": {
-            # Only norms stay whole on every rank: gathering them costs more than it saves.
-            "stage3_param_persistence_threshold": max(norms, default=0),
-            # One block in use and one on its way; more would keep the model whole.
-            "stage3_prefetch_bucket_size": elements,
-            "stage3_max_live_parameters": 2 * elements,
-            "stage3_max_reuse_distance": 0,
-        }
+        # Only norms stay whole on every rank: gathering them costs more than it saves.
+        "stage3_param_persistence_threshold": max(norms, default=0),
+        # One block in use and one on its way; more would keep the model whole.
+        "stage3_prefetch_bucket_size": elements,
+        "stage3_max_live_parameters": 2 * elements,
+        "stage3_max_reuse_distance": 0,
     }
 
 
