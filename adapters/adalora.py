@@ -163,13 +163,17 @@ class AdaLoRA(Method):
         order = np.argsort(-scores.ravel(), kind="stable")  # equal scores: the lower unit first
         kept = np.zeros(scores.size, dtype=bool)
         kept[order[: self.budget(step)]] = True
-        chosen = {
-            unit.name: np.flatnonzero(row).tolist()
-            for unit, row in zip(self.units, kept.reshape(scores.shape), strict=True)
-        }
+        kept = kept.reshape(scores.shape)
+        ranks, components = kept.sum(1).tolist(), np.nonzero(kept)[1].tolist()
+        ends = np.cumsum(ranks).tolist()
+        names = [unit.name for unit in self.units]
+        chosen = [components[end - rank : end] for rank, end in zip(ranks, ends, strict=True)]
         _, last = self.options.schedule(self.steps)
-        ranks = {name: len(components) for name, components in chosen.items()}
-        return {"ranks": ranks, "kept": chosen, "final": step == last}
+        return {
+            "ranks": dict(zip(names, ranks, strict=True)),
+            "kept": dict(zip(names, chosen, strict=True)),
+            "final": step == last,
+        }
 
     def check_decision(self, decision):
         super().check_decision(decision)
@@ -180,15 +184,14 @@ class AdaLoRA(Method):
 
     def apply(self, decision):
         R = self.options.components
-        kept = torch.zeros(len(self.units), R, dtype=torch.bool)
-        for row, unit in zip(kept, self.units, strict=True):
-            row[decision["kept"][unit.name]] = True
-        gates = [adapter.g.detach() for adapter in self.adapters.values()]
-        held = torch.cat(gates) * kept.flatten().to(gates[0].device)
-        self._write(gates, held)
-        self._kept = int(kept.sum())
+        rows = enumerate(decision["kept"][unit.name] for unit in self.units)
+        places = [index * R + component for index, row in rows for component in row]
+        kept = torch.zeros(len(self.units) * R, dtype=torch.bool)
+        kept[places] = True
+        self.rows.write_gates(self.rows.gates * kept.to(self.device))
+        self._kept = len(places)
         if decision["final"]:  # what was pruned stays out
-            self._write([a.mask for a in self.adapters.values()], kept.flatten())
+            self.rows.masks.copy_(kept)
         return False
 
     def scalars(self):

@@ -66,27 +66,23 @@ class DyLoRA(Method):
         b = decision["ranks"]["all"]
         index = torch.arange(self.options.rank)
         trained = index == b - 1 if self.options.only_bth else index < b
-        self._write_all("g", _gates(self.options, b))
-        self._write_all("mask", trained)
+        self.rows.write_gates(_gates(self.options, b).repeat(len(self.adapters)))
+        self.rows.masks.copy_(trained.repeat(len(self.adapters)))
         return False
 
     @contextmanager
     def inference(self):
-        held = [adapter.g.detach().clone() for adapter in self.adapters.values()]
-        self._write_all("g", _gates(self.options, self.options.export_rank or self.options.rank))
+        held = self.rows.gates.clone()
+        gates = _gates(self.options, self.options.export_rank or self.options.rank)
+        self.rows.write_gates(gates.repeat(len(self.adapters)))
         try:
             yield
         finally:
-            self._write([adapter.g for adapter in self.adapters.values()], torch.cat(held))
+            self.rows.write_gates(held)
 
     @classmethod
     def inference_gates(cls, options, gates):
         return _gates(options, options.export_rank or options.rank)
-
-    def _write_all(self, role: str, values: torch.Tensor) -> None:
-        """The same values for every unit."""
-        tensors = [getattr(adapter, role) for adapter in self.adapters.values()]
-        self._write(tensors, values.repeat(len(tensors)))
 
 
 def _gates(options: DyLoRAOptions, b: int) -> torch.Tensor:

@@ -208,8 +208,8 @@ class LaLoRA(Method):
         ranks = [decision["ranks"][str(unit.layer)] for unit in self.units]
         self._applied = decision
         used = torch.arange(self.options.rank) < torch.tensor(ranks).unsqueeze(1)
-        self._write([a.mask for a in self.adapters.values()], used.flatten())
-        self._write([a.g for a in self.adapters.values()], used.flatten() * self._scale)
+        self.rows.masks.copy_(used.flatten())
+        self.rows.write_gates(used.flatten() * self._scale)
         return False
 
     def scalars(self):
@@ -257,8 +257,7 @@ def allocate(contribution: np.ndarray, budget: float, largest: int) -> np.ndarra
 
     low = -float(contribution.max())
     high = np.log(largest) - float(contribution.min())
-    for _ in range(200):  # bisection to the last bit
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:  # bisection to the last bit
         low, high = (middle, high) if shares(middle).sum() < spent else (low, middle)
     real = np.round(shares(high), _DECIMALS)
     whole = np.floor(real).astype(np.int64)

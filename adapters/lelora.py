@@ -28,6 +28,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from adapters.beside import Beside
 from adapters.gated import GatedAdapter
 from adapters.method import Method, MethodOptions, Validate
 from adapters.optimizer import MaskedAdamW
@@ -119,6 +120,7 @@ class LeLoRA(Method):
 
     Options = LeLoRAOptions
     decides = True
+    steers = "update"
     splits_weight = True
     learns_gates = True
 
@@ -148,6 +150,7 @@ class LeLoRA(Method):
     def attach(self, units, hosts, device, starts=None):
         super().attach(units, hosts, device, starts)
         self._touched = torch.zeros(len(units), self.options.components, dtype=torch.bool)
+        self._beside = Beside(device)
 
     def trained(self, rank: int, location: str) -> slice:
         """Components that (r, s) trains: the first r of a bank, of `minor` the last r."""
@@ -179,6 +182,10 @@ class LeLoRA(Method):
             self._before = optimizer.trained_gradients.clone()
 
     def after_step(self, step, optimizer, *, skipped, validate):
+        self._judge(step, optimizer, skipped, validate)
+        self._beside.mark()
+
+    def _judge(self, step, optimizer, skipped, validate):
         if not self._learns:
             return
         self._spoiled |= skipped
@@ -257,16 +264,16 @@ class LeLoRA(Method):
     # --- decisions, on rank 0 ------------------------------------------------------------------
 
     def decide(self, step):
-        policy = self._the_policy()
-        if self._reward is not None:
-            policy.learn(self._reward)
-        ranks, locations = policy.draw(step, self.features())
+        with self._beside.run():  # a policy needs no more than the last update
+            policy = self._the_policy()
+            if self._reward is not None:
+                policy.learn(self._reward)
+            ranks, locations = policy.draw(step, self.features())
+        dimensions, places = self.options.dimensions, self.options.locations
         names = [unit.name for unit in self.units]
-        dimensions = [self.options.dimensions[index] for index in ranks]
-        places = [self.options.locations[index] for index in locations]
         return {
-            "ranks": dict(zip(names, dimensions, strict=True)),
-            "locations": dict(zip(names, places, strict=True)),
+            "ranks": {name: dimensions[i] for name, i in zip(names, ranks, strict=True)},
+            "locations": {name: places[i] for name, i in zip(names, locations, strict=True)},
         }
 
     def features(self) -> Tensor:
@@ -286,8 +293,7 @@ class LeLoRA(Method):
         curves, energy, largest = self._fixed
         parts = [curves]
         if self.options.policy.features == "current":
-            gates = torch.cat([adapter.g.detach() for adapter in self.adapters.values()])
-            gates = gates.double().cpu().view(len(self.units), -1)
+            gates = self.rows.gates.double().cpu().view(len(self.units), -1)
             energy = energy + gates.square().sum(1)  # approximate: U and V drift
             parts.append(gates / largest.unsqueeze(1))
         norm = energy.clamp(min=0).sqrt().log1p().unsqueeze(1)
@@ -327,13 +333,17 @@ class LeLoRA(Method):
                 raise ValueError(f"{place}; accepted: {', '.join(self.options.locations)}")
 
     def apply(self, decision):
-        mask = torch.zeros_like(self._touched)
-        for row, unit in zip(mask, self.units, strict=True):
-            row[self.trained(decision["ranks"][unit.name], decision["locations"][unit.name])] = True
+        names = [unit.name for unit in self.units]
+        actions = [(decision["ranks"][name], decision["locations"][name]) for name in names]
+        place = {action: index for index, action in enumerate(dict.fromkeys(actions))}
+        slices = torch.zeros(len(place), self.options.components, dtype=torch.bool)
+        for action, index in place.items():
+            slices[index, self.trained(*action)] = True
+        mask = slices[[place[action] for action in actions]]
         self._reward = None  # rank 0 has taken it
         self._touched |= mask
         self._drawn = {key: list(decision[key].values()) for key in ("ranks", "locations")}
-        self._write([adapter.mask for adapter in self.adapters.values()], mask.flatten())
+        self.rows.masks.copy_(mask.flatten())
         return False
 
     def scalars(self):

@@ -20,6 +20,7 @@ from adapters.gated import GatedAdapter
 from adapters.linear import Dropout
 from adapters.optimizer import MaskedAdamW, Trainable
 from adapters.options import Section
+from adapters.rows import Rows
 from adapters.spectral import Triplets
 from adapters.units import Host, Unit, stem
 
@@ -98,6 +99,9 @@ class Method:
     Options: ClassVar[type[MethodOptions]]
     decides: ClassVar[bool] = False
     """Whether `decide` ever has anything to say."""
+    steers: ClassVar[Literal["forward", "update"]] = "forward"
+    """What a decision changes: the step's forward pass; or only which components its update moves,
+    so that it may be made while the gradients are still being computed."""
     splits_weight: ClassVar[bool] = False
     """Whether the adapter starts as a part of W that the frozen matrix then lacks
     (`ranges`, `extract`)."""
@@ -121,6 +125,7 @@ class Method:
         self.steps = 0
         self._rate: Callable[[int], float] = lambda step: 1.0
         self._dropout_seed = torch.zeros((), dtype=torch.int64)
+        self._rows: Rows | None = None
 
     # --- how a unit starts -------------------------------------------------------------------
 
@@ -169,6 +174,7 @@ class Method:
         adapter = adapter.to(self.device).requires_grad_(True)
         adapter.g.requires_grad_(self.learns_gates or self.observes_gates)
         host.adapter = self.adapters[unit.name] = adapter
+        self._rows = None
         if self.options.dropout > 0:
             on_input = self.options.dropout_on == "input"
             host.dropout = Dropout(self.options.dropout, on_input, self._dropout_seed, unit.index)
@@ -179,6 +185,7 @@ class Method:
         """Take a unit's adapter away for good."""
         self.hosts[name].adapter = None
         del self.adapters[name]
+        self._rows = None
 
     def resize(self, ranks: Mapping[str, int]) -> bool:
         """Make room for a checkpoint's adapters, given each one's R; True if tensors changed."""
@@ -197,18 +204,25 @@ class Method:
             adapter.g.requires_grad_(self.learns_gates or self.observes_gates)
         return changed
 
+    @property
+    def rows(self) -> Rows:
+        """Masks and gates of all adapters, one tensor each."""
+        if self._rows is None:
+            self._rows = Rows(self.adapters.values())
+        return self._rows
+
     # --- what trains ---------------------------------------------------------------------------
 
     def trainables(self) -> list[Trainable]:
         """The tensors that the optimizer holds, with their masks."""
         found = []
-        for name, adapter in self.adapters.items():
+        for (name, adapter), mask in zip(self.adapters.items(), self.rows.by_adapter, strict=True):
             if adapter.rank == 0:
                 continue
             for role in ("A", "g", "B"):
                 parameter = getattr(adapter, role)
                 if parameter.requires_grad:
-                    found.append(self.trainable(f"{name}.{role}", role, parameter, adapter.mask))
+                    found.append(self.trainable(f"{name}.{role}", role, parameter, mask))
         return found + self._counters()
 
     def _counters(self) -> list[Trainable]:
@@ -232,7 +246,7 @@ class Method:
         """Trained scalars whose component is active in this step."""
         if not self.adapters:
             return 0
-        masks = torch.cat([adapter.mask for adapter in self.adapters.values()]).cpu()
+        masks = self.rows.masks.cpu()
         ranks = [adapter.rank for adapter in self.adapters.values()]
         gates = int(self.learns_gates)
         return sum(
@@ -259,11 +273,12 @@ class Method:
         """Every rank, once, before the first step of a new run."""
 
     def due(self, step: int) -> bool:
-        """Whether rank 0 is asked before optimizer step `step`; the same on every rank."""
+        """Whether rank 0 is asked in step `step`, before its update; the same on every rank."""
         return self.decides
 
     def decide(self, step: int) -> Decision | None:
-        """Rank 0, where `due`: what holds from optimizer step `step` on; None: nothing changes."""
+        """Rank 0, where `due`: what holds from the update of step `step` on, or already from its
+        forward pass (`steers`); None: nothing changes."""
         raise NotImplementedError
 
     @property
@@ -322,10 +337,3 @@ class Method:
 
     def load_decider_state(self, state: Mapping[str, Tensor]) -> None:
         """Rank 0: inverse of `decider_state`."""
-
-    def _write(self, tensors: Sequence[Tensor], values: Tensor) -> None:
-        """Fill many small tensors from one flat one: one transfer and one kernel."""
-        if tensors:
-            parts = values.to(tensors[0].device, tensors[0].dtype)
-            targets = [tensor.detach() for tensor in tensors]
-            torch._foreach_copy_(targets, list(parts.split([t.numel() for t in targets])))

@@ -153,6 +153,7 @@ class MaskedAdamW:
             parameter.grad = self.gradients[start : start + parameter.numel()].view_as(parameter)
             places[id(parameter)] = start
             start += parameter.numel()
+        self._masks, self._mask_of = self._unique_masks()
         self._counted = self._counters(places)
         self._row_sizes = self._row_sizes.to(device)
         ends = self._row_sizes.cumsum(0)  # of every row; those of other parts have no scalar here
@@ -302,23 +303,32 @@ class MaskedAdamW:
         seen[rows] = self.gradients[places] > 0
         return seen
 
+    def _unique_masks(self) -> tuple[list[Tensor], Tensor]:
+        """Every mask once (A, g and B of a unit share theirs), and each row's place in all of them;
+        the last place is of rows without a mask."""
+        masks = {
+            id(mask): mask for slot in self._slots if (mask := slot.trainable.mask) is not None
+        }
+        starts, total = {}, 0
+        for key, mask in masks.items():
+            starts[key], total = total, total + len(mask)
+        places = torch.full((len(self.counts),), total, dtype=torch.int64)
+        for slot in self._slots:
+            if slot.trainable.mask is not None:
+                start = starts[id(slot.trainable.mask)]
+                places[slot.rows] = torch.arange(start, start + len(slot.trainable.mask))
+        return list(masks.values()), places.to(self.values.device)
+
     def _active(self) -> Tensor | None:
         """One bool per row, or None where everything is active."""
-        masks = [slot.trainable.mask for slot in self._slots]
         reached = self.reached()
-        if all(mask is None for mask in masks) and reached is None:
-            return None
-        active = torch.cat(
-            [
-                slot.trainable.mask
-                if slot.trainable.mask is not None
-                else self.counts.new_ones(slot.trainable.parameter.shape[0], dtype=torch.bool)
-                for slot in self._slots
-            ]
-        )
-        if reached is not None:
-            active &= reached
-        return None if bool(active.all()) else active
+        active = reached
+        if self._masks:
+            every = torch.ones(1, dtype=torch.bool, device=self.values.device)
+            active = torch.cat([*self._masks, every])[self._mask_of]
+            if reached is not None:
+                active &= reached
+        return None if active is None or bool(active.all()) else active
 
     def _spread(self, per_row: Tensor) -> Tensor:
         """Per-row values repeated for every scalar of the row in one's own part."""

@@ -159,10 +159,16 @@ class Reinforce:
             features=features, ranks=len(ranks), locations=locations, seed=seed,
         ).to(device)  # fmt: skip
         make = torch.optim.Adam if options.optimizer == "adam" else torch.optim.SGD
-        self._optimizer = make(self.network.parameters(), lr=options.learning_rate)
+        fused = device.type == "cuda"
+        self._optimizer = make(self.network.parameters(), lr=options.learning_rate, fused=fused)
         self._earlier: deque[Tensor] = deque(maxlen=options.baseline_window)  # rewards (n) or (1)
         self._draws: deque[Draw] = deque()
-        self.scalars: dict[str, float] = {}
+        self._figures: dict[str, Tensor] = {}
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """What the log shows."""
+        return {name: float(figure) for name, figure in self._figures.items()}
 
     def draw(self, step: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """Indices into R and into the locations, (n) each on the CPU, for `step`.
@@ -190,9 +196,9 @@ class Reinforce:
             return ranks / ranks.sum(1, keepdim=True), locations / self._locations
         logits = self.network(self._layer, self._kind, features)
         entropy = entropies(*logits)
-        self.scalars |= {
-            "entropy_rank": float(entropy[0].mean()),
-            "entropy_location": float(entropy[1].mean()),
+        self._figures |= {
+            "entropy_rank": entropy[0].mean(),
+            "entropy_location": entropy[1].mean(),
         }
         return logits[0].softmax(1), logits[1].softmax(1)
 
@@ -203,19 +209,20 @@ class Reinforce:
         not finite learns nothing from this draw, and its baseline stays.
         """
         draw = self._draws.popleft()
-        known = reward.isfinite().view(len(reward), -1).all(1).cpu()
+        reward = reward.double().cpu()
+        known = reward.isfinite().view(len(reward), -1).all(1)
         if not bool(known.any()):
             return
         known = known.view(-1, *[1] * (reward.dim() - 1))
-        reward = reward.double().cpu().masked_fill(~known, float("nan"))
+        reward = reward.masked_fill(~known, float("nan"))
         reward = self._priced(_rounded(reward), draw)
         if reward.dim() == 3:
             self._learn_table(draw, reward)
             return
-        self.scalars["reward"] = float(reward.nanmean())
+        self._figures["reward"] = reward.nanmean()
         if self._earlier:
             baseline = self._baseline()
-            self.scalars["baseline"] = float(baseline.nanmean())
+            self._figures["baseline"] = baseline.nanmean()
             normalised = self.options.advantage == "normalised"
             spread = self._spread() if normalised else torch.ones_like(reward)
             if spread is not None:
@@ -229,7 +236,7 @@ class Reinforce:
         """With R(a) averaged over the window, over its largest entry where `normalised`."""
         n = torch.arange(len(table))
         drawn = table[n, draw.ranks, draw.locations]
-        self.scalars["reward"] = float(drawn.nanmean())
+        self._figures["reward"] = drawn.nanmean()
         self._earlier.append(table)
         mean = torch.stack(list(self._earlier)).nanmean(0).nan_to_num()
         if self.options.advantage == "normalised":

@@ -289,9 +289,8 @@ class WeightLoRA(RLoRA):
         omega = torch.tensor([decision["omega"][name] for name in self.adapters])
         self._omega = list(decision["omega"].values())
         omega = omega.repeat_interleave(self.options.rank)
-        adapters = self.adapters.values()
-        self._write([adapter.g for adapter in adapters], omega * self.scale)
-        self._write([adapter.mask for adapter in adapters], omega != 0)
+        self.rows.write_gates(omega * self.scale)
+        self.rows.masks.copy_(omega != 0)
         return False
 
     def scalars(self):
