@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from trainer import consensus
 from trainer.config import Config, load_config
 from trainer.distributed import World
@@ -80,6 +82,8 @@ def measure(name: str, config: Config, world: World) -> dict[str, Any]:
     inner = consensus.decide_and_apply
 
     def timed(method, *arguments):
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)  # the step before it is not counted
         world.gather(None)  # together, so that nobody's wait for the others is counted
         started = time.perf_counter()
         result = inner(method, *arguments)

@@ -47,7 +47,7 @@ def losses(
     data, records = session.held_out()
     with torch.no_grad(), session.method.inference():
         found = [mean_loss(session, data, np.array([record])) for record in records]
-    size = estimate(session.backbone, config, 1, shards=False).backbone
+    size = estimate(session.backbone, config, 1, "whole").backbone
     return found, size, session.backbone.quantization_error
 
 

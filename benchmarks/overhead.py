@@ -1,25 +1,35 @@
-"""Step time and peak memory of every method over LoRA's of the same rank, on one device.
+"""Step time of every method over LoRA's of the same rank, on one device.
 
-    python benchmarks/overhead.py OUT [--steps 30] [--methods lora,lalora] [section.key=value ...]
+    python -m benchmarks.overhead [--rounds 30] [--methods lora,lalora] [--out FILE.json]
+        [section.key=value ...]
 
-A random Llama of 1.2 billion parameters, global batch 128 sequences of 256 tokens, bfloat16. The
-step time is the median over the logged steps after the first third (WeightLoRA: after its
-selection); LoRA runs first and last, and both are shown.
+A random Llama of 1.2 billion parameters, global batch 128 sequences of 256 tokens, bfloat16. All
+methods are loaded at once and take turns, step by step on the same batches, since a machine is not
+equally fast all the time. Shown are the median step, and the median and the quartiles of the ratio
+to LoRA's step of the same round, after the first third (WeightLoRA: after its selection).
+`lora-again` is LoRA itself: what its ratio differs from 1 is noise.
 """
 
 import argparse
 import json
 import statistics
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
+from trainer import activations, consensus
 from trainer.config import load_config
 from trainer.distributed import World
-from trainer.jsonl import read_metrics
-from trainer.memory import release
-from trainer.run import run
+from trainer.engine.base import Update
+from trainer.loop import accumulate, make_loader
+from trainer.schedule import learning_rate
+from trainer.session import Session, open_session
 from trainer.start import guarded
+from trainer.validation import make_validate
 
 JOB = [
     "model.quantization=none", "model.overrides.hidden_size=2048",
@@ -27,7 +37,6 @@ JOB = [
     "model.overrides.num_attention_heads=32", "model.overrides.head_dim=64",
     "model.overrides.vocab_size=32768", "data.max_length=256", "data.batch_size=128",
     "data.micro_batch_size=32", "data.leave_out=32", "method.rank=8", "method.alpha=16",
-    "log.every=1", "log.tensorboard=false", "log.progress=none", "run.resume=never",
 ]  # fmt: skip
 METHODS = {
     "lora": [],
@@ -43,56 +52,88 @@ METHODS = {
 }  # fmt: skip
 
 
-def measure(name: str, out: Path, steps: int, overrides: list[str], world: World) -> dict:
-    """One run's median step time and peak memory."""
+def steps(session: Session, count: int) -> Iterator[Update]:
+    """The loop of a run, by hand, one step at a time."""
+    config, method, optimizer = session.config, session.method, session.optimizer
+    validate, batches = make_validate(session), iter(make_loader(session, session.world))
+    method.plan(count, lambda step: 1.0)
+    method.begin(optimizer, validate)
+
+    def decide(step: int) -> None:
+        _, changed = consensus.decide_and_apply(method, step, session.world)
+        if changed:
+            optimizer.follow(session.trainables())
+
+    for step in range(count):
+        if method.steers == "forward":
+            decide(step)
+        loss = accumulate(session, next(batches), step)
+        if method.steers == "update":
+            decide(step)
+        mean = session.engine.reduce(optimizer, loss)
+        method.observe(step, optimizer)
+        optimizer.learning_rate = learning_rate(config.optim, step, count)
+        update = session.engine.step(optimizer, mean, config.optim.max_grad_norm)
+        method.after_step(step, optimizer, skipped=update.skipped, validate=validate)
+        yield update
+
+
+def opened(name: str, rounds: int, overrides: list[str], world: World) -> Session:
     config = load_config(
         "configs/llama8b_random.yaml",
-        [*JOB, *METHODS[name], f"run.steps={steps}", f"run.dir={out}", f"run.name={name}",
-         *overrides],
-    )  # fmt: skip
-    run(config, world)
-    lines = [
-        line for line in read_metrics(out / name / "metrics.jsonl") if line["step"] > steps // 3
-    ]
+        [*JOB, *METHODS[name], f"run.steps={rounds}", f"run.name={name}", *overrides],
+    )
+    session = open_session(config, world)
+    activations.fit(session)
+    return session
+
+
+def measure(names: list[str], rounds: int, overrides: list[str]) -> list[dict[str, Any]]:
+    """Seconds of every step by method, LoRA's first."""
+    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    sessions = {name: opened(name, rounds, overrides, world) for name in names}
+    running = {name: steps(session, rounds) for name, session in sessions.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        # Each in its turn the first of a round: what came before it may matter.
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            _finish(world)
+            started = time.perf_counter()
+            next(running[name])
+            _finish(world)
+            seconds[name].append(time.perf_counter() - started)
+    found, settled = [], rounds // 3
+    for name, session in sessions.items():
+        ratios = np.divide(seconds[name][settled:], seconds[names[0]][settled:])
+        low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75]).tolist()
+        found.append({
+            "method": name, "step_seconds": statistics.median(seconds[name][settled:]),
+            "ratio": middle, "low": low, "high": high, "parameters": session.optimizer.numel,
+        })  # fmt: skip
+    return found
+
+
+def _finish(world: World) -> None:
     if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    release(world.device)
-    return {
-        "method": name,
-        "step_seconds": statistics.median(line["step_seconds"] for line in lines),
-        "fastest": min(line["step_seconds"] for line in lines),
-        "slowest": max(line["step_seconds"] for line in lines),
-        "peak_memory_gib": lines[-1]["peak_memory_gib"],
-        "parameters": lines[-1]["trainable_parameters"],
-    }
+        torch.cuda.synchronize(world.device)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--methods", default=",".join(METHODS), help=", ".join(METHODS))
+    parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = []
-    print("| method | step, s | fastest–slowest | over LoRA | peak, GiB | trainable |")
-    print("|---|---|---|---|---|---|")
-    for name in arguments.methods.split(","):
-        result = measure(
-            name, arguments.out, arguments.steps, arguments.overrides, World(device=device)
-        )
-        results.append(result)
-        (arguments.out / "overhead.json").write_text(json.dumps(results, indent=1))
-        ratio = result["step_seconds"] / results[0]["step_seconds"]
-        print(
-            f"| {name} | {result['step_seconds']:.4f} | {result['fastest']:.4f}–"
-            f"{result['slowest']:.4f} | {ratio:.3f} | {result['peak_memory_gib']:.2f} | "
-            f"{result['parameters']:,} |",
-            flush=True,
-        )
+    found = measure(arguments.methods.split(","), arguments.rounds, arguments.overrides)
+    print("| method | step, s | over LoRA | quartiles | trainable |\n|---|---|---|---|---|")
+    for f in found:
+        print("| {method} | {step_seconds:.4f} | {ratio:.3f} | {low:.3f}–{high:.3f} | "
+              "{parameters:,} |".format(**f))  # fmt: skip
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

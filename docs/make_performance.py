@@ -35,9 +35,7 @@ def main() -> None:
         axes.set_title(job["job"], fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("tokens/s a GPU")
-    figure.suptitle(
-        f"NVIDIA H200, {measured['date']}; limit: matrix products and attention at full rate"
-    )
+    figure.suptitle(f"{measured['date']}; limit: matrix products and attention at full rate")
     figure.savefig(HERE / "performance.png", dpi=110)
 
 

@@ -19,6 +19,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("--gpus", type=int, default=1, help="how many, on all hosts together")
+    parser.add_argument("--hosts", type=int, default=1, help="that have as many GPUs each")
     parser.add_argument("--memory", type=float, default=139.8, help="GiB of each (H200: 139.8)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
@@ -28,6 +29,11 @@ def main() -> int:
     arguments = parse()
     if arguments.gpus < 1:
         raise UserError(f"--gpus: {arguments.gpus} given; accepted: 1 or more")
+    if arguments.hosts < 1 or arguments.gpus % arguments.hosts:
+        raise UserError(
+            f"--hosts: {arguments.hosts} given with --gpus {arguments.gpus}; accepted: hosts with "
+            "equally many GPUs"
+        )
     if not 0 < arguments.memory < 2**20:
         raise UserError(f"--memory: {arguments.memory} given; accepted: GiB of a GPU, above 0")
     from trainer.config import load_config
@@ -35,7 +41,8 @@ def main() -> int:
     from trainer.memory import GIB
 
     config = load_config(arguments.config, arguments.overrides)
-    prediction = predict(config, arguments.gpus, int(arguments.memory * GIB))
+    memory = int(arguments.memory * GIB)
+    prediction = predict(config, arguments.gpus, memory, arguments.hosts)
     print(table(prediction))
     return 0 if prediction.fits else 1
 

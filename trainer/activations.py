@@ -1,24 +1,65 @@
 """How many blocks can keep their activations: measured on this machine, not guessed.
 
-A probe runs two forward passes and a backward one on the largest micro-batch that the data can
-give, with every block checkpointed and with one that is not. With f the peak of forward and of the
-loss, b that of backward, both with every block checkpointed, and a what a block adds that keeps its
-activations, n such blocks need
+A probe runs forward and backward on the largest micro-batch that the data can give, with every
+block checkpointed and with one that is not. With f the peak of forward and of the loss, b that of
+backward, both with every block checkpointed, and a what a block adds that keeps its activations, n
+such blocks need
 
     max(f + n a, b + (n − 1) a)
 
 bytes: while the last block is differentiated, all of them are held, and its own are in b already.
+Where activations may go to the host (`engine.activation_offload`), a third run says what s a block
+leaves free whose activations are there, input included, and how long they travel. With m such
+blocks, one of which is always on its way, it is
+
+    max(f + (n + 1) a, b + max(n, 1) a) − (m − 1) s
+
+bytes, and of more than one block in (time to travel / time to run) the others would have to wait.
 """
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 import torch
 
 from trainer.errors import RunFailed
-from trainer.memory import readable, release
+from trainer.memory import GIB, readable, release
 from trainer.options import DataOptions
 from trainer.session import Session
 from trainer.tasks.base import Batch, Example, Task
+
+
+@dataclass(frozen=True)
+class Needs:
+    """f, b, a and s of the module's formula (bytes), and the most blocks that may move theirs."""
+
+    forward: int
+    backward: int
+    added: int
+    spared: int = 0
+    most: int = 0
+
+    def peak(self, kept: int, moved: int = 0) -> int:
+        """Bytes at the worst moment of a step."""
+        travelling = bool(moved)
+        forward = self.forward + (kept + travelling) * self.added
+        backward = self.backward + (max(1, kept) - 1 + travelling) * self.added
+        return max(forward, backward) - max(0, moved - 1) * self.spared
+
+    def kept(self, blocks: int, moved: int, budget: int) -> int:
+        """The most blocks beside `moved` ones that can keep their activations; -1 if that is too
+        much with none."""
+        counts = range(blocks - moved, -1, -1)
+        return next((kept for kept in counts if self.peak(kept, moved) <= budget), -1)
+
+    def moved(self, blocks: int, budget: int) -> int:
+        """The fewest blocks to move with which as few as can be are computed again."""
+
+        def worth(moved: int) -> tuple[int, int]:
+            kept = self.kept(blocks, moved, budget)
+            return (kept + moved if kept >= 0 else -1), -moved
+
+        return max(range(min(self.most, blocks) + 1), key=worth)
 
 
 @dataclass(frozen=True)
@@ -26,13 +67,17 @@ class Plan:
     """What was decided, and from which figures (bytes, of the rank that has least room)."""
 
     kept: int
+    moved: int
     blocks: int
     peak: int
     budget: int
+    place: int
+    """On the host, of all blocks that are moved."""
 
     def __str__(self) -> str:
+        moved = f", {self.moved} move them to the host ({readable(self.place)})" * bool(self.moved)
         return (
-            f"{self.kept} of {self.blocks} blocks keep their activations, peak "
+            f"{self.kept} of {self.blocks} blocks keep their activations{moved}, peak "
             f"{readable(self.peak)} expected of {readable(self.budget)}"
         )
 
@@ -49,65 +94,95 @@ def fit(session: Session, size: int | None = None, batch: Batch | None = None) -
     data = session.config.data
     longest = data.max_length if data.packing else int(session.train_data.lengths.max())
     batch = batch or largest_batch(session.task, data, longest, size or data.micro_batch_size)
-    measured = None
-    try:
-        measured = _measure(session, batch.to(device))
-    except torch.OutOfMemoryError as error:
-        if session.engine.shards:  # the others wait for it in the middle of a block
-            raise exhausted(session) from error
+    needs, place = _measure(session, batch.to(device))
     release(device)
-    with world.together():
-        if measured is None:
-            raise exhausted(session)
-    assert measured is not None
     free, total = torch.cuda.mem_get_info(device)
     foreign = total - free - torch.cuda.memory_reserved(device)
     budget = int(options.memory_fraction * total) - foreign
-    kept = min(world.gather(keepable(*measured, len(blocks), budget)))
-    blocks.keep(kept)
-    return Plan(kept, len(blocks), peak(kept, *measured), budget)
+    moved = min(world.gather(needs.moved(len(blocks), budget)))
+    kept = max(0, min(world.gather(needs.kept(len(blocks), moved, budget))))
+    with world.together():
+        blocks.keep(kept, moved, place)
+    return Plan(kept, moved, len(blocks), needs.peak(kept, moved), budget, moved * place)
 
 
-def _measure(session: Session, batch: Batch) -> tuple[int, int, int]:
-    """f, b and a of the module's formula. Where not even one block can keep its activations, a is
-    more than there is."""
-    blocks, device = session.backbone.blocks, session.world.device
+def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:
+    """What blocks need, and the bytes on the host of one that is moved. Where not even one block
+    can keep its activations, a is more than there is. All ranks go through the same probes."""
+    blocks, world = session.backbone.blocks, session.world
     assert blocks is not None
     blocks.keep(0)
-    for _ in range(2):  # the first one compiles
-        release(device)
-        before, forward, backward = _probe(session, batch)
+    _probe(session, batch)  # compiles
+    nothing = _probe(session, batch)
+    with world.together():
+        if nothing is None:
+            raise exhausted(session)
+    assert nothing is not None
     blocks.keep(1)
+    one = _probe(session, batch)
+    added = torch.cuda.mem_get_info(world.device)[1] if one is None else one.held - nothing.held
+    needs = Needs(nothing.forward, nothing.backward, max(1, added))
+    room = int(session.config.engine.activation_offload * GIB)
+    if room == 0 or not blocks.movable or world.any(one is None):
+        return needs, 0
+    with world.together():
+        blocks.keep(0, 1, min(room, 2 * added))
+    away = _probe(session, batch)
+    if world.any(away is None or away.moved == 0):
+        return needs, 0
+    assert away is not None
+    seconds, running = blocks.host.journey(away.moved), nothing.seconds / len(blocks)
+    most = min(room // away.moved, int(len(blocks) * running / seconds), len(blocks.movable))
+    return replace(needs, spared=nothing.held - away.held, most=most), away.moved
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Bytes held after forward, peaks of forward and backward, bytes that went to the host; seconds
+    of forward."""
+
+    held: int
+    forward: int
+    backward: int
+    moved: int
+    seconds: float
+
+
+def _probe(session: Session, batch: Batch) -> _Probe | None:
+    """One forward and backward pass; None where the memory does not suffice."""
+    device, blocks = session.world.device, session.backbone.blocks
+    assert blocks is not None
+    release(device)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
     try:
-        after, *_ = _probe(session, batch)
-    except torch.OutOfMemoryError:
-        if session.engine.shards:
-            raise
+        loss, _ = session.task.loss(session.model, batch)
+        torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
+        blocks.host.settle()
+        held, forward = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        moved = blocks.host.used
+        session.engine.backward(loss)
+    except torch.OutOfMemoryError as error:
+        if session.engine.lockstep:  # the others wait for it in the middle of a block
+            raise exhausted(session) from error
         session.optimizer.zero_grad()
-        after = before + torch.cuda.mem_get_info(device)[1]
-    return forward, backward, max(1, after - before)
-
-
-def peak(kept: int, forward: int, backward: int, added: int) -> int:
-    """Bytes at the worst moment of a step in which `kept` blocks keep their activations."""
-    return max(forward + kept * added, backward + max(0, kept - 1) * added)
-
-
-def keepable(forward: int, backward: int, added: int, blocks: int, budget: int) -> int:
-    """The largest n ≤ `blocks` that the module's formula allows within `budget` bytes."""
-    room = min(budget - forward, budget - backward + added)
-    return max(0, min(room // added, blocks))
+        return None
+    session.optimizer.zero_grad()
+    return _Probe(held, forward, torch.cuda.max_memory_allocated(device), moved, seconds)
 
 
 def lower(session: Session) -> str:
-    """After an out-of-memory error: keep an eighth of the blocks fewer, and say so. RunFailed where
-    that is not what was asked for, or none is kept already."""
+    """After an out-of-memory error: keep an eighth of the blocks fewer, or at last move none, and
+    say so. RunFailed where that is not what was asked for, or all are computed again already."""
     blocks = session.backbone.blocks
     assert blocks is not None
-    if session.config.engine.activation_checkpointing != "auto" or blocks.kept == 0:
+    auto, kept, moved = session.config.engine.activation_checkpointing, blocks.kept, blocks.moved
+    if auto != "auto" or kept == moved == 0:
         raise exhausted(session)
     release(session.world.device)
-    blocks.keep(max(0, blocks.kept - -(-len(blocks) // 8)))
+    blocks.keep(max(0, kept - -(-len(blocks) // 8)), moved if kept else 0)
     return f"out of memory: {blocks.kept} of {len(blocks)} blocks keep their activations from here"
 
 
@@ -115,7 +190,7 @@ def exhausted(session: Session) -> RunFailed:
     """What a user hears of memory that ran out for good."""
     config, blocks = session.config, session.backbone.blocks
     assert blocks is not None
-    if blocks.kept == 0:
+    if blocks.kept == blocks.moved == 0:
         size = session.method.micro_batch_size or config.data.micro_batch_size
         return RunFailed(
             f"data.micro_batch_size: {size} sequences of up to {config.data.max_length} tokens do "
@@ -145,14 +220,3 @@ def largest_batch(task: Task, data: DataOptions, length: int, size: int) -> Batc
         for n in lengths
     ]
     return task.collate([row] * size)
-
-
-def _probe(session: Session, batch: Batch) -> tuple[int, int, int]:
-    """Bytes held after forward, and the peaks of forward and of backward."""
-    device = session.world.device
-    torch.cuda.reset_peak_memory_stats(device)
-    loss, _ = session.task.loss(session.model, batch)
-    held, forward = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    session.engine.backward(loss)
-    session.optimizer.zero_grad()
-    return held, forward, torch.cuda.max_memory_allocated(device)

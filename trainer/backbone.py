@@ -49,7 +49,9 @@ def load(
     with world.together():
         backbone = build(config, task, world.device)
         backbone.blocks = Blocks(
-            backbone.model, compiled=compiles(config, type(engine), backbone, world.device)
+            backbone.model,
+            world.device,
+            compiled=compiles(config, type(engine), backbone, world.device),
         )
         if config.engine.activation_checkpointing is True:
             backbone.blocks.keep(0)

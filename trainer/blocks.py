@@ -1,8 +1,9 @@
-"""How the transformer blocks of a model run: compiled once for all of them, some checkpointed.
+"""How the transformer blocks of a model run: compiled once for all of them; which of them keep what
+backward needs, which move it to the host, and which compute it again.
 
-Both wrap a block's `forward` and stay inside the hooks by which sharders gather its parameters.
-Blocks of one class share one compiled program: what tells two of them apart (weights, adapters) is
-input to it or hidden from it (`adapters/opaque.py`).
+All of it wraps a block's `forward` and stays inside the hooks by which sharders gather its
+parameters. Blocks of one class share one compiled program: what tells two of them apart (weights,
+adapters) is input to it or hidden from it (`adapters/opaque.py`).
 """
 
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import torch._dynamo.config
 import torch._functorch.config
 import torch.fx.experimental._config
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from adapters.experts import StackedLinear
+from adapters.experts import ExpertHost, StackedLinear
 from adapters.linear import AdaptedLinear
-from adapters.units import Host, transformer_blocks
+from adapters.units import transformer_blocks
+from trainer.offload import HostMemory
 
 BACKEND = "inductor"
 
@@ -35,34 +38,62 @@ torch._functorch.config.ban_recompute_materialized_backward = False
 class Blocks:
     """Takes over the blocks of `model`, before they are sharded."""
 
-    def __init__(self, model: nn.Module, *, compiled: bool):
-        self._blocks = [_Block(block, compiled) for _, block in transformer_blocks(model)]
+    def __init__(self, model: nn.Module, device: torch.device, *, compiled: bool):
+        self.host = HostMemory(device)
+        self._blocks = [
+            _Block(index, block, self.host, compiled)
+            for index, (_, block) in enumerate(transformer_blocks(model))
+        ]
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     @property
     def kept(self) -> int:
-        """How many blocks keep their activations for backward; the others compute them again."""
-        return sum(not block.checkpointed for block in self._blocks)
+        """How many blocks keep their activations for backward."""
+        return sum(not (block.checkpointed or block.moved) for block in self._blocks)
 
-    def keep(self, count: int) -> None:
-        """Let the last `count` blocks keep their activations. The last, whose backward comes
-        first: their activations are gone when the others are computed again."""
-        for index, block in enumerate(self._blocks):
-            block.checkpointed = index < len(self) - count
+    @property
+    def moved(self) -> int:
+        """How many let them wait on the host; what is left computes them again."""
+        return sum(block.moved for block in self._blocks)
+
+    @property
+    def movable(self) -> range:
+        """Blocks that may move theirs: between the first that has a gradient, whose backward comes
+        last, and the last, whose backward comes at once."""
+        first = next((block.index for block in self._blocks if block.trains), len(self))
+        return range(first + 1, len(self) - 1)
+
+    def keep(self, count: int, moved: int = 0, place: int | None = None) -> None:
+        """Let `count` blocks keep their activations and `moved` of the movable ones move them to
+        places of so many bytes on the host (none: those that there are).
+
+        Moved ones lie apart, so that their ways overlap with what runs in between. Of the others
+        the last keep theirs: backward comes to them first, and they are gone when the others are
+        computed again.
+        """
+        movable = self.movable[::-1]
+        away = {movable[index * len(movable) // moved] for index in range(moved)}
+        assert len(away) == moved
+        self.host.reserve(sorted(away), place)
+        others = [block for index, block in enumerate(self._blocks) if index not in away]
+        for block in self._blocks:
+            block.moved, block.checkpointed = block.index in away, False
+        for block in others[: len(others) - count]:
+            block.checkpointed = True
 
 
 class _Block:
     """Stands in for a block's `forward`."""
 
-    def __init__(self, block: nn.Module, compiled: bool):
-        self._block = block
+    def __init__(self, index: int, block: nn.Module, host: HostMemory, compiled: bool):
+        self.index, self._block, self._host = index, block, host
         self._forward: Callable[..., Any] = block.forward
         if compiled:
             # Dynamic: sequences differ in length from one micro-batch to the next.
             self._forward = torch.compile(block.forward, dynamic=True, backend=BACKEND)
-        self.checkpointed = False
+        self.checkpointed = self.moved = False
         # Before any sharder's hooks: these release a block once its input has its gradient.
         block.register_forward_pre_hook(self._begin_gradient)
         block.forward = self._run  # type: ignore[assignment,method-assign]
@@ -73,7 +104,7 @@ class _Block:
         hidden = args[0] if args else None
         if not isinstance(hidden, torch.Tensor) or not hidden.is_floating_point():
             return None
-        if hidden.requires_grad or not torch.is_grad_enabled() or not self._trains():
+        if hidden.requires_grad or not torch.is_grad_enabled() or not self.trains:
             return None
         return (hidden.detach().requires_grad_(), *args[1:])
 
@@ -81,15 +112,31 @@ class _Block:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
         needed = any(_needs_gradient(value) for value in (*args, *kwargs.values()))
-        if not needed and not self._trains():  # and nothing below either
+        if not needed and not self.trains:  # and nothing below either
             with torch.no_grad():
                 return self._forward(*args, **kwargs)
         if self.checkpointed:
-            return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
-        return self._forward(*args, **kwargs)
+            output = checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
+        elif self.moved:
+            with self._host.saving(self.index, self._held_anyway(args, kwargs)):
+                output = self._forward(*args, **kwargs)
+        else:
+            output = self._forward(*args, **kwargs)
+        if self._host.busy:
+            hidden = output if isinstance(output, torch.Tensor) else output[0]
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: self._host.before_backward(self.index))
+        return output
 
-    def _trains(self) -> bool:
-        hosts: list[Host] = []
+    def _held_anyway(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
+        """Storages that this block does not hold alone: what all blocks are given, and weights."""
+        shared = [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, torch.Tensor)]
+        return {t.untyped_storage().data_ptr() for t in (*shared, *self._block.parameters())}
+
+    @property
+    def trains(self) -> bool:
+        """Whether it holds anything that trains."""
+        hosts: list[AdaptedLinear | ExpertHost] = []
         for module in self._block.modules():
             if isinstance(module, StackedLinear):
                 hosts += module.hosts

@@ -13,22 +13,18 @@ from trainer.errors import RunFailed
 def decide_and_apply(
     method: Method, step: int, world: World, replay: Replay | None = None
 ) -> tuple[Decision | None, bool]:
-    """(what rank 0 decided before this step, whether tensors changed).
+    """(what rank 0 decided for this step, whether tensors changed).
 
     Raises RunFailed, on every rank, where a rank's masks and gates then differ from rank 0's.
     """
     if not method.due(step):
         return None, False
-    decision = None
-    with world.together():
-        if world.is_main:
-            decision = replay.decide(step) if replay is not None else _decide(method, step)
-    decision = world.broadcast(decision)
+    decision = world.ask_main(lambda: _decide(method, step, replay))
     if decision is None:
         return None, False
-    with world.together():
+    with world.together() as digests:
         changed = method.apply(decision)
-    digests = world.gather(state_digest(method))
+        digests.append(state_digest(method))
     strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if strays:  # every rank has seen the same digests
         with world.together():
@@ -39,7 +35,9 @@ def decide_and_apply(
     return decision, changed
 
 
-def _decide(method: Method, step: int) -> Decision | None:
+def _decide(method: Method, step: int, replay: Replay | None) -> Decision | None:
+    if replay is not None:
+        return replay.decide(step)
     try:
         return method.decide(step)
     except ValueError as error:
@@ -48,11 +46,9 @@ def _decide(method: Method, step: int) -> Decision | None:
 
 def state_digest(method: Method) -> str:
     """Digest of every unit's name, mask and gates."""
-    adapters = method.adapters
-    digest = hashlib.sha256("\n".join(adapters).encode())
-    if adapters:
-        masks = torch.cat([adapter.mask for adapter in adapters.values()])
-        gates = torch.cat([adapter.g.detach() for adapter in adapters.values()])
-        for tensor in (masks, gates):
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest = hashlib.sha256("\n".join(method.adapters).encode())
+    if method.adapters:
+        parts = method.rows.masks, method.rows.gates
+        state = torch.cat([part.view(torch.uint8) for part in parts])  # one transfer
+        digest.update(state.cpu().numpy().tobytes())
     return digest.hexdigest()

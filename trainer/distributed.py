@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer import letters
 from trainer.errors import EXIT_FAILED, EXIT_REQUEUE, RunFailed, UserError, first_line
 
 _CONNECTION = "gloo|NCCL|TCPStore|pair closure|Connection (closed|reset)|Broken pipe"
@@ -55,6 +56,8 @@ class World:
     """Memory of the smallest rank's GPU; 0 on CPUs."""
     nodes: tuple[tuple[int, ...], ...] = ((0,),)
     """The ranks of every host."""
+    peers: bool = True
+    """Whether the ranks of every host can read each other's memory (on CPUs they can)."""
     neighbours: Any = None
     """The group of this host's ranks; None for the default group, where there is one host."""
 
@@ -109,24 +112,68 @@ class World:
             dist.broadcast(tensor.view(-1).view(torch.uint8), source, group=self.neighbours)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> Iterator[list[Any]]:
         """Run a stage without collectives inside; if it fails on one rank, it fails on all.
 
         The lowest failing rank raises its own error, the others `FailedElsewhere`, so that one
-        line is printed and nobody is left waiting in a collective.
+        line is printed and nobody is left waiting in a collective. What the stage puts into the
+        list that it is given, one value that JSON knows, is then replaced by everyone's, in order
+        of rank.
         """
         failure: BaseException | None = None
+        told: list[Any] = []
         try:
-            yield
+            yield told
         except Exception as error:  # handed on below, on every rank
             failure = error
-        codes = self.gather(None if failure is None else exit_code(failure))
+        code = None if failure is None else exit_code(failure)
+        codes, values = zip(*self._notes([code, told]), strict=True)
         failed = [rank for rank, code in enumerate(codes) if code is not None]
-        if not failed:
-            return
-        if failed[0] == self.rank and failure is not None:
+        if failed:
+            if failed[0] == self.rank and failure is not None:
+                raise failure
+            raise FailedElsewhere(codes[failed[0]]) from failure
+        told[:] = [value for values_of_rank in values for value in values_of_rank]
+
+    def ask_main(self, question: Callable[[], Any]) -> Any:
+        """What `question` returns on rank 0, as JSON has it, on every rank; if it fails there, it
+        fails on all."""
+        answer, failure = None, None
+        if self.is_main:
+            try:
+                answer = question()
+            except Exception as error:  # likewise
+                failure = error
+        code = None if failure is None else exit_code(failure)
+        answer, code = self._letter([answer, code])
+        if failure is not None:
             raise failure
-        raise FailedElsewhere(codes[failed[0]]) from failure
+        if code is not None:
+            raise FailedElsewhere(code)
+        return answer
+
+    def _notes(self, value: Any) -> list[Any]:
+        """Everyone's, in order of rank."""
+        if self.size == 1:
+            return [value]
+
+        def pages(own: torch.Tensor) -> torch.Tensor:
+            all_of_them = own.new_empty(self.size, len(own))
+            dist.all_gather(list(all_of_them), own, group=self.control)
+            return all_of_them
+
+        return letters.exchange(value, pages, letters.NOTE)
+
+    def _letter(self, value: Any) -> Any:
+        """Rank 0's."""
+        if self.size == 1:
+            return value
+
+        def pages(own: torch.Tensor) -> torch.Tensor:
+            dist.broadcast(own, src=0, group=self.control)
+            return own.unsqueeze(0)
+
+        return letters.exchange(value, pages, letters.PAGE)[0]
 
 
 def start(device: str = "auto", timeout: float = 600.0) -> World:
@@ -169,8 +216,8 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
             f"{_address()} within {timeout:g} s, engine.timeout ({first_line(error)})"
         ) from error
     met: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(met, (socket.gethostname(), _memory(place)))
-    nodes = _nodes([host for host, _ in met])
+    dist.all_gather_object(met, (socket.gethostname(), _memory(place), _reads_others(place)))
+    nodes = _nodes([host for host, *_ in met])
     groups = [dist.new_group(list(r), timeout=longer) for r in nodes] if len(nodes) > 1 else [None]
     return World(
         rank=dist.get_rank(),
@@ -180,7 +227,8 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
         launcher="deepspeed" if "CROSS_RANK" in os.environ else "torchrun",
         control=dist.new_group(backend="gloo", timeout=patience) if use_gpu else None,
         saving=dist.new_group(backend="gloo", timeout=patience),
-        gpu_bytes=min(memory for _, memory in met),
+        gpu_bytes=min(memory for _, memory, _ in met),
+        peers=all(reads for *_, reads in met),
         nodes=nodes,
         neighbours=next(
             group for group, ranks in zip(groups, nodes, strict=True) if dist.get_rank() in ranks
@@ -192,6 +240,16 @@ def _memory(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).total_memory
+
+
+def _reads_others(device: torch.device) -> bool:
+    """Whether this GPU can read the memory of every other one of its host."""
+    others = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+    return all(
+        torch.cuda.can_device_access_peer(device, other)
+        for other in others
+        if other != device.index
+    )
 
 
 def _nodes(hosts: list[str]) -> tuple[tuple[int, ...], ...]:

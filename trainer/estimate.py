@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from adapters.units import transformer_blocks
 from trainer import architecture, tracing
-from trainer.activations import keepable, largest_batch
+from trainer.activations import Needs, largest_batch
 from trainer.architecture import Backbone, TrainedModule, set_module
 from trainer.config import Config
 from trainer.distributed import World
@@ -53,21 +53,31 @@ class Probe:
     added: tuple[int, ...]
     """By block: what it adds where it keeps its activations."""
 
-    def plan(self, budget: int) -> int:
-        """How many blocks `activation_checkpointing: auto` lets keep their activations."""
-        return keepable(
-            self.forward, self.backward, max(1, self.added[-1]), len(self.added), budget
-        )
+    def plan(self, budget: int, room: int = 0) -> tuple[int, int]:
+        """How many blocks `activation_checkpointing: auto` lets keep their activations, and how
+        many it moves to `room` bytes of the host, if they travel fast enough."""
+        blocks, added = len(self.added), max(1, self.added[-1])
+        most = min(room // (added + self.input), max(0, blocks - 2))
+        needs = Needs(self.forward, self.backward, added, self.input, most)
+        moved = needs.moved(blocks, budget)
+        return max(0, needs.kept(blocks, moved, budget)), moved
+
+    @property
+    def input(self) -> int:
+        """Of one block."""
+        return self.inputs // len(self.added)
 
     def kept(self, count: int) -> int:
         """Bytes that the last `count` blocks add."""
         return sum(self.added[len(self.added) - count :])
 
-    def peaks(self, count: int) -> tuple[int, int]:
-        """Of forward and of backward, where the last `count` blocks keep their activations. The
-        activations of the block that is differentiated are in `backward` already."""
-        kept = self.kept(count)
-        return self.forward + kept, self.backward + kept - (self.added[-1] if count else 0)
+    def peaks(self, count: int, moved: int = 0) -> tuple[int, int]:
+        """Of forward and of backward, where the last `count` blocks keep their activations and
+        `moved` ones have theirs on the host, one on its way. The activations of the block that is
+        differentiated are in `backward` already."""
+        held = self.kept(count) - max(0, moved - 1) * self.input
+        travelling, own = (self.added[-1] * bool(number) for number in (moved, count))
+        return self.forward + held + travelling, self.backward + held + travelling - own
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ class Prediction:
     probe: Probe
     kept: int
     """Blocks that keep their activations."""
+    moved: int
+    """Blocks that move them to the host."""
     memory: int
     """The GPU's."""
     sharded: dict[int, Estimate]
@@ -90,8 +102,9 @@ class Prediction:
     def phases(self) -> dict[str, int]:
         """Peak of each phase of a step, as `torch.cuda.max_memory_allocated` would show it."""
         base = self.states.backbone + self.states.gathered + self.states.held
-        forward, backward = self.probe.peaks(self.kept)
-        step = self.states.backbone + self.states.trainable
+        forward, backward = self.probe.peaks(self.kept, self.moved)
+        stages = self.states.gathered if self.engine == "peer" else 0  # there all the time
+        step = self.states.backbone + stages + self.states.trainable
         return {"forward": base + forward, "backward": base + backward, "update": step}
 
     @property
@@ -110,45 +123,52 @@ class Prediction:
         """What is held when most is; they add up to `peak`."""
         phase = max(self.phases, key=lambda name: self.phases[name])
         states, probe, kept = self.states, self.probe, self.probe.kept(self.kept)
+        inputs = probe.inputs - max(0, self.moved - 1) * probe.input
         parts = {"backbone": states.backbone, "adapters, gradients, moments": states.held}
         if phase == "update":
-            return {**parts, "temporaries of the update": states.trainable - states.held}
-        peak = probe.peaks(self.kept)[phase == "backward"]
+            rest = self.peak - states.backbone - states.held
+            return {**parts, "gathered layers and temporaries of the update": rest}
+        peak = probe.peaks(self.kept, self.moved)[phase == "backward"]
         return {
             **parts,
             "gathered layers": states.gathered,
-            "inputs of blocks": probe.inputs,
+            "inputs of blocks": inputs,
             "activations kept": kept,
-            f"temporaries of {phase}": peak - probe.inputs - kept,
+            f"temporaries of {phase}": peak - inputs - kept,
         }
 
 
-def predict(config: Config, gpus: int, memory: int) -> Prediction:
-    """For `gpus` GPUs of `memory` bytes each. Raises UserError where the configuration, or this
-    number of GPUs, cannot run."""
+def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Prediction:
+    """For `gpus` GPUs of `memory` bytes each, on all of `hosts` alike. Raises UserError where the
+    configuration, or this number of GPUs, cannot run."""
     if config.engine.device == "cpu":
         raise UserError("engine.device: cpu given; accepted: auto or cuda, the estimate is a GPU's")
     task = TASKS[config.task.kind](config.task, architecture.load_tokenizer(config.model))
     task.learn_labels(["0", "1"])  # how many there are hardly matters
     device = torch.device("cuda")
     launcher = "torchrun" if gpus > 1 or config.engine.config else "none"
-    world = World(size=gpus, device=device, launcher=launcher, gpu_bytes=memory)
+    ranks = range(gpus)
+    nodes = tuple(tuple(ranks[i::hosts]) for i in range(hosts))
+    world = World(size=gpus, device=device, launcher=launcher, gpu_bytes=memory, nodes=nodes)
     kind, reason = choose(config, world, task)
     backbone = architecture.build(config, task, device)
     engine = engine_class(kind)
-    states = estimate(backbone, config, gpus, shards=engine.shards)
-    more = {n: estimate(backbone, config, n, shards=True) for n in (2, 4, 8, 16, 32, 64)}
+    states = estimate(backbone, config, gpus, engine.spread, near=gpus // hosts)
+    more = {n: estimate(backbone, config, n, "split") for n in (2, 4, 8, 16, 32, 64)}
     found = probe(backbone, config, task, compiled=compiles(config, engine, backbone, device))
-    kept = _kept(config.engine, found, states, gpus, memory)
-    return Prediction(kind, reason, gpus, states, found, kept, memory, more)
+    kept, moved = _kept(config.engine, found, states, gpus, memory)
+    return Prediction(kind, reason, gpus, states, found, kept, moved, memory, more)
 
 
-def _kept(options: EngineOptions, probe: Probe, states: Estimate, gpus: int, memory: int) -> int:
-    """Blocks that keep their activations, as `engine.activation_checkpointing` says."""
+def _kept(
+    options: EngineOptions, probe: Probe, states: Estimate, gpus: int, memory: int
+) -> tuple[int, int]:
+    """Blocks that keep their activations and that move them, as the options say."""
     if options.activation_checkpointing == "auto":
         held = states.backbone + states.gathered + states.held
-        return probe.plan(int(options.memory_fraction * memory) - _allowance(gpus) - held)
-    return 0 if options.activation_checkpointing else len(probe.added)
+        budget = int(options.memory_fraction * memory) - _allowance(gpus) - held
+        return probe.plan(budget, int(options.activation_offload * GIB))
+    return 0 if options.activation_checkpointing else len(probe.added), 0
 
 
 def _allowance(gpus: int) -> int:
@@ -316,9 +336,11 @@ def table(prediction: Prediction) -> str:
     """For a person: parts, plan and verdict."""
     p, blocks = prediction, len(prediction.probe.added)
     reason = f" ({p.reason})" if p.reason else ""
+    moved = f", {p.moved} move them to the host" * bool(p.moved)
+    again = ", the others compute them again" * (p.kept + p.moved < blocks)
     lines = [
         f"engine          {p.engine}{reason}, {p.gpus} GPU(s)",
-        f"activations     {p.kept} of {blocks} blocks keep theirs, the others compute them again",
+        f"activations     {p.kept} of {blocks} blocks keep theirs{moved}{again}",
         "memory a rank   when most is held",
         *(f"  {name:<30}{readable(size):>14}" for name, size in p.parts().items()),
         f"  {'peak of tensors':<30}{readable(p.peak):>14}",
@@ -331,7 +353,7 @@ def table(prediction: Prediction) -> str:
 
 def advice(prediction: Prediction) -> str:
     """One line on what would make it fit."""
-    p = replace(prediction, kept=0)
+    p = replace(prediction, kept=0, moved=0)
     if p.fits:
         return "with engine.activation_checkpointing=auto it would"
     missing = f"{readable(p.peak + p.allowance - p.memory)} too much with every block checkpointed"

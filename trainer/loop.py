@@ -1,4 +1,4 @@
-"""The algorithm. Reads top-down: decide, accumulate, observe, step, log, save."""
+"""The algorithm. Reads top-down: decide (or after it), accumulate, observe, step, log, save."""
 
 import time
 from dataclasses import dataclass
@@ -62,17 +62,16 @@ def train(
         clock = Clock(time.perf_counter())
         while progress.step < steps and not stopping:
             step = progress.step
-            decision, changed = consensus.decide_and_apply(method, step, world, replay)
-            if changed:
-                _follow(session, metrics, step)
-            if log is not None and decision is not None:
-                log.write(step, decision)
+            if method.steers == "forward":
+                _decide(session, metrics, log, replay, step)
             micro_batch_size = method.micro_batch_size or config.data.micro_batch_size
             if micro_batch_size != loader.micro_batch_size:
                 loader.micro_batch_size = micro_batch_size
                 say_plan(metrics, activations.fit(session, micro_batch_size))
             batch = next(batches)
             loss = _accumulate_fitting(session, metrics, batch, step)
+            if method.steers == "update":  # while a GPU is still busy with the gradients
+                _decide(session, metrics, log, replay, step)
             # A checkpoint that could not be written is reported with the next one: make that now.
             stopping = world.any(stop.reason is not None or writer.failed)
             mean_loss = engine.reduce(optimizer, loss)
@@ -100,6 +99,21 @@ def train(
                 writer.save(progress)
         if progress.step < steps:
             _leave(world, writer, stop, progress)
+
+
+def _decide(
+    session: Session,
+    metrics: MetricsWriter | None,
+    log: AllocationLog | None,
+    replay: Replay | None,
+    step: int,
+) -> None:
+    """What holds from this step on: decided, applied, recorded."""
+    decision, changed = consensus.decide_and_apply(session.method, step, session.world, replay)
+    if changed:
+        _follow(session, metrics, step)
+    if log is not None and decision is not None:
+        log.write(step, decision)
 
 
 def _begin(
@@ -160,9 +174,9 @@ def _accumulate_fitting(
         try:
             loss = accumulate(session, batch, step)
         except torch.OutOfMemoryError as error:
-            if session.engine.shards:  # the others wait in the middle of a block
+            if session.engine.lockstep:  # the others wait in the middle of a block
                 raise activations.exhausted(session) from error
-        lacking = not session.engine.shards and session.world.any(loss is None)
+        lacking = not session.engine.lockstep and session.world.any(loss is None)
         if loss is not None and not lacking:
             return loss
         session.optimizer.zero_grad()

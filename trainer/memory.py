@@ -6,6 +6,7 @@ import gc
 import resource
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,6 +19,10 @@ from trainer.config import Config
 
 GIB = 2**30
 
+Spread = Literal["whole", "split", "blocks"]
+"""How an engine spreads the backbone: every rank holds all of it; all of it is split over all
+ranks; the blocks' matrices are split over the ranks of a host, and the rest is whole everywhere."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -26,8 +31,8 @@ class Estimate:
     backbone: int
     """The rank's share of the frozen backbone, between steps."""
     gathered: int
-    """What a sharder gathers of it at a time (0 without sharding): the layers outside the blocks,
-    one block in use and one on its way."""
+    """What a sharder gathers of it at a time: one block in use and one on its way, and the layers
+    outside the blocks where these are split too."""
     held: int
     """Adapters and heads with gradients and two moments, float32; of the moments the rank's part,
     where `optim.shard_state` splits them."""
@@ -44,17 +49,27 @@ class Estimate:
         return self.backbone + self.gathered + self.trainable
 
 
-def estimate(backbone: Backbone, config: Config, ranks: int, *, shards: bool) -> Estimate:
-    """What `backbone` (built, not loaded) takes on each of `ranks` ranks."""
+def estimate(
+    backbone: Backbone, config: Config, ranks: int, spread: Spread, *, near: int | None = None
+) -> Estimate:
+    """What `backbone` (built, not loaded) takes on each of `ranks` ranks, `near` of them on a host
+    (none: all)."""
     from adapters.units import transformer_blocks
 
-    sizes = [_frozen_bytes(block, backbone) for _, block in transformer_blocks(backbone.model)]
+    blocks = [block for _, block in transformer_blocks(backbone.model)]
+    sizes = [_frozen_bytes(block, backbone, hosts_only=spread == "blocks") for block in blocks]
     whole = _frozen_bytes(backbone.model, backbone)
+    near, rest, stages = near or ranks, whole - sum(sizes), 2 * max(sizes, default=0)
+    backbone_bytes, gathered = {
+        "whole": (whole, 0),
+        "split": (-(-whole // ranks), rest + stages if ranks > 1 else 0),
+        "blocks": (rest - (-sum(sizes) // near), stages),
+    }[spread]
     trained = trainable_parameters(backbone, config)
     split = -(-trained // (ranks if config.optim.shard_state else 1))
     return Estimate(
-        backbone=-(-whole // ranks) if shards else whole,
-        gathered=whole - sum(sizes) + 2 * max(sizes, default=0) if shards and ranks > 1 else 0,
+        backbone=backbone_bytes,
+        gathered=gathered,
         held=4 * (2 * trained + 2 * split),
         update=4 * 3 * split,
     )
@@ -71,8 +86,8 @@ def trainable_parameters(backbone: Backbone, config: Config) -> int:
     return adapters + heads
 
 
-def _frozen_bytes(module: nn.Module, backbone: Backbone) -> int:
-    """Bytes of a module once loaded; a tied parameter counts once."""
+def _frozen_bytes(module: nn.Module, backbone: Backbone, *, hosts_only: bool = False) -> int:
+    """Bytes of a module once loaded, or of what hosts hold of it; a tied parameter counts once."""
     hosts = {id(host.weight): host for host in backbone.hosts.values()}
     total = 0
     for parameter in module.parameters():
@@ -80,7 +95,7 @@ def _frozen_bytes(module: nn.Module, backbone: Backbone) -> int:
         if host is not None:
             matrix = host.stack if isinstance(host, ExpertHost) else host
             total += FORMATS[matrix.weight_format].nbytes(matrix.matrix_shape, backbone.dtype)
-        else:
+        elif not hosts_only:
             total += parameter.numel() * parameter.element_size()
     return total
 
@@ -90,10 +105,19 @@ def readable(nbytes: int) -> str:
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
 
 
+def count_outside(nbytes: int) -> None:
+    """What a process takes of its GPU beside torch's allocator, or (below 0) gives back."""
+    global _outside
+    _outside += nbytes
+
+
+_outside = 0
+
+
 def held_bytes(device: torch.device) -> int:
-    """What this process holds now: the GPU allocator's tensors, or resident memory on a CPU."""
+    """What this process holds now: the GPU's tensors, or resident memory on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device) + _outside
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
@@ -113,7 +137,7 @@ def trim() -> None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Most memory that this process has held: the GPU's allocator, or resident memory on a CPU."""
+    """Most memory that this process has held: the GPU's tensors, or resident memory on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
+        return (torch.cuda.max_memory_allocated(device) + _outside) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -199,10 +199,11 @@ class OptimOptions(Section):
 class EngineOptions(Section):
     """How the work is spread over processes."""
 
-    kind: Literal["auto", "single", "ddp", "fsdp2", "deepspeed"] = "auto"
+    kind: Literal["auto", "single", "ddp", "peer", "fsdp2", "deepspeed"] = "auto"
     """auto: deepspeed under the deepspeed launcher (or with `config`); under torchrun ddp where the
-    whole backbone fits on every GPU and leaves room, else fsdp2; single alone. The choice and its
-    reason are printed."""
+    whole backbone fits on every GPU and leaves room, peer where it does so spread over those of a
+    host, if they can read each other's memory, else fsdp2; single alone. The choice and its reason
+    are printed."""
     config: str | None = None
     """A DeepSpeed JSON of your own; its `auto` values are filled in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -213,6 +214,10 @@ class EngineOptions(Section):
     CPU none)."""
     memory_fraction: float = Field(0.92, gt=0, le=1)
     """Share of a GPU's memory that `activation_checkpointing: auto` plans to use."""
+    activation_offload: float = Field(0.0, ge=0)
+    """GiB of the host's memory, a rank, to which `activation_checkpointing: auto` may move
+    activations that the GPU has no room for, as many as travel while other blocks run. They are
+    page-locked."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the transformer blocks, once for all of them. auto: on a GPU, unless the engine is
     deepspeed and the blocks hold what compiling would keep gathered (a trained router, large
@@ -225,6 +230,12 @@ class EngineOptions(Section):
         if self.config is not None and self.kind not in ("auto", "deepspeed"):
             raise ValueError(
                 f"engine.config: given with engine.kind={self.kind}; accepted: with deepspeed only"
+            )
+        if self.activation_offload and self.activation_checkpointing != "auto":
+            raise ValueError(
+                f"engine.activation_offload: {self.activation_offload} given with "
+                f"engine.activation_checkpointing={self.activation_checkpointing}; accepted: 0, or "
+                "activation_checkpointing=auto"
             )
         return self
 

@@ -103,8 +103,8 @@ def dry_run(config: Config, world: World) -> str:
     _, task, train_data, eval_data = open_data(config, world)
     with world.together():
         backbone = architecture.build(config, task, world.device)
-        engine = make_engine(config, world, task)
-    needs = estimate(backbone, config, world.size, shards=engine.shards)
+    engine = make_engine(config, world, task)
+    needs = estimate(backbone, config, world.size, engine.spread, near=len(world.nodes[world.node]))
     by_kind: dict[str, list[str]] = {}
     for unit in backbone.units:
         size = f"{unit.out_features} x {unit.in_features}"

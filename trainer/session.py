@@ -120,7 +120,7 @@ def open_session(
     with world.together():  # what is wrong with the model shows without its weights
         backbones.check(config, task, world.device)
         left_out = _leave_out(config, len(train_data))
-        engine = make_engine(config, world, task)
+    engine = make_engine(config, world, task)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     splitter = None
     if method.splits_weight:

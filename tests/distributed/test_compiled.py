@@ -16,7 +16,7 @@ from trainer.distributed import World
 from trainer.run import run
 
 STEPS = 8
-ENGINES = ["ddp", "fsdp2", "deepspeed"]
+ENGINES = ["ddp", "peer", "fsdp2", "deepspeed"]
 VARIANTS = {
     "lora": ["method.dropout=0.1", "model.quantization=nf4"],
     "weightlora_plus": ["method.warmup_steps=3"],  # units go, others grow

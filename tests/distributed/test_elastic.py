@@ -27,8 +27,10 @@ STATES = [  # (method, step of the checkpoint): WeightLoRA's selection is before
     ("lora", 3), ("weightlora", 3), ("weightlora", 6), ("lalora", 3), ("lelora", 3),
 ]  # fmt: skip
 ALONE = ("single", 1)
-PLACES = [ALONE, *itertools.product(("ddp", "fsdp2", "deepspeed"), (1, 2, 3))]
-SAMPLE = [(ALONE, ("fsdp2", 3)), (ALONE, ("deepspeed", 3)), (("fsdp2", 3), ALONE)]
+PLACES = [ALONE, *itertools.product(("ddp", "peer", "fsdp2", "deepspeed"), (1, 2, 3))]
+SAMPLE = [
+    (ALONE, ("fsdp2", 3)), (ALONE, ("deepspeed", 3)), (ALONE, ("peer", 3)), (("fsdp2", 3), ALONE),
+]  # fmt: skip
 PAIRS = list(itertools.product(PLACES, PLACES)) if os.environ.get("RANKCAST_ALL") else SAMPLE
 
 

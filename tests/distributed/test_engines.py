@@ -8,8 +8,8 @@ from trainer.config import Config
 from trainer.distributed import World
 from trainer.run import run
 
-ENGINES = ["ddp", "fsdp2", "deepspeed"]
-SHARDING = ["fsdp2", "deepspeed"]
+ENGINES = ["ddp", "peer", "fsdp2", "deepspeed"]
+SHARDING = ["peer", "fsdp2", "deepspeed"]
 FORMATS = ["none", "nf4", "fp4", "int8", "fp8"]
 
 SHORT = [

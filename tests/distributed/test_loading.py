@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests.distributed.cases import ok, run_cases
 from tests.helpers import ROOT, quick_config, save_mixture, save_random_model
 
-ENGINES = ["ddp", "fsdp2", "deepspeed"]
+ENGINES = ["ddp", "peer", "fsdp2", "deepspeed"]
 MODELS = ["llama", "mixtral"]
 FORMATS = ["none", "nf4", "int8", "fp8"]
 LELORA = ["method.kind=lelora", "method.rank=6", "method.alpha=12"]

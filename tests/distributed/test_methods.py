@@ -23,7 +23,7 @@ from trainer.distributed import World
 from trainer.errors import UserError
 from trainer.jsonl import DECISIONS as FILE
 
-ENGINES = ["ddp", "fsdp2", "deepspeed"]
+ENGINES = ["ddp", "peer", "fsdp2", "deepspeed"]
 FORMATS = ["none", "nf4", "int8"]
 STEPS = 40
 OMEGA = "method.warmup_steps=20"

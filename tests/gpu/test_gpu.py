@@ -114,13 +114,13 @@ def test_codes_are_transposed(shape):
 
 def test_fp8_trains_as_bfloat16_does(tmp_path):
     """The bar of this format: after 100 steps of a real run the loss is within 1 %."""
-    model = Path("../shared/models/books-llama-28m")
-    if not model.exists():
-        pytest.skip("needs the shared models")
+    model, data = Path("../shared/models/books-llama-28m"), Path("../shared/data/gsm8k/train.jsonl")
+    if not (model.exists() and data.exists()):
+        pytest.skip("needs the shared models and data")
     found = {}
     for fmt in ("none", "fp8"):
         config = load_config("configs/gsm8k_lora.yaml", [
-            f"model.id={model}", f"model.quantization={fmt}", f"run.dir={tmp_path}",
+            f"model.id={model}", f"data.train={data}", f"model.quantization={fmt}", f"run.dir={tmp_path}",
             f"run.name={fmt}", f"data.cache={tmp_path}/cache", "run.steps=100", "run.epochs=null",
             "run.eval_every=0", "run.eval_at_start=false", "data.eval=null", "log.every=1", "log.progress=none", "log.tensorboard=false",
         ])  # fmt: skip
@@ -156,6 +156,37 @@ def test_more_activations_than_fit_are_planned_and_an_error_lowers_the_plan(tmp_
     assert "keep their activations" in lower(session) and blocks.kept == len(blocks) - 1
 
 
+def test_activations_wait_on_the_host(tmp_path, monkeypatch):
+    """The same gradients in the same order of operations, and less on the GPU meanwhile."""
+    monkeypatch.setattr("trainer.offload._LEAST", 2**12)
+    config = quick_config(
+        tmp_path, "engine.device=cuda", "model.dtype=float32", "model.weights=random",
+        "model.overrides.num_hidden_layers=6", "model.overrides.hidden_size=256",
+        "model.overrides.intermediate_size=1024", "data.packing=true", "data.max_length=512",
+        "engine.activation_offload=1", "engine.memory_fraction=0.9",
+    )  # fmt: skip
+    session = open_session(config, distributed.start("cuda"))
+    for adapter in session.method.adapters.values():
+        adapter.B.data.fill_(0.01)
+    blocks = session.backbone.blocks
+    plan = fit(session)
+    assert (plan.kept, plan.moved) == (6, 0)  # there is room
+    batch = largest_batch(session.task, config.data, 512, 2).to(torch.device("cuda"))
+    found = {}
+    for kept, moved in ((6, 0), (2, 4), (1, 3), (2, 4)):
+        blocks.keep(kept, moved, 2**26)
+        for _ in range(3):  # no synchronisation in between: places and memory are used again
+            session.optimizer.zero_grad()
+            loss, _ = session.task.loss(session.model, batch)
+            blocks.host.settle()
+            held = torch.cuda.memory_allocated()
+            session.engine.backward(loss)
+        found[kept, moved] = held, session.optimizer.gradients.clone()
+    for (kept, _), (held, computed) in found.items():
+        assert torch.equal(computed, found[6, 0][1])
+        assert kept == 6 or held < found[6, 0][0]
+
+
 @pytest.mark.parametrize("changes", [[], ["model.quantization=nf4", "data.packing=true"]])
 def test_a_run_learns_and_agrees_with_the_cpu(changes, tmp_path):
     found = []
@@ -175,6 +206,31 @@ def test_a_run_learns_and_agrees_with_the_cpu(changes, tmp_path):
 def test_packed_bytes_survive_sharding_and_gathering(tmp_path):
     """NCCL's copies must not touch bits that look like a NaN."""
     check_gathered(tmp_path, "cuda")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("fmt", ["none", "nf4"])
+def test_engines_train_alike(fmt, tmp_path):
+    """More blocks than a rank has room for at a time, some of which are computed again, compiled."""
+    cases = {}
+    for engine in ("ddp", "peer", "fsdp2", "deepspeed"):
+        config = quick_config(
+            tmp_path, f"run.name={engine}", "run.steps=10", f"engine.kind={engine}",
+            "engine.device=cuda", "model.dtype=float32", f"model.quantization={fmt}",
+            "model.weights=random", "model.overrides.num_hidden_layers=7", "engine.compile=true",
+            "engine.activation_checkpointing=false",
+        )  # fmt: skip
+        cases[engine] = ("train_only", config.model_dump())
+    cases["again"] = ("train_only", quick_config(
+        tmp_path, "run.name=again", "run.steps=10", "engine.kind=peer", "engine.device=cuda",
+        "model.dtype=float32", f"model.quantization={fmt}", "model.weights=random",
+        "model.overrides.num_hidden_layers=7", "engine.activation_checkpointing=true",
+    ).model_dump())  # fmt: skip
+    for result in run_cases(tmp_path / "work", cases, device="cuda").values():
+        ok(result)
+    expected = losses(tmp_path / "runs/ddp")
+    for name in cases:
+        assert losses(tmp_path / "runs" / name) == pytest.approx(expected, rel=1e-4), name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -18,9 +18,11 @@ def test_no_more_blocks_are_kept_than_fit_and_no_fewer():
     for forward, backward, added, budget in [
         (50, 60, 7, 100), (60, 50, 7, 100), (50, 57, 7, 100), (50, 90, 7, 100), (10, 20, 1, 15),
     ]:  # fmt: skip
-        kept = activations.keepable(forward, backward, added, 80, budget)
-        fitting = [n for n in range(81) if activations.peak(n, forward, backward, added) <= budget]
-        assert kept == max(fitting, default=0)
+        needs = activations.Needs(forward, backward, added)
+        fitting = [n for n in range(81)
+                   if max(forward + n * added, backward + max(0, n - 1) * added) <= budget]  # fmt: skip
+        assert needs.moved(80, budget) == 0
+        assert needs.kept(80, 0, budget) == max(fitting, default=-1)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 4])
@@ -140,7 +142,7 @@ def test_sharded_ranks_do_not_go_on_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CausalLM, "loss", loss)
     session = opened(tmp_path)
-    session.engine.shards = True
+    session.engine.lockstep = True
     batch = next(iter(make_loader(session, World())))
     met = []
     monkeypatch.setattr(World, "any", lambda self, flag: met.append(flag))

@@ -133,7 +133,7 @@ REFUSED = {
     # choices
     "engine": (
         {"engine.kind": "fsdp"},
-        ["engine.kind: 'fsdp'", "'single', 'ddp', 'fsdp2' or 'deepspeed'", "mean 'fsdp2'?"],
+        ["engine.kind: 'fsdp'", "'single', 'ddp', 'peer', 'fsdp2' or 'deepspeed'", "mean 'fsdp2'?"],
     ),
     "schedule": (
         {"optim.schedule": "cosin"},

@@ -11,25 +11,43 @@ from trainer.memory import estimate
 from trainer.tasks import TASKS
 
 GPU = 140 * 2**30
+DEEP = ["model.weights=random", "model.overrides.num_hidden_layers=20"]
 
 
-def chosen(tmp_path, gpu, launcher="torchrun", size=2, *changes):
+def chosen(tmp_path, gpu, launcher="torchrun", size=2, *changes, nodes=None, peers=True):
     config = quick_config(tmp_path, "engine.kind=auto", *changes)
     task = TASKS["causal_lm"](config.task, architecture.load_tokenizer(config.model))
-    return choose(config, World(size=size, launcher=launcher, gpu_bytes=gpu), task)
+    nodes = nodes or (tuple(range(size)),)
+    world = World(size=size, launcher=launcher, gpu_bytes=gpu, nodes=nodes, peers=peers)
+    return choose(config, world, task)
 
 
-def test_ddp_where_the_backbone_fits_and_fsdp2_where_it_does_not(tmp_path):
-    config = quick_config(tmp_path)
+def needed(tmp_path, spread, near=2):
+    config = quick_config(tmp_path, *DEEP)
     task = TASKS["causal_lm"](config.task, architecture.load_tokenizer(config.model))
-    world = World(size=2)
-    needed = estimate(
-        architecture.build(config, task, world.device), config, 2, shards=False
-    ).total  # fmt: skip
-    kind, reason = chosen(tmp_path, int(needed / 0.59))
+    backbone = architecture.build(config, task, World().device)
+    return estimate(backbone, config, 2, spread, near=near).total
+
+
+def test_ddp_where_the_backbone_fits_and_peer_where_it_fits_on_a_hosts_gpus(tmp_path):
+    whole, part = needed(tmp_path, "whole"), needed(tmp_path, "blocks")
+    kind, reason = chosen(tmp_path, int(whole / 0.59), "torchrun", 2, *DEEP)
     assert kind == "ddp" and "at most 60%" in reason
-    kind, reason = chosen(tmp_path, int(needed / 0.61))
-    assert kind == "fsdp2" and "more than 60%" in reason
+    for gpu in (int(whole / 0.61), int(part / 0.59)):
+        kind, reason = chosen(tmp_path, gpu, "torchrun", 2, *DEEP)
+        assert kind == "peer" and "more than 60%" in reason
+    kind, reason = chosen(tmp_path, int(part / 0.61), "torchrun", 2, *DEEP)
+    assert kind == "fsdp2" and "of a host still" in reason
+
+
+def test_fsdp2_where_gpus_cannot_be_peers(tmp_path):
+    gpu = int(needed(tmp_path, "whole") / 0.61)
+    kind, reason = chosen(tmp_path, gpu, "torchrun", 2, *DEEP, peers=False)
+    assert kind == "fsdp2" and "cannot read each other's memory" in reason
+    kind, reason = chosen(tmp_path, gpu, "torchrun", 2, *DEEP, nodes=((0,), (1,)))
+    assert kind == "fsdp2" and "a host has only one" in reason
+    four = chosen(tmp_path, gpu, "torchrun", 4, *DEEP, nodes=((0, 1), (2, 3)))
+    assert four[0] == "peer"
 
 
 @pytest.mark.parametrize(

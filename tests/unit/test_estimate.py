@@ -54,9 +54,12 @@ def test_more_gpus_take_less_of_each_under_fsdp2_and_the_same_under_ddp(tmp_path
 def test_auto_chooses_the_engine_that_a_run_would(tmp_path):
     assert small(tmp_path).engine == "single"
     assert small(tmp_path, gpus=2).engine == "ddp"
-    needed = small(tmp_path).states.total
-    found = small(tmp_path, gpus=2, memory=int(needed / 0.61))
-    assert found.engine == "fsdp2" and "more than 60%" in found.reason
+    deep = ["model.weights=random", "model.overrides.num_hidden_layers=20", "engine.kind=auto"]
+    memory = int(small(tmp_path, *deep).states.total / 0.61)
+    found = small(tmp_path, *deep, gpus=2, memory=memory)
+    assert found.engine == "peer" and "more than 60%" in found.reason
+    found = predict(quick_config(tmp_path, *deep), 2, memory, hosts=2)
+    assert found.engine == "fsdp2" and "a host has only one" in found.reason
     with pytest.raises(UserError, match=r"engine.kind: single given with 2 processes"):
         small(tmp_path, "engine.kind=single", gpus=2)
 
@@ -80,8 +83,14 @@ def test_checkpointing_follows_the_configuration_and_the_room():
 
 def test_a_plan_is_the_planners():
     found = Probe(inputs=10, forward=40, backward=60, added=(7, 7, 7, 7))
-    assert [found.plan(budget) for budget in (50, 60, 67, 68, 1000)] == [0, 1, 2, 2, 4]
+    assert [found.plan(budget) for budget in (50, 60, 67, 68, 1000)] == [
+        (kept, 0) for kept in (0, 1, 2, 2, 4)
+    ]
     assert found.peaks(0) == (40, 60) and found.peaks(3) == (61, 74)
+    # A block of 2 bytes of input and 7 more: two places on the host.
+    assert found.peaks(2, 2) == (40 + 14 + 7 - 2, 60 + 7 + 7 - 2)
+    assert found.plan(72, 18) == (2, 2) and found.plan(71, 18) == (1, 2)
+    assert found.plan(60, 18) == (1, 0) and found.plan(1000, 18) == (4, 0)
 
 
 def test_advice_where_it_does_not_fit():

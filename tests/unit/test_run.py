@@ -120,7 +120,7 @@ def test_memory_estimate_is_what_is_held(tmp_path):
     for quantization in ("none", "nf4", "int8"):
         config = quick_config(tmp_path, f"model.quantization={quantization}")
         task = CausalLM(config.task, load_tokenizer(config.model))
-        expected = estimate(build(config, task, torch.device("cpu")), config, 1, shards=False)
+        expected = estimate(build(config, task, torch.device("cpu")), config, 1, "whole")
         session = open_session(config, World())
         assert session.engine.local_bytes(session.model) == expected.backbone
 
@@ -135,7 +135,7 @@ def test_split_moments_need_less_memory_by_the_number_of_ranks(tmp_path):
     scalars = trainable_parameters(backbone, plain)
 
     def bytes_of_each(config, ranks):
-        return estimate(backbone, config, ranks, shards=True).trainable / scalars
+        return estimate(backbone, config, ranks, "split").trainable / scalars
 
     assert [bytes_of_each(plain, ranks) for ranks in (1, 4)] == [28, 28]
     # values and gradients stay whole; two moments and as much again as a step's three temporaries

@@ -14,24 +14,34 @@ from trainer.tasks.base import Task
 _ENGINES = {
     "single": ("trainer.engine.single", "SingleEngine"),
     "ddp": ("trainer.engine.ddp", "DDPEngine"),
+    "peer": ("trainer.engine.peer", "PeerEngine"),
     "fsdp2": ("trainer.engine.fsdp2", "FSDP2Engine"),
     "deepspeed": ("trainer.engine.deepspeed", "DeepSpeedEngine"),
 }
 
 _STATES = 0.6
-"""Share of a GPU's memory that backbone, adapters and moments may take under ddp. More would leave
-so little for activations that computing them again costs more than gathering weights."""
+"""Share of a GPU's memory that backbone, adapters and moments may take under ddp, and under peer.
+More would leave so little for activations that computing them again costs more than gathering
+weights."""
 
 
 def make_engine(config: Config, world: World, task: Task) -> Engine:
-    """The engine that the configuration asks for, or that `auto` chooses."""
-    kind, reason = choose(config, world, task)
-    if kind != "single" and "RANK" not in os.environ:
-        raise UserError(
-            f"engine.kind: {kind} given without a launcher; accepted: auto or single, or start "
-            "with `deepspeed launch/train.py` or `torchrun launch/train.py`"
-        )
-    engine = engine_class(kind)(config, world)
+    """The engine that the configuration asks for, or that `auto` chooses. All ranks call it
+    together."""
+    with world.together():
+        kind, reason = choose(config, world, task)
+        if kind != "single" and "RANK" not in os.environ:
+            raise UserError(
+                f"engine.kind: {kind} given without a launcher; accepted: auto or single, or start "
+                "with `deepspeed launch/train.py` or `torchrun launch/train.py`"
+            )
+    if kind == "peer" and config.engine.kind == "auto":
+        from trainer.engine.windows import possible
+
+        if not possible(world):
+            kind, reason = "fsdp2", f"{reason}, but they cannot share memory"
+    with world.together():
+        engine = engine_class(kind)(config, world)
     engine.reason = reason
     return engine
 
@@ -44,11 +54,12 @@ def engine_class(kind: str) -> type[Engine]:
 
 def choose(config: Config, world: World, task: Task) -> tuple[str, str]:
     """(kind, why `auto` chose it): deepspeed under its launcher or with its JSON; under torchrun
-    ddp where the whole backbone fits on every GPU, else fsdp2; single alone."""
+    ddp where the whole backbone fits on every GPU, peer where it fits on those of every host, which
+    can read each other's memory, else fsdp2; single alone."""
     if config.engine.kind == "single" and world.size > 1:
         raise UserError(
             f"engine.kind: single given with {world.size} processes; "
-            "accepted: auto, ddp, fsdp2, deepspeed"
+            "accepted: auto, ddp, peer, fsdp2, deepspeed"
         )
     if config.engine.kind != "auto":
         return config.engine.kind, ""
@@ -66,11 +77,17 @@ def choose(config: Config, world: World, task: Task) -> tuple[str, str]:
     if world.gpu_bytes == 0:
         return "fsdp2", "no GPU"
     backbone = architecture.build(config, task, world.device)
-    needed = estimate(backbone, config, world.size, shards=False).total
-    room = int(_STATES * world.gpu_bytes)
-    fits = needed <= room
-    return (
-        "ddp" if fits else "fsdp2",
-        f"the whole backbone with adapters and moments takes {readable(needed)}, "
-        f"{'at most' if fits else 'more than'} {_STATES:.0%} of a GPU",
-    )
+    room, near = int(_STATES * world.gpu_bytes), min(len(ranks) for ranks in world.nodes)
+    whole = estimate(backbone, config, world.size, "whole").total
+    found = f"the whole backbone with adapters and moments takes {readable(whole)}, "
+    if whole <= room:
+        return "ddp", f"{found}at most {_STATES:.0%} of a GPU"
+    found += f"more than {_STATES:.0%} of a GPU"
+    if near == 1:
+        return "fsdp2", f"{found}, and a host has only one"
+    if not world.peers:
+        return "fsdp2", f"{found}, and those of a host cannot read each other's memory"
+    part = estimate(backbone, config, world.size, "blocks", near=near).total
+    if part > room:
+        return "fsdp2", f"{found}, and spread over those of a host still {readable(part)}"
+    return "peer", f"{found}, and spread over those of a host {readable(part)}"

@@ -22,6 +22,7 @@ from trainer.architecture import Backbone
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.errors import UserError
+from trainer.memory import Spread
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,11 @@ class Engine(ABC):
     """One way to place the frozen backbone on the ranks."""
 
     kind: ClassVar[str]
-    shards: ClassVar[bool]
-    """Whether a rank holds only its share of the backbone."""
+    spread: ClassVar[Spread]
+    """Where the frozen backbone's bytes live."""
+    lockstep: ClassVar[bool]
+    """Whether ranks gather the backbone together: one that breaks off in the middle of a block then
+    leaves the others waiting there."""
 
     reason: str = ""
     """Why `engine.kind: auto` chose it; empty where it was asked for."""

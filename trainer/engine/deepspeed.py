@@ -50,7 +50,8 @@ class DeepSpeedEngine(Engine):
     """Every parameter of the backbone is partitioned over all ranks by ZeRO stage 3."""
 
     kind = "deepspeed"
-    shards = True
+    spread = "split"
+    lockstep = True
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
@@ -79,9 +80,13 @@ class DeepSpeedEngine(Engine):
         import deepspeed
         from deepspeed.utils import set_z3_leaf_module
 
+        pace = _Pace()
         for _, block in transformer_blocks(model):
             # A router that trains inside a block is none of DeepSpeed's parameters.
             set_z3_leaf_module(block, not self.config.method.train_router)
+            if self.world.device.type == "cuda":
+                block.register_forward_pre_hook(pace.keep)
+                block.register_full_backward_pre_hook(pace.keep)
         self._engine, *_ = deepspeed.initialize(model=model, config=self._sized())
 
     def _sized(self) -> dict[str, Any]:
@@ -102,6 +107,21 @@ class DeepSpeedEngine(Engine):
             held = parameter.numel() * parameter.element_size()  # 0 while partitioned
             total += max(held, local.numel() * local.element_size())
         return total
+
+
+class _Pace:
+    """Keeps the CPU at most one block ahead of the GPU. DeepSpeed gathers as the CPU runs, and what
+    it gathered is free again only when the GPU has come past it: far ahead, the model is whole."""
+
+    def __init__(self) -> None:
+        self._begun: torch.cuda.Event | None = None
+
+    def keep(self, *_: Any) -> None:
+        """Where a block begins: wait until the GPU has begun the one before."""
+        if self._begun is not None:
+            self._begun.synchronize()
+        self._begun = torch.cuda.Event()
+        self._begun.record()
 
 
 def settings(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, Any]:

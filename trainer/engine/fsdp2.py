@@ -21,7 +21,8 @@ class FSDP2Engine(Engine):
     """Blocks are gathered just before they run and dropped right after."""
 
     kind = "fsdp2"
-    shards = True
+    spread = "split"
+    lockstep = True
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)

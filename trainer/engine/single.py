@@ -11,7 +11,8 @@ class SingleEngine(Engine):
     """Nothing is sharded, nothing is sent."""
 
     kind = "single"
-    shards = False
+    spread = "whole"
+    lockstep = False
 
     def shard_block(self, block: nn.Module) -> None:
         """The block stays as it was loaded."""

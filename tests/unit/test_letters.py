@@ -1,0 +1,61 @@
+"""Plain data as pages of bytes."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from trainer import letters
+
+
+def exchanged(values: list[Any], size: int) -> tuple[list[Any], list[int]]:
+    """What ranks that send these values receive, and the size of each round's pages."""
+    barrier = threading.Barrier(len(values), timeout=10)
+    sent: list[torch.Tensor] = [torch.empty(0)] * len(values)
+    rounds: list[int] = []
+
+    def one(rank: int) -> list[Any]:
+        def pages(own: torch.Tensor) -> torch.Tensor:
+            sent[rank] = own
+            barrier.wait()
+            received = torch.stack(sent)
+            rounds.extend([len(own)] * (rank == 0))
+            barrier.wait()
+            return received
+
+        return letters.exchange(values[rank], pages, size)
+
+    with ThreadPoolExecutor(len(values)) as pool:
+        received = list(pool.map(one, range(len(values))))
+    assert all(values_of_rank == received[0] for values_of_rank in received)
+    return received[0], rounds
+
+
+def length(value: Any) -> int:
+    return letters.HEADER + len(letters.encoded(value))
+
+
+def test_small_values_take_one_round():
+    values = [None, {"a": [1, 0.1 + 0.2, "ω"]}, [1, "x" * 100]]
+    assert exchanged(values, 256) == (values, [256])
+
+
+def test_a_value_that_does_not_fit_takes_a_second_round_for_all():
+    values = ["short", "y" * 5000, 7]
+    assert exchanged(values, 256) == (values, [256, length(values[1])])
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_page_is_used_to_its_last_byte(missing):
+    values = ["z" * 400, None]
+    found, rounds = exchanged(values, length(values[0]) - missing)
+    assert found == values and len(rounds) == 1 + missing
+
+
+def test_a_decision_on_the_units_of_mixtral_fits_a_page():
+    stems = [f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(32)]
+    names = [f"{stem}.{index}" for stem in stems for index in range(20)]
+    decision = {"ranks": dict.fromkeys(names, 8), "locations": dict.fromkeys(names, "primary")}
+    assert len(names) == 640 and length([decision, None]) <= letters.PAGE
