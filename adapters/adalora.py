@@ -12,6 +12,7 @@ with the final choice. Orthogonality of A and B is a penalty with the weight `or
 """
 
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -184,10 +185,11 @@ class AdaLoRA(Method):
 
     def apply(self, decision):
         R = self.options.components
-        rows = enumerate(decision["kept"][unit.name] for unit in self.units)
-        places = [index * R + component for index, row in rows for component in row]
-        kept = torch.zeros(len(self.units) * R, dtype=torch.bool)
-        kept[places] = True
+        by_unit = [decision["kept"][unit.name] for unit in self.units]
+        first = np.repeat(np.arange(len(by_unit)) * R, [len(components) for components in by_unit])
+        places = first + np.array(list(chain.from_iterable(by_unit)), dtype=np.int64)
+        kept = torch.zeros(len(by_unit) * R, dtype=torch.bool)
+        kept[torch.from_numpy(places)] = True
         self.rows.write_gates(self.rows.gates * kept.to(self.device))
         self._kept = len(places)
         if decision["final"]:  # what was pruned stays out

@@ -1,5 +1,6 @@
 """The same run under every engine: the same losses, and a backbone that is really sharded."""
 
+import numpy as np
 import pytest
 
 from tests.distributed.cases import ok, run_cases
@@ -125,6 +126,15 @@ def check_gathered(tmp, device: str) -> None:
 
 def test_packed_bytes_survive_sharding_and_gathering(tmp_path):
     check_gathered(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("nodes", [[[0, 1, 2]], [[0, 2], [1]], [[0], [1], [2]]])
+def test_windows_show_what_the_ranks_of_a_host_wrote(tmp_path, nodes):
+    found = ok(run_cases(tmp_path, {"windows": ("windows", nodes)}, processes=3)["windows"])
+    written = [[rank + 1, int((np.arange(1000) % (rank + 2)).sum())] for rank in range(3)]
+    for rank, seen in enumerate(found):
+        host = next(ranks for ranks in nodes if rank in ranks)
+        assert seen == [written[other] for other in host]
 
 
 def test_formats_are_not_all_the_same_run(runs):

@@ -33,6 +33,7 @@ from adapters.units import transformer_blocks
 from trainer import consensus, distributed, reading
 from trainer.config import parse_config
 from trainer.distributed import World
+from trainer.engine.windows import open_window
 from trainer.evaluation import evaluate_saved
 from trainer.loop import accumulate, make_loader
 from trainer.run import run
@@ -133,6 +134,16 @@ def shard(world: World, config: dict[str, Any]) -> dict[str, Any]:
         held.append((after_forward, resident() - rested))
     result["held_after_forward"], result["held_after_backward"] = map(min, zip(*held, strict=True))
     return result
+
+
+def windows(world: World, nodes: list[list[int]]) -> list[list[int]]:
+    """What every rank of this host wrote into its window, as this one reads it."""
+    world = replace(world, nodes=tuple(map(tuple, nodes)))
+    parts = open_window(1000, world)
+    own = parts[world.nodes[world.node].index(world.rank)]
+    own.copy_(torch.arange(1000) % (world.rank + 2))
+    world.gather(None)
+    return [[int(part.max()), int(part.sum())] for part in parts]
 
 
 def gathered(world: World, config: dict[str, Any]) -> dict[str, str]:
@@ -346,6 +357,7 @@ CASES = {
     "train_on_a_full_disk": train_on_a_full_disk,
     "shard": shard,
     "gathered": gathered,
+    "windows": windows,
     "loaded": loaded,
     "train_only": train_only,
     "resume": resume,

@@ -5,7 +5,7 @@ import pytest
 from tests.helpers import quick_config
 from trainer import architecture
 from trainer.distributed import World
-from trainer.engine import choose
+from trainer.engine import choose, make_engine
 from trainer.errors import UserError
 from trainer.memory import estimate
 from trainer.tasks import TASKS
@@ -48,6 +48,27 @@ def test_fsdp2_where_gpus_cannot_be_peers(tmp_path):
     assert kind == "fsdp2" and "a host has only one" in reason
     four = chosen(tmp_path, gpu, "torchrun", 4, *DEEP, nodes=((0, 1), (2, 3)))
     assert four[0] == "peer"
+
+
+@pytest.mark.parametrize("opens", [True, False])
+@pytest.mark.parametrize("asked", ["auto", "peer"])
+def test_auto_falls_back_where_windows_cannot_be_opened(tmp_path, monkeypatch, asked, opens):
+    class Recorded:
+        def __init__(self, config, world):
+            self.reason = None
+
+    made = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("trainer.engine.choose", lambda *_: ("peer", "it fits on the host"))
+    monkeypatch.setattr("trainer.engine.windows.possible", lambda world: opens)
+    monkeypatch.setattr(
+        "trainer.engine.engine_class", lambda kind: made.append(kind) or Recorded
+    )  # fmt: skip
+    config = quick_config(tmp_path, f"engine.kind={asked}")
+    engine = make_engine(config, World(), TASKS["causal_lm"])
+    # What was asked for by name is never replaced.
+    assert made == ["peer" if opens or asked == "peer" else "fsdp2"]
+    assert engine.reason.endswith("cannot share memory" if made == ["fsdp2"] else "the host")
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,21 @@ from trainer.tasks import TASKS
 H200 = int(139.8 * GIB)
 LLAMA, MIXTRAL = "configs/llama70b_random.yaml", "configs/mixtral_random.yaml"
 LONG_FP8 = ["model.quantization=fp8", "data.max_length=8192"]
+ON_HOST = [*LONG_FP8, "engine.activation_offload=80", "engine.memory_fraction=0.95"]
 FSDP2 = ["engine.kind=fsdp2"]
+TWELVE = ["model.quantization=none", "model.overrides.num_hidden_layers=12"]
 
 MEASURED = [  # configuration, GPUs, overrides, blocks that kept their activations, GiB
     (LLAMA, 1, [], 80, 101.1),
     (MIXTRAL, 1, [], 32, 52.5),
-    (LLAMA, 2, [*FSDP2, "model.quantization=none", "model.overrides.num_hidden_layers=12"], 12, 28.8),
+    (LLAMA, 2, [*FSDP2, *TWELVE], 12, 28.8),
     (LLAMA, 2, [*FSDP2, "model.quantization=none", "model.overrides.num_hidden_layers=24"], 24, 47.2),
     (LLAMA, 2, [*FSDP2, *LONG_FP8], 55, 125.8),
-    (LLAMA, 1, LONG_FP8, 34, 126.6),  # as the run's own planner expected after its probe
+    (LLAMA, 1, ON_HOST, 39, 129.3),
+    (LLAMA, 2, ["engine.kind=peer", *TWELVE], 12, 27.5),
+    (LLAMA, 2, ["engine.kind=deepspeed", *TWELVE], 12, 27.9),
 ]  # fmt: skip
-"""`torch.cuda.max_memory_allocated` over training steps; 2026-11-23, H200, torch 2.11."""
+"""Peak of tensors over training steps; H200 (the last two: H100), torch 2.11, 2026-11-23 and 25."""
 
 
 @pytest.mark.parametrize(("path", "gpus", "changes", "kept", "gib"), MEASURED)
