@@ -142,19 +142,24 @@ class AdaLoRA(Method):
             self._scores = A / into.unsqueeze(1) + g + B / out.unsqueeze(1)
 
     def _add_penalty(self) -> None:
-        """Gradient of the orthogonality penalty, the same on every rank, after the reduction."""
+        """Gradient of the orthogonality penalty, the same on every rank, after the reduction.
+        Matrices of one shape at once: one by one, hundreds would keep a GPU waiting."""
         if self.options.orthogonality == 0:
             return
         matrices = [m for adapter in self.adapters.values() for m in (adapter.A, adapter.B)]
+        by_shape: dict[torch.Size, list[Tensor]] = {}
         for matrix in matrices:
-            M = matrix.detach()
-            excess = M @ M.T - torch.eye(len(M), device=M.device)
+            by_shape.setdefault(matrix.shape, []).append(matrix)
+        for alike in by_shape.values():
+            M = torch.stack([matrix.detach() for matrix in alike])
+            excess = M @ M.mT - torch.eye(M.shape[1], device=M.device)
             if self.options.penalty == "squared":  # ∂‖E‖²/∂M = 4 E M
                 factor: Tensor | float = 4.0 * self.options.orthogonality
             else:  # ∂‖E‖/∂M = 2 E M / ‖E‖
-                factor = 2.0 * self.options.orthogonality / (excess.norm() + 1e-12) / len(matrices)
-            assert matrix.grad is not None
-            matrix.grad.add_(excess @ M * factor)
+                norm = torch.linalg.matrix_norm(excess, keepdim=True) + 1e-12
+                factor = 2.0 * self.options.orthogonality / norm / len(matrices)
+            gradients = [matrix.grad for matrix in alike if matrix.grad is not None]
+            torch._foreach_add_(gradients, ((excess * factor) @ M).unbind())
 
     def decide(self, step):
         assert self._scores is not None
