@@ -1,6 +1,6 @@
 """Save on one engine and number of processes, resume on another: the losses of one whole run.
 
-Every pair of ten places × five states with RANKCAST_ALL (`make test-all`); a sample otherwise.
+Every pair of thirteen places × five states with RANKCAST_ALL (`make test-all`); a sample otherwise.
 """
 
 import itertools
