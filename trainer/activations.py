@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from trainer.errors import RunFailed
-from trainer.memory import GIB, readable, release
+from trainer.memory import GIB, held_outside, readable, release
 from trainer.options import DataOptions
 from trainer.session import Session
 from trainer.tasks.base import Batch, Example, Task
@@ -103,7 +103,9 @@ def fit(session: Session, size: int | None = None, batch: Batch | None = None) -
     kept = max(0, min(world.gather(needs.kept(len(blocks), moved, budget))))
     with world.together():
         blocks.keep(kept, moved, place)
-    return Plan(kept, moved, len(blocks), needs.peak(kept, moved), budget, moved * place)
+    beside = held_outside()  # a peer's parts: ours, though the allocator does not know of them
+    peak, room = needs.peak(kept, moved) + beside, budget + beside
+    return Plan(kept, moved, len(blocks), peak, room, moved * place)
 
 
 def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:

@@ -105,13 +105,18 @@ def readable(nbytes: int) -> str:
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
 
 
+_outside = 0
+
+
 def count_outside(nbytes: int) -> None:
     """What a process takes of its GPU beside torch's allocator, or (below 0) gives back."""
     global _outside
     _outside += nbytes
 
 
-_outside = 0
+def held_outside() -> int:
+    """What this process holds of it now."""
+    return _outside
 
 
 def held_bytes(device: torch.device) -> int:
