@@ -268,7 +268,7 @@ class LeLoRA(Method):
             policy = self._the_policy()
             if self._reward is not None:
                 policy.learn(self._reward)
-            ranks, locations = policy.draw(step, self.features())
+            ranks, locations = (drawn.tolist() for drawn in policy.draw(step, self.features()))
         dimensions, places = self.options.dimensions, self.options.locations
         names = [unit.name for unit in self.units]
         return {
