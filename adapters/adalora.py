@@ -158,7 +158,7 @@ class AdaLoRA(Method):
             else:  # ∂‖E‖/∂M = 2 E M / ‖E‖
                 norm = torch.linalg.matrix_norm(excess, keepdim=True) + 1e-12
                 factor = 2.0 * self.options.orthogonality / norm / len(matrices)
-            gradients = [matrix.grad for matrix in alike if matrix.grad is not None]
+            gradients = [matrix.grad for matrix in alike if matrix.grad is not None]  # all have one
             torch._foreach_add_(gradients, ((excess * factor) @ M).unbind())
 
     def decide(self, step):

@@ -34,7 +34,7 @@ from adapters.method import Method, MethodOptions, Validate
 from adapters.optimizer import MaskedAdamW
 from adapters.reinforce import PolicyOptions, Reinforce
 from adapters.spectral import bank, largest_rank, resample
-from adapters.units import stem, third
+from adapters.units import by_kind_and_third, stem
 
 Location = Literal["primary", "medium", "minor"]
 
@@ -359,23 +359,13 @@ class LeLoRA(Method):
                 for row, unit in zip(self._touched, self.units, strict=True)
             ),
         } | (self._policy.scalars if self._policy is not None else {})
-        for group, members in self._groups().items():
+        for group, members in by_kind_and_third(self.units).items():
             found[f"mean_rank/{group}"] = sum(ranks[i] for i in members) / len(members)
             trained = [i for i in members if ranks[i] > 0]
             for location in self.options.locations if trained else ():
                 share = sum(locations[i] == location for i in trained) / len(trained)
                 found[f"share_{location}/{group}"] = share
         return found
-
-    def _groups(self) -> dict[str, list[int]]:
-        """Units by matrix type, and by front, middle and back third of the blocks."""
-        groups: dict[str, list[int]] = {}
-        blocks = 1 + max((u.layer for u in self.units if u.layer is not None), default=0)
-        for index, unit in enumerate(self.units):
-            groups.setdefault(unit.kind, []).append(index)
-            if unit.layer is not None:
-                groups.setdefault(third(unit.layer, blocks), []).append(index)
-        return groups
 
     # --- state ---------------------------------------------------------------------------------
 

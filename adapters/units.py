@@ -51,6 +51,17 @@ def third(layer: int, blocks: int) -> str:
     return ("front", "middle", "back")[3 * layer // blocks]
 
 
+def by_kind_and_third(units: Sequence[Unit]) -> dict[str, list[int]]:
+    """Places among `units` of those of each matrix type, and of each third of the blocks."""
+    groups: dict[str, list[int]] = {}
+    blocks = 1 + max((unit.layer for unit in units if unit.layer is not None), default=0)
+    for index, unit in enumerate(units):
+        groups.setdefault(unit.kind, []).append(index)
+        if unit.layer is not None:
+            groups.setdefault(third(unit.layer, blocks), []).append(index)
+    return groups
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes x Wᵀ + b and no more: some routers are an nn.Linear by name."""
     return isinstance(module, nn.Linear) and (

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from trainer.errors import RunFailed
-from trainer.memory import GIB, held_outside, readable, release
+from trainer.memory import GIB, allowance, held_bytes, peak_bytes, readable, release
 from trainer.options import DataOptions
 from trainer.session import Session
 from trainer.tasks.base import Batch, Example, Task
@@ -96,16 +96,12 @@ def fit(session: Session, size: int | None = None, batch: Batch | None = None) -
     batch = batch or largest_batch(session.task, data, longest, size or data.micro_batch_size)
     needs, place = _measure(session, batch.to(device))
     release(device)
-    free, total = torch.cuda.mem_get_info(device)
-    foreign = total - free - torch.cuda.memory_reserved(device)
-    budget = int(options.memory_fraction * total) - foreign
+    budget = allowance(device, options.memory_fraction)
     moved = min(world.gather(needs.moved(len(blocks), budget)))
     kept = max(0, min(world.gather(needs.kept(len(blocks), moved, budget))))
     with world.together():
         blocks.keep(kept, moved, place)
-    beside = held_outside()  # a peer's parts: ours, though the allocator does not know of them
-    peak, room = needs.peak(kept, moved) + beside, budget + beside
-    return Plan(kept, moved, len(blocks), peak, room, moved * place)
+    return Plan(kept, moved, len(blocks), needs.peak(kept, moved), budget, moved * place)
 
 
 def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:
@@ -163,7 +159,7 @@ def _probe(session: Session, batch: Batch) -> _Probe | None:
         torch.cuda.synchronize(device)
         seconds = time.perf_counter() - started
         blocks.host.settle()
-        held, forward = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        held, forward = held_bytes(device), peak_bytes(device)
         moved = blocks.host.used
         session.engine.backward(loss)
     except torch.OutOfMemoryError as error:
@@ -172,7 +168,7 @@ def _probe(session: Session, batch: Batch) -> _Probe | None:
         session.optimizer.zero_grad()
         return None
     session.optimizer.zero_grad()
-    return _Probe(held, forward, torch.cuda.max_memory_allocated(device), moved, seconds)
+    return _Probe(held, forward, peak_bytes(device), moved, seconds)
 
 
 def lower(session: Session) -> str:

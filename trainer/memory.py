@@ -114,9 +114,12 @@ def count_outside(nbytes: int) -> None:
     _outside += nbytes
 
 
-def held_outside() -> int:
-    """What this process holds of it now."""
-    return _outside
+def allowance(device: torch.device, fraction: float) -> int:
+    """Most bytes that this process may hold for `fraction` of its GPU to be taken: what others hold
+    counts too."""
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device) + _outside
+    return int(fraction * total) - (total - free - own)
 
 
 def held_bytes(device: torch.device) -> int:
@@ -141,8 +144,13 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def peak_gib(device: torch.device) -> float:
-    """Most memory that this process has held: the GPU's tensors, or resident memory on a CPU."""
+def peak_bytes(device: torch.device) -> int:
+    """Most that this process has held: the GPU's tensors, or resident memory on a CPU."""
     if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated(device) + _outside) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        return torch.cuda.max_memory_allocated(device) + _outside
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_gib(device: torch.device) -> float:
+    """`peak_bytes` in GiB."""
+    return peak_bytes(device) / GIB

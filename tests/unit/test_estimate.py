@@ -16,8 +16,8 @@ H200, H100 = int(139.8 * GIB), int(79.19 * GIB)
 LLAMA, MIXTRAL = "configs/llama70b_random.yaml", "configs/mixtral_random.yaml"
 LLAMA_8B = "configs/llama8b_random.yaml"
 LONG_FP8 = ["model.quantization=fp8", "data.max_length=8192"]
-PARTLY_ON_HOST = ["engine.activation_offload=60", "engine.memory_fraction=0.95"]
 ON_HOST = [*LONG_FP8, "engine.activation_offload=80", "engine.memory_fraction=0.95"]
+PARTLY_ON_HOST = [*LONG_FP8, "engine.activation_offload=60", "engine.memory_fraction=0.95"]
 FSDP2, PEER = ["engine.kind=fsdp2"], ["engine.kind=peer"]
 TWELVE = ["model.quantization=none", "model.overrides.num_hidden_layers=12"]
 TWENTY_FOUR = ["model.quantization=none", "model.overrides.num_hidden_layers=24"]
@@ -29,7 +29,7 @@ MEASURED = [  # configuration, GPUs, overrides, their kind, blocks that kept act
     (LLAMA, 2, [*FSDP2, *TWENTY_FOUR], H200, 24, 47.2),
     (LLAMA, 2, [*FSDP2, *LONG_FP8], H200, 55, 125.8),
     (LLAMA, 1, ON_HOST, H200, 39, 129.3),
-    (LLAMA, 2, [*PEER, *LONG_FP8, *PARTLY_ON_HOST], H100, 19, 73.2),
+    (LLAMA, 2, [*PEER, *PARTLY_ON_HOST], H100, 19, 73.2),
     (LLAMA, 2, [*PEER, *TWELVE], H100, 12, 27.5),
     (LLAMA, 2, [*PEER, *TWENTY_FOUR], H100, 24, 45.9),
     (LLAMA, 2, [*PEER, "model.overrides.num_hidden_layers=12"], H100, 12, 18.3),
@@ -42,9 +42,9 @@ MEASURED = [  # configuration, GPUs, overrides, their kind, blocks that kept act
 
 
 @pytest.mark.parametrize(("path", "gpus", "changes", "memory", "kept", "gib"), MEASURED)
-def test_measured_jobs_are_met_within_a_tenth(path, gpus, changes, memory, kept, gib):
+def test_measured_jobs_are_met_within_a_twentieth(path, gpus, changes, memory, kept, gib):
     found = predict(load_config(path, changes), gpus, memory)
-    assert found.peak / GIB == pytest.approx(gib, rel=0.1)
+    assert found.peak / GIB == pytest.approx(gib, rel=0.05)
     assert abs(found.kept - kept) <= 2  # of the plan too
     assert sum(found.parts().values()) == found.peak and found.fits
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.unit.test_blocks import FOUR_BLOCKS, gradients, opened
-from trainer import activations, offload
+from trainer import activations, memory, offload
 from trainer.activations import Needs
 from trainer.errors import RunFailed
+from trainer.memory import GIB
 from trainer.offload import HostMemory
 
 CPU = torch.device("cpu")
@@ -179,3 +180,19 @@ def test_no_more_is_planned_than_fits_and_as_little_is_computed_again():
             continue
         assert needs.peak(kept, moved) <= budget
         assert (kept + moved, -moved) == max(plans)
+
+
+def test_windows_are_this_process_s_own_memory_and_no_one_else_s(monkeypatch):
+    """A GPU of 100 GiB: 20 in tensors (25 reserved), 30 in windows, 5 of others."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(memory, "_outside", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (40 * GIB, 100 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 25 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 20 * GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 22 * GIB)
+    memory.count_outside(30 * GIB)
+    assert memory.allowance(gpu, 0.9) == 85 * GIB
+    assert memory.held_bytes(gpu) == 50 * GIB and memory.peak_bytes(gpu) == 52 * GIB
+    assert memory.peak_gib(gpu) == 52
+    memory.count_outside(-30 * GIB)
+    assert memory.allowance(gpu, 0.9) == 55 * GIB
