@@ -15,6 +15,9 @@ blocks, one of which is always on its way, it is
     max(f + (n + 1) a, b + max(n, 1) a) − (m − 1) s
 
 bytes, and of more than one block in (time to travel / time to run) the others would have to wait.
+
+What is left then lets blocks stay whole that would otherwise be gathered for each pass
+(`engine.whole_blocks`).
 """
 
 import time
@@ -68,6 +71,7 @@ class Plan:
 
     kept: int
     moved: int
+    whole: int
     blocks: int
     peak: int
     budget: int
@@ -76,8 +80,9 @@ class Plan:
 
     def __str__(self) -> str:
         moved = f", {self.moved} move them to the host ({readable(self.place)})" * bool(self.moved)
+        whole = f", {self.whole} stay whole" * bool(self.whole)
         return (
-            f"{self.kept} of {self.blocks} blocks keep their activations{moved}, peak "
+            f"{self.kept} of {self.blocks} blocks keep their activations{moved}{whole}, peak "
             f"{readable(self.peak)} expected of {readable(self.budget)}"
         )
 
@@ -94,6 +99,9 @@ def fit(session: Session, size: int | None = None, batch: Batch | None = None) -
     data = session.config.data
     longest = data.max_length if data.packing else int(session.train_data.lengths.max())
     batch = batch or largest_batch(session.task, data, longest, size or data.micro_batch_size)
+    fills = options.whole_blocks == "auto" and session.engine.keeps_whole
+    if fills:
+        session.engine.keep_whole(0)
     needs, place = _measure(session, batch.to(device))
     release(device)
     budget = allowance(device, options.memory_fraction)
@@ -101,7 +109,13 @@ def fit(session: Session, size: int | None = None, batch: Batch | None = None) -
     kept = max(0, min(world.gather(needs.kept(len(blocks), moved, budget))))
     with world.together():
         blocks.keep(kept, moved, place)
-    return Plan(kept, moved, len(blocks), needs.peak(kept, moved), budget, moved * place)
+    peak, whole = needs.peak(kept, moved), 0
+    if fills:
+        largest = session.engine.largest_block
+        whole = min(len(blocks), max(0, min(world.gather(budget - peak))) // largest)
+        session.engine.keep_whole(whole)
+        peak += whole * largest
+    return Plan(kept, moved, whole, len(blocks), peak, budget, moved * place)
 
 
 def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:
@@ -172,10 +186,15 @@ def _probe(session: Session, batch: Batch) -> _Probe | None:
 
 
 def lower(session: Session) -> str:
-    """After an out-of-memory error: keep an eighth of the blocks fewer, or at last move none, and
-    say so. RunFailed where that is not what was asked for, or all are computed again already."""
-    blocks = session.backbone.blocks
+    """After an out-of-memory error: let no block stay whole; then keep the activations of an eighth
+    of the blocks fewer; at last move none; and say so. RunFailed where that is not what was asked
+    for, or all are computed again already."""
+    blocks, engine = session.backbone.blocks, session.engine
     assert blocks is not None
+    if engine.whole_blocks and session.config.engine.whole_blocks == "auto":
+        engine.keep_whole(0)
+        release(session.world.device)
+        return "out of memory: no block stays whole from here"
     auto, kept, moved = session.config.engine.activation_checkpointing, blocks.kept, blocks.moved
     if auto != "auto" or kept == moved == 0:
         raise exhausted(session)
@@ -188,6 +207,11 @@ def exhausted(session: Session) -> RunFailed:
     """What a user hears of memory that ran out for good."""
     config, blocks = session.config, session.backbone.blocks
     assert blocks is not None
+    if session.engine.whole_blocks and config.engine.whole_blocks != "auto":
+        return RunFailed(
+            f"engine.whole_blocks: {config.engine.whole_blocks} given, but the GPU's memory ran "
+            "out; accepted: auto, or fewer"
+        )
     if blocks.kept == blocks.moved == 0:
         size = session.method.micro_batch_size or config.data.micro_batch_size
         return RunFailed(

@@ -30,6 +30,7 @@ from trainer.blocks import Blocks
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine.base import Engine, compiles
+from trainer.errors import UserError
 from trainer.filling import Filler, items_of
 from trainer.memory import release, trim
 from trainer.sources import Source, names_of_parameters, open_files
@@ -55,6 +56,11 @@ def load(
         )
         if config.engine.activation_checkpointing is True:
             backbone.blocks.keep(0)
+        whole, count = config.engine.whole_blocks, len(backbone.blocks)
+        if whole != "auto" and whole > count:
+            raise UserError(
+                f"engine.whole_blocks: {whole} given; accepted: at most {count}, all there are"
+            )
         source = Source(backbone, config, world.device)
         if splitter is not None:
             splitter.resume(backbone.units)
@@ -90,6 +96,8 @@ def load(
         backbone.digest = _digest(source)
     backbone.quantization_error = filler.quantization_error()
     backbone.loading = _figures(source, filler, world, started)
+    if whole != "auto":
+        engine.keep_whole(whole)
     release(world.device)
     model.train()
     return backbone

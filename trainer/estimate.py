@@ -93,6 +93,8 @@ class Prediction:
     """Blocks that keep their activations."""
     moved: int
     """Blocks that move them to the host."""
+    whole: int
+    """Blocks whose weights stay whole from step to step, where others are gathered."""
     memory: int
     """The GPU's."""
     sharded: dict[int, Estimate]
@@ -101,10 +103,11 @@ class Prediction:
     @property
     def phases(self) -> dict[str, int]:
         """Peak of each phase of a step, as `torch.cuda.max_memory_allocated` would show it."""
-        base = self.states.backbone + self.states.gathered + self.states.held
+        backbone = self.states.backbone + self.whole * self.states.block
+        base = backbone + self.states.gathered + self.states.held
         forward, backward = self.probe.peaks(self.kept, self.moved)
         stages = self.states.gathered if self.engine == "peer" else 0  # there all the time
-        step = self.states.backbone + stages + self.states.trainable
+        step = backbone + stages + self.states.trainable
         return {"forward": base + forward, "backward": base + backward, "update": step}
 
     @property
@@ -125,8 +128,10 @@ class Prediction:
         states, probe, kept = self.states, self.probe, self.probe.kept(self.kept)
         inputs = probe.inputs - max(0, self.moved - 1) * probe.input
         parts = {"backbone": states.backbone, "adapters, gradients, moments": states.held}
+        if self.whole:
+            parts["blocks that stay whole"] = self.whole * states.block
         if phase == "update":
-            rest = self.peak - states.backbone - states.held
+            rest = self.peak - sum(parts.values())
             return {**parts, "gathered layers and temporaries of the update": rest}
         peak = probe.peaks(self.kept, self.moved)[phase == "backward"]
         return {
@@ -156,19 +161,25 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     states = estimate(backbone, config, gpus, engine.spread, near=gpus // hosts)
     more = {n: estimate(backbone, config, n, "split") for n in (2, 4, 8, 16, 32, 64)}
     found = probe(backbone, config, task, compiled=compiles(config, engine, backbone, device))
-    kept, moved = _kept(config.engine, found, states, gpus, memory)
-    return Prediction(kind, reason, gpus, states, found, kept, moved, memory, more)
+    budget = int(config.engine.memory_fraction * memory) - _allowance(gpus)
+    plan = _plan(config.engine, found, states, budget, fills=engine.keeps_whole)
+    return Prediction(kind, reason, gpus, states, found, *plan, memory, more)
 
 
-def _kept(
-    options: EngineOptions, probe: Probe, states: Estimate, gpus: int, memory: int
-) -> tuple[int, int]:
-    """Blocks that keep their activations and that move them, as the options say."""
-    if options.activation_checkpointing == "auto":
-        held = states.backbone + states.gathered + states.held
-        budget = int(options.memory_fraction * memory) - _allowance(gpus) - held
-        return probe.plan(budget, int(options.activation_offload * GIB))
-    return 0 if options.activation_checkpointing else len(probe.added), 0
+def _plan(
+    options: EngineOptions, probe: Probe, states: Estimate, budget: int, *, fills: bool
+) -> tuple[int, int, int]:
+    """Blocks that keep their activations, that move them, and that stay whole, as the options
+    say."""
+    whole = 0 if options.whole_blocks == "auto" else options.whole_blocks
+    if options.activation_checkpointing != "auto":
+        return 0 if options.activation_checkpointing else len(probe.added), 0, whole
+    left = budget - states.backbone - whole * states.block - states.gathered - states.held
+    kept, moved = probe.plan(left, int(options.activation_offload * GIB))
+    left -= max(probe.peaks(kept, moved))
+    if fills and states.block and options.whole_blocks == "auto":
+        whole = min(len(probe.added), max(0, left) // states.block)
+    return kept, moved, whole
 
 
 def _allowance(gpus: int) -> int:
@@ -338,9 +349,10 @@ def table(prediction: Prediction) -> str:
     reason = f" ({p.reason})" if p.reason else ""
     moved = f", {p.moved} move them to the host" * bool(p.moved)
     again = ", the others compute them again" * (p.kept + p.moved < blocks)
+    whole = f"; the weights of {p.whole} stay whole" * bool(p.whole)
     lines = [
         f"engine          {p.engine}{reason}, {p.gpus} GPU(s)",
-        f"activations     {p.kept} of {blocks} blocks keep theirs{moved}{again}",
+        f"activations     {p.kept} of {blocks} blocks keep theirs{moved}{again}{whole}",
         "memory a rank   when most is held",
         *(f"  {name:<30}{readable(size):>14}" for name, size in p.parts().items()),
         f"  {'peak of tensors':<30}{readable(p.peak):>14}",
@@ -353,7 +365,9 @@ def table(prediction: Prediction) -> str:
 
 def advice(prediction: Prediction) -> str:
     """One line on what would make it fit."""
-    p = replace(prediction, kept=0, moved=0)
+    if replace(prediction, whole=0).fits:
+        return "with engine.whole_blocks=auto it would"
+    p = replace(prediction, kept=0, moved=0, whole=0)
     if p.fits:
         return "with engine.activation_checkpointing=auto it would"
     missing = f"{readable(p.peak + p.allowance - p.memory)} too much with every block checkpointed"

@@ -30,6 +30,8 @@ class Estimate:
 
     backbone: int
     """The rank's share of the frozen backbone, between steps."""
+    block: int
+    """The largest transformer block, whole; 0 where no block is gathered."""
     gathered: int
     """What a sharder gathers of it at a time: one block in use and one on its way, and the layers
     outside the blocks where these are split too."""
@@ -59,16 +61,17 @@ def estimate(
     blocks = [block for _, block in transformer_blocks(backbone.model)]
     sizes = [_frozen_bytes(block, backbone, hosts_only=spread == "blocks") for block in blocks]
     whole = _frozen_bytes(backbone.model, backbone)
-    near, rest, stages = near or ranks, whole - sum(sizes), 2 * max(sizes, default=0)
+    near, rest, largest = near or ranks, whole - sum(sizes), max(sizes, default=0)
     backbone_bytes, gathered = {
         "whole": (whole, 0),
-        "split": (-(-whole // ranks), rest + stages if ranks > 1 else 0),
-        "blocks": (rest - (-sum(sizes) // near), stages),
+        "split": (-(-whole // ranks), rest + 2 * largest if ranks > 1 else 0),
+        "blocks": (rest - (-sum(sizes) // near), 2 * largest),
     }[spread]
     trained = trainable_parameters(backbone, config)
     split = -(-trained // (ranks if config.optim.shard_state else 1))
     return Estimate(
         backbone=backbone_bytes,
+        block=largest if gathered else 0,
         gathered=gathered,
         held=4 * (2 * trained + 2 * split),
         update=4 * 3 * split,

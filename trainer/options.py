@@ -3,7 +3,7 @@
 `method` and `task` are their implementations' own (`adapters/method.py`, `trainer/tasks/base.py`).
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -218,6 +218,10 @@ class EngineOptions(Section):
     """GiB of the host's memory, a rank, to which `activation_checkpointing: auto` may move
     activations that the GPU has no room for, as many as travel while other blocks run. They are
     page-locked."""
+    whole_blocks: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Transformer blocks whose weights stay whole on every rank from step to step, where they would
+    be gathered anew for each pass (fsdp2, peer): so many, or as many as `memory_fraction` has room
+    for beside the activations that are kept (auto; on a CPU none)."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the transformer blocks, once for all of them. auto: on a GPU, unless the engine is
     deepspeed and the blocks hold what compiling would keep gathered (a trained router, large
@@ -236,6 +240,11 @@ class EngineOptions(Section):
                 f"engine.activation_offload: {self.activation_offload} given with "
                 f"engine.activation_checkpointing={self.activation_checkpointing}; accepted: 0, or "
                 "activation_checkpointing=auto"
+            )
+        if self.whole_blocks != "auto" and self.kind not in ("fsdp2", "peer"):
+            raise ValueError(
+                f"engine.whole_blocks: {self.whole_blocks} given with engine.kind={self.kind}; "
+                "accepted: auto, or engine.kind=fsdp2 or peer"
             )
         return self
 

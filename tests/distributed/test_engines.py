@@ -137,6 +137,44 @@ def test_windows_show_what_the_ranks_of_a_host_wrote(tmp_path, nodes):
         assert seen == [written[other] for other in host]
 
 
+@pytest.mark.parametrize("fmt", ["none", "nf4"])
+@pytest.mark.parametrize("engine", ["peer", "fsdp2"])
+def test_blocks_that_stay_whole_change_nothing_but_memory(tmp_path, engine, fmt):
+    config = quick_config(
+        tmp_path, f"engine.kind={engine}", f"model.quantization={fmt}", "model.weights=random",
+        "model.overrides.num_hidden_layers=4", "model.overrides.hidden_size=256",
+        "model.overrides.intermediate_size=512", "data.eval=null", "method.alpha=8",
+    )  # fmt: skip
+    case = {"whole": ("whole_blocks", config.model_dump())}
+    for rank in ok(run_cases(tmp_path, case)["whole"]):
+        none, two, four, one, again = rank
+        for found in (two, four, one, again):
+            assert found | {"bytes": 0} == none | {"bytes": 0}
+        block = (four["bytes"] - none["bytes"]) / 4
+        linear = 256 * (2 * 128 + 2 * 64 + 3 * 512) * BYTES[fmt]
+        assert linear <= block <= 1.01 * linear  # alignment; under fsdp2 norms
+        assert two["bytes"] - none["bytes"] == pytest.approx(2 * block)
+        assert one["bytes"] - none["bytes"] == pytest.approx(block)
+        assert again["bytes"] == none["bytes"]
+
+
+@pytest.mark.parametrize("engine", ["peer", "fsdp2"])
+def test_as_many_blocks_stay_whole_as_were_asked_for(tmp_path, engine):
+    cases = {
+        f"whole-{whole}": ("train", quick_config(
+            tmp_path, f"engine.kind={engine}", f"run.name=whole-{whole}", f"engine.whole_blocks={whole}",
+            "model.weights=random", "model.overrides.num_hidden_layers=4", "run.eval_every=2",
+        ).model_dump()) for whole in (0, 3, 5)
+    }  # fmt: skip
+    results = run_cases(tmp_path / "work", cases)
+    for name in ("whole-0", "whole-3"):
+        ok(results[name])
+    assert losses(tmp_path / "runs/whole-3") == losses(tmp_path / "runs/whole-0")
+    first, other = results["whole-5"]
+    assert "engine.whole_blocks: 5 given; accepted: at most 4" in first["message"]
+    assert other["exit_code"] == first["exit_code"] != 0
+
+
 def test_formats_are_not_all_the_same_run(runs):
     first = {
         variant: losses(runs / f"{variant}-single")[0] for variant in ("float32", *FORMATS[1:])

@@ -148,7 +148,10 @@ def windows(world: World, nodes: list[list[int]]) -> list[list[int]]:
 
 def gathered(world: World, config: dict[str, Any]) -> dict[str, str]:
     """Digest of every quantised matrix, byte by byte, as it is while its block is whole."""
-    session = open_session(parse_config(config), world)
+    return _digests(open_session(parse_config(config), world))
+
+
+def _digests(session: Session) -> dict[str, str]:
     digests = {}
     for path, block in transformer_blocks(session.model):
         with session.engine.unsharded(block):
@@ -158,6 +161,30 @@ def gathered(world: World, config: dict[str, Any]) -> dict[str, str]:
                     digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()
                     digests[f"{path}.{name}"] = digest
     return digests
+
+
+def whole_blocks(world: World, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """For several numbers of blocks that stay whole, one after the other in one session: bytes of
+    the backbone here, the loss of an evaluation, the digest of a step's gradients, and those of
+    all matrices."""
+    session = open_session(parse_config(config), world)
+    step = next(iter(make_loader(session, world)))
+    engine, found = session.engine, []
+    for count in (0, 2, 4, 1, 0):
+        engine.keep_whole(count)
+        for _ in range(2):
+            session.optimizer.zero_grad()
+            accumulate(session, step, 0)
+        gradient = session.optimizer.gradients.numpy().tobytes()
+        with torch.no_grad():
+            loss, _ = session.task.loss(session.model, step.micro_batches[0][1])
+        digests = list(_digests(session).values())
+        accumulate(session, step, 0)  # after blocks were taken apart too
+        found.append({
+            "bytes": engine.local_bytes(session.model), "loss": float(loss), "weights": digests,
+            "gradient": hashlib.sha256(gradient).hexdigest(),
+        })  # fmt: skip
+    return found
 
 
 def loaded(world: World, argument: dict[str, Any]) -> dict[str, Any]:
@@ -358,6 +385,7 @@ CASES = {
     "shard": shard,
     "gathered": gathered,
     "windows": windows,
+    "whole_blocks": whole_blocks,
     "loaded": loaded,
     "train_only": train_only,
     "resume": resume,

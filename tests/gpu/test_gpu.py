@@ -226,6 +226,12 @@ def test_engines_train_alike(fmt, tmp_path):
         "model.dtype=float32", f"model.quantization={fmt}", "model.weights=random",
         "model.overrides.num_hidden_layers=7", "engine.activation_checkpointing=true",
     ).model_dump())  # fmt: skip
+    for engine in ("peer", "fsdp2"):  # all blocks stay whole, since there is room
+        cases[f"{engine}-whole"] = ("train_only", quick_config(
+            tmp_path, f"run.name={engine}-whole", "run.steps=10", f"engine.kind={engine}",
+            "engine.device=cuda", "model.dtype=float32", f"model.quantization={fmt}",
+            "model.weights=random", "model.overrides.num_hidden_layers=7", "log.progress=plain",
+        ).model_dump())  # fmt: skip
     for result in run_cases(tmp_path / "work", cases, device="cuda").values():
         ok(result)
     expected = losses(tmp_path / "runs/ddp")

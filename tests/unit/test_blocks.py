@@ -108,6 +108,18 @@ def test_where_nothing_helps_it_says_so(tmp_path, monkeypatch):
         run(quick_config(tmp_path, *FOUR_BLOCKS), World())
 
 
+def test_blocks_stop_staying_whole_before_activations_are_given_up(tmp_path, monkeypatch):
+    session = opened(tmp_path)
+    counts = []
+    monkeypatch.setattr(session.engine, "keep_whole", counts.append)
+    session.engine.whole_blocks = 3
+    assert activations.lower(session) == "out of memory: no block stays whole from here"
+    assert counts == [0] and session.backbone.blocks.kept == 4
+    object.__setattr__(session.config.engine, "whole_blocks", 3)  # as under peer
+    with pytest.raises(RunFailed, match=r"engine.whole_blocks: 3 given, but .* or fewer"):
+        raise activations.exhausted(session)
+
+
 def test_what_was_asked_for_is_not_overridden(tmp_path):
     session = opened(tmp_path, "engine.activation_checkpointing=false")
     with pytest.raises(RunFailed, match=r"engine.activation_checkpointing: false given, but"):

@@ -174,6 +174,10 @@ REFUSED = {
         {"model.overrides": {"num_hidden_layers": 2}},
         ["model.overrides: given with model.weights=pretrained", "only with model.weights=random"],
     ),
+    "blocks that stay whole where all do": (
+        {"engine.whole_blocks": 3, "engine.kind": "ddp"},
+        ["engine.whole_blocks: 3 given with engine.kind=ddp", "auto, or engine.kind=fsdp2"],
+    ),
     "DeepSpeed file for another engine": (
         {"engine.config": "ds.json", "engine.kind": "ddp"},
         ["engine.config: given with engine.kind=ddp", "with deepspeed only"],

@@ -18,7 +18,7 @@ LLAMA_8B = "configs/llama8b_random.yaml"
 LONG_FP8 = ["model.quantization=fp8", "data.max_length=8192"]
 ON_HOST = [*LONG_FP8, "engine.activation_offload=80", "engine.memory_fraction=0.95"]
 PARTLY_ON_HOST = [*LONG_FP8, "engine.activation_offload=60", "engine.memory_fraction=0.95"]
-FSDP2, PEER = ["engine.kind=fsdp2"], ["engine.kind=peer"]
+FSDP2, PEER = ([f"engine.kind={kind}", "engine.whole_blocks=0"] for kind in ("fsdp2", "peer"))
 TWELVE = ["model.quantization=none", "model.overrides.num_hidden_layers=12"]
 TWENTY_FOUR = ["model.quantization=none", "model.overrides.num_hidden_layers=24"]
 
@@ -104,6 +104,28 @@ def test_a_plan_is_the_planners():
     assert found.peaks(2, 2) == (40 + 14 + 7 - 2, 60 + 7 + 7 - 2)
     assert found.plan(72, 18) == (2, 2) and found.plan(71, 18) == (1, 2)
     assert found.plan(60, 18) == (1, 0) and found.plan(1000, 18) == (4, 0)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "peer"])
+def test_what_is_left_lets_blocks_stay_whole(kind):
+    bf16 = [f"engine.kind={kind}", "model.quantization=none"]
+    found = predict(load_config(LLAMA, bf16), 4, H200)
+    assert found.kept == 80 and 10 < found.whole < 30
+    room = int(0.92 * H200) - found.allowance
+    block = 2 * (8192 * (2 * 8192 + 2 * 1024 + 3 * 28672) + 2 * 8192)  # bytes
+    assert found.states.block == pytest.approx(block, rel=1e-4)
+    assert found.peak <= room < found.peak + 1.05 * block
+    assert sum(found.parts().values()) == found.peak
+    assert f"the weights of {found.whole} stay whole" in table(found)
+    less = predict(load_config(LLAMA, [*bf16, "engine.whole_blocks=0"]), 4, H200)
+    assert found.peak - less.peak == found.whole * found.states.block
+    # Asked for, they come first.
+    more = predict(load_config(LLAMA, [*bf16, "engine.whole_blocks=40"]), 4, H200)
+    assert more.whole == 40 and more.kept < 80 and more.fits
+    all_ = predict(load_config(LLAMA, [*bf16, "engine.whole_blocks=80"]), 4, H200)
+    assert "with engine.whole_blocks=auto it would" in table(all_)
+    none = predict(load_config(LLAMA, bf16), 2, H200)
+    assert none.whole == 0 and none.kept < 80
 
 
 def test_advice_where_it_does_not_fit():

@@ -47,6 +47,13 @@ class Engine(ABC):
     """Whether ranks gather the backbone together: one that breaks off in the middle of a block then
     leaves the others waiting there."""
 
+    keeps_whole: ClassVar[bool] = False
+    """Whether blocks may stay whole from step to step (`keep_whole`)."""
+    largest_block: int = 0
+    """Bytes of the largest one, where they may."""
+    whole_blocks: int = 0
+    """How many do."""
+
     reason: str = ""
     """Why `engine.kind: auto` chose it; empty where it was asked for."""
 
@@ -73,6 +80,11 @@ class Engine(ABC):
     @abstractmethod
     def local_bytes(self, model: nn.Module) -> int:
         """Bytes of the frozen backbone that this rank holds between steps."""
+
+    def keep_whole(self, count: int) -> None:
+        """Let the first `count` blocks stay whole from step to step, and only them: the first of
+        all has nothing to hide its gathering behind. Only where `keeps_whole`."""
+        raise NotImplementedError
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of this rank's part of the mean loss, added to those already there."""

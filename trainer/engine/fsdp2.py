@@ -23,6 +23,7 @@ class FSDP2Engine(Engine):
     kind = "fsdp2"
     spread = "split"
     lockstep = True
+    keeps_whole = True
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
@@ -37,6 +38,8 @@ class FSDP2Engine(Engine):
                 # unchanged, and unpacking asks for bytes only.
                 packed = module.weight.detach().view(torch.float32)
                 module.weight = nn.Parameter(packed, requires_grad=False)
+        nbytes = sum(p.numel() * p.element_size() for p in block.parameters())
+        self.largest_block = max(self.largest_block, nbytes)
         self._blocks.append(fully_shard(block, mesh=self._mesh, reshard_after_forward=True))
 
     def shard(self, model: nn.Module) -> None:
@@ -46,6 +49,16 @@ class FSDP2Engine(Engine):
         for block, following in pairwise(self._blocks):
             block.set_modules_to_forward_prefetch([following])
             following.set_modules_to_backward_prefetch([block])
+
+    def keep_whole(self, count: int) -> None:
+        self.whole_blocks = count
+        for index, block in enumerate(self._blocks):
+            block.set_reshard_after_forward(index >= count)
+            block.set_reshard_after_backward(index >= count)
+            if index < count:
+                block.unshard()
+            else:
+                block.reshard()
 
     @contextmanager
     def unsharded(self, module: nn.Module) -> Iterator[None]:
@@ -59,6 +72,10 @@ class FSDP2Engine(Engine):
     def local_bytes(self, model: nn.Module) -> int:
         total = 0
         for parameter in backbone_parameters(model):
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            total += local.numel() * local.element_size()
+            nbytes = parameter.numel() * parameter.element_size()
+            if isinstance(parameter, DTensor):
+                local = parameter.to_local()
+                total += local.numel() * local.element_size()
+            else:  # of a block that stays whole, beside its shards
+                total += nbytes - (-nbytes // self.world.size)
         return total

@@ -60,6 +60,7 @@ class _Block:
         self.part = _aligned(-(-end // len(near)))
         """Bytes of each rank's part."""
         self.size = self.part * len(near)
+        self.whole: Tensor | None = None  # all of it, where it stays from step to step
         self._parts = open_window(self.part, world)
         first, last = self._place * self.part, (self._place + 1) * self.part
         for matrix in self._matrices:
@@ -128,6 +129,7 @@ class PeerEngine(Engine):
     kind = "peer"
     spread = "blocks"
     lockstep = False
+    keeps_whole = True
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
@@ -146,15 +148,26 @@ class PeerEngine(Engine):
     def shard_block(self, block: nn.Module) -> None:
         index = self._index[block] = len(self._blocks)
         self._blocks.append(_Block(block, self.world))
+        self.largest_block = max(self.largest_block, self._blocks[index].size)
         block.register_forward_pre_hook(partial(self._before_forward, index))
         block.register_forward_hook(partial(self._after_forward, index))
 
     def shard(self, model: nn.Module) -> None:
-        largest = max((block.size for block in self._blocks), default=0)
-        self._stages = [_Stage(largest, self.world.device, self._stream) for _ in range(2)]
+        device, nbytes = self.world.device, self.largest_block
+        self._stages = [_Stage(nbytes, device, self._stream) for _ in range(2)]
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
         self.world.gather(None)  # every part is written
+
+    def keep_whole(self, count: int) -> None:
+        self._end()
+        self.whole_blocks = count
+        for index, block in enumerate(self._blocks):
+            if index >= count:
+                block.whole = None
+            elif block.whole is None:
+                block.whole = torch.empty(block.size, dtype=torch.uint8, device=self.world.device)
+                block.copy_into(block.whole)
 
     def _before_forward(self, index: int, *_: Any) -> None:
         self._begin(index, index + 1)
@@ -172,18 +185,24 @@ class PeerEngine(Engine):
         """Let block `index` run, and fetch the one that is likely to follow meanwhile."""
         if self._open != index:
             self._end()
-        stage = self._stages[index % 2]
-        stage.fill(self._blocks[index])
-        stage.wait()
-        self._blocks[index].expose(stage.buffer)
+        block = self._blocks[index]
+        if block.whole is None:
+            stage = self._stages[index % 2]
+            stage.fill(block)
+            stage.wait()
+            block.expose(stage.buffer)
+        else:
+            block.expose(block.whole)
         self._open = index
-        if 0 <= following < len(self._blocks):
+        if 0 <= following < len(self._blocks) and self._blocks[following].whole is None:
             self._stages[following % 2].fill(self._blocks[following])
 
     def _end(self) -> None:
         if self._open is not None:
-            self._blocks[self._open].expose(None)
-            self._stages[self._open % 2].release()
+            block = self._blocks[self._open]
+            block.expose(None)
+            if block.whole is None:
+                self._stages[self._open % 2].release()
             self._open = None
 
     @contextmanager
@@ -193,8 +212,10 @@ class PeerEngine(Engine):
             return
         self._end()
         block = self._blocks[self._index[module]]
-        whole = torch.empty(block.size, dtype=torch.uint8, device=self.world.device)
-        block.copy_into(whole)
+        whole = block.whole
+        if whole is None:
+            whole = torch.empty(block.size, dtype=torch.uint8, device=self.world.device)
+            block.copy_into(whole)
         block.expose(whole)
         try:
             yield
@@ -204,7 +225,8 @@ class PeerEngine(Engine):
     def local_bytes(self, model: nn.Module) -> int:
         self._end()
         whole = sum(p.numel() * p.element_size() for p in backbone_parameters(model))
-        return whole + sum(block.part for block in self._blocks)
+        kept = sum(block.size for block in self._blocks if block.whole is not None)
+        return whole + kept + sum(block.part for block in self._blocks)
 
 
 def _aligned(nbytes: int) -> int:
