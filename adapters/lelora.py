@@ -133,7 +133,7 @@ class LeLoRA(Method):
         self._last_loss = float("nan")  # L₁ of the draw before
         self._touched = torch.zeros(0, 0, dtype=torch.bool)  # (n, R): ever trained
         self._policy: Reinforce | None = None  # rank 0
-        self._fixed: tuple[Tensor, Tensor, Tensor] | None = None  # rank 0: features that stay
+        self._fixed: tuple[Tensor, ...] | None = None  # rank 0: features that stay
         self._drawn: dict[str, Any] = {}  # what the log describes
 
     @property
@@ -289,11 +289,11 @@ class LeLoRA(Method):
                 pairs = zip(spectra, banks, strict=True)
                 energy = energy - torch.stack([s[bank].square().sum() for s, bank in pairs])
             largest = torch.stack([s[0].clamp(min=1e-30) for s in spectra])
-            self._fixed = curves, energy, largest
+            self._fixed = tuple(part.to(self.device) for part in (curves, energy, largest))
         curves, energy, largest = self._fixed
         parts = [curves]
         if self.options.policy.features == "current":
-            gates = self.rows.gates.double().cpu().view(len(self.units), -1)
+            gates = self.rows.gates.double().view(len(self.units), -1)
             energy = energy + gates.square().sum(1)  # approximate: U and V drift
             parts.append(gates / largest.unsqueeze(1))
         norm = energy.clamp(min=0).sqrt().log1p().unsqueeze(1)

@@ -13,7 +13,7 @@ Everything here lives on rank 0.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +24,7 @@ from torch.func import functional_call
 
 from adapters import seeds
 from adapters.options import Section
-from adapters.policy import PolicyNetwork, entropies, log_probability, sample
+from adapters.policy import PolicyNetwork, entropy, log_probability, sample
 
 _PRECISION = 2.0**16
 """Rewards are rounded to so many parts of the next power of two."""
@@ -122,12 +122,14 @@ class PolicyOptions(Section):
 
 @dataclass(frozen=True)
 class Draw:
-    """A sample whose reward is still to come, with the Ω and the inputs that it was drawn from."""
+    """A sample whose reward is still to come, with the Ω and the inputs that it was drawn from, and
+    the logits that they gave, differentiable (none: not yet computed again after resuming)."""
 
     weights: dict[str, Tensor]
     features: Tensor
     ranks: Tensor
     locations: Tensor
+    logits: tuple[Tensor, Tensor] | None = None
 
 
 class Reinforce:
@@ -152,7 +154,7 @@ class Reinforce:
     ):
         self.options, self.seed = options, seed
         self._layer, self._kind = layer.to(device), kind.to(device)
-        self._ranks, self._sizes = torch.tensor(ranks), sizes.double()
+        self._ranks, self._sizes = torch.tensor(ranks).to(device), sizes.double().to(device)
         self._locations = locations
         self.network = PolicyNetwork(
             options.network, layers=int(layer.max()) + 1, kinds=int(kind.max()) + 1,
@@ -163,12 +165,12 @@ class Reinforce:
         self._optimizer = make(self.network.parameters(), lr=options.learning_rate, fused=fused)
         self._earlier: deque[Tensor] = deque(maxlen=options.baseline_window)  # rewards (n) or (1)
         self._draws: deque[Draw] = deque()
-        self._figures: dict[str, Tensor] = {}
+        self._figures: dict[str, Callable[[], Tensor]] = {}  # computed where the log asks
 
     @property
     def scalars(self) -> dict[str, float]:
         """What the log shows."""
-        return {name: float(figure) for name, figure in self._figures.items()}
+        return {name: float(figure()) for name, figure in self._figures.items()}
 
     def draw(self, step: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """Indices into R and into the locations, (n) each on the CPU, for `step`.
@@ -179,28 +181,33 @@ class Reinforce:
         generator = seeds.generator(self.seed, step)
         uniform = torch.rand(2, n, dtype=torch.float64, generator=generator)
         features = features.to(self._layer.device)
-        probabilities = self.probabilities(features)
+        learned = self.options.mode == "learned"
+        # Copies: what is differentiated later must not have moved meanwhile.
+        parameters = self.network.named_parameters() if learned else ()
+        weights = {name: p.detach().clone().requires_grad_() for name, p in parameters}
+        logits = self._logits(weights, features) if learned else None
+        probabilities = self.probabilities(features, logits)
         ranks, locations = (sample(p, u) for p, u in zip(probabilities, uniform, strict=True))
-        if self.options.mode == "learned":
-            weights = {name: p.detach().clone() for name, p in self.network.named_parameters()}
-            self._draws.append(Draw(weights, features, ranks, locations))
+        if learned:
+            self._draws.append(Draw(weights, features, ranks, locations, logits))
         return ranks, locations
 
     @torch.no_grad()
-    def probabilities(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """p of every rank (n, |R|) and of every location (n, |S|)."""
+    def probabilities(
+        self, features: Tensor, logits: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """p of every rank (n, |R|) and of every location (n, |S|), by these logits or today's Ω."""
         n = len(self._layer)
         if self.options.mode == "uniform":
             weights = torch.tensor(self.options.rank_weights or [1.0] * len(self._ranks))
             ranks, locations = weights.repeat(n, 1), torch.ones(n, self._locations)
             return ranks / ranks.sum(1, keepdim=True), locations / self._locations
-        logits = self.network(self._layer, self._kind, features)
-        entropy = entropies(*logits)
+        ranks, locations = (part.detach() for part in logits or self._logits({}, features))
         self._figures |= {
-            "entropy_rank": entropy[0].mean(),
-            "entropy_location": entropy[1].mean(),
+            "entropy_rank": lambda: entropy(ranks).mean(),
+            "entropy_location": lambda: entropy(locations).mean(),
         }
-        return logits[0].softmax(1), logits[1].softmax(1)
+        return ranks.softmax(1), locations.softmax(1)
 
     def learn(self, reward: Tensor) -> None:
         """One step on Ω with the reward of the oldest draw that still lacks its own.
@@ -209,7 +216,7 @@ class Reinforce:
         not finite learns nothing from this draw, and its baseline stays.
         """
         draw = self._draws.popleft()
-        reward = reward.double().cpu()
+        reward = reward.double().to(self._layer.device)
         known = reward.isfinite().view(len(reward), -1).all(1)
         if not bool(known.any()):
             return
@@ -217,12 +224,12 @@ class Reinforce:
         reward = reward.masked_fill(~known, float("nan"))
         reward = self._priced(_rounded(reward), draw)
         if reward.dim() == 3:
-            self._learn_table(draw, reward)
+            self._learn_table(draw, reward, known.flatten())
             return
-        self._figures["reward"] = reward.nanmean()
+        self._figures["reward"] = reward.nanmean
         if self._earlier:
             baseline = self._baseline()
-            self._figures["baseline"] = baseline.nanmean()
+            self._figures["baseline"] = baseline.nanmean
             normalised = self.options.advantage == "normalised"
             spread = self._spread() if normalised else torch.ones_like(reward)
             if spread is not None:
@@ -232,11 +239,10 @@ class Reinforce:
                 self._update(draw, advantage.nan_to_num())
         self._earlier.append(reward)
 
-    def _learn_table(self, draw: Draw, table: Tensor) -> None:
+    def _learn_table(self, draw: Draw, table: Tensor, known: Tensor) -> None:
         """With R(a) averaged over the window, over its largest entry where `normalised`."""
         n = torch.arange(len(table))
-        drawn = table[n, draw.ranks, draw.locations]
-        self._figures["reward"] = drawn.nanmean()
+        self._figures["reward"] = lambda: table.cpu()[n, draw.ranks, draw.locations].nanmean()
         self._earlier.append(table)
         mean = torch.stack(list(self._earlier)).nanmean(0).nan_to_num()
         if self.options.advantage == "normalised":
@@ -244,7 +250,7 @@ class Reinforce:
         weights, rank_logits, location_logits = self._again(draw)
         both = rank_logits.softmax(1).unsqueeze(2) * location_logits.softmax(1).unsqueeze(1)
         expected = (both * mean.to(both)).sum((1, 2))
-        expected = expected.where(drawn.isfinite().to(expected.device), 0.0).mean()
+        expected = expected.where(known, 0.0).mean()
         self._descend(weights, expected, rank_logits, location_logits)
 
     def _priced(self, reward: Tensor, draw: Draw) -> Tensor:
@@ -252,7 +258,7 @@ class Reinforce:
             return reward
         if reward.dim() == 3:
             return reward + self.options.cost * self._sizes[:, None, None] * self._ranks[:, None]
-        price = self.options.cost * self._ranks[draw.ranks] * self._sizes
+        price = self.options.cost * self._ranks[draw.ranks.to(reward.device)] * self._sizes
         return reward + (price if len(reward) > 1 else price.sum(0, keepdim=True))
 
     def _baseline(self) -> Tensor:
@@ -280,26 +286,28 @@ class Reinforce:
         """Eq. 10 at the Ω that drew; the optimizer moves today's Ω."""
         weights, rank_logits, location_logits = self._again(draw)
         device = rank_logits.device
-        counts = (self._ranks[draw.ranks] > 0) | self.options.idle_location
+        ranks, locations = draw.ranks.to(device), draw.locations.to(device)
+        counts = (self._ranks[ranks] > 0) | self.options.idle_location
         log_p = log_probability(
-            rank_logits, location_logits, draw.ranks.to(device), draw.locations.to(device),
-            location_counts=counts.to(device),
-        )  # fmt: skip
+            rank_logits, location_logits, ranks, locations, location_counts=counts
+        )
         loss = (advantage.to(log_p) * log_p).mean()
         self._descend(weights, loss, rank_logits, location_logits)
 
     def _again(self, draw: Draw) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The Ω that drew, and its logits, differentiable."""
-        weights = {name: w.requires_grad_(True) for name, w in draw.weights.items()}
-        inputs = (self._layer, self._kind, draw.features)
-        return weights, *functional_call(self.network, weights, inputs)
+        return draw.weights, *(draw.logits or self._logits(draw.weights, draw.features))
+
+    def _logits(self, weights: dict[str, Tensor], features: Tensor) -> tuple[Tensor, Tensor]:
+        """By these weights, where a parameter is among them, else by today's."""
+        return functional_call(self.network, weights, (self._layer, self._kind, features))
 
     def _descend(
         self, weights: dict[str, Tensor], loss: Tensor, rank_logits: Tensor, location_logits: Tensor
     ) -> None:
         if self.options.entropy:
-            of_ranks, of_locations = entropies(rank_logits, location_logits)
-            loss = loss - self.options.entropy * (of_ranks + of_locations).mean()
+            both = entropy(rank_logits) + entropy(location_logits)
+            loss = loss - self.options.entropy * both.mean()
         gradients = torch.autograd.grad(loss, list(weights.values()))
         for parameter, gradient in zip(self.network.parameters(), gradients, strict=True):
             parameter.grad = gradient
@@ -313,7 +321,8 @@ class Reinforce:
         if self._earlier:
             state["earlier"] = torch.stack(list(self._earlier))
         for index, draw in enumerate(self._draws):
-            state |= {f"draw.{index}.weights.{name}": w for name, w in draw.weights.items()}
+            weights = draw.weights.items()
+            state |= {f"draw.{index}.weights.{name}": w.detach() for name, w in weights}
             for part in ("features", "ranks", "locations"):
                 state[f"draw.{index}.{part}"] = getattr(draw, part)
         return state
@@ -329,11 +338,11 @@ class Reinforce:
             int(index): dict(parts) for index, parts in _nested(state, "optimizer.").items()
         }
         self._optimizer.load_state_dict(optimizer)
-        self._earlier.extend(state.get("earlier", torch.zeros(0, 1)).double())
+        self._earlier.extend(state.get("earlier", torch.zeros(0, 1)).double().to(device))
         for _, parts in sorted(_nested(state, "draw.").items(), key=lambda item: int(item[0])):
             # In the network's own order, in which gradients are handed to its parameters.
             weights = {
-                name: parts[f"weights.{name}"].to(device)
+                name: parts[f"weights.{name}"].to(device).requires_grad_()
                 for name, _ in self.network.named_parameters()
             }
             features = parts["features"].to(device)

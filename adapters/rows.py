@@ -20,27 +20,29 @@ class Rows:
 
     def __init__(self, adapters: Collection[GatedAdapter]):
         self._adapters = list(adapters)
-        self._sizes = [adapter.rank for adapter in adapters]
+        sizes = [adapter.rank for adapter in adapters]
         none: list[Tensor] = [] if adapters else [torch.zeros(0)]
         self._gates = torch.cat(none or [adapter.g.detach() for adapter in adapters])
         self.masks = torch.cat([t.bool() for t in none] or [adapter.mask for adapter in adapters])
         """(ΣR,) bool: what is written here holds for the adapters."""
-        self.by_adapter = self.masks.split(self._sizes)
+        self.by_adapter = self.masks.split(sizes)
         """The mask (R,) of each."""
-        self._views = list(self._gates.split(self._sizes))
-        for adapter, mask, gate in zip(adapters, self.by_adapter, self._views, strict=True):
+        for adapter, mask, gate in zip(
+            adapters, self.by_adapter, self._gates.split(sizes), strict=True
+        ):
             adapter.mask, adapter.g.data = mask, gate
+        self._first = self._gates.data_ptr()  # of the gates, where they were last seen
+        self._buffer, self._places = self._gates, torch.zeros(0)
 
     @property
     def gates(self) -> Tensor:
         """(ΣR,) float32: the gates as they are; written to by `write_gates` alone."""
-        return torch.cat(self._views) if self._moved() else self._gates
+        return self._buffer[self._places] if self._moved() else self._gates
 
     def write_gates(self, values: Tensor) -> None:
         """`values` (ΣR,), on any device."""
         if self._moved():
-            parts = values.to(self._gates).split(self._sizes)
-            torch._foreach_copy_(self._views, parts)
+            self._buffer[self._places] = values.to(self._gates)
         else:
             self._gates.copy_(values)
 
@@ -48,7 +50,17 @@ class Rows:
         """Whether an optimizer holds them; where it has moved them, they are looked up anew."""
         if not self._adapters:
             return False
-        first = self._adapters[0].g
-        if first.data_ptr() != self._views[0].data_ptr():
-            self._views = [adapter.g.detach() for adapter in self._adapters]
-        return first.data_ptr() != self._gates.data_ptr()
+        first = self._adapters[0].g.data_ptr()
+        if first != self._first:
+            self._first = first
+            self._find()
+        return first != self._gates.data_ptr()
+
+    def _find(self) -> None:
+        """All of them lie in one buffer, which one indexing then reads."""
+        gates = [adapter.g.detach() for adapter in self._adapters]
+        storage = gates[0].untyped_storage()
+        assert all(gate.untyped_storage().data_ptr() == storage.data_ptr() for gate in gates)
+        self._buffer = torch.empty(0, dtype=gates[0].dtype, device=gates[0].device).set_(storage)
+        places = [int(gate.storage_offset()) + torch.arange(len(gate)) for gate in gates]
+        self._places = torch.cat(places).to(storage.device)

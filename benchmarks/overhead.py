@@ -1,12 +1,12 @@
 """Step time of every method over LoRA's of the same rank, on one device.
 
     python -m benchmarks.overhead [--rounds 30] [--methods lora,lalora] [--out FILE.json]
-        [section.key=value ...]
+        [--config FILE.yaml] [section.key=value ...]
 
-A random Llama of 1.2 billion parameters, global batch 128 sequences of 256 tokens, bfloat16, in one
-micro-batch: in several smaller ones the GPU waits for launches, whose jitter hides what is to be
-seen. All methods are loaded at once and take turns, step by step on the same batches, since a
-machine is not equally fast all the time. Shown are the median step, and the median and the
+A random Llama (or `--config`) of 1.2 billion parameters, global batch 128 sequences of 256 tokens,
+bfloat16, in one micro-batch: in several smaller ones the GPU waits for launches, whose jitter hides
+what is to be seen. All methods are loaded at once and take turns, step by step on the same batches,
+since a machine is not equally fast all the time. Shown are the median step, and the median and the
 quartiles of the ratio to LoRA's step of the same round, after the first third (WeightLoRA: after
 its selection). `lora-again` is LoRA itself: what its ratio differs from 1 is noise.
 """
@@ -32,6 +32,7 @@ from trainer.session import Session, open_session
 from trainer.start import guarded
 from trainer.validation import make_validate
 
+LLAMA = "configs/llama8b_random.yaml"
 JOB = [
     "model.quantization=none", "model.overrides.hidden_size=2048",
     "model.overrides.intermediate_size=8192", "model.overrides.num_hidden_layers=16",
@@ -79,9 +80,11 @@ def steps(session: Session, count: int) -> Iterator[Update]:
         yield update
 
 
-def opened(name: str, rounds: int, overrides: list[str], world: World) -> Session:
+def opened(
+    name: str, rounds: int, overrides: list[str], world: World, file: str = LLAMA
+) -> Session:
     config = load_config(
-        "configs/llama8b_random.yaml",
+        file,
         [*JOB, *METHODS[name], f"run.steps={rounds}", f"run.name={name}", *overrides],
     )
     session = open_session(config, world)
@@ -89,10 +92,10 @@ def opened(name: str, rounds: int, overrides: list[str], world: World) -> Sessio
     return session
 
 
-def measure(names: list[str], rounds: int, overrides: list[str]) -> list[dict[str, Any]]:
+def measure(names: list[str], rounds: int, overrides: list[str], file: str) -> list[dict[str, Any]]:
     """Seconds of every step by method, LoRA's first."""
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    sessions = {name: opened(name, rounds, overrides, world) for name in names}
+    sessions = {name: opened(name, rounds, overrides, world, file) for name in names}
     running = {name: steps(session, rounds) for name, session in sessions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
@@ -125,10 +128,12 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--methods", default=",".join(METHODS), help=", ".join(METHODS))
+    parser.add_argument("--config", default=LLAMA, help="another model, of the same sizes")
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    found = measure(arguments.methods.split(","), arguments.rounds, arguments.overrides)
+    names = arguments.methods.split(",")
+    found = measure(names, arguments.rounds, arguments.overrides, arguments.config)
     print("| method | step, s | over LoRA | quartiles | trainable |\n|---|---|---|---|---|")
     for f in found:
         print("| {method} | {step_seconds:.4f} | {ratio:.3f} | {low:.3f}–{high:.3f} | "
