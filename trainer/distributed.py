@@ -285,10 +285,20 @@ def _address() -> str:
     return ":".join(os.environ.get(f"MASTER_{part}", "") for part in ("ADDR", "PORT"))
 
 
+_before_leaving: list[Callable[[], None]] = []
+
+
+def before_leaving(action: Callable[[], None]) -> None:
+    """Have `action` done while this process is still in its group, by `stop`."""
+    _before_leaving.append(action)
+
+
 def stop() -> None:
     """Leave the process group once everyone is done."""
     if dist.is_initialized():
         dist.barrier()
+        while _before_leaving:
+            _before_leaving.pop()()
         dist.destroy_process_group()
 
 

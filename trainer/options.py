@@ -222,6 +222,9 @@ class EngineOptions(Section):
     """Transformer blocks whose weights stay whole on every rank from step to step, where they would
     be gathered anew for each pass (fsdp2, peer): so many, or as many as `memory_fraction` has room
     for beside the activations that are kept (auto; on a CPU none)."""
+    copy_engines: bool = False
+    """fsdp2 on one host, whose GPUs reach each other's memory: NCCL gathers blocks by their copy
+    engines, not by a kernel that takes a part of the GPU from the products."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the transformer blocks, once for all of them. auto: on a GPU, unless the engine is
     deepspeed and the blocks hold what compiling would keep gathered (a trained router, large
@@ -240,6 +243,11 @@ class EngineOptions(Section):
                 f"engine.activation_offload: {self.activation_offload} given with "
                 f"engine.activation_checkpointing={self.activation_checkpointing}; accepted: 0, or "
                 "activation_checkpointing=auto"
+            )
+        if self.copy_engines and self.kind != "fsdp2":
+            raise ValueError(
+                f"engine.copy_engines: true given with engine.kind={self.kind}; accepted: false, "
+                "or engine.kind=fsdp2"
             )
         if self.whole_blocks != "auto" and self.kind not in ("fsdp2", "peer"):
             raise ValueError(

@@ -226,9 +226,13 @@ def test_engines_train_alike(fmt, tmp_path):
         "model.dtype=float32", f"model.quantization={fmt}", "model.weights=random",
         "model.overrides.num_hidden_layers=7", "engine.activation_checkpointing=true",
     ).model_dump())  # fmt: skip
-    for engine in ("peer", "fsdp2"):  # all blocks stay whole, since there is room
-        cases[f"{engine}-whole"] = ("train_only", quick_config(
-            tmp_path, f"run.name={engine}-whole", "run.steps=10", f"engine.kind={engine}",
+    for name, engine, *changes in [
+        ("peer-whole", "peer"), ("fsdp2-whole", "fsdp2"),  # all blocks, since there is room
+        ("copies", "fsdp2", "engine.copy_engines=true", "engine.whole_blocks=0"),
+        ("copies-whole", "fsdp2", "engine.copy_engines=true", "engine.whole_blocks=3"),
+    ]:  # fmt: skip
+        cases[name] = ("train_only", quick_config(
+            tmp_path, f"run.name={name}", "run.steps=10", f"engine.kind={engine}", *changes,
             "engine.device=cuda", "model.dtype=float32", f"model.quantization={fmt}",
             "model.weights=random", "model.overrides.num_hidden_layers=7", "log.progress=plain",
         ).model_dump())  # fmt: skip

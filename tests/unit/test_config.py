@@ -174,6 +174,10 @@ REFUSED = {
         {"model.overrides": {"num_hidden_layers": 2}},
         ["model.overrides: given with model.weights=pretrained", "only with model.weights=random"],
     ),
+    "copy engines where nothing is gathered": (
+        {"engine.copy_engines": True, "engine.kind": "peer"},
+        ["engine.copy_engines: true given with engine.kind=peer", "false, or engine.kind=fsdp2"],
+    ),
     "blocks that stay whole where all do": (
         {"engine.whole_blocks": 3, "engine.kind": "ddp"},
         ["engine.whole_blocks: 3 given with engine.kind=ddp", "auto, or engine.kind=fsdp2"],

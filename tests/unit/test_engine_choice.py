@@ -5,7 +5,7 @@ import pytest
 from tests.helpers import quick_config
 from trainer import architecture
 from trainer.distributed import World
-from trainer.engine import choose, make_engine
+from trainer.engine import choose, engine_class, make_engine
 from trainer.errors import UserError
 from trainer.memory import estimate
 from trainer.tasks import TASKS
@@ -89,3 +89,9 @@ def test_other_reasons(tmp_path, gpu, launcher, size, changes, expected):
 def test_a_json_without_a_launcher_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"engine.config: given without a launcher"):
         chosen(tmp_path, GPU, "none", 1, "engine.config=configs/deepspeed/zero3.json")
+
+
+def test_copy_engines_are_refused_where_there_are_none(tmp_path):
+    config = quick_config(tmp_path, "engine.kind=fsdp2", "engine.copy_engines=true")
+    with pytest.raises(UserError, match=r"engine.copy_engines: true given, .* accepted: false"):
+        engine_class("fsdp2")(config, World(size=2))

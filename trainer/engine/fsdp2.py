@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -14,7 +14,10 @@ from adapters.experts import StackedLinear
 from adapters.linear import AdaptedLinear
 from trainer.config import Config
 from trainer.distributed import World
+from trainer.engine import copy_engines
 from trainer.engine.base import Engine, backbone_parameters
+from trainer.engine.copy_engines import CopyEngines
+from trainer.errors import UserError
 
 
 class FSDP2Engine(Engine):
@@ -27,7 +30,17 @@ class FSDP2Engine(Engine):
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
-        self._mesh = init_device_mesh(world.device.type, (world.size,))
+        self._gather: CopyEngines | None = None
+        if config.engine.copy_engines:
+            if not copy_engines.possible(world):
+                raise UserError(
+                    "engine.copy_engines: true given, but that takes NCCL 2.28 and GPUs of one "
+                    "host that reach each other's memory; accepted: false"
+                )
+            group, self._gather = copy_engines.gathering(world.device)
+            self._mesh = DeviceMesh.from_group(group, world.device.type)
+        else:
+            self._mesh = init_device_mesh(world.device.type, (world.size,))
         self._blocks: list[FSDPModule] = []
 
     def shard_block(self, block: nn.Module) -> None:
@@ -40,7 +53,10 @@ class FSDP2Engine(Engine):
                 module.weight = nn.Parameter(packed, requires_grad=False)
         nbytes = sum(p.numel() * p.element_size() for p in block.parameters())
         self.largest_block = max(self.largest_block, nbytes)
-        self._blocks.append(fully_shard(block, mesh=self._mesh, reshard_after_forward=True))
+        sharded = fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
+        if self._gather is not None:
+            sharded.set_custom_all_gather(self._gather)
+        self._blocks.append(sharded)
 
     def shard(self, model: nn.Module) -> None:
         # The root group would by default stay whole from forward to backward, and after an

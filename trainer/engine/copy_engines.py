@@ -1,0 +1,71 @@
+"""NCCL's all-gather by a GPU's copy engines, which takes nothing of the GPU from the products.
+
+It needs a communicator that is told to do without thread blocks, and buffers that lie at the same
+place on every rank and are registered with it. torch 2.13 has the same as
+`FSDPModule.set_symm_mem_for_comm`, but for one user of symmetric memory in a process only.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
+
+from trainer.distributed import World, before_leaving
+
+
+def possible(world: World) -> bool:
+    """Whether all ranks are on one host, and its GPUs reach each other's memory."""
+    return (
+        world.device.type == "cuda"
+        and len(world.nodes) == 1
+        and world.peers
+        and hasattr(dist.ProcessGroupNCCL, "NCCL_CTA_POLICY_ZERO")
+    )
+
+
+@cache
+def gathering(device: torch.device) -> "tuple[dist.ProcessGroup, CopyEngines]":
+    """The communicator of all ranks, and its all-gather; one in a process. All ranks call it
+    together."""
+    nccl: Any = dist.ProcessGroupNCCL
+    options = nccl.Options()
+    options.config.cta_policy = nccl.NCCL_CTA_POLICY_ZERO
+    group = dist.new_group(backend="nccl", pg_options=options)
+    assert isinstance(group, dist.ProcessGroup)
+    dist.all_reduce(torch.zeros(1, device=device), group=group)  # connects
+    return group, CopyEngines(group, device)
+
+
+class CopyEngines(AllGather):
+    """`fully_shard`'s way to gather, for `FSDPModule.set_custom_all_gather`."""
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device):
+        backend: Any = group._get_backend(device)
+        self._pool = torch.cuda.MemPool(backend.mem_allocator)
+        # What is allocated in it later is registered too, on all ranks alike.
+        backend.register_mem_pool(self._pool, symm=True)
+        # Memory that is freed later would otherwise look for a communicator that is gone.
+        before_leaving(lambda: backend.deregister_mem_pool(self._pool))
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        with torch.cuda.use_mem_pool(self._pool):
+            return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        # NCCL before 2.29.7 fails on the default stream (its issue 2003), torch's own stream works.
+        beside = torch.cuda.current_stream() == torch.cuda.default_stream()
+        work = dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op or beside)
+        if async_op or work is None:
+            return work
+        work.wait()
+        return None
