@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     measured = json.loads((HERE / "performance.json").read_text(encoding="utf-8"))
     jobs = measured["jobs"]
-    figure, panels = plt.subplots(1, len(jobs), figsize=(11, 3.6), layout="constrained")
+    figure, panels = plt.subplots(1, len(jobs), figsize=(12, 3.6), layout="constrained")
     for axes, job in zip(panels, jobs, strict=True):
         bars = {"PEFT": job["peft"], "rankcast": job["tokens_per_second"]}
         shown = {name: value for name, value in bars.items() if value is not None}

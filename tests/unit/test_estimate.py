@@ -30,6 +30,7 @@ MEASURED = [  # configuration, GPUs, overrides, their kind, blocks that kept act
     (LLAMA, 2, [*FSDP2, *LONG_FP8], H200, 55, 125.8),
     (LLAMA, 1, ON_HOST, H200, 39, 129.3),
     (LLAMA, 2, [*PEER, *PARTLY_ON_HOST], H100, 19, 73.2),
+    (LLAMA, 2, ["engine.kind=peer", *PARTLY_ON_HOST], H200, 61, 130.8),
     (LLAMA, 2, [*PEER, *TWELVE], H100, 12, 27.5),
     (LLAMA, 2, [*PEER, *TWENTY_FOUR], H100, 24, 45.9),
     (LLAMA, 2, [*PEER, "model.overrides.num_hidden_layers=12"], H100, 12, 18.3),
