@@ -241,8 +241,8 @@ class Reinforce:
 
     def _learn_table(self, draw: Draw, table: Tensor, known: Tensor) -> None:
         """With R(a) averaged over the window, over its largest entry where `normalised`."""
-        n = torch.arange(len(table))
-        self._figures["reward"] = lambda: table.cpu()[n, draw.ranks, draw.locations].nanmean()
+        drawn = torch.arange(len(table)), draw.ranks, draw.locations
+        self._figures["reward"] = lambda: table.cpu()[drawn].nanmean()
         self._earlier.append(table)
         mean = torch.stack(list(self._earlier)).nanmean(0).nan_to_num()
         if self.options.advantage == "normalised":
@@ -268,7 +268,8 @@ class Reinforce:
         if self.options.baseline == "mean":
             return mean
         known = earlier.isfinite()
-        time = torch.arange(len(earlier), dtype=torch.float64).unsqueeze(1).where(known, torch.nan)
+        time = torch.arange(len(earlier), dtype=torch.float64, device=earlier.device)
+        time = time.unsqueeze(1).where(known, torch.nan)
         middle = time.nanmean(0)
         slope = ((time - middle) * earlier).nansum(0) / (time - middle).square().nansum(0)
         return torch.where(known.sum(0) < 3, mean, mean + slope * (len(earlier) - middle))

@@ -26,7 +26,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from trainer.errors import RunFailed
-from trainer.memory import GIB, allowance, held_bytes, peak_bytes, readable, release
+from trainer.memory import (
+    GIB,
+    allowance,
+    fitting,
+    held_bytes,
+    peak_bytes,
+    readable,
+    release,
+    update_bytes,
+)
 from trainer.options import DataOptions
 from trainer.session import Session
 from trainer.tasks.base import Batch, Example, Task
@@ -99,9 +108,10 @@ def fit(session: Session, size: int | None = None, batch: Batch | None = None) -
     data = session.config.data
     longest = data.max_length if data.packing else int(session.train_data.lengths.max())
     batch = batch or largest_batch(session.task, data, longest, size or data.micro_batch_size)
-    fills = options.whole_blocks == "auto" and session.engine.keeps_whole
+    engine = session.engine
+    fills = options.whole_blocks == "auto" and engine.keeps_whole
     if fills:
-        session.engine.keep_whole(0)
+        engine.keep_whole(0)
     needs, place = _measure(session, batch.to(device))
     release(device)
     budget = allowance(device, options.memory_fraction)
@@ -109,13 +119,14 @@ def fit(session: Session, size: int | None = None, batch: Batch | None = None) -
     kept = max(0, min(world.gather(needs.kept(len(blocks), moved, budget))))
     with world.together():
         blocks.keep(kept, moved, place)
-    peak, whole = needs.peak(kept, moved), 0
+    peak = needs.peak(kept, moved)
     if fills:
-        largest = session.engine.largest_block
-        whole = min(len(blocks), max(0, min(world.gather(budget - peak))) // largest)
-        session.engine.keep_whole(whole)
-        peak += whole * largest
-    return Plan(kept, moved, whole, len(blocks), peak, budget, moved * place)
+        share = world.size if session.config.optim.shard_state else 1
+        updating = held_bytes(device) + update_bytes(session.optimizer.numel, share)
+        left = min(world.gather(budget - max(peak, updating)))
+        engine.keep_whole(fitting(len(blocks), engine.largest_block, left))
+        peak += engine.whole_blocks * engine.largest_block
+    return Plan(kept, moved, engine.whole_blocks, len(blocks), peak, budget, moved * place)
 
 
 def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:
@@ -207,10 +218,10 @@ def exhausted(session: Session) -> RunFailed:
     """What a user hears of memory that ran out for good."""
     config, blocks = session.config, session.backbone.blocks
     assert blocks is not None
-    if session.engine.whole_blocks and config.engine.whole_blocks != "auto":
+    if session.engine.whole_blocks:
         return RunFailed(
             f"engine.whole_blocks: {config.engine.whole_blocks} given, but the GPU's memory ran "
-            "out; accepted: auto, or fewer"
+            f"out with {session.engine.whole_blocks}; accepted: fewer, or 0"
         )
     if blocks.kept == blocks.moved == 0:
         size = session.method.micro_batch_size or config.data.micro_batch_size

@@ -26,11 +26,10 @@ from trainer.architecture import (
     resolve_folder,
     set_module,
 )
-from trainer.blocks import Blocks
+from trainer.blocks import Blocks, check_whole
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine.base import Engine, compiles
-from trainer.errors import UserError
 from trainer.filling import Filler, items_of
 from trainer.memory import release, trim
 from trainer.sources import Source, names_of_parameters, open_files
@@ -56,11 +55,7 @@ def load(
         )
         if config.engine.activation_checkpointing is True:
             backbone.blocks.keep(0)
-        whole, count = config.engine.whole_blocks, len(backbone.blocks)
-        if whole != "auto" and whole > count:
-            raise UserError(
-                f"engine.whole_blocks: {whole} given; accepted: at most {count}, all there are"
-            )
+        check_whole(config.engine, len(backbone.blocks))
         source = Source(backbone, config, world.device)
         if splitter is not None:
             splitter.resume(backbone.units)
@@ -96,7 +91,8 @@ def load(
         backbone.digest = _digest(source)
     backbone.quantization_error = filler.quantization_error()
     backbone.loading = _figures(source, filler, world, started)
-    if whole != "auto":
+    whole = config.engine.whole_blocks
+    if whole != "auto" and whole > 0:
         engine.keep_whole(whole)
     release(world.device)
     model.train()

@@ -20,7 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from adapters.experts import ExpertHost, StackedLinear
 from adapters.linear import AdaptedLinear
 from adapters.units import transformer_blocks
+from trainer.errors import UserError
 from trainer.offload import HostMemory
+from trainer.options import EngineOptions
 
 BACKEND = "inductor"
 
@@ -82,6 +84,15 @@ class Blocks:
             block.moved, block.checkpointed = block.index in away, False
         for block in others[: len(others) - count]:
             block.checkpointed = True
+
+
+def check_whole(options: EngineOptions, count: int) -> None:
+    """Whether there are as many blocks (`count`) as are to stay whole."""
+    whole = options.whole_blocks
+    if whole != "auto" and whole > count:
+        raise UserError(
+            f"engine.whole_blocks: {whole} given; accepted: at most {count}, all there are"
+        )
 
 
 class _Block:

@@ -117,7 +117,7 @@ class World:
 
         The lowest failing rank raises its own error, the others `FailedElsewhere`, so that one
         line is printed and nobody is left waiting in a collective. What the stage puts into the
-        list that it is given, one value that JSON knows, is then replaced by everyone's, in order
+        list that it is given, one value of plain data, is then replaced by everyone's, in order
         of rank.
         """
         failure: BaseException | None = None
@@ -136,8 +136,8 @@ class World:
         told[:] = [value for values_of_rank in values for value in values_of_rank]
 
     def ask_main(self, question: Callable[[], Any]) -> Any:
-        """What `question` returns on rank 0, as JSON has it, on every rank; if it fails there, it
-        fails on all."""
+        """What `question` returns on rank 0, plain data, on every rank; if it fails there, it fails
+        on all."""
         answer, failure = None, None
         if self.is_main:
             try:

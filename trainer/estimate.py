@@ -22,12 +22,13 @@ from adapters.units import transformer_blocks
 from trainer import architecture, tracing
 from trainer.activations import Needs, largest_batch
 from trainer.architecture import Backbone, TrainedModule, set_module
+from trainer.blocks import check_whole
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine import choose, engine_class
 from trainer.engine.base import compiles
 from trainer.errors import UserError, first_line
-from trainer.memory import GIB, Estimate, estimate, readable
+from trainer.memory import GIB, Estimate, estimate, fitting, readable
 from trainer.options import EngineOptions
 from trainer.tasks import TASKS
 from trainer.tasks.base import Batch, Task
@@ -161,6 +162,7 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     states = estimate(backbone, config, gpus, engine.spread, near=gpus // hosts)
     more = {n: estimate(backbone, config, n, "split") for n in (2, 4, 8, 16, 32, 64)}
     found = probe(backbone, config, task, compiled=compiles(config, engine, backbone, device))
+    check_whole(config.engine, len(found.added))
     budget = int(config.engine.memory_fraction * memory) - _allowance(gpus)
     plan = _plan(config.engine, found, states, budget, fills=engine.keeps_whole)
     return Prediction(kind, reason, gpus, states, found, *plan, memory, more)
@@ -176,9 +178,9 @@ def _plan(
         return 0 if options.activation_checkpointing else len(probe.added), 0, whole
     left = budget - states.backbone - whole * states.block - states.gathered - states.held
     kept, moved = probe.plan(left, int(options.activation_offload * GIB))
-    left -= max(probe.peaks(kept, moved))
-    if fills and states.block and options.whole_blocks == "auto":
-        whole = min(len(probe.added), max(0, left) // states.block)
+    if fills and options.whole_blocks == "auto":
+        left -= max(*probe.peaks(kept, moved), states.update)
+        whole = fitting(len(probe.added), states.block, left)
     return kept, moved, whole
 
 
@@ -365,7 +367,7 @@ def table(prediction: Prediction) -> str:
 
 def advice(prediction: Prediction) -> str:
     """One line on what would make it fit."""
-    if replace(prediction, whole=0).fits:
+    if prediction.whole and replace(prediction, whole=0).fits:
         return "with engine.whole_blocks=auto it would"
     p = replace(prediction, kept=0, moved=0, whole=0)
     if p.fits:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 PAGE = 2**17
-"""Bytes that one sends to all: a decision about 640 units takes 60 KiB."""
+"""Bytes that one sends to all: a decision about 640 units takes 55 KB."""
 
 NOTE = 2**8
 """Bytes that all send to all: an exit code, a digest."""

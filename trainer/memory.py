@@ -68,14 +68,25 @@ def estimate(
         "blocks": (rest - (-sum(sizes) // near), 2 * largest),
     }[spread]
     trained = trainable_parameters(backbone, config)
-    split = -(-trained // (ranks if config.optim.shard_state else 1))
+    share = ranks if config.optim.shard_state else 1
+    split = -(-trained // share)
     return Estimate(
         backbone=backbone_bytes,
         block=largest if gathered else 0,
         gathered=gathered,
         held=4 * (2 * trained + 2 * split),
-        update=4 * 3 * split,
+        update=update_bytes(trained, share),
     )
+
+
+def update_bytes(trained: int, share: int) -> int:
+    """Temporaries of the optimizer's step on so many parameters, split over `share` ranks."""
+    return 4 * 3 * -(-trained // share)
+
+
+def fitting(blocks: int, nbytes: int, left: int) -> int:
+    """How many of `blocks`, `nbytes` each, find room in what is left."""
+    return min(blocks, max(0, left) // nbytes) if nbytes else 0
 
 
 def trainable_parameters(backbone: Backbone, config: Config) -> int:

@@ -3,7 +3,7 @@
 `method` and `task` are their implementations' own (`adapters/method.py`, `trainer/tasks/base.py`).
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -218,10 +218,11 @@ class EngineOptions(Section):
     """GiB of the host's memory, a rank, to which `activation_checkpointing: auto` may move
     activations that the GPU has no room for, as many as travel while other blocks run. They are
     page-locked."""
-    whole_blocks: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    whole_blocks: Literal["auto"] | int = "auto"
     """Transformer blocks whose weights stay whole on every rank from step to step, where they would
-    be gathered anew for each pass (fsdp2, peer): so many, or as many as `memory_fraction` has room
-    for beside the activations that are kept (auto; on a CPU none)."""
+    be gathered anew for each pass (fsdp2, peer): so many, or (auto) as many as `memory_fraction`
+    has room for once `activation_checkpointing: auto` has planned; without that, and on a CPU,
+    none."""
     copy_engines: bool = False
     """fsdp2 on one host, whose GPUs reach each other's memory: NCCL gathers blocks by their copy
     engines, not by a kernel that takes a part of the GPU from the products."""
@@ -249,10 +250,14 @@ class EngineOptions(Section):
                 f"engine.copy_engines: true given with engine.kind={self.kind}; accepted: false, "
                 "or engine.kind=fsdp2"
             )
-        if self.whole_blocks != "auto" and self.kind not in ("fsdp2", "peer"):
+        if self.whole_blocks != "auto" and self.whole_blocks < 0:
+            raise ValueError(
+                f"engine.whole_blocks: {self.whole_blocks} given; accepted: auto, or at least 0"
+            )
+        if self.whole_blocks not in ("auto", 0) and self.kind not in ("fsdp2", "peer"):
             raise ValueError(
                 f"engine.whole_blocks: {self.whole_blocks} given with engine.kind={self.kind}; "
-                "accepted: auto, or engine.kind=fsdp2 or peer"
+                "accepted: auto or 0, or engine.kind=fsdp2 or peer"
             )
         return self
 

@@ -60,9 +60,20 @@ def _accepted(kind: type[BaseModel], path: list[str], message: str = "") -> str:
     """What a field takes: pydantic's own words for bounds and choices, else its type."""
     stated = re.sub(r"^Input should be (a valid )?", "", message)
     field = kind.model_fields.get(path[0]) if path else None  # no path: a key that is no text
-    if field is None or (stated and not message.startswith("Input should be a valid")):
+    if field is None or (
+        stated
+        and not message.startswith("Input should be a valid")
+        and not _mixed(field.annotation)  # then the message is about one of its members
+    ):
         return stated
     return type_name(field.annotation)
+
+
+def _mixed(annotation: Any) -> bool:
+    """Whether words stand beside values of another type, as in `auto or true or false`."""
+    members = [part for part in typing.get_args(annotation) if part is not type(None)]
+    words = [typing.get_origin(part) is Literal for part in members]
+    return any(words) and not all(words)
 
 
 def type_name(annotation: Any) -> str:

@@ -187,6 +187,20 @@ def test_activations_wait_on_the_host(tmp_path, monkeypatch):
         assert kept == 6 or held < found[6, 0][0]
 
 
+@pytest.mark.parametrize("changes", [
+    [], ["method.policy.credit=attributed", "method.policy.baseline=trend"],
+    ["method.policy.credit=global"],
+])  # fmt: skip
+def test_a_policy_learns_on_a_gpu(changes, tmp_path):
+    config = quick_config(
+        tmp_path, "run.steps=8", "engine.device=cuda", "model.dtype=float32",
+        "method.kind=lelora", "method.rank=4", *changes,
+    )  # fmt: skip
+    run(config, distributed.start("cuda"))
+    found = losses(config.run_folder)
+    assert len(found) == 8 and found[-1] < found[0]
+
+
 @pytest.mark.parametrize("changes", [[], ["model.quantization=nf4", "data.packing=true"]])
 def test_a_run_learns_and_agrees_with_the_cpu(changes, tmp_path):
     found = []

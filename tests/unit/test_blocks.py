@@ -9,6 +9,7 @@ from trainer import activations, loop
 from trainer.distributed import World
 from trainer.errors import RunFailed
 from trainer.loop import make_loader
+from trainer.memory import fitting
 from trainer.run import run
 from trainer.session import open_session
 from trainer.tasks.causal_lm import CausalLM
@@ -23,6 +24,11 @@ def test_no_more_blocks_are_kept_than_fit_and_no_fewer():
                    if max(forward + n * added, backward + max(0, n - 1) * added) <= budget]  # fmt: skip
         assert needs.moved(80, budget) == 0
         assert needs.kept(80, 0, budget) == max(fitting, default=-1)
+
+
+def test_as_many_blocks_stay_whole_as_find_room():
+    cases = [(80, 10, 105), (80, 10, 9), (80, 10, -5), (3, 10, 1000), (5, 0, 100)]
+    assert [fitting(*case) for case in cases] == [10, 0, 0, 3, 0]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 4])
@@ -116,7 +122,7 @@ def test_blocks_stop_staying_whole_before_activations_are_given_up(tmp_path, mon
     assert activations.lower(session) == "out of memory: no block stays whole from here"
     assert counts == [0] and session.backbone.blocks.kept == 4
     object.__setattr__(session.config.engine, "whole_blocks", 3)  # as under peer
-    with pytest.raises(RunFailed, match=r"engine.whole_blocks: 3 given, but .* or fewer"):
+    with pytest.raises(RunFailed, match=r"engine.whole_blocks: 3 given, but .* fewer, or 0"):
         raise activations.exhausted(session)
 
 

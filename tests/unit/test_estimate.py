@@ -125,6 +125,13 @@ def test_what_is_left_lets_blocks_stay_whole(kind):
     assert more.whole == 40 and more.kept < 80 and more.fits
     all_ = predict(load_config(LLAMA, [*bf16, "engine.whole_blocks=80"]), 4, H200)
     assert "with engine.whole_blocks=auto it would" in table(all_)
+    with pytest.raises(UserError, match=r"engine.whole_blocks: 81 given; accepted: at most 80"):
+        predict(load_config(LLAMA, [*bf16, "engine.whole_blocks=81"]), 4, H200)
+    # Short sequences and large adapters: then the update takes most.
+    large = [*bf16, "data.max_length=256", "method.rank=128"]
+    updating = predict(load_config(LLAMA, large), 4, H200)
+    assert updating.whole > 10 and updating.fits
+    assert updating.peak == updating.phases["update"] <= room
     none = predict(load_config(LLAMA, bf16), 2, H200)
     assert none.whole == 0 and none.kept < 80
 

@@ -10,7 +10,7 @@ one file that says that.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from adapters.optimizer import MaskedAdamW
 from trainer.architecture import Backbone
 from trainer.config import Config
 from trainer.distributed import World
-from trainer.errors import UserError
+from trainer.errors import RunFailed, UserError
 from trainer.memory import Spread
 
 
@@ -83,7 +83,21 @@ class Engine(ABC):
 
     def keep_whole(self, count: int) -> None:
         """Let the first `count` blocks stay whole from step to step, and only them: the first of
-        all has nothing to hide its gathering behind. Only where `keeps_whole`."""
+        all has nothing to hide its gathering behind. Only where `keeps_whole`; all ranks call it
+        together. RunFailed where the memory does not suffice."""
+        # Ranks that gather in step cannot agree on a failure in the middle of it.
+        alone = self.lockstep or count == 0
+        with nullcontext() if alone else self.world.together():
+            try:
+                self._keep_whole(count)
+            except torch.OutOfMemoryError as error:
+                raise RunFailed(
+                    f"engine.whole_blocks: {self.config.engine.whole_blocks} given, but the GPU's "
+                    f"memory does not suffice for {count}; accepted: fewer, or 0"
+                ) from error
+        self.whole_blocks = count
+
+    def _keep_whole(self, count: int) -> None:
         raise NotImplementedError
 
     def backward(self, loss: Tensor) -> None:

@@ -5,6 +5,7 @@ place on every rank and are registered with it. torch 2.13 has the same as
 `FSDPModule.set_symm_mem_for_comm`, but for one user of symmetric memory in a process only.
 """
 
+import datetime
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -28,13 +29,15 @@ def possible(world: World) -> bool:
 
 
 @cache
-def gathering(device: torch.device) -> "tuple[dist.ProcessGroup, CopyEngines]":
-    """The communicator of all ranks, and its all-gather; one in a process. All ranks call it
-    together."""
+def gathering(device: torch.device, timeout: float) -> "tuple[dist.ProcessGroup, CopyEngines]":
+    """The communicator of all ranks (`timeout` in seconds), and its all-gather; one in a process.
+    All ranks call it together."""
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options.config.cta_policy = nccl.NCCL_CTA_POLICY_ZERO
-    group = dist.new_group(backend="nccl", pg_options=options)
+    # As for the first one: the hosts, who meet at every step, notice first.
+    patience = datetime.timedelta(seconds=timeout + 60)
+    group = dist.new_group(backend="nccl", pg_options=options, timeout=patience)
     assert isinstance(group, dist.ProcessGroup)
     dist.all_reduce(torch.zeros(1, device=device), group=group)  # connects
     return group, CopyEngines(group, device)
@@ -52,6 +55,10 @@ class CopyEngines(AllGather):
         before_leaving(lambda: backend.deregister_mem_pool(self._pool))
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        # NCCL before 2.29.7 fails to copy on the default stream (its issue 2003). What lies in
+        # memory of another kind it gathers by a kernel.
+        if torch.cuda.current_stream() == torch.cuda.default_stream():
+            return torch.empty(*size, dtype=dtype, device=device)
         with torch.cuda.use_mem_pool(self._pool):
             return torch.empty(*size, dtype=dtype, device=device)
 
@@ -62,10 +69,4 @@ class CopyEngines(AllGather):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> dist.Work | None:
-        # NCCL before 2.29.7 fails on the default stream (its issue 2003), torch's own stream works.
-        beside = torch.cuda.current_stream() == torch.cuda.default_stream()
-        work = dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op or beside)
-        if async_op or work is None:
-            return work
-        work.wait()
-        return None
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)

@@ -37,7 +37,7 @@ class FSDP2Engine(Engine):
                     "engine.copy_engines: true given, but that takes NCCL 2.28 and GPUs of one "
                     "host that reach each other's memory; accepted: false"
                 )
-            group, self._gather = copy_engines.gathering(world.device)
+            group, self._gather = copy_engines.gathering(world.device, config.engine.timeout)
             self._mesh = DeviceMesh.from_group(group, world.device.type)
         else:
             self._mesh = init_device_mesh(world.device.type, (world.size,))
@@ -66,8 +66,7 @@ class FSDP2Engine(Engine):
             block.set_modules_to_forward_prefetch([following])
             following.set_modules_to_backward_prefetch([block])
 
-    def keep_whole(self, count: int) -> None:
-        self.whole_blocks = count
+    def _keep_whole(self, count: int) -> None:
         for index, block in enumerate(self._blocks):
             block.set_reshard_after_forward(index >= count)
             block.set_reshard_after_backward(index >= count)

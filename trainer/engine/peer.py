@@ -159,9 +159,8 @@ class PeerEngine(Engine):
             torch.cuda.synchronize(self.world.device)
         self.world.gather(None)  # every part is written
 
-    def keep_whole(self, count: int) -> None:
+    def _keep_whole(self, count: int) -> None:
         self._end()
-        self.whole_blocks = count
         for index, block in enumerate(self._blocks):
             if index >= count:
                 block.whole = None
