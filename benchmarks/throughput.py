@@ -5,7 +5,8 @@
 
 Every rank runs `data.micro_batch_size` sequences of exactly `data.max_length` tokens, all learned.
 The step time is the median after two steps of warm-up, of whatever rank is slowest. `--layers`
-times models of so many layers only; two counts are carried on linearly to the whole depth.
+times models of so many layers only; two counts are carried on linearly to the whole depth. Such
+models keep no block whole unless `engine.whole_blocks` says so: there would be room for all.
 FLOPs are 4 per token and parameter that it meets (a frozen backbone: forward, and the gradient of
 the input), attention not counted. `--peer peft` runs PEFT with bitsandbytes on the same shapes.
 Under torchrun or the deepspeed launcher several ranks share the work.
@@ -80,7 +81,10 @@ def main() -> None:
         for who, prepare in contestants.items():
             timed = []
             for count in counts:
-                shorter = with_overrides(config, [f"model.overrides.num_hidden_layers={count}"])
+                changes = [f"model.overrides.num_hidden_layers={count}"]
+                if count < whole and config.engine.whole_blocks == "auto":
+                    changes.append("engine.whole_blocks=0")
+                shorter = with_overrides(config, changes)
                 seconds, trainable = measure(
                     prepare, shorter, world, arguments.steps, arguments.profile
                 )

@@ -99,7 +99,8 @@ class Plan:
 def fit(session: Session, size: int | None = None, batch: Batch | None = None) -> Plan | None:
     """Measure and decide for micro-batches of `size` sequences (none: `data.micro_batch_size`), or
     for `batch`, where `engine.activation_checkpointing` is `auto` on a GPU; the same on every rank.
-    RunFailed where not even checkpointing every block fits."""
+    What is left then is for `engine.whole_blocks`. RunFailed where not even checkpointing every
+    block fits."""
     options, device, world = session.config.engine, session.world.device, session.world
     if options.activation_checkpointing != "auto" or device.type != "cuda":
         return None

@@ -31,6 +31,7 @@ from adapters.linear import AdaptedLinear
 from adapters.registry import METHODS
 from adapters.units import transformer_blocks
 from trainer import consensus, distributed, reading
+from trainer.activations import fit
 from trainer.config import parse_config
 from trainer.distributed import World
 from trainer.engine.windows import open_window
@@ -185,6 +186,13 @@ def whole_blocks(world: World, config: dict[str, Any]) -> list[dict[str, Any]]:
             "gradient": hashlib.sha256(gradient).hexdigest(),
         })  # fmt: skip
     return found
+
+
+def planned(world: World, config: dict[str, Any]) -> list[int]:
+    """On a GPU, of the plan: blocks, those that keep their activations, those that stay whole."""
+    plan = fit(open_session(parse_config(config), world))
+    assert plan is not None
+    return [plan.blocks, plan.kept, plan.whole]
 
 
 def loaded(world: World, argument: dict[str, Any]) -> dict[str, Any]:
@@ -386,6 +394,7 @@ CASES = {
     "gathered": gathered,
     "windows": windows,
     "whole_blocks": whole_blocks,
+    "planned": planned,
     "loaded": loaded,
     "train_only": train_only,
     "resume": resume,

@@ -248,9 +248,12 @@ def test_engines_train_alike(fmt, tmp_path):
         cases[name] = ("train_only", quick_config(
             tmp_path, f"run.name={name}", "run.steps=10", f"engine.kind={engine}", *changes,
             "engine.device=cuda", "model.dtype=float32", f"model.quantization={fmt}",
-            "model.weights=random", "model.overrides.num_hidden_layers=7", "log.progress=plain",
+            "model.weights=random", "model.overrides.num_hidden_layers=7",
         ).model_dump())  # fmt: skip
-    for result in run_cases(tmp_path / "work", cases, device="cuda").values():
+    plans = {f"plan-{n}": ("planned", cases[n][1]) for n in ("peer-whole", "fsdp2-whole")}
+    results = run_cases(tmp_path / "work", {**cases, **plans}, device="cuda")
+    for name, result in results.items():
+        assert name not in plans or ok(result) == [[7, 7, 7]] * 2
         ok(result)
     expected = losses(tmp_path / "runs/ddp")
     for name in cases:

@@ -31,6 +31,39 @@ def test_as_many_blocks_stay_whole_as_find_room():
     assert [fitting(*case) for case in cases] == [10, 0, 0, 3, 0]
 
 
+@pytest.mark.parametrize(
+    ("choice", "held", "expected"),
+    [("auto", 30, 3), ("auto", 140, 1), ("auto", 200, 0), (0, 30, 0)],
+)
+def test_what_the_plan_leaves_is_for_whole_blocks(tmp_path, monkeypatch, choice, held, expected):
+    """In units of which the update needs 20 beside what is held, and forward and backward 81."""
+    session = opened(tmp_path)
+    unit = 12 * session.optimizer.numel // 20
+    counts = []
+
+    class Sharding:
+        keeps_whole, largest_block, whole_blocks = True, 30 * unit, 0
+
+        def keep_whole(self, count):
+            counts.append(count)
+            self.whole_blocks = count
+
+    class Probed:
+        def to(self, device):
+            return self
+
+    needs = activations.Needs(50 * unit, 60 * unit, 7 * unit)
+    session.engine, session.world = Sharding(), World(device=torch.device("cuda"))
+    session.config.engine.__dict__["whole_blocks"] = choice
+    monkeypatch.setattr(activations, "_measure", lambda *_: (needs, 0))
+    monkeypatch.setattr(activations, "allowance", lambda *_: 200 * unit)
+    monkeypatch.setattr(activations, "held_bytes", lambda _: held * unit)
+    monkeypatch.setattr(activations, "release", lambda _: None)
+    plan = activations.fit(session, batch=Probed())
+    assert (plan.kept, plan.whole, plan.peak) == (4, expected, (81 + 30 * expected) * unit)
+    assert counts == ([0, expected] if choice == "auto" else [])
+
+
 @pytest.mark.parametrize("kept", [0, 1, 3, 4])
 def test_the_last_blocks_keep_their_activations_and_nothing_else_changes(tmp_path, kept):
     session = opened(tmp_path)
