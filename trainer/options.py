@@ -223,9 +223,10 @@ class EngineOptions(Section):
     be gathered anew for each pass (fsdp2, peer): so many, or (auto) as many as `memory_fraction`
     has room for once `activation_checkpointing: auto` has planned; without that, and on a CPU,
     none."""
-    copy_engines: bool = False
-    """fsdp2 on one host, whose GPUs reach each other's memory: NCCL gathers blocks by their copy
-    engines, not by a kernel that takes a part of the GPU from the products."""
+    copy_engines: Literal["auto"] | bool = "auto"
+    """fsdp2: NCCL gathers blocks by the GPUs' copy engines, not by a kernel that takes a part of
+    the GPU from the products. auto: with NCCL 2.28, on one host whose GPUs reach each other's
+    memory."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the transformer blocks, once for all of them. auto: on a GPU, unless the engine is
     deepspeed and the blocks hold what compiling would keep gathered (a trained router, large
@@ -245,10 +246,10 @@ class EngineOptions(Section):
                 f"engine.activation_checkpointing={self.activation_checkpointing}; accepted: 0, or "
                 "activation_checkpointing=auto"
             )
-        if self.copy_engines and self.kind != "fsdp2":
+        if self.copy_engines is True and self.kind != "fsdp2":
             raise ValueError(
-                f"engine.copy_engines: true given with engine.kind={self.kind}; accepted: false, "
-                "or engine.kind=fsdp2"
+                f"engine.copy_engines: true given with engine.kind={self.kind}; accepted: auto "
+                "or false, or engine.kind=fsdp2"
             )
         if self.whole_blocks != "auto" and self.whole_blocks < 0:
             raise ValueError(

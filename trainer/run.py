@@ -196,7 +196,8 @@ def _introduction(session: Session, steps: int) -> list[str]:
 
 
 def _engine(engine: Engine) -> str:
-    return f"{engine.kind} ({engine.reason})" if engine.reason else engine.kind
+    remarks = "; ".join(remark for remark in (engine.reason, engine.gathers) if remark)
+    return f"{engine.kind} ({remarks})" if remarks else engine.kind
 
 
 def _loading(figures: Loading | None) -> list[str]:

@@ -176,7 +176,10 @@ REFUSED = {
     ),
     "copy engines where nothing is gathered": (
         {"engine.copy_engines": True, "engine.kind": "peer"},
-        ["engine.copy_engines: true given with engine.kind=peer", "false, or engine.kind=fsdp2"],
+        [
+            "engine.copy_engines: true given with engine.kind=peer",
+            "auto or false, or engine.kind=fsdp2",
+        ],
     ),
     "neither a word nor a number": (
         {"engine.whole_blocks": "many", "engine.kind": "peer"},

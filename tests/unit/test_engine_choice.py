@@ -93,5 +93,7 @@ def test_a_json_without_a_launcher_is_refused(tmp_path):
 
 def test_copy_engines_are_refused_where_there_are_none(tmp_path):
     config = quick_config(tmp_path, "engine.kind=fsdp2", "engine.copy_engines=true")
-    with pytest.raises(UserError, match=r"engine.copy_engines: true given, .* accepted: false"):
+    with pytest.raises(
+        UserError, match=r"engine.copy_engines: true given, .* accepted: auto or false"
+    ):
         engine_class("fsdp2")(config, World(size=2))

@@ -56,6 +56,8 @@ class Engine(ABC):
 
     reason: str = ""
     """Why `engine.kind: auto` chose it; empty where it was asked for."""
+    gathers: str = ""
+    """How it gathers blocks, where there is more than one way."""
 
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world

@@ -31,14 +31,16 @@ class FSDP2Engine(Engine):
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
         self._gather: CopyEngines | None = None
-        if config.engine.copy_engines:
-            if not copy_engines.possible(world):
-                raise UserError(
-                    "engine.copy_engines: true given, but that takes NCCL 2.28 and GPUs of one "
-                    "host that reach each other's memory; accepted: false"
-                )
+        possible, wanted = copy_engines.possible(world), config.engine.copy_engines
+        if wanted is True and not possible:
+            raise UserError(
+                "engine.copy_engines: true given, but that takes NCCL 2.28 and GPUs of one host "
+                "that reach each other's memory; accepted: auto or false"
+            )
+        if wanted and possible:
             group, self._gather = copy_engines.gathering(world.device, config.engine.timeout)
             self._mesh = DeviceMesh.from_group(group, world.device.type)
+            self.gathers = "gathered by copy engines"
         else:
             self._mesh = init_device_mesh(world.device.type, (world.size,))
         self._blocks: list[FSDPModule] = []
