@@ -165,11 +165,7 @@ class AdaLoRA(Method):
         assert self._scores is not None
         scores = self._scores.double().cpu().numpy()
         mantissa, exponent = np.frexp(scores)
-        scores = np.ldexp(np.round(mantissa, _DIGITS), exponent)
-        order = np.argsort(-scores.ravel(), kind="stable")  # equal scores: the lower unit first
-        kept = np.zeros(scores.size, dtype=bool)
-        kept[order[: self.budget(step)]] = True
-        kept = kept.reshape(scores.shape)
+        kept = _best(np.ldexp(np.round(mantissa, _DIGITS), exponent), self.budget(step))
         ranks, components = kept.sum(1).tolist(), np.nonzero(kept)[1].tolist()
         ends = np.cumsum(ranks).tolist()
         names = [unit.name for unit in self.units]
@@ -192,9 +188,10 @@ class AdaLoRA(Method):
         R = self.options.components
         by_unit = [decision["kept"][unit.name] for unit in self.units]
         first = np.repeat(np.arange(len(by_unit)) * R, [len(components) for components in by_unit])
-        places = first + np.array(list(chain.from_iterable(by_unit)), dtype=np.int64)
-        kept = torch.zeros(len(by_unit) * R, dtype=torch.bool)
-        kept[torch.from_numpy(places)] = True
+        places = first + np.fromiter(chain.from_iterable(by_unit), dtype=np.int64)
+        flags = np.zeros(len(by_unit) * R, dtype=bool)
+        flags[places] = True
+        kept = torch.from_numpy(flags)
         self.rows.write_gates(self.rows.gates * kept.to(self.device))
         self._kept = len(places)
         if decision["final"]:  # what was pruned stays out
@@ -219,3 +216,12 @@ class AdaLoRA(Method):
         for name in ("sensitivity", "uncertainty", "scores"):
             tensor = state.get(name)
             setattr(self, f"_{name}", None if tensor is None else tensor.to(self.device))
+
+
+def _best(scores: np.ndarray, count: int) -> np.ndarray:
+    """Where the `count` largest entries are; of equal ones the first."""
+    flat = scores.ravel()
+    least = np.partition(flat, -count)[-count]
+    best = flat > least
+    best[np.flatnonzero(flat == least)[: count - best.sum()]] = True
+    return best.reshape(scores.shape)

@@ -24,6 +24,7 @@ costs no extra pass.
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -33,6 +34,7 @@ from adapters.gated import GatedAdapter
 from adapters.method import Method, MethodOptions, Validate
 from adapters.optimizer import MaskedAdamW
 from adapters.reinforce import PolicyOptions, Reinforce
+from adapters.replayed import Replayed
 from adapters.spectral import bank, largest_rank, resample
 from adapters.units import by_kind_and_third, stem
 
@@ -278,7 +280,7 @@ class LeLoRA(Method):
 
     def features(self) -> Tensor:
         """ξ without the embedded parts (n, F): log1p of the norm, the spectrum resampled and over
-        σ₁, and with `features: current` the banks' gates over σ₁."""
+        σ₁, and with `features: current` the banks' gates over σ₁. The next call overwrites it."""
         if self._fixed is None:
             spectra = [self.spectra[unit.name].double().cpu() for unit in self.units]
             count = self.options.policy.spectrum_points
@@ -290,14 +292,19 @@ class LeLoRA(Method):
                 energy = energy - torch.stack([s[bank].square().sum() for s, bank in pairs])
             largest = torch.stack([s[0].clamp(min=1e-30) for s in spectra])
             self._fixed = tuple(part.to(self.device) for part in (curves, energy, largest))
+            self._numbers = Replayed(self._of_gates, self.device)
+        return self._numbers(self.rows.gates)[0]
+
+    def _of_gates(self, gates: Tensor) -> tuple[Tensor]:
+        assert self._fixed is not None
         curves, energy, largest = self._fixed
         parts = [curves]
         if self.options.policy.features == "current":
-            gates = self.rows.gates.double().view(len(self.units), -1)
+            gates = gates.double().view(len(self.units), -1)
             energy = energy + gates.square().sum(1)  # approximate: U and V drift
             parts.append(gates / largest.unsqueeze(1))
         norm = energy.clamp(min=0).sqrt().log1p().unsqueeze(1)
-        return torch.cat([norm, *parts], dim=1).float()
+        return (torch.cat([norm, *parts], dim=1).float(),)
 
     def _the_policy(self) -> Reinforce:
         if self._policy is None:
@@ -334,15 +341,18 @@ class LeLoRA(Method):
 
     def apply(self, decision):
         names = [unit.name for unit in self.units]
-        actions = [(decision["ranks"][name], decision["locations"][name]) for name in names]
+        ranks, locations = (
+            list(map(decision[key].__getitem__, names)) for key in ("ranks", "locations")
+        )
+        actions = list(zip(ranks, locations, strict=True))
         place = {action: index for index, action in enumerate(dict.fromkeys(actions))}
-        slices = torch.zeros(len(place), self.options.components, dtype=torch.bool)
+        slices = np.zeros((len(place), self.options.components), dtype=bool)
         for action, index in place.items():
             slices[index, self.trained(*action)] = True
-        mask = slices[[place[action] for action in actions]]
+        mask = torch.from_numpy(slices[[place[action] for action in actions]])
         self._reward = None  # rank 0 has taken it
         self._touched |= mask
-        self._drawn = {key: list(decision[key].values()) for key in ("ranks", "locations")}
+        self._drawn = {"ranks": ranks, "locations": locations}
         self.rows.masks.copy_(mask.flatten())
         return False
 

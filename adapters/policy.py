@@ -10,6 +10,7 @@ not depend on which other units share its batch.
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -110,21 +111,22 @@ def sample(probabilities: Tensor, draws: Tensor) -> Tensor:
     Raises ValueError for other shapes, for draws outside [0, 1), and for rows that are negative,
     not finite or all zero.
     """
-    probabilities = probabilities.detach().to("cpu", torch.float64)
-    draws = draws.to("cpu", torch.float64)
-    if probabilities.dim() != 2 or draws.shape != probabilities.shape[:1]:
-        raise ValueError(f"{tuple(draws.shape)} draws for {tuple(probabilities.shape)}")
-    if not bool(((draws >= 0) & (draws < 1)).all()):
+    # numpy's: for so few numbers torch's threads would take longer to wake than to count.
+    p = probabilities.detach().to("cpu", torch.float64).numpy()
+    u = draws.to("cpu", torch.float64).numpy()
+    if p.ndim != 2 or u.shape != p.shape[:1]:
+        raise ValueError(f"{u.shape} draws for {p.shape}")
+    if not ((u >= 0) & (u < 1)).all():
         raise ValueError("draws must lie in [0, 1)")
-    if not bool(((probabilities >= 0) & probabilities.isfinite()).all()):
+    if not ((p >= 0) & np.isfinite(p)).all():
         raise ValueError("probabilities must be finite and not negative")
-    cumulative = (probabilities * _ROUNDING).round().to(torch.int64).cumsum(-1)
+    cumulative = (p * _ROUNDING).round().astype(np.int64).cumsum(-1)
     total = cumulative[:, -1:]
-    if not bool((total > 0).all()):
+    if not (total > 0).all():
         raise ValueError("a row of probabilities is zero")
     # draw < 1 keeps draw × total below total in float64 too, hence the index below m.
-    threshold = (draws[:, None] * total).to(torch.int64)
-    return (cumulative <= threshold).sum(-1)  # for so few faster than a search
+    threshold = (u[:, None] * total).astype(np.int64)
+    return torch.from_numpy((cumulative <= threshold).sum(-1))  # for so few faster than a search
 
 
 def sparsemax(scores: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from adapters import float8
+from adapters.reinforce import PolicyOptions, Reinforce
 from adapters.weights import FORMATS
 from tests.distributed.cases import ok, run_cases
 from tests.distributed.test_engines import check_gathered
@@ -201,6 +202,44 @@ def test_a_policy_learns_on_a_gpu(changes, tmp_path):
     assert len(found) == 8 and found[-1] < found[0]
 
 
+@pytest.mark.parametrize("network", ["mlp", "resnet"])
+@pytest.mark.parametrize("credit", ["counterfactual", "attributed"])
+def test_a_policy_that_is_recorded_learns_as_one_that_is_not(credit, network):
+    """Also after its state was loaded into one that had been recorded."""
+    n, draws = 40, {}
+    generator = torch.Generator().manual_seed(0)
+    shape = (n, 4, 3) if credit == "counterfactual" else (n,)
+    rewards = torch.randn(8, *shape, generator=generator, dtype=torch.float64)
+    features = torch.rand(8, n, 20, generator=generator)
+
+    def policy():
+        return Reinforce(
+            PolicyOptions(credit=credit, network=network, learning_rate=0.01),
+            layer=torch.arange(n) // 4, kind=torch.arange(n) % 4, features=20, ranks=[0, 2, 4, 8], locations=3,
+            sizes=torch.ones(n), seed=1, device=torch.device("cuda"),
+        )  # fmt: skip
+
+    for recorded in (True, False):
+        ours, draws[recorded] = policy(), []
+        ours._descend._records = ours._look._records = recorded
+        for step in range(8):
+            if step == 5:
+                state = {name: value.clone() for name, value in ours.state_dict().items()}
+            ours_draw = ours.draw(step, features[step])
+            draws[recorded].append(torch.stack(ours_draw))
+            ours.learn(rewards[step])
+        assert (ours._descend._graph is not None) == recorded
+        end = {name: p.clone() for name, p in ours.network.named_parameters()}
+        ours._draws.clear()
+        ours.load_state_dict(state)
+        for step in range(5, 8):
+            ours.draw(step, features[step])
+            ours.learn(rewards[step])
+        for name, p in ours.network.named_parameters():
+            torch.testing.assert_close(p, end[name], rtol=1e-5, atol=1e-6)
+    assert torch.equal(torch.stack(draws[True]), torch.stack(draws[False]))
+
+
 @pytest.mark.parametrize("changes", [[], ["model.quantization=nf4", "data.packing=true"]])
 def test_a_run_learns_and_agrees_with_the_cpu(changes, tmp_path):
     found = []
@@ -242,6 +281,7 @@ def test_engines_train_alike(fmt, tmp_path):
     ).model_dump())  # fmt: skip
     for name, engine, *changes in [
         ("peer-whole", "peer"), ("fsdp2-whole", "fsdp2"),  # all blocks, since there is room
+        ("kernels", "fsdp2", "engine.copy_engines=false", "engine.whole_blocks=0"),
         ("copies", "fsdp2", "engine.copy_engines=true", "engine.whole_blocks=0"),
         ("copies-whole", "fsdp2", "engine.copy_engines=true", "engine.whole_blocks=3"),
     ]:  # fmt: skip

@@ -331,6 +331,19 @@ def test_scores_are_compared_by_their_own_size(spread):
         assert chosen[unit.name] == np.flatnonzero(row).tolist()
 
 
+@pytest.mark.parametrize("count", [1, 5, 11, 12])
+def test_of_equal_scores_the_first_are_kept(count):
+    bench = bench_of()
+    method = bench.method
+    rng = np.random.default_rng(count)
+    scores = rng.integers(0, 3, (len(method.units), method.options.components)) / 4.0
+    method._scores = torch.from_numpy(scores)
+    method.budget = lambda step: count
+    order = np.argsort(-scores.ravel(), kind="stable")[:count]
+    expected = [sorted(i % 5 for i in order if i // 5 == unit) for unit in range(len(scores))]
+    assert list(method.decide(4)["kept"].values()) == expected
+
+
 def test_a_skipped_step_teaches_nothing():
     bench, never = bench_of(), bench_of()
     for number in range(6):

@@ -1,0 +1,39 @@
+"""The last few of many, and functions that are recorded."""
+
+import numpy as np
+import pytest
+import torch
+
+from adapters.recent import Recent
+from adapters.replayed import Replayed
+
+
+@pytest.mark.parametrize("held", [0, 2, 5])
+def test_the_newest_stay_in_order_and_in_place(held):
+    rows = np.random.default_rng(0).normal(size=(9, 2, 3))
+    recent = Recent(4, torch.from_numpy(rows[:held]))
+    place = recent.padded.data_ptr()
+    for count in range(held, 9):
+        there = min(count, 4)
+        assert len(recent) == there and bool(recent) == (count > 0)
+        np.testing.assert_array_equal(recent.all.numpy(), rows[count - there : count])
+        np.testing.assert_array_equal(
+            recent.padded[4 - there :].numpy(), rows[count - there : count]
+        )
+        assert recent.padded[: 4 - there].isnan().all()
+        recent.push_(torch.from_numpy(rows[count]))
+        recent.count = min(recent.count + 1, 4)
+    assert recent.padded.data_ptr() == place
+
+
+def test_without_a_gpu_nothing_is_recorded():
+    seen = []
+
+    def function(a, b):
+        seen.append(float(a))
+        return (a + b,)
+
+    replayed = Replayed(function, torch.device("cpu"))
+    for value in (1.0, 2.0, 3.0):
+        assert float(replayed(torch.tensor(value), torch.tensor(10.0))[0]) == value + 10
+    assert seen == [1.0, 2.0, 3.0]
