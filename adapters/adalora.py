@@ -219,8 +219,8 @@ class AdaLoRA(Method):
 
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
-    """Where the `count` largest entries are; of equal ones the first."""
-    flat = scores.ravel()
+    """Where the `count` largest entries are; of equal ones the first, NaN last."""
+    flat = np.where(np.isnan(scores), -np.inf, scores).ravel()
     least = np.partition(flat, -count)[-count]
     best = flat > least
     best[np.flatnonzero(flat == least)[: count - best.sum()]] = True

@@ -136,6 +136,7 @@ class LeLoRA(Method):
         self._touched = torch.zeros(0, 0, dtype=torch.bool)  # (n, R): ever trained
         self._policy: Reinforce | None = None  # rank 0
         self._fixed: tuple[Tensor, ...] | None = None  # rank 0: features that stay
+        self._numbers = Replayed(self._of_gates, recorded=False)
         self._drawn: dict[str, Any] = {}  # what the log describes
 
     @property
@@ -292,7 +293,7 @@ class LeLoRA(Method):
                 energy = energy - torch.stack([s[bank].square().sum() for s, bank in pairs])
             largest = torch.stack([s[0].clamp(min=1e-30) for s in spectra])
             self._fixed = tuple(part.to(self.device) for part in (curves, energy, largest))
-            self._numbers = Replayed(self._of_gates, self.device)
+            self._numbers = Replayed(self._of_gates, self.device.type == "cuda")
         return self._numbers(self.rows.gates)[0]
 
     def _of_gates(self, gates: Tensor) -> tuple[Tensor]:

@@ -25,5 +25,10 @@ class Recent:
         return self.padded[len(self.padded) - self.count :]
 
     def push_(self, newest: Tensor) -> None:
-        """Add this one (…); `count` is the caller's to raise, since a recording keeps no number."""
+        """Put this one (…) at the end of `padded`. It is counted by `counted`, apart, so that this
+        can be recorded."""
         self.padded.copy_(torch.cat([self.padded[1:], newest.unsqueeze(0)]))
+
+    def counted(self) -> None:
+        """One more was pushed."""
+        self.count = min(self.count + 1, len(self.padded))

@@ -165,10 +165,10 @@ class Reinforce:
         self._optimizer = make(self.network.parameters(), lr=options.learning_rate, fused=fused)
         self._parameters = dict(self.network.named_parameters())
         # TabNet looks at values to know when it is done: its operations cannot be recorded.
-        place = torch.device("cpu") if options.network == "tabnet" else device
+        recorded = fused and options.network != "tabnet"
         descend = self._descend_table if options.credit == "counterfactual" else self._descend_drawn
-        self._descend = Replayed(descend, place)
-        self._look = Replayed(self._probabilities, place)
+        self._descend = Replayed(descend, recorded)
+        self._look = Replayed(self._probabilities, recorded)
         self._earlier: Recent | None = None  # rewards
         self._draws: deque[Draw] = deque()
         self._figures: dict[str, Callable[[], Tensor]] = {}  # computed where the log asks
@@ -241,7 +241,7 @@ class Reinforce:
             reward = self._priced(_rounded(reward), draw.ranks)
             self._learn_drawn(draw, reward, self._earlier.all)
             self._earlier.push_(reward)
-        self._earlier.count = min(self._earlier.count + 1, self.options.baseline_window)
+        self._earlier.counted()
 
     def _learn_drawn(self, draw: Draw, reward: Tensor, earlier: Tensor) -> None:
         """With b and spread of the earlier rewards only."""
@@ -335,8 +335,9 @@ class Reinforce:
         gradients = torch.autograd.grad(loss, list(weights.values()))
         for parameter, gradient in zip(self._parameters.values(), gradients, strict=True):
             parameter.grad = gradient
-        for group in self._optimizer.param_groups:  # Adam wants to know
-            group["capturable"] = loss.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.options.optimizer == "adam":  # refuses to be recorded without; warns if it is not
+            capturing = loss.is_cuda and torch.cuda.is_current_stream_capturing()
+            self._optimizer.param_groups[0]["capturable"] = capturing
         self._optimizer.step()
         return ()
 

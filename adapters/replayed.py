@@ -7,15 +7,16 @@ from torch import Tensor
 
 
 class Replayed:
-    """`function` of tensors; on a GPU it is recorded as a CUDA graph when called the second time,
+    """`function` of tensors on a GPU, recorded as a CUDA graph when it is called the second time,
     and from then on replayed: the CPU launches once what it would otherwise launch one by one.
 
     It must read no value of a tensor on the CPU, take the same shapes every time, and change in
-    place whatever it changes. What it returns is overwritten by the next call.
+    place whatever it changes. What it returns is overwritten by the next call. Not `recorded`, it
+    is called like any other.
     """
 
-    def __init__(self, function: Callable[..., Sequence[Tensor]], device: torch.device):
-        self._function, self._records = function, device.type == "cuda"
+    def __init__(self, function: Callable[..., Sequence[Tensor]], recorded: bool):
+        self._function, self._recorded = function, recorded
         self.forget()
 
     def forget(self) -> None:
@@ -24,7 +25,7 @@ class Replayed:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        if not (self._records and self._warm):
+        if not (self._recorded and self._warm):
             self._warm = True
             return self._function(*inputs)
         if self._graph is None:

@@ -221,7 +221,7 @@ def test_a_policy_that_is_recorded_learns_as_one_that_is_not(credit, network):
 
     for recorded in (True, False):
         ours, draws[recorded] = policy(), []
-        ours._descend._records = ours._look._records = recorded
+        ours._descend._recorded = ours._look._recorded = recorded
         for step in range(8):
             if step == 5:
                 state = {name: value.clone() for name, value in ours.state_dict().items()}
@@ -298,6 +298,22 @@ def test_engines_train_alike(fmt, tmp_path):
     expected = losses(tmp_path / "runs/ddp")
     for name in cases:
         assert losses(tmp_path / "runs" / name) == pytest.approx(expected, rel=1e-4), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_policy_is_recorded_while_copy_engines_gather(tmp_path):
+    """Recording on rank 0 gives memory back there alone; what NCCL knows stays."""
+    cases = {}
+    for name, changes in (("ddp", []), ("fsdp2", ["engine.copy_engines=true"])):
+        config = quick_config(
+            tmp_path, f"run.name={name}", "run.steps=10", f"engine.kind={name}", *changes,
+            "engine.device=cuda", "model.dtype=float32", "method.kind=lelora", "method.rank=4",
+        )  # fmt: skip
+        cases[name] = ("train_only", config.model_dump())
+    for result in run_cases(tmp_path / "work", cases, device="cuda").values():
+        ok(result)
+    ddp, fsdp2 = (losses(tmp_path / "runs" / name) for name in cases)
+    assert fsdp2 == pytest.approx(ddp, rel=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -5,7 +5,7 @@ import pytest
 from tests.helpers import quick_config
 from trainer import architecture
 from trainer.distributed import World
-from trainer.engine import choose, engine_class, make_engine
+from trainer.engine import choose, copy_engines, engine_class, fsdp2, make_engine
 from trainer.errors import UserError
 from trainer.memory import estimate
 from trainer.tasks import TASKS
@@ -55,7 +55,10 @@ def test_fsdp2_where_gpus_cannot_be_peers(tmp_path):
 def test_auto_falls_back_where_windows_cannot_be_opened(tmp_path, monkeypatch, asked, opens):
     class Recorded:
         def __init__(self, config, world):
-            self.reason = None
+            self.reason, self.met = None, False
+
+        def meet(self):
+            self.met = True
 
     made = []
     monkeypatch.setenv("RANK", "0")
@@ -68,6 +71,7 @@ def test_auto_falls_back_where_windows_cannot_be_opened(tmp_path, monkeypatch, a
     engine = make_engine(config, World(), TASKS["causal_lm"])
     # What was asked for by name is never replaced.
     assert made == ["peer" if opens or asked == "peer" else "fsdp2"]
+    assert engine.met
     assert engine.reason.endswith("cannot share memory" if made == ["fsdp2"] else "the host")
 
 
@@ -97,3 +101,19 @@ def test_copy_engines_are_refused_where_there_are_none(tmp_path):
         UserError, match=r"engine.copy_engines: true given, .* accepted: auto or false"
     ):
         engine_class("fsdp2")(config, World(size=2))
+
+
+@pytest.mark.parametrize("wanted", ["auto", "true"])
+def test_copy_engines_that_cannot_gather_are_left_or_refused(wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(copy_engines, "possible", lambda world: True)
+    monkeypatch.setattr(copy_engines, "gathering", lambda world, timeout: "not permitted")
+    monkeypatch.setattr(fsdp2, "init_device_mesh", lambda *given: "NCCL's kernels")
+    config = quick_config(tmp_path, "engine.kind=fsdp2", f"engine.copy_engines={wanted}")
+    engine = engine_class("fsdp2")(config, World())
+    if wanted == "true":
+        with pytest.raises(UserError, match=r"copy_engines: true given, .*\(not permitted\); acc"):
+            engine.meet()
+    else:
+        engine.meet()
+        assert "cannot gather: not permitted" in engine.gathers
+        assert (engine._mesh, engine._gather) == ("NCCL's kernels", None)

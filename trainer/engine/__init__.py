@@ -43,6 +43,7 @@ def make_engine(config: Config, world: World, task: Task) -> Engine:
     with world.together():
         engine = engine_class(kind)(config, world)
     engine.reason = reason
+    engine.meet()
     return engine
 
 

@@ -62,6 +62,9 @@ class Engine(ABC):
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
 
+    def meet(self) -> None:  # noqa: B027
+        """What all ranks do together before the first block is taken over."""
+
     @classmethod
     def against_compiling(cls, config: Config, backbone: Backbone) -> str | None:
         """What keeps the transformer blocks from being compiled, where something does."""

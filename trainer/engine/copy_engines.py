@@ -16,12 +16,17 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
 from trainer.distributed import World, before_leaving
+from trainer.errors import first_line
+
+_FAILURES = RuntimeError, AttributeError, TypeError
+"""Of NCCL and the driver; of a torch whose interface is another."""
 
 
 def possible(world: World) -> bool:
     """Whether all ranks are on one host, and its GPUs reach each other's memory."""
     return (
         world.device.type == "cuda"
+        and world.size > 1
         and len(world.nodes) == 1
         and world.peers
         and hasattr(dist.ProcessGroupNCCL, "NCCL_CTA_POLICY_ZERO")
@@ -29,9 +34,28 @@ def possible(world: World) -> bool:
 
 
 @cache
-def gathering(device: torch.device, timeout: float) -> "tuple[dist.ProcessGroup, CopyEngines]":
-    """The communicator of all ranks (`timeout` in seconds), and its all-gather; one in a process.
-    All ranks call it together."""
+def gathering(world: World, timeout: float) -> "tuple[dist.ProcessGroup, CopyEngines] | str":
+    """The communicator of all ranks (`timeout` in seconds) and its all-gather, one in a process, or
+    why there is none; tried, since GPUs that could may not be allowed to. All ranks call it
+    together."""
+    made, problem = None, None
+    try:
+        group = _communicator(world.device, timeout)
+        made = group, CopyEngines(group, world.device)
+    except _FAILURES as error:
+        problem = first_line(error)
+    problems = [text for text in world.gather(problem) if text]
+    if made is None or problems:
+        return problems[0]
+    try:
+        problem = None if _gathers(*made, world) else "what was gathered is wrong"
+    except _FAILURES as error:
+        problem = first_line(error)
+    problems = [text for text in world.gather(problem) if text]
+    return problems[0] if problems else made
+
+
+def _communicator(device: torch.device, timeout: float) -> dist.ProcessGroup:
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options.config.cta_policy = nccl.NCCL_CTA_POLICY_ZERO
@@ -40,7 +64,17 @@ def gathering(device: torch.device, timeout: float) -> "tuple[dist.ProcessGroup,
     group = dist.new_group(backend="nccl", pg_options=options, timeout=patience)
     assert isinstance(group, dist.ProcessGroup)
     dist.all_reduce(torch.zeros(1, device=device), group=group)  # connects
-    return group, CopyEngines(group, device)
+    return group
+
+
+def _gathers(group: dist.ProcessGroup, gather: "CopyEngines", world: World) -> bool:
+    """Whether everyone's megabyte arrives, as a block's would."""
+    with torch.cuda.stream(torch.cuda.Stream(world.device)):
+        everyone = gather.allocate((world.size, 2**20), dtype=torch.uint8, device=world.device)
+        own = everyone[world.rank].fill_(world.rank + 1)
+        gather(everyone.view(-1), own, group)
+        expected = torch.arange(1, world.size + 1, dtype=torch.uint8, device=world.device)
+        return torch.equal(everyone, expected.unsqueeze(1).expand_as(everyone))
 
 
 class CopyEngines(AllGather):

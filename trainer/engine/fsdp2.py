@@ -30,20 +30,31 @@ class FSDP2Engine(Engine):
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
-        self._gather: CopyEngines | None = None
-        possible, wanted = copy_engines.possible(world), config.engine.copy_engines
-        if wanted is True and not possible:
+        if config.engine.copy_engines is True and not copy_engines.possible(world):
             raise UserError(
                 "engine.copy_engines: true given, but that takes NCCL 2.28 and GPUs of one host "
                 "that reach each other's memory; accepted: auto or false"
             )
-        if wanted and possible:
-            group, self._gather = copy_engines.gathering(world.device, config.engine.timeout)
-            self._mesh = DeviceMesh.from_group(group, world.device.type)
-            self.gathers = "gathered by copy engines"
-        else:
-            self._mesh = init_device_mesh(world.device.type, (world.size,))
+        self._gather: CopyEngines | None = None
         self._blocks: list[FSDPModule] = []
+
+    def meet(self) -> None:
+        wanted = self.config.engine.copy_engines
+        if wanted and copy_engines.possible(self.world):
+            found = copy_engines.gathering(self.world, self.config.engine.timeout)
+            if not isinstance(found, str):
+                group, self._gather = found
+                self._mesh = DeviceMesh.from_group(group, self.world.device.type)
+                self.gathers = "NCCL is told to gather by copy engines"
+                return
+            if wanted is True:
+                with self.world.together():
+                    raise UserError(
+                        f"engine.copy_engines: true given, but they cannot gather ({found}); "
+                        "accepted: auto or false"
+                    )
+            self.gathers = f"copy engines cannot gather: {found}"
+        self._mesh = init_device_mesh(self.world.device.type, (self.world.size,))
 
     def shard_block(self, block: nn.Module) -> None:
         for module in block.modules():
