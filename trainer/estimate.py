@@ -39,6 +39,8 @@ CONTEXT = GIB
 kernels, libraries' handles. No counter of torch shows it."""
 COLLECTIVES = GIB
 """Allowance for NCCL's buffers, where there are several ranks."""
+COPY_ENGINES = GIB // 2
+"""Allowance for a second communicator, whose all-gather is the copy engines'."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Prediction:
     """Blocks whose weights stay whole from step to step, where others are gathered."""
     memory: int
     """The GPU's."""
+    allowance: int
+    """For what no counter of torch shows."""
     sharded: dict[int, Estimate]
     """What `states` would be under fsdp2 on so many GPUs."""
 
@@ -114,10 +118,6 @@ class Prediction:
     @property
     def peak(self) -> int:
         return max(self.phases.values())
-
-    @property
-    def allowance(self) -> int:
-        return _allowance(self.gpus)
 
     @property
     def fits(self) -> bool:
@@ -163,9 +163,11 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     more = {n: estimate(backbone, config, n, "split") for n in (2, 4, 8, 16, 32, 64)}
     found = probe(backbone, config, task, compiled=compiles(config, engine, backbone, device))
     check_whole(config.engine, len(found.added))
-    budget = int(config.engine.memory_fraction * memory) - _allowance(gpus)
+    copies = kind == "fsdp2" and gpus > hosts == 1 and bool(config.engine.copy_engines)
+    allowance = CONTEXT + (COLLECTIVES if gpus > 1 else 0) + (COPY_ENGINES if copies else 0)
+    budget = int(config.engine.memory_fraction * memory) - allowance
     plan = _plan(config.engine, found, states, budget, fills=engine.keeps_whole)
-    return Prediction(kind, reason, gpus, states, found, *plan, memory, more)
+    return Prediction(kind, reason, gpus, states, found, *plan, memory, allowance, more)
 
 
 def _plan(
@@ -182,10 +184,6 @@ def _plan(
         left -= max(*probe.peaks(kept, moved), states.update)
         whole = fitting(len(probe.added), states.block, left)
     return kept, moved, whole
-
-
-def _allowance(gpus: int) -> int:
-    return CONTEXT + (COLLECTIVES if gpus > 1 else 0)
 
 
 def probe(backbone: Backbone, config: Config, task: Task, *, compiled: bool) -> Probe:

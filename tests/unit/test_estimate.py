@@ -18,7 +18,8 @@ LLAMA_8B = "configs/llama8b_random.yaml"
 LONG_FP8 = ["model.quantization=fp8", "data.max_length=8192"]
 ON_HOST = [*LONG_FP8, "engine.activation_offload=80", "engine.memory_fraction=0.95"]
 PARTLY_ON_HOST = [*LONG_FP8, "engine.activation_offload=60", "engine.memory_fraction=0.95"]
-FSDP2, PEER = ([f"engine.kind={kind}", "engine.whole_blocks=0"] for kind in ("fsdp2", "peer"))
+PEER = ["engine.kind=peer", "engine.whole_blocks=0"]
+FSDP2 = ["engine.kind=fsdp2", "engine.whole_blocks=0", "engine.copy_engines=false"]
 TWELVE = ["model.quantization=none", "model.overrides.num_hidden_layers=12"]
 TWENTY_FOUR = ["model.quantization=none", "model.overrides.num_hidden_layers=24"]
 
@@ -36,6 +37,10 @@ MEASURED = [  # configuration, GPUs, overrides, their kind, blocks that kept act
     (LLAMA, 2, [*PEER, "model.overrides.num_hidden_layers=12"], H100, 12, 18.3),
     (LLAMA, 2, ["engine.kind=deepspeed", *TWELVE], H100, 12, 27.9),
     (LLAMA, 2, ["engine.kind=deepspeed", *TWENTY_FOUR], H100, 24, 46.9),
+    (LLAMA, 4, ["engine.kind=fsdp2", "model.quantization=none"], H200, 80, 124.5),
+    (LLAMA, 4, ["engine.kind=peer", "model.quantization=none"], H200, 80, 125.8),
+    (LLAMA, 4, ["engine.kind=deepspeed", "model.quantization=none"], H200, 80, 100.3),
+    (LLAMA, 4, ["engine.kind=peer", *PARTLY_ON_HOST], H200, 73, 130.9),
     (LLAMA_8B, 1, [], H100, 32, 19.5),
     (LLAMA_8B, 1, ["data.max_length=512"], H100, 32, 8.2),
 ]  # fmt: skip
@@ -53,6 +58,13 @@ def test_measured_jobs_are_met_within_a_twentieth(path, gpus, changes, memory, k
 def small(tmp_path, *changes, gpus=1, memory=H200):
     settings = ["data.max_length=512", "engine.kind=auto", "model.dtype=bfloat16", *changes]
     return predict(quick_config(tmp_path, *settings), gpus, memory)
+
+
+def test_copy_engines_take_a_communicator_more(tmp_path):
+    config = quick_config(tmp_path, "engine.kind=fsdp2", "data.max_length=512")
+    near, far = (predict(config, 4, H200, hosts=hosts).allowance for hosts in (1, 2))
+    without = small(tmp_path, "engine.kind=fsdp2", "engine.copy_engines=false", gpus=4).allowance
+    assert near > far == without == small(tmp_path, "engine.kind=peer", gpus=4).allowance
 
 
 def test_more_gpus_take_less_of_each_under_fsdp2_and_the_same_under_ddp(tmp_path):
