@@ -33,7 +33,8 @@ from adapters.beside import Beside
 from adapters.gated import GatedAdapter
 from adapters.method import Method, MethodOptions, Validate
 from adapters.optimizer import MaskedAdamW
-from adapters.reinforce import PolicyOptions, Reinforce
+from adapters.policy_options import PolicyOptions
+from adapters.reinforce import Reinforce
 from adapters.replayed import Replayed
 from adapters.spectral import bank, largest_rank, resample
 from adapters.units import by_kind_and_third, stem

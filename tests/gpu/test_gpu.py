@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from adapters import float8
-from adapters.reinforce import PolicyOptions, Reinforce
+from adapters.policy_options import PolicyOptions
+from adapters.reinforce import Reinforce
 from adapters.weights import FORMATS
 from tests.distributed.cases import ok, run_cases
 from tests.distributed.test_engines import check_gathered
