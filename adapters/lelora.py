@@ -30,13 +30,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from adapters.beside import Beside
+from adapters.features import Features
 from adapters.gated import GatedAdapter
 from adapters.method import Method, MethodOptions, Validate
 from adapters.optimizer import MaskedAdamW
 from adapters.policy_options import PolicyOptions
 from adapters.reinforce import Reinforce
-from adapters.replayed import Replayed
-from adapters.spectral import bank, largest_rank, resample
+from adapters.spectral import bank, largest_rank
 from adapters.units import by_kind_and_third, stem
 
 Location = Literal["primary", "medium", "minor"]
@@ -136,8 +136,7 @@ class LeLoRA(Method):
         self._last_loss = float("nan")  # L₁ of the draw before
         self._touched = torch.zeros(0, 0, dtype=torch.bool)  # (n, R): ever trained
         self._policy: Reinforce | None = None  # rank 0
-        self._fixed: tuple[Tensor, ...] | None = None  # rank 0: features that stay
-        self._numbers = Replayed(self._of_gates, recorded=False)
+        self._features: Features | None = None  # rank 0
         self._drawn: dict[str, Any] = {}  # what the log describes
 
     @property
@@ -281,32 +280,12 @@ class LeLoRA(Method):
         }
 
     def features(self) -> Tensor:
-        """ξ without the embedded parts (n, F): log1p of the norm, the spectrum resampled and over
-        σ₁, and with `features: current` the banks' gates over σ₁. The next call overwrites it."""
-        if self._fixed is None:
-            spectra = [self.spectra[unit.name].double().cpu() for unit in self.units]
-            count = self.options.policy.spectrum_points
-            curves = torch.stack([resample(s, count) for s in spectra])
-            energy = torch.stack([s.square().sum() for s in spectra])
-            if self.options.policy.features == "current":
-                banks = [[i for r in self.ranges(unit) for i in r] for unit in self.units]
-                pairs = zip(spectra, banks, strict=True)
-                energy = energy - torch.stack([s[bank].square().sum() for s, bank in pairs])
-            largest = torch.stack([s[0].clamp(min=1e-30) for s in spectra])
-            self._fixed = tuple(part.to(self.device) for part in (curves, energy, largest))
-            self._numbers = Replayed(self._of_gates, self.device.type == "cuda")
-        return self._numbers(self.rows.gates)[0]
-
-    def _of_gates(self, gates: Tensor) -> tuple[Tensor]:
-        assert self._fixed is not None
-        curves, energy, largest = self._fixed
-        parts = [curves]
-        if self.options.policy.features == "current":
-            gates = gates.double().view(len(self.units), -1)
-            energy = energy + gates.square().sum(1)  # approximate: U and V drift
-            parts.append(gates / largest.unsqueeze(1))
-        norm = energy.clamp(min=0).sqrt().log1p().unsqueeze(1)
-        return (torch.cat([norm, *parts], dim=1).float(),)
+        """ξ (n, F), of the gates as they are; the next call overwrites it."""
+        if self._features is None:
+            spectra = [self.spectra[unit.name] for unit in self.units]
+            held = [[i for r in self.ranges(unit) for i in r] for unit in self.units]
+            self._features = Features(self.options.policy, spectra, held, self.device)
+        return self._features(self.rows.gates)
 
     def _the_policy(self) -> Reinforce:
         if self._policy is None:

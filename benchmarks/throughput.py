@@ -106,8 +106,9 @@ def ours(config: Config, world: World) -> tuple[Callable[[], None], int]:
     weight = ids.numel() - ids.shape[0]
     batch = Batch({"input_ids": ids}, ids, weight, ids.numel())
     plan = fit(session, batch=batch)
-    if world.is_main and plan is not None:
-        print(plan, flush=True)
+    for remark in (session.engine.gathers, plan):
+        if world.is_main and remark:
+            print(remark, flush=True)
 
     def step() -> None:
         loss, _ = session.task.loss(session.model, batch)

@@ -301,34 +301,35 @@ def test_engines_train_alike(fmt, tmp_path):
         assert losses(tmp_path / "runs" / name) == pytest.approx(expected, rel=1e-4), name
 
 
+def trained_on_two(tmp_path, runs):
+    """Losses of ten steps, by run, each with its changes of the configuration."""
+    shared = ["run.steps=10", "engine.device=cuda", "model.dtype=float32"]
+    configs = {
+        name: quick_config(tmp_path, f"run.name={name}", *shared, *changes)
+        for name, changes in runs.items()
+    }
+    cases = {name: ("train_only", config.model_dump()) for name, config in configs.items()}
+    for result in run_cases(tmp_path / "work", cases, device="cuda").values():
+        ok(result)
+    return [losses(config.run_folder) for config in configs.values()]
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_policy_is_recorded_while_copy_engines_gather(tmp_path):
     """Recording on rank 0 gives memory back there alone; what NCCL knows stays."""
-    cases = {}
-    for name, changes in (("ddp", []), ("fsdp2", ["engine.copy_engines=true"])):
-        config = quick_config(
-            tmp_path, f"run.name={name}", "run.steps=10", f"engine.kind={name}", *changes,
-            "engine.device=cuda", "model.dtype=float32", "method.kind=lelora", "method.rank=4",
-        )  # fmt: skip
-        cases[name] = ("train_only", config.model_dump())
-    for result in run_cases(tmp_path / "work", cases, device="cuda").values():
-        ok(result)
-    ddp, fsdp2 = (losses(tmp_path / "runs" / name) for name in cases)
+    policy = ["method.kind=lelora", "method.rank=4"]
+    ddp, fsdp2 = trained_on_two(tmp_path, {
+        "ddp": [*policy, "engine.kind=ddp"],
+        "fsdp2": [*policy, "engine.kind=fsdp2", "engine.copy_engines=true", "engine.whole_blocks=0"],
+    })  # fmt: skip
     assert fsdp2 == pytest.approx(ddp, rel=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_split_moments_are_gathered_in_place(tmp_path):
     """NCCL writes into the buffer that it reads from; units go before step 4, others grow."""
-    cases = {}
-    for name, shards in (("whole", "false"), ("split", "true")):
-        config = quick_config(
-            tmp_path, f"run.name={name}", "run.steps=10", "engine.kind=fsdp2",
-            "engine.device=cuda", "model.dtype=float32", f"optim.shard_state={shards}",
-            "method.kind=weightlora_plus", "method.warmup_steps=4",
-        )  # fmt: skip
-        cases[name] = ("train_only", config.model_dump())
-    for result in run_cases(tmp_path / "work", cases, device="cuda").values():
-        ok(result)
-    whole, split = (losses(tmp_path / "runs" / name) for name in cases)
+    grown = ["engine.kind=fsdp2", "method.kind=weightlora_plus", "method.warmup_steps=4"]
+    whole, split = trained_on_two(tmp_path, {
+        "whole": [*grown, "optim.shard_state=false"], "split": [*grown, "optim.shard_state=true"],
+    })  # fmt: skip
     assert split == pytest.approx(whole, rel=1e-4)

@@ -1,4 +1,4 @@
-"""NCCL's all-gather by a GPU's copy engines, which takes nothing of the GPU from the products.
+"""NCCL's all-gather by a GPU's copy engines, in place of a kernel that runs beside the products.
 
 It needs a communicator that is told to do without thread blocks, and buffers that lie at the same
 place on every rank and are registered with it. torch 2.13 has the same as
@@ -23,7 +23,8 @@ _FAILURES = RuntimeError, AttributeError, TypeError
 
 
 def possible(world: World) -> bool:
-    """Whether all ranks are on one host, and its GPUs reach each other's memory."""
+    """Whether there are several ranks, all on one host, whose GPUs reach each other's memory, and
+    this NCCL can be told."""
     return (
         world.device.type == "cuda"
         and world.size > 1
