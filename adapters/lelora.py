@@ -22,6 +22,7 @@ costs no extra pass.
 """
 
 from collections.abc import Mapping
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -138,6 +139,11 @@ class LeLoRA(Method):
         self._policy: Reinforce | None = None  # rank 0
         self._features: Features | None = None  # rank 0
         self._drawn: dict[str, Any] = {}  # what the log describes
+        actions = list(product(options.dimensions, options.locations))
+        self._row_of = {action: row for row, action in enumerate(actions)}
+        self._masks = np.zeros((len(actions), options.components), dtype=bool)  # each action's
+        for action, row in self._row_of.items():
+            self._masks[row, self.trained(*action)] = True
 
     @property
     def wakes_gradually(self):  # type: ignore[override]
@@ -325,12 +331,8 @@ class LeLoRA(Method):
         ranks, locations = (
             list(map(decision[key].__getitem__, names)) for key in ("ranks", "locations")
         )
-        actions = list(zip(ranks, locations, strict=True))
-        place = {action: index for index, action in enumerate(dict.fromkeys(actions))}
-        slices = np.zeros((len(place), self.options.components), dtype=bool)
-        for action, index in place.items():
-            slices[index, self.trained(*action)] = True
-        mask = torch.from_numpy(slices[[place[action] for action in actions]])
+        rows = [self._row_of[action] for action in zip(ranks, locations, strict=True)]
+        mask = torch.from_numpy(self._masks[rows])
         self._reward = None  # rank 0 has taken it
         self._touched |= mask
         self._drawn = {"ranks": ranks, "locations": locations}

@@ -1,6 +1,7 @@
 """Decide on rank 0, broadcast, apply everywhere, verify that everyone holds the same."""
 
 import hashlib
+from typing import Any
 
 import torch
 
@@ -19,10 +20,12 @@ def decide_and_apply(
     """
     if not method.due(step):
         return None, False
-    decision = world.ask_main(lambda: _decide(method, step, replay))
-    if decision is None:
+    names = list(method.decided)
+    letter = world.ask_main(lambda: without_names(_decide(method, step, replay), names))
+    if letter is None:
         return None, False
     with world.together() as digests:
+        decision = with_names(letter, names)
         changed = method.apply(decision)
         digests.append(state_digest(method))
     strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
@@ -42,6 +45,20 @@ def _decide(method: Method, step: int, replay: Replay | None) -> Decision | None
         return method.decide(step)
     except ValueError as error:
         raise RunFailed(f"step {step}: {error}") from error
+
+
+def without_names(decision: Decision | None, names: list[str]) -> list[Any] | None:
+    """[(key, whether it says something of each of `names`, what)]: names, which all ranks know,
+    would be nine tenths of what is sent."""
+    if decision is None:
+        return None
+    by_name = {k: isinstance(v, dict) and list(v) == names for k, v in decision.items()}
+    return [(k, by_name[k], list(v.values()) if by_name[k] else v) for k, v in decision.items()]
+
+
+def with_names(letter: list[Any], names: list[str]) -> Decision:
+    """Inverse of `without_names`."""
+    return {k: dict(zip(names, v, strict=True)) if by_name else v for k, by_name, v in letter}
 
 
 def state_digest(method: Method) -> str:

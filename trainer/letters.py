@@ -11,8 +11,8 @@ import msgpack
 import numpy as np
 import torch
 
-PAGE = 2**17
-"""Bytes that one sends to all: a decision about 640 units takes 55 KB."""
+PAGE = 2**14
+"""Bytes that one sends to all: a decision about 640 units takes 5 to 11 KB."""
 
 NOTE = 2**8
 """Bytes that all send to all: an exit code, a digest."""

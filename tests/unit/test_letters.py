@@ -4,10 +4,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import msgpack
 import pytest
 import torch
 
 from trainer import letters
+from trainer.consensus import with_names, without_names
 
 
 def exchanged(values: list[Any], size: int) -> tuple[list[Any], list[int]]:
@@ -54,8 +56,28 @@ def test_a_page_is_used_to_its_last_byte(missing):
     assert found == values and len(rounds) == 1 + missing
 
 
-def test_a_decision_on_the_units_of_mixtral_fits_a_page():
+def mixtral_decisions():
+    """What LeLoRA and AdaLoRA say, and a selection of some units."""
     stems = [f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(32)]
     names = [f"{stem}.{index}" for stem in stems for index in range(20)]
-    decision = {"ranks": dict.fromkeys(names, 8), "locations": dict.fromkeys(names, "primary")}
-    assert len(names) == 640 and length([decision, None]) <= letters.PAGE
+    ranks = dict.fromkeys(names, 8)
+    lelora = {"ranks": ranks, "locations": dict.fromkeys(names, "primary")}
+    adalora = {"ranks": ranks, "kept": {name: list(range(12)) for name in names}, "final": False}
+    some = {"survivors": names[:9], "ranks": dict.fromkeys(names[:9], 8), "omega": ranks}
+    return names, lelora, adalora, some
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_names_that_all_know_are_left_out_and_put_back(index):
+    names, *decisions = mixtral_decisions()
+    decision = decisions[index]
+    letter = without_names(decision, names)
+    again = with_names(msgpack.unpackb(letters.encoded(letter)), names)
+    assert again == decision and list(again) == list(decision)
+    assert length(letter) < length(decision) / 3 and length([letter, None]) <= letters.PAGE
+
+
+def test_no_decision_and_one_about_other_units():
+    assert without_names(None, ["a"]) is None
+    with pytest.raises(ValueError, match="zip"):
+        with_names(without_names({"ranks": {"a": 1, "b": 2}}, ["a", "b"]), ["a"])
