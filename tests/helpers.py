@@ -157,7 +157,7 @@ def error_lines(text: str) -> list[str]:
 
 def ranks_of(process: subprocess.Popen) -> dict[int, int]:
     """Process ids of a launcher's ranks that run the training script, by rank."""
-    found = {}
+    found, parent = {}, {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
@@ -167,11 +167,14 @@ def ranks_of(process: subprocess.Popen) -> dict[int, int]:
                 for item in (folder / "environ").read_text().split("\0")
                 if "=" in item
             )
+            status = (folder / "stat").read_text().rpartition(")")[2].split()
         except (OSError, ValueError):
             continue
         if variables.get("RANKCAST_TEST_MARK") == process.mark and "RANK" in variables:
-            found[int(variables["RANK"])] = int(folder.name)
-    return found
+            pid = int(folder.name)
+            found[pid], parent[pid] = int(variables["RANK"]), int(status[1])
+    # What a rank starts, as torch's compiler does, has its variables; left alone, it counts.
+    return {rank: pid for pid, rank in found.items() if parent[pid] not in found}
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen, seconds: float = 120) -> None:

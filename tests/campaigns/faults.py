@@ -1,7 +1,7 @@
 """Break runs on purpose, for real, and count what is lost.
 
     python -m tests.campaigns.faults OUT [--kills 50] [--seed 0] [--only kill,disk,…]
-        [--launchers torchrun] [--gpus 0,1] [--engine fsdp2]
+        [--launchers torchrun] [--gpus 0,1] [section.key=value ...]
 
 Every run has two processes, on a CPU or on the two GPUs given. After each fault: no process is
 left, every complete checkpoint still verifies, and the run, started again, ends with the losses of
@@ -36,20 +36,19 @@ Fault = dict[str, Any]
 class Campaign:
     """The folder, the dice, where runs take place, and the undisturbed ones to compare with."""
 
-    def __init__(self, out: Path, seed: int, launchers: list[str], gpus: str, engine: str):
+    def __init__(self, out: Path, seed: int, launchers: list[str], gpus: str, changes: list[str]):
         self.out, self.dice = out, random.Random(seed)
-        self.launchers, self.gpus, self.engine = launchers, gpus, engine
+        self.launchers, self.gpus, self.changes = launchers, gpus, changes
         self.faults: list[Fault] = []
         out.mkdir(parents=True, exist_ok=True)
 
     def config(self, name: str, folder: Path, *overrides: str) -> Path:
         """A configuration file of a run in `folder`."""
         config = quick_config(
-            self.out, f"run.name={name}", f"run.dir={folder}",
-            f"engine.kind={self.engine}", "model.dtype=float32",
+            self.out, f"run.name={name}", f"run.dir={folder}", "engine.kind=auto",
             f"run.steps={STEPS}", f"checkpoint.every={EVERY}", "data.eval=null",
             "method.kind=lelora", "model.quantization=nf4", "data.batch_size=4",
-            f"engine.timeout={TIMEOUT}", *overrides,
+            f"engine.timeout={TIMEOUT}", "model.dtype=float32", *overrides, *self.changes,
         )  # fmt: skip
         file = self.out / f"{name}.yaml"
         file.write_text(config.to_yaml())
@@ -287,7 +286,8 @@ def stall(campaign: Campaign, _: int) -> None:
             code, _, err = finish(process, seconds=120)  # the launcher ends the one that stands
             problem = left_behind(process) + ("" if code else "exit code 0; ")
             problem += "" if f"lost rank {rank} " in err else "not named; "
-            problem += "" if took < TIMEOUT + 10 else f"took {took:.0f} s; "
+            patience = TIMEOUT + (20 if campaign.gpus else 10)  # GPUs wait: the watchdog looks on
+            problem += "" if took < patience else f"took {took:.0f} s; "
             reached, said = step_of(run), last_line(err)
             wrong, origin, _ = go_on(campaign, launcher, config, run)
             campaign.note("stalled rank", problem + wrong, reached - origin,
@@ -361,12 +361,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launchers", default="torchrun,deepspeed")
     parser.add_argument("--gpus", default="", help="two of them, by comma; none: a CPU")
-    parser.add_argument("--engine", default="auto", help="engine.kind")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, by comma")
-    arguments = parser.parse_args()
+    parser.add_argument("changes", nargs="*", metavar="section.key=value", help="of every run")
+    arguments = parser.parse_intermixed_args()
     campaign = Campaign(
         arguments.out.resolve(), arguments.seed, arguments.launchers.split(","), arguments.gpus,
-        arguments.engine,
+        arguments.changes,
     )  # fmt: skip
     for part in arguments.only.split(","):
         PARTS[part](campaign, arguments.kills)

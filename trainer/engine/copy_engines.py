@@ -61,7 +61,7 @@ def _communicator(device: torch.device, timeout: float) -> dist.ProcessGroup:
     options = nccl.Options()
     options.config.cta_policy = nccl.NCCL_CTA_POLICY_ZERO
     # As for the first one: the hosts, who meet at every step, notice first.
-    patience = datetime.timedelta(seconds=timeout + 60)
+    patience = options._timeout = datetime.timedelta(seconds=timeout + 60)
     group = dist.new_group(backend="nccl", pg_options=options, timeout=patience)
     assert isinstance(group, dist.ProcessGroup)
     dist.all_reduce(torch.zeros(1, device=device), group=group)  # connects
