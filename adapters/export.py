@@ -5,6 +5,7 @@ per-unit rank and alpha patterns (vLLM does) still gets the right product.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,11 @@ from adapters.gated import GatedAdapter
 from adapters.units import stem
 
 _TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
+
+_FORMER_EXPERT = re.compile(r"\.(gate_proj|up_proj|down_proj)$")
+"""In a mixture PEFT takes modules of these names for experts as transformers 4 had them, and its
+`target_modules` for those of the stacks: dense ones (of a layer without experts, of a shared
+expert) are named by their parameter instead."""
 
 
 def lora_factors(
@@ -75,8 +81,8 @@ def export_adapter(
 
     `adapters` by module path; `heads`: whole trained modules by path, each its parameters by name;
     `labels`: outputs of a classification head; `initial`: the parts of W that adapters started as.
-    `experts`: how many there are in a stack, by its path; their adapters become one LoRA on that
-    parameter (PEFT's `target_parameters`), as wide as the widest of them.
+    `experts`: how many there are in every stack of the model, by its path; their adapters become
+    one LoRA on that parameter (PEFT's `target_parameters`), as wide as the widest of them.
     A unit of rank 0 is left out (PEFT refuses it). `rank`: compress every unit to at most so much;
     returns what that loses, ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.
     """
@@ -84,6 +90,7 @@ def export_adapter(
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     stacks: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    modules, parameters = [], []
     lost = whole = 0.0
     for name, adapter in adapters.items():
         A, B = lora_factors(adapter, initial.get(name))
@@ -97,11 +104,16 @@ def export_adapter(
         if stem(name) in experts:
             stacks.setdefault(stem(name), {})[int(name.rpartition(".")[2])] = (A, B)
             continue
-        ranks[name] = A.shape[0]
+        if experts and _FORMER_EXPERT.search(name):
+            parameters.append(f"{name}.weight")
+            ranks[f"{name}.weight"] = A.shape[0]
+        else:
+            modules.append(name)
+            ranks[name] = A.shape[0]
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
-    modules = sorted(ranks)
     for name, parts in stacks.items():
+        parameters.append(name)
         A, B = stacked_factors(parts, experts[name])
         ranks[name] = A.shape[0] // experts[name]
         path = _wrapped(name, stacks)
@@ -112,9 +124,9 @@ def export_adapter(
             tensors[f"base_model.model.{path}.{name}"] = value.cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = _peft_config(ranks, modules, sorted(heads))
-    if stacks:
-        config["target_parameters"] = sorted(stacks)
+    config = _peft_config(ranks, sorted(modules), sorted(heads))
+    if parameters:
+        config["target_parameters"] = sorted(parameters)
     config |= {
         "base_model_name_or_path": base_model,
         "revision": revision,

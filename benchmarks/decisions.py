@@ -13,13 +13,13 @@ import json
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from trainer import consensus
+from trainer.arguments import among, at_least, new_file
 from trainer.config import Config, load_config
 from trainer.distributed import World
 from trainer.run import run
@@ -46,9 +46,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--methods", default=",".join(METHODS), help=", ".join(METHODS))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps", type=at_least(1), default=30)
+    known = ",".join(METHODS)
+    parser.add_argument("--methods", type=among(METHODS), default=known, help=known)
+    parser.add_argument("--out", type=new_file)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
@@ -63,7 +64,7 @@ def main() -> None:
             print(f"{world.size} x {world.device.type}\n| method | units | ms | slowest |")
             print("|---|---|---|---|")
         found = []
-        for name in arguments.methods.split(","):
+        for name in arguments.methods:
             method = [override.format(last=steps - 1) for override in METHODS[name]]
             changes = [*method, f"run.dir={folder}", f"run.name={name}"]
             config = load_config(arguments.config, [*shared, *changes])

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 
 from adapters.weights import FORMATS
+from trainer.arguments import at_least
 from trainer.config import load_config
 from trainer.distributed import World
+from trainer.errors import UserError, first_line
 from trainer.evaluation import mean_loss
 from trainer.memory import estimate
 from trainer.session import open_session
@@ -51,16 +53,27 @@ def losses(
     return found, size, session.backbone.quantization_error
 
 
+def read(file: Path) -> str:
+    """A text long enough for a comparison. Raises UserError."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {first_line(error)}; accepted: a text in UTF-8") from error
+    if len(text) <= 2 * CHARACTERS:
+        raise UserError(f"{file}: {len(text)} characters; accepted: more than {2 * CHARACTERS}")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
-    parser.add_argument("--records", type=int, default=120)
+    parser.add_argument("--records", type=at_least(2), default=120)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    text = arguments.text.read_text(encoding="utf-8")
+    text = read(arguments.text)
     pieces = [text[i : i + CHARACTERS] for i in range(0, len(text) - CHARACTERS, CHARACTERS)]
     print("| format | perplexity | loss minus unquantised | error of W | backbone, MiB |")
     print("|---|---|---|---|---|")

@@ -15,6 +15,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
+from trainer.arguments import at_least
 from trainer.comparison import Result, compare, read_comparison
 from trainer.start import guarded
 
@@ -54,9 +55,9 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--comparison", type=Path, default=Path("benchmarks/gsm8k.yaml"))
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=at_least(1), default=1)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=at_least(1), default=5)
     arguments = parser.parse_args()
     ranks = [0, 2, 4, 8]
 

@@ -39,6 +39,7 @@ from adapters.weights import FORMATS
 from benchmarks.throughput import built
 from trainer import backbone as backbones
 from trainer.architecture import Backbone, load_tokenizer
+from trainer.arguments import at_least, new_file
 from trainer.config import Config, with_overrides
 from trainer.distributed import World
 from trainer.engine import make_engine
@@ -83,8 +84,8 @@ def main() -> None:
     )
     parser.add_argument("config")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--layers", type=at_least(1))
+    parser.add_argument("--out", type=new_file)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
@@ -126,7 +127,10 @@ def enough_layers(model: Backbone) -> int:
 
 def write(model: Backbone, folder: Path, device: torch.device) -> None:
     """The checkpoint, unless it is there already. UserError where the folder holds another one."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; accepted: a folder to write to") from error
     wanted = model.model.config.to_json_string()
     if (folder / INDEX).exists():
         if (folder / "shapes.json").read_text(encoding="utf-8") != wanted:

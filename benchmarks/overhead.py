@@ -16,13 +16,13 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from trainer import activations, consensus
+from trainer.arguments import among, at_least, new_file
 from trainer.config import load_config
 from trainer.distributed import World
 from trainer.engine.base import Update
@@ -126,14 +126,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--methods", default=",".join(METHODS), help=", ".join(METHODS))
+    parser.add_argument("--rounds", type=at_least(1), default=30)
+    known = ",".join(METHODS)
+    parser.add_argument("--methods", type=among(METHODS), default=known, help=known)
     parser.add_argument("--config", default=LLAMA, help="another model, of the same sizes")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=new_file)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    names = arguments.methods.split(",")
-    found = measure(names, arguments.rounds, arguments.overrides, arguments.config)
+    found = measure(arguments.methods, arguments.rounds, arguments.overrides, arguments.config)
     print("| method | step, s | over LoRA | quartiles | trainable |\n|---|---|---|---|---|")
     for f in found:
         print("| {method} | {step_seconds:.4f} | {ratio:.3f} | {low:.3f}–{high:.3f} | "

@@ -27,6 +27,7 @@ from adapters.registry import METHODS
 from adapters.units import Unit
 from benchmarks.throughput import built
 from trainer.architecture import Backbone
+from trainer.arguments import at_least, new_file
 from trainer.backbone import in_groups
 from trainer.config import Config
 from trainer.distributed import World
@@ -56,8 +57,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config")
-    parser.add_argument("--units", type=int, default=2)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--units", type=at_least(0), default=2)
+    parser.add_argument("--out", type=new_file)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     with launched(arguments.config, arguments.overrides) as (config, world):

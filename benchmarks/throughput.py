@@ -26,6 +26,7 @@ from adapters.experts import StackedLinear
 from adapters.linear import AdaptedLinear
 from trainer.activations import fit
 from trainer.architecture import Backbone, build, load_tokenizer
+from trainer.arguments import at_least, counts, new_file
 from trainer.config import Config, with_overrides
 from trainer.distributed import World
 from trainer.memory import peak_gib, release
@@ -60,17 +61,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config")
-    parser.add_argument("--layers", default="")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--layers", type=counts, default="")
+    parser.add_argument("--steps", type=at_least(1), default=8)
     parser.add_argument("--peer", choices=["peft"])
-    parser.add_argument("--profile", type=Path, help="write the kernels of one step here")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--profile", type=new_file, help="write the kernels of one step here")
+    parser.add_argument("--out", type=new_file)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     with launched(arguments.config, arguments.overrides) as (config, world):
         whole = depth(config, world)
-        counts = [int(count) for count in arguments.layers.split(",") if count] or [whole]
+        depths = arguments.layers or [whole]
         ceiling = matmul_ceiling(world.device)
         found: list[Figures] = []
         contestants: dict[str, Contestant] = {"rankcast": ours}
@@ -80,7 +81,7 @@ def main() -> None:
             contestants["peft"] = peft_step
         for who, prepare in contestants.items():
             timed = []
-            for count in counts:
+            for count in depths:
                 changes = [f"model.overrides.num_hidden_layers={count}"]
                 if count < whole and config.engine.whole_blocks == "auto":
                     changes.append("engine.whole_blocks=0")
@@ -91,7 +92,7 @@ def main() -> None:
                 timed.append(figures(who, shorter, world, count, trainable, seconds, ceiling))
                 release(world.device)
             found += timed
-            if len(timed) == 2 and whole not in counts:
+            if len(timed) == 2 and whole not in depths:
                 further = carried_on(timed, config, world, whole, ceiling)
                 found += [further] if further else []
         if world.is_main:

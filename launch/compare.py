@@ -6,6 +6,7 @@ python launch/compare.py benchmarks/gsm8k.yaml OUT --workers 8
 import argparse
 from pathlib import Path
 
+from trainer.arguments import at_least
 from trainer.start import guarded
 
 
@@ -15,7 +16,9 @@ def main() -> None:
     )
     parser.add_argument("comparison", type=Path, help="YAML file (see trainer/comparison.py)")
     parser.add_argument("out", type=Path, help="folder for runs, results.jsonl and table.md")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time on this machine")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=1, help="runs at a time on this machine"
+    )
     arguments = parser.parse_args()
     from trainer.comparison import compare, read_comparison, table
 

@@ -38,6 +38,9 @@ from trainer.options import ModelOptions, compute_dtype
 from trainer.strict import local
 from trainer.tasks.base import Task
 
+_ROW_BYTES = 16
+"""A row of an operand of torch's grouped product takes a multiple of so many."""
+
 
 class TrainedModule(nn.Module):
     """A module that trains whole beside the adapters (a new head): float32, never sharded."""
@@ -148,6 +151,7 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
     for path, module in list(model.named_modules()):
         if AdaptedExperts.fits(module):
             set_module(model, path, AdaptedExperts(module))
+    _check_experts(model, dtype)
     _check_vocabulary(task.tokenizer, model, options)
     trained = task.trained_modules(model)
     if config.method.train_router:
@@ -159,6 +163,26 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
     heads = {path: model.get_submodule(path) for path in trained}
     alone = _left_alone(model) if config.method.targets == "all-linear" else []
     return Backbone(model, dtype, make_units(model, targets), hosts, heads, alone)
+
+
+def _check_experts(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Raises UserError where a token's experts are more than there are, or the grouped product
+    (torch's) cannot take their rows."""
+    chosen = getattr(model.config, "num_experts_per_tok", 1)
+    for path, stack in model.named_modules():
+        if not isinstance(stack, StackedLinear):
+            continue
+        experts, *widths = stack.shape
+        if not 1 <= chosen <= experts:
+            raise UserError(
+                f"model.id: {chosen} experts per token (num_experts_per_tok), {experts} in {path}; "
+                "accepted: at least one, and no more than there are"
+            )
+        if any(width * dtype.itemsize % _ROW_BYTES for width in widths):
+            raise UserError(
+                f"model.id: {path}: experts of {widths[0]} x {widths[1]}; accepted in {dtype}: "
+                f"multiples of {_ROW_BYTES // dtype.itemsize}"
+            )
 
 
 def _model_config(folder: Path, options: ModelOptions) -> PretrainedConfig:

@@ -27,8 +27,10 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, without the rest of its lines."""
-    return next(iter(str(error).strip().splitlines()), repr(error))
+    """What another library's exception says, without the rest of its lines, unless the first one
+    only announces the second."""
+    first, *rest = str(error).strip().splitlines() or [repr(error)]
+    return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
 class RunFailed(UserError):

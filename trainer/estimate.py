@@ -27,6 +27,7 @@ from trainer.config import Config
 from trainer.distributed import World
 from trainer.engine import choose, engine_class
 from trainer.engine.base import compiles
+from trainer.engine.deepspeed import read_user_json
 from trainer.errors import UserError, first_line
 from trainer.memory import GIB, Estimate, estimate, fitting, readable
 from trainer.options import EngineOptions
@@ -157,6 +158,8 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     nodes = tuple(tuple(ranks[i::hosts]) for i in range(hosts))
     world = World(size=gpus, device=device, launcher=launcher, gpu_bytes=memory, nodes=nodes)
     kind, reason = choose(config, world, task)
+    if kind == "deepspeed":
+        read_user_json(config)
     backbone = architecture.build(config, task, device)
     engine = engine_class(kind)
     states = estimate(backbone, config, gpus, engine.spread, near=gpus // hosts)

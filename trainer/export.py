@@ -42,6 +42,8 @@ def export_run(
     loses without quantisation ("" where the backbone was not quantised, or `measure` is off) and
     by compression.
     """
+    if rank is not None and rank < 1:
+        raise UserError(f"--rank: {rank} given; accepted: 1 or more")
     if out.exists():
         raise UserError(f"{out}: exists already; accepted: a folder that does not")
     checkpoint, state = locate(source)
@@ -144,13 +146,10 @@ def write_adapter(
     config, tensors = saved_config(state), checkpoint_files.read_tensors(checkpoint)
     with checkpoint_files.fitting(checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
-    experts = None
-    if any(stem(name) != name for name in adapters):
-        experts = expert_counts(_built(config, state, torch.device("cpu"))[0].model)
     return export_adapter(
         out,
         adapters,
-        experts=experts,
+        experts=_experts(config, state, adapters),
         initial=saved_initial(checkpoint, state),
         rank=rank,
         base_model=config.model.id,
@@ -160,6 +159,19 @@ def write_adapter(
         labels=len(state["labels"].get("labels", ())) or 1,
         note=note,
     )
+
+
+def _experts(
+    config: Config, state: Mapping[str, Any], adapters: Mapping[str, GatedAdapter]
+) -> dict[str, int]:
+    """How many experts every stack of the model has; where no stack hosts an adapter, a model that
+    is not here any more is taken for one without."""
+    try:
+        return expert_counts(_built(config, state, torch.device("cpu"))[0].model)
+    except UserError:
+        if any(stem(name) != name for name in adapters):
+            raise
+        return {}
 
 
 def _built(config: Config, state: Mapping[str, Any], device: torch.device) -> tuple[Backbone, Task]:

@@ -1,0 +1,54 @@
+"""Types of command line arguments, and scripts that refuse a wrong one before they begin."""
+
+import subprocess
+import sys
+from argparse import ArgumentTypeError
+
+import pytest
+
+from tests.helpers import ROOT, environment
+from trainer.arguments import among, at_least, counts, new_file
+from trainer.errors import first_line
+
+
+def test_what_is_accepted(tmp_path):
+    assert at_least(0)("0") == 0 and at_least(-2)("-2") == -2
+    assert counts("") == [] and counts("8,16") == [8, 16]
+    assert among(["a", "b"])("b,a") == ["b", "a"]
+    assert new_file(f"{tmp_path}/x.json") == tmp_path / "x.json"
+
+
+@pytest.mark.parametrize("parse, text, accepted", [
+    (at_least(1), "0", "a whole number from 1 on"), (at_least(1), "1.5", "a whole number"),
+    (at_least(1), "-", "a whole number"), (counts, "abc", "whole numbers from 1 on"),
+    (counts, "0", "whole numbers from 1 on"), (counts, "1,", "whole numbers from 1 on"),
+    (counts, "2,1,2", "each number once"), (among(["a", "b"]), "a,c", "a, b"),
+    (new_file, "/nowhere/x.json", "a folder that exists"), (new_file, "/tmp", "a file"),
+])  # fmt: skip
+def test_what_is_not(parse, text, accepted):
+    with pytest.raises(ArgumentTypeError, match=f"'{text}' given; accepted.*{accepted}"):
+        parse(text)
+
+
+@pytest.mark.parametrize("command, said", [
+    ("benchmarks.throughput configs/llama70b_random.yaml --layers abc", "argument --layers: 'abc'"),
+    ("benchmarks.decisions configs/mixtral_random.yaml --methods lora", "argument --methods: "),
+    ("benchmarks.overhead --rounds 0", "argument --rounds: '0' given; accepted: "),
+    ("benchmarks.spectral configs/llama70b_random.yaml --units=-1", "argument --units: '-1'"),
+    ("benchmarks.loading configs/llama70b_random.yaml x --layers 0", "argument --layers: '0'"),
+    ("launch.compare benchmarks/gsm8k.yaml out --workers 0", "argument --workers: '0'"),
+])  # fmt: skip
+def test_scripts_refuse_before_they_begin(command, said):
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split()], cwd=ROOT, env=environment(), text=True,
+        capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
+
+
+def test_a_line_that_only_announces_the_next_one_is_not_alone():
+    assert first_line(ValueError("Class validation error:\n    63 is odd\nmore")) == (
+        "Class validation error: 63 is odd"
+    )
+    assert first_line(ValueError("a\nb")) == "a" and first_line(ValueError("a:")) == "a:"
+    assert first_line(ValueError()) == "ValueError()"

@@ -1,0 +1,47 @@
+"""Types of command line arguments: a wrong one is refused before anything is measured."""
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise ArgumentTypeError(f"{text!r} given; accepted: a whole number from {least} on")
+        return int(text)
+
+    return parse
+
+
+def counts(text: str) -> list[int]:
+    """Whole numbers from 1 on, by comma, each once."""
+    found = text.split(",") if text else []
+    if not all(part.isdecimal() and int(part) > 0 for part in found):
+        raise ArgumentTypeError(f"{text!r} given; accepted: whole numbers from 1 on, by comma")
+    numbers = [int(part) for part in found]
+    if len(set(numbers)) < len(numbers):
+        raise ArgumentTypeError(f"{text!r} given; accepted: each number once")
+    return numbers
+
+
+def among(names: Collection[str]) -> Callable[[str], list[str]]:
+    """Some of `names`, by comma."""
+
+    def parse(text: str) -> list[str]:
+        found = text.split(",")
+        if not set(found) <= set(names):
+            raise ArgumentTypeError(f"{text!r} given; accepted, by comma: {', '.join(names)}")
+        return found
+
+    return parse
+
+
+def new_file(text: str) -> Path:
+    """A file that can be written: in a folder that exists, itself none."""
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ArgumentTypeError(f"{text!r} given; accepted: a file in a folder that exists")
+    return path
