@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 
 from trainer import consensus
-from trainer.arguments import among, at_least, new_file
+from trainer.arguments import Parser, among, at_least, new_file
 from trainer.config import Config, load_config
 from trainer.distributed import World
 from trainer.run import run
@@ -42,9 +42,7 @@ METHODS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("config")
     parser.add_argument("--steps", type=at_least(1), default=30)
     known = ",".join(METHODS)

@@ -7,7 +7,6 @@ first of them are scored, every token by those before it in its record. The loss
 own (a fresh LoRA adds nothing); the difference from the unquantised one is paired over records.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from adapters.weights import FORMATS
-from trainer.arguments import at_least
+from trainer.arguments import Parser, at_least
 from trainer.config import load_config
 from trainer.distributed import World
 from trainer.errors import UserError, first_line
@@ -65,9 +64,7 @@ def read(file: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("text", type=Path)
     parser.add_argument("--records", type=at_least(2), default=120)

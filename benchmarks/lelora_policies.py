@@ -8,14 +8,13 @@ the same slice of every unit throughout. The table gives each policy's held-out 
 difference of the learned one from it over the seeds (negative: the learned one is better).
 """
 
-import argparse
 import json
 import math
 import statistics
 from collections import Counter
 from pathlib import Path
 
-from trainer.arguments import at_least
+from trainer.arguments import Parser, at_least
 from trainer.comparison import Result, compare, read_comparison
 from trainer.start import guarded
 
@@ -50,9 +49,7 @@ def histogram(runs: list[Path], ranks: list[int]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--comparison", type=Path, default=Path("benchmarks/gsm8k.yaml"))
     parser.add_argument("--workers", type=at_least(1), default=1)

@@ -39,7 +39,7 @@ from adapters.weights import FORMATS
 from benchmarks.throughput import built
 from trainer import backbone as backbones
 from trainer.architecture import Backbone, load_tokenizer
-from trainer.arguments import at_least, new_file
+from trainer.arguments import Parser, at_least, new_file
 from trainer.config import Config, with_overrides
 from trainer.distributed import World
 from trainer.engine import make_engine
@@ -79,9 +79,7 @@ class Figures:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("config")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=at_least(1))

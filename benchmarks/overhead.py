@@ -11,7 +11,6 @@ quartiles of the ratio to LoRA's step of the same round, after the first third (
 its selection). `lora-again` is LoRA itself: what its ratio differs from 1 is noise.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 
 from trainer import activations, consensus
-from trainer.arguments import among, at_least, new_file
+from trainer.arguments import Parser, among, at_least, new_file
 from trainer.config import load_config
 from trainer.distributed import World
 from trainer.engine.base import Update
@@ -123,9 +122,7 @@ def _finish(world: World) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--rounds", type=at_least(1), default=30)
     known = ",".join(METHODS)
     parser.add_argument("--methods", type=among(METHODS), default=known, help=known)

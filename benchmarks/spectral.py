@@ -10,7 +10,6 @@ wait for each other after every group of blocks; `--units 0` really computes all
 torchrun several ranks share the work.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -27,7 +26,7 @@ from adapters.registry import METHODS
 from adapters.units import Unit
 from benchmarks.throughput import built
 from trainer.architecture import Backbone
-from trainer.arguments import at_least, new_file
+from trainer.arguments import Parser, at_least, new_file
 from trainer.backbone import in_groups
 from trainer.config import Config
 from trainer.distributed import World
@@ -53,9 +52,7 @@ class Figures:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("config")
     parser.add_argument("--units", type=at_least(0), default=2)
     parser.add_argument("--out", type=new_file)

@@ -26,7 +26,7 @@ from adapters.experts import StackedLinear
 from adapters.linear import AdaptedLinear
 from trainer.activations import fit
 from trainer.architecture import Backbone, build, load_tokenizer
-from trainer.arguments import at_least, counts, new_file
+from trainer.arguments import Parser, at_least, counts, new_file
 from trainer.config import Config, with_overrides
 from trainer.distributed import World
 from trainer.memory import peak_gib, release
@@ -57,9 +57,7 @@ class Figures:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("config")
     parser.add_argument("--layers", type=counts, default="")
     parser.add_argument("--steps", type=at_least(1), default=8)

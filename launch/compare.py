@@ -3,17 +3,14 @@
 python launch/compare.py benchmarks/gsm8k.yaml OUT --workers 8
 """
 
-import argparse
 from pathlib import Path
 
-from trainer.arguments import at_least
+from trainer.arguments import Parser, at_least
 from trainer.start import guarded
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("comparison", type=Path, help="YAML file (see trainer/comparison.py)")
     parser.add_argument("out", type=Path, help="folder for runs, results.jsonl and table.md")
     parser.add_argument(

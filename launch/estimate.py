@@ -9,14 +9,13 @@ import argparse
 import os
 import sys
 
+from trainer.arguments import Parser
 from trainer.errors import UserError
 from trainer.start import guarded
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("config", help="YAML file")
     parser.add_argument("--gpus", type=int, default=1, help="how many, on all hosts together")
     parser.add_argument("--hosts", type=int, default=1, help="that have as many GPUs each")

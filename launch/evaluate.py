@@ -8,14 +8,13 @@ import argparse
 import json
 from pathlib import Path
 
+from trainer.arguments import Parser
 from trainer.errors import UserError
 from trainer.start import guarded, join
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

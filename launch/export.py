@@ -14,13 +14,12 @@ import argparse
 from pathlib import Path
 
 from trainer import distributed
+from trainer.arguments import Parser
 from trainer.start import guarded
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--what", choices=("adapter", "merged", "backbone"), default="adapter")

@@ -8,16 +8,14 @@ active parameters and the stability of WeightLoRA's selection of several. What a
 for is not drawn. A run that is still going on can be drawn too.
 """
 
-import argparse
 from pathlib import Path
 
+from trainer.arguments import Parser
 from trainer.start import guarded
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, help="folder for the figures; one run: RUN/figures")
     arguments = parser.parse_args()

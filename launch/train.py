@@ -10,13 +10,12 @@ import argparse
 import os
 import sys
 
+from trainer.arguments import Parser
 from trainer.start import launched
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--print-config", action="store_true", help="print the resolved YAML")
     parser.add_argument(

@@ -6,7 +6,6 @@ python launch/watch.py runs/NAME --once     one look; the exit code says how the
                                             3 still running
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -14,15 +13,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
+from trainer.arguments import Parser
 from trainer.errors import UserError
 from trainer.heartbeat import EXIT_RUNNING
 from trainer.watch import exit_code, view
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--once", action="store_true", help="print once; exit code by state")
     arguments = parser.parse_args()

@@ -168,12 +168,12 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
 def _check_experts(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Raises UserError where a token's experts are more than there are, or the grouped product
     (torch's) cannot take their rows."""
-    chosen = getattr(model.config, "num_experts_per_tok", 1)
+    chosen = getattr(model.config, "num_experts_per_tok", None)
     for path, stack in model.named_modules():
         if not isinstance(stack, StackedLinear):
             continue
         experts, *widths = stack.shape
-        if not 1 <= chosen <= experts:
+        if isinstance(chosen, int) and not 1 <= chosen <= experts:
             raise UserError(
                 f"model.id: {chosen} experts per token (num_experts_per_tok), {experts} in {path}; "
                 "accepted: at least one, and no more than there are"

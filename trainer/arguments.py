@@ -1,8 +1,22 @@
-"""Types of command line arguments: a wrong one is refused before anything is measured."""
+"""Command lines: a wrong argument is one line, before anything is read or measured."""
 
-from argparse import ArgumentTypeError
+import os
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import NoReturn
+
+
+class Parser(ArgumentParser):
+    """argparse's, whose mistakes look like all others (`trainer/start.py`): one line, by rank 0,
+    exit code 2."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        line = f"error: {message.removeprefix('argument ')}\n"
+        self.exit(2, line if os.environ.get("RANK", "0") == "0" else "")
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -251,6 +251,7 @@ def test_the_command(monkeypatch, capsys):
         (["engine.kind=zero9"], "engine.kind: 'zero9' given"),
         (["engine.device=cpu"], "engine.device: cpu given"),
         (["model.nothing=1"], "model.nothing"),
+        (["--gpus", "2", "engine.config=/nowhere.json"], "engine.config: /nowhere.json: No such"),
     ],
 )
 def test_the_command_refuses_nonsense(monkeypatch, arguments, message):
