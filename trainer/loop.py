@@ -88,7 +88,7 @@ def train(
             if last or _due(config.log.every, progress.step):
                 _log(session, metrics, progress, clock, batch.epoch, update)
                 clock = Clock(time.perf_counter())
-            if progress.skipped_in_a_row >= config.optim.max_skipped_steps:
+            if progress.skipped_in_a_row >= min(config.optim.max_skipped_steps, steps):
                 _give_up(world, writer, progress)
             if last or (_due(config.run.eval_every, progress.step) and not stopping):
                 paused = time.perf_counter()

@@ -183,7 +183,8 @@ class OptimOptions(Section):
     """Split the moments of AdamW over the ranks: each updates its part of the trained values, which
     are then gathered. The same values to the last bit, in less memory; nothing on one process."""
     max_skipped_steps: int = Field(5, gt=0)
-    """Stop after so many steps in a row whose loss or gradient is not finite."""
+    """Stop after so many steps in a row whose loss or gradient is not finite (or after all of a run
+    that has fewer)."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimOptions":

@@ -104,6 +104,20 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_checkpoint(tmp_pat
     assert all(math.isfinite(loss) for loss in losses(config.run_folder))
 
 
+def test_a_short_run_in_which_no_step_is_made_is_no_success(tmp_path, monkeypatch):
+    honest = CausalLM.loss
+
+    def poisoned(self, model, batch):
+        loss, predictions = honest(self, model, batch)
+        return loss * float("nan"), predictions
+
+    monkeypatch.setattr(CausalLM, "loss", poisoned)
+    config = quick_config(tmp_path, "run.steps=2", "data.eval=null")
+    with pytest.raises(RunFailed, match=r"step 2: .* 2 times in a row"):
+        run(config, World())
+    assert not (config.run_folder / "adapter").exists()
+
+
 def test_dry_run_says_what_would_be_and_leaves_nothing(tmp_path):
     config = quick_config(tmp_path, "model.quantization=nf4")
     text = dry_run(config, World())
