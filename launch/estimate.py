@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 
-from trainer.arguments import Parser
+from trainer.arguments import Parser, at_least
 from trainer.errors import UserError
 from trainer.start import guarded
 
@@ -17,8 +17,10 @@ from trainer.start import guarded
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("--gpus", type=int, default=1, help="how many, on all hosts together")
-    parser.add_argument("--hosts", type=int, default=1, help="that have as many GPUs each")
+    parser.add_argument(
+        "--gpus", type=at_least(1), default=1, help="how many, on all hosts together"
+    )
+    parser.add_argument("--hosts", type=at_least(1), default=1, help="that have as many GPUs each")
     parser.add_argument("--memory", type=float, default=139.8, help="GiB of each (H200: 139.8)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args()
@@ -26,9 +28,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    if arguments.gpus < 1:
-        raise UserError(f"--gpus: {arguments.gpus} given; accepted: 1 or more")
-    if arguments.hosts < 1 or arguments.gpus % arguments.hosts:
+    if arguments.gpus % arguments.hosts:
         raise UserError(
             f"--hosts: {arguments.hosts} given with --gpus {arguments.gpus}; accepted: hosts with "
             "equally many GPUs"

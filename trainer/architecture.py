@@ -175,8 +175,8 @@ def _check_experts(model: PreTrainedModel, dtype: torch.dtype) -> None:
         experts, *widths = stack.shape
         if isinstance(chosen, int) and not 1 <= chosen <= experts:
             raise UserError(
-                f"model.id: {chosen} experts per token (num_experts_per_tok), {experts} in {path}; "
-                "accepted: at least one, and no more than there are"
+                f"model.id, model.overrides: num_experts_per_tok: {chosen} given; accepted: at "
+                f"least one, and no more than the {experts} of {path}"
             )
         if any(width * dtype.itemsize % _ROW_BYTES for width in widths):
             raise UserError(

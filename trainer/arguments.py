@@ -20,24 +20,24 @@ class Parser(ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A whole number from `least` on."""
+    """A whole number, `least` (not below 0) or more."""
 
     def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < least:
-            raise ArgumentTypeError(f"{text!r} given; accepted: a whole number from {least} on")
+        if not text.isdecimal() or int(text) < least:
+            raise ArgumentTypeError(f"{text} given; accepted: {least} or more")
         return int(text)
 
     return parse
 
 
 def counts(text: str) -> list[int]:
-    """Whole numbers from 1 on, by comma, each once."""
+    """Whole numbers, 1 or more, by comma, each once."""
     found = text.split(",") if text else []
     if not all(part.isdecimal() and int(part) > 0 for part in found):
-        raise ArgumentTypeError(f"{text!r} given; accepted: whole numbers from 1 on, by comma")
+        raise ArgumentTypeError(f"{text} given; accepted, by comma: whole numbers, 1 or more")
     numbers = [int(part) for part in found]
     if len(set(numbers)) < len(numbers):
-        raise ArgumentTypeError(f"{text!r} given; accepted: each number once")
+        raise ArgumentTypeError(f"{text} given; accepted: each number once")
     return numbers
 
 
@@ -47,7 +47,7 @@ def among(names: Collection[str]) -> Callable[[str], list[str]]:
     def parse(text: str) -> list[str]:
         found = text.split(",")
         if not set(found) <= set(names):
-            raise ArgumentTypeError(f"{text!r} given; accepted, by comma: {', '.join(names)}")
+            raise ArgumentTypeError(f"{text} given; accepted, by comma: {', '.join(names)}")
         return found
 
     return parse
@@ -57,5 +57,5 @@ def new_file(text: str) -> Path:
     """A file that can be written: in a folder that exists, itself none."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ArgumentTypeError(f"{text!r} given; accepted: a file in a folder that exists")
+        raise ArgumentTypeError(f"{text} given; accepted: a file in a folder that exists")
     return path

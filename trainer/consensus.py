@@ -49,16 +49,22 @@ def _decide(method: Method, step: int, replay: Replay | None) -> Decision | None
 
 def without_names(decision: Decision | None, names: list[str]) -> list[Any] | None:
     """[(key, whether it says something of each of `names`, what)]: names, which all ranks know,
-    would be nine tenths of what is sent."""
+    would be most of what is sent."""
     if decision is None:
         return None
-    by_name = {k: isinstance(v, dict) and list(v) == names for k, v in decision.items()}
-    return [(k, by_name[k], list(v.values()) if by_name[k] else v) for k, v in decision.items()]
+    letter = []
+    for key, value in decision.items():
+        by_name = isinstance(value, dict) and list(value) == names
+        letter.append((key, by_name, list(value.values()) if by_name else value))
+    return letter
 
 
 def with_names(letter: list[Any], names: list[str]) -> Decision:
     """Inverse of `without_names`."""
-    return {k: dict(zip(names, v, strict=True)) if by_name else v for k, by_name, v in letter}
+    return {
+        key: dict(zip(names, value, strict=True)) if by_name else value
+        for key, by_name, value in letter
+    }
 
 
 def state_digest(method: Method) -> str:

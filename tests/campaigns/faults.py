@@ -250,7 +250,8 @@ def damage(campaign: Campaign, _: int) -> None:
         content[campaign.dice.randrange(len(content))] ^= 1 << campaign.dice.randrange(8)
         file.write_bytes(content)
 
-    source = campaign.out / "runs/torchrun-SIGTERM"
+    launcher = campaign.launchers[0]
+    source = campaign.out / f"runs/{launcher}-SIGTERM"
     if not source.exists():
         ask(campaign, 0)
     for what, break_ in (("truncated", truncate), ("bit-flipped", flip), ("missing", Path.unlink)):
@@ -263,7 +264,7 @@ def damage(campaign: Campaign, _: int) -> None:
             config = campaign.config(run.name, run.parent, "log.progress=plain")
             newest = checkpoint_files.complete(run / "checkpoints")[-1]
             break_(campaign.dice.choice(sorted(newest.glob(kind))))
-            wrong, origin, said = go_on(campaign, "torchrun", config, run)
+            wrong, origin, said = go_on(campaign, launcher, config, run)
             named = newest.name in said or (kind, what) == ("manifest.json", "missing")
             wrong += "" if named else "; the damage was not mentioned"
             wrong += "; went on from a damaged checkpoint" if origin >= STEPS else ""
@@ -324,9 +325,9 @@ def twice(campaign: Campaign, _: int) -> None:
     """Two runs started on one folder."""
     run = campaign.out / "runs/twice"
     config = campaign.config("twice", run.parent, "log.progress=plain", "run.steps=9999")
-    first = campaign.begin("torchrun", config)
+    first = campaign.begin(campaign.launchers[0], config)
     until(lambda: step_of(run) >= 2, first)
-    code, _, err = finish(campaign.begin("torchrun", config))
+    code, _, err = finish(campaign.begin(campaign.launchers[0], config))
     problem = "" if code and "is in use by process" in err else f"{code}: {last_line(err)}"
     os.kill(ranks_of(first)[0], signal.SIGTERM)
     finish(first)

@@ -12,33 +12,33 @@ from trainer.errors import first_line
 
 
 def test_what_is_accepted(tmp_path):
-    assert at_least(0)("0") == 0 and at_least(-2)("-2") == -2
+    assert at_least(0)("0") == 0 and at_least(2)("17") == 17
     assert counts("") == [] and counts("8,16") == [8, 16]
     assert among(["a", "b"])("b,a") == ["b", "a"]
     assert new_file(f"{tmp_path}/x.json") == tmp_path / "x.json"
 
 
 @pytest.mark.parametrize("parse, text, accepted", [
-    (at_least(1), "0", "a whole number from 1 on"), (at_least(1), "1.5", "a whole number"),
-    (at_least(1), "-", "a whole number"), (counts, "abc", "whole numbers from 1 on"),
-    (counts, "0", "whole numbers from 1 on"), (counts, "1,", "whole numbers from 1 on"),
+    (at_least(1), "0", "1 or more"), (at_least(1), "1.5", "1 or more"),
+    (at_least(0), "-1", "0 or more"), (counts, "abc", "whole numbers, 1 or more"),
+    (counts, "0", "whole numbers, 1 or more"), (counts, "1,", "whole numbers, 1 or more"),
     (counts, "2,1,2", "each number once"), (among(["a", "b"]), "a,c", "a, b"),
     (new_file, "/nowhere/x.json", "a folder that exists"), (new_file, "/tmp", "a file"),
 ])  # fmt: skip
 def test_what_is_not(parse, text, accepted):
-    with pytest.raises(ArgumentTypeError, match=f"'{text}' given; accepted.*{accepted}"):
+    with pytest.raises(ArgumentTypeError, match=f"^{text} given; accepted.*{accepted}"):
         parse(text)
 
 
 @pytest.mark.parametrize("command, said", [
-    ("benchmarks.throughput configs/llama70b_random.yaml --layers abc", "error: --layers: 'abc'"),
+    ("benchmarks.throughput configs/llama70b_random.yaml --layers abc", "error: --layers: abc given"),
     ("benchmarks.decisions configs/mixtral_random.yaml --methods lora", "error: --methods: "),
-    ("benchmarks.overhead --rounds 0", "error: --rounds: '0' given; accepted: "),
-    ("benchmarks.spectral configs/llama70b_random.yaml --units=-1", "error: --units: '-1'"),
-    ("benchmarks.loading configs/llama70b_random.yaml x --layers 0", "error: --layers: '0'"),
-    ("launch.estimate x --gpus abc", "error: --gpus: invalid int value: 'abc'"),
+    ("benchmarks.overhead --rounds 0", "error: --rounds: 0 given; accepted: "),
+    ("benchmarks.spectral configs/llama70b_random.yaml --units=-1", "error: --units: -1 given"),
+    ("benchmarks.loading configs/llama70b_random.yaml x --layers 0", "error: --layers: 0 given"),
+    ("launch.estimate x --gpus abc", "error: --gpus: abc given; accepted: 1 or more"),
     ("launch.train", "error: the following arguments are required: --config"),
-    ("launch.compare benchmarks/gsm8k.yaml out --workers 0", "error: --workers: '0'"),
+    ("launch.compare benchmarks/gsm8k.yaml out --workers 0", "error: --workers: 0 given"),
 ])  # fmt: skip
 def test_scripts_refuse_before_they_begin(command, said):
     done = subprocess.run(

@@ -246,7 +246,7 @@ def test_the_command(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpus", "0"], "--gpus: 0 given"),
+        (["--gpus", "3", "--hosts", "2"], "--hosts: 2 given with --gpus 3"),
         (["--memory", "nan"], "--memory: nan given"),
         (["engine.kind=zero9"], "engine.kind: 'zero9' given"),
         (["engine.device=cpu"], "engine.device: cpu given"),

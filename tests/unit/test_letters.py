@@ -62,7 +62,7 @@ def mixtral_decisions():
     names = [f"{stem}.{index}" for stem in stems for index in range(20)]
     ranks = dict.fromkeys(names, 8)
     lelora = {"ranks": ranks, "locations": dict.fromkeys(names, "primary")}
-    adalora = {"ranks": ranks, "kept": {name: list(range(12)) for name in names}, "final": False}
+    adalora = {"ranks": ranks, "kept": {name: list(range(24)) for name in names}, "final": False}
     some = {"survivors": names[:9], "ranks": dict.fromkeys(names[:9], 8), "omega": ranks}
     return names, lelora, adalora, some
 

@@ -60,7 +60,8 @@ def _communicator(device: torch.device, timeout: float) -> dist.ProcessGroup:
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options.config.cta_policy = nccl.NCCL_CTA_POLICY_ZERO
-    # As for the first one: the hosts, who meet at every step, notice first.
+    # As for the first one: the hosts, who meet at every step, notice first. Given twice: torch
+    # warns where the two differ.
     patience = options._timeout = datetime.timedelta(seconds=timeout + 60)
     group = dist.new_group(backend="nccl", pg_options=options, timeout=patience)
     assert isinstance(group, dist.ProcessGroup)
