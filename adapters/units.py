@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from adapters.experts import ExpertHost, StackedLinear
-from adapters.linear import AdaptedLinear
+from adapters.layers.experts import ExpertHost, StackedLinear
+from adapters.layers.linear import AdaptedLinear
 
 Host = AdaptedLinear | ExpertHost
 """What takes an adapter."""

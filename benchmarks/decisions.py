@@ -18,12 +18,12 @@ from unittest.mock import patch
 
 import torch
 
-from trainer import consensus
-from trainer.arguments import Parser, among, at_least, new_file
-from trainer.config import Config, load_config
-from trainer.distributed import World
-from trainer.run import run
-from trainer.start import launched
+from trainer.config.arguments import Parser, among, at_least, new_file
+from trainer.config.config import Config, load_config
+from trainer.decisions import consensus
+from trainer.distributed.world import World
+from trainer.run.launch import launched
+from trainer.run.run import run
 
 WARM_UP = 10
 SMALL = [
@@ -90,7 +90,7 @@ def measure(name: str, config: Config, world: World) -> dict[str, Any]:
         units.append(len(method.units))
         return result
 
-    with patch("trainer.consensus.decide_and_apply", timed):
+    with patch("trainer.decisions.consensus.decide_and_apply", timed):
         run(config, world)
     slowest = [max(ranks) for ranks in zip(*world.gather(seconds), strict=True)][WARM_UP:]
     return {

@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adapters.weights import FORMATS
-from trainer.arguments import Parser, at_least
-from trainer.config import load_config
-from trainer.distributed import World
+from adapters.formats.formats import FORMATS
+from trainer.config.arguments import Parser, at_least
+from trainer.config.config import load_config
+from trainer.distributed.world import World
 from trainer.errors import UserError, first_line
-from trainer.evaluation import mean_loss
-from trainer.memory import estimate
+from trainer.model.footprint import estimate
+from trainer.run.launch import guarded
 from trainer.session import open_session
-from trainer.start import guarded
+from trainer.training.evaluation import mean_loss
 
 CHARACTERS = 2000
 

@@ -14,9 +14,9 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from trainer.arguments import Parser, at_least
-from trainer.comparison import Result, compare, read_comparison
-from trainer.start import guarded
+from trainer.config.arguments import Parser, at_least
+from trainer.run.comparison import Result, compare, read_comparison
+from trainer.run.launch import guarded
 
 LEARNED = "learned"
 POLICIES = {

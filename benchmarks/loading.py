@@ -32,26 +32,26 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from adapters.experts import StackedLinear
-from adapters.registry import METHODS
+from adapters.formats.formats import FORMATS
+from adapters.layers.experts import StackedLinear
+from adapters.methods.registry import METHODS
 from adapters.units import transformer_blocks
-from adapters.weights import FORMATS
 from benchmarks.throughput import built
-from trainer import backbone as backbones
-from trainer.architecture import Backbone, load_tokenizer
-from trainer.arguments import Parser, at_least, new_file
-from trainer.config import Config, with_overrides
-from trainer.distributed import World
-from trainer.engine import make_engine
+from trainer.config.arguments import Parser, at_least, new_file
+from trainer.config.config import Config, with_overrides
+from trainer.distributed.world import World
+from trainer.engine.select import make_engine
 from trainer.errors import UserError
-from trainer.layout import Layout
-from trainer.memory import GIB, peak_gib, release
-from trainer.merge import write_shards
-from trainer.reading import read_into
-from trainer.splitting import Splitter
-from trainer.start import launched
-from trainer.tasks import TASKS
+from trainer.export.merge import write_shards
+from trainer.loading import load as backbones
+from trainer.loading.async_reader import read_into
+from trainer.loading.key_mapping import Layout
+from trainer.loading.spectral_init import Splitter
+from trainer.model.build import Backbone, load_tokenizer
+from trainer.model.footprint import GIB, peak_gib, release
+from trainer.run.launch import launched
 from trainer.tasks.base import Task
+from trainer.tasks.registry import TASKS
 
 PARAMETERS = 8e9
 PIECE, THREADS = 8 * 2**20, 4  # a rank: what reads fastest

@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer import activations, consensus
-from trainer.arguments import Parser, among, at_least, new_file
-from trainer.config import load_config
-from trainer.distributed import World
+from trainer.config.arguments import Parser, among, at_least, new_file
+from trainer.config.config import load_config
+from trainer.decisions import consensus
+from trainer.distributed.world import World
 from trainer.engine.base import Update
-from trainer.loop import accumulate, make_loader
-from trainer.schedule import learning_rate
+from trainer.memory import planner
+from trainer.run.launch import guarded
 from trainer.session import Session, open_session
-from trainer.start import guarded
-from trainer.validation import make_validate
+from trainer.training.loop import accumulate, make_loader
+from trainer.training.lr_schedule import learning_rate
+from trainer.training.validation import make_validate
 
 LLAMA = "configs/llama8b_random.yaml"
 JOB = [
@@ -87,7 +88,7 @@ def opened(
         [*JOB, *METHODS[name], f"run.steps={rounds}", f"run.name={name}", *overrides],
     )
     session = open_session(config, world)
-    activations.fit(session)
+    planner.fit(session)
     return session
 
 

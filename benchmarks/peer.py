@@ -15,11 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapters.units import stem
-from trainer import architecture
-from trainer.config import Config
-from trainer.distributed import World
+from trainer.config.config import Config
+from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.tasks import TASKS
+from trainer.model import build
+from trainer.tasks.registry import TASKS
 
 
 def peft_step(config: Config, world: World) -> tuple[Callable[[], None], int]:
@@ -31,8 +31,8 @@ def peft_step(config: Config, world: World) -> tuple[Callable[[], None], int]:
             f"{config.model.quantization}; accepted: one rank, none, nf4 or fp4"
         )
     device = world.device
-    task = TASKS[config.task.kind](config.task, architecture.load_tokenizer(config.model))
-    backbone = architecture.build(config, task, device)
+    task = TASKS[config.task.kind](config.task, build.load_tokenizer(config.model))
+    backbone = build.build(config, task, device)
     units, shapes = backbone.units, backbone.model.config
     model = _random_model(shapes, config.model.quantization, device)
     stacks = {stem(unit.name) for unit in units if stem(unit.name) != unit.name}
@@ -82,7 +82,7 @@ def _random_model(shapes, quantization: str, device: torch.device) -> PreTrained
                 weight.cpu() if device.type == "cpu" else weight, requires_grad=False,
                 quant_type=quantization, module=small,
             ).to(device)  # fmt: skip
-            architecture.set_module(model, path, small)
+            build.set_module(model, path, small)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:

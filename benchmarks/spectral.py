@@ -22,17 +22,17 @@ from unittest.mock import patch
 import torch
 
 from adapters import spectral
-from adapters.registry import METHODS
+from adapters.methods.registry import METHODS
 from adapters.units import Unit
 from benchmarks.throughput import built
-from trainer.architecture import Backbone
-from trainer.arguments import Parser, at_least, new_file
-from trainer.backbone import in_groups
-from trainer.config import Config
-from trainer.distributed import World
-from trainer.filling import assign, items_of
-from trainer.memory import peak_gib
-from trainer.start import launched
+from trainer.config.arguments import Parser, at_least, new_file
+from trainer.config.config import Config
+from trainer.distributed.world import World
+from trainer.loading.load import in_groups
+from trainer.loading.materialize import assign, items_of
+from trainer.model.build import Backbone
+from trainer.model.footprint import peak_gib
+from trainer.run.launch import launched
 
 STAGES = {"gram": "_gram", "eigh": "_right", "qr": "_slices"}
 

@@ -22,18 +22,18 @@ from pathlib import Path
 
 import torch
 
-from adapters.experts import StackedLinear
-from adapters.linear import AdaptedLinear
-from trainer.activations import fit
-from trainer.architecture import Backbone, build, load_tokenizer
-from trainer.arguments import Parser, at_least, counts, new_file
-from trainer.config import Config, with_overrides
-from trainer.distributed import World
-from trainer.memory import peak_gib, release
+from adapters.layers.experts import StackedLinear
+from adapters.layers.linear import AdaptedLinear
+from trainer.config.arguments import Parser, at_least, counts, new_file
+from trainer.config.config import Config, with_overrides
+from trainer.distributed.world import World
+from trainer.memory.planner import fit
+from trainer.model.build import Backbone, build, load_tokenizer
+from trainer.model.footprint import peak_gib, release
+from trainer.run.launch import launched
 from trainer.session import open_session
-from trainer.start import launched
-from trainer.tasks import TASKS
 from trainer.tasks.base import Batch
+from trainer.tasks.registry import TASKS
 
 WARM_UP = 2
 

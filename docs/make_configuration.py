@@ -5,11 +5,11 @@ python docs/make_configuration.py
 
 from pathlib import Path
 
+from adapters.methods.registry import METHODS
 from adapters.options import Section
-from adapters.registry import METHODS
-from trainer.config import Config
-from trainer.strict import type_name
-from trainer.tasks import TASKS
+from trainer.config.config import Config
+from trainer.config.validation import type_name
+from trainer.tasks.registry import TASKS
 
 
 def table(section: type[Section]) -> list[str]:

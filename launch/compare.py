@@ -5,19 +5,19 @@ python launch/compare.py benchmarks/gsm8k.yaml OUT --workers 8
 
 from pathlib import Path
 
-from trainer.arguments import Parser, at_least
-from trainer.start import guarded
+from trainer.config.arguments import Parser, at_least
+from trainer.run.launch import guarded
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("comparison", type=Path, help="YAML file (see trainer/comparison.py)")
+    parser.add_argument("comparison", type=Path, help="YAML file (see trainer/run/comparison.py)")
     parser.add_argument("out", type=Path, help="folder for runs, results.jsonl and table.md")
     parser.add_argument(
         "--workers", type=at_least(1), default=1, help="runs at a time on this machine"
     )
     arguments = parser.parse_args()
-    from trainer.comparison import compare, read_comparison, table
+    from trainer.run.comparison import compare, read_comparison, table
 
     comparison = read_comparison(arguments.comparison)
     print(table(comparison, compare(comparison, arguments.out, arguments.workers)))

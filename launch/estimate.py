@@ -9,9 +9,9 @@ import argparse
 import os
 import sys
 
-from trainer.arguments import Parser, at_least
+from trainer.config.arguments import Parser, at_least
 from trainer.errors import UserError
-from trainer.start import guarded
+from trainer.run.launch import guarded
 
 
 def parse() -> argparse.Namespace:
@@ -35,9 +35,9 @@ def main() -> int:
         )
     if not 0 < arguments.memory < 2**20:
         raise UserError(f"--memory: {arguments.memory} given; accepted: GiB of a GPU, above 0")
-    from trainer.config import load_config
-    from trainer.estimate import predict, table
-    from trainer.memory import GIB
+    from trainer.config.config import load_config
+    from trainer.memory.estimate import predict, table
+    from trainer.model.footprint import GIB
 
     config = load_config(arguments.config, arguments.overrides)
     memory = int(arguments.memory * GIB)

@@ -8,9 +8,9 @@ import argparse
 import json
 from pathlib import Path
 
-from trainer.arguments import Parser
+from trainer.config.arguments import Parser
 from trainer.errors import UserError
-from trainer.start import guarded, join
+from trainer.run.launch import guarded, join
 
 
 def main() -> None:
@@ -19,9 +19,9 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    from trainer import export
-    from trainer.config import with_overrides
-    from trainer.evaluation import evaluate_saved
+    from trainer.config.config import with_overrides
+    from trainer.export import export
+    from trainer.training.evaluation import evaluate_saved
 
     checkpoint, state = export.locate(arguments.source)
     # The run's engine need not be this one's: adapters belong to none.

@@ -13,9 +13,9 @@ and the export measures on the evaluation data what the adapter loses on the unq
 import argparse
 from pathlib import Path
 
-from trainer import distributed
-from trainer.arguments import Parser
-from trainer.start import guarded
+from trainer.config.arguments import Parser
+from trainer.distributed import world as distributed
+from trainer.run.launch import guarded
 
 
 def parse() -> argparse.Namespace:
@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    from trainer.export import export_run
+    from trainer.export.export import export_run
 
     note = export_run(
         arguments.source,

@@ -10,8 +10,8 @@ for is not drawn. A run that is still going on can be drawn too.
 
 from pathlib import Path
 
-from trainer.arguments import Parser
-from trainer.start import guarded
+from trainer.config.arguments import Parser
+from trainer.run.launch import guarded
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, help="folder for the figures; one run: RUN/figures")
     arguments = parser.parse_args()
-    from trainer.report import report
+    from trainer.report.report import report
 
     for figure in report(arguments.runs, arguments.out):
         print(figure)

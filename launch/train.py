@@ -10,8 +10,8 @@ import argparse
 import os
 import sys
 
-from trainer.arguments import Parser
-from trainer.start import launched
+from trainer.config.arguments import Parser
+from trainer.run.launch import launched
 
 
 def parse() -> argparse.Namespace:
@@ -33,8 +33,8 @@ def main() -> int:
             if world.is_main:
                 print(config.to_yaml(), end="")
             return 0
-        from trainer.preemption import StopRequest
-        from trainer.run import dry_run, run
+        from trainer.run.run import dry_run, run
+        from trainer.training.stop_request import StopRequest
 
         if arguments.dry_run:
             text = dry_run(config, world)

@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from trainer.arguments import Parser
+from trainer.config.arguments import Parser
 from trainer.errors import UserError
-from trainer.heartbeat import EXIT_RUNNING
-from trainer.watch import exit_code, view
+from trainer.records.heartbeat import EXIT_RUNNING
+from trainer.report.watch import exit_code, view
 
 
 def main() -> int:

@@ -7,24 +7,24 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from adapters.method import Method, Start
+from adapters.methods.base import Method, Start
+from adapters.methods.registry import METHODS
 from adapters.optimizer import MaskedAdamW, Share, Trainable
-from adapters.registry import METHODS
-from trainer import architecture
-from trainer import backbone as backbones
-from trainer.architecture import Backbone
-from trainer.config import Config
-from trainer.data import TokenDataset, cache_root, prepare, read_labels
-from trainer.distributed import World
-from trainer.engine import make_engine
+from trainer.config.config import Config
+from trainer.config.sections import LEFT_OUT, DataOptions
+from trainer.data.dataset import TokenDataset, cache_root, prepare, read_labels
+from trainer.data.loader import left_out
+from trainer.distributed.watchdog import Watchdog
+from trainer.distributed.world import World
 from trainer.engine.base import Engine
+from trainer.engine.select import make_engine
 from trainer.errors import UserError
-from trainer.loader import left_out
-from trainer.options import LEFT_OUT, DataOptions
-from trainer.splitting import Splitter
-from trainer.tasks import TASKS
+from trainer.loading import load as backbones
+from trainer.loading.spectral_init import Splitter
+from trainer.model import build
+from trainer.model.build import Backbone
 from trainer.tasks.base import Task
-from trainer.watchdog import Watchdog
+from trainer.tasks.registry import TASKS
 
 
 @dataclass
@@ -74,7 +74,7 @@ def open_data(
 ) -> tuple[PreTrainedTokenizerBase, Task, TokenDataset, TokenDataset | None]:
     """Tokenizer, task and tokenised data; each node's first rank tokenises, the others follow."""
     with world.together():
-        tokenizer = architecture.load_tokenizer(config.model)
+        tokenizer = build.load_tokenizer(config.model)
         task = TASKS[config.task.kind](config.task, tokenizer)
         if config.task.kind == "sequence_classification":
             task.learn_labels(read_labels(config.data.train, config.data.train_split, config.data))

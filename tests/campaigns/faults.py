@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers import ROOT, finish, losses, quick_config, ranks_of, start
-from trainer import checkpoint_files
-from trainer.heartbeat import read_heartbeat
+from trainer.checkpoint import store
+from trainer.records.heartbeat import read_heartbeat
 
 SCRIPT = ROOT / "launch/train.py"
 STEPS, EVERY, TIMEOUT = 60, 5, 10
@@ -107,8 +107,8 @@ def until(condition: Callable[[], bool], process: subprocess.Popen, seconds: flo
 
 def checkpoints(run: Path) -> list[int]:
     """Steps of the complete checkpoints; raises BadCheckpoint where one of them is not intact."""
-    found = checkpoint_files.complete(run / "checkpoints")
-    return [checkpoint_files.verify(path)["step"] for path in found]
+    found = store.complete(run / "checkpoints")
+    return [store.verify(path)["step"] for path in found]
 
 
 def left_behind(process: subprocess.Popen) -> str:
@@ -215,7 +215,7 @@ def disk(campaign: Campaign, _: int) -> None:
                 run = folder / "run"
                 config = campaign.config("run", folder, "log.progress=plain")
                 process = campaign.begin(launcher, config)
-                until(lambda: len(checkpoint_files.complete(run / "checkpoints")) >= 2, process)
+                until(lambda: len(store.complete(run / "checkpoints")) >= 2, process)
                 if what == "full disk":
                     with (folder / "filler").open("wb") as filler:
                         try:
@@ -262,7 +262,7 @@ def damage(campaign: Campaign, _: int) -> None:
                 target = run / part
                 shutil.rmtree(target) if target.is_dir() else target.unlink()
             config = campaign.config(run.name, run.parent, "log.progress=plain")
-            newest = checkpoint_files.complete(run / "checkpoints")[-1]
+            newest = store.complete(run / "checkpoints")[-1]
             break_(campaign.dice.choice(sorted(newest.glob(kind))))
             wrong, origin, said = go_on(campaign, launcher, config, run)
             named = newest.name in said or (kind, what) == ("manifest.json", "missing")

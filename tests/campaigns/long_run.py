@@ -16,7 +16,7 @@ import numpy as np
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import ROOT, finish, quick_config, save_random_model, start
-from trainer.heartbeat import read_heartbeat
+from trainer.records.heartbeat import read_heartbeat
 
 Sample = tuple[int, float, int]
 """(step, resident MiB, open files)."""

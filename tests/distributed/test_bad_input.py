@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.distributed.cases import ok, run_cases
 from tests.helpers import ROOT, TINY, error_lines, launch, quick_config
-from trainer.config import load_config
-from trainer.distributed import World
+from trainer.config.config import load_config
+from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.run import run
+from trainer.run.run import run
 
 RECORD = '{"question": "What is 1 + 1?", "answer": "2"}\n'
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from tests.distributed.cases import ok, run_cases
 from tests.distributed.worker import train_compiled
 from tests.helpers import ROOT, losses, quick_config, save_mixture, save_random_model
-from trainer.config import Config
-from trainer.distributed import World
-from trainer.run import run
+from trainer.config.config import Config
+from trainer.distributed.world import World
+from trainer.run.run import run
 
 STEPS = 8
 ENGINES = ["ddp", "peer", "fsdp2", "deepspeed"]

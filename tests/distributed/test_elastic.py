@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from tests.distributed.cases import ok, run_cases
 from tests.distributed.worker import cut_run, train_only
 from tests.helpers import ROOT, kept_steps, losses, quick_config, save_random_model
-from trainer.config import Config, parse_config
-from trainer.distributed import World
+from trainer.config.config import Config, parse_config
+from trainer.distributed.world import World
 
 STEPS = 8
 METHODS = {

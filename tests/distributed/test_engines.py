@@ -5,9 +5,9 @@ import pytest
 
 from tests.distributed.cases import ok, run_cases
 from tests.helpers import losses, quick_config, save_mixture
-from trainer.config import Config
-from trainer.distributed import World
-from trainer.run import run
+from trainer.config.config import Config
+from trainer.distributed.world import World
+from trainer.run.run import run
 
 ENGINES = ["ddp", "peer", "fsdp2", "deepspeed"]
 SHARDING = ["peer", "fsdp2", "deepspeed"]

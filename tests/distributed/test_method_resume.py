@@ -30,15 +30,15 @@ from tests.helpers import (
     start,
     wait_for_step,
 )
-from trainer import checkpoint
-from trainer.checkpoint_files import read_tensors, verify
-from trainer.config import Config
-from trainer.distributed import World
-from trainer.evaluation import evaluate_saved
-from trainer.export import export_run
-from trainer.jsonl import DECISIONS
-from trainer.run import run
+from trainer.checkpoint import state as checkpoint
+from trainer.checkpoint.store import read_tensors, verify
+from trainer.config.config import Config
+from trainer.distributed.world import World
+from trainer.export.export import export_run
+from trainer.records.jsonl import DECISIONS
+from trainer.run.run import run
 from trainer.session import open_session
+from trainer.training.evaluation import evaluate_saved
 
 STEPS = 12
 ATTRIBUTED = ["method.kind=lelora", "method.policy.credit=attributed"]

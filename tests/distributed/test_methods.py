@@ -17,11 +17,11 @@ from tests.conftest import SHARED
 from tests.distributed.cases import ok, run_cases
 from tests.distributed.worker import masked_steps, train_only
 from tests.helpers import ROOT, TINY, losses, quick_config, save_random_model
-from trainer.checkpoint_files import newest, read_tensors
-from trainer.config import Config
-from trainer.distributed import World
+from trainer.checkpoint.store import newest, read_tensors
+from trainer.config.config import Config
+from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.jsonl import DECISIONS as FILE
+from trainer.records.jsonl import DECISIONS as FILE
 
 ENGINES = ["ddp", "peer", "fsdp2", "deepspeed"]
 FORMATS = ["none", "nf4", "int8"]

@@ -21,7 +21,7 @@ from tests.helpers import (
     wait_for_step,
 )
 from trainer.errors import EXIT_REQUEUE
-from trainer.heartbeat import read_heartbeat
+from trainer.records.heartbeat import read_heartbeat
 
 STEPS = 30
 SCRIPT = ROOT / "launch/train.py"

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from tests.distributed.cases import ok, run_cases
 from tests.distributed.worker import cut_run, train_only
 from tests.helpers import ROOT, kept_steps, losses, quick_config, save_mixture, save_random_model
-from trainer.checkpoint_files import complete, read_tensors
-from trainer.config import Config
-from trainer.distributed import World
+from trainer.checkpoint.store import complete, read_tensors
+from trainer.config.config import Config
+from trainer.distributed.world import World
 
 STEPS = 8
 METHODS = {

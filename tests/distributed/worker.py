@@ -26,21 +26,23 @@ from unittest.mock import patch
 
 import torch
 
-from adapters.experts import StackedLinear
-from adapters.linear import AdaptedLinear
-from adapters.registry import METHODS
+from adapters.layers.experts import StackedLinear
+from adapters.layers.linear import AdaptedLinear
+from adapters.methods.registry import METHODS
 from adapters.units import transformer_blocks
-from trainer import consensus, distributed, reading
-from trainer.activations import fit
-from trainer.config import parse_config
-from trainer.distributed import World
-from trainer.engine.windows import open_window
-from trainer.evaluation import evaluate_saved
-from trainer.loop import accumulate, make_loader
-from trainer.run import run
-from trainer.schedule import learning_rate
+from trainer.config.config import parse_config
+from trainer.decisions import consensus
+from trainer.distributed import world as distributed
+from trainer.distributed.world import World
+from trainer.engine.peer_memory import open_window
+from trainer.loading import async_reader
+from trainer.memory.planner import fit
+from trainer.run.run import run
 from trainer.session import Session, open_session
-from trainer.validation import make_validate
+from trainer.training.evaluation import evaluate_saved
+from trainer.training.loop import accumulate, make_loader
+from trainer.training.lr_schedule import learning_rate
+from trainer.training.validation import make_validate
 
 MIB = 2**20
 
@@ -57,7 +59,7 @@ def train_compiled(world: World, config: dict[str, Any]) -> int:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with (
-        patch("trainer.blocks.BACKEND", "aot_eager"),
+        patch("trainer.model.blocks.BACKEND", "aot_eager"),
         torch._dynamo.config.patch(error_on_recompile=True),
     ):
         run(parse_config(config), world)
@@ -76,7 +78,7 @@ def kept_for_backward(world: World, config: dict[str, Any]) -> list[int]:
         used.append(host.weight.untyped_storage())  # held, so that no other takes its place
         return inner(host, x)
 
-    with patch("trainer.blocks.BACKEND", "aot_eager"):
+    with patch("trainer.model.blocks.BACKEND", "aot_eager"):
         session = open_session(parse_config(config), world)
         _, batch = next(iter(make_loader(session, world))).micro_batches[0]
         with (
@@ -201,17 +203,17 @@ def loaded(world: World, argument: dict[str, Any]) -> dict[str, Any]:
     file loses its second half meanwhile; `fails_after`: rank 1 can read so many pieces only."""
     if "nodes" in argument:
         world = replace(world, nodes=tuple(map(tuple, argument["nodes"])))
-    honest, pieces = reading.read_into, []
+    honest, pieces = async_reader.read_into, []
 
     def watched(memory: memoryview, file: Path, offset: int) -> None:
         pieces.append((file.name, offset, len(memory)))
         if len(pieces) > argument.get("fails_after", 10**9) and world.rank == 1:
-            raise reading.unreadable(file, OSError(5, "Input/output error"))
+            raise async_reader.unreadable(file, OSError(5, "Input/output error"))
         if "cut" in argument and world.is_main and len(pieces) == 2:
             os.truncate(file, file.stat().st_size // 2)
         honest(memory, file, offset)
 
-    with patch.object(reading, "read_into", watched):
+    with patch.object(async_reader, "read_into", watched):
         session = open_session(parse_config(argument["config"]), world)
     digests = {}
 
@@ -243,7 +245,7 @@ def loaded(world: World, argument: dict[str, Any]) -> dict[str, Any]:
 
 def train_only(world: World, config: dict[str, Any]) -> dict[str, Any]:
     """A whole run but for the export and the figures at its end."""
-    with patch("trainer.run._finish"):
+    with patch("trainer.run.run._finish"):
         return train(world, config)
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters import float8
-from adapters.policy_options import PolicyOptions
-from adapters.reinforce import Reinforce
-from adapters.weights import FORMATS
+from adapters.formats import float8
+from adapters.formats.formats import FORMATS
+from adapters.methods.lelora.options import PolicyOptions
+from adapters.methods.lelora.reinforce import Reinforce
 from tests.distributed.cases import ok, run_cases
 from tests.distributed.test_engines import check_gathered
 from tests.helpers import losses, quick_config
@@ -16,13 +16,13 @@ from tests.unit.test_experts import ROUTINGS, offsets_of, stack_of
 from tests.unit.test_experts import gradients as stack_gradients
 from tests.unit.test_experts import reference as one_by_one
 from tests.unit.test_linear import gradients, host, reference
-from trainer import distributed
-from trainer.activations import fit, largest_batch, lower
-from trainer.config import load_config
-from trainer.run import run
+from trainer.config.config import load_config
+from trainer.distributed import world as distributed
+from trainer.memory.planner import fit, largest_batch, lower
+from trainer.run.run import run
 from trainer.session import open_session
 
-kernels = pytest.importorskip("adapters.kernels", reason="no Triton here")
+kernels = pytest.importorskip("adapters.formats.kernels", reason="no Triton here")
 encoded_rows, transposed = kernels.encoded_rows, kernels.transposed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -160,7 +160,7 @@ def test_more_activations_than_fit_are_planned_and_an_error_lowers_the_plan(tmp_
 
 def test_activations_wait_on_the_host(tmp_path, monkeypatch):
     """The same gradients in the same order of operations, and less on the GPU meanwhile."""
-    monkeypatch.setattr("trainer.offload._LEAST", 2**12)
+    monkeypatch.setattr("trainer.model.activation_offload._LEAST", 2**12)
     config = quick_config(
         tmp_path, "engine.device=cuda", "model.dtype=float32", "model.weights=random",
         "model.overrides.num_hidden_layers=6", "model.overrides.hidden_size=256",

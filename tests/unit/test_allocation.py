@@ -7,15 +7,15 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from adapters.registry import METHODS
+from adapters.methods.registry import METHODS
 from tests.helpers import losses, quick_config
-from trainer import allocation
-from trainer.allocation import AllocationLog, Replay
-from trainer.allocation_figures import read_allocation
-from trainer.distributed import World
+from trainer.decisions import log as allocation
+from trainer.decisions.log import AllocationLog, Replay
+from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.jsonl import DECISIONS, decision_files, open_decisions
-from trainer.run import run
+from trainer.records.jsonl import DECISIONS, decision_files, open_decisions
+from trainer.report.allocation_plots import read_allocation
+from trainer.run.run import run
 
 
 def decision(step: int) -> dict:

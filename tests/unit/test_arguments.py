@@ -7,7 +7,7 @@ from argparse import ArgumentTypeError
 import pytest
 
 from tests.helpers import ROOT, environment
-from trainer.arguments import among, at_least, counts, new_file
+from trainer.config.arguments import among, at_least, counts, new_file
 from trainer.errors import first_line
 
 

@@ -10,23 +10,23 @@ from transformers import (
     BertModel,
 )
 
-from adapters.registry import METHODS
-from adapters.weights import FORMATS
+from adapters.formats.formats import FORMATS
+from adapters.methods.registry import METHODS
 from tests.conftest import shared
 from tests.helpers import TINY, quick_config, save_random_model
-from trainer import architecture
-from trainer import backbone as backbones
-from trainer.distributed import World
+from trainer.distributed.world import World
 from trainer.engine.single import SingleEngine
 from trainer.errors import UserError
-from trainer.tasks import TASKS
+from trainer.loading import load as backbones
+from trainer.model import build
+from trainer.tasks.registry import TASKS
 
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"]
 ENCODERS = ["bert", "roberta"]
 
 
 def load(config, labels=("0", "1")):
-    tokenizer = architecture.load_tokenizer(config.model)
+    tokenizer = build.load_tokenizer(config.model)
     task = TASKS[config.task.kind](config.task, tokenizer)
     task.learn_labels(list(labels))
     return backbones.load(config, task, SingleEngine(config, World()), World()), task

@@ -5,21 +5,22 @@ import torch
 
 from adapters.units import transformer_blocks
 from tests.helpers import losses, quick_config
-from trainer import activations, loop
-from trainer.distributed import World
+from trainer.distributed.world import World
 from trainer.errors import RunFailed
-from trainer.loop import make_loader
-from trainer.memory import fitting
-from trainer.run import run
+from trainer.memory import planner
+from trainer.model.footprint import fitting
+from trainer.run.run import run
 from trainer.session import open_session
 from trainer.tasks.causal_lm import CausalLM
+from trainer.training import loop
+from trainer.training.loop import make_loader
 
 
 def test_no_more_blocks_are_kept_than_fit_and_no_fewer():
     for forward, backward, added, budget in [
         (50, 60, 7, 100), (60, 50, 7, 100), (50, 57, 7, 100), (50, 90, 7, 100), (10, 20, 1, 15),
     ]:  # fmt: skip
-        needs = activations.Needs(forward, backward, added)
+        needs = planner.Needs(forward, backward, added)
         fitting = [n for n in range(81)
                    if max(forward + n * added, backward + max(0, n - 1) * added) <= budget]  # fmt: skip
         assert needs.moved(80, budget) == 0
@@ -52,14 +53,14 @@ def test_what_the_plan_leaves_is_for_whole_blocks(tmp_path, monkeypatch, choice,
         def to(self, device):
             return self
 
-    needs = activations.Needs(50 * unit, 60 * unit, 7 * unit)
+    needs = planner.Needs(50 * unit, 60 * unit, 7 * unit)
     session.engine, session.world = Sharding(), World(device=torch.device("cuda"))
     session.config.engine.__dict__["whole_blocks"] = choice
-    monkeypatch.setattr(activations, "_measure", lambda *_: (needs, 0))
-    monkeypatch.setattr(activations, "allowance", lambda *_: 200 * unit)
-    monkeypatch.setattr(activations, "held_bytes", lambda _: held * unit)
-    monkeypatch.setattr(activations, "release", lambda _: None)
-    plan = activations.fit(session, batch=Probed())
+    monkeypatch.setattr(planner, "_measure", lambda *_: (needs, 0))
+    monkeypatch.setattr(planner, "allowance", lambda *_: 200 * unit)
+    monkeypatch.setattr(planner, "held_bytes", lambda _: held * unit)
+    monkeypatch.setattr(planner, "release", lambda _: None)
+    plan = planner.fit(session, batch=Probed())
     assert (plan.kept, plan.whole, plan.peak) == (4, expected, (81 + 30 * expected) * unit)
     assert counts == ([0, expected] if choice == "auto" else [])
 
@@ -104,12 +105,12 @@ def test_blocks_below_the_first_adapter_need_no_gradients(tmp_path):
 
 def test_the_largest_batch_has_the_shapes_of_a_real_one(tmp_path):
     session = opened(tmp_path)
-    batch = activations.largest_batch(session.task, session.config.data, 61, 3)
+    batch = planner.largest_batch(session.task, session.config.data, 61, 3)
     assert batch.inputs["input_ids"].shape == (3, 61) and batch.weight == 3 * 60
     real = session.task.collate([[session.train_data[i]] for i in range(3)])
     assert batch.inputs.keys() == real.inputs.keys()
     packed = opened(tmp_path, "data.max_length=256", "data.packing=true")
-    batch = activations.largest_batch(packed.task, packed.config.data, 256, 2)
+    batch = planner.largest_batch(packed.task, packed.config.data, 256, 2)
     assert batch.inputs["input_ids"].shape == (2, 256)
     # Two documents: packed rows run with a mask, and that takes more.
     assert batch.inputs["position_ids"][0].tolist() == [*range(128), *range(128)]
@@ -152,22 +153,22 @@ def test_blocks_stop_staying_whole_before_activations_are_given_up(tmp_path, mon
     counts = []
     monkeypatch.setattr(session.engine, "keep_whole", counts.append)
     session.engine.whole_blocks = 3
-    assert activations.lower(session) == "out of memory: no block stays whole from here"
+    assert planner.lower(session) == "out of memory: no block stays whole from here"
     assert counts == [0] and session.backbone.blocks.kept == 4
     object.__setattr__(session.config.engine, "whole_blocks", 3)  # as under peer
     with pytest.raises(RunFailed, match=r"engine.whole_blocks: 3 given, but .* fewer, or 0"):
-        raise activations.exhausted(session)
+        raise planner.exhausted(session)
 
 
 def test_what_was_asked_for_is_not_overridden(tmp_path):
     session = opened(tmp_path, "engine.activation_checkpointing=false")
     with pytest.raises(RunFailed, match=r"engine.activation_checkpointing: false given, but"):
-        activations.lower(session)
+        planner.lower(session)
 
 
 def test_every_way_to_run_a_block_is_compiled(tmp_path, monkeypatch):
     """With and without gradients, a mask, a second sequence, training: none runs uncompiled."""
-    monkeypatch.setattr("trainer.blocks.BACKEND", "aot_eager")
+    monkeypatch.setattr("trainer.model.blocks.BACKEND", "aot_eager")
     torch._dynamo.reset()
     session = opened(tmp_path, "engine.compile=true")
     single = session.task.collate([[session.train_data[0]]])
@@ -214,7 +215,7 @@ def gradients(session) -> torch.Tensor:
     for adapter in session.method.adapters.values():
         adapter.B.data.fill_(0.01)
     session.optimizer.zero_grad()
-    batch = activations.largest_batch(session.task, session.config.data, 64, 2)
+    batch = planner.largest_batch(session.task, session.config.data, 64, 2)
     loss, _ = session.task.loss(session.model, batch)
     loss.backward()
     return session.optimizer.gradients.clone()

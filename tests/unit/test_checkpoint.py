@@ -10,10 +10,11 @@ import torch
 from safetensors import safe_open
 
 from tests.helpers import losses, quick_config
-from trainer import checkpoint, checkpoint_files
-from trainer.distributed import World
+from trainer.checkpoint import state as checkpoint
+from trainer.checkpoint import store
+from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
-from trainer.run import run
+from trainer.run.run import run
 
 
 @pytest.fixture
@@ -29,13 +30,13 @@ def again(tmp, *overrides):
 
 
 def names(folder):
-    return [path.name for path in checkpoint_files.complete(folder / "checkpoints")]
+    return [path.name for path in store.complete(folder / "checkpoints")]
 
 
 def test_holds_everything_but_the_backbone(saved):
     _, folder = saved
     last = folder / "checkpoints/step-00000006"
-    tensors = checkpoint_files.read_tensors(last)
+    tensors = store.read_tensors(last)
     groups = {name.split("/")[0] for name in tensors}
     assert groups == {"adapter", "optimizer", "random"}
     unit = "model.layers.0.self_attn.q_proj"
@@ -116,7 +117,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(saved, kind, c
     said = capsys.readouterr().out
     assert f"damaged   {newest}" in said and "resumed from" in said and "step-00000004" in said
     assert losses(folder) == expected
-    assert checkpoint_files.verify(newest)["step"] == 6  # written anew
+    assert store.verify(newest)["step"] == 6  # written anew
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "missing", "state"])

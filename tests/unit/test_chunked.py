@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters.linear import AdaptedLinear
+from adapters.layers.linear import AdaptedLinear
 from tests.helpers import SMALL
-from trainer.tasks import chunked
+from trainer.tasks import chunked_cross_entropy
 from trainer.tasks.base import IGNORED
-from trainer.tasks.chunked import loss_head, loss_inside
+from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
 
 TYPES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "mixtral", "qwen3_moe"]
 
@@ -32,7 +32,7 @@ def inputs():
 @pytest.mark.parametrize("rows", [1, 7, 1000])
 @pytest.mark.parametrize("model_type", TYPES)
 def test_loss_and_gradient_are_those_of_whole_logits(model_type, rows, monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK", rows * SMALL["vocab_size"])
+    monkeypatch.setattr(chunked_cross_entropy, "CHUNK", rows * SMALL["vocab_size"])
     model, (ids, targets) = model_of(model_type), inputs()
     learned = targets != IGNORED
     head = loss_head(model)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from tests.helpers import QUICKSTART
-from trainer.comparison import Comparison, choose, compare, read_comparison, table
 from trainer.errors import UserError
+from trainer.run.comparison import Comparison, choose, compare, read_comparison, table
 
 
 def comparison(tmp_path, **changes) -> Comparison:

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config import Config, load_config, parse_config, with_overrides
+from trainer.config.config import Config, load_config, parse_config, with_overrides
 from trainer.errors import UserError
 
 MINIMAL: dict[str, Any] = {"model": {"id": "some/model"}, "data": {"train": "train.jsonl"}}

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from trainer.data import BadRecord, TokenDataset, prepare, read_labels, read_rows
+from trainer.config.sections import DataOptions
+from trainer.data.dataset import BadRecord, TokenDataset, prepare, read_labels, read_rows
 from trainer.errors import UserError
-from trainer.options import DataOptions
 from trainer.tasks.base import Task
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.tasks.sequence_classification import (

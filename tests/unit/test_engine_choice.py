@@ -3,13 +3,14 @@
 import pytest
 
 from tests.helpers import quick_config
-from trainer import architecture
-from trainer.distributed import World
-from trainer.engine import choose, copy_engines, engine_class, fsdp2, make_engine
+from trainer.distributed.world import World
+from trainer.engine import copy_engine_gather, fsdp2
+from trainer.engine.select import choose, engine_class, make_engine
 from trainer.errors import UserError
-from trainer.memory import estimate
-from trainer.run import _engine
-from trainer.tasks import TASKS
+from trainer.model import build
+from trainer.model.footprint import estimate
+from trainer.run.run import _engine
+from trainer.tasks.registry import TASKS
 
 GPU = 140 * 2**30
 DEEP = ["model.weights=random", "model.overrides.num_hidden_layers=20"]
@@ -17,7 +18,7 @@ DEEP = ["model.weights=random", "model.overrides.num_hidden_layers=20"]
 
 def chosen(tmp_path, gpu, launcher="torchrun", size=2, *changes, nodes=None, peers=True):
     config = quick_config(tmp_path, "engine.kind=auto", *changes)
-    task = TASKS["causal_lm"](config.task, architecture.load_tokenizer(config.model))
+    task = TASKS["causal_lm"](config.task, build.load_tokenizer(config.model))
     nodes = nodes or (tuple(range(size)),)
     world = World(size=size, launcher=launcher, gpu_bytes=gpu, nodes=nodes, peers=peers)
     return choose(config, world, task)
@@ -25,8 +26,8 @@ def chosen(tmp_path, gpu, launcher="torchrun", size=2, *changes, nodes=None, pee
 
 def needed(tmp_path, spread, near=2):
     config = quick_config(tmp_path, *DEEP)
-    task = TASKS["causal_lm"](config.task, architecture.load_tokenizer(config.model))
-    backbone = architecture.build(config, task, World().device)
+    task = TASKS["causal_lm"](config.task, build.load_tokenizer(config.model))
+    backbone = build.build(config, task, World().device)
     return estimate(backbone, config, 2, spread, near=near).total
 
 
@@ -63,10 +64,10 @@ def test_auto_falls_back_where_windows_cannot_be_opened(tmp_path, monkeypatch, a
 
     made = []
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr("trainer.engine.choose", lambda *_: ("peer", "it fits on the host"))
-    monkeypatch.setattr("trainer.engine.windows.possible", lambda world: opens)
+    monkeypatch.setattr("trainer.engine.select.choose", lambda *_: ("peer", "it fits on the host"))
+    monkeypatch.setattr("trainer.engine.peer_memory.possible", lambda world: opens)
     monkeypatch.setattr(
-        "trainer.engine.engine_class", lambda kind: made.append(kind) or Recorded
+        "trainer.engine.select.engine_class", lambda kind: made.append(kind) or Recorded
     )  # fmt: skip
     config = quick_config(tmp_path, f"engine.kind={asked}")
     engine = make_engine(config, World(), TASKS["causal_lm"])
@@ -106,8 +107,8 @@ def test_copy_engines_are_refused_where_there_are_none(tmp_path):
 
 @pytest.mark.parametrize("wanted", ["auto", "true"])
 def test_copy_engines_that_cannot_gather_are_left_or_refused(wanted, tmp_path, monkeypatch):
-    monkeypatch.setattr(copy_engines, "possible", lambda world: True)
-    monkeypatch.setattr(copy_engines, "gathering", lambda world, timeout: "not permitted")
+    monkeypatch.setattr(copy_engine_gather, "possible", lambda world: True)
+    monkeypatch.setattr(copy_engine_gather, "gathering", lambda world, timeout: "not permitted")
     monkeypatch.setattr(fsdp2, "init_device_mesh", lambda *given: "NCCL's kernels")
     config = quick_config(tmp_path, "engine.kind=fsdp2", f"engine.copy_engines={wanted}")
     engine = engine_class("fsdp2")(config, World())

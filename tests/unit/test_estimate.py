@@ -5,12 +5,12 @@ import torch
 
 from launch import estimate as command
 from tests.helpers import launch, quick_config, save_mixture, save_random_model
-from trainer.architecture import build, load_tokenizer
-from trainer.config import load_config
+from trainer.config.config import load_config
 from trainer.errors import UserError
-from trainer.estimate import Probe, predict, probe, table
-from trainer.memory import GIB
-from trainer.tasks import TASKS
+from trainer.memory.estimate import Probe, predict, probe, table
+from trainer.model.build import build, load_tokenizer
+from trainer.model.footprint import GIB
+from trainer.tasks.registry import TASKS
 
 H200, H100 = int(139.8 * GIB), int(79.19 * GIB)
 LLAMA, MIXTRAL = "configs/llama70b_random.yaml", "configs/mixtral_random.yaml"
@@ -177,7 +177,7 @@ def test_what_is_kept_uncompiled_is_what_autograd_keeps(tmp_path):
     )
     task = TASKS["causal_lm"](config.task, load_tokenizer(config.model))
     expected = probe(build(config, task, torch.device("cpu")), config, task, compiled=False)
-    from trainer.distributed import World
+    from trainer.distributed.world import World
     from trainer.session import open_session
 
     session = open_session(config, World())

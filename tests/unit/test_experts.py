@@ -11,17 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters.experts import AdaptedExperts, StackedLinear, hosted_experts
+from adapters.formats.formats import FORMATS
 from adapters.gated import GatedAdapter
-from adapters.linear import Dropout
+from adapters.layers.experts import AdaptedExperts, StackedLinear, hosted_experts
+from adapters.layers.linear import Dropout
 from adapters.units import linear_names, make_units, select_targets
-from adapters.weights import FORMATS
 from tests.helpers import losses, quick_config, save_mixture, save_random_model
-from trainer import checkpoint_files
-from trainer.distributed import World
+from trainer.checkpoint import store
+from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.export import export_run
-from trainer.run import run
+from trainer.export.export import export_run
+from trainer.run.run import run
 from trainer.session import open_session
 
 E, OUT, IN = 4, 48, 64
@@ -371,8 +371,8 @@ def test_methods_train_experts_and_export_what_peft_loads(tmp_path, method):
         f"run.name={method}", *METHODS[method],
     )  # fmt: skip
     assert losses(config.run_folder)[-1] > 0
-    checkpoint = checkpoint_files.newest(config.run_folder / "checkpoints")
-    assert any("experts" in name for name in checkpoint_files.read_tensors(checkpoint))
+    checkpoint = store.newest(config.run_folder / "checkpoints")
+    assert any("experts" in name for name in store.read_tensors(checkpoint))
     export_run(config.run_folder, tmp_path / "out", World())
     export_run(config.run_folder, tmp_path / "merged", World(), what="merged")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -394,9 +394,7 @@ def test_routers_train_beside_the_adapters_and_are_exported(tmp_path):
         tmp_path, "method.train_router=true", "run.steps=4", "optim.learning_rate=1e-2",
         "checkpoint.every=4", "run.name=router",
     )  # fmt: skip
-    stored = checkpoint_files.read_tensors(
-        checkpoint_files.newest(config.run_folder / "checkpoints")
-    )
+    stored = store.read_tensors(store.newest(config.run_folder / "checkpoints"))
     original = load_file(tmp_path / "model/model.safetensors")
     for layer in range(2):
         trained = stored[f"head/model.layers.{layer}.mlp.gate/inner.weight"]
@@ -515,7 +513,7 @@ def test_a_mixture_resumes_as_if_nothing_had_happened(tmp_path, method):
     for step in (1, 4):
         folder = tmp_path / "runs" / f"cut-{step}"
         shutil.copytree(whole.run_folder, folder)
-        for checkpoint in checkpoint_files.complete(folder / "checkpoints"):
+        for checkpoint in store.complete(folder / "checkpoints"):
             if int(checkpoint.name.rpartition("-")[2]) > step:
                 shutil.rmtree(checkpoint)
         again = mixture_run(

@@ -7,15 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from adapters.export import export_adapter
 from adapters.gated import GatedAdapter
+from adapters.peft_export import export_adapter
 from tests.conftest import shared
 from tests.helpers import TINY, launch, quick_config
-from trainer import checkpoint, checkpoint_files
-from trainer.distributed import World
+from trainer.checkpoint import state as checkpoint
+from trainer.checkpoint import store
+from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.export import export_run
-from trainer.run import run
+from trainer.export.export import export_run
+from trainer.run.run import run
 from trainer.session import open_session
 
 
@@ -26,8 +27,8 @@ def inputs():
 def trained_logits(config, **more):
     """Logits of the trained session itself."""
     session = open_session(config, World())
-    newest = checkpoint_files.newest(config.run_folder / "checkpoints")
-    checkpoint.load_trained(session, newest, checkpoint_files.read_tensors(newest))
+    newest = store.newest(config.run_folder / "checkpoints")
+    checkpoint.load_trained(session, newest, store.read_tensors(newest))
     session.model.eval()
     with torch.no_grad():
         return session.model(inputs(), **more).logits
@@ -133,12 +134,12 @@ def test_command_line(tmp_path):
         export(config, tmp_path / "a")
     with pytest.raises(UserError, match="neither a run folder with a checkpoint nor a checkpoint"):
         export_run(tmp_path, tmp_path / "b", World())
-    state = checkpoint_files.newest(config.run_folder / "checkpoints") / "state.json"
+    state = store.newest(config.run_folder / "checkpoints") / "state.json"
     made_by = json.loads(state.read_text())
     made_by["config"]["engine"]["kind"] = "deepspeed"  # what it was trained on need not be here
     state.write_text(json.dumps(made_by, indent=1))
     (state.parent / "manifest.json").unlink()
-    checkpoint_files.write_manifest(state.parent)
+    store.write_manifest(state.parent)
     code, out, err = launch("python", 1, "launch/evaluate.py", folder)
     assert code == 0, err
     last = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").open()][-1]

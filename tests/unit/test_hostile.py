@@ -26,13 +26,13 @@ from tests.hostile import (
     written,
 )
 from tests.unit.methods.harness import Bench
-from trainer.allocation import Replay, decision_digest
-from trainer.comparison import read_comparison
-from trainer.config import Config, load_config, parse_config
-from trainer.data import prepare, read_labels
-from trainer.jsonl import keep_lines, read_metrics
-from trainer.options import DataOptions
-from trainer.report import read_run
+from trainer.config.config import Config, load_config, parse_config
+from trainer.config.sections import DataOptions
+from trainer.data.dataset import prepare, read_labels
+from trainer.decisions.log import Replay, decision_digest
+from trainer.records.jsonl import keep_lines, read_metrics
+from trainer.report.report import read_run
+from trainer.run.comparison import read_comparison
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.tasks.sequence_classification import (
     SequenceClassification,

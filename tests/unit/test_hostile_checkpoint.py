@@ -14,16 +14,17 @@ from safetensors.torch import load_file, save, save_file
 
 from tests.helpers import quick_config
 from tests.hostile import VALUES, attempt, damaged, fuzz, hostile_json, json_bytes, retyped
-from trainer import checkpoint, checkpoint_files
-from trainer.checkpoint_files import BadCheckpoint
-from trainer.distributed import World
+from trainer.checkpoint import state as checkpoint
+from trainer.checkpoint import store
+from trainer.checkpoint.store import BadCheckpoint
+from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.export import saved_adapters, saved_config, saved_heads
-from trainer.loop import make_loader
-from trainer.progress import Progress
-from trainer.run import run
+from trainer.export.export import saved_adapters, saved_config, saved_heads
+from trainer.loading.spectral_init import INITIAL, load_starts
+from trainer.records.progress import Progress
+from trainer.run.run import run
 from trainer.session import open_session
-from trainer.splitting import INITIAL, load_starts
+from trainer.training.loop import make_loader
 
 LELORA = ["method.kind=lelora", "method.rank=2", "method.ranks=[0, 2]", "method.policy.validation_samples=4"]  # fmt: skip
 METHODS = {
@@ -46,7 +47,7 @@ class Saved:
         run(self.config, World())
         self.good = self.config.run_folder / "checkpoints/step-00000002"
         self.state = json.loads((self.good / "state.json").read_text())
-        self.tensors = checkpoint_files.read_tensors(self.good)
+        self.tensors = store.read_tensors(self.good)
         self.initial = None
         if self.state["initial"]:
             self.initial = (self.config.run_folder / INITIAL).read_bytes()
@@ -61,20 +62,20 @@ class Saved:
         bad.mkdir()
         (bad / "state.json").write_bytes(state if isinstance(state, bytes) else json_bytes(state))
         (bad / "shard-0.safetensors").write_bytes(tensors)
-        checkpoint_files.write_manifest(bad)
+        store.write_manifest(bad)
         return bad
 
     def resume(self, bad: Path) -> Progress:
         """As a run does it, and an export."""
-        found, state, _ = checkpoint_files.find(str(bad), self.folder)
+        found, state, _ = store.find(str(bad), self.folder)
         assert found is not None
         checkpoint.check_options(self.config, found, state)
         checkpoint.read_starts(found, state)
         checkpoint.changes(state, self.config.model_dump(mode="json"))
         progress = checkpoint.restore(self.session, self.loader, found, state)
         next(iter(self.loader))
-        stored = checkpoint_files.read_tensors(found)
-        with checkpoint_files.fitting(found):
+        stored = store.read_tensors(found)
+        with store.fitting(found):
             saved_adapters(saved_config(state), stored), saved_heads(stored)
         return progress
 
@@ -107,7 +108,7 @@ def test_damaged_files(plain, data):
     manifest = file.name == "manifest.json"
     content = data.draw(hostile_json(json.loads(before)) if manifest else damaged(before))
     file.write_bytes(content)
-    outcome = attempt(plain.folder, lambda: checkpoint_files.verify(bad))
+    outcome = attempt(plain.folder, lambda: store.verify(bad))
     if not manifest and content != before:
         assert isinstance(outcome, BadCheckpoint)
 
@@ -116,7 +117,7 @@ def test_damaged_files(plain, data):
 @given(content=hostile_json({"format": 1, "step": 2, "progress": {"step": 2}}))
 def test_state_that_is_none(plain, content):
     bad = plain.write(content, save({}))
-    assert isinstance(attempt(plain.folder, lambda: checkpoint_files.verify(bad)), BadCheckpoint)
+    assert isinstance(attempt(plain.folder, lambda: store.verify(bad)), BadCheckpoint)
 
 
 @fuzz()
@@ -223,7 +224,7 @@ def test_files_outside_of_the_checkpoint(plain, name):
     manifest = json.loads((bad / "manifest.json").read_text())
     manifest[name] = [6, hashlib.sha256(b"secret").hexdigest()]
     (bad / "manifest.json").write_text(json.dumps(manifest))
-    outcome = attempt(plain.folder, lambda: checkpoint_files.verify(bad))
+    outcome = attempt(plain.folder, lambda: store.verify(bad))
     assert isinstance(outcome, BadCheckpoint) and "is missing" in str(outcome)
 
 
@@ -232,16 +233,16 @@ def test_links_out_of_the_checkpoint(plain, name):
     bad = plain.write(plain.state, save(plain.tensors))
     (bad / name).rename(plain.folder / name)
     (bad / name).symlink_to(plain.folder / name)
-    assert isinstance(attempt(plain.folder, lambda: checkpoint_files.verify(bad)), BadCheckpoint)
+    assert isinstance(attempt(plain.folder, lambda: store.verify(bad)), BadCheckpoint)
 
 
 def test_files_that_the_manifest_does_not_name(plain):
     bad = plain.write(plain.state, save(plain.tensors))
     (bad / "more.safetensors").write_bytes(save({"adapter/x/A": torch.ones(1)}))
-    outcome = attempt(plain.folder, lambda: checkpoint_files.verify(bad))
+    outcome = attempt(plain.folder, lambda: store.verify(bad))
     assert "more.safetensors is not in its manifest.json" in str(outcome)
     (bad / "manifest.json").write_text("{}")
-    outcome = attempt(plain.folder, lambda: checkpoint_files.verify(bad))
+    outcome = attempt(plain.folder, lambda: store.verify(bad))
     assert "is not in its manifest.json" in str(outcome)
 
 
@@ -249,8 +250,8 @@ def test_folders_that_only_look_like_checkpoints(plain):
     checkpoints = plain.config.run_folder / "checkpoints"
     for name in ("step-best", "step-00000009-copy"):
         shutil.copytree(plain.good, checkpoints / name, dirs_exist_ok=True)
-    assert checkpoint_files.newest(checkpoints) == plain.good
-    assert checkpoint_files.clear_the_way(checkpoints, 2, "auto") == []
+    assert store.newest(checkpoints) == plain.good
+    assert store.clear_the_way(checkpoints, 2, "auto") == []
 
 
 def test_a_checkpoint_named_from_where_it_lies(split, monkeypatch):

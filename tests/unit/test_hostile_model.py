@@ -21,7 +21,7 @@ from tests.hostile import (
     written,
 )
 from trainer.engine.deepspeed import merge, read_user_json, settings, sizes
-from trainer.pretrained import PretrainedFiles
+from trainer.loading.safetensors_files import PretrainedFiles
 
 ZERO3 = json.loads((QUICKSTART.parent / "deepspeed/zero3.json").read_text())
 

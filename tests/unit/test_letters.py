@@ -8,8 +8,8 @@ import msgpack
 import pytest
 import torch
 
-from trainer import letters
-from trainer.consensus import with_names, without_names
+from trainer.decisions.consensus import with_names, without_names
+from trainer.distributed import object_exchange
 
 
 def exchanged(values: list[Any], size: int) -> tuple[list[Any], list[int]]:
@@ -27,7 +27,7 @@ def exchanged(values: list[Any], size: int) -> tuple[list[Any], list[int]]:
             barrier.wait()
             return received
 
-        return letters.exchange(values[rank], pages, size)
+        return object_exchange.exchange(values[rank], pages, size)
 
     with ThreadPoolExecutor(len(values)) as pool:
         received = list(pool.map(one, range(len(values))))
@@ -36,7 +36,7 @@ def exchanged(values: list[Any], size: int) -> tuple[list[Any], list[int]]:
 
 
 def length(value: Any) -> int:
-    return letters.HEADER + len(letters.encoded(value))
+    return object_exchange.HEADER + len(object_exchange.encoded(value))
 
 
 def test_small_values_take_one_round():
@@ -72,9 +72,9 @@ def test_names_that_all_know_are_left_out_and_put_back(index):
     names, *decisions = mixtral_decisions()
     decision = decisions[index]
     letter = without_names(decision, names)
-    again = with_names(msgpack.unpackb(letters.encoded(letter)), names)
+    again = with_names(msgpack.unpackb(object_exchange.encoded(letter)), names)
     assert again == decision and list(again) == list(decision)
-    assert length(letter) < length(decision) / 3 and length([letter, None]) <= letters.PAGE
+    assert length(letter) < length(decision) / 3 and length([letter, None]) <= object_exchange.PAGE
 
 
 def test_no_decision_and_one_about_other_units():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adapters.gated import GatedAdapter
-from adapters.linear import AdaptedLinear, Dropout, hosted_linear
+from adapters.layers.linear import AdaptedLinear, Dropout, hosted_linear
 
 
 def host(fmt="none", bias=True, out=48, inp=64, rank=4, dtype=torch.float32, seed=0, learn=True):

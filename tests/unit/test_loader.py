@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from trainer.data import Counts, TokenDataset
-from trainer.loader import Loader, Step, deal, pack
-from trainer.options import DataOptions
+from trainer.config.sections import DataOptions
+from trainer.data.dataset import Counts, TokenDataset
+from trainer.data.loader import Loader, Step, deal, pack
 from trainer.tasks.base import IGNORED, Batch
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 

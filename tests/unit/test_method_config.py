@@ -7,13 +7,13 @@ from unittest.mock import patch
 import pytest
 from transformers import AutoModelForCausalLM
 
-from adapters.registry import METHODS
+from adapters.methods.registry import METHODS
 from tests.conftest import shared
 from tests.helpers import quick_config, save_random_model
-from trainer.config import load_config, with_overrides
-from trainer.distributed import World
+from trainer.config.config import load_config, with_overrides
+from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.run import run
+from trainer.run.run import run
 
 LELORA, GLOBAL = "method.kind=lelora", "method.policy.credit=global"
 
@@ -311,7 +311,7 @@ def test_ablations_train(name, tmp_path, cache):
         tmp_path, f"model.id={tmp_path}/model", f"data.cache={cache}", "run.steps=5",
         "data.eval_records=2", *ABLATIONS[name],
     )  # fmt: skip
-    with patch("trainer.run.draw_loss"):
+    with patch("trainer.run.run.draw_loss"):
         run(config, World())
     assert (config.run_folder / "adapter/adapter_model.safetensors").is_file()
 

@@ -7,10 +7,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tests.helpers import quick_config, save_mixture, save_random_model
-from trainer.distributed import World
+from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.export import export_run
-from trainer.run import run
+from trainer.export.export import export_run
+from trainer.run.run import run
 from trainer.session import open_session
 
 MIXED = {

@@ -17,18 +17,18 @@ from transformers import AutoTokenizer
 
 from tests.helpers import QUICKSTART, ROOT, TINY, quick_config
 from tests.hostile import attempt
-from trainer import architecture
-from trainer.config import load_config
-from trainer.data import prepare
-from trainer.distributed import World
+from trainer.config.config import load_config
+from trainer.config.sections import DataOptions
+from trainer.config.validation import parse_yaml
+from trainer.data.dataset import prepare
+from trainer.data.records import read_rows
+from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.options import DataOptions
-from trainer.pretrained import PretrainedFiles
-from trainer.records import read_rows
-from trainer.run import _unpinned, run
-from trainer.strict import parse_yaml
-from trainer.tasks import TASKS
+from trainer.loading.safetensors_files import PretrainedFiles
+from trainer.model import build
+from trainer.run.run import _unpinned, run
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
+from trainer.tasks.registry import TASKS
 
 # --- the source itself
 
@@ -200,9 +200,9 @@ def test_code_beside_a_model_is_not_run(tmp_path, model, changes, monkeypatch):
     config = quick_config(tmp_path, f"model.id={model}", "run.steps=1")
 
     def build() -> None:
-        tokenizer = architecture.load_tokenizer(config.model)
+        tokenizer = build.load_tokenizer(config.model)
         task = TASKS["causal_lm"](config.task, tokenizer)
-        built = architecture.build(config, task, torch.device("cpu"))
+        built = build.build(config, task, torch.device("cpu"))
         assert built.model.config._attn_implementation in ("sdpa", "eager")
 
     attempt(tmp_path, build)
@@ -216,8 +216,8 @@ def test_overrides_are_keys_of_the_configuration(tmp_path, model, key):
     config = quick_config(
         tmp_path, f"model.id={model}", "model.weights=random", f"model.overrides.{key}=evil"
     )
-    task = CausalLM(CausalLMOptions(), architecture.load_tokenizer(config.model))
-    outcome = attempt(tmp_path, lambda: architecture.build(config, task, torch.device("cpu")))
+    task = CausalLM(CausalLMOptions(), build.load_tokenizer(config.model))
+    outcome = attempt(tmp_path, lambda: build.build(config, task, torch.device("cpu")))
     assert f"model.overrides: {key}: not a key of" in str(outcome)
 
 
@@ -272,7 +272,7 @@ def test_templates_of_the_data_are_no_code(tmp_path):
     path = str(tmp_path / "d.jsonl")
     options = DataOptions(train=path, prompt="{prompt} {prompt.__class__} {0}")
     ((_, row),) = read_rows(path, "train", options, None)
-    from trainer.records import BadRecord, to_record
+    from trainer.data.records import BadRecord, to_record
 
     with pytest.raises(BadRecord, match="no column '0'"):
         to_record(row, "prompt_completion", options, None)

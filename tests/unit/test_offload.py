@@ -7,18 +7,19 @@ import pytest
 import torch
 
 from tests.unit.test_blocks import FOUR_BLOCKS, gradients, opened
-from trainer import activations, memory, offload
-from trainer.activations import Needs
 from trainer.errors import RunFailed
-from trainer.memory import GIB
-from trainer.offload import HostMemory
+from trainer.memory import planner
+from trainer.memory.planner import Needs
+from trainer.model import activation_offload, footprint
+from trainer.model.activation_offload import HostMemory
+from trainer.model.footprint import GIB
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch):
-    monkeypatch.setattr(offload, "_LEAST", 2**12)
+    monkeypatch.setattr(activation_offload, "_LEAST", 2**12)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -26,7 +27,7 @@ def small_ones_too(monkeypatch):
 def test_gradients_are_those_of_blocks_that_keep_everything(
     tmp_path, monkeypatch, kept, moved, compiled
 ):
-    monkeypatch.setattr("trainer.blocks.BACKEND", "aot_eager")
+    monkeypatch.setattr("trainer.model.blocks.BACKEND", "aot_eager")
     torch._dynamo.reset()
     session = opened(tmp_path, *FOUR_BLOCKS, f"engine.compile={str(compiled).lower()}")
     blocks = session.backbone.blocks
@@ -40,7 +41,7 @@ def test_gradients_are_those_of_blocks_that_keep_everything(
 
 
 def used_in_forward(session) -> int:
-    batch = activations.largest_batch(session.task, session.config.data, 64, 2)
+    batch = planner.largest_batch(session.task, session.config.data, 64, 2)
     loss, _ = session.task.loss(session.model, batch)
     used = session.backbone.blocks.host.used
     loss.backward()
@@ -185,14 +186,14 @@ def test_no_more_is_planned_than_fits_and_as_little_is_computed_again():
 def test_windows_are_this_process_s_own_memory_and_no_one_else_s(monkeypatch):
     """A GPU of 100 GiB: 20 in tensors (25 reserved), 30 in windows, 5 of others."""
     gpu = torch.device("cuda")
-    monkeypatch.setattr(memory, "_outside", 0)
+    monkeypatch.setattr(footprint, "_outside", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (40 * GIB, 100 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 25 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 20 * GIB)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 22 * GIB)
-    memory.count_outside(30 * GIB)
-    assert memory.allowance(gpu, 0.9) == 85 * GIB
-    assert memory.held_bytes(gpu) == 50 * GIB and memory.peak_bytes(gpu) == 52 * GIB
-    assert memory.peak_gib(gpu) == 52
-    memory.count_outside(-30 * GIB)
-    assert memory.allowance(gpu, 0.9) == 55 * GIB
+    footprint.count_outside(30 * GIB)
+    assert footprint.allowance(gpu, 0.9) == 85 * GIB
+    assert footprint.held_bytes(gpu) == 50 * GIB and footprint.peak_bytes(gpu) == 52 * GIB
+    assert footprint.peak_gib(gpu) == 52
+    footprint.count_outside(-30 * GIB)
+    assert footprint.allowance(gpu, 0.9) == 55 * GIB

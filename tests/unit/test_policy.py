@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adapters.policy import (
+from adapters.methods.lelora.policy import (
     NETWORKS,
     PolicyNetwork,
     entropy,

@@ -12,18 +12,18 @@ from unittest.mock import patch
 import pytest
 
 from tests.helpers import ROOT, environment, error_lines, free_port, losses, quick_config
-from trainer import loop, preemption
-from trainer.distributed import World
+from trainer.config.sections import RunOptions
+from trainer.distributed.world import World
 from trainer.errors import EXIT_REQUEUE, UserError
-from trainer.heartbeat import Heartbeat, read_heartbeat
-from trainer.lock import Lock
-from trainer.options import RunOptions
-from trainer.preemption import Interrupted, StopRequest
-from trainer.run import run
-from trainer.run_folder import RunFolder
+from trainer.records.heartbeat import Heartbeat, read_heartbeat
+from trainer.run.folder import RunFolder
+from trainer.run.lock import Lock
+from trainer.run.run import run
+from trainer.training import loop, stop_request
+from trainer.training.stop_request import Interrupted, StopRequest
 
 
-@pytest.mark.parametrize("number", preemption.SIGNALS)
+@pytest.mark.parametrize("number", stop_request.SIGNALS)
 def test_signals_leave_a_note_and_nothing_else(number):
     before = signal.getsignal(number)
     with StopRequest(RunOptions()) as stop:
@@ -53,7 +53,7 @@ def test_a_second_interrupt_leaves_at_once_but_not_the_echo_of_the_first():
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)  # a terminal's and a launcher's
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(preemption._SAME_PRESS + 0.5)
+        process.wait(stop_request._SAME_PRESS + 0.5)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
 

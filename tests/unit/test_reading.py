@@ -7,11 +7,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from trainer import reading
 from trainer.errors import UserError
-from trainer.filling import deal
-from trainer.pretrained import PretrainedFiles
-from trainer.splitting import _fingerprint
+from trainer.loading import async_reader
+from trainer.loading.materialize import deal
+from trainer.loading.safetensors_files import PretrainedFiles
+from trainer.loading.spectral_init import _fingerprint
 
 TENSORS = {
     "matrix": torch.randn(300, 7).bfloat16(),
@@ -32,7 +32,7 @@ def files(tmp_path):
 
 @pytest.mark.parametrize("piece", [64, 1000, 2**20])
 def test_pieces_make_up_the_tensor(files, monkeypatch, piece):
-    monkeypatch.setattr(reading, "_PIECE", piece)
+    monkeypatch.setattr(async_reader, "_PIECE", piece)
     waiting = {key: files.begin(key) for key in TENSORS}  # all at once
     for key, wait in waiting.items():
         value = wait()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.recent import Recent
-from adapters.replayed import Replayed
+from adapters.cuda.graph_replay import Replayed
+from adapters.methods.lelora.window import Recent
 
 
 @pytest.mark.parametrize("held", [0, 2, 5])

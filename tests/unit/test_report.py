@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from adapters.units import Unit
-from trainer import allocation_figures
-from trainer import report as reports
 from trainer.errors import UserError
-from trainer.report import jaccard, read_run, report, survivors
+from trainer.report import allocation_plots
+from trainer.report import report as reports
+from trainer.report.report import jaccard, read_run, report, survivors
 
 TYPES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
          "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
@@ -70,7 +70,7 @@ def realistic(folder, kind, layers=4, steps=60, seed=0):
             chosen = np.digitize(-where, [-0.6, -0.3])
             decisions.append(
                 {"step": s, "ranks": dict(zip(names, rank.tolist())),
-                 "locations": {n: allocation_figures.LOCATIONS[c] for n, c in zip(names, chosen)}}
+                 "locations": {n: allocation_plots.LOCATIONS[c] for n, c in zip(names, chosen)}}
             )  # fmt: skip
             metrics.append(
                 {"step": s + 1, "method/reward": -1 / (s + 1), "method/baseline": -1 / (s + 2),
@@ -156,7 +156,7 @@ def test_a_run_gets_the_figures_it_has_data_for(kind, tmp_path):
 
 
 def heat_map(folder):
-    (axes, _) = allocation_figures.draw_ranks(read_run(folder).allocation, "run").axes
+    (axes, _) = allocation_plots.draw_ranks(read_run(folder).allocation, "run").axes
     (mesh,) = axes.collections
     edges = mesh.get_coordinates()[0, :, 0]
     labels = [label.get_text() for label in axes.get_yticklabels()]
@@ -219,7 +219,7 @@ def test_mean_rank_by_type_and_third(tmp_path):
     names = [unit["name"] for unit in units]
     decisions = [{"step": 0, "ranks": dict(zip(names, [2, 4, 6, 8, 4, 0, 1]))}]
     folder = write_run(tmp_path / "a", "lelora", units, decisions)
-    figure = allocation_figures.draw_ranks_by_type(read_run(folder).allocation, "run")
+    figure = allocation_plots.draw_ranks_by_type(read_run(folder).allocation, "run")
     drawn = [
         {line.get_label(): line.get_data().values.tolist() for line in axes.patches}
         for axes in figure.axes
@@ -233,7 +233,7 @@ def test_mean_rank_by_type_and_third(tmp_path):
 def test_types_merge_experts_and_stay_distinct():
     kinds = ["mlp.experts.0.up", "mlp.experts.1.up", "attn.output.dense", "output.dense", "mlp.2"]
     units = [Unit(i, kind, 0, kind, 8, 8) for i, kind in enumerate(kinds)]
-    assert allocation_figures.by_type(units) == {
+    assert allocation_plots.by_type(units) == {
         "up": [0, 1], "attn.output.dense": [2], "output.dense": [3], "2": [4],
     }  # fmt: skip
 
@@ -249,10 +249,10 @@ def test_location_shares_of_the_last_quarter(tmp_path):
     ]
     decisions = [{"step": s, **d} for s, d in zip((0, 5, 7), (early, *late))]
     allocation = read_run(write_run(tmp_path / "a", "lelora", units, decisions)).allocation
-    by_type = allocation_figures.by_type(allocation.units)
-    shares = allocation_figures.location_shares(allocation, by_type)
+    by_type = allocation_plots.by_type(allocation.units)
+    shares = allocation_plots.location_shares(allocation, by_type)
     assert np.allclose(shares, [[1 / 2, 1 / 2, 0], [2 / 3, 1 / 3, 0]])
-    figure = allocation_figures.draw_locations(allocation, "run")
+    figure = allocation_plots.draw_locations(allocation, "run")
     types, thirds = (
         np.array([[bar.get_width() for bar in bars] for bars in axes.containers]).T
         for axes in figure.axes
@@ -269,7 +269,7 @@ def test_omega_bars_and_lines(tmp_path):
     decisions = [{"step": s, "omega": dict(zip(names, w))} for s, w in enumerate(omega)]
     decisions[-1] |= {"survivors": [names[0], names[3]]}
     allocation = read_run(write_run(tmp_path / "a", "weightlora", units, decisions)).allocation
-    top, bottom = allocation_figures.draw_omega(allocation, "run").axes
+    top, bottom = allocation_plots.draw_omega(allocation, "run").axes
     bars = {
         c.get_label(): {b.get_x() + b.get_width() / 2: b.get_height() for b in c}
         for c in top.containers

@@ -3,8 +3,8 @@
 import torch
 
 from adapters.gated import GatedAdapter
+from adapters.mask_table import Rows
 from adapters.optimizer import MaskedAdamW, Trainable
-from adapters.rows import Rows
 
 RANKS = (2, 3, 1)
 

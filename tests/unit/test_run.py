@@ -7,18 +7,18 @@ import pytest
 import torch
 import yaml
 
-from adapters.lora import LoRA
+from adapters.methods.lora import LoRA
 from adapters.units import transformer_blocks
 from docs.make_configuration import document
 from tests.conftest import shared
 from tests.helpers import ROOT, launch, losses, quick_config
-from trainer.config import load_config
-from trainer.distributed import World
+from trainer.config.config import load_config
+from trainer.distributed.world import World
 from trainer.errors import RunFailed
-from trainer.run import dry_run, run
+from trainer.run.run import dry_run, run
 from trainer.session import open_session
 from trainer.tasks.causal_lm import CausalLM
-from trainer.validation import make_validate
+from trainer.training.validation import make_validate
 
 METRICS = {
     "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds",
@@ -127,8 +127,8 @@ def test_dry_run_says_what_would_be_and_leaves_nothing(tmp_path):
 
 
 def test_memory_estimate_is_what_is_held(tmp_path):
-    from trainer.architecture import build, load_tokenizer
-    from trainer.memory import estimate
+    from trainer.model.build import build, load_tokenizer
+    from trainer.model.footprint import estimate
     from trainer.session import open_session
 
     for quantization in ("none", "nf4", "int8"):
@@ -140,8 +140,8 @@ def test_memory_estimate_is_what_is_held(tmp_path):
 
 
 def test_split_moments_need_less_memory_by_the_number_of_ranks(tmp_path):
-    from trainer.architecture import build, load_tokenizer
-    from trainer.memory import estimate, trainable_parameters
+    from trainer.model.build import build, load_tokenizer
+    from trainer.model.footprint import estimate, trainable_parameters
 
     plain = quick_config(tmp_path)
     split = quick_config(tmp_path, "optim.shard_state=true")
@@ -202,16 +202,13 @@ class Shrinking(LoRA):
 
 
 def test_decisions_reach_masks_and_the_optimizer(tmp_path, monkeypatch):
-    from adapters.registry import METHODS
-    from trainer import checkpoint_files
+    from adapters.methods.registry import METHODS
+    from trainer.checkpoint import store
 
     monkeypatch.setitem(METHODS, "lora", Shrinking)
     config = quick_config(tmp_path, "run.steps=3", "optim.weight_decay=0.1", "checkpoint.every=1")
     run(config, World())
-    saved = [
-        checkpoint_files.read_tensors(path)
-        for path in checkpoint_files.complete(config.run_folder / "checkpoints")
-    ]
+    saved = [store.read_tensors(path) for path in store.complete(config.run_folder / "checkpoints")]
     name = "model.layers.1.mlp.up_proj"
     for role in ("A", "B"):
         early, late = (tensors[f"adapter/{name}/{role}"] for tensors in (saved[0], saved[2]))

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from trainer.options import OptimOptions
-from trainer.schedule import learning_rate, warmup_steps
+from trainer.config.sections import OptimOptions
+from trainer.training.lr_schedule import learning_rate, warmup_steps
 
 
 def rates(steps: int, **keys) -> list[float]:

@@ -12,18 +12,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from adapters.gated import GatedAdapter
-from adapters.linear import AdaptedLinear, Dropout
-from adapters.registry import METHODS
+from adapters.layers.linear import AdaptedLinear, Dropout
+from adapters.methods.registry import METHODS
 from adapters.units import Unit
 from tests.distributed.cases import ok, run_cases
 from tests.distributed.worker import cut_run, drive, train_only, validation
 from tests.helpers import ROOT, losses, quick_config, save_random_model
-from trainer import loop, splitting
-from trainer.config import Config
-from trainer.distributed import World
-from trainer.evaluation import evaluate_saved
-from trainer.export import export_run
+from trainer.config.config import Config
+from trainer.distributed.world import World
+from trainer.export.export import export_run
+from trainer.loading import spectral_init
 from trainer.session import Session, open_session
+from trainer.training import loop
+from trainer.training.evaluation import evaluate_saved
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +282,7 @@ def test_initial_tensors_are_written_once_with_their_checksum(split, kind, monke
     def never(*_):
         raise AssertionError("the decomposition was computed anew")
 
-    monkeypatch.setattr(splitting, "singular_triplets", never)
+    monkeypatch.setattr(spectral_init, "singular_triplets", never)
     cache = f"data.cache={split}/another-cache"
     train_only(World(), splitting_run(split, kind, "run.steps=6", cache).model_dump())
     assert len(losses(run)) == 6
@@ -378,13 +379,13 @@ def test_a_run_that_goes_on_from_another_one_is_whole_by_itself(split, tmp_path)
 
 
 def counted(monkeypatch) -> list:
-    calls, honest = [], splitting.singular_triplets
+    calls, honest = [], spectral_init.singular_triplets
 
     def watched(weight, ranges):
         calls.append(list(ranges))
         return honest(weight, ranges)
 
-    monkeypatch.setattr(splitting, "singular_triplets", watched)
+    monkeypatch.setattr(spectral_init, "singular_triplets", watched)
     return calls
 
 

@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from tests.helpers import ROOT, launch, quick_config
-from trainer import watch
-from trainer.distributed import World
-from trainer.heartbeat import Heartbeat
-from trainer.run import run
+from trainer.distributed.world import World
+from trainer.records.heartbeat import Heartbeat
+from trainer.report import watch
+from trainer.run.run import run
 
 METHODS = {
     "lora": ([], []),

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from adapters import weights
-from adapters.weights import FORMATS
+from adapters.formats import formats
+from adapters.formats.formats import FORMATS
 
 SHAPES = [(64, 128), (96, 40), (7, 65), (1, 3)]  # in and out of step with blocks of 64
 
@@ -69,7 +69,7 @@ def test_large_stacks_are_packed_in_parts(shape, monkeypatch):
     weight = matrix(shape)
     whole = FORMATS["nf4"].pack(weight, torch.float32)
     restored = FORMATS["nf4"].unpack(whole, shape, torch.float32)
-    monkeypatch.setattr(weights, "_MOST", 2048)
+    monkeypatch.setattr(formats, "_MOST", 2048)
     assert torch.equal(FORMATS["nf4"].pack(weight, torch.float32), whole)
     assert torch.equal(FORMATS["nf4"].unpack(whole, shape, torch.float32), restored)
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from adapters.optimizer import MaskedAdamW
-from trainer.architecture import Backbone
-from trainer.config import Config
-from trainer.distributed import World
+from trainer.config.config import Config
+from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
-from trainer.memory import Spread
+from trainer.model.build import Backbone
+from trainer.model.footprint import Spread
 
 
 @dataclass(frozen=True)

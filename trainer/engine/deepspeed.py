@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from adapters.units import transformer_blocks
-from trainer.architecture import Backbone, other_matrices
-from trainer.config import Config
-from trainer.distributed import World
+from trainer.config.config import Config
+from trainer.config.sections import compute_dtype
+from trainer.config.validation import parse_json
+from trainer.distributed.world import World
 from trainer.engine.base import Engine, backbone_parameters
 from trainer.errors import UserError
-from trainer.options import compute_dtype
-from trainer.strict import parse_json
+from trainer.model.build import Backbone, other_matrices
 
 _OURS = {
     "optimizer": "optim (masked AdamW over the adapters)",

@@ -10,13 +10,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from adapters.experts import StackedLinear
-from adapters.linear import AdaptedLinear
-from trainer.config import Config
-from trainer.distributed import World
-from trainer.engine import copy_engines
+from adapters.layers.experts import StackedLinear
+from adapters.layers.linear import AdaptedLinear
+from trainer.config.config import Config
+from trainer.distributed.world import World
+from trainer.engine import copy_engine_gather
 from trainer.engine.base import Engine, backbone_parameters
-from trainer.engine.copy_engines import CopyEngines
+from trainer.engine.copy_engine_gather import CopyEngines
 from trainer.errors import UserError
 
 
@@ -30,7 +30,7 @@ class FSDP2Engine(Engine):
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
-        if config.engine.copy_engines is True and not copy_engines.possible(world):
+        if config.engine.copy_engines is True and not copy_engine_gather.possible(world):
             raise UserError(
                 "engine.copy_engines: true given, but that takes NCCL 2.28 and GPUs of one host "
                 "that reach each other's memory; accepted: auto or false"
@@ -40,8 +40,8 @@ class FSDP2Engine(Engine):
 
     def meet(self) -> None:
         wanted = self.config.engine.copy_engines
-        if wanted and copy_engines.possible(self.world):
-            found = copy_engines.gathering(self.world, self.config.engine.timeout)
+        if wanted and copy_engine_gather.possible(self.world):
+            found = copy_engine_gather.gathering(self.world, self.config.engine.timeout)
             if not isinstance(found, str):
                 group, self._gather = found
                 self._mesh = DeviceMesh.from_group(group, self.world.device.type)

@@ -5,8 +5,9 @@ parts of it that lie on the other GPUs of its host straight out of their memory 
 collective, no kernel, no staging: products keep the whole GPU while the next block arrives, and no
 rank waits for another. Hosts do not share: each has the whole backbone, spread over its GPUs.
 
-Only matrices that operators look up when they run (`adapters/opaque.py`) can come and go in this
-way; what else a block holds (norms, biases) stays whole everywhere, as do embedding and head.
+Only matrices that operators look up when they run (`adapters/layers/handles.py`) can come and go
+in this way; what else a block holds (norms, biases) stays whole everywhere, as do embedding and
+head.
 """
 
 from collections.abc import Iterator
@@ -18,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.experts import StackedLinear
-from adapters.linear import AdaptedLinear
-from trainer.config import Config
-from trainer.distributed import World
+from adapters.layers.experts import StackedLinear
+from adapters.layers.linear import AdaptedLinear
+from trainer.config.config import Config
+from trainer.distributed.world import World
 from trainer.engine.base import Engine, backbone_parameters
-from trainer.engine.windows import open_window
+from trainer.engine.peer_memory import open_window
 from trainer.errors import UserError
 
 _ALIGNMENT = 512  # bytes, of every matrix and of every part

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from trainer.errors import UserError
 from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TaskOptions, pad
-from trainer.tasks.chunked import loss_head, loss_inside
+from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
 
 
 class CausalLMOptions(TaskOptions):

@@ -10,7 +10,7 @@ import time
 
 
 def install(what: str, step: int) -> None:
-    from trainer import loop
+    from trainer.training import loop
 
     honest, honest_time = loop.accumulate, time.time
 
@@ -27,7 +27,7 @@ class OnImport:
     """Installs the fault as soon as the trainer's loop is there."""
 
     def find_spec(self, name, path=None, target=None):
-        if name == "trainer.run":
+        if name == "trainer.run.run":
             sys.meta_path.remove(self)
             fault, step = os.environ["RANKCAST_INJECT"].split(":")
             install(fault, int(step))

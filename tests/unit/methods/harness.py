@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from adapters.linear import AdaptedLinear
-from adapters.method import Decision, Method, Start
+from adapters.layers.linear import AdaptedLinear
+from adapters.methods.base import Decision, Method, Start
+from adapters.methods.registry import METHODS
 from adapters.optimizer import MaskedAdamW
-from adapters.registry import METHODS
 from adapters.spectral import singular_triplets
 from adapters.units import Unit
 
@@ -48,7 +48,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Bench:
-    """A method on its units, its optimizer, and the order of calls of `trainer/loop.py`."""
+    """A method on its units, its optimizer, and the order of calls of `trainer/training/loop.py`."""
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.lalora import allocate
+from adapters.methods.lalora import allocate
 from tests.unit.methods.harness import AdamW, Bench, array, assert_near, bits, check_resume, twins
 
 RANK, ALPHA = 5, 10.0

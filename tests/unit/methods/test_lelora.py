@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.reinforce import Reinforce
+from adapters.methods.lelora.reinforce import Reinforce
 from tests.unit.methods.harness import (
     AdamW,
     Bench,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.policy_options import PolicyOptions
-from adapters.reinforce import Reinforce
+from adapters.methods.lelora.options import PolicyOptions
+from adapters.methods.lelora.reinforce import Reinforce
 
 LAYERS, KINDS, FEATURES = 2, 3, 6
 RANKS = [0, 2, 4]

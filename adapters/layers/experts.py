@@ -1,0 +1,347 @@
+"""The host of many adapters: stacked experts, every product over all of them at once.
+
+With rows sorted by expert and e the expert of a row,
+
+    z = x A_eᵀ          y = x W_eᵀ + (z ∘ g_e) B_e
+
+in grouped products (cuBLAS or CUTLASS on a GPU); no ΔW is ever formed. As in `linear.py` the frozen
+stack stays packed, is dequantised once in forward and once in backward, and the operator is opaque.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapters.formats.formats import FORMATS
+from adapters.gated import GatedAdapter
+from adapters.layers.handles import OpaqueHost, add_gradients, host_of
+from adapters.layers.linear import Dropout
+
+_RANK_MULTIPLE = 8
+"""Grouped products want rows of 16 bytes; what is padded is zero and never trains."""
+
+
+class ExpertHost:
+    """The place of one expert's adapter in a stack: what `AdaptedLinear` is to a single matrix.
+
+    No module, so that a stack's adapters, replicated on every rank, are never seen by a sharder.
+    """
+
+    def __init__(self, stack: "StackedLinear", index: int):
+        self.stack, self.index = stack, index
+        self.adapter: GatedAdapter | None = None
+        self.dropout: Dropout | None = None
+        self.initial: GatedAdapter | None = None
+        """As in `AdaptedLinear`."""
+
+    @property
+    def out_features(self) -> int:
+        return self.stack.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.stack.in_features
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """All experts' packed weight."""
+        return self.stack.weight
+
+    @property
+    def tokens(self) -> nn.Parameter:
+        """(E,), of no value; its gradient counts every expert's tokens that matter to the loss."""
+        return self.stack.tokens
+
+
+class StackedLinear(OpaqueHost):
+    """One projection of E experts: frozen `y = x W_eᵀ` in any weight format, E adapters at most.
+
+    `weight` holds the packed matrix of all experts' rows (E · out, in).
+    """
+
+    def __init__(self, weight: nn.Parameter, weight_format: str = "none"):
+        super().__init__()
+        self.experts, self.out_features, self.in_features = weight.shape
+        self.weight_format = weight_format
+        self.weight = weight
+        self.hosts = tuple(ExpertHost(self, index) for index in range(self.experts))
+
+    @property
+    def tokens(self) -> nn.Parameter:
+        """(E,), of no value; its gradient counts every expert's tokens that matter to the loss."""
+        if "_tokens" not in self.__dict__:
+            # Past nn.Module's registration: it belongs to the adapters, not to the backbone.
+            zeros = torch.zeros(self.experts, device=self.weight.device)
+            self.__dict__["_tokens"] = nn.Parameter(zeros)
+        return self.__dict__["_tokens"]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(E, out, in)."""
+        return self.experts, self.out_features, self.in_features
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, columns) of what is packed."""
+        return self.experts * self.out_features, self.in_features
+
+    def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The packed form of a full stack (E, out, in)."""
+        return FORMATS[self.weight_format].pack(weight.reshape(self.matrix_shape), dtype)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """W (E, out, in) as the products see it."""
+        packed = self.weight.detach()
+        fmt = FORMATS[self.weight_format]
+        return fmt.unpack(packed, self.matrix_shape, dtype).view(self.shape)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """(rows, in) sorted by expert, rows of expert e end before `offsets[e]` → (rows, out)."""
+        return hosted_experts(x, offsets, self.handle, self.out_features)
+
+    def low_rank(self, x: Tensor, offsets: Tensor) -> Tensor | None:
+        """(z ∘ g_e) B_e (rows, out) of rows x (rows, in); None without any adapter."""
+        factors = self._factors(x.dtype)
+        if factors is None:
+            return None
+        A, g, B = factors
+        z = grouped(self._dropped_input(x), A.mT, offsets)
+        y = grouped(self._dropped_hidden(z), gated(g, B), offsets)
+        spared = self._spared(x.dtype)
+        if spared is not None:
+            A0, g0, B0 = spared
+            y += grouped(grouped(x, A0.mT, offsets), gated(g0, B0), offsets)
+        return y
+
+    def low_rank_backward(self, dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor | None:
+        """Adds the adapters' gradients and the experts' tokens to `.grad`; their part of dx.
+
+        As in `linear.py` for every expert's rows; with C = Σ sᵀ dy (R, out) dB = g ∘ C and
+        dg = Σ C ∘ B.
+        """
+        factors = self._factors(x.dtype)
+        if factors is None:
+            return None
+        A, g, B = factors
+        gB = gated(g, B)
+        x_kept = self._dropped_input(x)
+        s = self._dropped_hidden(grouped(x_kept, A.mT, offsets))
+        C = grouped(s.T, dy, offsets)
+        dz = self._dropped_hidden(grouped(dy, gB.mT, offsets))
+        dA = grouped(dz.T, x_kept, offsets)
+        C32 = C.float()
+        found = {"A": dA.float(), "B": gated(g.float(), C32)}
+        if any(host.adapter is not None and host.adapter.g.requires_grad for host in self.hosts):
+            found["g"] = (C32 * B.float()).sum(2)
+        add_gradients(
+            (getattr(host.adapter, role), gradients[expert, : host.adapter.rank])
+            for role, gradients in found.items()
+            for expert, host in enumerate(self.hosts)
+            if host.adapter is not None
+        )
+        # Tokens that have no loss, padding among them, are not counted: their gradient is zero.
+        matters = torch.linalg.vector_norm(dy, ord=torch.inf, dim=1) != 0
+        numbers = torch.arange(dy.shape[0], device=dy.device)
+        expert_of = torch.searchsorted(offsets, numbers, right=True)
+        counts = torch.zeros(self.experts, device=dy.device)
+        counts.index_add_(0, expert_of, matters.float())
+        add_gradients([(self.tokens, counts)])
+        dx = self._dropped_input(grouped(dz, A, offsets))
+        spared = self._spared(x.dtype)
+        if spared is not None:
+            A0, g0, B0 = spared
+            dx += grouped(grouped(dy, gated(g0, B0).mT, offsets), A0, offsets)
+        return dx
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A (E, R, in), g (E, R) and B (E, R, out): of drop(ΔW − ΔW₀) where ΔW₀ is spared."""
+        factors = self._stacked([host.adapter for host in self.hosts], dtype)
+        spared = self._spared(dtype) if factors is not None else None
+        if factors is None or spared is None:
+            return factors
+        A, g, B = factors
+        A0, g0, B0 = spared
+        return torch.cat([A, A0], 1), torch.cat([g, -g0], 1), torch.cat([B, B0], 1)
+
+    def _spared(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What a splitting method handed to the adapters, stacked, where there is dropout."""
+        if self._dropout is None:
+            return None
+        ranks = [0 if host.adapter is None else host.adapter.rank for host in self.hosts]
+        return self._stacked([host.initial for host in self.hosts], dtype, max(ranks))
+
+    @property
+    def _dropout(self) -> Dropout | None:
+        if not self.training:
+            return None
+        return next((host.dropout for host in self.hosts if host.dropout is not None), None)
+
+    def _dropped_input(self, x: Tensor) -> Tensor:
+        dropout = self._dropout
+        return x if dropout is None or not dropout.on_input else dropout(x)
+
+    def _dropped_hidden(self, z: Tensor) -> Tensor:
+        dropout = self._dropout
+        if dropout is None or dropout.on_input:
+            return z
+        return dropout(z, paired=any(host.initial is not None for host in self.hosts))
+
+    def _stacked(
+        self, adapters: Sequence[GatedAdapter | None], dtype: torch.dtype, least: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A (E, R, in), g (E, R) and B (E, R, out), zero where an expert has no such component;
+        None without any. R is at least `least`."""
+        rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
+        if rank == 0:
+            return None
+        rank = -(-max(rank, least) // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        device = self.weight.device
+        A = torch.zeros(self.experts, rank, self.in_features, dtype=dtype, device=device)
+        g = torch.zeros(self.experts, rank, dtype=dtype, device=device)
+        B = torch.zeros(self.experts, rank, self.out_features, dtype=dtype, device=device)
+        held = [(e, adapter) for e, adapter in enumerate(adapters) if adapter is not None]
+        torch._foreach_copy_(
+            [stack[e, : adapter.rank] for e, adapter in held for stack in (A, g, B)],
+            [t.detach() for _, adapter in held for t in (adapter.A, adapter.g, adapter.B)],
+        )
+        return A, g, B
+
+    def extra_repr(self) -> str:
+        return (
+            f"experts={self.experts}, in={self.in_features}, out={self.out_features}, "
+            f"format={self.weight_format}"
+        )
+
+
+class AdaptedExperts(nn.Module):
+    """The experts of a mixture: takes the place of transformers' module of stacked experts."""
+
+    def __init__(self, experts: Any):
+        super().__init__()
+        self.gate_up_proj = StackedLinear(experts.gate_up_proj)
+        self.down_proj = StackedLinear(experts.down_proj)
+        self.act_fn = experts.act_fn
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        """Whether `module` computes down(act(gate) · up) on stacks (E, out, in) without biases."""
+        gate = getattr(type(module), "_apply_gate", None)
+        return (
+            isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
+            and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+            and hasattr(module, "act_fn")
+            and getattr(module, "has_gate", False)
+            and not getattr(module, "has_bias", True)
+            and not getattr(module, "is_transposed", True)
+            and getattr(module, "is_concatenated", True)
+            and not getattr(module, "has_post_expert_norm", False)
+            and getattr(gate, "__name__", "_default_apply_gate") == "_default_apply_gate"
+        )
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (T, H), top_k_index and top_k_weights (T, k) → (T, H)."""
+        k = top_k_index.shape[1]
+        sorted_experts, order = top_k_index.flatten().sort(stable=True)
+        # Neither this nor anything below waits for the device: no shape depends on the routing.
+        numbers = torch.arange(self.gate_up_proj.experts, device=order.device)
+        offsets = torch.searchsorted(sorted_experts, numbers, right=True).int()
+        inverse = order.argsort()
+        x = _Dispatch.apply(hidden_states, order, inverse, k)
+        gate, up = self.gate_up_proj(x, offsets).chunk(2, dim=-1)
+        y = self.down_proj(self.act_fn(gate) * up, offsets)
+        y = (y * top_k_weights.flatten()[order].unsqueeze(1)).to(hidden_states.dtype)
+        return _Combine.apply(y, order, inverse, k)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Each token once for every expert that it goes to, sorted by expert."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse, k):
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return x[order // k]
+
+    @staticmethod
+    def backward(ctx, dy):
+        (inverse,) = ctx.saved_tensors
+        return _summed(dy, inverse, ctx.k), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """The adjoint: the sum of what a token's experts made of it, in a fixed order."""
+
+    @staticmethod
+    def forward(ctx, y, order, inverse, k):
+        ctx.save_for_backward(order)
+        ctx.k = k
+        return _summed(y, inverse, k)
+
+    @staticmethod
+    def backward(ctx, dx):
+        (order,) = ctx.saved_tensors
+        return dx[order // ctx.k], None, None, None
+
+
+def _summed(rows: Tensor, inverse: Tensor, k: int) -> Tensor:
+    return rows[inverse].view(-1, k, rows.shape[-1]).sum(1)
+
+
+def gated(g: Tensor, B: Tensor) -> Tensor:
+    """g ∘ B for stacks g (E, R) and B (E, R, out)."""
+    return B * g.unsqueeze(2)
+
+
+def grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """(rows, n) by (E, n, m) → (rows, m), or (n, rows) by (rows, m) → (E, n, m)."""
+    return F.grouped_mm(a, b, offs=offsets)
+
+
+@torch.library.custom_op("rankcast::hosted_experts", mutates_args=())
+def hosted_experts(x: Tensor, offsets: Tensor, handle: Tensor, out_features: int) -> Tensor:
+    """(rows, in) → (rows, out)."""
+    stack: StackedLinear = host_of(handle)
+    y = grouped(x, stack.dequantised(x.dtype).mT, offsets)
+    added = stack.low_rank(x, offsets)
+    return y if added is None else y.add_(added)
+
+
+@hosted_experts.register_fake
+def _(x, offsets, handle, out_features):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.custom_op("rankcast::hosted_experts_backward", mutates_args=())
+def hosted_experts_backward(
+    dy: Tensor, x: Tensor, offsets: Tensor, handle: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx (rows, in), and a 0 for the handle as in `linear.py`."""
+    stack: StackedLinear = host_of(handle)
+    dy = dy.contiguous()
+    dx = grouped(dy, stack.dequantised(x.dtype), offsets)
+    added = stack.low_rank_backward(dy, x, offsets)
+    return dx if added is None else dx.add_(added), torch.zeros_like(handle)
+
+
+@hosted_experts_backward.register_fake
+def _(dy, x, offsets, handle):
+    return torch.empty_like(x), torch.empty_like(handle)
+
+
+def _save(ctx, inputs, output):
+    x, offsets, handle, _out = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, offsets, handle)
+
+
+def _backward(ctx, dy):
+    if dy is None:
+        return (None,) * 4
+    dx, nothing = hosted_experts_backward(dy, *ctx.saved_tensors)
+    return dx, None, nothing, None
+
+
+hosted_experts.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,225 @@
+"""The host of an adapter: a frozen linear layer with one fused forward and backward.
+
+    z = x Aᵀ          y = x Wᵀ + bias + (z ∘ g) B
+
+W stays in its packed format (`weights.py`) and is dequantised inside the operator, once in
+forward and once more in backward. The operator is opaque to autograd and to torch.compile, which
+would keep the dequantised W alive until backward, and it finds W as it finds the adapter
+(`opaque.py`): only x is saved for backward, never a sharder's gathered copy. z is computed again,
+which costs R/out of the layer's product.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.formats.formats import FORMATS, LowRank
+from adapters.gated import GatedAdapter
+from adapters.layers.handles import OpaqueHost, add_gradients, host_of
+
+
+class Dropout:
+    """Where and how much a host drops, and the seed that makes its mask reproducible.
+
+    The mask is drawn again in backward (and in a checkpointed recomputation) from
+    (seed of the micro-batch, unit), so it is never stored. `base_seed` is one 0-d int64 CPU
+    tensor that all units of a model share; the loop writes it before every micro-batch.
+    """
+
+    def __init__(self, probability: float, on_input: bool, base_seed: Tensor, unit_index: int):
+        self.probability = probability
+        self.on_input = on_input
+        self.base_seed = base_seed
+        self.unit_index = unit_index
+
+    def __call__(self, x: Tensor, paired: bool = False) -> Tensor:
+        """Inverted dropout. `paired`: the second half of the columns shares the first half's mask,
+        so that a difference is dropped whole."""
+        seed = int(self.base_seed) * 1_000_003 + self.unit_index
+        generator = torch.Generator(device=x.device).manual_seed(seed & (2**63 - 1))
+        drawn = x.chunk(2, dim=-1)[0] if paired else x
+        keep = torch.empty_like(drawn, memory_format=torch.contiguous_format)
+        kept = 1.0 - self.probability
+        keep.bernoulli_(kept, generator=generator).div_(kept)
+        return x * (torch.cat([keep, keep], dim=-1) if paired else keep)
+
+
+class AdaptedLinear(OpaqueHost):
+    """Frozen `y = x Wᵀ + bias` in any weight format, with room for one gated adapter.
+
+    Takes the place of an `nn.Linear`. `weight` holds the packed matrix (see `weights.py`).
+    `adapter` is None or replicated on every rank; it is no submodule, so no sharder ever sees it.
+    """
+
+    adapter: GatedAdapter | None
+    dropout: Dropout | None
+    initial: GatedAdapter | None
+    """The part of W that a splitting method handed to the adapter; where it is given, only
+    the adapter's difference from it is dropped."""
+
+    def __init__(self, linear: nn.Linear, weight_format: str):
+        super().__init__()
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.weight_format = weight_format
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.adapter = self.dropout = self.initial = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("adapter", "initial"):
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, columns) of what is packed."""
+        return self.out_features, self.in_features
+
+    def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The packed form of a full matrix (out, in); the caller sets it as the parameter."""
+        return FORMATS[self.weight_format].pack(weight, dtype)
+
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in) as the products see it; under a sharder only while it is unsharded."""
+        packed = self.weight.detach()
+        return FORMATS[self.weight_format].unpack(packed, self.matrix_shape, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return hosted_linear(x, self.handle, self.out_features)
+
+    def low_rank(self, x: Tensor) -> LowRank | None:
+        """z ∘ g (T, R) and B of rows x (T, in), whose product is y's part; None without adapter."""
+        factors = self._factors(x.dtype)
+        if factors is None:
+            return None
+        A, g, B = factors
+        s = self._dropped_hidden(self._dropped_input(x) @ A.T) * g
+        if self._spared is not None:
+            A0, g0, B0 = self._spared.cast(x.dtype)
+            s, B = torch.cat([s, (x @ A0.T) * g0], 1), torch.cat([B, B0])
+        return s, B
+
+    def low_rank_backward(
+        self, dy: Tensor, x: Tensor, need_x: bool
+    ) -> tuple[LowRank | None, Tensor | None]:
+        """Adds the adapter's gradients to `.grad`; its part of dx, if needed: the product of two
+        factors, and what a dropped input leaves of it.
+
+        With s = dropped z (or z): dB = (s ∘ g)ᵀ dy, ds = (dy Bᵀ) ∘ g, dg = Σ (dy Bᵀ) ∘ s,
+        dz = dropped ds, dA = dzᵀ x, dx = dz A. They are added up in float32.
+        """
+        factors = self._factors(x.dtype)
+        if factors is None:
+            return None, None
+        A, g, B = factors
+        adapter = self.adapter
+        assert adapter is not None
+        rank = adapter.rank  # of the rows; where a part of W is spared, more follow
+        x_kept = self._dropped_input(x)
+        s = self._dropped_hidden(x_kept @ A.T)
+        d_gated = dy @ B.T
+        dz = self._dropped_hidden(d_gated * g)
+        found = [
+            (adapter.A, dz[:, :rank].T @ x_kept),
+            (adapter.B, (s[:, :rank] * g[:rank]).T @ dy),
+        ]
+        if adapter.g.requires_grad:
+            products = d_gated[:, :rank] * s[:, :rank]
+            found.append((adapter.g, products.sum(0, dtype=torch.float32)))
+        add_gradients(found)
+        if not need_x:
+            return None, None
+        dropped = None
+        if self.dropout is not None and self.training and self.dropout.on_input:
+            dropped = self.dropout(dz @ A)
+            dz, A = dz[:, :0], A[:0]
+        if self._spared is not None:
+            A0, g0, B0 = self._spared.cast(x.dtype)
+            dz, A = torch.cat([dz, (dy @ B0.T) * g0], 1), torch.cat([A, A0])
+        return (dz, A) if A.shape[0] else None, dropped
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A, g, B as the products take them: drop(ΔW − ΔW₀) has the components of both."""
+        adapter = self.adapter
+        if adapter is None or adapter.rank == 0:
+            return None
+        A, g, B = adapter.cast(dtype)
+        if self._spared is not None:
+            A0, g0, B0 = self._spared.cast(dtype)
+            A, g, B = torch.cat([A, A0]), torch.cat([g, -g0]), torch.cat([B, B0])
+        return A, g, B
+
+    @property
+    def _spared(self) -> GatedAdapter | None:
+        return self.initial if self.dropout is not None and self.training else None
+
+    def _dropped_input(self, x: Tensor) -> Tensor:
+        if self.dropout is None or not self.training or not self.dropout.on_input:
+            return x
+        return self.dropout(x)
+
+    def _dropped_hidden(self, z: Tensor) -> Tensor:
+        if self.dropout is None or not self.training or self.dropout.on_input:
+            return z
+        return self.dropout(z, paired=self._spared is not None)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, format={self.weight_format}"
+
+
+@torch.library.custom_op("rankcast::hosted_linear", mutates_args=())
+def hosted_linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
+    """(…, in) → (…, out)."""
+    host: AdaptedLinear = host_of(handle)
+    rows = x.reshape(-1, x.shape[-1])
+    y = FORMATS[host.weight_format].forward(
+        rows, host.weight, host.matrix_shape, host.bias, host.low_rank(rows)
+    )
+    return y.view(*x.shape[:-1], out_features)
+
+
+@hosted_linear.register_fake
+def _(x, handle, out_features):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("rankcast::hosted_linear_backward", mutates_args=())
+def hosted_linear_backward(
+    dy: Tensor, x: Tensor, handle: Tensor, need_x: bool
+) -> tuple[Tensor, Tensor]:
+    """dx (…, in), empty where not needed; a 0 for the handle, which keeps a compiler from
+    leaving the call out."""
+    host: AdaptedLinear = host_of(handle)
+    dy2, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    low_rank, dropped = host.low_rank_backward(dy2, rows, need_x)
+    if not need_x:
+        return x.new_empty(0), torch.zeros_like(handle)
+    dx = FORMATS[host.weight_format].backward(dy2, host.weight, host.matrix_shape, low_rank)
+    if dropped is not None:
+        dx += dropped
+    return dx.view(x.shape), torch.zeros_like(handle)
+
+
+@hosted_linear_backward.register_fake
+def _(dy, x, handle, need_x):
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
+    return dx, torch.empty_like(handle)
+
+
+def _save(ctx, inputs, output):
+    x, handle, _out = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, handle)
+
+
+def _backward(ctx, dy):
+    if dy is None:
+        return None, None, None
+    need_x = ctx.needs_input_grad[0]
+    dx, nothing = hosted_linear_backward(dy, *ctx.saved_tensors, need_x)
+    return dx if need_x else None, nothing, None
+
+
+hosted_linear.register_autograd(_backward, setup_context=_save)

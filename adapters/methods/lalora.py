@@ -1,0 +1,271 @@
+"""La-LoRA: every layer's rank grows with its contribution, under a budget that grows with them.
+
+Layer i of L is transformer block i; its units share the rank r_i ∈ [1, r], starting at 1. Forward
+uses the first r_i components, scaled by α/r. After every update, with A_u, B_u cut to r_i:
+
+    s_i   = (1/r_i) Σ_{u∈i} (‖B_u‖ + ‖A_u‖)                                    (7)
+    IR_i  = (s_i − s_i^prev) / s_i^prev                                         (6)
+    D     = clip(D^prev (1 + γ mean_i IR_i), L, r L), starting at L             (5)
+    c_i   = Σ_{u∈i} (f_A ‖B_u‖ + f_B ‖A_u‖)                                     (9), f: (10)
+    r_i   = softmax(c)_i · D                                                    (8)
+
+in Frobenius norms. Choices, each with the other reading as an option: f is the truncated norm over
+the full one, as the text says (`fidelity`; the printed eq. 10 is `previous_over_current`); eq. 9
+crosses A's fidelity with B's norm as printed; s^prev is taken at the new rank, so that a change of
+rank alone is no growth (`growth`). Eq. 8's reals become integers by largest remainder within
+[1, r]: Σ r_i = round(D) exactly; what a full layer cannot take goes to the others in proportion.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from adapters.methods.base import Decision, Method, MethodOptions
+from adapters.methods.lora import fresh
+from adapters.units import Unit
+
+_DECIMALS = 6
+"""Budget and shares are rounded to so many decimals before they are compared."""
+
+_FISHER_DECAY = 0.9
+
+
+class LaLoRAOptions(MethodOptions):
+    """Options of `method.kind: lalora`; `rank` is the largest that a layer can reach, r."""
+
+    kind: Literal["lalora"] = "lalora"
+    """Name of the method."""
+    gamma: float = Field(1.0, ge=0)
+    """Speed γ at which the budget follows the norms' growth."""
+    every: int = Field(1, gt=0)
+    """Steps between two decisions."""
+    fidelity: Literal[
+        "truncated_over_full", "previous_over_current", "truncated_over_initial", "none"
+    ] = "truncated_over_full"
+    """f in eq. 9: the text's ratio, the printed eq. 10, §5.2's wording, or 1 (Table 11)."""
+    growth: Literal["same_rank", "printed"] = "same_rank"
+    """Whether s^prev is taken at the rank that s has, or as printed."""
+    budget: Literal["gradual", "full"] = "gradual"
+    """`full`: D = r L from the start (Table 10, without CAR)."""
+    contribution: Literal["norm", "fisher"] = "norm"
+    """c by eq. 9, or by squared gradients (Table 14)."""
+    contribution_scale: Literal["sum", "mean"] = "sum"
+    """Whether c sums over a layer's units (printed), or averages."""
+
+    def check_units(self, units: Sequence[Unit]) -> None:
+        super().check_units(units)
+        for unit in units:
+            if unit.layer is None:
+                raise ValueError(
+                    f"method.targets: {unit.name} lies outside the transformer blocks, whose ranks "
+                    "lalora allocates; accepted: matrices within blocks"
+                )
+
+
+class LaLoRA(Method):
+    """One rank a layer, decided after every update."""
+
+    Options = LaLoRAOptions
+    decides = True
+
+    def __init__(self, options: Any, seed: int):
+        super().__init__(options, seed)
+        self._squares: Tensor | None = None  # (n, 2, r): ‖A_j‖², ‖B_j‖² by unit, all ranks
+        self._fisher: Tensor | None = None  # (n, 2, r): averaged ‖∂L/∂A_j‖², ‖∂L/∂B_j‖²
+        self._applied: Decision = {}
+        # Rank 0 only:
+        self.ranks = np.zeros(0, dtype=np.int64)
+        self.budget = 0.0  # D
+        self._previous_s = np.zeros(0)
+        self._previous_squares = np.zeros(0)  # of the decision before
+        self._initial = np.zeros(0)  # ‖A_u‖² at the start
+
+    def start(self, unit, generator):
+        adapter = fresh(unit, self.options.rank, self._scale, generator)
+        adapter.mask[1:] = False
+        adapter.g.data[1:] = 0.0
+        return adapter
+
+    @property
+    def _scale(self) -> float:
+        return self.options.alpha / self.options.rank
+
+    def attach(self, units, hosts, device, starts=None):
+        super().attach(units, hosts, device, starts)
+        numbers = sorted({unit.layer for unit in units if unit.layer is not None})
+        place = {layer: index for index, layer in enumerate(numbers)}
+        self.layers = numbers
+        self._layer_of = np.array([place[unit.layer] for unit in units])
+
+    def begin(self, optimizer, validate):
+        self._squares = self._component_sums(optimizer, optimizer.values)
+
+    def due(self, step):
+        return step % self.options.every == 0
+
+    def observe(self, step, optimizer):
+        if self.options.contribution == "fisher":
+            squares = self._component_sums(optimizer, optimizer.trained_gradients)
+            if not bool(squares.isfinite().all()):
+                return  # the step will be skipped
+            if self._fisher is None:
+                self._fisher = squares * (1 - _FISHER_DECAY)
+            else:
+                self._fisher = torch.lerp(squares, self._fisher, _FISHER_DECAY)
+
+    def after_step(self, step, optimizer, *, skipped, validate):
+        if self.due(step + 1):
+            self._squares = self._component_sums(optimizer, optimizer.values)
+
+    def _component_sums(self, optimizer, flat: Tensor) -> Tensor:
+        """Σ of squares (n, 2, r) of every component's row of A and of B."""
+        rows = optimizer.row_sums(flat * flat)[: 2 * self.options.rank * len(self.units)]
+        return rows.view(len(self.units), 2, self.options.rank).double()
+
+    # --- rank 0 --------------------------------------------------------------------------------
+
+    def decide(self, step):
+        assert self._squares is not None
+        squares, r, layers = self._squares.cpu().numpy(), self.options.rank, len(self.layers)
+        if not len(self.ranks):  # the first decision: what every unit starts with
+            self.budget = float(r * layers if self.options.budget == "full" else layers)
+            self._initial, self._previous_squares = squares[:, 0].sum(1), squares
+            full = self.options.budget == "full"
+            self.ranks = np.full(layers, r if full else 1)
+        else:
+            size = self.size(squares, self.ranks)
+            if self.options.budget == "gradual":
+                growth = float(np.mean((size - self._previous_s) / self._previous_s))
+                budget = self.budget * (1 + self.options.gamma * growth)  # (5)
+                self.budget = round(float(np.clip(budget, layers, r * layers)), _DECIMALS)
+            old, self.ranks = self.ranks, allocate(self.contribution(squares), self.budget, r)
+            self._previous_squares = squares
+            if self.options.growth == "printed":
+                self._previous_s = self.size(squares, old)
+                return self._decision()
+        self._previous_s = self.size(squares, self.ranks)
+        return self._decision()
+
+    def _decision(self):
+        ranks = dict(zip(map(str, self.layers), self.ranks.tolist(), strict=True))
+        return {"ranks": ranks, "budget": self.budget}
+
+    def _norms(self, squares: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """‖A_u‖, ‖B_u‖ (n, 2) of each unit's first r_i components."""
+        kept = np.arange(squares.shape[2]) < ranks[self._layer_of][:, None]
+        return np.sqrt((squares * kept[:, None, :]).sum(2))
+
+    def _by_layer(self, values: np.ndarray) -> np.ndarray:
+        """Σ over the units of each layer."""
+        return np.bincount(self._layer_of, weights=values, minlength=len(self.layers))
+
+    def size(self, squares: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """s (L), eq. 7."""
+        return self._by_layer(self._norms(squares, ranks).sum(1)) / ranks
+
+    def contribution(self, squares: np.ndarray) -> np.ndarray:
+        """c (L), eq. 9 with eq. 10, or by Fisher information."""
+        counts = self._by_layer(np.ones(len(self.units)))
+        divisor = counts if self.options.contribution_scale == "mean" else 1.0
+        if self.options.contribution == "fisher":
+            if self._fisher is None:  # no gradient yet
+                return np.zeros(len(self.layers))
+            kept = self._norms(self._fisher.cpu().numpy(), self.ranks) ** 2
+            c = self._by_layer(kept.sum(1)) / divisor
+            return c / c.mean() if c.mean() > 0 else c
+        norms = self._norms(squares, self.ranks)
+        f_a, f_b = self._fidelity(squares, norms).T
+        return self._by_layer(f_a * norms[:, 1] + f_b * norms[:, 0]) / divisor
+
+    def _fidelity(self, squares: np.ndarray, norms: np.ndarray) -> np.ndarray:
+        """f_A, f_B (n, 2); 0/0 counts as 1."""
+        match self.options.fidelity:
+            case "truncated_over_full":
+                return _ratio(norms, np.sqrt(squares.sum(2)))
+            case "previous_over_current":
+                return _ratio(self._norms(self._previous_squares, self.ranks), norms)
+            case "truncated_over_initial":
+                f_a = _ratio(norms[:, 0], np.sqrt(self._initial))
+                return np.stack([f_a, np.ones_like(f_a)], axis=1)
+        return np.ones_like(norms)
+
+    # --- every rank ----------------------------------------------------------------------------
+
+    @property
+    def decided(self):
+        return [str(layer) for layer in self.layers]
+
+    def check_decision(self, decision):
+        super().check_decision(decision)
+        if "budget" not in decision:
+            raise ValueError("no budget; accepted: what lalora recorded")
+
+    def apply(self, decision):
+        ranks = [decision["ranks"][str(unit.layer)] for unit in self.units]
+        self._applied = decision
+        used = torch.arange(self.options.rank) < torch.tensor(ranks).unsqueeze(1)
+        self.rows.masks.copy_(used.flatten())
+        self.rows.write_gates(used.flatten() * self._scale)
+        return False
+
+    def scalars(self):
+        if not self._applied:
+            return {}
+        ranks = list(self._applied["ranks"].values())
+        return {"budget": self._applied["budget"], "mean_rank": sum(ranks) / len(ranks)}
+
+    def state_dict(self):
+        held = {"squares": self._squares, "fisher": self._fisher}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def load_state_dict(self, state):
+        self._squares, self._fisher = state.get("squares"), state.get("fisher")
+        if self._fisher is not None:
+            self._fisher = self._fisher.to(self.device)
+
+    def decider_state(self):
+        return {
+            "ranks": torch.from_numpy(self.ranks.copy()),
+            "budget": torch.tensor(self.budget, dtype=torch.float64),
+            "previous_s": torch.from_numpy(self._previous_s.copy()),
+            "previous_squares": torch.from_numpy(self._previous_squares.copy()),
+            "initial": torch.from_numpy(self._initial.copy()),
+        }
+
+    def load_decider_state(self, state):
+        self.ranks, self.budget = state["ranks"].numpy().copy(), float(state["budget"])
+        self._previous_s = state["previous_s"].numpy().copy()
+        self._previous_squares = state["previous_squares"].numpy().copy()
+        self._initial = state["initial"].numpy().copy()
+
+
+def allocate(contribution: np.ndarray, budget: float, largest: int) -> np.ndarray:
+    """Integers r_i in [1, largest] with Σ r_i = round(budget), as near as can be to eq. 8.
+
+    The real shares are clip(e^(c_i + τ), 1, largest), in proportion to softmax(c) wherever no
+    bound holds, with the one τ that spends the budget. Their whole parts are granted, and what is
+    left goes to the largest remainders; of equal ones to the lower layer.
+    """
+    spent = float(np.clip(budget, len(contribution), largest * len(contribution)))
+
+    def shares(tau: float) -> np.ndarray:
+        return np.exp(np.clip(contribution + tau, 0.0, np.log(largest)))
+
+    low = -float(contribution.max())
+    high = np.log(largest) - float(contribution.min())
+    while low < (middle := (low + high) / 2) < high:  # bisection to the last bit
+        low, high = (middle, high) if shares(middle).sum() < spent else (low, middle)
+    real = np.round(shares(high), _DECIMALS)
+    whole = np.floor(real).astype(np.int64)
+    remainder = np.where(whole < largest, real - whole, -1.0)
+    extra = np.argsort(-remainder, kind="stable")[: round(spent) - int(whole.sum())]
+    whole[extra] += 1
+    return whole
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.ones_like(below), where=below > 0)

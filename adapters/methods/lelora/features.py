@@ -1,0 +1,50 @@
+"""ξ: what LeLoRA's policy sees of a unit, beside layer and matrix type (paper, section 3.2)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adapters.cuda.graph_replay import Replayed
+from adapters.methods.lelora.options import PolicyOptions
+from adapters.spectral import resample
+
+
+class Features:
+    """Numbers (n, F) of n units: log1p of W's norm, the spectrum resampled and over σ₁, and with
+    `features: current` the banks' gates over σ₁, which the norm follows.
+
+    `spectra` are all singular values of each W, `held` the indices of those in its banks.
+    """
+
+    def __init__(
+        self,
+        options: PolicyOptions,
+        spectra: Sequence[Tensor],
+        held: Sequence[list[int]],
+        device: torch.device,
+    ):
+        self._current = options.features == "current"
+        spectra = [spectrum.double().cpu() for spectrum in spectra]
+        curves = [resample(spectrum, options.spectrum_points) for spectrum in spectra]
+        energy = torch.stack([spectrum.square().sum() for spectrum in spectra])
+        if self._current:
+            pairs = zip(spectra, held, strict=True)
+            energy = energy - torch.stack([s[banks].square().sum() for s, banks in pairs])
+        largest = torch.stack([spectrum[0].clamp(min=1e-30) for spectrum in spectra])
+        self._curves, self._energy = torch.stack(curves).to(device), energy.to(device)
+        self._largest = largest.to(device)
+        self._replayed = Replayed(self._of, recorded=device.type == "cuda")
+
+    def __call__(self, gates: Tensor) -> Tensor:
+        """(n, F) float32, from the banks' gates (nR) end to end; the next call overwrites it."""
+        return self._replayed(gates)[0]
+
+    def _of(self, gates: Tensor) -> tuple[Tensor]:
+        energy, parts = self._energy, [self._curves]
+        if self._current:
+            gates = gates.double().view(len(energy), -1)
+            energy = energy + gates.square().sum(1)  # approximate: U and V drift
+            parts.append(gates / self._largest.unsqueeze(1))
+        norm = energy.clamp(min=0).sqrt().log1p().unsqueeze(1)
+        return (torch.cat([norm, *parts], dim=1).float(),)

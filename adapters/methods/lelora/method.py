@@ -1,0 +1,387 @@
+"""LeLoRA: a policy chooses, by reinforcement learning, which singular components of W train.
+
+Before training every unit's W gives up the r_max largest (primary), middle (medium) and smallest
+(minor) singular triplets; they become the components of its adapter, A = Vᵀ, g = Σ, B = U, and
+
+    W = (W − Σ_banks U Σ Vᵀ) + Σ_banks U Σ Vᵀ,
+
+the first part frozen (and only then quantised). At iteration t
+
+    1. rank 0 draws (r, s) for every unit from p(· | ξ; Ω); r components of bank s train,
+    2. θ ← one optimizer step, in which only they move                                     (6)
+    3. L₁: loss of the updated model on validation records, L₂ = L₁ − L₁ of the iteration before,
+       R = L₁ + α L₂                                                                       (7)–(9)
+    4. Ω ← Ω − η₂ (R − b) (1/n) Σ_u ∇ log p(a_u | ξ_u; Ω)                                 (10)
+
+All components take part in the forward pass all the time. Beyond the paper, rewards of a unit's
+own. `credit: attributed`: R_u = ⟨∇_{θ_u} L, Δθ_u⟩, the first-order change of the loss that its
+update caused. `credit: counterfactual`, the default: since backward gives the gradient of every
+component, trained or not, every action of a unit is judged in every step (`_promised`). With
+`signal: next_batch` L is the next training batch's: its gradient is computed anyway, so the policy
+costs no extra pass.
+"""
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from adapters.cuda.side_stream import Beside
+from adapters.gated import GatedAdapter
+from adapters.methods.base import Method, MethodOptions, Validate
+from adapters.methods.lelora.features import Features
+from adapters.methods.lelora.options import PolicyOptions
+from adapters.methods.lelora.reinforce import Reinforce
+from adapters.optimizer import MaskedAdamW
+from adapters.spectral import bank, largest_rank
+from adapters.units import by_kind_and_third, stem
+
+Location = Literal["primary", "medium", "minor"]
+
+
+class LeLoRAOptions(MethodOptions):
+    """Options of `method.kind: lelora`; `rank` is r_max."""
+
+    kind: Literal["lelora"] = "lelora"
+    """Name of the method."""
+    ranks: list[int] | None = Field(None, min_length=1)
+    """Effective dimensions to choose from, R; `rank` is then its largest. none: 0, 2, 4, 8, … up
+    to `rank`."""
+    locations: list[Location] = Field(["primary", "medium", "minor"], min_length=1)
+    """Banks to choose from."""
+    wake: Literal["gradual", "at_once"] = "gradual"
+    """First steps of a component: as long as Adam's momentum has grown, or all of the learning
+    rate at once, noise of one batch included (paper)."""
+    policy: PolicyOptions = Field(default_factory=PolicyOptions)
+    """The policy and how it learns."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _largest(cls, given: Any) -> Any:
+        """`rank` follows from `ranks`, unless it is given too."""
+        ranks = given.get("ranks") if isinstance(given, Mapping) else None
+        if isinstance(ranks, list) and all(type(r) is int for r in ranks) and max(ranks, default=0):
+            return {"rank": max(ranks), **given}
+        return given
+
+    @model_validator(mode="after")
+    def _check(self):
+        ranks = self.dimensions
+        if sorted(set(ranks)) != ranks or ranks[0] < 0 or ranks[-1] == 0:
+            raise ValueError(
+                f"method.ranks: {ranks} given; accepted: ascending whole numbers from 0 on, the "
+                "last above 0"
+            )
+        if ranks[-1] != self.rank:
+            raise ValueError(
+                f"method.rank: {self.rank} given with method.ranks: {ranks}; accepted: their "
+                f"largest, {ranks[-1]}"
+            )
+        if len(set(self.locations)) < len(self.locations):
+            raise ValueError(
+                f"method.locations: {self.locations} given; accepted: each location once"
+            )
+        weights = self.policy.rank_weights
+        if weights is not None and len(weights) != len(ranks):
+            raise ValueError(
+                f"method.policy.rank_weights: {len(weights)} numbers given; accepted: one for each "
+                f"of method.ranks ({len(ranks)})"
+            )
+        return self
+
+    @property
+    def dimensions(self) -> list[int]:
+        """R, the effective dimensions to choose from."""
+        if self.ranks is not None:
+            return self.ranks
+        return [0, *(2**k for k in range(1, self.rank.bit_length()) if 2**k < self.rank), self.rank]
+
+    @property
+    def components(self) -> int:
+        return self.rank * len(self.locations)
+
+    @property
+    def validation_samples(self) -> int:
+        return self.policy.validation_samples if self.policy.validates else 0
+
+    def check_units(self, units):
+        for unit in units:
+            largest = largest_rank(self.locations, min(unit.out_features, unit.in_features))
+            if self.rank > largest:
+                raise ValueError(
+                    f"method.ranks: {self.rank} given; accepted: at most {largest}, for "
+                    f"{', '.join(self.locations)} of {unit.name} ({unit.out_features} x "
+                    f"{unit.in_features}) not to overlap"
+                )
+
+
+class LeLoRA(Method):
+    """Three singular banks a unit, of which one slice trains."""
+
+    Options = LeLoRAOptions
+    decides = True
+    steers = "update"
+    splits_weight = True
+    learns_gates = True
+
+    def __init__(self, options: Any, seed: int):
+        super().__init__(options, seed)
+        self._before: Tensor | None = None  # θ, or its gradient, when the draw in force began
+        self._reached: Tensor | None = None  # (n), of experts: whether they saw tokens then
+        self._spoiled = False  # a step under that draw was skipped
+        self._reward: Tensor | None = None  # (n) or (1), until `decide` takes it
+        self._last_loss = float("nan")  # L₁ of the draw before
+        self._touched = torch.zeros(0, 0, dtype=torch.bool)  # (n, R): ever trained
+        self._policy: Reinforce | None = None  # rank 0
+        self._features: Features | None = None  # rank 0
+        self._drawn: dict[str, Any] = {}  # what the log describes
+        actions = list(product(options.dimensions, options.locations))
+        self._row_of = {action: row for row, action in enumerate(actions)}
+        self._masks = np.zeros((len(actions), options.components), dtype=bool)  # each action's
+        for action, row in self._row_of.items():
+            self._masks[row, self.trained(*action)] = True
+
+    @property
+    def wakes_gradually(self):  # type: ignore[override]
+        return self.options.wake == "gradual"
+
+    def ranges(self, unit):
+        d = min(unit.out_features, unit.in_features)
+        return [bank(location, self.options.rank, d) for location in self.options.locations]
+
+    def extract(self, unit, triplets):
+        return GatedAdapter(triplets.V.T, triplets.S, triplets.U.T)
+
+    def attach(self, units, hosts, device, starts=None):
+        super().attach(units, hosts, device, starts)
+        self._touched = torch.zeros(len(units), self.options.components, dtype=torch.bool)
+        self._beside = Beside(device)
+
+    def trained(self, rank: int, location: str) -> slice:
+        """Components that (r, s) trains: the first r of a bank, of `minor` the last r."""
+        largest = self.options.rank
+        start = self.options.locations.index(location) * largest
+        first = start + largest - rank if location == "minor" else start
+        return slice(first, first + rank)
+
+    # --- rewards, on every rank ----------------------------------------------------------------
+
+    def begin(self, optimizer, validate):
+        if self._learns and self.options.policy.credit == "global":
+            self._last_loss = validate(False)
+
+    def due(self, step):
+        return step % self.options.policy.every == 0
+
+    def observe(self, step, optimizer):
+        if not (self._learns and self.due(step)):
+            return
+        policy = self.options.policy
+        if not policy.validates and self._before is not None:
+            self._reward = self._local(optimizer)
+        self._before, self._spoiled = None, False
+        self._reached = self._units_reached(optimizer)
+        if policy.credit == "attributed":
+            self._before = optimizer.values.clone()
+        elif policy.credit == "counterfactual":
+            self._before = optimizer.trained_gradients.clone()
+
+    def after_step(self, step, optimizer, *, skipped, validate):
+        self._judge(step, optimizer, skipped, validate)
+        self._beside.mark()
+
+    def _judge(self, step, optimizer, skipped, validate):
+        if not self._learns:
+            return
+        self._spoiled |= skipped
+        policy = self.options.policy
+        if not (policy.validates and self.due(step + 1)):
+            return
+        if policy.credit == "global":
+            self._reward = self._global(validate)
+        else:
+            validate(True)
+            self._reward = self._local(optimizer)
+            optimizer.zero_grad()
+
+    @property
+    def _learns(self) -> bool:
+        return self.options.policy.mode == "learned" and self.options.replay is None
+
+    def _local(self, optimizer: MaskedAdamW) -> Tensor:
+        """Each unit's own reward (n), or each of its actions' (n, |R|, |S|), from the summed,
+        unclipped gradient of all components; NaN for an expert that saw no token, and for all after
+        a step that was skipped."""
+        assert self._before is not None
+        gradient = optimizer.trained_gradients
+        reached, known = self._units_reached(optimizer), self._reached
+        if self.options.policy.credit == "attributed":
+            change = optimizer.values - self._before
+            reward = self._by_component(optimizer, gradient * change).sum((1, 2))
+            if known is not None:  # perhaps it saw some in a later step under the same draw
+                known = known | (self._by_component(optimizer, change.abs()).sum((1, 2)) > 0)
+        else:
+            reward = self._promised(optimizer, self._before, gradient)
+        if self._spoiled:
+            return reward * float("nan")
+        if reached is None or known is None:
+            return reward
+        return reward.masked_fill(~(known & reached).view(-1, *[1] * (reward.dim() - 1)), torch.nan)
+
+    def _promised(self, optimizer: MaskedAdamW, earlier: Tensor, later: Tensor) -> Tensor:
+        """R_u(r, s) = −Σ_{j in slice} Σ_{A, g, B} ⟨G_j, G′_j⟩ / rms(G_j), (n, |R|, |S|): what a
+        step of unit size along one batch's gradient does to another batch's loss, to first order.
+
+        The batches are independent, so the noise of neither looks like progress."""
+        dots = self._by_component(optimizer, earlier * later)
+        squares = self._by_component(optimizer, earlier * earlier)
+        sizes = torch.tensor([[u.in_features, 1, u.out_features] for u in self.units])
+        rms = (squares / sizes.to(squares).unsqueeze(2)).sqrt()
+        worth = -torch.where(rms > 0, dots / rms.clamp(min=1e-300), 0.0).sum(1)
+        table = [
+            torch.stack([worth[:, self.trained(r, s)].sum(1) for s in self.options.locations], 1)
+            for r in self.options.dimensions
+        ]
+        return torch.stack(table, 1)
+
+    def _by_component(self, optimizer: MaskedAdamW, flat: Tensor) -> Tensor:
+        """Sums (n, 3, R) over each component's row of A, its g, and its row of B, in float64."""
+        n, R = len(self.units), self.options.components
+        return optimizer.row_sums(flat)[: n * 3 * R].view(n, 3, R).double()
+
+    def _units_reached(self, optimizer: MaskedAdamW) -> Tensor | None:
+        """Units (n) that saw a token; None where all do."""
+        reached = optimizer.reached()
+        if reached is None:
+            return None
+        n, R = len(self.units), self.options.components
+        return reached[: n * 3 * R].view(n, 3 * R)[:, 0]
+
+    def _global(self, validate: Validate) -> Tensor:
+        """R = L₁ + α L₂, (1)."""
+        l1 = validate(False)
+        l2 = l1 - self._last_loss
+        self._last_loss = l1
+        reward = {"both": l1 + self.options.policy.alpha * l2, "l1": l1, "l2": l2}
+        value = float("nan") if self._spoiled else reward[self.options.policy.loss]
+        return torch.tensor([value], dtype=torch.float64)
+
+    # --- decisions, on rank 0 ------------------------------------------------------------------
+
+    def decide(self, step):
+        with self._beside.run():  # a policy needs no more than the last update
+            policy = self._the_policy()
+            if self._reward is not None:
+                policy.learn(self._reward)
+            ranks, locations = (drawn.tolist() for drawn in policy.draw(step, self.features()))
+        dimensions, places = self.options.dimensions, self.options.locations
+        names = [unit.name for unit in self.units]
+        return {
+            "ranks": {name: dimensions[i] for name, i in zip(names, ranks, strict=True)},
+            "locations": {name: places[i] for name, i in zip(names, locations, strict=True)},
+        }
+
+    def features(self) -> Tensor:
+        """ξ (n, F), of the gates as they are; the next call overwrites it."""
+        if self._features is None:
+            spectra = [self.spectra[unit.name] for unit in self.units]
+            held = [[i for r in self.ranges(unit) for i in r] for unit in self.units]
+            self._features = Features(self.options.policy, spectra, held, self.device)
+        return self._features(self.rows.gates)
+
+    def _the_policy(self) -> Reinforce:
+        if self._policy is None:
+            own = self.options.policy.expert_embedding
+            kind_of = [u.kind + u.name.removeprefix(stem(u.name)) if own else u.kind
+                       for u in self.units]  # fmt: skip
+            kinds = sorted(set(kind_of))
+            deepest = max((unit.layer for unit in self.units if unit.layer is not None), default=-1)
+            layers = [deepest + 1 if u.layer is None else u.layer for u in self.units]
+            options, components = self.options.policy, self.options.components
+            current = components if options.features == "current" else 0
+            self._policy = Reinforce(
+                options,
+                layer=torch.tensor(layers),
+                kind=torch.tensor([kinds.index(kind) for kind in kind_of]),
+                features=1 + options.spectrum_points + current,
+                ranks=self.options.dimensions,
+                locations=len(self.options.locations),
+                sizes=torch.tensor([u.in_features + u.out_features + 1 for u in self.units]),
+                seed=self.seed,
+                device=self.device,
+            )
+        return self._policy
+
+    def check_decision(self, decision):
+        super().check_decision(decision)
+        for unit in self.units:
+            rank = decision["ranks"][unit.name]
+            place = decision.get("locations", {}).get(unit.name)
+            if rank not in self.options.dimensions:
+                raise ValueError(f"rank {rank}; accepted: {self.options.dimensions}")
+            if place not in self.options.locations:
+                raise ValueError(f"{place}; accepted: {', '.join(self.options.locations)}")
+
+    def apply(self, decision):
+        names = [unit.name for unit in self.units]
+        ranks, locations = (
+            list(map(decision[key].__getitem__, names)) for key in ("ranks", "locations")
+        )
+        rows = [self._row_of[action] for action in zip(ranks, locations, strict=True)]
+        mask = torch.from_numpy(self._masks[rows])
+        self._reward = None  # rank 0 has taken it
+        self._touched |= mask
+        self._drawn = {"ranks": ranks, "locations": locations}
+        self.rows.masks.copy_(mask.flatten())
+        return False
+
+    def scalars(self):
+        """Fig. 3 and Table 4: mean dimension and shares of the locations, by type and third."""
+        if not self._drawn:
+            return {}
+        ranks, locations = self._drawn["ranks"], self._drawn["locations"]
+        found = {
+            "mean_rank": sum(ranks) / len(ranks),
+            "distinct_actions": len({(r, r and s) for r, s in zip(ranks, locations, strict=True)}),
+            "touched_parameters": sum(
+                int(row.sum()) * (unit.in_features + unit.out_features + 1)
+                for row, unit in zip(self._touched, self.units, strict=True)
+            ),
+        } | (self._policy.scalars if self._policy is not None else {})
+        for group, members in by_kind_and_third(self.units).items():
+            found[f"mean_rank/{group}"] = sum(ranks[i] for i in members) / len(members)
+            trained = [i for i in members if ranks[i] > 0]
+            for location in self.options.locations if trained else ():
+                share = sum(locations[i] == location for i in trained) / len(trained)
+                found[f"share_{location}/{group}"] = share
+        return found
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def state_dict(self):
+        state = {
+            "touched": self._touched,
+            "spoiled": torch.tensor(self._spoiled),
+            "last_loss": torch.tensor(self._last_loss, dtype=torch.float64),
+        }
+        held = {"before": self._before, "reached": self._reached, "reward": self._reward}
+        return state | {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def load_state_dict(self, state):
+        self._touched, self._spoiled = state["touched"].bool(), bool(state["spoiled"])
+        self._last_loss = float(state["last_loss"])
+        before, reached = state.get("before"), state.get("reached")
+        self._before = None if before is None else before.to(self.device)
+        self._reached = None if reached is None else reached.to(self.device).bool()
+        self._reward = state.get("reward")
+
+    def decider_state(self):
+        return {} if self._policy is None else self._policy.state_dict()
+
+    def load_decider_state(self, state):
+        if state:
+            self._the_policy().load_state_dict(state)

@@ -1,0 +1,218 @@
+"""A checkpoint as files: complete or not, intact or damaged, kept or cleared away.
+
+    checkpoints/step-00000100/
+        state.json                    step, loader position, configuration, backbone's digest …
+        shard-*.safetensors           tensors, written by all ranks in parallel
+        manifest.json                 size and SHA-256 of every other file; written last
+
+Written into a hidden folder that is renamed when complete: what has the final name is whole.
+Tensors are in safetensors and the rest is JSON: loading executes nothing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from safetensors import safe_open
+from torch import Tensor
+
+from adapters.options import Section
+from trainer.config.validation import parse_json, validate
+from trainer.errors import UserError, first_line
+
+FORMAT = 1
+
+
+PARTIAL = ".partial"
+
+
+class BadCheckpoint(UserError):
+    """A checkpoint that cannot be used; the message says why."""
+
+
+_MOST = 2**31
+Counts = dict[str, Annotated[int, Field(ge=0, lt=_MOST)]]
+
+
+class _State(Section):
+    """state.json; what its parts mean is said where they are written and read."""
+
+    format: int
+    step: int = Field(ge=0, lt=_MOST)
+    progress: Counts
+    loader: Counts
+    engine: str
+    world_size: int
+    backbone: str
+    data: str
+    labels: dict[str, list[str]]
+    initial: str | None
+    config: dict[str, dict[str, Any]]
+
+
+@contextmanager
+def fitting(source: Path) -> Iterator[None]:
+    """Turns whatever wrong tensors or values lead to into BadCheckpoint."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a method's own state, say, is read by code that trusts it
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise BadCheckpoint(
+            f"{source}: not what a run of this configuration writes ({reason})"
+        ) from error
+
+
+def check_complete(folder: Path, names: Iterable[str], ranks: int) -> None:
+    """Every rank's tensors must have arrived where rank 0 sees them."""
+    written = {
+        key
+        for file in folder.glob("*.safetensors")
+        for key in safe_open(file, framework="pt").keys()  # noqa: SIM118
+    }
+    missing = {*names, *(f"random/{rank}/cpu" for rank in range(ranks))} - written
+    if missing:
+        raise OSError(f"{min(missing)} is missing; accepted: a run.dir that all nodes share")
+
+
+def complete(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(
+        path
+        for path in folder.glob("step-*")
+        if path.name.removeprefix("step-").isdecimal() and (path / "manifest.json").is_file()
+    )
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    return max(complete(folder), default=None)
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's state.json, once every file has its recorded size and SHA-256."""
+    try:
+        manifest = parse_json((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        held = {file.name for file in checkpoint.glob("*.safetensors")}
+        for name in sorted({"state.json", *held} - manifest.keys()):
+            raise BadCheckpoint(f"{checkpoint}: {name} is not in its manifest.json")
+        for name, (size, digest) in manifest.items():
+            file = checkpoint / name
+            if not file.is_file() or file.resolve().parent != checkpoint.resolve():
+                raise BadCheckpoint(f"{checkpoint}: {name} is missing")
+            if file.stat().st_size != size:
+                raise BadCheckpoint(
+                    f"{file}: {file.stat().st_size} bytes, {size} were written: truncated"
+                )
+            if _digest(file) != digest:
+                raise BadCheckpoint(f"{file}: checksum differs from the one written: damaged")
+        state = parse_json((checkpoint / "state.json").read_text(encoding="utf-8"))
+        found = state.get("format")
+    except OSError as error:
+        raise BadCheckpoint(
+            f"{checkpoint}: no checkpoint of this project ({error.strerror}: "
+            f"{Path(error.filename).name}); accepted: a folder such as step-00000100"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise BadCheckpoint(f"{checkpoint}: damaged ({error})") from error
+    if found != FORMAT:
+        raise BadCheckpoint(f"{checkpoint}: format {found!r}; accepted: {FORMAT}")
+    try:
+        validate("", state, _State)
+    except UserError as error:
+        raise BadCheckpoint(f"{checkpoint}/state.json: {error}") from error
+    return state
+
+
+def find(resume: str, folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """(checkpoint to resume from, its state, remarks on newer ones that are damaged)."""
+    if resume == "never":
+        return None, {}, []
+    if resume != "auto":
+        path = Path(resume)
+        return path, verify(path), []
+    remarks: list[str] = []
+    for checkpoint in reversed(complete(folder)):
+        try:
+            return checkpoint, verify(checkpoint), remarks
+        except BadCheckpoint as error:
+            remarks.append(str(error))
+    if remarks:
+        raise BadCheckpoint(
+            f"run.resume: auto found no undamaged checkpoint in {folder} ({remarks[0]}); "
+            "accepted: run.resume=PATH of a good one, or another run.name to start anew"
+        )
+    return None, {}, []
+
+
+def clear_the_way(folder: Path, step: int, resume: str) -> list[str]:
+    """Before going on from `step`: set damaged newer checkpoints aside, refuse to bury good ones.
+
+    Retention counts by step: a newer checkpoint that is damaged, or of a run that took another
+    way, would otherwise push out the ones that this run is about to write.
+    """
+    remarks = []
+    for newer in complete(folder):
+        if int(newer.name.removeprefix("step-")) <= step:
+            continue
+        try:
+            verify(newer)
+        except BadCheckpoint:
+            aside = newer.with_name(f"damaged-{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
+            remarks.append(f"{newer.name} is damaged; moved to {aside}")
+            continue
+        raise BadCheckpoint(
+            f"run.resume: {resume} is older than {newer}, which going on from it would overwrite; "
+            "accepted: another run.name, or delete the newer checkpoints first"
+        )
+    return remarks
+
+
+def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with fitting(file), safe_open(file, framework="pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return tensors
+
+
+def write_manifest(folder: Path) -> None:
+    manifest = {}
+    for file in sorted(folder.iterdir()):
+        sync(file)
+        manifest[file.name] = (file.stat().st_size, _digest(file))
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    sync(folder / "manifest.json")
+    sync(folder)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file (or a folder's entries) survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a killed run had begun to write."""
+    if folder.name.endswith(PARTIAL):
+        shutil.rmtree(folder, ignore_errors=True)

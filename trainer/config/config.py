@@ -1,0 +1,171 @@
+"""The configuration: one YAML file, typed and strict, with dotted overrides.
+
+    python launch/train.py --config run.yaml optim.learning_rate=1e-3 method.rank=16
+
+An unknown key, a wrong type or an impossible combination is a `UserError` of one line that names
+the key, what was given and what is accepted.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import SerializeAsAny, model_validator
+
+from adapters.methods.base import MethodOptions
+from adapters.methods.registry import METHODS
+from adapters.options import Section
+from trainer.config.sections import (
+    CheckpointOptions,
+    DataOptions,
+    EngineOptions,
+    LogOptions,
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+)
+from trainer.config.validation import dump_yaml, names_of, one_of, parse_yaml, unknown_key, validate
+from trainer.errors import UserError
+from trainer.tasks.base import TaskOptions
+from trainer.tasks.registry import TASKS
+
+
+class Config(Section):
+    """All of a run's configuration."""
+
+    run: RunOptions
+    model: ModelOptions
+    task: SerializeAsAny[TaskOptions]
+    data: DataOptions
+    method: SerializeAsAny[MethodOptions]
+    optim: OptimOptions
+    engine: EngineOptions
+    log: LogOptions
+    checkpoint: CheckpointOptions
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.run.steps is not None and self.run.epochs is not None:
+            raise ValueError("run.epochs: given together with run.steps; accepted: one of them")
+        warmup, steps = self.optim.warmup_steps, self.run.steps
+        if warmup is not None and steps is not None and warmup > steps:
+            raise ValueError(
+                f"optim.warmup_steps: {warmup} given; accepted: at most run.steps ({steps})"
+            )
+        if steps is not None:
+            self.method.check_steps(steps)
+        if self.method.replay is not None and not METHODS[self.method.kind].decides:
+            raise ValueError(
+                f"method.replay: {self.method.replay} given, but {self.method.kind} decides "
+                "nothing; accepted: null"
+            )
+        flash = self.model.attention == "flash_attention_2"
+        if self.data.packing and flash and self.data.micro_batch_size > 1:
+            raise ValueError(
+                f"data.micro_batch_size: {self.data.micro_batch_size} given with data.packing and "
+                "model.attention=flash_attention_2; accepted: 1 (flash attention keeps packed "
+                "documents apart in a single row only)"
+            )
+        classifies = self.task.kind == "sequence_classification"
+        if self.data.packing and classifies:
+            raise ValueError(
+                "data.packing: true given with task.kind=sequence_classification; accepted: false"
+            )
+        if classifies != (self.data.format == "classification") and self.data.format != "auto":
+            raise ValueError(
+                f"data.format: {self.data.format} given with task.kind={self.task.kind}; "
+                + ("accepted: classification" if classifies else "accepted: any other format")
+            )
+        if self.run.eval_every and self.data.eval is None:
+            raise ValueError(
+                f"run.eval_every: {self.run.eval_every} given without data.eval; accepted: 0"
+            )
+        if self.run.eval_at_start and self.data.eval is None:
+            raise ValueError("run.eval_at_start: true given without data.eval; accepted: false")
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; `load_config` reads it back to the same."""
+        return dump_yaml(self.model_dump())
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path`, apply `section.key=value` overrides in order (the last one wins), check."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}; accepted: a YAML file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--config {path}: not UTF-8 at byte {error.start}; accepted: a YAML file"
+        ) from error
+    raw = parse_yaml(text, f"--config {path}")
+    if not isinstance(raw, dict):
+        given = "an empty file" if raw is None else type(raw).__name__
+        raise UserError(f"--config {path}: {given}; accepted: the sections {names_of(Config)}")
+    for override in overrides:
+        _apply_override(raw, override)
+    run = raw.get("run")
+    if run is None or (isinstance(run, dict) and not run.get("name")):
+        raw["run"] = {**(run or {}), "name": path.stem}
+    return parse_config(raw)
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `section.key=value` overrides applied, checked again."""
+    raw = config.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: Mapping[str, Any]) -> Config:
+    """Check a nested dictionary. Raises UserError with the first thing that is wrong."""
+    for key in raw:
+        if key not in Config.model_fields:
+            raise UserError(unknown_key(str(key), [], Config))
+    sections: dict[str, Any] = {}
+    for name, field in Config.model_fields.items():
+        value = raw.get(name)
+        value = {} if value is None else value
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name}: {value!r} given; accepted: a section of keys")
+        sections[name] = validate(name, value, _section_type(name, field.annotation, value))
+    return validate("", sections, Config)
+
+
+def _section_type(name: str, annotation: Any, value: Mapping[str, Any]) -> type[Section]:
+    """The class of a section; `method` and `task` depend on their `kind`."""
+    if name == "method":
+        kind = value.get("kind", "lora")
+        return METHODS[one_of("method.kind", kind, METHODS)].Options
+    if name == "task":
+        kind = value.get("kind", "causal_lm")
+        return TASKS[one_of("task.kind", kind, TASKS)].Options
+    return annotation
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.split(".")
+    if not equals or len(path) < 2 or not all(path):
+        raise UserError(
+            f"override {override!r}: not understood; accepted: section.key=value, "
+            f"with a section of {names_of(Config)}"
+        )
+    section = raw
+    for part in path[:-1]:
+        inner = section.get(part)
+        if inner is None:
+            inner = section[part] = {}
+        if not isinstance(inner, dict):
+            raise UserError(
+                f"override {override!r}: {part} is no section; accepted: section.key=value"
+            )
+        section = inner
+    section[path[-1]] = parse_yaml(text, f"override {override!r}")

@@ -1,0 +1,266 @@
+"""Records tokenised once, kept as an Arrow file, and shared by the ranks of a node.
+
+`prepare` returns a `TokenDataset` that is memory-mapped.
+What cannot be used is reported as file, line and reason.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from trainer.config.sections import DataOptions
+from trainer.config.validation import local, parse_json
+from trainer.data.records import BadRecord, detect_format, read_rows, to_record
+from trainer.errors import UserError, first_line
+from trainer.tasks.base import Example, Record, Task
+
+_CHUNK = 1000  # records tokenised in one call
+_VERSION = 1  # of the cached form; raise it when `Example` or an encoding changes
+
+_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "loss_mask": pa.list_(pa.int8()),
+        "token_type_ids": pa.list_(pa.int8()),
+        "label": pa.float64(),
+        "weight": pa.int32(),
+    }
+)
+
+
+@dataclasses.dataclass
+class Counts:
+    """What became of the records of one source."""
+
+    records: int = 0
+    used: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    bad: int = 0
+    tokens: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.used} of {self.records} records, {self.tokens} tokens "
+            f"({self.truncated} truncated, {self.dropped} dropped, {self.bad} bad)"
+        )
+
+
+class TokenDataset:
+    """Tokenised records, memory-mapped."""
+
+    def __init__(self, table: pa.Table, counts: Counts, key: str = ""):
+        self.counts = counts
+        self.key = key  # identity of the records and of how they were tokenised
+        # By chunk, as they lie in the file: joining the chunks would copy them into memory.
+        chunks = [chunk for chunk in table.to_batches() if len(chunk)]
+        self._first = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+        self._chunks = [
+            {
+                name: (chunk.column(name).offsets.to_numpy(), chunk.column(name).values.to_numpy())
+                for name in ("input_ids", "loss_mask", "token_type_ids")
+            }
+            for chunk in chunks
+        ]
+        self.lengths = np.concatenate([np.diff(lists["input_ids"][0]) for lists in self._chunks])
+        self.weights = table.column("weight").to_numpy()
+        self.labels = table.column("label").to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(
+            input_ids=self._list("input_ids", index),
+            loss_mask=self._list("loss_mask", index),
+            token_type_ids=self._list("token_type_ids", index),
+            label=float(self.labels[index]),
+            weight=int(self.weights[index]),
+        )
+
+    def _list(self, name: str, index: int) -> list[int]:
+        chunk = int(np.searchsorted(self._first, index, side="right")) - 1
+        offsets, values = self._chunks[chunk][name]
+        start, stop = offsets[index - self._first[chunk] :][:2]
+        return values[start:stop].tolist()
+
+
+def read_labels(source: str, split: str, options: DataOptions) -> list[str | float]:
+    """The raw labels of a classification source; bad records end the run or are left out."""
+    labels = []
+    for line, row in read_rows(source, split, options, options.train_records):
+        try:
+            if isinstance(row, BadRecord):
+                raise row
+            label = to_record(row, "classification", options, None).label
+        except BadRecord as reason:
+            if options.on_bad_record == "stop":
+                raise _stop(source, line, reason) from reason
+            continue
+        assert label is not None
+        labels.append(label)
+    if not labels:
+        raise UserError(f"{source}: no usable record; accepted: at least one")
+    return labels
+
+
+def _stop(source: str, line: int, reason: object) -> UserError:
+    return UserError(f"{source}:{line}: {reason} (data.on_bad_record=skip leaves such records out)")
+
+
+def prepare(
+    source: str, split: str, limit: int | None, options: DataOptions, task: Task
+) -> TokenDataset:
+    """Tokenise `source`, or take it from the cache. Call it on one rank of a node first."""
+    key = _cache_key(source, split, limit, options, task)
+    folder = cache_root(options) / key
+    if local(folder / "counts.json", "data.cache") is None:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
+        except OSError as error:
+            raise UserError(
+                f"data.cache: {folder.parent}: {error.strerror}; accepted: a folder to write into"
+            ) from error
+        try:
+            counts = _tokenise(source, split, limit, options, task, partial / "tokens.arrow")
+            (partial / "counts.json").write_text(json.dumps(dataclasses.asdict(counts)))
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not (folder / "counts.json").exists():  # else another run was faster
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    try:
+        counts = Counts(**parse_json((folder / "counts.json").read_text()))
+        with pa.memory_map(str(folder / "tokens.arrow")) as file:
+            table = pa.ipc.open_file(file).read_all()
+        if table.schema != _SCHEMA:
+            raise ValueError(f"columns {', '.join(table.schema.names)}")
+        return TokenDataset(table, counts, key)
+    except Exception as error:  # whatever a disk that failed, or a stranger, has left there
+        raise UserError(
+            f"data.cache: {folder}: damaged ({first_line(error)}); accepted: delete that folder"
+        ) from error
+
+
+def _tokenise(
+    source: str, split: str, limit: int | None, options: DataOptions, task: Task, path: Path
+) -> Counts:
+    counts = Counts()
+    rows = read_rows(source, split, options, limit)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        while chunk := list(itertools.islice(rows, _CHUNK)):
+            kept = list(_encode_chunk(source, chunk, options, task, counts))
+            columns = {name: [getattr(example, name) for example in kept] for name in _SCHEMA.names}
+            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+    if counts.records == 0:
+        raise UserError(f"{source}: no records; accepted: at least one")
+    if counts.used == 0:
+        raise UserError(f"{source}: no usable record ({counts})")
+    return counts
+
+
+def _encode_chunk(
+    source: str,
+    chunk: list[tuple[int, dict | BadRecord]],
+    options: DataOptions,
+    task: Task,
+    counts: Counts,
+) -> Iterator[Example]:
+    """The usable examples of some rows; everything else is counted, or ends the run."""
+    records: list[Record | BadRecord] = []
+    for _, row in chunk:
+        try:
+            if isinstance(row, BadRecord):
+                raise row
+            records.append(
+                to_record(row, detect_format(row, options, task), options, task.tokenizer)
+            )
+        except BadRecord as reason:
+            records.append(reason)
+    encoded = iter(task.encode([r for r in records if isinstance(r, Record)], options.max_length))
+    for (line, _), record in zip(chunk, records, strict=True):
+        counts.records += 1
+        example = str(record) if isinstance(record, BadRecord) else next(encoded)
+        if isinstance(example, str):
+            if options.on_bad_record == "stop":
+                raise _stop(source, line, example)
+            counts.bad += 1
+            continue
+        if example.truncated:
+            if options.on_long_record == "stop":
+                raise UserError(
+                    f"{source}:{line}: longer than data.max_length ({options.max_length} tokens); "
+                    "accepted: shorter records, or data.on_long_record=truncate or drop"
+                )
+            if options.on_long_record == "drop":
+                counts.dropped += 1
+                continue
+            counts.truncated += 1
+        counts.used += 1
+        counts.tokens += len(example.input_ids)
+        yield example
+
+
+def cache_root(options: DataOptions) -> Path:
+    """Folder of what can be made again: tokenised data, decompositions."""
+    if options.cache is not None:
+        return Path(options.cache)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankcast"
+
+
+def _cache_key(source: str, split: str, limit: int | None, options: DataOptions, task: Task) -> str:
+    """Everything that the tokenised form depends on, and nothing that only batching does."""
+    path = local(source)
+    content = (
+        _digest(path) if path and path.is_file() else f"{options.subset} {options.revision} {split}"
+    )
+    batching = {
+        "packing",
+        "shuffle",
+        "batch_size",
+        "micro_batch_size",
+        "cache",
+        "train",
+        "eval",
+        "leave_out",
+    }
+    limits = {"train_records", "eval_records"}
+    parts = [
+        _VERSION,
+        source,
+        content,
+        limit,
+        options.model_dump(exclude=batching | limits),
+        task.options.model_dump(),
+        task.labels_state(),
+        _tokenizer_state(task.tokenizer),
+        task.tokenizer.chat_template,
+        [task.pad_token_id, task.tokenizer.bos_token_id, task.tokenizer.eos_token_id],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _tokenizer_state(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; accepted: a file that can be read") from error

@@ -1,0 +1,268 @@
+"""Records as they are found: files and hub data sets, row by row, brought to one form.
+
+A row that cannot be used is a `BadRecord` with the reason; a file that cannot be read is a
+`UserError`.
+"""
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.config.sections import DataOptions
+from trainer.config.validation import local
+from trainer.errors import UserError, first_line
+from trainer.tasks.base import Record, Task
+
+_BATCH = 1000  # rows read at a time from a parquet file
+
+
+LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+
+
+_ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+class BadRecord(ValueError):
+    """A record that cannot be used; the message is the reason."""
+
+
+def detect_format(row: dict, options: DataOptions, task: Task) -> str:
+    """The format of a record: as configured, else by the task and the record's columns."""
+    if options.format != "auto":
+        return options.format
+    if task.options.kind == "sequence_classification":
+        return "classification"
+    if options.messages in row:
+        return "messages"
+    if "instruction" in row and "output" in row:
+        return "alpaca"
+    text = options.text if isinstance(options.text, str) else options.text[0]
+    needed = _columns_of(options.prompt) | _columns_of(options.completion)
+    if text in row and not needed <= row.keys():
+        return "text"
+    return "prompt_completion"
+
+
+def to_record(row: dict, kind: str, options: DataOptions, tokenizer: Any) -> Record:
+    """One row in the project's one form. Raises BadRecord with the reason."""
+    record = _record(row, kind, options, tokenizer)
+    try:  # JSON can hold half of a surrogate pair, which no tokenizer takes
+        "".join([str(record.label), *(text for text, _ in record.segments)]).encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(f"no Unicode text ({error.reason})") from error
+    return record
+
+
+def _record(row: dict, kind: str, options: DataOptions, tokenizer: Any) -> Record:
+    if kind == "classification":
+        columns = [options.text] if isinstance(options.text, str) else options.text
+        texts = [(_text(row, column), False) for column in columns]
+        return Record(texts, label=_text(row, options.label))
+    if kind == "alpaca":
+        prompt = _ALPACA_WITH_INPUT if row.get("input") else _ALPACA
+        return Record([(_fill(prompt, row), False), (_text(row, "output"), True)])
+    if kind == "text":
+        column = options.text if isinstance(options.text, str) else options.text[0]
+        return Record([(_text(row, column), True)])
+    if kind == "messages":
+        return Record(_chat(row, options.messages, tokenizer), special_tokens=False)
+    return Record([(_part(options.prompt, row), False), (_part(options.completion, row), True)])
+
+
+def _chat(row: dict, column: str, tokenizer: Any) -> list[tuple[str, bool]]:
+    """Segments of a conversation as the chat template renders it; assistant turns are learned."""
+    messages = row.get(column)
+    if not isinstance(messages, list) or not messages:
+        raise BadRecord(_no_column(column, row) if column not in row else f"{column}: no messages")
+    if not getattr(tokenizer, "chat_template", None):
+        raise BadRecord("the tokenizer has no chat template; accepted: a model that has one")
+    done, segments = "", []
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise BadRecord(f"{column}[{index}]: no message with role and content")
+        if message["role"] != "assistant":
+            continue
+        opened = _render(tokenizer, messages[:index], True)
+        closed = _render(tokenizer, messages[: index + 1], False)
+        if not opened.startswith(done) or not closed.startswith(opened):
+            raise BadRecord("the chat template rewrites earlier turns; their loss cannot be told")
+        segments += [(opened[len(done) :], False), (closed[len(opened) :], True)]
+        done = closed
+    if not segments:
+        raise BadRecord(f"{column}: no assistant message")
+    return segments
+
+
+def _render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except Exception as error:  # a template raises whatever its author chose
+        reason = " ".join(str(error).split()) or repr(error)
+        raise BadRecord(f"the chat template refuses it: {reason}") from error
+
+
+def read_rows(
+    source: str, split: str, options: DataOptions, limit: int | None
+) -> Iterator[tuple[int, dict | BadRecord]]:
+    """(line or record number from 1, row or what is wrong with it) of a file or a hub data set."""
+    return itertools.islice(_all_rows(source, split, options), limit)
+
+
+def _all_rows(
+    source: str, split: str, options: DataOptions
+) -> Iterator[tuple[int, dict | BadRecord]]:
+    path, suffix = local(source), Path(source).suffix.lower()
+    if path is None:
+        if suffix in LOCAL_SUFFIXES or source.count("/") != 1 or source.startswith((".", "/")):
+            raise UserError(
+                f"{source}: no such file; accepted: a {', '.join(LOCAL_SUFFIXES)} file or a hub id"
+            )
+        yield from enumerate(_hub_rows(source, split, options), 1)
+        return
+    if not path.is_file() or suffix not in LOCAL_SUFFIXES:
+        raise UserError(f"{source}: not a data file; accepted: {', '.join(LOCAL_SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise UserError(f"{source}: empty file; accepted: at least one record")
+    if suffix == ".parquet":
+        yield from enumerate(_parquet_rows(path), 1)
+    elif suffix == ".jsonl":
+        yield from _json_lines(path)
+    elif suffix == ".json":
+        yield from _json_list(path)
+    elif suffix == ".txt":
+        text = "".join(line for _, line in _lines(path))
+        paragraphs = (part.strip() for part in re.split(r"\n\s*\n", text))
+        yield from ((number, {"text": part}) for number, part in enumerate(paragraphs, 1) if part)
+    else:
+        yield from _delimited(path, "\t" if suffix == ".tsv" else ",", options)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a UTF-8 file, with or without a byte order mark."""
+    line = 0
+    try:
+        with path.open("rb") as file:  # decoded by line: a text file decodes far ahead of it
+            for line, raw in enumerate(file, 1):
+                yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{line}: not UTF-8 ({error.reason})") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict | BadRecord]]:
+    for line, text in _lines(path):
+        if not text.strip():
+            continue
+        try:
+            yield line, _as_row(json.loads(text))
+        except json.JSONDecodeError as error:
+            yield line, BadRecord(f"broken JSON ({error.msg} at character {error.colno})")
+        except (ValueError, RecursionError) as error:  # a huge number, or nested too deep
+            yield line, BadRecord(f"broken JSON ({error})")
+
+
+def _json_list(path: Path) -> Iterator[tuple[int, dict | BadRecord]]:
+    text = "".join(line for _, line in _lines(path))
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a huge number, or nested too deep
+        raise UserError(f"{path}: broken JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: a JSON {type(rows).__name__}; accepted: a list of records")
+    yield from ((number, _as_row(row)) for number, row in enumerate(rows, 1))
+
+
+def _delimited(
+    path: Path, delimiter: str, options: DataOptions
+) -> Iterator[tuple[int, dict | BadRecord]]:
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if options.quoting == "none" else csv.QUOTE_MINIMAL
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader((text for _, text in _lines(path)), delimiter=delimiter, quoting=quoting)
+    names = options.columns
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if names is None:
+                names = cells
+            elif len(cells) != len(names):
+                yield reader.line_num, BadRecord(f"{len(cells)} columns, expected {len(names)}")
+            else:
+                yield reader.line_num, dict(zip(names, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[dict]:
+    import pyarrow.parquet as pq
+
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=_BATCH):
+            yield from batch.to_pylist()
+    except Exception as error:  # of Arrow's own types, and of Python's for values it cannot hold
+        raise UserError(f"{path}: no parquet file ({first_line(error)})") from error
+
+
+def _hub_rows(source: str, split: str, options: DataOptions) -> Iterable[dict]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(source, options.subset, split=split, revision=options.revision)
+    except Exception as error:  # the hub client raises a score of types
+        raise UserError(
+            f"{source}: neither a local file nor a data set that the hub gives "
+            f"({first_line(error)})"
+        ) from error
+
+
+def _as_row(value: Any) -> dict | BadRecord:
+    return value if isinstance(value, dict) else BadRecord(f"a JSON {type(value).__name__}")
+
+
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+def _columns_of(template: str) -> set[str]:
+    return set(_FIELD.findall(template)) or {template}
+
+
+def _part(template: str, row: dict) -> str:
+    """A column's text, or a template with columns filled in."""
+    return _fill(template, row) if _FIELD.search(template) else _text(row, template)
+
+
+def _fill(template: str, row: dict) -> str:
+    return _FIELD.sub(lambda match: _text(row, match.group(1)), template)
+
+
+def _text(row: dict, column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        raise BadRecord(_no_column(column, row) if column not in row else f"{column} is null")
+    if not isinstance(value, str | int | float):
+        raise BadRecord(f"{column} holds a {type(value).__name__}; accepted: text")
+    return str(value)
+
+
+def _no_column(column: str, row: dict) -> str:
+    return f"no column {column!r}; there are {', '.join(map(str, row)) or 'none'}"

@@ -1,0 +1,77 @@
+"""Decide on rank 0, broadcast, apply everywhere, verify that everyone holds the same."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from adapters.methods.base import Decision, Method
+from trainer.decisions.log import Replay
+from trainer.distributed.world import World
+from trainer.errors import RunFailed
+
+
+def decide_and_apply(
+    method: Method, step: int, world: World, replay: Replay | None = None
+) -> tuple[Decision | None, bool]:
+    """(what rank 0 decided for this step, whether tensors changed).
+
+    Raises RunFailed, on every rank, where a rank's masks and gates then differ from rank 0's.
+    """
+    if not method.due(step):
+        return None, False
+    names = list(method.decided)
+    letter = world.ask_main(lambda: without_names(_decide(method, step, replay), names))
+    if letter is None:
+        return None, False
+    with world.together() as digests:
+        decision = with_names(letter, names)
+        changed = method.apply(decision)
+        digests.append(state_digest(method))
+    strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if strays:  # every rank has seen the same digests
+        with world.together():
+            raise RunFailed(
+                f"step {step}: masks and gates of rank {', '.join(map(str, strays))} differ from "
+                "rank 0's after applying the same decision; the run stops"
+            )
+    return decision, changed
+
+
+def _decide(method: Method, step: int, replay: Replay | None) -> Decision | None:
+    if replay is not None:
+        return replay.decide(step)
+    try:
+        return method.decide(step)
+    except ValueError as error:
+        raise RunFailed(f"step {step}: {error}") from error
+
+
+def without_names(decision: Decision | None, names: list[str]) -> list[Any] | None:
+    """[(key, whether it says something of each of `names`, what)]: names, which all ranks know,
+    would be most of what is sent."""
+    if decision is None:
+        return None
+    letter = []
+    for key, value in decision.items():
+        by_name = isinstance(value, dict) and list(value) == names
+        letter.append((key, by_name, list(value.values()) if by_name else value))
+    return letter
+
+
+def with_names(letter: list[Any], names: list[str]) -> Decision:
+    """Inverse of `without_names`."""
+    return {
+        key: dict(zip(names, value, strict=True)) if by_name else value
+        for key, by_name, value in letter
+    }
+
+
+def state_digest(method: Method) -> str:
+    """Digest of every unit's name, mask and gates."""
+    digest = hashlib.sha256("\n".join(method.adapters).encode())
+    if method.adapters:
+        parts = method.rows.masks, method.rows.gates
+        state = torch.cat([part.view(torch.uint8) for part in parts])  # one transfer
+        digest.update(state.cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,151 @@
+"""The tensors of a model with its adapters merged in, in the layout of the files it came from."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adapters.gated import GatedAdapter
+from adapters.layers.experts import StackedLinear
+from adapters.layers.linear import AdaptedLinear
+from adapters.peft_export import merged
+from trainer.errors import UserError
+from trainer.loading.key_mapping import Layout
+from trainer.loading.safetensors_files import PretrainedFiles
+from trainer.model.build import Backbone
+
+_SHARD_BYTES = 4 * 2**30
+
+
+class Merger:
+    """Reads a model tensor by tensor and adds to each what was trained.
+
+    `backbone` is built but not loaded; `initial` are the parts of W that adapters started as;
+    `dequantised`: W as the adapter was trained on it, through quantisation and back.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        folder: Path,
+        adapters: Mapping[str, GatedAdapter],
+        initial: Mapping[str, GatedAdapter],
+        heads: Mapping[str, Mapping[str, Tensor]],
+        *,
+        dequantised: bool,
+        device: torch.device,
+    ):
+        self.model, self.dtype, self.device = backbone.model, backbone.dtype, device
+        self._adapters, self._initial, self._dequantised = adapters, initial, dequantised
+        self._trained = {
+            f"{path}.{name}": tensor
+            for path, head in heads.items()
+            for name, tensor in head.items()
+        }
+        self._prefix = self.model.base_model_prefix
+        self._layout = Layout(self.model.config)
+        self._files = PretrainedFiles(folder, self._layout)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, value on the CPU) of everything that the model's files are to hold."""
+        for name, parameter in self.model.named_parameters():
+            path, _, attribute = name.rpartition(".")
+            owner = self.model.get_submodule(path)
+            if name in self._trained:
+                yield self._published(name), self._trained[name].to(self.dtype)
+            elif isinstance(owner, StackedLinear):
+                yield from self._stack(path, owner)
+            else:
+                key = self._files.check([name], self._prefix, tuple(parameter.shape))
+                value = self._files.read(key).to(self.device, self.dtype)
+                if isinstance(owner, AdaptedLinear) and attribute == "weight":
+                    value = self._final(owner, [path], value.unsqueeze(0))[0]
+                yield self._published(name), value.cpu().contiguous()
+        for name, _ in self.model.named_buffers():
+            key = self._files.find(name, self._prefix) or ""
+            if key:  # what is computed is not kept in files
+                yield self._published(name), self._files.read(key).contiguous()
+
+    def _stack(self, path: str, stack: StackedLinear) -> Iterator[tuple[str, Tensor]]:
+        """A stack, expert by expert where the files have it so."""
+        numbers = range(stack.experts)
+        read = (self._files.read_expert(path, e, self._prefix, stack.shape) for e in numbers)
+        value = torch.stack([matrix.to(self.device, self.dtype) for matrix in read])
+        value = self._final(stack, [f"{path}.{expert}" for expert in numbers], value).cpu()
+        keys = [self._files.check_expert(path, e, self._prefix, stack.shape) for e in numbers]
+        if keys[0] == keys[-1]:  # the files hold it whole
+            yield path, value
+            return
+        for parts, matrix in zip(keys, value, strict=True):
+            for key, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
+                whole = key.startswith(f"{self._prefix}.")  # a bare backbone's files lack it
+                yield key if whole else f"{self._prefix}.{key}", rows.contiguous()
+
+    def _final(
+        self, host: AdaptedLinear | StackedLinear, units: Sequence[str], value: Tensor
+    ) -> Tensor:
+        """W + ΔW − ΔW₀ (units, out, in)."""
+        starts = [self._initial.get(unit) for unit in units]
+        if self._dequantised:
+            value = _as_trained(host, value, starts)
+        for index, unit in enumerate(units):
+            if unit in self._adapters:
+                value[index] = merged(value[index], self._adapters[unit], starts[index])
+        return value
+
+    def _published(self, name: str) -> str:
+        """What the files call a parameter, if they call it by another of its names."""
+        key = self._files.find(name, self._prefix)
+        return key if key is not None and key in self._layout.names(name) else name
+
+
+def _as_trained(
+    host: AdaptedLinear | StackedLinear, weight: Tensor, initial: Sequence[GatedAdapter | None]
+) -> Tensor:
+    """W (matrices, out, in) as the adapters saw it: without the parts that the method took out
+    through the weight format and back, and those parts."""
+    dtype = weight.dtype
+    taken = [0 if s is None else s.copy().to(weight.device).delta() for s in initial]
+    kept = torch.stack([(w.float() - t).to(dtype) for w, t in zip(weight, taken, strict=True)])
+    packed = host.pack(kept if isinstance(host, StackedLinear) else kept[0], dtype)
+    host.weight = nn.Parameter(packed, requires_grad=False)
+    kept = host.dequantised(dtype).view_as(weight)
+    host.weight = nn.Parameter(kept.to("meta"), requires_grad=False)
+    return torch.stack([(w.float() + t).to(dtype) for w, t in zip(kept, taken, strict=True)])
+
+
+def write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:
+    """Safetensors files of at most 4 GiB, with transformers' index."""
+    shard: dict[str, Tensor] = {}
+    weight_map: dict[str, str] = {}
+    size = total = 0
+
+    def flush() -> None:
+        file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(shard, out / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+        shard.clear()
+
+    for name, value in parameters:
+        nbytes = value.numel() * value.element_size()
+        if shard and size + nbytes > _SHARD_BYTES:
+            flush()
+            size = 0
+        shard[name], size, total = value, size + nbytes, total + nbytes
+    flush()
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def refuse_tied_targets(backbone: Backbone, adapters: Mapping[str, GatedAdapter]) -> None:
+    """A shared matrix cannot take one user's update: the other would get it too."""
+    embedding = backbone.model.get_input_embeddings().weight
+    for path, host in backbone.hosts.items():
+        if path in adapters and host.weight is embedding:
+            raise UserError(
+                f"{path} shares its matrix with the input embedding, so its adapter cannot be "
+                "merged; accepted: export the adapter alone"
+            )

@@ -1,0 +1,237 @@
+"""The safetensors files of a pretrained model: found, indexed, read tensor by tensor."""
+
+import difflib
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trainer.config.validation import parse_json
+from trainer.errors import UserError
+from trainer.loading.async_reader import Reader, read_into, unreadable
+from trainer.loading.key_mapping import Layout
+
+_SAMPLE = 4096  # bytes of each tensor that enter the digest, from its middle
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where and how a file holds a tensor."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    kind: str
+    """Its dtype, in the format's words."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.kind not in _DTYPES:
+            raise unreadable(self.file, ValueError(f"it holds {self.kind}"))
+        return _DTYPES[self.kind]
+
+    def row(self, index: int) -> "_Place":
+        """One element of the first dimension."""
+        shape = self.shape[1:]
+        offset = self.offset + index * math.prod(shape) * self.dtype.itemsize
+        return _Place(self.file, offset, shape, self.kind)
+
+
+class PretrainedFiles:
+    """Tensors by name, read one at a time onto `device`; no file is ever loaded whole."""
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout | None = None,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    ):
+        self.folder = folder
+        self._layout = layout or Layout()
+        self._file_of = _index(folder)
+        self._places: dict[str, dict[str, _Place]] = {}
+        self._reader = Reader(device)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors read so far, without the samples of the digest."""
+        return self._reader.bytes_read
+
+    def find(self, name: str, base_prefix: str) -> str | None:
+        """The key under which the files hold parameter `name`, or None.
+
+        A checkpoint may have been saved from the bare backbone (no `model.` or `bert.` prefix) or
+        with TensorFlow's names for a layer norm's parameters.
+        """
+        for known_as in self._layout.names(name):
+            key = self._find(known_as, base_prefix)
+            if key is not None:
+                return key
+        return None
+
+    def _find(self, name: str, base_prefix: str) -> str | None:
+        candidates = [name, f"{base_prefix}.{name}"]
+        if name.startswith(base_prefix + "."):
+            candidates.append(name[len(base_prefix) + 1 :])
+        for candidate in candidates:
+            old = candidate.replace("LayerNorm.weight", "LayerNorm.gamma")
+            old = old.replace("LayerNorm.bias", "LayerNorm.beta")
+            for key in (candidate, old):
+                if key in self._file_of:
+                    return key
+        return None
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, in the dtype of the file."""
+        return self.begin(key)()
+
+    def begin(self, key: str) -> Callable[[], Tensor]:
+        """Begin to read a tensor; what is returned waits for it and gives it."""
+        return self._begin(self._place(key))
+
+    def check(self, names: list[str], base_prefix: str, shape: tuple[int, ...]) -> str:
+        """The key of a parameter known by `names` (several if tied). UserError: absent, or it has
+        another shape or no floating-point dtype of ours (prequantised files would load as noise).
+        """
+        keys = (self.find(name, base_prefix) for name in names)
+        key = next((key for key in keys if key is not None), None)
+        if key is None:
+            near = difflib.get_close_matches(names[0], self._file_of, n=1)
+            hint = f" (nearest: {near[0]})" if near else ""
+            raise UserError(f"model.id: {self.folder}: no tensor for {names[0]}{hint}")
+        stored = self._place(key)
+        if stored.shape != shape:
+            raise UserError(
+                f"model.id: {self.folder}: {key} is {stored.shape}, config.json makes it {shape}"
+            )
+        if stored.kind not in ("F32", "F16", "BF16"):
+            raise UserError(
+                f"model.id: {self.folder}: {key} is stored as {stored.kind}; "
+                "accepted: float32, float16 or bfloat16"
+            )
+        return key
+
+    def check_expert(
+        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, int, int]
+    ) -> list[str]:
+        """The keys whose matrices, one below the other, are an expert's (out, in) of `stack`, of
+        `shape` (E, out, in); or the key of the whole stack. UserError as in `check`."""
+        whole = self.find(stack, base_prefix)
+        parts = self._layout.expert_parts(stack, expert)
+        if whole is not None or not parts:
+            return [self.check([stack], base_prefix, shape)]
+        rows = shape[1] // len(parts)
+        return [self.check(names, base_prefix, (rows, shape[2])) for names in parts]
+
+    def read_expert(
+        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, int, int]
+    ) -> Tensor:
+        """One expert's matrix (out, in)."""
+        return self.begin_expert(stack, expert, base_prefix, shape)()
+
+    def begin_expert(
+        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, int, int]
+    ) -> Callable[[], Tensor]:
+        """Begin to read one expert's matrix (out, in)."""
+        places = [self._place(key) for key in self.check_expert(stack, expert, base_prefix, shape)]
+        if len(places[0].shape) == 3:
+            return self._begin(places[0].row(expert))
+        parts = [self._begin(place) for place in places]
+        return parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
+
+    def _begin(self, place: _Place) -> Callable[[], Tensor]:
+        try:
+            return self._reader.begin(place.file, place.offset, place.shape, place.dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch's for a shape
+            raise unreadable(place.file, error) from error
+
+    def _place(self, key: str) -> _Place:
+        file = self._file_of[key]
+        if file not in self._places:
+            self._places[file] = _places(self.folder / file)
+        if key not in self._places[file]:
+            raise unreadable(self.folder / file, KeyError(key))
+        return self._places[file][key]
+
+    def digest(self) -> str:
+        """Identity of the weights: every tensor's name, dtype, shape and a sample of its bytes.
+
+        A sample, since reading 140 GB to resume a run would take longer than loading it.
+        """
+        digest = hashlib.sha256()
+        for key in sorted(self._file_of):
+            place = self._place(key)
+            empty = 0 in place.shape
+            row = place.row(place.shape[0] // 2) if place.shape else place
+            count = 0 if empty else math.prod(row.shape)
+            sample = bytearray(min(count * row.dtype.itemsize, _SAMPLE))
+            read_into(memoryview(sample), row.file, row.offset)
+            digest.update(f"{key} {row.dtype} {[count]}".encode())
+            digest.update(sample)
+        return digest.hexdigest()
+
+
+def _places(file: Path) -> dict[str, _Place]:
+    """Where the tensors of a file lie. UserError where it is no safetensors file."""
+    try:
+        with safe_open(file, framework="pt"):  # whose checks are thorough: offsets, sizes, length
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = parse_json(stream.read(length))
+        start = 8 + length
+        return {
+            key: _Place(file, start + e["data_offsets"][0], tuple(e["shape"]), e["dtype"])
+            for key, e in header.items()
+            if key != "__metadata__"
+        }
+    except Exception as error:  # safetensors', the system's, and ours for what is no header
+        raise unreadable(file, error) from error
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """File name by tensor name."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            file_of = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
+            absent = [
+                file
+                for file in set(file_of.values())
+                if Path(file).name != file or not (folder / file).is_file()
+            ]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"model.id: {index}: no index of safetensors files") from error
+        if absent:
+            raise UserError(f"model.id: {folder}: {absent[0]} is named in the index but not there")
+        return file_of
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        others = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt")))
+        given = f"only {', '.join(others)}" if others else "no weights"
+        raise UserError(
+            f"model.id: {folder}: {given}; accepted: .safetensors files (pickles are never loaded)"
+        )
+    file_of = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                file_of.update(dict.fromkeys(opened.keys(), file.name))
+        except (SafetensorError, OSError) as error:
+            raise unreadable(file, error) from error
+    return file_of

@@ -1,0 +1,88 @@
+"""Where the values of a model's parameters come from: its files, or a seed."""
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from adapters import seeds
+from trainer.config.config import Config
+from trainer.loading.key_mapping import Layout
+from trainer.loading.safetensors_files import PretrainedFiles
+from trainer.model.build import Backbone, resolve_folder
+
+Request = tuple[str, int | None]
+"""A parameter by name, or the matrix (out, in) of one of the experts stacked in it."""
+
+
+class Source:
+    """Values by the model's own names, on the device, while its parameters are still on meta."""
+
+    def __init__(self, backbone: Backbone, config: Config, device: torch.device):
+        self.backbone, self.config, self.device = backbone, config, device
+        self.model = backbone.model
+        self.names = names_of_parameters(self.model)
+        """Every name of every parameter, by its id."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        self._known_as = {name: self.names[id(p)] for name, p in parameters.items()}
+        self.files: PretrainedFiles | None = None
+        if config.model.weights == "pretrained":
+            self.files = open_files(config, backbone, device)
+
+    def in_turn(self, requests: Iterable[Request]) -> Iterator[Tensor]:
+        """The requested values one by one; while one is in use, the next is being read."""
+        begun: deque[Callable[[], Tensor]] = deque()
+        for request in requests:
+            begun.append(self._begin(*request))
+            if len(begun) > 1:
+                yield begun.popleft()()
+        while begun:
+            yield begun.popleft()()
+
+    def stored(self, name: str) -> Tensor | None:
+        """A buffer's or a head's tensor, if there are files and they hold it."""
+        if self.files is None:
+            return None
+        key = self.files.find(name, self.model.base_model_prefix)
+        return None if key is None else self.files.read(key)
+
+    def _begin(self, name: str, expert: int | None) -> Callable[[], Tensor]:
+        shape, prefix = self._shapes[name], self.model.base_model_prefix
+        if self.files is None:
+            if expert is None:
+                return partial(self._random, name, shape)
+            return partial(self._random, f"{name}.{expert}", shape[1:])
+        if expert is None:
+            return self.files.begin(self.files.check(self._known_as[name], prefix, shape))
+        experts, rows, columns = shape
+        stack = name.removesuffix(".weight")
+        return self.files.begin_expert(stack, expert, prefix, (experts, rows, columns))
+
+    def _random(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Matrices normal with the model's own spread, vectors as a fresh model has them."""
+        key = self.config.run.seed, zlib.crc32(name.encode())
+        generator = seeds.generator(*key, device=self.device)
+        if len(shape) == 1:
+            filler = 0.0 if name.endswith("bias") else 1.0
+            return torch.full(shape, filler, device=self.device)
+        spread = getattr(self.model.config, "initializer_range", 0.02)
+        values = torch.empty(shape, dtype=self.backbone.dtype, device=self.device)
+        return values.normal_(0.0, spread, generator=generator)
+
+
+def open_files(config: Config, backbone: Backbone, device: torch.device) -> PretrainedFiles:
+    """The model's safetensors files."""
+    folder = resolve_folder(config.model.id, config.model.revision)
+    return PretrainedFiles(folder, Layout(backbone.model.config), device)
+
+
+def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """Every name of every parameter, by its id; a tied one has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names

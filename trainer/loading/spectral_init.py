@@ -1,0 +1,176 @@
+"""Taking a method's part out of the matrices, for methods that start from singular components.
+
+A decomposition is computed by the rank that reads the matrix and handed to all others, so that they
+hold the same bits; it is cached on disk by the matrix's own digest. A run writes what it started
+from once (`initial.safetensors`, with its SHA-256 beside it) and always loads that again: signs and
+vectors of clustered singular values would differ if they were computed anew.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from adapters import seeds
+from adapters.gated import GatedAdapter
+from adapters.methods.base import Method, Start
+from adapters.spectral import Triplets, singular_triplets
+from adapters.units import Unit
+from trainer.checkpoint.store import BadCheckpoint, fitting
+from trainer.distributed.world import World
+from trainer.errors import UserError
+
+INITIAL = "initial.safetensors"
+_VERSION = 2  # of the cached decompositions; raise it when their computation changes
+_WORDS = 1024  # 32-bit words in a row of the fingerprint
+_ROWS = 4096  # of them at a time, 32 MiB as 64-bit numbers
+
+
+class Splitter:
+    """What each unit starts with, and what is then left of its matrix."""
+
+    def __init__(
+        self, method: Method, world: World, cache: Path, stored: Mapping[str, Start] | None = None
+    ):
+        self.method, self.world, self.cache = method, world, cache
+        self._stored = stored
+        self.starts: dict[str, Start] = {}
+        self._new: dict[str, Start] = {}
+
+    @property
+    def resumed(self) -> bool:
+        """Whether every unit's start is known from the run's file."""
+        return self._stored is not None
+
+    def resume(self, units: Sequence[Unit]) -> None:
+        """Take the start of `units` from the run's file, if it has one. Raises BadCheckpoint."""
+        if self._stored is not None:
+            self.starts |= {unit.name: _fitting(self._stored, unit) for unit in units}
+
+    def residual(self, unit: Unit, weight: Tensor) -> Tensor:
+        """W − ΔW₀ (out, in), in float32 on W's device, of a unit's original matrix (out, in); ΔW₀
+        is computed unless it is known. Raises UserError for a matrix that has none."""
+        if unit.name not in self.starts:
+            self.starts[unit.name] = self._new[unit.name] = self._compute(unit, weight)
+        adapter = self.starts[unit.name].adapter.copy().to(weight.device)
+        return weight.float() - adapter.delta()
+
+    def exchange(self) -> None:
+        """Make known to all ranks what each has computed; all call it together."""
+        for part in self.world.gather(self._new):
+            self.starts |= part
+        self._new = {}
+
+    def _compute(self, unit: Unit, weight: Tensor) -> Start:
+        ranges = self.method.ranges(unit)
+        file = self.cache / f"{_key(weight, ranges)}.safetensors"
+        try:
+            held = load_file(file)
+        except (OSError, SafetensorError):
+            try:
+                triplets = singular_triplets(weight, ranges)
+            except ValueError as error:
+                raise UserError(f"{unit.name}: {error}") from error
+            held = {
+                name: getattr(triplets, name).float().cpu().contiguous()
+                for name in ("U", "S", "V", "spectrum")
+            }
+            _save(held, file)
+        adapter = self.method.extract(unit, Triplets(**held)).requires_grad_(False)
+        return Start(adapter, held["spectrum"])
+
+
+def save_starts(starts: Mapping[str, Start], folder: Path) -> str:
+    """Write a run's initial tensors, and beside them their SHA-256, which is returned."""
+    tensors = {}
+    for name, start in starts.items():
+        adapter = start.adapter
+        for role, tensor in (("A", adapter.A), ("g", adapter.g), ("B", adapter.B)):
+            tensors[f"{name}/{role}"] = tensor.detach().cpu().contiguous()
+        tensors[f"{name}/spectrum"] = start.spectrum.contiguous()
+    _save(tensors, folder / INITIAL)
+    digest = _digest(folder / INITIAL)
+    (folder / INITIAL).with_suffix(".sha256").write_text(f"{digest}  {INITIAL}\n")
+    return digest
+
+
+def load_starts(file: Path, digest: str) -> dict[str, Start]:
+    """A run's initial tensors, once their SHA-256 is the one that the checkpoint names."""
+    if not file.is_file():
+        raise BadCheckpoint(
+            f"{file} is missing: the initial tensors that the run's checkpoints build on"
+        )
+    if _digest(file) != digest:
+        raise BadCheckpoint(f"{file}: checksum differs from the one written: damaged")
+    parts: dict[str, dict[str, Tensor]] = {}
+    with fitting(file):
+        for key, tensor in load_file(file).items():
+            name, _, role = key.rpartition("/")
+            parts.setdefault(name, {})[role] = tensor
+        return {
+            name: Start(GatedAdapter(p["A"], p["g"], p["B"]).requires_grad_(False), p["spectrum"])
+            for name, p in parts.items()
+        }
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fitting(stored: Mapping[str, Start], unit: Unit) -> Start:
+    start = stored.get(unit.name)
+    shape = None if start is None else (start.adapter.B.shape[1], start.adapter.A.shape[1])
+    if start is None or shape != (unit.out_features, unit.in_features):
+        raise BadCheckpoint(
+            f"{unit.name}: {shape or 'nothing'} in {INITIAL}, which was made on another backbone; "
+            "accepted: a checkpoint of this one"
+        )
+    return start
+
+
+def _key(weight: Tensor, ranges: Sequence[range]) -> str:
+    spans = [(r.start, r.stop) for r in ranges]
+    digest = hashlib.sha256(_fingerprint(weight))
+    digest.update(f"{_VERSION} {tuple(weight.shape)} {weight.dtype} {spans}".encode())
+    return digest.hexdigest()
+
+
+def _fingerprint(weight: Tensor) -> bytes:
+    """Two numbers a row of 32-bit words x, Σ w_i x_i mod 2⁶⁴ with fixed random w, on W's device.
+
+    SHA-256 of the matrix itself would take as long as a GPU takes to decompose it. Rows that differ
+    have the same two numbers with probability 2⁻⁶⁶, which is enough against accidents.
+    """
+    data = weight.detach().contiguous().flatten().view(torch.uint8)
+    if len(data) % (4 * _WORDS):
+        data = F.pad(data, (0, -len(data) % (4 * _WORDS)))
+    low, high = -(2**63), 2**63 - 1
+    factors = torch.randint(low, high, (_WORDS, 2), generator=seeds.generator(_VERSION))
+    factors = factors.to(weight.device)
+    sums = [
+        torch.stack([(rows.long() * column).sum(1) for column in factors.unbind(1)])
+        for rows in data.view(torch.int32).view(-1, _WORDS).split(_ROWS)
+    ]
+    return torch.cat(sums, 1).cpu().numpy().tobytes()
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write under another name, then rename: whoever reads it sees all of it or nothing."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as made:
+            partial = Path(made.name)
+        try:
+            save_file(dict(tensors), partial)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{file.parent}: cannot be written ({error.strerror})") from error

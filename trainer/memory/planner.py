@@ -1,0 +1,256 @@
+"""How many blocks can keep their activations: measured on this machine, not guessed.
+
+A probe runs forward and backward on the largest micro-batch that the data can give, with every
+block checkpointed and with one that is not. With f the peak of forward and of the loss, b that of
+backward, both with every block checkpointed, and a what a block adds that keeps its activations, n
+such blocks need
+
+    max(f + n a, b + (n − 1) a)
+
+bytes: while the last block is differentiated, all of them are held, and its own are in b already.
+Where activations may go to the host (`engine.activation_offload`), a third run says what s a block
+leaves free whose activations are there, input included, and how long they travel. With m such
+blocks, one of which is always on its way, it is
+
+    max(f + (n + 1) a, b + max(n, 1) a) − (m − 1) s
+
+bytes, and of more than one block in (time to travel / time to run) the others would have to wait.
+
+What is left then lets blocks stay whole that would otherwise be gathered for each pass
+(`engine.whole_blocks`).
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from trainer.config.sections import DataOptions
+from trainer.errors import RunFailed
+from trainer.model.footprint import (
+    GIB,
+    allowance,
+    fitting,
+    held_bytes,
+    peak_bytes,
+    readable,
+    release,
+    update_bytes,
+)
+from trainer.session import Session
+from trainer.tasks.base import Batch, Example, Task
+
+
+@dataclass(frozen=True)
+class Needs:
+    """f, b, a and s of the module's formula (bytes), and the most blocks that may move theirs."""
+
+    forward: int
+    backward: int
+    added: int
+    spared: int = 0
+    most: int = 0
+
+    def peak(self, kept: int, moved: int = 0) -> int:
+        """Bytes at the worst moment of a step."""
+        travelling = bool(moved)
+        forward = self.forward + (kept + travelling) * self.added
+        backward = self.backward + (max(1, kept) - 1 + travelling) * self.added
+        return max(forward, backward) - max(0, moved - 1) * self.spared
+
+    def kept(self, blocks: int, moved: int, budget: int) -> int:
+        """The most blocks beside `moved` ones that can keep their activations; -1 if that is too
+        much with none."""
+        counts = range(blocks - moved, -1, -1)
+        return next((kept for kept in counts if self.peak(kept, moved) <= budget), -1)
+
+    def moved(self, blocks: int, budget: int) -> int:
+        """The fewest blocks to move with which as few as can be are computed again."""
+
+        def worth(moved: int) -> tuple[int, int]:
+            kept = self.kept(blocks, moved, budget)
+            return (kept + moved if kept >= 0 else -1), -moved
+
+        return max(range(min(self.most, blocks) + 1), key=worth)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided, and from which figures (bytes, of the rank that has least room)."""
+
+    kept: int
+    moved: int
+    whole: int
+    blocks: int
+    peak: int
+    budget: int
+    place: int
+    """On the host, of all blocks that are moved."""
+
+    def __str__(self) -> str:
+        moved = f", {self.moved} move them to the host ({readable(self.place)})" * bool(self.moved)
+        whole = f", {self.whole} stay whole" * bool(self.whole)
+        return (
+            f"{self.kept} of {self.blocks} blocks keep their activations{moved}{whole}, peak "
+            f"{readable(self.peak)} expected of {readable(self.budget)}"
+        )
+
+
+def fit(session: Session, size: int | None = None, batch: Batch | None = None) -> Plan | None:
+    """Measure and decide for micro-batches of `size` sequences (none: `data.micro_batch_size`), or
+    for `batch`, where `engine.activation_checkpointing` is `auto` on a GPU; the same on every rank.
+    What is left then is for `engine.whole_blocks`. RunFailed where not even checkpointing every
+    block fits."""
+    options, device, world = session.config.engine, session.world.device, session.world
+    if options.activation_checkpointing != "auto" or device.type != "cuda":
+        return None
+    blocks = session.backbone.blocks
+    assert blocks is not None
+    data = session.config.data
+    longest = data.max_length if data.packing else int(session.train_data.lengths.max())
+    batch = batch or largest_batch(session.task, data, longest, size or data.micro_batch_size)
+    engine = session.engine
+    fills = options.whole_blocks == "auto" and engine.keeps_whole
+    if fills:
+        engine.keep_whole(0)
+    needs, place = _measure(session, batch.to(device))
+    release(device)
+    budget = allowance(device, options.memory_fraction)
+    moved = min(world.gather(needs.moved(len(blocks), budget)))
+    kept = max(0, min(world.gather(needs.kept(len(blocks), moved, budget))))
+    with world.together():
+        blocks.keep(kept, moved, place)
+    peak = needs.peak(kept, moved)
+    if fills:
+        share = world.size if session.config.optim.shard_state else 1
+        updating = held_bytes(device) + update_bytes(session.optimizer.numel, share)
+        left = min(world.gather(budget - max(peak, updating)))
+        engine.keep_whole(fitting(len(blocks), engine.largest_block, left))
+        peak += engine.whole_blocks * engine.largest_block
+    return Plan(kept, moved, engine.whole_blocks, len(blocks), peak, budget, moved * place)
+
+
+def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:
+    """What blocks need, and the bytes on the host of one that is moved. Where not even one block
+    can keep its activations, a is more than there is. All ranks go through the same probes."""
+    blocks, world = session.backbone.blocks, session.world
+    assert blocks is not None
+    blocks.keep(0)
+    _probe(session, batch)  # compiles
+    nothing = _probe(session, batch)
+    with world.together():
+        if nothing is None:
+            raise exhausted(session)
+    assert nothing is not None
+    blocks.keep(1)
+    one = _probe(session, batch)
+    added = torch.cuda.mem_get_info(world.device)[1] if one is None else one.held - nothing.held
+    needs = Needs(nothing.forward, nothing.backward, max(1, added))
+    room = int(session.config.engine.activation_offload * GIB)
+    if room == 0 or not blocks.movable or world.any(one is None):
+        return needs, 0
+    with world.together():
+        blocks.keep(0, 1, min(room, 2 * added))
+    away = _probe(session, batch)
+    if world.any(away is None or away.moved == 0):
+        return needs, 0
+    assert away is not None
+    seconds, running = blocks.host.journey(away.moved), nothing.seconds / len(blocks)
+    most = min(room // away.moved, int(len(blocks) * running / seconds), len(blocks.movable))
+    return replace(needs, spared=nothing.held - away.held, most=most), away.moved
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Bytes held after forward, peaks of forward and backward, bytes that went to the host; seconds
+    of forward."""
+
+    held: int
+    forward: int
+    backward: int
+    moved: int
+    seconds: float
+
+
+def _probe(session: Session, batch: Batch) -> _Probe | None:
+    """One forward and backward pass; None where the memory does not suffice."""
+    device, blocks = session.world.device, session.backbone.blocks
+    assert blocks is not None
+    release(device)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    try:
+        loss, _ = session.task.loss(session.model, batch)
+        torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
+        blocks.host.settle()
+        held, forward = held_bytes(device), peak_bytes(device)
+        moved = blocks.host.used
+        session.engine.backward(loss)
+    except torch.OutOfMemoryError as error:
+        if session.engine.lockstep:  # the others wait for it in the middle of a block
+            raise exhausted(session) from error
+        session.optimizer.zero_grad()
+        return None
+    session.optimizer.zero_grad()
+    return _Probe(held, forward, peak_bytes(device), moved, seconds)
+
+
+def lower(session: Session) -> str:
+    """After an out-of-memory error: let no block stay whole; then keep the activations of an eighth
+    of the blocks fewer; at last move none; and say so. RunFailed where that is not what was asked
+    for, or all are computed again already."""
+    blocks, engine = session.backbone.blocks, session.engine
+    assert blocks is not None
+    if engine.whole_blocks and session.config.engine.whole_blocks == "auto":
+        engine.keep_whole(0)
+        release(session.world.device)
+        return "out of memory: no block stays whole from here"
+    auto, kept, moved = session.config.engine.activation_checkpointing, blocks.kept, blocks.moved
+    if auto != "auto" or kept == moved == 0:
+        raise exhausted(session)
+    release(session.world.device)
+    blocks.keep(max(0, kept - -(-len(blocks) // 8)), moved if kept else 0)
+    return f"out of memory: {blocks.kept} of {len(blocks)} blocks keep their activations from here"
+
+
+def exhausted(session: Session) -> RunFailed:
+    """What a user hears of memory that ran out for good."""
+    config, blocks = session.config, session.backbone.blocks
+    assert blocks is not None
+    if session.engine.whole_blocks:
+        return RunFailed(
+            f"engine.whole_blocks: {config.engine.whole_blocks} given, but the GPU's memory ran "
+            f"out with {session.engine.whole_blocks}; accepted: fewer, or 0"
+        )
+    if blocks.kept == blocks.moved == 0:
+        size = session.method.micro_batch_size or config.data.micro_batch_size
+        return RunFailed(
+            f"data.micro_batch_size: {size} sequences of up to {config.data.max_length} tokens do "
+            "not fit into the GPU's memory, though every block is checkpointed; accepted: fewer, a "
+            "lower data.max_length, a smaller model.quantization, or more ranks"
+        )
+    if config.engine.activation_checkpointing is False:
+        return RunFailed(
+            "engine.activation_checkpointing: false given, but the GPU's memory ran out; accepted: "
+            "auto or true"
+        )
+    return RunFailed(
+        f"engine.memory_fraction: {config.engine.memory_fraction} given, but the GPU's memory ran "
+        f"out with {blocks.kept} of {len(blocks)} blocks keeping their activations; accepted: a "
+        "lower fraction, or engine.activation_checkpointing=true"
+    )
+
+
+def largest_batch(task: Task, data: DataOptions, length: int, size: int) -> Batch:
+    """A micro-batch of `size` sequences of `length` tokens, all learned; two documents each where
+    they are packed, since those need a mask."""
+    lengths = [length // 2, length - length // 2] if data.packing else [length]
+    token = int(task.pad_token_id == 0)  # any but padding
+    typed = "token_type_ids" in task.tokenizer.model_input_names
+    row = [
+        Example([token] * n, [0, *[1] * (n - 1)], [0] * n if typed else (), weight=n - 1)
+        for n in lengths
+    ]
+    return task.collate([row] * size)

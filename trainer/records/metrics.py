@@ -1,0 +1,112 @@
+"""What a run writes down: metrics.jsonl, TensorBoard, and progress on the terminal."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from trainer.config.config import Config
+from trainer.records.heartbeat import Heartbeat
+from trainer.records.jsonl import METRICS, keep_lines
+from trainer.records.progress import Progress
+
+_BOARD_POINTS = 10_000
+"""TensorBoard draws a thousand points of a curve; more of them only make its files grow."""
+
+
+class MetricsWriter:
+    """Rank 0's log of one run; a resumed run goes on in the same files."""
+
+    def __init__(
+        self, config: Config, folder: Path, steps: int, progress: Progress, heartbeat: Heartbeat
+    ):
+        self.file, start = folder / METRICS, progress.step
+        keep_lines(self.file, lambda line: start > 0 and _belongs(line, progress))
+        self._stream = self.file.open("a", encoding="utf-8")
+        self._board = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._spacing = steps / _BOARD_POINTS
+            self._board_from = 0.0  # the first step to draw next
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            if start == 0:
+                self._board.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
+        self.heartbeat = heartbeat
+        heartbeat.tell("starting", step=start, steps=steps)
+        self._steps, self._plain_after = steps, start
+        self._bar: tqdm | None = None
+        self._progress = config.log.progress
+        if self._progress == "auto":
+            self._progress = "bar" if sys.stderr.isatty() else "plain"
+        if self._progress == "bar":
+            self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One line: a logged step, or an evaluation."""
+        finite = {k: None if _is_nan(v) else v for k, v in values.items()}
+        self._stream.write(json.dumps(finite) + "\n")
+        self._stream.flush()
+        evaluated = any(name.startswith("eval_") for name in values)
+        if self._board is not None and (evaluated or values["step"] >= self._board_from):
+            if not evaluated:
+                self._board_from = values["step"] + self._spacing
+            for name, value in finite.items():
+                if name != "step" and isinstance(value, int | float):
+                    group = "eval/" if name.startswith("eval_") else "train/"
+                    tag = name if "/" in name else group + name  # method/… names its own group
+                    self._board.add_scalar(tag, value, values["step"])
+        self.heartbeat.beat(**finite)
+        self._show(values)
+
+    def advance(self, step: int, loss: float, *, skipped: bool) -> None:
+        """One step was done."""
+        if skipped:
+            self.say(f"step {step}: loss or gradient not finite, step skipped")
+        self.heartbeat.beat(step=step, loss=None if _is_nan(loss) else loss)
+        if self._bar is not None:
+            self._bar.update(1)
+
+    def say(self, line: str) -> None:
+        """A line for the person who watches, above the bar."""
+        if self._progress == "none":
+            return
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        self._stream.close()
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, values: dict[str, Any]) -> None:
+        step = values["step"]
+        evaluated = {k: v for k, v in values.items() if k.startswith("eval_")}
+        if evaluated:
+            figures = "  ".join(f"{name} {value:.4g}" for name, value in evaluated.items())
+            self.say(f"step {step}/{self._steps}  {figures}")
+        elif self._bar is not None:
+            self._bar.set_postfix_str(f"loss {values['loss']:.4f}")
+        elif step > self._plain_after:  # about twenty lines a run, however long it is
+            self._plain_after = step - 1 + max(1, self._steps // 20)
+            self.say(
+                f"step {step}/{self._steps}  loss {values['loss']:.4f}  "
+                f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3f}  "
+                f"{values['tokens_per_second']:.0f} tokens/s  {values['peak_memory_gib']:.2f} GiB"
+            )
+
+
+def _belongs(line: dict[str, Any], progress: Progress) -> bool:
+    """Whether a line is of what was done until then, and not of what will be done again."""
+    return line["step"] <= (progress.evaluated if "eval_loss" in line else progress.step)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,277 @@
+"""Figures of one finished or broken-off run, and of several compared."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
+
+from trainer.config.validation import parse_yaml
+from trainer.errors import UserError
+from trainer.records.jsonl import METRICS, read_metrics
+from trainer.report.allocation_plots import (
+    Allocation,
+    draw_locations,
+    draw_omega,
+    draw_ranks,
+    draw_ranks_by_type,
+    read_allocation,
+)
+from trainer.report.loss_curve import draw_loss
+
+SCORES = {
+    "eval_accuracy": "held-out accuracy",
+    "eval_matthews": "held-out Matthews correlation",
+    "eval_pearson": "held-out Pearson correlation",
+    "eval_loss": "held-out loss (nats per learned token or record)",
+}
+"""What runs are compared by: what most of them have, of equals the first."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says. `name` tells the run from the others of a report."""
+
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    allocation: Allocation | None
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of a scalar, without those that were not finite."""
+        found = [(e["step"], e[key]) for e in self.metrics if isinstance(e.get(key), int | float)]
+        return [step for step, _ in found], [value for _, value in found]
+
+    @property
+    def active_parameters(self) -> float:
+        """Mean over the logged steps; NaN where none was logged."""
+        values = self.series("active_parameters")[1]
+        return float(np.mean(values)) if values else float("nan")
+
+    def score(self, key: str) -> float | None:
+        """A metric of the last evaluation; None where it has none, or none that is finite."""
+        last: Mapping = next((e for e in reversed(self.metrics) if "eval_loss" in e), {})
+        return last.get(key)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder. Raises UserError naming what is missing or broken in it."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        problem = "no config.yaml in it" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {problem}; accepted: a run folder")
+    try:
+        config = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {error}; accepted: the file that a run wrote") from error
+    sections = ("run", "method")
+    if not isinstance(config, dict) or any(not isinstance(config.get(s), dict) for s in sections):
+        raise UserError(f"{file}: no section run or method; accepted: the file that a run wrote")
+    metrics = read_metrics(folder / METRICS)
+    end = metrics[-1]["step"] if metrics else 0
+    allocation = read_allocation(folder, config["method"].get("rank", np.nan), end)
+    folder = folder.resolve()
+    return Run(folder, folder.name, config, metrics, allocation)
+
+
+def report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
+    """Draw what the runs have data for into `out`, as PNG and SVG; returns the PNGs.
+
+    One run: its own figures, by default into its folder. Several: figures that compare them.
+    """
+    folders = list({folder.resolve(): folder for folder in folders}.values())
+    if out is None and len(folders) > 1:
+        raise UserError(f"--out: not given with {len(folders)} runs; accepted: a folder")
+    runs = _told_apart([read_run(folder) for folder in folders])
+    out = out or folders[0] / "figures"
+    written = []
+    try:
+        if any(run.series(key)[0] for run in runs for key in ("loss", "eval_loss")):
+            written.append(draw_loss([run.folder for run in runs], out / "loss"))
+        for name, figure in run_figures(runs[0]) if len(runs) == 1 else comparisons(runs):
+            out.mkdir(parents=True, exist_ok=True)
+            for suffix in ("svg", "png"):
+                figure.savefig(out / f"{name}.{suffix}", dpi=120)
+            written.append(out / f"{name}.png")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+    if not written:
+        raise UserError(
+            f"{', '.join(map(str, folders))}: nothing logged yet; accepted: a run with metrics"
+        )
+    return written
+
+
+def _told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with their parent's name before the name where that alone is not unique."""
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=f"{run.folder.parent.name}/{run.name}")
+        if names.count(run.name) > 1
+        else run
+        for run in runs
+    ]
+
+
+def run_figures(run: Run) -> Iterator[tuple[str, Figure]]:
+    """(file name, figure) for whatever a single run has data for."""
+    allocation = run.allocation
+    if allocation is not None and allocation.ranks.steps:
+        yield "ranks", draw_ranks(allocation, run.name)
+        yield "ranks_by_type", draw_ranks_by_type(allocation, run.name)
+    if allocation is not None and allocation.locations.steps:
+        yield "locations", draw_locations(allocation, run.name)
+    if allocation is not None and allocation.omega.steps:
+        yield "omega", draw_omega(allocation, run.name)
+    if run.series("method/budget")[0]:
+        yield "budget", draw_budget(run)
+    if run.series("method/reward")[0]:
+        yield "policy", draw_policy(run)
+
+
+def comparisons(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
+    """(file name, figure) for whatever several runs can be compared by."""
+    measured = [run for run in runs if run.active_parameters > 0]
+    scored = {key: [run for run in measured if run.score(key) is not None] for key in SCORES}
+    best = max(SCORES, key=lambda key: len(scored[key]))
+    if len(scored[best]) > 1:
+        yield "accuracy_vs_parameters", draw_accuracy_vs_parameters(scored[best], best)
+    selected = [run for run in runs if survivors(run) is not None]
+    if len(selected) > 1:
+        yield "stability", draw_stability(selected)
+
+
+def draw_budget(run: Run) -> Figure:
+    """The budget (La-LoRA's DCDPB, eq. 5; AdaLoRA's schedule) and the mean rank over steps."""
+    return _panels(
+        run,
+        f"Budget and mean rank of {run.name}",
+        {
+            "budget (components)": {"budget": "method/budget"},
+            "mean rank (components)": {"mean rank": "method/mean_rank"},
+        },
+    )
+
+
+def draw_policy(run: Run) -> Figure:
+    """LeLoRA's policy over steps: what it is rewarded by, how sure it is, how varied it draws."""
+    return _panels(
+        run,
+        f"Policy of {run.name}",
+        {
+            "reward (change of loss, lower is better)": {
+                "reward": "method/reward",
+                "baseline": "method/baseline",
+            },
+            "entropy (nats)": {
+                "rank head": "method/entropy_rank",
+                "location head": "method/entropy_location",
+            },
+            "distinct actions (r, s)": {"distinct actions": "method/distinct_actions"},
+        },
+    )
+
+
+def _panels(run: Run, title: str, panels: Mapping[str, Mapping[str, str]]) -> Figure:
+    """Scalars over steps: {label of the y axis: {label of the line: key in metrics.jsonl}}."""
+    drawn = {}
+    for ylabel, keys in panels.items():
+        series = {label: run.series(key) for label, key in keys.items()}
+        if any(steps for steps, _ in series.values()):
+            drawn[ylabel] = {label: found for label, found in series.items() if found[0]}
+    figure = Figure(figsize=(8, 1.2 + 2.3 * len(drawn)), layout="constrained")
+    every = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (ylabel, series) in zip(every, drawn.items(), strict=True):
+        for label, (steps, values) in series.items():
+            axes.plot(steps, values, lw=1.2, marker="." if len(steps) <= 50 else "", label=label)
+        if not ylabel.startswith("reward"):  # entropies, counts and budgets begin at 0
+            axes.set_ylim(0, 1.08 * max(0.1, *(max(values) for _, values in series.values())))
+        axes.set_ylabel(ylabel)
+        axes.grid(alpha=0.3)
+        if len(series) > 1:
+            axes.legend()
+    every[-1].set_xlabel("optimizer step")
+    every[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    figure.suptitle(title)
+    return figure
+
+
+def same_but_seed(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs in groups of equal configuration, but for seed, name and folder."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        rest = {k: v for k, v in run.config["run"].items() if k not in ("seed", "name", "dir")}
+        key = json.dumps({**run.config, "run": rest}, sort_keys=True, default=str)
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def draw_accuracy_vs_parameters(runs: Sequence[Run], score: str) -> Figure:
+    """`score` at the end against the mean of active parameters, one point a configuration.
+
+    Runs that differ by seed only are one point, with their standard deviation.
+    """
+    groups = same_but_seed(runs)
+    figure = Figure(figsize=(9, max(4.5, 1.5 + 0.25 * len(groups))), layout="constrained")
+    axes = figure.subplots()
+    for index, group in enumerate(groups):
+        found = np.array([[run.active_parameters, run.score(score)] for run in group])
+        x, y = found.mean(axis=0)
+        deviation = found.std(axis=0, ddof=1) if len(group) > 1 else (None, None)
+        axes.errorbar(
+            x, y, xerr=deviation[0], yerr=deviation[1], capsize=3, ms=8, alpha=0.85,
+            fmt="osD^vP*X<>"[index % 10], color=f"C{(index + index // 10) % 10}",
+            label=_group_name(group),
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter("")
+    axes.set(xlabel="mean active parameters (log scale)", ylabel=SCORES[score])
+    axes.set_title(f"{SCORES[score].split(' (')[0].capitalize()} against active parameters")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
+def _group_name(group: Sequence[Run]) -> str:
+    if len(group) == 1:
+        return group[0].name
+    common = re.sub(r"[-_. ]+(seed|s)?[-_]?\d+$", "", group[0].name)
+    return f"{common} ({len(group)} seeds)"
+
+
+def survivors(run: Run) -> frozenset[str] | None:
+    """Names of the units that WeightLoRA kept; None where nothing was selected (yet)."""
+    return run.allocation.survivors if run.allocation is not None else None
+
+
+def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
+    """|a ∩ b| / |a ∪ b|, in [0, 1]; 1 for two empty sets."""
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+def draw_stability(runs: Sequence[Run]) -> Figure:
+    """How alike the survivors of every two runs are (WeightLoRA Fig. 5)."""
+    chosen = [survivors(run) or frozenset() for run in runs]
+    matrix = np.array([[jaccard(a, b) for b in chosen] for a in chosen])
+    size = min(max(4.0, 1.5 + 0.45 * len(runs)), 12)
+    figure = Figure(figsize=(size + 3, size), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(matrix, vmin=0, vmax=1)
+    figure.colorbar(image, label="Jaccard similarity of survivors")
+    ticks = range(len(runs))
+    axes.set_xticks(ticks, [str(index) for index in ticks])
+    axes.set_yticks(ticks, [f"{run.name}  {index}" for index, run in enumerate(runs)])
+    if len(runs) <= 16:
+        for (row, column), value in np.ndenumerate(matrix):
+            colour = "black" if value > 0.6 else "white"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
+    axes.set(xlabel="run, numbered as on the left", ylabel="run", title="Survivors that runs share")
+    return figure

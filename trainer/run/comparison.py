@@ -1,0 +1,227 @@
+"""Several methods on one job: learning rates chosen apart, then seeds, then one table.
+
+A comparison is a YAML file:
+
+    base: configs/gsm8k_lora.yaml          # a run's configuration
+    overrides: [run.steps=300]             # for every run
+    score: eval_loss                       # a loss (less is better), or a metric (more is better)
+    learning_rates: [1e-3, 2e-3, 4e-3]     # every method chooses among these …
+    selection: [run.seed=100, data.leave_out=300, data.eval=left_out]   # … in runs of their own
+    seeds: [0, 1, 2]
+    methods:
+      lora: []
+      lelora: [method.kind=lelora]
+
+Runs are independent, so many share a machine. What is done is kept in `results.jsonl` beside a
+digest of the run's whole configuration: a comparison that was stopped or changed goes on from
+there, with the runs that failed, were cut off or are new.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import shutil
+import statistics
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.options import Section
+from trainer.config.config import Config, load_config, with_overrides
+from trainer.config.validation import parse_json, parse_yaml, validate
+from trainer.distributed.world import World
+from trainer.errors import UserError
+from trainer.records.jsonl import read_metrics
+
+Result = dict[str, Any]
+
+
+class Comparison(Section):
+    """What is compared (see the module's docstring)."""
+
+    base: str
+    overrides: list[str] = []
+    score: str = "eval_loss"
+    learning_rates: list[float]
+    selection: list[str] = []
+    seeds: list[int]
+    methods: dict[str, list[str]]
+
+
+def read_comparison(path: Path) -> Comparison:
+    """Read and check a comparison's file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}; accepted: a comparison's YAML file") from error
+    raw = parse_yaml(text, str(path))
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{path}: no mapping; accepted: the keys of a comparison")
+    return validate("", raw, Comparison)
+
+
+def compare(
+    comparison: Comparison, out: Path, workers: int, say: Callable[[str], None] = print
+) -> list[Result]:
+    """Run what is not done yet; returns this comparison's results (their table: OUT/table.md)."""
+    out.mkdir(parents=True, exist_ok=True)
+    kept = out / "results.jsonl"
+    rates = comparison.learning_rates
+    results: list[Result] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _prepare_worker, (context.Value("i", 0),)) as pool:
+        if len(rates) > 1:
+            jobs = [_job(comparison, out, m, rate) for rate in rates for m in comparison.methods]
+            results += _work(pool, jobs, kept, say)
+        chosen = {method: choose(results, method, comparison) for method in comparison.methods}
+        jobs = [
+            _job(comparison, out, method, chosen[method], seed)
+            for seed in comparison.seeds
+            for method in comparison.methods
+        ]
+        results += _work(pool, jobs, kept, say)
+    (out / "table.md").write_text(table(comparison, results), encoding="utf-8")
+    return results
+
+
+def choose(results: Iterable[Result], method: str, comparison: Comparison) -> float:
+    """The learning rate of a method's best selection run."""
+    if len(comparison.learning_rates) == 1:
+        return comparison.learning_rates[0]
+    runs = [r for r in results if r["method"] == method and r["seed"] is None]
+    good = [run for run in runs if run.get(comparison.score) is not None]
+    if not good:
+        raise UserError(f"{method}: no selection run gave {comparison.score}; see results.jsonl")
+    best = min if less_is_better(comparison.score) else max
+    return best(good, key=lambda run: run[comparison.score])["learning_rate"]
+
+
+def less_is_better(score: str) -> bool:
+    return score in ("eval_loss", "eval_perplexity")
+
+
+def table(comparison: Comparison, results: Sequence[Result]) -> str:
+    """Markdown: every method's score over the seeds, and what it trained."""
+    score = comparison.score
+    lines = [
+        f"| method | {score} | learning rate | trainable | mean active | runs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in comparison.methods:
+        runs = [r for r in results if r["method"] == method and r["seed"] is not None]
+        runs = [run for run in runs if run.get(score) is not None]
+        values = [run[score] for run in runs]
+        if not values:
+            lines.append(f"| {method} | no run ended | | | | 0 of {len(comparison.seeds)} |")
+            continue
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        trainable = statistics.mean(run["trainable_parameters"] for run in runs)
+        active = statistics.mean(run["mean_active_parameters"] for run in runs)
+        lines.append(
+            f"| {method} | {statistics.mean(values):.4f} ± {spread:.4f} | "
+            f"{runs[0]['learning_rate']:g} | {trainable:,.0f} | {active:,.0f} | {len(values)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _job(
+    comparison: Comparison, out: Path, method: str, rate: float, seed: int | None = None
+) -> tuple[Result, Config]:
+    """(what identifies a run, its configuration); without a seed, a selection run."""
+    part = "select" if seed is None else f"seed{seed}"
+    chosen = comparison.selection if seed is None else [f"run.seed={seed}"]
+    overrides = [
+        *comparison.overrides, *comparison.methods[method], *chosen,
+        f"optim.learning_rate={rate!r}", f"run.dir={out / 'runs'}", "run.resume=never",
+    ]  # fmt: skip
+    config = load_config(comparison.base, overrides)
+    # Without the folder: results may move with it.
+    text = config.model_dump_json(exclude={"run": {"dir", "name"}})
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    config = with_overrides(
+        config, [f"run.name={method.replace(' ', '-')}-{rate:g}-{part}-{digest[:6]}"]
+    )
+    return {"method": method, "learning_rate": rate, "seed": seed, "config": digest}, config
+
+
+def _kept_results(file: Path) -> list[Result]:
+    """What earlier calls wrote; a line that was cut short stands for a run to be done again."""
+    results = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            results.append(parse_json(line))
+    return [result for result in results if isinstance(result, dict)]
+
+
+def _work(
+    pool: ProcessPoolExecutor,
+    jobs: Sequence[tuple[Result, Config]],
+    kept: Path,
+    say: Callable[[str], None],
+) -> list[Result]:
+    """Results of all jobs; those that ended well before are not run again."""
+    done = [result for result in _kept_results(kept) if "error" not in result]
+    results = []
+    futures = []
+    for identity, config in jobs:
+        known = [result for result in done if identity.items() <= result.items()]
+        if known:
+            results.append(known[-1])
+        else:
+            futures.append(pool.submit(_run, identity, config))
+    for future in as_completed(futures):
+        result = future.result()
+        results.append(result)
+        with kept.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(result) + "\n")
+        say(json.dumps(result))
+    return results
+
+
+_place = torch.device("cpu")
+
+
+def _prepare_worker(count: Any) -> None:
+    """Give a worker its device: GPUs in turn, or one thread of the CPU."""
+    global _place
+    with count.get_lock():
+        index = count.value
+        count.value += 1
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        _place = torch.device("cuda", index % torch.cuda.device_count())
+        torch.cuda.set_device(_place)
+
+
+def _run(identity: Result, config: Config) -> Result:
+    """One run from start to end, in a worker; a failure is a result too."""
+    from trainer.run.run import run
+
+    try:
+        if config.run_folder.exists():  # cut off, or failed
+            shutil.rmtree(config.run_folder)
+        run(config, World(device=_place))
+        return {**identity, "run": config.run.name, **summary(config.run_folder)}
+    except Exception as error:  # the other runs go on; the table says what is missing
+        return {**identity, "error": f"{type(error).__name__}: {error}",
+                "where": traceback.format_exc(limit=-3)}  # fmt: skip
+
+
+def summary(folder: Path) -> Result:
+    """Last scores of a finished run, and averages over its logged steps."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    steps = [line for line in lines if "active_parameters" in line]
+    scores: Result = next((line for line in reversed(lines) if "eval_loss" in line), {})
+    result = {k: v for k, v in scores.items() if k.startswith("eval_")}
+    result["mean_active_parameters"] = statistics.mean(s["active_parameters"] for s in steps)
+    result["trainable_parameters"] = steps[-1]["trainable_parameters"]
+    result["step_seconds"] = statistics.median(s["step_seconds"] for s in steps)
+    for name in ("mean_rank", "distinct_actions", "entropy_rank", "entropy_location", "budget"):
+        if f"method/{name}" in steps[-1]:
+            result[name] = steps[-1][f"method/{name}"]
+    return result

@@ -1,0 +1,304 @@
+"""One whole run: open, resume, train, export, and leave a folder that explains itself."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters import seeds
+from adapters.peft_export import export_adapter
+from adapters.units import expert_counts
+from trainer.checkpoint import state as checkpoint
+from trainer.checkpoint import store
+from trainer.checkpoint.state import CheckpointWriter
+from trainer.config.config import Config
+from trainer.config.sections import LEFT_OUT
+from trainer.config.validation import local
+from trainer.decisions.log import AllocationLog, Replay
+from trainer.distributed.world import World
+from trainer.engine.base import Engine
+from trainer.engine.select import make_engine
+from trainer.errors import UserError
+from trainer.memory.planner import fit
+from trainer.model import build
+from trainer.model.build import Loading
+from trainer.model.footprint import estimate, peak_gib, readable, trainable_parameters
+from trainer.records.jsonl import METRICS, read_metrics
+from trainer.records.metrics import MetricsWriter
+from trainer.records.progress import Progress
+from trainer.report.loss_curve import draw_loss
+from trainer.run.folder import RunFolder
+from trainer.session import Session, open_data, open_session
+from trainer.training.loop import make_loader, say_plan, total_steps, train
+from trainer.training.lr_schedule import learning_rate
+from trainer.training.stop_request import StopRequest
+
+
+def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
+    """Train as configured and leave the run folder complete.
+
+    `stop` is asked at every step; Interrupted is raised once the run is saved.
+    """
+    with RunFolder(config.run_folder) as folder:
+        _run(config, world, stop or StopRequest(config.run), folder)
+
+
+def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> None:
+    resumed, state, remarks = _choose_start(config, world, folder)
+    with world.together():
+        starts = None if resumed is None else checkpoint.read_starts(resumed, state)
+        if world.is_main:
+            folder.begin()
+    session = open_session(config, world, starts)
+    torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
+    loader = make_loader(session, world)
+    progress = Progress()
+    if resumed is not None:
+        with world.together():
+            progress = checkpoint.restore(session, loader, resumed, state)
+            session.initial_digest = state.get("initial")
+    plan = fit(session)
+    steps = total_steps(session, loader)
+    replay = None
+    with world.together():
+        _plan(session, steps)
+        if world.is_main:
+            if config.method.replay is not None:
+                replay = Replay(Path(config.method.replay), session.method, progress.step, steps)
+            _open_folder(session, folder, steps, progress)
+    metrics, log = folder.metrics, folder.log
+    if metrics is not None:
+        notes = [f"note      {folder.lock.note}"] if folder.lock.note else []
+        for line in (*notes, *_introduction(session, steps), *(f"damaged   {r}" for r in remarks)):
+            metrics.say(line)
+        if resumed is not None:
+            metrics.say(f"resumed from {resumed} (made by {state['engine']} on "
+                        f"{state['world_size']} ranks) at step {progress.step}")  # fmt: skip
+            for change in checkpoint.changes(state, config.model_dump(mode="json")):
+                metrics.say(f"changed   {change}")
+    say_plan(metrics, plan)
+    writer = CheckpointWriter(session, loader, folder.path / "checkpoints")
+    train(session, loader, writer, metrics, log, progress, steps, stop, replay)
+    writer.close()
+    with world.together():
+        if metrics is not None:
+            metrics.close()
+            _finish(session, folder.path, steps)
+
+
+def _open_folder(session: Session, folder: RunFolder, steps: int, progress: Progress) -> None:
+    """Rank 0: make the folder ready to be written."""
+    config = session.config
+    folder.make()
+    folder.describe(session)
+    assert folder.heartbeat is not None
+    folder.metrics = MetricsWriter(config, folder.path, steps, progress, folder.heartbeat)
+    if session.method.decides:
+        limit = int(config.log.decisions_mib * 2**20)
+        folder.log = AllocationLog(folder.path, config.method.kind, progress.step, limit)
+
+
+def dry_run(config: Config, world: World) -> str:
+    """What the run would be: data, units, parameters, memory; nothing is trained or written."""
+    _, task, train_data, eval_data = open_data(config, world)
+    with world.together():
+        backbone = build.build(config, task, world.device)
+    engine = make_engine(config, world, task)
+    needs = estimate(backbone, config, world.size, engine.spread, near=len(world.nodes[world.node]))
+    by_kind: dict[str, list[str]] = {}
+    for unit in backbone.units:
+        size = f"{unit.out_features} x {unit.in_features}"
+        by_kind.setdefault(f"{unit.kind} ({size})", []).append(unit.name)
+    lines = [
+        f"train data          {train_data.counts}",
+        f"eval data           {eval_data.counts if eval_data else 'none'}",
+        f"engine              {_engine(engine)}, {world.size} rank(s), {world.device.type}",
+        f"model               {type(backbone.model).__name__}, {backbone.dtype}, "
+        f"{config.model.quantization}",
+        f"units               {len(backbone.units)}",
+        *(f"                    {len(names)} x {kind}" for kind, names in by_kind.items()),
+        f"trainable           {trainable_parameters(backbone, config):,} parameters",
+        "memory a rank       without activations (launch/estimate.py has them)",
+        f"  backbone          {readable(needs.backbone)}",
+        f"  gathered layers   {readable(needs.gathered)}",
+        f"  trainable state   {readable(needs.trainable)}",
+        f"  total             {readable(needs.total)}",
+    ]
+    return "\n".join(lines)
+
+
+def _choose_start(
+    config: Config, world: World, folder: RunFolder
+) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """(the checkpoint to go on from, its state, remarks on damaged ones), as rank 0 sees them. A
+    finished or begun run is never overwritten by accident."""
+    found: tuple[Path | None, dict[str, Any], list[str]] = (None, {}, [])
+    with world.together():
+        if world.is_main:
+            folder.take()
+            found = store.find(config.run.resume, folder.path / "checkpoints")
+            if config.run.resume == "never" and (folder.path / METRICS).exists():
+                raise UserError(
+                    f"run.resume: never given, but {folder.path} holds a run already; accepted: "
+                    "another run.name, or run.resume=auto"
+                )
+            if found[0] is not None:
+                checkpoint.check_options(config, found[0], found[1])
+            found[2].extend(
+                store.clear_the_way(
+                    folder.path / "checkpoints", found[1].get("step", 0), config.run.resume
+                )
+            )
+    resumed, state, remarks = world.broadcast(found)
+    with world.together():
+        if resumed is not None and not world.is_main:
+            store.verify(resumed)
+    return resumed, state, remarks
+
+
+def _plan(session: Session, steps: int) -> None:
+    """Tell the method how long the run is. Raises UserError where its options do not fit."""
+    optim, method = session.config.optim, session.method
+    try:
+        method.options.check_steps(steps)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    method.plan(steps, lambda step: learning_rate(optim, step, steps) / optim.learning_rate)
+
+
+def _introduction(session: Session, steps: int) -> list[str]:
+    config, data = session.config, session.config.data
+    engine, world = session.engine, session.world
+    eval_data = session.eval_data
+    alone = session.backbone.left_alone
+    return [
+        *(
+            f"note      {key}: {name} is what the hub has today; {fixed} keeps it the same"
+            for key, name, fixed in _unpinned(config)
+        ),
+        *(
+            [f"note      no adapters on {', '.join(alone)}: stacks of another form"]
+            if alone
+            else []
+        ),
+        f"run       {config.run_folder}",
+        f"data      train {session.train_data.counts}",
+        *([f"          eval {eval_data.counts}"] if eval_data is not None else []),
+        f"backbone  {type(session.model).__name__}, {session.backbone.dtype}, "
+        f"{config.model.quantization}, "
+        f"{readable(engine.local_bytes(session.model))} a rank",
+        *_loading(session.backbone.loading),
+        f"engine    {_engine(engine)}, {world.size} rank(s), {world.device}",
+        f"method    {config.method.kind}, rank {config.method.rank}, "
+        f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",
+        f"steps     {steps} of {data.batch_size} sequences",
+    ]
+
+
+def _engine(engine: Engine) -> str:
+    remarks = "; ".join(remark for remark in (engine.reason, engine.gathers) if remark)
+    return f"{engine.kind} ({remarks})" if remarks else engine.kind
+
+
+def _loading(figures: Loading | None) -> list[str]:
+    if figures is None:
+        return []
+    return [
+        f"          loaded in {figures.seconds:.1f} s, {readable(figures.bytes_read)} read, "
+        f"host memory at most {readable(figures.peak_host_bytes)} a rank"
+    ]
+
+
+def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(key, hub id, what would fix it) of what the hub may give in another version next time."""
+    model, data = config.model, config.data
+    for key, name, revision, fixed in (
+        ("model.id", model.id, model.revision, "model.revision=COMMIT"),
+        ("model.tokenizer", model.tokenizer, None, "a local folder"),
+        ("data.train", data.train, data.revision, "data.revision=COMMIT"),
+        ("data.eval", data.eval, data.revision, "data.revision=COMMIT"),
+    ):
+        if name not in (None, LEFT_OUT) and revision is None and local(name) is None:
+            yield key, name, fixed
+
+
+def _finish(session: Session, folder: Path, steps: int) -> None:
+    """Export, draw, describe; rank 0 only, since adapters are whole on every rank."""
+    adapter = folder / "adapter"
+    unfinished = folder / ".adapter.partial"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    note = _export(session, unfinished)
+    shutil.rmtree(adapter, ignore_errors=True)
+    unfinished.rename(adapter)
+    figure = draw_loss([folder], folder / "figures" / "loss")
+    lines = read_metrics(folder / METRICS)
+    losses = [line["loss"] for line in lines if line.get("loss") is not None]
+    scores: dict = next((line for line in reversed(lines) if "eval_loss" in line), {})
+    summary = f"done      {steps} steps"
+    if losses:
+        summary += f", loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    for name, value in scores.items():
+        if name != "step" and value is not None:
+            summary += f", {name} {value:.4g}"
+    summary += f", peak {peak_gib(session.world.device):.2f} GiB"
+    (folder / "README.md").write_text(
+        _readme(session.config, summary.removeprefix("done").strip(), note), encoding="utf-8"
+    )
+    if session.config.log.progress != "none":
+        print(f"{summary}\nadapter   {adapter}\nfigure    {figure}", flush=True)
+
+
+def _export(session: Session, folder: Path) -> str:
+    config = session.config
+    heads = {
+        path: {
+            name.removeprefix("inner."): parameter.detach()
+            for name, parameter in head.named_parameters()
+        }
+        for path, head in session.backbone.heads.items()
+    }
+    note = ""
+    if config.model.quantization != "none":
+        note = (
+            f"Trained on the {config.model.quantization} backbone, whose matrices differ from the "
+            f"unquantised ones by {session.backbone.quantization_error:.2%} (Frobenius). What that "
+            "costs on held-out data: `python launch/export.py RUN OUT`."
+        )
+    with session.method.inference():
+        export_adapter(
+            folder,
+            session.method.adapters,
+            initial={name: start.adapter for name, start in (session.starts or {}).items()},
+            base_model=config.model.id,
+            revision=config.model.revision,
+            task=config.task.kind,
+            heads=heads,
+            labels=session.backbone.model.config.num_labels,
+            experts=expert_counts(session.model),
+            note=note,
+        )
+    return note
+
+
+def _readme(config: Config, summary: str, note: str) -> str:
+    return f"""# {config.run.name}
+
+{config.method.kind} on `{config.model.id}` ({config.model.quantization}): {summary}.
+
+| | |
+|---|---|
+| `config.yaml` | the resolved configuration |
+| `units.json` | the adapted matrices |
+| `metrics.jsonl` | one object a logged step or evaluation |
+| `heartbeat.json` | how the run stands, for `launch/watch.py` and monitors |
+| `tensorboard/` | the same for `tensorboard --logdir` |
+| `checkpoints/` | resumable on any engine and number of ranks |
+| `adapter/` | a LoRA that `peft.PeftModel.from_pretrained` loads |
+| `figures/` | the loss curve |
+
+![loss](figures/loss.png)
+
+{note}
+"""

@@ -1,0 +1,95 @@
+"""Loss and metrics on held-out data, the same whatever the number of ranks."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trainer.checkpoint import state as checkpoints
+from trainer.checkpoint import store
+from trainer.config.config import Config
+from trainer.data.dataset import TokenDataset
+from trainer.data.loader import deal
+from trainer.distributed.world import World
+from trainer.session import Session, open_session
+
+
+@torch.no_grad()
+def evaluate(session: Session) -> dict[str, float]:
+    """Mean loss per learned token (or record) over all evaluation data, and the task's metrics."""
+    data, records = session.held_out()
+    with session.method.inference():
+        parts = _forward(session, data, records)
+    scores = {"eval_loss": _mean(parts)}
+    if session.config.task.kind == "causal_lm":
+        scores["eval_perplexity"] = math.exp(min(scores["eval_loss"], 700.0))
+    guesses = [guess for part in parts for guess in part.predictions]
+    if guesses:
+        labels = [float(data.labels[record]) for part in parts for record in part.records]
+        metrics = session.task.metrics(guesses, labels)
+        scores |= {f"eval_{name}": score for name, score in metrics.items()}
+    return scores
+
+
+def mean_loss(
+    session: Session, data: TokenDataset, records: np.ndarray, *, gradients: bool = False
+) -> float:
+    """Mean loss on some records; `gradients`: also its gradient, summed over ranks, added to the
+    optimizer's buffer. All ranks call it together, and run the same number of forwards."""
+    weight = int(data.weights[records].sum())
+    parts = _forward(session, data, records, weight if gradients else None)
+    if gradients:
+        session.world.sum_(session.optimizer.gradients)
+    return _mean(parts)
+
+
+@dataclass(frozen=True, order=True)
+class _Part:
+    """What one micro-batch adds; ordered by its index over all ranks."""
+
+    index: int
+    loss: float
+    weight: int
+    records: list[int]
+    predictions: list[float]
+
+
+def _forward(
+    session: Session, data: TokenDataset, records: np.ndarray, weight: int | None = None
+) -> list[_Part]:
+    """Every rank's parts in order, without dropout; with `weight` also gradients of the loss over
+    it. Micro-batches and the order of their sums do not depend on how many ranks share the work."""
+    world, task = session.world, session.task
+    parts = []
+    was_training = session.model.training
+    session.model.eval()
+    size = session.config.data.micro_batch_size
+    sequences = list(np.asarray(records)[:, None])
+    for index, batch in deal(sequences, data, task, size, world.rank, world.size):
+        session.watchdog.alive(f"micro-batch {index} of an evaluation")
+        batch = batch.to(world.device)
+        loss, predictions = task.loss(session.model, batch)
+        if weight is not None:
+            session.engine.backward(loss / weight)
+        guesses = predictions.tolist() if predictions is not None and batch.records else []
+        parts.append(_Part(index, float(loss.detach()), batch.weight, batch.records, guesses))
+    session.model.train(was_training)
+    return sorted(part for parts_of_rank in world.gather(parts) for part in parts_of_rank)
+
+
+def _mean(parts: list[_Part]) -> float:
+    return math.fsum(part.loss for part in parts) / sum(part.weight for part in parts)
+
+
+def evaluate_saved(config: Config, world: World, checkpoint: Path) -> dict[str, float]:
+    """Scores of a checkpoint's adapters on the backbone that `config` describes."""
+    with world.together():
+        state = store.verify(checkpoint)
+        stored = store.read_tensors(checkpoint)
+        starts = checkpoints.read_starts(checkpoint, state)
+    session = open_session(config, world, starts)
+    with world.together():
+        checkpoints.load_trained(session, checkpoint, stored)
+    return evaluate(session)
