@@ -12,7 +12,7 @@ from torch import Tensor
 from adapters.gated import GatedAdapter
 
 
-class Rows:
+class MaskTable:
     """Takes over the masks and gates of `adapters`: they become views of its own tensors.
 
     Gates that an optimizer trains live in its buffer instead, from the moment on that it took them.

@@ -47,7 +47,7 @@ class Trainable:
     learning_rate_ratio: float = 1.0
     decay_ratio: float = 1.0
     observed: bool = False
-    counter: tuple[nn.Parameter, int] | None = None
+    token_counter: tuple[nn.Parameter, int] | None = None
 
 
 def _alone(flat: Tensor) -> None:
@@ -97,17 +97,21 @@ class MaskedAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        gradual: bool = False,
+        no_bias_correction: bool = False,
         share: Share = Share(),
     ):
-        self.learning_rate, self.betas, self.gradual = learning_rate, betas, gradual
+        self.learning_rate, self.betas, self.no_bias_correction = (
+            learning_rate,
+            betas,
+            no_bias_correction,
+        )
         self.eps, self.weight_decay, self.share = eps, weight_decay, share
         self._slots: list[_Slot] = []
         self._observed: list[nn.Parameter] = []
         self._uniform_count: float | None = 0.0  # t where all components share it, else None
-        self.follow(trainables)
+        self.rebind_parameters(trainables)
 
-    def follow(self, trainables: Sequence[Trainable]) -> None:
+    def rebind_parameters(self, trainables: Sequence[Trainable]) -> None:
         """Take on a new set of tensors. A parameter that stays, the object itself, keeps moments
         and counts; one made anew under an old name starts afresh."""
         observed = [t.parameter for t in trainables if t.observed]
@@ -154,7 +158,7 @@ class MaskedAdamW:
             places[id(parameter)] = start
             start += parameter.numel()
         self._masks, self._mask_of = self._unique_masks()
-        self._counted = self._counters(places)
+        self._token_counts = self._token_counters(places)
         self._row_sizes = self._row_sizes.to(device)
         ends = self._row_sizes.cumsum(0)  # of every row; those of other parts have no scalar here
         begins = (ends - self._row_sizes).clamp(min=self._own.start)
@@ -212,7 +216,7 @@ class MaskedAdamW:
 
     def _update(self, correction1: Tensor | float, correction2: Tensor | float, keep) -> None:
         beta1, beta2 = self.betas
-        if self.gradual:
+        if self.no_bias_correction:
             correction1 = 1.0
         values, g = self.values[self._own], self._trained[self._own]
         m = torch.lerp(self.exp_avg, g, 1 - beta1)
@@ -278,13 +282,13 @@ class MaskedAdamW:
                 slot.view(whole).copy_(state[slot.trainable.name][moment])
         return whole if self.share.count == 1 else whole[self._own].clone()
 
-    def _counters(self, places: dict[int, int]) -> tuple[Tensor, Tensor] | None:
+    def _token_counters(self, places: dict[int, int]) -> tuple[Tensor, Tensor] | None:
         """Rows that have a counter, and where each one's is in `gradients`; None without any."""
         rows: list[int] = []
         found: list[int] = []
         for slot in self._slots:
-            if slot.trainable.counter is not None:
-                parameter, index = slot.trainable.counter
+            if slot.trainable.token_counter is not None:
+                parameter, index = slot.trainable.token_counter
                 members = range(slot.rows.start, slot.rows.stop)
                 rows += members
                 found += [places[id(parameter)] + index] * len(members)
@@ -293,12 +297,12 @@ class MaskedAdamW:
         device = self.values.device
         return torch.tensor(rows, device=device), torch.tensor(found, device=device)
 
-    def reached(self) -> Tensor | None:
+    def saw_tokens(self) -> Tensor | None:
         """One bool per row: False where its tensor's counter says that no token was seen since the
         gradients were zeroed. None where nothing is counted: every row sees every token."""
-        if self._counted is None:
+        if self._token_counts is None:
             return None
-        rows, places = self._counted
+        rows, places = self._token_counts
         seen = torch.ones_like(self.counts, dtype=torch.bool)
         seen[rows] = self.gradients[places] > 0
         return seen
@@ -321,13 +325,13 @@ class MaskedAdamW:
 
     def _active(self) -> Tensor | None:
         """One bool per row, or None where everything is active."""
-        reached = self.reached()
-        active = reached
+        saw_tokens = self.saw_tokens()
+        active = saw_tokens
         if self._masks:
             every = torch.ones(1, dtype=torch.bool, device=self.values.device)
             active = torch.cat([*self._masks, every])[self._mask_of]
-            if reached is not None:
-                active &= reached
+            if saw_tokens is not None:
+                active &= saw_tokens
         return None if active is None or bool(active.all()) else active
 
     def _spread(self, per_row: Tensor) -> Tensor:

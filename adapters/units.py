@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from adapters.layers.experts import ExpertHost, StackedLinear
+from adapters.layers.experts import ExpertLayer, StackedLinear
 from adapters.layers.linear import AdaptedLinear
 
-Host = AdaptedLinear | ExpertHost
+AdaptedLayer = AdaptedLinear | ExpertLayer
 """What takes an adapter."""
 
 
@@ -83,12 +83,12 @@ def linear_names(model: nn.Module, heads: Sequence[str] = ()) -> list[str]:
     return names
 
 
-def layer_at(model: nn.Module, name: str) -> nn.Linear | Host:
+def layer_at(model: nn.Module, name: str) -> nn.Linear | AdaptedLayer:
     """The linear layer, or the place in a stack of experts, that `linear_names` calls so."""
     parent, _, last = name.rpartition(".")
     stack = model.get_submodule(parent)
     if isinstance(stack, StackedLinear):
-        return stack.hosts[int(last)]
+        return stack.layers[int(last)]
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear | AdaptedLinear)
     return layer
@@ -139,15 +139,15 @@ def make_units(model: nn.Module, names: Sequence[str]) -> list[Unit]:
     units = []
     for index, name in enumerate(names):
         block = next((path for path in layer_of if name.startswith(path + ".")), None)
-        host = layer_at(model, name)
+        layer = layer_at(model, name)
         units.append(
             Unit(
                 index=index,
                 name=name,
                 layer=None if block is None else layer_of[block],
                 kind=stem(name if block is None else name[len(block) + 1 :]),
-                out_features=host.out_features,
-                in_features=host.in_features,
+                out_features=layer.out_features,
+                in_features=layer.in_features,
             )
         )
     return units

@@ -46,7 +46,7 @@ from trainer.export.merge import write_shards
 from trainer.loading import load as backbones
 from trainer.loading.async_reader import read_into
 from trainer.loading.key_mapping import Layout
-from trainer.loading.spectral_init import Splitter
+from trainer.loading.spectral_init import SpectralInit
 from trainer.model.build import Backbone, load_tokenizer
 from trainer.model.footprint import GIB, peak_gib, release
 from trainer.run.launch import launched
@@ -91,7 +91,7 @@ def main() -> None:
         layers = arguments.layers or enough_layers(built(config, world))
         config = with_overrides(config, [f"model.overrides.num_hidden_layers={layers}"])
         model = built(config, world)
-        with world.together():
+        with world.all_or_none():
             if world.is_main:
                 write(model, arguments.folder, world.device)
         config = with_overrides(
@@ -236,9 +236,9 @@ def load(config: Config, world: World) -> tuple[int, dict[str, float]]:
     task = task_of(config)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     with tempfile.TemporaryDirectory() as cache:
-        splitter = Splitter(method, world, Path(cache)) if method.splits_weight else None
+        spectral_init = SpectralInit(method, world, Path(cache)) if method.splits_weight else None
         engine = make_engine(config, world, task)
-        loaded = backbones.load(config, task, engine, world, splitter)
+        loaded = backbones.load(config, task, engine, world, spectral_init)
     assert loaded.loading is not None
     mine = loaded.loading.bytes_read if world.is_main else 0  # all ranks' sum already
     return mine, loaded.loading.shares

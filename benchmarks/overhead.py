@@ -58,19 +58,19 @@ def steps(session: Session, count: int) -> Iterator[Update]:
     """The loop of a run, by hand, one step at a time."""
     config, method, optimizer = session.config, session.method, session.optimizer
     validate, batches = make_validate(session), iter(make_loader(session, session.world))
-    method.plan(count, lambda step: 1.0)
-    method.begin(optimizer, validate)
+    method.set_horizon(count, lambda step: 1.0)
+    method.on_train_begin(optimizer, validate)
 
     def decide(step: int) -> None:
         _, changed = consensus.decide_and_apply(method, step, session.world)
         if changed:
-            optimizer.follow(session.trainables())
+            optimizer.rebind_parameters(session.trainables())
 
     for step in range(count):
-        if method.steers == "forward":
+        if method.decides_before == "forward":
             decide(step)
         loss = accumulate(session, next(batches), step)
-        if method.steers == "update":
+        if method.decides_before == "update":
             decide(step)
         mean = session.engine.reduce(optimizer, loss)
         method.observe(step, optimizer)
@@ -88,7 +88,7 @@ def opened(
         [*JOB, *METHODS[name], f"run.steps={rounds}", f"run.name={name}", *overrides],
     )
     session = open_session(config, world)
-    planner.fit(session)
+    planner.make_plan(session)
     return session
 
 

@@ -29,7 +29,7 @@ from trainer.config.arguments import Parser, at_least, new_file
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.loading.load import in_groups
-from trainer.loading.materialize import assign, items_of
+from trainer.loading.materialize import assign, param_tasks
 from trainer.model.build import Backbone
 from trainer.model.footprint import peak_gib
 from trainer.run.launch import launched
@@ -138,10 +138,10 @@ def dealt(backbone: Backbone, world: World) -> list[list[tuple[int, Unit]]]:
     seen: set[int] = set()
     groups = []
     for group in [*in_groups(backbone.model, world), [("", backbone.model)]]:
-        items = items_of(backbone, group, seen)
+        items = param_tasks(backbone, group, seen)
         assign(items, world, splits=True)
         groups.append([
-            (item.reader, unit) for item in items for unit in item.units if not item.later
+            (item.reader, unit) for item in items for unit in item.units if not item.deferred
         ])  # fmt: skip
     return groups
 

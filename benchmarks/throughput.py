@@ -6,7 +6,7 @@
 Every rank runs `data.micro_batch_size` sequences of exactly `data.max_length` tokens, all learned.
 The step time is the median after two steps of warm-up, of whatever rank is slowest. `--layers`
 times models of so many layers only; two counts are carried on linearly to the whole depth. Such
-models keep no block whole unless `engine.whole_blocks` says so: there would be room for all.
+models keep no block whole unless `engine.unsharded_blocks` says so: there would be room for all.
 FLOPs are 4 per token and parameter that it meets (a frozen backbone: forward, and the gradient of
 the input), attention not counted. `--peer peft` runs PEFT with bitsandbytes on the same shapes.
 Under torchrun or the deepspeed launcher several ranks share the work.
@@ -27,7 +27,7 @@ from adapters.layers.linear import AdaptedLinear
 from trainer.config.arguments import Parser, at_least, counts, new_file
 from trainer.config.config import Config, with_overrides
 from trainer.distributed.world import World
-from trainer.memory.planner import fit
+from trainer.memory.planner import make_plan
 from trainer.model.build import Backbone, build, load_tokenizer
 from trainer.model.footprint import peak_gib, release
 from trainer.run.launch import launched
@@ -81,8 +81,8 @@ def main() -> None:
             timed = []
             for count in depths:
                 changes = [f"model.overrides.num_hidden_layers={count}"]
-                if count < whole and config.engine.whole_blocks == "auto":
-                    changes.append("engine.whole_blocks=0")
+                if count < whole and config.engine.unsharded_blocks == "auto":
+                    changes.append("engine.unsharded_blocks=0")
                 shorter = with_overrides(config, changes)
                 seconds, trainable = measure(
                     prepare, shorter, world, arguments.steps, arguments.profile
@@ -104,7 +104,7 @@ def ours(config: Config, world: World) -> tuple[Callable[[], None], int]:
     ids = torch.randint(3, min(vocabulary, 32000), shape(config), device=world.device)
     weight = ids.numel() - ids.shape[0]
     batch = Batch({"input_ids": ids}, ids, weight, ids.numel())
-    plan = fit(session, batch=batch)
+    plan = make_plan(session, batch=batch)
     for remark in (session.engine.gathers, plan):
         if world.is_main and remark:
             print(remark, flush=True)

@@ -7,7 +7,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from adapters.methods.base import Method, Start
+from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.registry import METHODS
 from adapters.optimizer import MaskedAdamW, Share, Trainable
 from trainer.config.config import Config
@@ -20,7 +20,7 @@ from trainer.engine.base import Engine
 from trainer.engine.select import make_engine
 from trainer.errors import UserError
 from trainer.loading import load as backbones
-from trainer.loading.spectral_init import Splitter
+from trainer.loading.spectral_init import SpectralInit
 from trainer.model import build
 from trainer.model.build import Backbone
 from trainer.tasks.base import Task
@@ -44,7 +44,7 @@ class Session:
     method: Method
     optimizer: MaskedAdamW
     watchdog: Watchdog
-    starts: Mapping[str, Start] | None
+    initial_adapters: Mapping[str, InitialAdapter] | None
     """Rank 0: what the method took out of the matrices, where it splits them."""
     initial_digest: str | None = None
     """SHA-256 of the file that keeps `starts`."""
@@ -73,14 +73,14 @@ def open_data(
     config: Config, world: World
 ) -> tuple[PreTrainedTokenizerBase, Task, TokenDataset, TokenDataset | None]:
     """Tokenizer, task and tokenised data; each node's first rank tokenises, the others follow."""
-    with world.together():
+    with world.all_or_none():
         tokenizer = build.load_tokenizer(config.model)
         task = TASKS[config.task.kind](config.task, tokenizer)
         if config.task.kind == "sequence_classification":
             task.learn_labels(read_labels(config.data.train, config.data.train_split, config.data))
     prepared = None
     for turn in (True, False):
-        with world.together():
+        with world.all_or_none():
             if (world.local_rank == 0) == turn:
                 prepared = _prepare(config.data, task)
     assert prepared is not None
@@ -110,30 +110,32 @@ def _prepare(data: DataOptions, task: Task) -> tuple[TokenDataset, TokenDataset 
 
 
 def open_session(
-    config: Config, world: World, starts: Mapping[str, Start] | None = None
+    config: Config, world: World, initial_adapters: Mapping[str, InitialAdapter] | None = None
 ) -> Session:
     """Load data and backbone, shard it, attach the method's adapters. The same on every rank.
 
     `starts`: the initial tensors of the run that is resumed, where its method splits matrices.
     """
     tokenizer, task, train_data, eval_data = open_data(config, world)
-    with world.together():  # what is wrong with the model shows without its weights
+    with world.all_or_none():  # what is wrong with the model shows without its weights
         backbones.check(config, task, world.device)
         left_out = _leave_out(config, len(train_data))
     engine = make_engine(config, world, task)
     method = METHODS[config.method.kind](config.method, config.run.seed)
-    splitter = None
+    spectral_init = None
     if method.splits_weight:
-        splitter = Splitter(method, world, cache_root(config.data) / "spectra", starts)
-    backbone = backbones.load(config, task, engine, world, splitter)
-    if splitter is not None:
-        starts = splitter.starts
-    method.attach(backbone.units, backbone.hosts, world.device, starts)
+        spectral_init = SpectralInit(
+            method, world, cache_root(config.data) / "spectra", initial_adapters
+        )
+    backbone = backbones.load(config, task, engine, world, spectral_init)
+    if spectral_init is not None:
+        initial_adapters = spectral_init.initial_adapters
+    method.attach(backbone.units, backbone.adapted_layers, world.device, initial_adapters)
     session = Session(
         config, world, tokenizer, task, train_data, eval_data, left_out, engine, backbone, method,
         optimizer=None,  # type: ignore[arg-type]  # follows at once, from the session's trainables
         watchdog=Watchdog(world, config.engine.timeout),
-        starts=starts if world.is_main else None,
+        initial_adapters=initial_adapters if world.is_main else None,
     )  # fmt: skip
     share = Share(world.rank, world.size, world.gather_parts_)
     session.optimizer = MaskedAdamW(
@@ -142,7 +144,7 @@ def open_session(
         betas=(config.optim.betas[0], config.optim.betas[1]),
         eps=config.optim.eps,
         weight_decay=config.optim.weight_decay,
-        gradual=method.wakes_gradually,
+        no_bias_correction=method.no_bias_correction,
         share=share if config.optim.shard_state else Share(),
     )
     return session

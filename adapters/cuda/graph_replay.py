@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Replayed:
+class GraphReplay:
     """`function` of tensors on a GPU, recorded as a CUDA graph when it is called the second time,
     and from then on replayed: the CPU launches once what it would otherwise launch one by one.
 
@@ -15,8 +15,8 @@ class Replayed:
     is called like any other.
     """
 
-    def __init__(self, function: Callable[..., Sequence[Tensor]], recorded: bool):
-        self._function, self._recorded = function, recorded
+    def __init__(self, function: Callable[..., Sequence[Tensor]], enabled: bool):
+        self._function, self._enabled = function, enabled
         self.forget()
 
     def forget(self) -> None:
@@ -25,7 +25,7 @@ class Replayed:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        if not (self._recorded and self._warm):
+        if not (self._enabled and self._warm):
             self._warm = True
             return self._function(*inputs)
         if self._graph is None:

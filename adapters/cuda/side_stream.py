@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 
-class Beside:
+class SideStream:
     """A stream of its own, behind the last `mark`. On a CPU, which has no queue, it is nothing."""
 
     def __init__(self, device: torch.device):
@@ -14,7 +14,7 @@ class Beside:
         self._stream: torch.cuda.Stream | None = None
         self._marked: torch.cuda.Event | None = None
 
-    def mark(self) -> None:
+    def record_event(self) -> None:
         """What is queued until here is needed."""
         if self._device.type == "cuda":
             self._marked = torch.cuda.Event()

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from adapters.formats.formats import FORMATS
 from adapters.gated import GatedAdapter
-from adapters.layers.handles import OpaqueHost, add_gradients, host_of
+from adapters.layers.handles import RegisteredLayer, add_gradients, layer_of
 from adapters.layers.linear import Dropout
 
 _RANK_MULTIPLE = 8
 """Grouped products want rows of 16 bytes; what is padded is zero and never trains."""
 
 
-class ExpertHost:
+class ExpertLayer:
     """The place of one expert's adapter in a stack: what `AdaptedLinear` is to a single matrix.
 
     No module, so that a stack's adapters, replicated on every rank, are never seen by a sharder.
@@ -56,7 +56,7 @@ class ExpertHost:
         return self.stack.tokens
 
 
-class StackedLinear(OpaqueHost):
+class StackedLinear(RegisteredLayer):
     """One projection of E experts: frozen `y = x W_eᵀ` in any weight format, E adapters at most.
 
     `weight` holds the packed matrix of all experts' rows (E · out, in).
@@ -67,7 +67,7 @@ class StackedLinear(OpaqueHost):
         self.experts, self.out_features, self.in_features = weight.shape
         self.weight_format = weight_format
         self.weight = weight
-        self.hosts = tuple(ExpertHost(self, index) for index in range(self.experts))
+        self.layers = tuple(ExpertLayer(self, index) for index in range(self.experts))
 
     @property
     def tokens(self) -> nn.Parameter:
@@ -134,13 +134,15 @@ class StackedLinear(OpaqueHost):
         dA = grouped(dz.T, x_kept, offsets)
         C32 = C.float()
         found = {"A": dA.float(), "B": gated(g.float(), C32)}
-        if any(host.adapter is not None and host.adapter.g.requires_grad for host in self.hosts):
+        if any(
+            layer.adapter is not None and layer.adapter.g.requires_grad for layer in self.layers
+        ):
             found["g"] = (C32 * B.float()).sum(2)
         add_gradients(
-            (getattr(host.adapter, role), gradients[expert, : host.adapter.rank])
+            (getattr(layer.adapter, role), gradients[expert, : layer.adapter.rank])
             for role, gradients in found.items()
-            for expert, host in enumerate(self.hosts)
-            if host.adapter is not None
+            for expert, layer in enumerate(self.layers)
+            if layer.adapter is not None
         )
         # Tokens that have no loss, padding among them, are not counted: their gradient is zero.
         matters = torch.linalg.vector_norm(dy, ord=torch.inf, dim=1) != 0
@@ -158,7 +160,7 @@ class StackedLinear(OpaqueHost):
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
         """A (E, R, in), g (E, R) and B (E, R, out): of drop(ΔW − ΔW₀) where ΔW₀ is spared."""
-        factors = self._stacked([host.adapter for host in self.hosts], dtype)
+        factors = self._stacked([layer.adapter for layer in self.layers], dtype)
         spared = self._spared(dtype) if factors is not None else None
         if factors is None or spared is None:
             return factors
@@ -170,14 +172,14 @@ class StackedLinear(OpaqueHost):
         """What a splitting method handed to the adapters, stacked, where there is dropout."""
         if self._dropout is None:
             return None
-        ranks = [0 if host.adapter is None else host.adapter.rank for host in self.hosts]
-        return self._stacked([host.initial for host in self.hosts], dtype, max(ranks))
+        ranks = [0 if layer.adapter is None else layer.adapter.rank for layer in self.layers]
+        return self._stacked([layer.initial for layer in self.layers], dtype, max(ranks))
 
     @property
     def _dropout(self) -> Dropout | None:
         if not self.training:
             return None
-        return next((host.dropout for host in self.hosts if host.dropout is not None), None)
+        return next((layer.dropout for layer in self.layers if layer.dropout is not None), None)
 
     def _dropped_input(self, x: Tensor) -> Tensor:
         dropout = self._dropout
@@ -187,7 +189,7 @@ class StackedLinear(OpaqueHost):
         dropout = self._dropout
         if dropout is None or dropout.on_input:
             return z
-        return dropout(z, paired=any(host.initial is not None for host in self.hosts))
+        return dropout(z, paired=any(layer.initial is not None for layer in self.layers))
 
     def _stacked(
         self, adapters: Sequence[GatedAdapter | None], dtype: torch.dtype, least: int = 0
@@ -303,7 +305,7 @@ def grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
 @torch.library.custom_op("rankcast::hosted_experts", mutates_args=())
 def hosted_experts(x: Tensor, offsets: Tensor, handle: Tensor, out_features: int) -> Tensor:
     """(rows, in) → (rows, out)."""
-    stack: StackedLinear = host_of(handle)
+    stack: StackedLinear = layer_of(handle)
     y = grouped(x, stack.dequantised(x.dtype).mT, offsets)
     added = stack.low_rank(x, offsets)
     return y if added is None else y.add_(added)
@@ -319,7 +321,7 @@ def hosted_experts_backward(
     dy: Tensor, x: Tensor, offsets: Tensor, handle: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dx (rows, in), and a 0 for the handle as in `linear.py`."""
-    stack: StackedLinear = host_of(handle)
+    stack: StackedLinear = layer_of(handle)
     dy = dy.contiguous()
     dx = grouped(dy, stack.dequantised(x.dtype), offsets)
     added = stack.low_rank_backward(dy, x, offsets)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_hosts: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+_layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-class OpaqueHost(nn.Module):
+class RegisteredLayer(nn.Module):
     """A module whose operator finds it by `handle`, a float64 scalar on the CPU."""
 
     handle: Tensor
@@ -32,7 +32,7 @@ class OpaqueHost(nn.Module):
 
     def _register(self) -> None:
         number = next(_numbers)
-        _hosts[number] = self
+        _layers[number] = self
         # Past nn.Module's registration: it is no part of the backbone, and stays on the CPU.
         self.__dict__["handle"] = torch.tensor(
             float(number), dtype=torch.float64, device="cpu", requires_grad=True
@@ -43,9 +43,9 @@ class OpaqueHost(nn.Module):
         self._register()
 
 
-def host_of(handle: Tensor) -> Any:
+def layer_of(handle: Tensor) -> Any:
     """The host that hands out this handle."""
-    return _hosts[int(handle)]
+    return _layers[int(handle)]
 
 
 def add_gradients(found: Iterable[tuple[nn.Parameter, Tensor]]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from adapters.formats.formats import FORMATS, LowRank
 from adapters.gated import GatedAdapter
-from adapters.layers.handles import OpaqueHost, add_gradients, host_of
+from adapters.layers.handles import RegisteredLayer, add_gradients, layer_of
 
 
 class Dropout:
@@ -45,7 +45,7 @@ class Dropout:
         return x * (torch.cat([keep, keep], dim=-1) if paired else keep)
 
 
-class AdaptedLinear(OpaqueHost):
+class AdaptedLinear(RegisteredLayer):
     """Frozen `y = x Wᵀ + bias` in any weight format, with room for one gated adapter.
 
     Takes the place of an `nn.Linear`. `weight` holds the packed matrix (see `weights.py`).
@@ -172,10 +172,10 @@ class AdaptedLinear(OpaqueHost):
 @torch.library.custom_op("rankcast::hosted_linear", mutates_args=())
 def hosted_linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
     """(…, in) → (…, out)."""
-    host: AdaptedLinear = host_of(handle)
+    layer: AdaptedLinear = layer_of(handle)
     rows = x.reshape(-1, x.shape[-1])
-    y = FORMATS[host.weight_format].forward(
-        rows, host.weight, host.matrix_shape, host.bias, host.low_rank(rows)
+    y = FORMATS[layer.weight_format].forward(
+        rows, layer.weight, layer.matrix_shape, layer.bias, layer.low_rank(rows)
     )
     return y.view(*x.shape[:-1], out_features)
 
@@ -191,12 +191,12 @@ def hosted_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx (…, in), empty where not needed; a 0 for the handle, which keeps a compiler from
     leaving the call out."""
-    host: AdaptedLinear = host_of(handle)
+    layer: AdaptedLinear = layer_of(handle)
     dy2, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    low_rank, dropped = host.low_rank_backward(dy2, rows, need_x)
+    low_rank, dropped = layer.low_rank_backward(dy2, rows, need_x)
     if not need_x:
         return x.new_empty(0), torch.zeros_like(handle)
-    dx = FORMATS[host.weight_format].backward(dy2, host.weight, host.matrix_shape, low_rank)
+    dx = FORMATS[layer.weight_format].backward(dy2, layer.weight, layer.matrix_shape, low_rank)
     if dropped is not None:
         dx += dropped
     return dx.view(x.shape), torch.zeros_like(handle)

@@ -97,7 +97,7 @@ class AdaLoRA(Method):
         self._scores: Tensor | None = None  # S (n, R)
         self._kept = 0  # components in use; 0 before the first pruning
 
-    def start(self, unit, generator):
+    def init_adapter(self, unit, generator):
         rank = self.options.components
         A = torch.empty(rank, unit.in_features).normal_(0.0, 0.02, generator=generator)
         B = torch.empty(rank, unit.out_features).normal_(0.0, 0.02, generator=generator)
@@ -192,10 +192,10 @@ class AdaLoRA(Method):
         flags = np.zeros(len(by_unit) * R, dtype=bool)
         flags[places] = True
         kept = torch.from_numpy(flags)
-        self.rows.write_gates(self.rows.gates * kept.to(self.device))
+        self.mask_table.write_gates(self.mask_table.gates * kept.to(self.device))
         self._kept = len(places)
         if decision["final"]:  # what was pruned stays out
-            self.rows.masks.copy_(kept)
+            self.mask_table.masks.copy_(kept)
         return False
 
     def scalars(self):

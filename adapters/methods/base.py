@@ -16,13 +16,13 @@ from torch import Tensor
 
 from adapters import seeds
 from adapters.gated import GatedAdapter
-from adapters.layers.experts import ExpertHost
+from adapters.layers.experts import ExpertLayer
 from adapters.layers.linear import Dropout
-from adapters.mask_table import Rows
+from adapters.mask_table import MaskTable
 from adapters.optimizer import MaskedAdamW, Trainable
 from adapters.options import Section
 from adapters.spectral import Triplets
-from adapters.units import Host, Unit, stem
+from adapters.units import AdaptedLayer, Unit, stem
 
 Decision = dict[str, Any]
 """Plain data (numbers, strings, lists, dicts): what rank 0 decided, the same for every rank."""
@@ -86,7 +86,7 @@ def check_fits(key: str, rank: int, units: Sequence[Unit]) -> None:
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialAdapter:
     """What was taken out of a unit's W to become its adapter, and W's singular values."""
 
     adapter: GatedAdapter
@@ -99,7 +99,7 @@ class Method:
     Options: ClassVar[type[MethodOptions]]
     decides: ClassVar[bool] = False
     """Whether `decide` ever has anything to say."""
-    steers: ClassVar[Literal["forward", "update"]] = "forward"
+    decides_before: ClassVar[Literal["forward", "update"]] = "forward"
     """What a decision changes: the step's forward pass; or only which components its update moves,
     so that it may be made while the gradients are still being computed."""
     splits_weight: ClassVar[bool] = False
@@ -111,25 +111,25 @@ class Method:
     """Whether gates have gradients that the method uses itself; the optimizer leaves them alone."""
     learns_gates: ClassVar[bool] = False
     """Whether the optimizer trains g."""
-    wakes_gradually: ClassVar[bool] = False
+    no_bias_correction: ClassVar[bool] = False
     """Whether a component's first steps are short (`adapters/optimizer.py`)."""
 
     def __init__(self, options: Any, seed: int):
         self.options = options
         self.seed = seed
         self.units: list[Unit] = []
-        self.hosts: Mapping[str, Host] = {}
+        self.adapted_layers: Mapping[str, AdaptedLayer] = {}
         self.adapters: dict[str, GatedAdapter] = {}
         self.spectra: dict[str, Tensor] = {}
         self.device = torch.device("cpu")
         self.steps = 0
         self._rate: Callable[[int], float] = lambda step: 1.0
         self._dropout_seed = torch.zeros((), dtype=torch.int64)
-        self._rows: Rows | None = None
+        self._mask_table: MaskTable | None = None
 
     # --- how a unit starts -------------------------------------------------------------------
 
-    def start(self, unit: Unit, generator: torch.Generator) -> GatedAdapter:
+    def init_adapter(self, unit: Unit, generator: torch.Generator) -> GatedAdapter:
         """The adapter that `unit` starts with, on the CPU; draws only from `generator`."""
         raise NotImplementedError
 
@@ -144,23 +144,23 @@ class Method:
     def attach(
         self,
         units: Sequence[Unit],
-        hosts: Mapping[str, Host],
+        adapted_layers: Mapping[str, AdaptedLayer],
         device: torch.device,
-        starts: Mapping[str, Start] | None = None,
+        initial_adapters: Mapping[str, InitialAdapter] | None = None,
     ) -> None:
         """Give every host its adapter, the same on every rank and for every world size.
 
         `starts`: what was taken out of the matrices while they were loaded, where the method
         splits them.
         """
-        self.units, self.hosts, self.device = list(units), hosts, device
+        self.units, self.adapted_layers, self.device = list(units), adapted_layers, device
         for unit in units:
             if self.splits_weight:
-                assert starts is not None
-                adapter = starts[unit.name].adapter.copy()
-                self.spectra[unit.name] = starts[unit.name].spectrum
+                assert initial_adapters is not None
+                adapter = initial_adapters[unit.name].adapter.copy()
+                self.spectra[unit.name] = initial_adapters[unit.name].spectrum
             else:
-                adapter = self.start(unit, self.generator(unit))
+                adapter = self.init_adapter(unit, self.generator(unit))
             self._place(unit, adapter)
 
     def generator(self, unit: Unit, purpose: int = 0) -> torch.Generator:
@@ -169,23 +169,23 @@ class Method:
 
     def _place(self, unit: Unit, adapter: GatedAdapter) -> None:
         """Hand an adapter to its host, in place of the one that is there."""
-        host = self.hosts[unit.name]
+        layer = self.adapted_layers[unit.name]
         taken_out = adapter.copy() if self.splits_weight and self.options.dropout > 0 else None
         adapter = adapter.to(self.device).requires_grad_(True)
         adapter.g.requires_grad_(self.learns_gates or self.observes_gates)
-        host.adapter = self.adapters[unit.name] = adapter
-        self._rows = None
+        layer.adapter = self.adapters[unit.name] = adapter
+        self._mask_table = None
         if self.options.dropout > 0:
             on_input = self.options.dropout_on == "input"
-            host.dropout = Dropout(self.options.dropout, on_input, self._dropout_seed, unit.index)
+            layer.dropout = Dropout(self.options.dropout, on_input, self._dropout_seed, unit.index)
             # The initial bank is a part of W; only what was learned on top of it may be dropped.
-            host.initial = None if taken_out is None else taken_out.to(self.device)
+            layer.initial = None if taken_out is None else taken_out.to(self.device)
 
     def _remove(self, name: str) -> None:
         """Take a unit's adapter away for good."""
-        self.hosts[name].adapter = None
+        self.adapted_layers[name].adapter = None
         del self.adapters[name]
-        self._rows = None
+        self._mask_table = None
 
     def resize(self, ranks: Mapping[str, int]) -> bool:
         """Make room for a checkpoint's adapters, given each one's R; True if tensors changed."""
@@ -205,48 +205,50 @@ class Method:
         return changed
 
     @property
-    def rows(self) -> Rows:
+    def mask_table(self) -> MaskTable:
         """Masks and gates of all adapters, one tensor each."""
-        if self._rows is None:
-            self._rows = Rows(self.adapters.values())
-        return self._rows
+        if self._mask_table is None:
+            self._mask_table = MaskTable(self.adapters.values())
+        return self._mask_table
 
     # --- what trains ---------------------------------------------------------------------------
 
     def trainables(self) -> list[Trainable]:
         """The tensors that the optimizer holds, with their masks."""
         found = []
-        for (name, adapter), mask in zip(self.adapters.items(), self.rows.by_adapter, strict=True):
+        for (name, adapter), mask in zip(
+            self.adapters.items(), self.mask_table.by_adapter, strict=True
+        ):
             if adapter.rank == 0:
                 continue
             for role in ("A", "g", "B"):
                 parameter = getattr(adapter, role)
                 if parameter.requires_grad:
                     found.append(self.trainable(f"{name}.{role}", role, parameter, mask))
-        return found + self._counters()
+        return found + self._token_counters()
 
-    def _counters(self) -> list[Trainable]:
+    def _token_counters(self) -> list[Trainable]:
         """What counts the tokens of every expert; none for a matrix that sees all of them."""
         stacks = {
-            stem(name): host.tokens
-            for name, host in self.hosts.items()
-            if name in self.adapters and isinstance(host, ExpertHost)
+            stem(name): layer.tokens
+            for name, layer in self.adapted_layers.items()
+            if name in self.adapters and isinstance(layer, ExpertLayer)
         }
         return [Trainable(f"{name}.tokens", p, observed=True) for name, p in stacks.items()]
 
     def trainable(self, name: str, role: str, parameter: Any, mask: Tensor) -> Trainable:
         """How one tensor trains."""
-        host = self.hosts[name.rpartition(".")[0]]
+        layer = self.adapted_layers[name.rpartition(".")[0]]
         return Trainable(
             name, parameter, mask, observed=role == "g" and self.observes_gates,
-            counter=(host.tokens, host.index) if isinstance(host, ExpertHost) else None,
+            token_counter=(layer.tokens, layer.index) if isinstance(layer, ExpertLayer) else None,
         )  # fmt: skip
 
     def active_parameters(self) -> int:
         """Trained scalars whose component is active in this step."""
         if not self.adapters:
             return 0
-        masks = self.rows.masks.cpu()
+        masks = self.mask_table.masks.cpu()
         ranks = [adapter.rank for adapter in self.adapters.values()]
         gates = int(self.learns_gates)
         return sum(
@@ -265,11 +267,11 @@ class Method:
 
     # --- decisions -----------------------------------------------------------------------------
 
-    def plan(self, steps: int, rate: Callable[[int], float]) -> None:
+    def set_horizon(self, steps: int, rate: Callable[[int], float]) -> None:
         """Before training: the run's length, and the learning rate of a step over its peak."""
         self.steps, self._rate = steps, rate
 
-    def begin(self, optimizer: MaskedAdamW, validate: Validate) -> None:
+    def on_train_begin(self, optimizer: MaskedAdamW, validate: Validate) -> None:
         """Every rank, once, before the first step of a new run."""
 
     def due(self, step: int) -> bool:

@@ -41,7 +41,7 @@ class DyLoRA(Method):
     Options = DyLoRAOptions
     decides = True
 
-    def start(self, unit, generator):
+    def init_adapter(self, unit, generator):
         return fresh(unit, self.options.rank, self.options.alpha / self.options.rank, generator)
 
     def due(self, step):
@@ -66,19 +66,19 @@ class DyLoRA(Method):
         b = decision["ranks"]["all"]
         index = torch.arange(self.options.rank)
         trained = index == b - 1 if self.options.only_bth else index < b
-        self.rows.write_gates(_gates(self.options, b).repeat(len(self.adapters)))
-        self.rows.masks.copy_(trained.repeat(len(self.adapters)))
+        self.mask_table.write_gates(_gates(self.options, b).repeat(len(self.adapters)))
+        self.mask_table.masks.copy_(trained.repeat(len(self.adapters)))
         return False
 
     @contextmanager
     def inference(self):
-        held = self.rows.gates.clone()
+        held = self.mask_table.gates.clone()
         gates = _gates(self.options, self.options.export_rank or self.options.rank)
-        self.rows.write_gates(gates.repeat(len(self.adapters)))
+        self.mask_table.write_gates(gates.repeat(len(self.adapters)))
         try:
             yield
         finally:
-            self.rows.write_gates(held)
+            self.mask_table.write_gates(held)
 
     @classmethod
     def inference_gates(cls, options, gates):

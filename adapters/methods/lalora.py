@@ -84,7 +84,7 @@ class LaLoRA(Method):
         self._previous_squares = np.zeros(0)  # of the decision before
         self._initial = np.zeros(0)  # ‖A_u‖² at the start
 
-    def start(self, unit, generator):
+    def init_adapter(self, unit, generator):
         adapter = fresh(unit, self.options.rank, self._scale, generator)
         adapter.mask[1:] = False
         adapter.g.data[1:] = 0.0
@@ -94,14 +94,14 @@ class LaLoRA(Method):
     def _scale(self) -> float:
         return self.options.alpha / self.options.rank
 
-    def attach(self, units, hosts, device, starts=None):
-        super().attach(units, hosts, device, starts)
+    def attach(self, units, adapted_layers, device, initial_adapters=None):
+        super().attach(units, adapted_layers, device, initial_adapters)
         numbers = sorted({unit.layer for unit in units if unit.layer is not None})
         place = {layer: index for index, layer in enumerate(numbers)}
         self.layers = numbers
         self._layer_of = np.array([place[unit.layer] for unit in units])
 
-    def begin(self, optimizer, validate):
+    def on_train_begin(self, optimizer, validate):
         self._squares = self._component_sums(optimizer, optimizer.values)
 
     def due(self, step):
@@ -208,8 +208,8 @@ class LaLoRA(Method):
         ranks = [decision["ranks"][str(unit.layer)] for unit in self.units]
         self._applied = decision
         used = torch.arange(self.options.rank) < torch.tensor(ranks).unsqueeze(1)
-        self.rows.masks.copy_(used.flatten())
-        self.rows.write_gates(used.flatten() * self._scale)
+        self.mask_table.masks.copy_(used.flatten())
+        self.mask_table.write_gates(used.flatten() * self._scale)
         return False
 
     def scalars(self):

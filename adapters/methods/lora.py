@@ -40,7 +40,7 @@ class LoRA(Method):
 
     Options = LoRAOptions
 
-    def start(self, unit, generator):
+    def init_adapter(self, unit, generator):
         options = self.options
         divisor = math.sqrt(options.rank) if options.rank_stabilized else options.rank
         return fresh(unit, options.rank, options.alpha / divisor, generator)

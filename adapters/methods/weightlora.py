@@ -140,7 +140,7 @@ class RLoRA(Method):
     selected = False
     """Whether phase 2 has begun."""
 
-    def start(self, unit, generator):
+    def init_adapter(self, unit, generator):
         return fresh(unit, self.options.rank, self.scale, generator)
 
     @property
@@ -221,8 +221,8 @@ class WeightLoRA(RLoRA):
     def observes_gates(self):  # type: ignore[override]
         return not self.selected
 
-    def attach(self, units, hosts, device, starts=None):
-        super().attach(units, hosts, device, starts)
+    def attach(self, units, adapted_layers, device, initial_adapters=None):
+        super().attach(units, adapted_layers, device, initial_adapters)
         self._offset = np.zeros(len(self.units))
 
     def observe(self, step, optimizer):
@@ -289,8 +289,8 @@ class WeightLoRA(RLoRA):
         omega = torch.tensor([decision["omega"][name] for name in self.adapters])
         self._omega = list(decision["omega"].values())
         omega = omega.repeat_interleave(self.options.rank)
-        self.rows.write_gates(omega * self.scale)
-        self.rows.masks.copy_(omega != 0)
+        self.mask_table.write_gates(omega * self.scale)
+        self.mask_table.masks.copy_(omega != 0)
         return False
 
     def scalars(self):

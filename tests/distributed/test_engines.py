@@ -145,7 +145,7 @@ def test_blocks_that_stay_whole_change_nothing_but_memory(tmp_path, engine, fmt)
         "model.overrides.num_hidden_layers=4", "model.overrides.hidden_size=256",
         "model.overrides.intermediate_size=512", "data.eval=null", "method.alpha=8",
     )  # fmt: skip
-    case = {"whole": ("whole_blocks", config.model_dump())}
+    case = {"whole": ("unsharded_blocks", config.model_dump())}
     for rank in ok(run_cases(tmp_path, case)["whole"]):
         none, two, four, one, again = rank
         for found in (two, four, one, again):
@@ -162,7 +162,7 @@ def test_blocks_that_stay_whole_change_nothing_but_memory(tmp_path, engine, fmt)
 def test_as_many_blocks_stay_whole_as_were_asked_for(tmp_path, engine):
     cases = {
         f"whole-{whole}": ("shard", quick_config(
-            tmp_path, f"engine.kind={engine}", f"run.name=whole-{whole}", f"engine.whole_blocks={whole}",
+            tmp_path, f"engine.kind={engine}", f"run.name=whole-{whole}", f"engine.unsharded_blocks={whole}",
             "model.weights=random", "model.overrides.num_hidden_layers=4", "data.train_records=8",
         ).model_dump()) for whole in (0, 1, 3, 5)
     }  # fmt: skip
@@ -171,7 +171,7 @@ def test_as_many_blocks_stay_whole_as_were_asked_for(tmp_path, engine):
     for none, one, three in zip(held[0], held[1], held[3], strict=True):
         assert three - none == 3 * (one - none) > 0
     first, other = results["whole-5"]
-    assert "engine.whole_blocks: 5 given; accepted: at most 4" in first["message"]
+    assert "engine.unsharded_blocks: 5 given; accepted: at most 4" in first["message"]
     assert other["exit_code"] == first["exit_code"] != 0
 
 

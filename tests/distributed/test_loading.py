@@ -72,7 +72,7 @@ def regions(tmp, model: str) -> list[tuple[str, int, int]]:
     ("model", "variant", "engine"),
     [
         *product(MODELS, VARIANTS, ENGINES),
-        *product(MODELS, ON_TWO_HOSTS, ["hosts"]),
+        *product(MODELS, ON_TWO_HOSTS, ["layers"]),
     ],
 )
 def test_each_byte_is_read_once_and_all_have_what_one_process_has(loads, model, variant, engine):
@@ -81,7 +81,7 @@ def test_each_byte_is_read_once_and_all_have_what_one_process_has(loads, model, 
     ranks, alone = ok(results[name]), expected[f"{model}-{variant}"]
     whole = regions(tmp, model)
     assert sorted(map(tuple, alone["pieces"])) == whole
-    if engine == "hosts":
+    if engine == "layers":
         assert all(sorted(map(tuple, rank["pieces"])) == whole for rank in ranks)
     else:
         assert sorted(tuple(piece) for rank in ranks for piece in rank["pieces"]) == whole

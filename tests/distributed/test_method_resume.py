@@ -304,8 +304,10 @@ def inputs() -> torch.Tensor:
 @torch.no_grad()
 def own_logits(config: Config, step: int) -> torch.Tensor:
     """Logits of the trained session itself."""
-    starts = checkpoint.read_starts(saved(config, step), verify(saved(config, step)))
-    session = open_session(config, World(), starts)
+    initial_adapters = checkpoint.read_initial_adapters(
+        saved(config, step), verify(saved(config, step))
+    )
+    session = open_session(config, World(), initial_adapters)
     checkpoint.load_trained(session, saved(config, step), read_tensors(saved(config, step)))
     session.model.eval()
     with session.method.inference():

@@ -36,7 +36,7 @@ from trainer.distributed import world as distributed
 from trainer.distributed.world import World
 from trainer.engine.peer_memory import open_window
 from trainer.loading import async_reader
-from trainer.memory.planner import fit
+from trainer.memory.planner import make_plan
 from trainer.run.run import run
 from trainer.session import Session, open_session
 from trainer.training.evaluation import evaluate_saved
@@ -87,10 +87,12 @@ def kept_for_backward(world: World, config: dict[str, Any]) -> list[int]:
         ):
             session.task.loss(session.model, batch)
     weights = {storage.data_ptr() for storage in used if storage.nbytes()}  # FSDP2 empties them
-    kept = [t for t in saved if t.untyped_storage().nbytes()]
-    hosts = [m for m in session.model.modules() if isinstance(m, AdaptedLinear | torch.nn.Linear)]
-    shapes = {(host.out_features, host.in_features) for host in hosts}
-    looks_so = [tuple(t.shape) in shapes or t.untyped_storage().data_ptr() in weights for t in kept]
+    saved = [t for t in saved if t.untyped_storage().nbytes()]
+    layers = [m for m in session.model.modules() if isinstance(m, AdaptedLinear | torch.nn.Linear)]
+    shapes = {(host.out_features, host.in_features) for host in layers}
+    looks_so = [
+        tuple(t.shape) in shapes or t.untyped_storage().data_ptr() in weights for t in saved
+    ]
     return [len(used), sum(looks_so)]
 
 
@@ -166,7 +168,7 @@ def _digests(session: Session) -> dict[str, str]:
     return digests
 
 
-def whole_blocks(world: World, config: dict[str, Any]) -> list[dict[str, Any]]:
+def unsharded_blocks(world: World, config: dict[str, Any]) -> list[dict[str, Any]]:
     """For several numbers of blocks that stay whole, one after the other in one session: bytes of
     the backbone here, the loss of an evaluation, the digest of a step's gradients, and those of
     all matrices."""
@@ -174,7 +176,7 @@ def whole_blocks(world: World, config: dict[str, Any]) -> list[dict[str, Any]]:
     step = next(iter(make_loader(session, world)))
     engine, found = session.engine, []
     for count in (0, 2, 4, 1, 0):
-        engine.keep_whole(count)
+        engine.keep_unsharded(count)
         for _ in range(2):
             session.optimizer.zero_grad()
             accumulate(session, step, 0)
@@ -192,9 +194,9 @@ def whole_blocks(world: World, config: dict[str, Any]) -> list[dict[str, Any]]:
 
 def planned(world: World, config: dict[str, Any]) -> list[int]:
     """On a GPU, of the plan: blocks, those that keep their activations, those that stay whole."""
-    plan = fit(open_session(parse_config(config), world))
+    plan = make_plan(open_session(parse_config(config), world))
     assert plan is not None
-    return [plan.blocks, plan.kept, plan.whole]
+    return [plan.blocks, plan.saved, plan.unsharded]
 
 
 def loaded(world: World, argument: dict[str, Any]) -> dict[str, Any]:
@@ -325,12 +327,12 @@ def drive(session: Session, *, copies: bool = True):
     config, method, optimizer = session.config, session.method, session.optimizer
     steps, validate = config.run.steps or 1, make_validate(session)
     batches = iter(make_loader(session, session.world))
-    method.plan(steps, lambda step: 1.0)
-    method.begin(optimizer, validate)
+    method.set_horizon(steps, lambda step: 1.0)
+    method.on_train_begin(optimizer, validate)
     for step in range(steps):
         _, changed = consensus.decide_and_apply(method, step, session.world)
         if changed:
-            optimizer.follow(session.trainables())
+            optimizer.rebind_parameters(session.trainables())
         before = snapshot(session) if copies else {}
         loss = session.engine.reduce(optimizer, accumulate(session, next(batches), step))
         method.observe(step, optimizer)
@@ -395,7 +397,7 @@ CASES = {
     "shard": shard,
     "gathered": gathered,
     "windows": windows,
-    "whole_blocks": whole_blocks,
+    "unsharded_blocks": unsharded_blocks,
     "planned": planned,
     "loaded": loaded,
     "train_only": train_only,

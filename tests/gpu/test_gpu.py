@@ -18,7 +18,7 @@ from tests.unit.test_experts import reference as one_by_one
 from tests.unit.test_linear import gradients, host, reference
 from trainer.config.config import load_config
 from trainer.distributed import world as distributed
-from trainer.memory.planner import fit, largest_batch, lower
+from trainer.memory.planner import largest_batch, make_plan, reduce_plan
 from trainer.run.run import run
 from trainer.session import open_session
 
@@ -54,7 +54,7 @@ def test_grouped_products_equal_one_expert_after_the_other(routing, dtype):
     plain = [expected, *stack_gradients(stack, x, expected)]
     moved = torch.nn.Parameter(stack.pack(W.cuda().to(dtype), dtype), requires_grad=False)
     stack.weight = moved
-    for place in stack.hosts:
+    for place in stack.layers:
         if place.adapter is not None:
             place.adapter.cuda()
     y = stack(x.cuda().to(dtype), offsets_of(counts).cuda())
@@ -146,16 +146,16 @@ def test_blocks_are_compiled_once_for_a_whole_run(kind, tmp_path):
 def test_more_activations_than_fit_are_planned_and_an_error_lowers_the_plan(tmp_path):
     config = quick_config(tmp_path, "engine.device=cuda", "model.dtype=float32")
     session = open_session(config, distributed.start("cuda"))
-    plan = fit(session)
+    plan = make_plan(session)
     blocks = session.backbone.blocks
-    assert plan.kept == len(blocks)  # a small model
+    assert plan.saved == len(blocks)  # a small model
     torch.cuda.reset_peak_memory_stats()
     longest = int(session.train_data.lengths.max())
     batch = largest_batch(session.task, config.data, longest, config.data.micro_batch_size)
     loss, _ = session.task.loss(session.model, batch.to(torch.device("cuda")))
     session.engine.backward(loss)
     assert torch.cuda.max_memory_allocated() == pytest.approx(plan.peak, rel=0.1)
-    assert "keep their activations" in lower(session) and blocks.kept == len(blocks) - 1
+    assert "keep their activations" in reduce_plan(session) and blocks.saved == len(blocks) - 1
 
 
 def test_activations_wait_on_the_host(tmp_path, monkeypatch):
@@ -171,22 +171,22 @@ def test_activations_wait_on_the_host(tmp_path, monkeypatch):
     for adapter in session.method.adapters.values():
         adapter.B.data.fill_(0.01)
     blocks = session.backbone.blocks
-    plan = fit(session)
-    assert (plan.kept, plan.moved) == (6, 0)  # there is room
+    plan = make_plan(session)
+    assert (plan.saved, plan.offloaded) == (6, 0)  # there is room
     batch = largest_batch(session.task, config.data, 512, 2).to(torch.device("cuda"))
     found = {}
-    for kept, moved in ((6, 0), (2, 4), (1, 3), (2, 4)):
-        blocks.keep(kept, moved, 2**26)
+    for saved, moved in ((6, 0), (2, 4), (1, 3), (2, 4)):
+        blocks.keep(saved, moved, 2**26)
         for _ in range(3):  # no synchronisation in between: places and memory are used again
             session.optimizer.zero_grad()
             loss, _ = session.task.loss(session.model, batch)
             blocks.host.settle()
             held = torch.cuda.memory_allocated()
             session.engine.backward(loss)
-        found[kept, moved] = held, session.optimizer.gradients.clone()
-    for (kept, _), (held, computed) in found.items():
+        found[saved, moved] = held, session.optimizer.gradients.clone()
+    for (saved, _), (held, computed) in found.items():
         assert torch.equal(computed, found[6, 0][1])
-        assert kept == 6 or held < found[6, 0][0]
+        assert saved == 6 or held < found[6, 0][0]
 
 
 @pytest.mark.parametrize("changes", [
@@ -282,9 +282,9 @@ def test_engines_train_alike(fmt, tmp_path):
     ).model_dump())  # fmt: skip
     for name, engine, *changes in [
         ("peer-whole", "peer"), ("fsdp2-whole", "fsdp2"),  # all blocks, since there is room
-        ("kernels", "fsdp2", "engine.copy_engines=false", "engine.whole_blocks=0"),
-        ("copies", "fsdp2", "engine.copy_engines=true", "engine.whole_blocks=0"),
-        ("copies-whole", "fsdp2", "engine.copy_engines=true", "engine.whole_blocks=3"),
+        ("kernels", "fsdp2", "engine.copy_engines=false", "engine.unsharded_blocks=0"),
+        ("copies", "fsdp2", "engine.copy_engines=true", "engine.unsharded_blocks=0"),
+        ("copies-whole", "fsdp2", "engine.copy_engines=true", "engine.unsharded_blocks=3"),
     ]:  # fmt: skip
         cases[name] = ("train_only", quick_config(
             tmp_path, f"run.name={name}", "run.steps=10", f"engine.kind={engine}", *changes,
@@ -320,7 +320,7 @@ def test_a_policy_is_recorded_while_copy_engines_gather(tmp_path):
     policy = ["method.kind=lelora", "method.rank=4"]
     ddp, fsdp2 = trained_on_two(tmp_path, {
         "ddp": [*policy, "engine.kind=ddp"],
-        "fsdp2": [*policy, "engine.kind=fsdp2", "engine.copy_engines=true", "engine.whole_blocks=0"],
+        "fsdp2": [*policy, "engine.kind=fsdp2", "engine.copy_engines=true", "engine.unsharded_blocks=0"],
     })  # fmt: skip
     assert fsdp2 == pytest.approx(ddp, rel=1e-3)
 

@@ -87,7 +87,7 @@ def test_quantised_logits_are_those_of_the_dequantised_matrices(quantization, tm
     config = quick_config(tmp_path, f"model.quantization={quantization}")
     backbone, _ = load(config)
     reference = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    for path, host in backbone.hosts.items():
+    for path, host in backbone.adapted_layers.items():
         linear = reference.get_submodule(path)
         packed = FORMATS[quantization].pack(linear.weight.detach(), torch.float32)
         restored = FORMATS[quantization].unpack(packed, tuple(linear.weight.shape), torch.float32)
@@ -113,7 +113,7 @@ def test_tied_head_stays_tied_and_can_host_an_adapter(tmp_path):
     model = backbone.model
     assert model.lm_head.weight is model.get_input_embeddings().weight
     method = METHODS["lora"](config.method, 0)
-    method.attach(backbone.units, backbone.hosts, torch.device("cpu"))
+    method.attach(backbone.units, backbone.adapted_layers, torch.device("cpu"))
     before = model(inputs()).logits.detach()
     method.adapters["lm_head"].B.data.normal_()
     assert not torch.allclose(model(inputs()).logits, before)
@@ -127,7 +127,7 @@ def test_fresh_adapters_change_nothing_and_are_the_same_on_every_rank(tmp_path):
         backbone.model.eval()
         before = backbone.model(inputs()).logits
         method = METHODS["lora"](config.method, config.run.seed)
-        method.attach(backbone.units, backbone.hosts, torch.device("cpu"))
+        method.attach(backbone.units, backbone.adapted_layers, torch.device("cpu"))
         assert torch.equal(backbone.model(inputs()).logits, before)
         adapters.append(method.adapters)
     for name, adapter in adapters[0].items():
@@ -145,7 +145,7 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path):
         )
         backbone, _ = load(config)
         method = METHODS["lora"](config.method, 0)
-        method.attach(backbone.units, backbone.hosts, torch.device("cpu"))
+        method.attach(backbone.units, backbone.adapted_layers, torch.device("cpu"))
         for adapter in method.adapters.values():
             adapter.B.data.fill_(0.01)
         method.set_dropout_seed(3, 1)

@@ -8,7 +8,7 @@ from tests.helpers import losses, quick_config
 from trainer.distributed.world import World
 from trainer.errors import RunFailed
 from trainer.memory import planner
-from trainer.model.footprint import fitting
+from trainer.model.footprint import blocks_that_fit
 from trainer.run.run import run
 from trainer.session import open_session
 from trainer.tasks.causal_lm import CausalLM
@@ -21,15 +21,15 @@ def test_no_more_blocks_are_kept_than_fit_and_no_fewer():
         (50, 60, 7, 100), (60, 50, 7, 100), (50, 57, 7, 100), (50, 90, 7, 100), (10, 20, 1, 15),
     ]:  # fmt: skip
         needs = planner.Needs(forward, backward, added)
-        fitting = [n for n in range(81)
+        blocks_that_fit = [n for n in range(81)
                    if max(forward + n * added, backward + max(0, n - 1) * added) <= budget]  # fmt: skip
-        assert needs.moved(80, budget) == 0
-        assert needs.kept(80, 0, budget) == max(fitting, default=-1)
+        assert needs.offloaded(80, budget) == 0
+        assert needs.saved(80, 0, budget) == max(blocks_that_fit, default=-1)
 
 
 def test_as_many_blocks_stay_whole_as_find_room():
     cases = [(80, 10, 105), (80, 10, 9), (80, 10, -5), (3, 10, 1000), (5, 0, 100)]
-    assert [fitting(*case) for case in cases] == [10, 0, 0, 3, 0]
+    assert [blocks_that_fit(*case) for case in cases] == [10, 0, 0, 3, 0]
 
 
 @pytest.mark.parametrize(
@@ -43,11 +43,11 @@ def test_what_the_plan_leaves_is_for_whole_blocks(tmp_path, monkeypatch, choice,
     counts = []
 
     class Sharding:
-        keeps_whole, largest_block, whole_blocks = True, 30 * unit, 0
+        supports_unsharded_blocks, largest_block, unsharded_blocks = True, 30 * unit, 0
 
-        def keep_whole(self, count):
+        def keep_unsharded(self, count):
             counts.append(count)
-            self.whole_blocks = count
+            self.unsharded_blocks = count
 
     class Probed:
         def to(self, device):
@@ -55,29 +55,29 @@ def test_what_the_plan_leaves_is_for_whole_blocks(tmp_path, monkeypatch, choice,
 
     needs = planner.Needs(50 * unit, 60 * unit, 7 * unit)
     session.engine, session.world = Sharding(), World(device=torch.device("cuda"))
-    session.config.engine.__dict__["whole_blocks"] = choice
+    session.config.engine.__dict__["unsharded_blocks"] = choice
     monkeypatch.setattr(planner, "_measure", lambda *_: (needs, 0))
     monkeypatch.setattr(planner, "allowance", lambda *_: 200 * unit)
     monkeypatch.setattr(planner, "held_bytes", lambda _: held * unit)
     monkeypatch.setattr(planner, "release", lambda _: None)
-    plan = planner.fit(session, batch=Probed())
-    assert (plan.kept, plan.whole, plan.peak) == (4, expected, (81 + 30 * expected) * unit)
+    plan = planner.make_plan(session, batch=Probed())
+    assert (plan.saved, plan.unsharded, plan.peak) == (4, expected, (81 + 30 * expected) * unit)
     assert counts == ([0, expected] if choice == "auto" else [])
 
 
-@pytest.mark.parametrize("kept", [0, 1, 3, 4])
-def test_the_last_blocks_keep_their_activations_and_nothing_else_changes(tmp_path, kept):
+@pytest.mark.parametrize("saved", [0, 1, 3, 4])
+def test_the_last_blocks_keep_their_activations_and_nothing_else_changes(tmp_path, saved):
     session = opened(tmp_path)
     blocks = session.backbone.blocks
-    assert len(blocks) == blocks.kept == 4  # on a CPU all keep them
+    assert len(blocks) == blocks.saved == 4  # on a CPU all keep them
     expected = gradients(session)
-    blocks.keep(kept)
-    assert blocks.kept == kept
+    blocks.keep(saved)
+    assert blocks.saved == saved
     runs = [0] * 4
     for index, (_, block) in enumerate(transformer_blocks(session.model)):
         block.self_attn.register_forward_hook(lambda *_, i=index: runs.__setitem__(i, runs[i] + 1))
     torch.testing.assert_close(gradients(session), expected)
-    assert runs == [2] * (4 - kept) + [1] * kept
+    assert runs == [2] * (4 - saved) + [1] * saved
 
 
 def test_a_decoder_that_classifies_computes_its_blocks_again(tmp_path):
@@ -135,8 +135,8 @@ def test_a_step_that_runs_out_of_memory_is_made_again_with_fewer_activations(
     run(config, World())
     assert losses(config.run_folder) == losses(expected.run_folder)
     said = capsys.readouterr().out
-    for kept in (3, 2):
-        assert f"step 2: out of memory: {kept} of 4 blocks keep their activations" in said
+    for saved in (3, 2):
+        assert f"step 2: out of memory: {saved} of 4 blocks keep their activations" in said
 
 
 def test_where_nothing_helps_it_says_so(tmp_path, monkeypatch):
@@ -151,19 +151,19 @@ def test_where_nothing_helps_it_says_so(tmp_path, monkeypatch):
 def test_blocks_stop_staying_whole_before_activations_are_given_up(tmp_path, monkeypatch):
     session = opened(tmp_path)
     counts = []
-    monkeypatch.setattr(session.engine, "keep_whole", counts.append)
-    session.engine.whole_blocks = 3
-    assert planner.lower(session) == "out of memory: no block stays whole from here"
-    assert counts == [0] and session.backbone.blocks.kept == 4
-    object.__setattr__(session.config.engine, "whole_blocks", 3)  # as under peer
-    with pytest.raises(RunFailed, match=r"engine.whole_blocks: 3 given, but .* fewer, or 0"):
-        raise planner.exhausted(session)
+    monkeypatch.setattr(session.engine, "keep_unsharded", counts.append)
+    session.engine.unsharded_blocks = 3
+    assert planner.reduce_plan(session) == "out of memory: no block stays whole from here"
+    assert counts == [0] and session.backbone.blocks.saved == 4
+    object.__setattr__(session.config.engine, "unsharded_blocks", 3)  # as under peer
+    with pytest.raises(RunFailed, match=r"engine.unsharded_blocks: 3 given, but .* fewer, or 0"):
+        raise planner.oom_error(session)
 
 
 def test_what_was_asked_for_is_not_overridden(tmp_path):
     session = opened(tmp_path, "engine.activation_checkpointing=false")
     with pytest.raises(RunFailed, match=r"engine.activation_checkpointing: false given, but"):
-        planner.lower(session)
+        planner.reduce_plan(session)
 
 
 def test_every_way_to_run_a_block_is_compiled(tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_sharded_ranks_do_not_go_on_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(CausalLM, "loss", loss)
     session = opened(tmp_path)
-    session.engine.lockstep = True
+    session.engine.collective_gather = True
     batch = next(iter(make_loader(session, World())))
     met = []
     monkeypatch.setattr(World, "any", lambda self, flag: met.append(flag))

@@ -182,20 +182,23 @@ REFUSED = {
         ],
     ),
     "neither a word nor a number": (
-        {"engine.whole_blocks": "many", "engine.kind": "peer"},
-        ["engine.whole_blocks: 'many' given; accepted: auto or integer"],
+        {"engine.unsharded_blocks": "many", "engine.kind": "peer"},
+        ["engine.unsharded_blocks: 'many' given; accepted: auto or integer"],
     ),
     "neither a word nor true or false": (
         {"engine.compile": "Auto"},
         ["engine.compile: 'Auto' given; accepted: auto or true or false"],
     ),
     "fewer blocks than none": (
-        {"engine.whole_blocks": -1, "engine.kind": "peer"},
-        ["engine.whole_blocks: -1 given", "auto, or at least 0"],
+        {"engine.unsharded_blocks": -1, "engine.kind": "peer"},
+        ["engine.unsharded_blocks: -1 given", "auto, or at least 0"],
     ),
     "blocks that stay whole where all do": (
-        {"engine.whole_blocks": 3, "engine.kind": "ddp"},
-        ["engine.whole_blocks: 3 given with engine.kind=ddp", "auto or 0, or engine.kind=fsdp2"],
+        {"engine.unsharded_blocks": 3, "engine.kind": "ddp"},
+        [
+            "engine.unsharded_blocks: 3 given with engine.kind=ddp",
+            "auto or 0, or engine.kind=fsdp2",
+        ],
     ),
     "DeepSpeed file for another engine": (
         {"engine.config": "ds.json", "engine.kind": "ddp"},

@@ -24,11 +24,11 @@ def chosen(tmp_path, gpu, launcher="torchrun", size=2, *changes, nodes=None, pee
     return choose(config, world, task)
 
 
-def needed(tmp_path, spread, near=2):
+def needed(tmp_path, spread, local_ranks=2):
     config = quick_config(tmp_path, *DEEP)
     task = TASKS["causal_lm"](config.task, build.load_tokenizer(config.model))
     backbone = build.build(config, task, World().device)
-    return estimate(backbone, config, 2, spread, near=near).total
+    return estimate(backbone, config, 2, spread, local_ranks=local_ranks).total
 
 
 def test_ddp_where_the_backbone_fits_and_peer_where_it_fits_on_a_hosts_gpus(tmp_path):

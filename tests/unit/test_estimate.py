@@ -18,8 +18,8 @@ LLAMA_8B = "configs/llama8b_random.yaml"
 LONG_FP8 = ["model.quantization=fp8", "data.max_length=8192"]
 ON_HOST = [*LONG_FP8, "engine.activation_offload=80", "engine.memory_fraction=0.95"]
 PARTLY_ON_HOST = [*LONG_FP8, "engine.activation_offload=60", "engine.memory_fraction=0.95"]
-PEER = ["engine.kind=peer", "engine.whole_blocks=0"]
-FSDP2 = ["engine.kind=fsdp2", "engine.whole_blocks=0", "engine.copy_engines=false"]
+PEER = ["engine.kind=peer", "engine.unsharded_blocks=0"]
+FSDP2 = ["engine.kind=fsdp2", "engine.unsharded_blocks=0", "engine.copy_engines=false"]
 TWELVE = ["model.quantization=none", "model.overrides.num_hidden_layers=12"]
 TWENTY_FOUR = ["model.quantization=none", "model.overrides.num_hidden_layers=24"]
 
@@ -47,11 +47,11 @@ MEASURED = [  # configuration, GPUs, overrides, their kind, blocks that kept act
 """Peak of tensors over training steps; torch 2.11, 2026-11-23 to 26."""
 
 
-@pytest.mark.parametrize(("path", "gpus", "changes", "memory", "kept", "gib"), MEASURED)
-def test_measured_jobs_are_met_within_a_twentieth(path, gpus, changes, memory, kept, gib):
+@pytest.mark.parametrize(("path", "gpus", "changes", "memory", "saved", "gib"), MEASURED)
+def test_measured_jobs_are_met_within_a_twentieth(path, gpus, changes, memory, saved, gib):
     found = predict(load_config(path, changes), gpus, memory)
     assert found.peak / GIB == pytest.approx(gib, rel=0.05)
-    assert abs(found.kept - kept) <= 2  # of the plan too
+    assert abs(found.saved - saved) <= 2  # of the plan too
     assert sum(found.parts().values()) == found.peak and found.fits
 
 
@@ -62,9 +62,9 @@ def small(tmp_path, *changes, gpus=1, memory=H200):
 
 def test_copy_engines_take_a_communicator_more(tmp_path):
     config = quick_config(tmp_path, "engine.kind=fsdp2", "data.max_length=512")
-    near, far = (predict(config, 4, H200, hosts=hosts).allowance for hosts in (1, 2))
+    local_ranks, far = (predict(config, 4, H200, hosts=hosts).allowance for hosts in (1, 2))
     without = small(tmp_path, "engine.kind=fsdp2", "engine.copy_engines=false", gpus=4).allowance
-    assert near > far == without == small(tmp_path, "engine.kind=peer", gpus=4).allowance
+    assert local_ranks > far == without == small(tmp_path, "engine.kind=peer", gpus=4).allowance
 
 
 def test_more_gpus_take_less_of_each_under_fsdp2_and_the_same_under_ddp(tmp_path):
@@ -92,25 +92,25 @@ def test_auto_chooses_the_engine_that_a_run_would(tmp_path):
 
 def test_checkpointing_follows_the_configuration_and_the_room():
     layers = "model.overrides.num_hidden_layers=8"
-    kept = {
+    saved = {
         (choice, memory): predict(
             load_config(LLAMA, [layers, f"engine.activation_checkpointing={choice}"]),
             1,
             memory * GIB,
-        ).kept
+        ).saved
         for choice in ("auto", "true", "false")
         for memory in (8, 17, 140)
     }
-    assert [kept["auto", memory] for memory in (8, 140)] == [0, 8]
-    assert 0 < kept["auto", 17] < 8
-    assert {kept["true", m] for m in (8, 17, 140)} == {0}
-    assert {kept["false", m] for m in (8, 17, 140)} == {8}
+    assert [saved["auto", memory] for memory in (8, 140)] == [0, 8]
+    assert 0 < saved["auto", 17] < 8
+    assert {saved["true", m] for m in (8, 17, 140)} == {0}
+    assert {saved["false", m] for m in (8, 17, 140)} == {8}
 
 
 def test_a_plan_is_the_planners():
     found = Probe(inputs=10, forward=40, backward=60, added=(7, 7, 7, 7))
     assert [found.plan(budget) for budget in (50, 60, 67, 68, 1000)] == [
-        (kept, 0) for kept in (0, 1, 2, 2, 4)
+        (saved, 0) for saved in (0, 1, 2, 2, 4)
     ]
     assert found.peaks(0) == (40, 60) and found.peaks(3) == (61, 74)
     # A block of 2 bytes of input and 7 more: two places on the host.
@@ -123,29 +123,29 @@ def test_a_plan_is_the_planners():
 def test_what_is_left_lets_blocks_stay_whole(kind):
     bf16 = [f"engine.kind={kind}", "model.quantization=none"]
     found = predict(load_config(LLAMA, bf16), 4, H200)
-    assert found.kept == 80 and 10 < found.whole < 30
+    assert found.saved == 80 and 10 < found.unsharded < 30
     room = int(0.92 * H200) - found.allowance
     block = 2 * (8192 * (2 * 8192 + 2 * 1024 + 3 * 28672) + 2 * 8192)  # bytes
     assert found.states.block == pytest.approx(block, rel=1e-4)
     assert found.peak <= room < found.peak + 1.05 * block
     assert sum(found.parts().values()) == found.peak
-    assert f"the weights of {found.whole} stay whole" in table(found)
-    less = predict(load_config(LLAMA, [*bf16, "engine.whole_blocks=0"]), 4, H200)
-    assert found.peak - less.peak == found.whole * found.states.block
+    assert f"the weights of {found.unsharded} stay whole" in table(found)
+    less = predict(load_config(LLAMA, [*bf16, "engine.unsharded_blocks=0"]), 4, H200)
+    assert found.peak - less.peak == found.unsharded * found.states.block
     # Asked for, they come first.
-    more = predict(load_config(LLAMA, [*bf16, "engine.whole_blocks=40"]), 4, H200)
-    assert more.whole == 40 and more.kept < 80 and more.fits
-    all_ = predict(load_config(LLAMA, [*bf16, "engine.whole_blocks=80"]), 4, H200)
-    assert "with engine.whole_blocks=auto it would" in table(all_)
-    with pytest.raises(UserError, match=r"engine.whole_blocks: 81 given; accepted: at most 80"):
-        predict(load_config(LLAMA, [*bf16, "engine.whole_blocks=81"]), 4, H200)
+    more = predict(load_config(LLAMA, [*bf16, "engine.unsharded_blocks=40"]), 4, H200)
+    assert more.unsharded == 40 and more.saved < 80 and more.fits
+    all_ = predict(load_config(LLAMA, [*bf16, "engine.unsharded_blocks=80"]), 4, H200)
+    assert "with engine.unsharded_blocks=auto it would" in table(all_)
+    with pytest.raises(UserError, match=r"engine.unsharded_blocks: 81 given; accepted: at most 80"):
+        predict(load_config(LLAMA, [*bf16, "engine.unsharded_blocks=81"]), 4, H200)
     # Short sequences and large adapters: then the update takes most.
     large = [*bf16, "data.max_length=256", "method.rank=128"]
     updating = predict(load_config(LLAMA, large), 4, H200)
-    assert updating.whole > 10 and updating.fits
+    assert updating.unsharded > 10 and updating.fits
     assert updating.peak == updating.phases["update"] <= room
     none = predict(load_config(LLAMA, bf16), 2, H200)
-    assert none.whole == 0 and none.kept < 80
+    assert none.unsharded == 0 and none.saved < 80
 
 
 def test_advice_where_it_does_not_fit():

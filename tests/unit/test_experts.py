@@ -39,7 +39,7 @@ def stack_of(fmt="none", ranks=(3, 3, 3, 3), seed=0):
     stack = StackedLinear(nn.Parameter(weight.clone(), requires_grad=False), fmt)
     if fmt != "none":
         stack.weight = nn.Parameter(stack.pack(weight, torch.float32), requires_grad=False)
-    for host, rank in zip(stack.hosts, ranks, strict=True):
+    for host, rank in zip(stack.layers, ranks, strict=True):
         if rank is not None:
             adapter = GatedAdapter(
                 torch.randn(rank, IN), 1 + torch.rand(rank), torch.randn(rank, OUT) / 4
@@ -54,7 +54,7 @@ def reference(stack, W, x, counts):
     for expert, count in enumerate(counts):
         rows = x[start : start + count]
         y = rows @ W[expert].T
-        adapter = stack.hosts[expert].adapter
+        adapter = stack.layers[expert].adapter
         if adapter is not None:
             y = y + (rows @ adapter.A.T * adapter.g) @ adapter.B
         parts.append(y)
@@ -65,7 +65,7 @@ def reference(stack, W, x, counts):
 def gradients(stack, x, y):
     """Of x and of every adapter, for one fixed direction."""
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y)
-    held = [h.adapter for h in stack.hosts if h.adapter is not None]
+    held = [h.adapter for h in stack.layers if h.adapter is not None]
     tensors = [x, *(t for a in held for t in (a.A, a.g, a.B))]
     for tensor in tensors:
         tensor.grad = None
@@ -126,7 +126,7 @@ def test_tokens_are_counted_in_backward_only():
 def test_dropout_is_the_same_in_backward_and_only_in_training(on_input):
     counts = ROUTINGS["skewed"]
     stack, W = stack_of(ranks=(8, 8, 8, 8))
-    stack.hosts[0].dropout = Dropout(0.5, on_input, torch.tensor(3), 0)
+    stack.layers[0].dropout = Dropout(0.5, on_input, torch.tensor(3), 0)
     x = torch.randn(sum(counts), IN, requires_grad=True)
     offsets = offsets_of(counts)
     y, again = stack(x, offsets), stack(x, offsets)
@@ -136,9 +136,9 @@ def test_dropout_is_the_same_in_backward_and_only_in_training(on_input):
     stack.train()
     # Linear in B: the gradient in backward is the change of the dropped forward.
     y.sum().backward()
-    dB = stack.hosts[1].adapter.B.grad
+    dB = stack.layers[1].adapter.B.grad
     with torch.no_grad():
-        stack.hosts[1].adapter.B += 1.0
+        stack.layers[1].adapter.B += 1.0
     torch.testing.assert_close((stack(x, offsets) - y).sum(), dB.sum(), rtol=1e-4, atol=1e-2)
 
 
@@ -147,7 +147,7 @@ def test_dropout_spares_what_belongs_to_the_weight(on_input):
     """While nothing was learned, a part of W that the adapter holds is not dropped."""
     counts = ROUTINGS["skewed"]
     stack, W = stack_of(ranks=(3, 3, 3, 3))
-    for host in stack.hosts:
+    for host in stack.layers:
         host.initial = host.adapter.copy()
         host.dropout = Dropout(0.5, on_input, torch.tensor(3), 0)
     x = torch.randn(sum(counts), IN)

@@ -20,7 +20,7 @@ from trainer.checkpoint.store import BadCheckpoint
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import saved_adapters, saved_config, saved_heads
-from trainer.loading.spectral_init import INITIAL, load_starts
+from trainer.loading.spectral_init import INITIAL, load_initial_adapters
 from trainer.records.progress import Progress
 from trainer.run.run import run
 from trainer.session import open_session
@@ -51,8 +51,8 @@ class Saved:
         self.initial = None
         if self.state["initial"]:
             self.initial = (self.config.run_folder / INITIAL).read_bytes()
-        starts = checkpoint.read_starts(self.good, self.state)
-        self.session = open_session(self.config, World(), starts)
+        initial_adapters = checkpoint.read_initial_adapters(self.good, self.state)
+        self.session = open_session(self.config, World(), initial_adapters)
         self.loader = make_loader(self.session, World())
 
     def write(self, state: Any, tensors: bytes) -> Path:
@@ -70,12 +70,12 @@ class Saved:
         found, state, _ = store.find(str(bad), self.folder)
         assert found is not None
         checkpoint.check_options(self.config, found, state)
-        checkpoint.read_starts(found, state)
+        checkpoint.read_initial_adapters(found, state)
         checkpoint.changes(state, self.config.model_dump(mode="json"))
         progress = checkpoint.restore(self.session, self.loader, found, state)
         next(iter(self.loader))
         stored = store.read_tensors(found)
-        with store.fitting(found):
+        with store.refuse_mismatch(found):
             saved_adapters(saved_config(state), stored), saved_heads(stored)
         return progress
 
@@ -209,7 +209,7 @@ def test_initial_tensors(split, data):
         changed = data.draw(other_tensors(held))
         save_file({name.removeprefix("adapter/"): tensor for name, tensor in changed.items()}, file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    attempt(split.folder, lambda: load_starts(file, digest))
+    attempt(split.folder, lambda: load_initial_adapters(file, digest))
 
 
 # --- names
@@ -257,7 +257,7 @@ def test_folders_that_only_look_like_checkpoints(plain):
 def test_a_checkpoint_named_from_where_it_lies(split, monkeypatch):
     """Its run's initial tensors are two folders above, wherever the path begins."""
     monkeypatch.chdir(split.good.parent)
-    assert checkpoint.read_starts(Path(split.good.name), split.state)
+    assert checkpoint.read_initial_adapters(Path(split.good.name), split.state)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def exchanged(values: list[Any], size: int) -> tuple[list[Any], list[int]]:
     rounds: list[int] = []
 
     def one(rank: int) -> list[Any]:
-        def pages(own: torch.Tensor) -> torch.Tensor:
+        def exchange_buffers(own: torch.Tensor) -> torch.Tensor:
             sent[rank] = own
             barrier.wait()
             received = torch.stack(sent)
@@ -27,7 +27,7 @@ def exchanged(values: list[Any], size: int) -> tuple[list[Any], list[int]]:
             barrier.wait()
             return received
 
-        return object_exchange.exchange(values[rank], pages, size)
+        return object_exchange.exchange(values[rank], exchange_buffers, size)
 
     with ThreadPoolExecutor(len(values)) as pool:
         received = list(pool.map(one, range(len(values))))
@@ -71,10 +71,13 @@ def mixtral_decisions():
 def test_names_that_all_know_are_left_out_and_put_back(index):
     names, *decisions = mixtral_decisions()
     decision = decisions[index]
-    letter = without_names(decision, names)
-    again = with_names(msgpack.unpackb(object_exchange.encoded(letter)), names)
+    message = without_names(decision, names)
+    again = with_names(msgpack.unpackb(object_exchange.encoded(message)), names)
     assert again == decision and list(again) == list(decision)
-    assert length(letter) < length(decision) / 3 and length([letter, None]) <= object_exchange.PAGE
+    assert (
+        length(message) < length(decision) / 3
+        and length([message, None]) <= object_exchange.MESSAGE_BYTES
+    )
 
 
 def test_no_decision_and_one_about_other_units():

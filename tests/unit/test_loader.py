@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from trainer.config.sections import DataOptions
 from trainer.data.dataset import Counts, TokenDataset
-from trainer.data.loader import Loader, Step, deal, pack
+from trainer.data.loader import Loader, Step, assign_matrices, pack
 from trainer.tasks.base import IGNORED, Batch
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 
@@ -239,7 +239,9 @@ def test_pack_loses_nothing_and_fills_in_order(lengths, room: int, seed: int) ->
 def test_deal_gives_every_sequence_to_one_rank(task, data, sizes, micro: int, world: int) -> None:
     ends = np.cumsum(sizes)
     sequences = np.split(np.arange(ends[-1]), ends[:-1])
-    dealt = [list(deal(sequences, data, task, micro, rank, world)) for rank in range(world)]
+    dealt = [
+        list(assign_matrices(sequences, data, task, micro, rank, world)) for rank in range(world)
+    ]
     assert len({len(of_rank) for of_rank in dealt}) == 1
     assert all(index % world == rank for rank, one in enumerate(dealt) for index, _ in one)
     parts = dict(sorted(item for of_rank in dealt for item in of_rank if item[1].records))
@@ -259,12 +261,14 @@ def test_packed_rows(data, task) -> None:
                 continue
             records = iter(batch.records)
             for row in range(len(ids)):
-                starts = (positions[row] == 0).nonzero().flatten().tolist()
-                for first, end in itertools.pairwise([*starts, ids.shape[1]]):
+                initial_adapters = (positions[row] == 0).nonzero().flatten().tolist()
+                for first, end in itertools.pairwise([*initial_adapters, ids.shape[1]]):
                     assert positions[row, first:end].tolist() == list(range(end - first))
                     assert batch.targets[row, first] == IGNORED  # nothing before it predicts it
-                documents = [ids[row, a:b] for a, b in itertools.pairwise([*starts, ids.shape[1]])]
-                if (batch.targets[row, starts[-1] :] == IGNORED).all():
+                documents = [
+                    ids[row, a:b] for a, b in itertools.pairwise([*initial_adapters, ids.shape[1]])
+                ]
+                if (batch.targets[row, initial_adapters[-1] :] == IGNORED).all():
                     documents.pop()  # padding is a document of its own
                 packed_rows += len(documents) > 1
                 for document in documents:
@@ -279,7 +283,7 @@ def test_packed_records_do_not_see_one_another(llama_config, task, attention: st
     model = LlamaForCausalLM(llama_config(attention)).eval()
     few = dataset([7, 12, 5, 9, 20, 3, 1])
     rows = [np.array([0, 1, 2]), np.array([3, 4]), np.array([5]), np.array([6, 5])]
-    ((_, packed),) = deal(rows, few, task, 4, 0, 1)
+    ((_, packed),) = assign_matrices(rows, few, task, 4, 0, 1)
     with torch.no_grad():
         together, _ = task.loss(model, packed)
         separate = sum(

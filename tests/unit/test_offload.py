@@ -23,17 +23,17 @@ def small_ones_too(monkeypatch):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("kept", "moved"), [(2, 2), (0, 2), (1, 1), (3, 1)])
+@pytest.mark.parametrize(("saved", "offloaded"), [(2, 2), (0, 2), (1, 1), (3, 1)])
 def test_gradients_are_those_of_blocks_that_keep_everything(
-    tmp_path, monkeypatch, kept, moved, compiled
+    tmp_path, monkeypatch, saved, offloaded, compiled
 ):
     monkeypatch.setattr("trainer.model.blocks.BACKEND", "aot_eager")
     torch._dynamo.reset()
     session = opened(tmp_path, *FOUR_BLOCKS, f"engine.compile={str(compiled).lower()}")
     blocks = session.backbone.blocks
     expected = gradients(session)
-    blocks.keep(kept, moved, 2**24)
-    assert (blocks.kept, blocks.moved) == (kept, moved)
+    blocks.keep(saved, offloaded, 2**24)
+    assert (blocks.saved, blocks.offloaded) == (saved, offloaded)
     for _ in range(2):  # places are used again
         assert torch.equal(gradients(session), expected)
     blocks.keep(4)
@@ -98,7 +98,7 @@ def test_only_blocks_that_have_gradients_move(tmp_path):
     layers = ["model.weights=random", "model.overrides.num_hidden_layers=6"]
     session = opened(tmp_path, *layers, r"method.targets=model.layers.[2345].*proj")
     blocks = session.backbone.blocks
-    assert list(blocks.movable) == [3, 4]
+    assert list(blocks.offloadable) == [3, 4]
     expected = gradients(session)
     blocks.keep(4, 2, 2**24)
     assert used_in_forward(session) > 0  # and nothing afterwards
@@ -168,8 +168,8 @@ def test_no_more_is_planned_than_fits_and_as_little_is_computed_again():
         (60, 61, 1, 8, 62),
     ]:  # fmt: skip
         needs = Needs(forward, backward, 7, spared, most)
-        moved = needs.moved(blocks, budget)
-        kept = needs.kept(blocks, moved, budget)
+        offloaded = needs.offloaded(blocks, budget)
+        saved = needs.saved(blocks, offloaded, budget)
         plans = [
             (n + m, -m)
             for m in range(min(most, blocks) + 1)
@@ -177,10 +177,10 @@ def test_no_more_is_planned_than_fits_and_as_little_is_computed_again():
             if needs.peak(n, m) <= budget
         ]
         if not plans:
-            assert kept == -1
+            assert saved == -1
             continue
-        assert needs.peak(kept, moved) <= budget
-        assert (kept + moved, -moved) == max(plans)
+        assert needs.peak(saved, offloaded) <= budget
+        assert (saved + offloaded, -offloaded) == max(plans)
 
 
 def test_windows_are_this_process_s_own_memory_and_no_one_else_s(monkeypatch):

@@ -142,7 +142,7 @@ def test_follow_keeps_moments_of_what_stays():
     kept = {k: t.clone() for k, t in optimizer.state_dict()["p0"].items()}
     value = first.detach().clone()
     fresh = nn.Parameter(torch.randn(2, 2))
-    optimizer.follow([Trainable("new", fresh), Trainable("p0", first)])
+    optimizer.rebind_parameters([Trainable("new", fresh), Trainable("p0", first)])
     assert torch.equal(first, value)
     state = optimizer.state_dict()
     assert set(state) == {"new", "p0"}
@@ -185,22 +185,22 @@ def test_counters_decide_which_tensors_saw_tokens_and_keep_no_old_buffer():
     first, second, third = parameters()[:3]
     tokens = nn.Parameter(torch.zeros(2))
     mine = [
-        Trainable("first", first, counter=(tokens, 0)),
-        Trainable("second", second, counter=(tokens, 1)),
+        Trainable("first", first, token_counter=(tokens, 0)),
+        Trainable("second", second, token_counter=(tokens, 1)),
         Trainable("third", third),
         Trainable("tokens", tokens, observed=True),
     ]
     optimizer = MaskedAdamW(mine, learning_rate=0.1, weight_decay=0.5)
     set_gradients([first, second, third], 0)
     tokens.grad.copy_(torch.tensor([0.0, 3.0]))
-    reached = optimizer.reached()
-    assert reached is not None
+    saw_tokens = optimizer.saw_tokens()
+    assert saw_tokens is not None
     rows = [len(first), len(second), len(third)]
-    assert [part.unique().tolist() for part in reached.split(rows)] == [[False], [True], [True]]
+    assert [part.unique().tolist() for part in saw_tokens.split(rows)] == [[False], [True], [True]]
     before = [p.detach().clone() for p in (first, second, third)]
     optimizer.clip(1.0)
     optimizer.step()
     same = [torch.equal(a, b) for a, b in zip(before, (first, second, third), strict=True)]
     assert same == [True, False, False]
-    optimizer.follow([Trainable("third", third)])
-    assert tokens.grad is None and optimizer.reached() is None
+    optimizer.rebind_parameters([Trainable("third", third)])
+    assert tokens.grad is None and optimizer.saw_tokens() is None

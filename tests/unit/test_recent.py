@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.cuda.graph_replay import Replayed
-from adapters.methods.lelora.window import Recent
+from adapters.cuda.graph_replay import GraphReplay
+from adapters.methods.lelora.window import SlidingWindow
 
 
 @pytest.mark.parametrize("held", [0, 2, 5])
 def test_the_newest_stay_in_order_and_in_place(held):
     rows = np.random.default_rng(0).normal(size=(9, 2, 3))
-    recent = Recent(4, torch.from_numpy(rows[:held]))
+    recent = SlidingWindow(4, torch.from_numpy(rows[:held]))
     place = recent.padded.data_ptr()
     for count in range(held, 9):
         there = min(count, 4)
@@ -33,7 +33,7 @@ def test_what_is_not_recorded_runs_every_time():
         seen.append(float(a))
         return (a + b,)
 
-    replayed = Replayed(function, recorded=False)
+    replayed = GraphReplay(function, enabled=False)
     for value in (1.0, 2.0, 3.0):
         assert float(replayed(torch.tensor(value), torch.tensor(10.0))[0]) == value + 10
     assert seen == [1.0, 2.0, 3.0]

@@ -3,7 +3,7 @@
 import torch
 
 from adapters.gated import GatedAdapter
-from adapters.mask_table import Rows
+from adapters.mask_table import MaskTable
 from adapters.optimizer import MaskedAdamW, Trainable
 
 RANKS = (2, 3, 1)
@@ -17,7 +17,7 @@ def adapters() -> list[GatedAdapter]:
 def test_what_is_written_to_rows_holds_for_the_adapters():
     held = adapters()
     gates = torch.cat([adapter.g.detach() for adapter in held])
-    rows = Rows(held)
+    rows = MaskTable(held)
     assert torch.equal(rows.gates, gates) and bool(rows.masks.all())
     rows.masks.copy_(torch.tensor([1, 0, 0, 1, 1, 0]))
     rows.write_gates(torch.arange(6))
@@ -31,7 +31,7 @@ def test_what_is_written_to_rows_holds_for_the_adapters():
 
 def test_gates_that_an_optimizer_took_are_found_where_it_keeps_them():
     held = adapters()
-    rows = Rows(held)
+    rows = MaskTable(held)
     names = [(f"{index}.{role}", adapter, role) for index, adapter in enumerate(held)
              for role in ("A", "g", "B")]  # fmt: skip
     parameters = [Trainable(n, getattr(a, r).requires_grad_(), a.mask) for n, a, r in names]
@@ -44,13 +44,13 @@ def test_gates_that_an_optimizer_took_are_found_where_it_keeps_them():
     torch.testing.assert_close(rows.gates, before - 0.1 * moved)
     rows.write_gates(torch.arange(6))
     assert [adapter.g.tolist() for adapter in held] == [[0, 1], [2, 3, 4], [5]]
-    optimizer.follow(parameters)  # a new buffer
+    optimizer.rebind_parameters(parameters)  # a new buffer
     rows.write_gates(-torch.arange(6))
     assert [adapter.g.tolist() for adapter in held] == [[0, -1], [-2, -3, -4], [-5]]
     assert rows.gates.tolist() == [0, -1, -2, -3, -4, -5]
 
 
 def test_no_adapters_have_no_rows():
-    rows = Rows([])
+    rows = MaskTable([])
     assert len(rows.masks) == len(rows.gates) == len(rows.by_adapter) == 0
     rows.write_gates(torch.zeros(0))

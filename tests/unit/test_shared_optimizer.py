@@ -51,8 +51,8 @@ class Adapters:
     def trainables(self) -> list[Trainable]:
         special: dict[str, dict[str, Any]] = {
             "a": {"learning_rate_ratio": 16.0},
-            "b": {"decay_ratio": 0.25, "counter": (self.tokens, 0)},
-            "c": {"counter": (self.tokens, 1)},
+            "b": {"decay_ratio": 0.25, "token_counter": (self.tokens, 0)},
+            "c": {"token_counter": (self.tokens, 1)},
         }
         mine = [
             Trainable(name, tensor, self.masks.get(name), **special.get(name, {}))
@@ -80,7 +80,7 @@ class Adapters:
         del self.tensors["a"], self.masks["a"]
         self.tensors["new"], self.tensors["c"] = self.new(3, 50), self.new(8, 13)
         self.masks["c"] = torch.ones(8, dtype=torch.bool)
-        self.optimizer.follow(self.trainables())
+        self.optimizer.rebind_parameters(self.trainables())
 
     def state(self) -> dict[str, Tensor]:
         """Copies of everything: values, moments and counts, and sums over rows."""
@@ -114,10 +114,10 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("gradual", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_rank_ends_up_as_one_alone(size, gradual):
-    expected = life(Share(), gradual=gradual)
+def test_every_rank_ends_up_as_one_alone(size, no_bias_correction):
+    expected = life(Share(), no_bias_correction=no_bias_correction)
     assert expected[2]["b/exp_avg"].abs().sum() > 0  # moments were there to carry over
-    for states in on_ranks(size, lambda share: life(share, gradual=gradual)):
+    for states in on_ranks(size, lambda share: life(share, no_bias_correction=no_bias_correction)):
         for found, wanted in zip(states, expected, strict=True):
             assert_same(found, wanted)
 

@@ -79,7 +79,7 @@ def test_removal_gives_memory_back(tmp_path):
     assert held[2] <= 2.5 * one_unit
     assert held[5] == pytest.approx(held[1] * 2 / 8, rel=0.05)
     for unit in session.method.units:
-        host = session.method.hosts[unit.name]
+        host = session.method.adapted_layers[unit.name]
         assert (host.adapter is not None) == (unit.name in session.method.adapters)
 
 
@@ -394,7 +394,7 @@ def started(config: Config) -> dict[str, bytes]:
     session = open_session(config, World())
     return {
         f"{name}/{part}": tensor.detach().numpy().tobytes()
-        for name, start in session.starts.items()
+        for name, start in session.initial_adapters.items()
         for part, tensor in [
             *((role, getattr(start.adapter, role)) for role in ("A", "g", "B")),
             ("spectrum", start.spectrum),

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from adapters import seeds
-from adapters.methods.base import Start
+from adapters.methods.base import InitialAdapter
 from trainer.checkpoint import store as files
 from trainer.config.config import Config
 from trainer.data.loader import Loader
 from trainer.errors import RunFailed
-from trainer.loading.spectral_init import INITIAL, load_starts
+from trainer.loading.spectral_init import INITIAL, load_initial_adapters
 from trainer.records.progress import Progress
 from trainer.session import Session
 
@@ -63,7 +63,7 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if self.session.world.gather(pending is None)[0]:
             return
-        with self.session.world.together():
+        with self.session.world.all_or_none():
             assert pending is not None
             try:
                 pending.result()
@@ -128,7 +128,7 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
     _check_same_run(session, checkpoint, state)
     stored = files.read_tensors(checkpoint)
     load_trained(session, checkpoint, stored)
-    with files.fitting(checkpoint):
+    with files.refuse_mismatch(checkpoint):
         _check_fit(session, checkpoint, stored, "optimizer/")
         session.optimizer.load_state_dict(_unflatten(stored, "optimizer/"))
         if session.world.is_main:
@@ -141,7 +141,7 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
 def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) -> None:
     """Structure, adapters, masks and heads, without what only training needs."""
     method = session.method
-    with files.fitting(checkpoint):
+    with files.refuse_mismatch(checkpoint):
         method.load_state_dict(_below(stored, "method/"))
         if method.changes_structure:
             method.resize(
@@ -151,7 +151,7 @@ def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
                     if name.startswith("adapter/") and name.endswith("/A")
                 }
             )
-            session.optimizer.follow(session.trainables())
+            session.optimizer.rebind_parameters(session.trainables())
         for name, tensor in _check_fit(session, checkpoint, stored, "adapter/", "head/").items():
             tensor.data.copy_(stored[name])
 
@@ -193,11 +193,15 @@ def _tensors(session: Session) -> dict[str, Tensor]:
     return tensors
 
 
-def read_starts(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Start] | None:
+def read_initial_adapters(
+    checkpoint: Path, state: Mapping[str, Any]
+) -> dict[str, InitialAdapter] | None:
     """What the run of a checkpoint started from, where its method splits matrices."""
     digest = state.get("initial")
     return (
-        None if digest is None else load_starts(checkpoint.resolve().parents[1] / INITIAL, digest)
+        None
+        if digest is None
+        else load_initial_adapters(checkpoint.resolve().parents[1] / INITIAL, digest)
     )
 
 

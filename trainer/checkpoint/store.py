@@ -57,7 +57,7 @@ class _State(Section):
 
 
 @contextmanager
-def fitting(source: Path) -> Iterator[None]:
+def refuse_mismatch(source: Path) -> Iterator[None]:
     """Turns whatever wrong tensors or values lead to into BadCheckpoint."""
     try:
         yield
@@ -183,7 +183,7 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, on the CPU."""
     tensors: dict[str, Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
-        with fitting(file), safe_open(file, framework="pt") as opened:
+        with refuse_mismatch(file), safe_open(file, framework="pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     return tensors
 

@@ -220,7 +220,7 @@ class EngineOptions(Section):
     """GiB of the host's memory, a rank, to which `activation_checkpointing: auto` may move
     activations that the GPU has no room for, as many as travel while other blocks run. They are
     page-locked."""
-    whole_blocks: Literal["auto"] | int = "auto"
+    unsharded_blocks: Literal["auto"] | int = "auto"
     """Transformer blocks whose weights stay whole on every rank from step to step, where they would
     be gathered anew for each pass (fsdp2, peer): so many, or (auto) as many as `memory_fraction`
     has room for once `activation_checkpointing: auto` has planned; without that, and on a CPU,
@@ -253,14 +253,15 @@ class EngineOptions(Section):
                 f"engine.copy_engines: true given with engine.kind={self.kind}; accepted: auto "
                 "or false, or engine.kind=fsdp2"
             )
-        if self.whole_blocks != "auto" and self.whole_blocks < 0:
+        if self.unsharded_blocks != "auto" and self.unsharded_blocks < 0:
             raise ValueError(
-                f"engine.whole_blocks: {self.whole_blocks} given; accepted: auto, or at least 0"
+                f"engine.unsharded_blocks: {self.unsharded_blocks} given; accepted: auto, or at "
+                "least 0"
             )
-        if self.whole_blocks not in ("auto", 0) and self.kind not in ("fsdp2", "peer"):
+        if self.unsharded_blocks not in ("auto", 0) and self.kind not in ("fsdp2", "peer"):
             raise ValueError(
-                f"engine.whole_blocks: {self.whole_blocks} given with engine.kind={self.kind}; "
-                "accepted: auto or 0, or engine.kind=fsdp2 or peer"
+                f"engine.unsharded_blocks: {self.unsharded_blocks} given with "
+                f"engine.kind={self.kind}; accepted: auto or 0, or engine.kind=fsdp2 or peer"
             )
         return self
 

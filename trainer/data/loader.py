@@ -85,7 +85,9 @@ class Loader:
         records = np.concatenate(taken)
         return Step(
             micro_batches=list(
-                deal(taken, self.data, self.task, self.micro_batch_size, self.rank, self.world)
+                assign_micro_batches(
+                    taken, self.data, self.task, self.micro_batch_size, self.rank, self.world
+                )
             ),
             weight=int(self.data.weights[records].sum()),
             tokens=int(self.data.lengths[records].sum()),
@@ -105,7 +107,7 @@ class Loader:
             )
 
 
-def deal(
+def assign_micro_batches(
     sequences: list[np.ndarray],
     data: TokenDataset,
     task: Task,

@@ -21,16 +21,16 @@ def decide_and_apply(
     if not method.due(step):
         return None, False
     names = list(method.decided)
-    letter = world.ask_main(lambda: without_names(_decide(method, step, replay), names))
-    if letter is None:
+    message = world.on_rank0(lambda: without_names(_decide(method, step, replay), names))
+    if message is None:
         return None, False
-    with world.together() as digests:
-        decision = with_names(letter, names)
+    with world.all_or_none() as digests:
+        decision = with_names(message, names)
         changed = method.apply(decision)
         digests.append(state_digest(method))
     strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if strays:  # every rank has seen the same digests
-        with world.together():
+        with world.all_or_none():
             raise RunFailed(
                 f"step {step}: masks and gates of rank {', '.join(map(str, strays))} differ from "
                 "rank 0's after applying the same decision; the run stops"
@@ -52,18 +52,18 @@ def without_names(decision: Decision | None, names: list[str]) -> list[Any] | No
     would be most of what is sent."""
     if decision is None:
         return None
-    letter = []
+    message = []
     for key, value in decision.items():
         by_name = isinstance(value, dict) and list(value) == names
-        letter.append((key, by_name, list(value.values()) if by_name else value))
-    return letter
+        message.append((key, by_name, list(value.values()) if by_name else value))
+    return message
 
 
-def with_names(letter: list[Any], names: list[str]) -> Decision:
+def with_names(message: list[Any], names: list[str]) -> Decision:
     """Inverse of `without_names`."""
     return {
         key: dict(zip(names, value, strict=True)) if by_name else value
-        for key, by_name, value in letter
+        for key, by_name, value in message
     }
 
 
@@ -71,7 +71,7 @@ def state_digest(method: Method) -> str:
     """Digest of every unit's name, mask and gates."""
     digest = hashlib.sha256("\n".join(method.adapters).encode())
     if method.adapters:
-        parts = method.rows.masks, method.rows.gates
+        parts = method.mask_table.masks, method.mask_table.gates
         state = torch.cat([part.view(torch.uint8) for part in parts])  # one transfer
         digest.update(state.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -11,11 +11,11 @@ import msgpack
 import numpy as np
 import torch
 
-PAGE = 2**15
+MESSAGE_BYTES = 2**15
 """Bytes that one sends to all: a decision about 640 units takes 6 KB, AdaLoRA's with 24 components
 each 18."""
 
-NOTE = 2**8
+DIGEST_BYTES = 2**8
 """Bytes that all send to all: an exit code, a digest."""
 
 HEADER = 8
@@ -25,13 +25,13 @@ Exchange = Callable[[torch.Tensor], torch.Tensor]
 """Takes one's page (bytes), gives everyone's (ranks, bytes); all ranks call it with one size."""
 
 
-def exchange(value: Any, pages: Exchange, size: int) -> list[Any]:
+def exchange(value: Any, exchange_buffers: Exchange, size: int) -> list[Any]:
     """The values of everyone whose pages, of `size` bytes at first, come back, in their order."""
-    letter = encoded(value)
-    received = pages(_page(letter, size)).numpy()
+    message = encoded(value)
+    received = exchange_buffers(_buffer(message, size)).numpy()
     lengths = [int(page[:HEADER].view(np.int64)[0]) for page in received]
     if max(lengths) > size - HEADER:
-        received = pages(_page(letter, HEADER + max(lengths))).numpy()
+        received = exchange_buffers(_buffer(message, HEADER + max(lengths))).numpy()
     return [
         msgpack.unpackb(page[HEADER : HEADER + length])
         for page, length in zip(received, lengths, strict=True)
@@ -43,10 +43,10 @@ def encoded(value: Any) -> bytes:
     return msgpack.packb(value)
 
 
-def _page(letter: bytes, size: int) -> torch.Tensor:
+def _buffer(message: bytes, size: int) -> torch.Tensor:
     """The letter behind its length; as much of it as fits."""
     page = np.zeros(size, dtype=np.uint8)
-    page[:HEADER] = np.frombuffer(len(letter).to_bytes(HEADER, "little"), dtype=np.uint8)
-    fitting = letter[: size - HEADER]
+    page[:HEADER] = np.frombuffer(len(message).to_bytes(HEADER, "little"), dtype=np.uint8)
+    fitting = message[: size - HEADER]
     page[HEADER : HEADER + len(fitting)] = np.frombuffer(fitting, dtype=np.uint8)
     return torch.from_numpy(page)

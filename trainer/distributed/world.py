@@ -58,7 +58,7 @@ class World:
     """The ranks of every host."""
     peers: bool = True
     """Whether the ranks of every host can read each other's memory (on CPUs they can)."""
-    neighbours: Any = None
+    local_group: Any = None
     """The group of this host's ranks; None for the default group, where there is one host."""
 
     @property
@@ -109,10 +109,10 @@ class World:
         """Overwrite a contiguous tensor on every rank of this host with that of rank `source`, one
         of them. Bits arrive as they are, whatever the dtype."""
         if len(self.nodes[self.node]) > 1:
-            dist.broadcast(tensor.view(-1).view(torch.uint8), source, group=self.neighbours)
+            dist.broadcast(tensor.view(-1).view(torch.uint8), source, group=self.local_group)
 
     @contextmanager
-    def together(self) -> Iterator[list[Any]]:
+    def all_or_none(self) -> Iterator[list[Any]]:
         """Run a stage without collectives inside; if it fails on one rank, it fails on all.
 
         The lowest failing rank raises its own error, the others `FailedElsewhere`, so that one
@@ -127,7 +127,7 @@ class World:
         except Exception as error:  # handed on below, on every rank
             failure = error
         code = None if failure is None else exit_code(failure)
-        codes, values = zip(*self._notes([code, told]), strict=True)
+        codes, values = zip(*self._gather_messages([code, told]), strict=True)
         failed = [rank for rank, code in enumerate(codes) if code is not None]
         if failed:
             if failed[0] == self.rank and failure is not None:
@@ -135,7 +135,7 @@ class World:
             raise FailedElsewhere(codes[failed[0]]) from failure
         told[:] = [value for values_of_rank in values for value in values_of_rank]
 
-    def ask_main(self, question: Callable[[], Any]) -> Any:
+    def on_rank0(self, question: Callable[[], Any]) -> Any:
         """What `question` returns on rank 0, plain data, on every rank; if it fails there, it fails
         on all."""
         answer, failure = None, None
@@ -145,35 +145,35 @@ class World:
             except Exception as error:  # likewise
                 failure = error
         code = None if failure is None else exit_code(failure)
-        answer, code = self._letter([answer, code])
+        answer, code = self._broadcast_message([answer, code])
         if failure is not None:
             raise failure
         if code is not None:
             raise FailedElsewhere(code)
         return answer
 
-    def _notes(self, value: Any) -> list[Any]:
+    def _gather_messages(self, value: Any) -> list[Any]:
         """Everyone's, in order of rank."""
         if self.size == 1:
             return [value]
 
-        def pages(own: torch.Tensor) -> torch.Tensor:
+        def exchange_buffers(own: torch.Tensor) -> torch.Tensor:
             all_of_them = own.new_empty(self.size, len(own))
             dist.all_gather(list(all_of_them), own, group=self.control)
             return all_of_them
 
-        return object_exchange.exchange(value, pages, object_exchange.NOTE)
+        return object_exchange.exchange(value, exchange_buffers, object_exchange.DIGEST_BYTES)
 
-    def _letter(self, value: Any) -> Any:
+    def _broadcast_message(self, value: Any) -> Any:
         """Rank 0's."""
         if self.size == 1:
             return value
 
-        def pages(own: torch.Tensor) -> torch.Tensor:
+        def exchange_buffers(own: torch.Tensor) -> torch.Tensor:
             dist.broadcast(own, src=0, group=self.control)
             return own.unsqueeze(0)
 
-        return object_exchange.exchange(value, pages, object_exchange.PAGE)[0]
+        return object_exchange.exchange(value, exchange_buffers, object_exchange.MESSAGE_BYTES)[0]
 
 
 def start(device: str = "auto", timeout: float = 600.0) -> World:
@@ -192,11 +192,11 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
         torch.cuda.set_device(place)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(device=place, gpu_bytes=_memory(place))
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    local_group = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if "OMP_NUM_THREADS" not in os.environ:
         # Threads of several processes on the same cores wait for each other, by the millisecond.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
-    if neighbours == int(os.environ["WORLD_SIZE"]) and Path("/sys/class/net/lo").exists():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_group))
+    if local_group == int(os.environ["WORLD_SIZE"]) and Path("/sys/class/net/lo").exists():
         for library in ("GLOO", "NCCL"):  # one host: nobody outside needs to hear of it
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
@@ -230,7 +230,7 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
         gpu_bytes=min(memory for _, memory, _ in met),
         peers=all(reads for *_, reads in met),
         nodes=nodes,
-        neighbours=next(
+        local_group=next(
             group for group, ranks in zip(groups, nodes, strict=True) if dist.get_rank() in ranks
         ),
     )

@@ -43,15 +43,15 @@ class Engine(ABC):
     kind: ClassVar[str]
     spread: ClassVar[Spread]
     """Where the frozen backbone's bytes live."""
-    lockstep: ClassVar[bool]
+    collective_gather: ClassVar[bool]
     """Whether ranks gather the backbone together: one that breaks off in the middle of a block then
     leaves the others waiting there."""
 
-    keeps_whole: ClassVar[bool] = False
+    supports_unsharded_blocks: ClassVar[bool] = False
     """Whether blocks may stay whole from step to step (`keep_whole`)."""
     largest_block: int = 0
     """Bytes of the largest one, where they may."""
-    whole_blocks: int = 0
+    unsharded_blocks: int = 0
     """How many do."""
 
     reason: str = ""
@@ -86,23 +86,23 @@ class Engine(ABC):
     def local_bytes(self, model: nn.Module) -> int:
         """Bytes of the frozen backbone that this rank holds between steps."""
 
-    def keep_whole(self, count: int) -> None:
+    def keep_unsharded(self, count: int) -> None:
         """Let the first `count` blocks stay whole from step to step, and only them: the first of
         all has nothing to hide its gathering behind. Only where `keeps_whole`; all ranks call it
         together. RunFailed where the memory does not suffice."""
         # Ranks that gather in step cannot agree on a failure in the middle of it.
-        alone = self.lockstep or count == 0
-        with nullcontext() if alone else self.world.together():
+        alone = self.collective_gather or count == 0
+        with nullcontext() if alone else self.world.all_or_none():
             try:
-                self._keep_whole(count)
+                self._keep_unsharded(count)
             except torch.OutOfMemoryError as error:
                 raise RunFailed(
-                    f"engine.whole_blocks: {self.config.engine.whole_blocks} given, but the GPU's "
-                    f"memory does not suffice for {count}; accepted: fewer, or 0"
+                    f"engine.unsharded_blocks: {self.config.engine.unsharded_blocks} given, but "
+                    f"the GPU's memory does not suffice for {count}; accepted: fewer, or 0"
                 ) from error
-        self.whole_blocks = count
+        self.unsharded_blocks = count
 
-    def _keep_whole(self, count: int) -> None:
+    def _keep_unsharded(self, count: int) -> None:
         raise NotImplementedError
 
     def backward(self, loss: Tensor) -> None:

@@ -51,7 +51,7 @@ class DeepSpeedEngine(Engine):
 
     kind = "deepspeed"
     spread = "split"
-    lockstep = True
+    collective_gather = True
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)

@@ -25,8 +25,8 @@ class FSDP2Engine(Engine):
 
     kind = "fsdp2"
     spread = "split"
-    lockstep = True
-    keeps_whole = True
+    collective_gather = True
+    supports_unsharded_blocks = True
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
@@ -48,7 +48,7 @@ class FSDP2Engine(Engine):
                 self.gathers = "NCCL is told to gather by copy engines"
                 return
             if wanted is True:
-                with self.world.together():
+                with self.world.all_or_none():
                     raise UserError(
                         f"engine.copy_engines: true given, but they cannot gather ({found}); "
                         "accepted: auto or false"
@@ -79,7 +79,7 @@ class FSDP2Engine(Engine):
             block.set_modules_to_forward_prefetch([following])
             following.set_modules_to_backward_prefetch([block])
 
-    def _keep_whole(self, count: int) -> None:
+    def _keep_unsharded(self, count: int) -> None:
         for index, block in enumerate(self._blocks):
             block.set_reshard_after_forward(index >= count)
             block.set_reshard_after_backward(index >= count)

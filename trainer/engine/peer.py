@@ -56,11 +56,11 @@ class _Block:
                 weight = host.weight
                 self._matrices.append(_Matrix(host, end, weight.shape, weight.dtype))
                 end = _aligned(end + self._matrices[-1].nbytes)
-        near = world.nodes[world.node]
-        self._place = near.index(world.rank)
-        self.part = _aligned(-(-end // len(near)))
+        local_ranks = world.nodes[world.node]
+        self._place = local_ranks.index(world.rank)
+        self.part = _aligned(-(-end // len(local_ranks)))
         """Bytes of each rank's part."""
-        self.size = self.part * len(near)
+        self.size = self.part * len(local_ranks)
         self.whole: Tensor | None = None  # all of it, where it stays from step to step
         self._parts = open_window(self.part, world)
         first, last = self._place * self.part, (self._place + 1) * self.part
@@ -129,8 +129,8 @@ class PeerEngine(Engine):
 
     kind = "peer"
     spread = "blocks"
-    lockstep = False
-    keeps_whole = True
+    collective_gather = False
+    supports_unsharded_blocks = True
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
@@ -160,7 +160,7 @@ class PeerEngine(Engine):
             torch.cuda.synchronize(self.world.device)
         self.world.gather(None)  # every part is written
 
-    def _keep_whole(self, count: int) -> None:
+    def _keep_unsharded(self, count: int) -> None:
         self._end()
         for index, block in enumerate(self._blocks):
             if index >= count:

@@ -55,11 +55,11 @@ def open_window(nbytes: int, world: World) -> list[Tensor]:
 
 def _files(nbytes: int, world: World) -> list[Tensor]:
     with contextlib.ExitStack() as stack:
-        with world.together() as names:
+        with world.all_or_none() as names:
             file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="rankcast-"))
             os.truncate(file.name, nbytes)
             names.append(file.name)
-        with world.together():  # nobody removes a file that others are still to open
+        with world.all_or_none():  # nobody removes a file that others are still to open
             return [
                 torch.from_file(names[rank], shared=True, size=nbytes, dtype=torch.uint8)
                 for rank in world.nodes[world.node]
@@ -68,10 +68,10 @@ def _files(nbytes: int, world: World) -> list[Tensor]:
 
 
 def _of_gpus(nbytes: int, world: World) -> list[Tensor]:
-    near = world.nodes[world.node]
-    if len(near) == 1:
+    local_ranks = world.nodes[world.node]
+    if len(local_ranks) == 1:
         return [torch.empty(nbytes, dtype=torch.uint8, device=world.device)]
-    group = world.neighbours or dist.group.WORLD
+    group = world.local_group or dist.group.WORLD
     assert group is not None
     before = torch.cuda.memory_allocated(world.device)
     own = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=world.device)
@@ -83,7 +83,7 @@ def _of_gpus(nbytes: int, world: World) -> list[Tensor]:
     parts = [
         # Through one's own window nothing can be written.
         own if rank == world.rank else read(index, (nbytes,), torch.uint8)
-        for index, rank in enumerate(near)
+        for index, rank in enumerate(local_ranks)
     ]
     count_outside(outside)
     weakref.finalize(own, count_outside, -outside)

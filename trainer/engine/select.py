@@ -28,7 +28,7 @@ weights."""
 def make_engine(config: Config, world: World, task: Task) -> Engine:
     """The engine that the configuration asks for, or that `auto` chooses. All ranks call it
     together."""
-    with world.together():
+    with world.all_or_none():
         kind, reason = choose(config, world, task)
         if kind != "single" and "RANK" not in os.environ:
             raise UserError(
@@ -40,7 +40,7 @@ def make_engine(config: Config, world: World, task: Task) -> Engine:
 
         if not possible(world):
             kind, reason = "fsdp2", f"{reason}, but they cannot share memory"
-    with world.together():
+    with world.all_or_none():
         engine = engine_class(kind)(config, world)
     engine.reason = reason
     engine.meet()
@@ -78,17 +78,17 @@ def choose(config: Config, world: World, task: Task) -> tuple[str, str]:
     if world.gpu_bytes == 0:
         return "fsdp2", "no GPU"
     backbone = build.build(config, task, world.device)
-    room, near = int(_STATES * world.gpu_bytes), min(len(ranks) for ranks in world.nodes)
+    room, local_ranks = int(_STATES * world.gpu_bytes), min(len(ranks) for ranks in world.nodes)
     whole = estimate(backbone, config, world.size, "whole").total
     found = f"the whole backbone with adapters and moments takes {readable(whole)}, "
     if whole <= room:
         return "ddp", f"{found}at most {_STATES:.0%} of a GPU"
     found += f"more than {_STATES:.0%} of a GPU"
-    if near == 1:
+    if local_ranks == 1:
         return "fsdp2", f"{found}, and a host has only one"
     if not world.peers:
         return "fsdp2", f"{found}, and those of a host cannot read each other's memory"
-    part = estimate(backbone, config, world.size, "blocks", near=near).total
+    part = estimate(backbone, config, world.size, "blocks", local_ranks=local_ranks).total
     if part > room:
         return "fsdp2", f"{found}, and spread over those of a host still {readable(part)}"
     return "peer", f"{found}, and spread over those of a host {readable(part)}"

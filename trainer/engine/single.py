@@ -12,7 +12,7 @@ class SingleEngine(Engine):
 
     kind = "single"
     spread = "whole"
-    lockstep = False
+    collective_gather = False
 
     def shard_block(self, block: nn.Module) -> None:
         """The block stays as it was loaded."""

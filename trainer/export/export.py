@@ -13,7 +13,7 @@ from adapters.methods.registry import METHODS
 from adapters.peft_export import export_adapter
 from adapters.units import expert_counts, stem
 from trainer.checkpoint import store
-from trainer.checkpoint.state import read_starts
+from trainer.checkpoint.state import read_initial_adapters
 from trainer.config.config import Config, parse_config, with_overrides
 from trainer.distributed.world import World
 from trainer.errors import UserError
@@ -99,8 +99,8 @@ def saved_adapters(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, G
 
 def saved_initial(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, GatedAdapter]:
     """The parts of W that adapters started as; empty where the method takes none."""
-    starts = read_starts(checkpoint, state) or {}
-    return {name: start.adapter for name, start in starts.items()}
+    initial_adapters = read_initial_adapters(checkpoint, state) or {}
+    return {name: start.adapter for name, start in initial_adapters.items()}
 
 
 def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -145,7 +145,7 @@ def write_adapter(
     """A PEFT folder from a checkpoint; of the backbone no weights are needed. Returns what
     compressing the adapter to `rank` loses (relative, 0 without it)."""
     config, tensors = saved_config(state), store.read_tensors(checkpoint)
-    with store.fitting(checkpoint):
+    with store.refuse_mismatch(checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
     return export_adapter(
         out,
@@ -201,7 +201,7 @@ def write_model(
     if config.model.weights == "random":
         raise UserError("model.weights: random has no files to merge into; accepted: pretrained")
     backbone, task = _built(config, state, device)
-    with store.fitting(checkpoint):
+    with store.refuse_mismatch(checkpoint):
         heads = saved_heads(tensors)
         adapters = saved_adapters(config, tensors) if with_adapter else {}
     initial = saved_initial(checkpoint, state)

@@ -85,15 +85,15 @@ class Merger:
                 yield key if whole else f"{self._prefix}.{key}", rows.contiguous()
 
     def _final(
-        self, host: AdaptedLinear | StackedLinear, units: Sequence[str], value: Tensor
+        self, layer: AdaptedLinear | StackedLinear, units: Sequence[str], value: Tensor
     ) -> Tensor:
         """W + ΔW − ΔW₀ (units, out, in)."""
-        starts = [self._initial.get(unit) for unit in units]
+        initial_adapters = [self._initial.get(unit) for unit in units]
         if self._dequantised:
-            value = _as_trained(host, value, starts)
+            value = _as_trained(layer, value, initial_adapters)
         for index, unit in enumerate(units):
             if unit in self._adapters:
-                value[index] = merged(value[index], self._adapters[unit], starts[index])
+                value[index] = merged(value[index], self._adapters[unit], initial_adapters[index])
         return value
 
     def _published(self, name: str) -> str:
@@ -103,17 +103,17 @@ class Merger:
 
 
 def _as_trained(
-    host: AdaptedLinear | StackedLinear, weight: Tensor, initial: Sequence[GatedAdapter | None]
+    layer: AdaptedLinear | StackedLinear, weight: Tensor, initial: Sequence[GatedAdapter | None]
 ) -> Tensor:
     """W (matrices, out, in) as the adapters saw it: without the parts that the method took out
     through the weight format and back, and those parts."""
     dtype = weight.dtype
     taken = [0 if s is None else s.copy().to(weight.device).delta() for s in initial]
     kept = torch.stack([(w.float() - t).to(dtype) for w, t in zip(weight, taken, strict=True)])
-    packed = host.pack(kept if isinstance(host, StackedLinear) else kept[0], dtype)
-    host.weight = nn.Parameter(packed, requires_grad=False)
-    kept = host.dequantised(dtype).view_as(weight)
-    host.weight = nn.Parameter(kept.to("meta"), requires_grad=False)
+    packed = layer.pack(kept if isinstance(layer, StackedLinear) else kept[0], dtype)
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+    kept = layer.dequantised(dtype).view_as(weight)
+    layer.weight = nn.Parameter(kept.to("meta"), requires_grad=False)
     return torch.stack([(w.float() + t).to(dtype) for w, t in zip(kept, taken, strict=True)])
 
 
@@ -143,8 +143,8 @@ def write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:
 def refuse_tied_targets(backbone: Backbone, adapters: Mapping[str, GatedAdapter]) -> None:
     """A shared matrix cannot take one user's update: the other would get it too."""
     embedding = backbone.model.get_input_embeddings().weight
-    for path, host in backbone.hosts.items():
-        if path in adapters and host.weight is embedding:
+    for path, layer in backbone.adapted_layers.items():
+        if path in adapters and layer.weight is embedding:
             raise UserError(
                 f"{path} shares its matrix with the input embedding, so its adapter cannot be "
                 "merged; accepted: export the adapter alone"

@@ -21,17 +21,21 @@ from adapters.units import transformer_blocks
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.engine.base import Engine, compiles
-from trainer.loading.materialize import Filler, items_of
+from trainer.loading.materialize import Materializer, param_tasks
 from trainer.loading.source import Source, names_of_parameters, open_files
-from trainer.loading.spectral_init import Splitter
-from trainer.model.blocks import Blocks, check_whole
+from trainer.loading.spectral_init import SpectralInit
+from trainer.model.blocks import Blocks, check_unsharded_blocks
 from trainer.model.build import Backbone, Loading, TrainedModule, build, resolve_folder, set_module
 from trainer.model.footprint import release, trim
 from trainer.tasks.base import Task
 
 
 def load(
-    config: Config, task: Task, engine: Engine, world: World, splitter: Splitter | None = None
+    config: Config,
+    task: Task,
+    engine: Engine,
+    world: World,
+    spectral_init: SpectralInit | None = None,
 ) -> Backbone:
     """Build, then fill every block with its tensors and hand it to the engine.
 
@@ -39,7 +43,7 @@ def load(
     that one rank cannot read or use ends all of them (`World.together`).
     """
     started = time.perf_counter()
-    with world.together():
+    with world.all_or_none():
         backbone = build(config, task, world.device)
         backbone.blocks = Blocks(
             backbone.model,
@@ -48,10 +52,10 @@ def load(
         )
         if config.engine.activation_checkpointing is True:
             backbone.blocks.keep(0)
-        check_whole(config.engine, len(backbone.blocks))
+        check_unsharded_blocks(config.engine, len(backbone.blocks))
         source = Source(backbone, config, world.device)
-        if splitter is not None:
-            splitter.resume(backbone.units)
+        if spectral_init is not None:
+            spectral_init.resume(backbone.units)
         for path, head in backbone.heads.items():
             _fill_head(source, path, head)
             set_module(backbone.model, path, None)  # no sharder sees it
@@ -59,17 +63,17 @@ def load(
     rest: tuple[str, nn.Module] = ("", model)
     groups = [*in_groups(model, world), [rest]]
     seen: set[int] = set()
-    items = [[items_of(backbone, [part], seen) for part in group] for group in groups]
+    items = [[param_tasks(backbone, [part], seen) for part in group] for group in groups]
     flat = [[item for of_part in of_group for item in of_part] for of_group in items]
-    filler = Filler(source, world, splitter, flat)
+    filler = Materializer(source, world, spectral_init, flat)
     for group, of_group, all_of_it in zip(groups, items, flat, strict=True):
-        with world.together():
+        with world.all_or_none():
             for path, part in group:
                 _fill_buffers(source, path, part)
         filler.pack(all_of_it)
         for (_, part), of_part in zip(group, of_group, strict=True):
             for item in of_part:
-                filler.place(item)
+                filler.assign_to_model(item)
             if part is model:
                 engine.shard(model)
             else:
@@ -80,13 +84,13 @@ def load(
     for path, head in backbone.heads.items():
         backbone.heads[path] = TrainedModule(head)
         set_module(model, path, backbone.heads[path])
-    with world.together():
+    with world.all_or_none():
         backbone.digest = _digest(source)
     backbone.quantization_error = filler.quantization_error()
     backbone.loading = _figures(source, filler, world, started)
-    whole = config.engine.whole_blocks
+    whole = config.engine.unsharded_blocks
     if whole != "auto" and whole > 0:
-        engine.keep_whole(whole)
+        engine.keep_unsharded(whole)
     release(world.device)
     model.train()
     return backbone
@@ -185,7 +189,7 @@ def _digest(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _figures(source: Source, filler: Filler, world: World, started: float) -> Loading:
+def _figures(source: Source, filler: Materializer, world: World, started: float) -> Loading:
     read = source.files.bytes_read if source.files is not None else 0
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     counts = world.gather((read, resident))

@@ -16,12 +16,12 @@ from adapters.spectral import cost
 from adapters.units import Unit, stem
 from trainer.distributed.world import World
 from trainer.loading.source import Request, Source
-from trainer.loading.spectral_init import Splitter
+from trainer.loading.spectral_init import SpectralInit
 from trainer.model.build import Backbone
 
 
 @dataclass(eq=False)
-class Item:
+class ParamTask:
     """A parameter that waits for its value, and who is to read it."""
 
     name: str
@@ -31,7 +31,7 @@ class Item:
     """What hosts adapters in it: several in a stack of experts."""
     reader: int = 0
     """The rank of this host that reads and packs it."""
-    later: bool = False
+    deferred: bool = False
     """Another host decomposes it: it waits until that is known here."""
 
     @property
@@ -58,9 +58,9 @@ class Item:
         return torch.empty(nbytes // dtype.itemsize, dtype=dtype, device=device)
 
 
-def items_of(
+def param_tasks(
     backbone: Backbone, modules: Iterable[tuple[str, nn.Module]], seen: set[int]
-) -> list[Item]:
+) -> list[ParamTask]:
     """What waits in `modules` (path, module) for its value; `seen`: parameters already planned."""
     units: dict[str, list[Unit]] = {}
     for unit in backbone.units:
@@ -71,20 +71,20 @@ def items_of(
             if parameter.is_meta and id(parameter) not in seen:
                 seen.add(id(parameter))
                 owner = backbone.model.get_submodule(local.rpartition(".")[0])
-                items.append(Item(local, parameter, owner, units.get(local, [])))
+                items.append(ParamTask(local, parameter, owner, units.get(local, [])))
     return items
 
 
-def deal(costs: Sequence[float], hands: int) -> list[int]:
+def assign_matrices(costs: Sequence[float], workers: int) -> list[int]:
     """Which of `hands` gets what: the dearest first, each to whom has least so far."""
-    load, dealt = [0.0] * hands, [0] * len(costs)
+    load, assigned = [0.0] * workers, [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        dealt[index] = load.index(min(load))
-        load[dealt[index]] += costs[index]
-    return dealt
+        assigned[index] = load.index(min(load))
+        load[assigned[index]] += costs[index]
+    return assigned
 
 
-def assign(group: Sequence[Item], world: World, *, splits: bool) -> None:
+def assign(group: Sequence[ParamTask], world: World, *, splits: bool) -> None:
     """Say who reads what of a group on this host. Where units are decomposed (`splits`), each is by
     one host, and is read on the others `later`."""
     costs = [
@@ -93,47 +93,56 @@ def assign(group: Sequence[Item], world: World, *, splits: bool) -> None:
         else float(item.parameter.numel())
         for item in group
     ]
-    homes = deal(costs, len(world.nodes))
+    homes = assign_matrices(costs, len(world.nodes))
     for item, home in zip(group, homes, strict=True):
-        item.later = splits and bool(item.units) and home != world.node
+        item.deferred = splits and bool(item.units) and home != world.node
     ranks = world.nodes[world.node]
-    for late in (False, True):
-        some = [index for index, item in enumerate(group) if item.later == late]
-        for index, hand in zip(some, deal([costs[i] for i in some], len(ranks)), strict=True):
-            group[index].reader = ranks[hand]
+    for deferred in (False, True):
+        some = [index for index, item in enumerate(group) if item.deferred == deferred]
+        for index, worker in zip(
+            some, assign_matrices([costs[i] for i in some], len(ranks)), strict=True
+        ):
+            group[index].reader = ranks[worker]
 
 
-class Filler:
+class Materializer:
     """Fills groups of items, one after the other; every rank goes through the same groups."""
 
     def __init__(
-        self, source: Source, world: World, splitter: Splitter | None, groups: list[list[Item]]
+        self,
+        source: Source,
+        world: World,
+        spectral_init: SpectralInit | None,
+        groups: list[list[ParamTask]],
     ):
-        self._source, self._world, self._splitter = source, world, splitter
+        self._source, self._world, self._spectral_init = source, world, spectral_init
         self._model, self._dtype = source.model, source.backbone.dtype
-        self._packed: dict[Item, Tensor] = {}
+        self._packed: dict[ParamTask, Tensor] = {}
         self._error = torch.zeros(2, dtype=torch.float64)
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        splits = splitter is not None and not splitter.resumed
+        splits = spectral_init is not None and not spectral_init.resumed
         for group in groups:
             assign(group, world, splits=splits)
         # All that this rank will ever read: reading goes on while a group is shared and sharded.
         mine = (
-            item for group in groups for late in (False, True) for item in self._own(group, late)
+            item
+            for group in groups
+            for deferred in (False, True)
+            for item in self._own(group, deferred)
         )
         self._values = source.in_turn(request for item in mine for request in item.requests)
 
-    def pack(self, group: list[Item]) -> None:
+    def pack(self, group: list[ParamTask]) -> None:
         """Read, split and pack this rank's items of a group; all ranks call it together."""
-        with self._world.together():
-            self._pack(group, late=False)
-        if self._splitter is not None:
+        with self._world.all_or_none():
+            self._pack(group, deferred=False)
+        if self._spectral_init is not None:
             with self._timed("sharing"):
-                self._splitter.exchange()
-            with self._world.together():
-                self._pack(group, late=True)
+                self._spectral_init.exchange()
+            with self._world.all_or_none():
+                self._pack(group, deferred=True)
 
-    def place(self, item: Item) -> None:
+    def assign_to_model(self, item: ParamTask) -> None:
         """Put an item of a packed group into the model, the same on all ranks of the host."""
         value = self._packed.pop(item, None)
         with self._timed("sharing"):
@@ -154,16 +163,16 @@ class Filler:
         error, norm = parts.sum(0).tolist()
         return float((error / norm) ** 0.5) if norm else 0.0
 
-    def _own(self, group: list[Item], late: bool) -> list[Item]:
-        return [i for i in group if i.reader == self._world.rank and i.later == late]
+    def _own(self, group: list[ParamTask], deferred: bool) -> list[ParamTask]:
+        return [i for i in group if i.reader == self._world.rank and i.deferred == deferred]
 
-    def _pack(self, group: list[Item], late: bool) -> None:
-        for item in self._own(group, late):
+    def _pack(self, group: list[ParamTask], deferred: bool) -> None:
+        for item in self._own(group, deferred):
             full = self._full(item)
             with self._timed("packing"):
                 self._packed[item] = self._value(item, full)
 
-    def _full(self, item: Item) -> Tensor:
+    def _full(self, item: ParamTask) -> Tensor:
         """What the backbone keeps of an item, before it is packed."""
         if not isinstance(item.owner, StackedLinear):
             return self._kept(next(iter(item.units), None))
@@ -178,12 +187,12 @@ class Filler:
         """The next value in turn, without the part that the method takes of `unit`."""
         with self._timed("reading"):
             full = next(self._values)
-        if self._splitter is None or unit is None:
+        if self._spectral_init is None or unit is None:
             return full
         with self._timed("splitting"):
-            return self._splitter.residual(unit, full)
+            return self._spectral_init.residual(unit, full)
 
-    def _value(self, item: Item, full: Tensor) -> Tensor:
+    def _value(self, item: ParamTask, full: Tensor) -> Tensor:
         """What the model holds: packed, or in the parameter's own dtype."""
         matrix = item.matrix
         if matrix is None:

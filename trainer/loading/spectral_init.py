@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 from adapters import seeds
 from adapters.gated import GatedAdapter
-from adapters.methods.base import Method, Start
+from adapters.methods.base import InitialAdapter, Method
 from adapters.spectral import Triplets, singular_triplets
 from adapters.units import Unit
-from trainer.checkpoint.store import BadCheckpoint, fitting
+from trainer.checkpoint.store import BadCheckpoint, refuse_mismatch
 from trainer.distributed.world import World
 from trainer.errors import UserError
 
@@ -32,16 +32,20 @@ _WORDS = 1024  # 32-bit words in a row of the fingerprint
 _ROWS = 4096  # of them at a time, 32 MiB as 64-bit numbers
 
 
-class Splitter:
+class SpectralInit:
     """What each unit starts with, and what is then left of its matrix."""
 
     def __init__(
-        self, method: Method, world: World, cache: Path, stored: Mapping[str, Start] | None = None
+        self,
+        method: Method,
+        world: World,
+        cache: Path,
+        stored: Mapping[str, InitialAdapter] | None = None,
     ):
         self.method, self.world, self.cache = method, world, cache
         self._stored = stored
-        self.starts: dict[str, Start] = {}
-        self._new: dict[str, Start] = {}
+        self.initial_adapters: dict[str, InitialAdapter] = {}
+        self._new: dict[str, InitialAdapter] = {}
 
     @property
     def resumed(self) -> bool:
@@ -51,23 +55,23 @@ class Splitter:
     def resume(self, units: Sequence[Unit]) -> None:
         """Take the start of `units` from the run's file, if it has one. Raises BadCheckpoint."""
         if self._stored is not None:
-            self.starts |= {unit.name: _fitting(self._stored, unit) for unit in units}
+            self.initial_adapters |= {unit.name: _fitting(self._stored, unit) for unit in units}
 
     def residual(self, unit: Unit, weight: Tensor) -> Tensor:
         """W − ΔW₀ (out, in), in float32 on W's device, of a unit's original matrix (out, in); ΔW₀
         is computed unless it is known. Raises UserError for a matrix that has none."""
-        if unit.name not in self.starts:
-            self.starts[unit.name] = self._new[unit.name] = self._compute(unit, weight)
-        adapter = self.starts[unit.name].adapter.copy().to(weight.device)
+        if unit.name not in self.initial_adapters:
+            self.initial_adapters[unit.name] = self._new[unit.name] = self._compute(unit, weight)
+        adapter = self.initial_adapters[unit.name].adapter.copy().to(weight.device)
         return weight.float() - adapter.delta()
 
     def exchange(self) -> None:
         """Make known to all ranks what each has computed; all call it together."""
         for part in self.world.gather(self._new):
-            self.starts |= part
+            self.initial_adapters |= part
         self._new = {}
 
-    def _compute(self, unit: Unit, weight: Tensor) -> Start:
+    def _compute(self, unit: Unit, weight: Tensor) -> InitialAdapter:
         ranges = self.method.ranges(unit)
         file = self.cache / f"{_key(weight, ranges)}.safetensors"
         try:
@@ -83,13 +87,13 @@ class Splitter:
             }
             _save(held, file)
         adapter = self.method.extract(unit, Triplets(**held)).requires_grad_(False)
-        return Start(adapter, held["spectrum"])
+        return InitialAdapter(adapter, held["spectrum"])
 
 
-def save_starts(starts: Mapping[str, Start], folder: Path) -> str:
+def save_starts(initial_adapters: Mapping[str, InitialAdapter], folder: Path) -> str:
     """Write a run's initial tensors, and beside them their SHA-256, which is returned."""
     tensors = {}
-    for name, start in starts.items():
+    for name, start in initial_adapters.items():
         adapter = start.adapter
         for role, tensor in (("A", adapter.A), ("g", adapter.g), ("B", adapter.B)):
             tensors[f"{name}/{role}"] = tensor.detach().cpu().contiguous()
@@ -100,7 +104,7 @@ def save_starts(starts: Mapping[str, Start], folder: Path) -> str:
     return digest
 
 
-def load_starts(file: Path, digest: str) -> dict[str, Start]:
+def load_initial_adapters(file: Path, digest: str) -> dict[str, InitialAdapter]:
     """A run's initial tensors, once their SHA-256 is the one that the checkpoint names."""
     if not file.is_file():
         raise BadCheckpoint(
@@ -109,12 +113,14 @@ def load_starts(file: Path, digest: str) -> dict[str, Start]:
     if _digest(file) != digest:
         raise BadCheckpoint(f"{file}: checksum differs from the one written: damaged")
     parts: dict[str, dict[str, Tensor]] = {}
-    with fitting(file):
+    with refuse_mismatch(file):
         for key, tensor in load_file(file).items():
             name, _, role = key.rpartition("/")
             parts.setdefault(name, {})[role] = tensor
         return {
-            name: Start(GatedAdapter(p["A"], p["g"], p["B"]).requires_grad_(False), p["spectrum"])
+            name: InitialAdapter(
+                GatedAdapter(p["A"], p["g"], p["B"]).requires_grad_(False), p["spectrum"]
+            )
             for name, p in parts.items()
         }
 
@@ -124,7 +130,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _fitting(stored: Mapping[str, Start], unit: Unit) -> Start:
+def _fitting(stored: Mapping[str, InitialAdapter], unit: Unit) -> InitialAdapter:
     start = stored.get(unit.name)
     shape = None if start is None else (start.adapter.B.shape[1], start.adapter.A.shape[1])
     if start is None or shape != (unit.out_features, unit.in_features):

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from adapters.formats.formats import FORMATS
 from adapters.layers.experts import StackedLinear
-from adapters.layers.handles import OpaqueHost
+from adapters.layers.handles import RegisteredLayer
 from adapters.layers.linear import AdaptedLinear
 
 
@@ -34,7 +34,7 @@ from adapters.layers.linear import AdaptedLinear
 class BlockBytes:
     """Figures of one block, for one micro-batch (bytes)."""
 
-    kept: int
+    saved: int
     """Held from forward to backward, beside the input, by a block that keeps its activations."""
     forward: int
     """Peak of forward beside the input, `kept` included."""
@@ -55,12 +55,12 @@ class Call:
 class Products:
     """What the operators of hosts hold for the time of a product: W dequantised, and the like."""
 
-    def __init__(self, hosts: Iterable[nn.Module], dropout: bool):
+    def __init__(self, layers: Iterable[nn.Module], dropout: bool):
         self._dropout = dropout
         self._matrices = {
-            (isinstance(host, StackedLinear), host.out_features, host.in_features): host
-            for host in hosts
-            if isinstance(host, AdaptedLinear | StackedLinear)
+            (isinstance(layer, StackedLinear), layer.out_features, layer.in_features): layer
+            for layer in layers
+            if isinstance(layer, AdaptedLinear | StackedLinear)
         }
 
     def bytes_of(self, target: Any, tensors: list[Tensor]) -> int:
@@ -71,13 +71,13 @@ class Products:
         name = target._schema.name
         stacked, backward = "experts" in name, "backward" in name
         x, y = (tensors[1], tensors[0]) if backward else (tensors[0], tensors[-1])
-        host = self._matrices[stacked, y.shape[-1], x.shape[-1]]
-        fmt = FORMATS[host.weight_format]
+        layer = self._matrices[stacked, y.shape[-1], x.shape[-1]]
+        fmt = FORMATS[layer.weight_format]
         if stacked:
-            needed = fmt.unpacked_bytes(host.matrix_shape, x.dtype)
+            needed = fmt.unpacked_bytes(layer.matrix_shape, x.dtype)
         else:
             rows = x.numel() // x.shape[-1]
-            needed = fmt.product_bytes(host.matrix_shape, rows, x.dtype, backward=backward)
+            needed = fmt.product_bytes(layer.matrix_shape, rows, x.dtype, backward=backward)
         # The mask and the dropped input; in backward the product that is dropped again, too.
         return needed + self._dropout * (3 if backward else 2) * _nbytes(x)
 
@@ -142,9 +142,9 @@ def compiled(call: Call, products: Products) -> BlockBytes:
     given = forward.graph.find_nodes(op="placeholder")
     # Inputs of the block, weights among them, and its output belong to others.
     foreign = _storages([*given, *made[:outputs]])
-    kept = sum(size for key, size in _storages(made[outputs:]).items() if key not in foreign)
+    saved = sum(size for key, size in _storages(made[outputs:]).items() if key not in foreign)
     inside = {node.name for node in made[outputs:]} - {node.name for node in given}
-    return BlockBytes(kept, _peak(forward, set(), products), _peak(backward, inside, products))
+    return BlockBytes(saved, _peak(forward, set(), products), _peak(backward, inside, products))
 
 
 def eager(call: Call, products: Products) -> BlockBytes:
@@ -155,12 +155,12 @@ def eager(call: Call, products: Products) -> BlockBytes:
     with Meter([*flat, *weights, args[0]], products) as meter:
         outputs = call.block(*args, **call.kwargs)
         output = _hidden(outputs)
-        kept, forward = meter.held - _nbytes(output), meter.peak
+        saved, forward = meter.held - _nbytes(output), meter.peak
         meter.peak = meter.held
         gradient = torch.empty_like(output)
         before = _nbytes(output) + _nbytes(gradient)
         torch.autograd.backward(output, gradient)
-    return BlockBytes(kept, forward, meter.peak - before)
+    return BlockBytes(saved, forward, meter.peak - before)
 
 
 def _hidden(outputs: Any) -> Tensor:
@@ -179,7 +179,7 @@ def _partitioned(call: Call) -> tuple[fx.GraphModule, fx.GraphModule, int]:
 
     flat, spec = tree_flatten((call.args, call.kwargs))
     places = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
-    hosts = [m for m in call.block.modules() if isinstance(m, OpaqueHost)]
+    layers = [m for m in call.block.modules() if isinstance(m, RegisteredLayer)]
     weights = dict(call.block.named_parameters()) | dict(call.block.named_buffers())
 
     def run(weights: Mapping[str, Tensor], handles: list[Tensor], tensors: list[Tensor]) -> Tensor:
@@ -187,7 +187,7 @@ def _partitioned(call: Call) -> tuple[fx.GraphModule, fx.GraphModule, int]:
         for place, tensor in zip(places, tensors, strict=True):
             values[place] = tensor
         args, kwargs = tree_unflatten(values, spec)
-        with _handles(hosts, handles):
+        with _handles(layers, handles):
             # As a module: its hooks and checks are torch.compile's to see, too.
             return _hidden(torch.func.functional_call(call.block, dict(weights), args, kwargs))
 
@@ -203,7 +203,7 @@ def _partitioned(call: Call) -> tuple[fx.GraphModule, fx.GraphModule, int]:
     def unchanged(graph: fx.GraphModule, _: Any) -> Callable:
         return make_boxed_func(graph)
 
-    handles = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in hosts]
+    handles = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in layers]
     tensors = [flat[place].detach() for place in places]
     tensors[0].requires_grad_()
     aot_function(
@@ -214,15 +214,15 @@ def _partitioned(call: Call) -> tuple[fx.GraphModule, fx.GraphModule, int]:
 
 
 @contextmanager
-def _handles(hosts: list[OpaqueHost], handles: list[Tensor]) -> Iterator[None]:
-    own = [host.handle for host in hosts]
+def _handles(layers: list[RegisteredLayer], handles: list[Tensor]) -> Iterator[None]:
+    own = [layer.handle for layer in layers]
     try:
-        for host, handle in zip(hosts, handles, strict=True):
-            host.__dict__["handle"] = handle
+        for layer, handle in zip(layers, handles, strict=True):
+            layer.__dict__["handle"] = handle
         yield
     finally:
-        for host, handle in zip(hosts, own, strict=True):
-            host.__dict__["handle"] = handle
+        for layer, handle in zip(layers, own, strict=True):
+            layer.__dict__["handle"] = handle
 
 
 def _peak(module: fx.GraphModule, inside: set[str], products: Products) -> int:

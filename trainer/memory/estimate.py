@@ -30,9 +30,9 @@ from trainer.memory import block_trace
 from trainer.memory.block_trace import BlockBytes, Call, Meter, Products, WorstCase
 from trainer.memory.planner import Needs, largest_batch
 from trainer.model import build
-from trainer.model.blocks import check_whole
+from trainer.model.blocks import check_unsharded_blocks
 from trainer.model.build import Backbone, TrainedModule, set_module
-from trainer.model.footprint import GIB, Estimate, estimate, fitting, readable
+from trainer.model.footprint import GIB, Estimate, blocks_that_fit, estimate, readable
 from trainer.tasks.base import Batch, Task
 from trainer.tasks.registry import TASKS
 
@@ -64,24 +64,24 @@ class Probe:
         blocks, added = len(self.added), max(1, self.added[-1])
         most = min(room // (added + self.input), max(0, blocks - 2))
         needs = Needs(self.forward, self.backward, added, self.input, most)
-        moved = needs.moved(blocks, budget)
-        return max(0, needs.kept(blocks, moved, budget)), moved
+        offloaded = needs.offloaded(blocks, budget)
+        return max(0, needs.saved(blocks, offloaded, budget)), offloaded
 
     @property
     def input(self) -> int:
         """Of one block."""
         return self.inputs // len(self.added)
 
-    def kept(self, count: int) -> int:
+    def saved(self, count: int) -> int:
         """Bytes that the last `count` blocks add."""
         return sum(self.added[len(self.added) - count :])
 
-    def peaks(self, count: int, moved: int = 0) -> tuple[int, int]:
+    def peaks(self, count: int, offloaded: int = 0) -> tuple[int, int]:
         """Of forward and of backward, where the last `count` blocks keep their activations and
         `moved` ones have theirs on the host, one on its way. The activations of the block that is
         differentiated are in `backward` already."""
-        held = self.kept(count) - max(0, moved - 1) * self.input
-        travelling, own = (self.added[-1] * bool(number) for number in (moved, count))
+        held = self.saved(count) - max(0, offloaded - 1) * self.input
+        travelling, own = (self.added[-1] * bool(number) for number in (offloaded, count))
         return self.forward + held + travelling, self.backward + held + travelling - own
 
 
@@ -94,11 +94,11 @@ class Prediction:
     gpus: int
     states: Estimate
     probe: Probe
-    kept: int
+    saved: int
     """Blocks that keep their activations."""
-    moved: int
+    offloaded: int
     """Blocks that move them to the host."""
-    whole: int
+    unsharded: int
     """Blocks whose weights stay whole from step to step, where others are gathered."""
     memory: int
     """The GPU's."""
@@ -110,9 +110,9 @@ class Prediction:
     @property
     def phases(self) -> dict[str, int]:
         """Peak of each phase of a step, as `torch.cuda.max_memory_allocated` would show it."""
-        backbone = self.states.backbone + self.whole * self.states.block
+        backbone = self.states.backbone + self.unsharded * self.states.block
         base = backbone + self.states.gathered + self.states.held
-        forward, backward = self.probe.peaks(self.kept, self.moved)
+        forward, backward = self.probe.peaks(self.saved, self.offloaded)
         stages = self.states.gathered if self.engine == "peer" else 0  # there all the time
         step = backbone + stages + self.states.trainable
         return {"forward": base + forward, "backward": base + backward, "update": step}
@@ -128,21 +128,21 @@ class Prediction:
     def parts(self) -> dict[str, int]:
         """What is held when most is; they add up to `peak`."""
         phase = max(self.phases, key=lambda name: self.phases[name])
-        states, probe, kept = self.states, self.probe, self.probe.kept(self.kept)
-        inputs = probe.inputs - max(0, self.moved - 1) * probe.input
+        states, probe, saved = self.states, self.probe, self.probe.saved(self.saved)
+        inputs = probe.inputs - max(0, self.offloaded - 1) * probe.input
         parts = {"backbone": states.backbone, "adapters, gradients, moments": states.held}
-        if self.whole:
-            parts["blocks that stay whole"] = self.whole * states.block
+        if self.unsharded:
+            parts["blocks that stay whole"] = self.unsharded * states.block
         if phase == "update":
             rest = self.peak - sum(parts.values())
             return {**parts, "gathered layers and temporaries of the update": rest}
-        peak = probe.peaks(self.kept, self.moved)[phase == "backward"]
+        peak = probe.peaks(self.saved, self.offloaded)[phase == "backward"]
         return {
             **parts,
             "gathered layers": states.gathered,
             "inputs of blocks": inputs,
-            "activations kept": kept,
-            f"temporaries of {phase}": peak - inputs - kept,
+            "activations kept": saved,
+            f"temporaries of {phase}": peak - inputs - saved,
         }
 
 
@@ -163,14 +163,14 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
         read_user_json(config)
     backbone = build.build(config, task, device)
     engine = engine_class(kind)
-    states = estimate(backbone, config, gpus, engine.spread, near=gpus // hosts)
+    states = estimate(backbone, config, gpus, engine.spread, local_ranks=gpus // hosts)
     more = {n: estimate(backbone, config, n, "split") for n in (2, 4, 8, 16, 32, 64)}
     found = probe(backbone, config, task, compiled=compiles(config, engine, backbone, device))
-    check_whole(config.engine, len(found.added))
+    check_unsharded_blocks(config.engine, len(found.added))
     copies = kind == "fsdp2" and gpus > hosts == 1 and bool(config.engine.copy_engines)
     allowance = CONTEXT + (COLLECTIVES if gpus > 1 else 0) + (COPY_ENGINES if copies else 0)
     budget = int(config.engine.memory_fraction * memory) - allowance
-    plan = _plan(config.engine, found, states, budget, fills=engine.keeps_whole)
+    plan = _plan(config.engine, found, states, budget, fills=engine.supports_unsharded_blocks)
     return Prediction(kind, reason, gpus, states, found, *plan, memory, allowance, more)
 
 
@@ -179,15 +179,15 @@ def _plan(
 ) -> tuple[int, int, int]:
     """Blocks that keep their activations, that move them, and that stay whole, as the options
     say."""
-    whole = 0 if options.whole_blocks == "auto" else options.whole_blocks
+    unsharded = 0 if options.unsharded_blocks == "auto" else options.unsharded_blocks
     if options.activation_checkpointing != "auto":
-        return 0 if options.activation_checkpointing else len(probe.added), 0, whole
-    left = budget - states.backbone - whole * states.block - states.gathered - states.held
-    kept, moved = probe.plan(left, int(options.activation_offload * GIB))
-    if fills and options.whole_blocks == "auto":
-        left -= max(*probe.peaks(kept, moved), states.update)
-        whole = fitting(len(probe.added), states.block, left)
-    return kept, moved, whole
+        return 0 if options.activation_checkpointing else len(probe.added), 0, unsharded
+    left = budget - states.backbone - unsharded * states.block - states.gathered - states.held
+    saved, offloaded = probe.plan(left, int(options.activation_offload * GIB))
+    if fills and options.unsharded_blocks == "auto":
+        left -= max(*probe.peaks(saved, offloaded), states.update)
+        unsharded = blocks_that_fit(len(probe.added), states.block, left)
+    return saved, offloaded, unsharded
 
 
 def probe(backbone: Backbone, config: Config, task: Task, *, compiled: bool) -> Probe:
@@ -310,7 +310,7 @@ def _run(
             meter.spike(of_block.forward)
             made = torch.empty_like(hidden)
         else:
-            added[id(block)] = of_block.kept
+            added[id(block)] = of_block.saved
             inputs += x.numel() * x.element_size()
             x = x if x.requires_grad else x.detach().requires_grad_()
             made = _Checkpointed.apply(x, hidden, of_block, meter)
@@ -351,12 +351,12 @@ def table(prediction: Prediction) -> str:
     """For a person: parts, plan and verdict."""
     p, blocks = prediction, len(prediction.probe.added)
     reason = f" ({p.reason})" if p.reason else ""
-    moved = f", {p.moved} move them to the host" * bool(p.moved)
-    again = ", the others compute them again" * (p.kept + p.moved < blocks)
-    whole = f"; the weights of {p.whole} stay whole" * bool(p.whole)
+    offloaded = f", {p.offloaded} move them to the host" * bool(p.offloaded)
+    again = ", the others compute them again" * (p.saved + p.offloaded < blocks)
+    unsharded = f"; the weights of {p.unsharded} stay whole" * bool(p.unsharded)
     lines = [
         f"engine          {p.engine}{reason}, {p.gpus} GPU(s)",
-        f"activations     {p.kept} of {blocks} blocks keep theirs{moved}{again}{whole}",
+        f"activations     {p.saved} of {blocks} blocks keep theirs{offloaded}{again}{unsharded}",
         "memory a rank   when most is held",
         *(f"  {name:<30}{readable(size):>14}" for name, size in p.parts().items()),
         f"  {'peak of tensors':<30}{readable(p.peak):>14}",
@@ -369,9 +369,9 @@ def table(prediction: Prediction) -> str:
 
 def advice(prediction: Prediction) -> str:
     """One line on what would make it fit."""
-    if prediction.whole and replace(prediction, whole=0).fits:
-        return "with engine.whole_blocks=auto it would"
-    p = replace(prediction, kept=0, moved=0, whole=0)
+    if prediction.unsharded and replace(prediction, unsharded=0).fits:
+        return "with engine.unsharded_blocks=auto it would"
+    p = replace(prediction, saved=0, offloaded=0, unsharded=0)
     if p.fits:
         return "with engine.activation_checkpointing=auto it would"
     missing = f"{readable(p.peak + p.allowance - p.memory)} too much with every block checkpointed"

@@ -17,7 +17,7 @@ blocks, one of which is always on its way, it is
 bytes, and of more than one block in (time to travel / time to run) the others would have to wait.
 
 What is left then lets blocks stay whole that would otherwise be gathered for each pass
-(`engine.whole_blocks`).
+(`engine.unsharded_blocks`).
 """
 
 import time
@@ -30,7 +30,7 @@ from trainer.errors import RunFailed
 from trainer.model.footprint import (
     GIB,
     allowance,
-    fitting,
+    blocks_that_fit,
     held_bytes,
     peak_bytes,
     readable,
@@ -51,25 +51,25 @@ class Needs:
     spared: int = 0
     most: int = 0
 
-    def peak(self, kept: int, moved: int = 0) -> int:
+    def peak(self, saved: int, offloaded: int = 0) -> int:
         """Bytes at the worst moment of a step."""
-        travelling = bool(moved)
-        forward = self.forward + (kept + travelling) * self.added
-        backward = self.backward + (max(1, kept) - 1 + travelling) * self.added
-        return max(forward, backward) - max(0, moved - 1) * self.spared
+        travelling = bool(offloaded)
+        forward = self.forward + (saved + travelling) * self.added
+        backward = self.backward + (max(1, saved) - 1 + travelling) * self.added
+        return max(forward, backward) - max(0, offloaded - 1) * self.spared
 
-    def kept(self, blocks: int, moved: int, budget: int) -> int:
+    def saved(self, blocks: int, offloaded: int, budget: int) -> int:
         """The most blocks beside `moved` ones that can keep their activations; -1 if that is too
         much with none."""
-        counts = range(blocks - moved, -1, -1)
-        return next((kept for kept in counts if self.peak(kept, moved) <= budget), -1)
+        counts = range(blocks - offloaded, -1, -1)
+        return next((saved for saved in counts if self.peak(saved, offloaded) <= budget), -1)
 
-    def moved(self, blocks: int, budget: int) -> int:
+    def offloaded(self, blocks: int, budget: int) -> int:
         """The fewest blocks to move with which as few as can be are computed again."""
 
-        def worth(moved: int) -> tuple[int, int]:
-            kept = self.kept(blocks, moved, budget)
-            return (kept + moved if kept >= 0 else -1), -moved
+        def worth(offloaded: int) -> tuple[int, int]:
+            saved = self.saved(blocks, offloaded, budget)
+            return (saved + offloaded if saved >= 0 else -1), -offloaded
 
         return max(range(min(self.most, blocks) + 1), key=worth)
 
@@ -78,9 +78,9 @@ class Needs:
 class Plan:
     """What was decided, and from which figures (bytes, of the rank that has least room)."""
 
-    kept: int
-    moved: int
-    whole: int
+    saved: int
+    offloaded: int
+    unsharded: int
     blocks: int
     peak: int
     budget: int
@@ -88,18 +88,20 @@ class Plan:
     """On the host, of all blocks that are moved."""
 
     def __str__(self) -> str:
-        moved = f", {self.moved} move them to the host ({readable(self.place)})" * bool(self.moved)
-        whole = f", {self.whole} stay whole" * bool(self.whole)
+        offloaded = f", {self.offloaded} move them to the host ({readable(self.place)})" * bool(
+            self.offloaded
+        )
+        unsharded = f", {self.unsharded} stay whole" * bool(self.unsharded)
         return (
-            f"{self.kept} of {self.blocks} blocks keep their activations{moved}{whole}, peak "
-            f"{readable(self.peak)} expected of {readable(self.budget)}"
+            f"{self.saved} of {self.blocks} blocks keep their activations{offloaded}{unsharded}, "
+            f"peak {readable(self.peak)} expected of {readable(self.budget)}"
         )
 
 
-def fit(session: Session, size: int | None = None, batch: Batch | None = None) -> Plan | None:
+def make_plan(session: Session, size: int | None = None, batch: Batch | None = None) -> Plan | None:
     """Measure and decide for micro-batches of `size` sequences (none: `data.micro_batch_size`), or
     for `batch`, where `engine.activation_checkpointing` is `auto` on a GPU; the same on every rank.
-    What is left then is for `engine.whole_blocks`. RunFailed where not even checkpointing every
+    What is left then is for `engine.unsharded_blocks`. RunFailed where not even checkpointing every
     block fits."""
     options, device, world = session.config.engine, session.world.device, session.world
     if options.activation_checkpointing != "auto" or device.type != "cuda":
@@ -110,24 +112,26 @@ def fit(session: Session, size: int | None = None, batch: Batch | None = None) -
     longest = data.max_length if data.packing else int(session.train_data.lengths.max())
     batch = batch or largest_batch(session.task, data, longest, size or data.micro_batch_size)
     engine = session.engine
-    fills = options.whole_blocks == "auto" and engine.keeps_whole
+    fills = options.unsharded_blocks == "auto" and engine.supports_unsharded_blocks
     if fills:
-        engine.keep_whole(0)
+        engine.keep_unsharded(0)
     needs, place = _measure(session, batch.to(device))
     release(device)
     budget = allowance(device, options.memory_fraction)
-    moved = min(world.gather(needs.moved(len(blocks), budget)))
-    kept = max(0, min(world.gather(needs.kept(len(blocks), moved, budget))))
-    with world.together():
-        blocks.keep(kept, moved, place)
-    peak = needs.peak(kept, moved)
+    offloaded = min(world.gather(needs.offloaded(len(blocks), budget)))
+    saved = max(0, min(world.gather(needs.saved(len(blocks), offloaded, budget))))
+    with world.all_or_none():
+        blocks.keep(saved, offloaded, place)
+    peak = needs.peak(saved, offloaded)
     if fills:
         share = world.size if session.config.optim.shard_state else 1
         updating = held_bytes(device) + update_bytes(session.optimizer.numel, share)
         left = min(world.gather(budget - max(peak, updating)))
-        engine.keep_whole(fitting(len(blocks), engine.largest_block, left))
-        peak += engine.whole_blocks * engine.largest_block
-    return Plan(kept, moved, engine.whole_blocks, len(blocks), peak, budget, moved * place)
+        engine.keep_unsharded(blocks_that_fit(len(blocks), engine.largest_block, left))
+        peak += engine.unsharded_blocks * engine.largest_block
+    return Plan(
+        saved, offloaded, engine.unsharded_blocks, len(blocks), peak, budget, offloaded * place
+    )
 
 
 def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:
@@ -138,26 +142,28 @@ def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:
     blocks.keep(0)
     _probe(session, batch)  # compiles
     nothing = _probe(session, batch)
-    with world.together():
+    with world.all_or_none():
         if nothing is None:
-            raise exhausted(session)
+            raise oom_error(session)
     assert nothing is not None
     blocks.keep(1)
     one = _probe(session, batch)
     added = torch.cuda.mem_get_info(world.device)[1] if one is None else one.held - nothing.held
     needs = Needs(nothing.forward, nothing.backward, max(1, added))
     room = int(session.config.engine.activation_offload * GIB)
-    if room == 0 or not blocks.movable or world.any(one is None):
+    if room == 0 or not blocks.offloadable or world.any(one is None):
         return needs, 0
-    with world.together():
+    with world.all_or_none():
         blocks.keep(0, 1, min(room, 2 * added))
     away = _probe(session, batch)
-    if world.any(away is None or away.moved == 0):
+    if world.any(away is None or away.offloaded == 0):
         return needs, 0
     assert away is not None
-    seconds, running = blocks.host.journey(away.moved), nothing.seconds / len(blocks)
-    most = min(room // away.moved, int(len(blocks) * running / seconds), len(blocks.movable))
-    return replace(needs, spared=nothing.held - away.held, most=most), away.moved
+    seconds, running = blocks.host.journey(away.offloaded), nothing.seconds / len(blocks)
+    most = min(
+        room // away.offloaded, int(len(blocks) * running / seconds), len(blocks.offloadable)
+    )
+    return replace(needs, spared=nothing.held - away.held, most=most), away.offloaded
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ class _Probe:
     held: int
     forward: int
     backward: int
-    moved: int
+    offloaded: int
     seconds: float
 
 
@@ -186,45 +192,49 @@ def _probe(session: Session, batch: Batch) -> _Probe | None:
         seconds = time.perf_counter() - started
         blocks.host.settle()
         held, forward = held_bytes(device), peak_bytes(device)
-        moved = blocks.host.used
+        offloaded = blocks.host.used
         session.engine.backward(loss)
     except torch.OutOfMemoryError as error:
-        if session.engine.lockstep:  # the others wait for it in the middle of a block
-            raise exhausted(session) from error
+        if session.engine.collective_gather:  # the others wait for it in the middle of a block
+            raise oom_error(session) from error
         session.optimizer.zero_grad()
         return None
     session.optimizer.zero_grad()
-    return _Probe(held, forward, peak_bytes(device), moved, seconds)
+    return _Probe(held, forward, peak_bytes(device), offloaded, seconds)
 
 
-def lower(session: Session) -> str:
+def reduce_plan(session: Session) -> str:
     """After an out-of-memory error: let no block stay whole; then keep the activations of an eighth
     of the blocks fewer; at last move none; and say so. RunFailed where that is not what was asked
     for, or all are computed again already."""
     blocks, engine = session.backbone.blocks, session.engine
     assert blocks is not None
-    if engine.whole_blocks and session.config.engine.whole_blocks == "auto":
-        engine.keep_whole(0)
+    if engine.unsharded_blocks and session.config.engine.unsharded_blocks == "auto":
+        engine.keep_unsharded(0)
         release(session.world.device)
         return "out of memory: no block stays whole from here"
-    auto, kept, moved = session.config.engine.activation_checkpointing, blocks.kept, blocks.moved
-    if auto != "auto" or kept == moved == 0:
-        raise exhausted(session)
+    auto, saved, offloaded = (
+        session.config.engine.activation_checkpointing,
+        blocks.saved,
+        blocks.offloaded,
+    )
+    if auto != "auto" or saved == offloaded == 0:
+        raise oom_error(session)
     release(session.world.device)
-    blocks.keep(max(0, kept - -(-len(blocks) // 8)), moved if kept else 0)
-    return f"out of memory: {blocks.kept} of {len(blocks)} blocks keep their activations from here"
+    blocks.keep(max(0, saved - -(-len(blocks) // 8)), offloaded if saved else 0)
+    return f"out of memory: {blocks.saved} of {len(blocks)} blocks keep their activations from here"
 
 
-def exhausted(session: Session) -> RunFailed:
+def oom_error(session: Session) -> RunFailed:
     """What a user hears of memory that ran out for good."""
     config, blocks = session.config, session.backbone.blocks
     assert blocks is not None
-    if session.engine.whole_blocks:
+    if session.engine.unsharded_blocks:
         return RunFailed(
-            f"engine.whole_blocks: {config.engine.whole_blocks} given, but the GPU's memory ran "
-            f"out with {session.engine.whole_blocks}; accepted: fewer, or 0"
+            f"engine.unsharded_blocks: {config.engine.unsharded_blocks} given, but the GPU's "
+            f"memory ran out with {session.engine.unsharded_blocks}; accepted: fewer, or 0"
         )
-    if blocks.kept == blocks.moved == 0:
+    if blocks.saved == blocks.offloaded == 0:
         size = session.method.micro_batch_size or config.data.micro_batch_size
         return RunFailed(
             f"data.micro_batch_size: {size} sequences of up to {config.data.max_length} tokens do "
@@ -238,7 +248,7 @@ def exhausted(session: Session) -> RunFailed:
         )
     return RunFailed(
         f"engine.memory_fraction: {config.engine.memory_fraction} given, but the GPU's memory ran "
-        f"out with {blocks.kept} of {len(blocks)} blocks keeping their activations; accepted: a "
+        f"out with {blocks.saved} of {len(blocks)} blocks keeping their activations; accepted: a "
         "lower fraction, or engine.activation_checkpointing=true"
     )
 

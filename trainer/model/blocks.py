@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from adapters.layers.experts import ExpertHost, StackedLinear
+from adapters.layers.experts import ExpertLayer, StackedLinear
 from adapters.layers.linear import AdaptedLinear
 from adapters.units import transformer_blocks
 from trainer.config.sections import EngineOptions
@@ -51,23 +51,23 @@ class Blocks:
         return len(self._blocks)
 
     @property
-    def kept(self) -> int:
+    def saved(self) -> int:
         """How many blocks keep their activations for backward."""
-        return sum(not (block.checkpointed or block.moved) for block in self._blocks)
+        return sum(not (block.checkpointed or block.offloaded) for block in self._blocks)
 
     @property
-    def moved(self) -> int:
+    def offloaded(self) -> int:
         """How many let them wait on the host; what is left computes them again."""
-        return sum(block.moved for block in self._blocks)
+        return sum(block.offloaded for block in self._blocks)
 
     @property
-    def movable(self) -> range:
+    def offloadable(self) -> range:
         """Blocks that may move theirs: between the first that has a gradient, whose backward comes
         last, and the last, whose backward comes at once."""
         first = next((block.index for block in self._blocks if block.trains), len(self))
         return range(first + 1, len(self) - 1)
 
-    def keep(self, count: int, moved: int = 0, place: int | None = None) -> None:
+    def keep(self, count: int, offloaded: int = 0, place: int | None = None) -> None:
         """Let `count` blocks keep their activations and `moved` of the movable ones move them to
         places of so many bytes on the host (none: those that there are).
 
@@ -75,23 +75,23 @@ class Blocks:
         the last keep theirs: backward comes to them first, and they are gone when the others are
         computed again.
         """
-        movable = self.movable[::-1]
-        away = {movable[index * len(movable) // moved] for index in range(moved)}
-        assert len(away) == moved
+        offloadable = self.offloadable[::-1]
+        away = {offloadable[index * len(offloadable) // offloaded] for index in range(offloaded)}
+        assert len(away) == offloaded
         self.host.reserve(sorted(away), place)
         others = [block for index, block in enumerate(self._blocks) if index not in away]
         for block in self._blocks:
-            block.moved, block.checkpointed = block.index in away, False
+            block.offloaded, block.checkpointed = block.index in away, False
         for block in others[: len(others) - count]:
             block.checkpointed = True
 
 
-def check_whole(options: EngineOptions, count: int) -> None:
+def check_unsharded_blocks(options: EngineOptions, count: int) -> None:
     """Whether there are as many blocks (`count`) as are to stay whole."""
-    whole = options.whole_blocks
+    whole = options.unsharded_blocks
     if whole != "auto" and whole > count:
         raise UserError(
-            f"engine.whole_blocks: {whole} given; accepted: at most {count}, all there are"
+            f"engine.unsharded_blocks: {whole} given; accepted: at most {count}, all there are"
         )
 
 
@@ -104,7 +104,7 @@ class _Block:
         if compiled:
             # Dynamic: sequences differ in length from one micro-batch to the next.
             self._forward = torch.compile(block.forward, dynamic=True, backend=BACKEND)
-        self.checkpointed = self.moved = False
+        self.checkpointed = self.offloaded = False
         # Before any sharder's hooks: these release a block once its input has its gradient.
         block.register_forward_pre_hook(self._begin_gradient)
         block.forward = self._run  # type: ignore[assignment,method-assign]
@@ -128,7 +128,7 @@ class _Block:
                 return self._forward(*args, **kwargs)
         if self.checkpointed:
             output = checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
-        elif self.moved:
+        elif self.offloaded:
             with self._host.saving(self.index, self._held_anyway(args, kwargs)):
                 output = self._forward(*args, **kwargs)
         else:
@@ -147,13 +147,13 @@ class _Block:
     @property
     def trains(self) -> bool:
         """Whether it holds anything that trains."""
-        hosts: list[AdaptedLinear | ExpertHost] = []
+        layers: list[AdaptedLinear | ExpertLayer] = []
         for module in self._block.modules():
             if isinstance(module, StackedLinear):
-                hosts += module.hosts
+                layers += module.layers
             elif isinstance(module, AdaptedLinear):
-                hosts.append(module)
-        return any(host.adapter is not None for host in hosts) or any(
+                layers.append(module)
+        return any(host.adapter is not None for host in layers) or any(
             parameter.requires_grad
             for parameter in self._block.parameters()  # a router
         )

@@ -16,13 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from adapters.layers.experts import AdaptedExperts, ExpertHost, StackedLinear
-from adapters.layers.handles import OpaqueHost
+from adapters.layers.experts import AdaptedExperts, ExpertLayer, StackedLinear
+from adapters.layers.handles import RegisteredLayer
 from adapters.layers.linear import AdaptedLinear
 from adapters.methods.base import MethodOptions
 from adapters.methods.registry import METHODS
 from adapters.units import (
-    Host,
+    AdaptedLayer,
     Unit,
     is_linear,
     layer_at,
@@ -75,7 +75,7 @@ class Backbone:
     model: PreTrainedModel
     dtype: torch.dtype
     units: list[Unit]
-    hosts: dict[str, Host]
+    adapted_layers: dict[str, AdaptedLayer]
     """Hosts by name; those of `units` are to take adapters."""
     heads: dict[str, nn.Module]
     """The task's new modules, by path; their parameters train whole."""
@@ -159,10 +159,12 @@ def build(config: Config, task: Task, device: torch.device) -> Backbone:
     head = _output_head(model)
     gates = [path for path, _, _ in _gates(model)]
     targets = _targets(model, config.method, head, [*trained, *gates])
-    hosts = _install_hosts(model, options.quantization, targets, [*head, *trained, *gates])
+    adapted_layers = _install_adapted_layers(
+        model, options.quantization, targets, [*head, *trained, *gates]
+    )
     heads = {path: model.get_submodule(path) for path in trained}
     alone = _left_alone(model) if config.method.targets == "all-linear" else []
-    return Backbone(model, dtype, make_units(model, targets), hosts, heads, alone)
+    return Backbone(model, dtype, make_units(model, targets), adapted_layers, heads, alone)
 
 
 def _check_experts(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -281,34 +283,34 @@ def _refuse_tied(model: nn.Module, method: MethodOptions, targets: list[str]) ->
             )
 
 
-def _install_hosts(
+def _install_adapted_layers(
     model: nn.Module, quantization: str, targets: list[str], unquantized: list[str]
-) -> dict[str, Host]:
+) -> dict[str, AdaptedLayer]:
     """Replace linear layers, those that take no adapter too: only a host keeps its matrix out of
     what a compiled block saves for backward."""
-    hosts: dict[str, Host] = {}
+    adapted_layers: dict[str, AdaptedLayer] = {}
     quantizable = dict.fromkeys(linear_names(model, unquantized))
     if quantization != "none":
         _refuse_other_matrices(model, quantization, unquantized)
     for path in dict.fromkeys([*quantizable, *targets]):
         layer = layer_at(model, path)
         weight_format = quantization if path in quantizable else "none"
-        if isinstance(layer, ExpertHost):
+        if isinstance(layer, ExpertLayer):
             layer.stack.weight_format = weight_format
-            hosts[path] = layer
+            adapted_layers[path] = layer
             continue
         assert isinstance(layer, nn.Linear)
-        host = AdaptedLinear(layer, weight_format)
-        set_module(model, path, host)
-        hosts[path] = host
-    return hosts
+        layer = AdaptedLinear(layer, weight_format)
+        set_module(model, path, layer)
+        adapted_layers[path] = layer
+    return adapted_layers
 
 
 def other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Large matrices in the blocks that are neither linear layers nor experts of a known form."""
     for path, block in transformer_blocks(model):
         for name, module in block.named_modules():
-            if is_linear(module) or isinstance(module, nn.Embedding | OpaqueHost):
+            if is_linear(module) or isinstance(module, nn.Embedding | RegisteredLayer):
                 continue
             for attribute, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() > 1 and parameter.numel() > 1 << 20:

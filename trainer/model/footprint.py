@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from adapters.formats.formats import FORMATS
-from adapters.layers.experts import ExpertHost
+from adapters.layers.experts import ExpertLayer
 from adapters.methods.registry import METHODS
 from trainer.config.config import Config
 from trainer.model.build import Backbone
@@ -52,20 +52,25 @@ class Estimate:
 
 
 def estimate(
-    backbone: Backbone, config: Config, ranks: int, spread: Spread, *, near: int | None = None
+    backbone: Backbone,
+    config: Config,
+    ranks: int,
+    spread: Spread,
+    *,
+    local_ranks: int | None = None,
 ) -> Estimate:
     """What `backbone` (built, not loaded) takes on each of `ranks` ranks, `near` of them on a host
     (none: all)."""
     from adapters.units import transformer_blocks
 
     blocks = [block for _, block in transformer_blocks(backbone.model)]
-    sizes = [_frozen_bytes(block, backbone, hosts_only=spread == "blocks") for block in blocks]
+    sizes = [_frozen_bytes(block, backbone, adapted_only=spread == "blocks") for block in blocks]
     whole = _frozen_bytes(backbone.model, backbone)
-    near, rest, largest = near or ranks, whole - sum(sizes), max(sizes, default=0)
+    local_ranks, rest, largest = local_ranks or ranks, whole - sum(sizes), max(sizes, default=0)
     backbone_bytes, gathered = {
         "whole": (whole, 0),
         "split": (-(-whole // ranks), rest + 2 * largest if ranks > 1 else 0),
-        "blocks": (rest - (-sum(sizes) // near), 2 * largest),
+        "blocks": (rest - (-sum(sizes) // local_ranks), 2 * largest),
     }[spread]
     trained = trainable_parameters(backbone, config)
     share = ranks if config.optim.shard_state else 1
@@ -84,7 +89,7 @@ def update_bytes(trained: int, share: int) -> int:
     return 4 * 3 * -(-trained // share)
 
 
-def fitting(blocks: int, nbytes: int, left: int) -> int:
+def blocks_that_fit(blocks: int, nbytes: int, left: int) -> int:
     """How many of `blocks`, `nbytes` each, find room in what is left."""
     return min(blocks, max(0, left) // nbytes) if nbytes else 0
 
@@ -100,16 +105,16 @@ def trainable_parameters(backbone: Backbone, config: Config) -> int:
     return adapters + heads
 
 
-def _frozen_bytes(module: nn.Module, backbone: Backbone, *, hosts_only: bool = False) -> int:
+def _frozen_bytes(module: nn.Module, backbone: Backbone, *, adapted_only: bool = False) -> int:
     """Bytes of a module once loaded, or of what hosts hold of it; a tied parameter counts once."""
-    hosts = {id(host.weight): host for host in backbone.hosts.values()}
+    adapted_layers = {id(host.weight): host for host in backbone.adapted_layers.values()}
     total = 0
     for parameter in module.parameters():
-        host = hosts.get(id(parameter))
+        host = adapted_layers.get(id(parameter))
         if host is not None:
-            matrix = host.stack if isinstance(host, ExpertHost) else host
+            matrix = host.stack if isinstance(host, ExpertLayer) else host
             total += FORMATS[matrix.weight_format].nbytes(matrix.matrix_shape, backbone.dtype)
-        elif not hosts_only:
+        elif not adapted_only:
             total += parameter.numel() * parameter.element_size()
     return total
 

@@ -65,8 +65,8 @@ class RunFolder:
             described = [{k: v for k, v in asdict(unit).items() if k != "index"} for unit in units]
             (self.path / "units.json").write_text(json.dumps(described, indent=0), encoding="utf-8")
             written = session.initial_digest is not None and (self.path / INITIAL).is_file()
-            if session.starts is not None and not written:
-                session.initial_digest = save_starts(session.starts, self.path)
+            if session.initial_adapters is not None and not written:
+                session.initial_digest = save_starts(session.initial_adapters, self.path)
             for stale in (self.path / "checkpoints").glob(".step-*"):
                 store.remove_partial(stale)
         except OSError as error:

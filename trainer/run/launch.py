@@ -50,12 +50,12 @@ def join(config: Config | None, failure: UserError | None = None) -> Iterator[Wo
     """Join the other processes; go on only if all of them have the same configuration."""
     engine = config.engine if config is not None else None
     world = distributed.start(*(engine.device, engine.timeout) if engine else ("cpu", 60.0))
-    with world.together():
+    with world.all_or_none():
         if failure is not None:
             raise failure
     assert config is not None
     texts = world.gather(config.to_yaml())
-    with world.together():
+    with world.all_or_none():
         for rank, text in enumerate(texts):
             if text != texts[0]:
                 key, ours, theirs = _first_difference(

@@ -21,7 +21,7 @@ from trainer.distributed.world import World
 from trainer.engine.base import Engine
 from trainer.engine.select import make_engine
 from trainer.errors import UserError
-from trainer.memory.planner import fit
+from trainer.memory.planner import make_plan
 from trainer.model import build
 from trainer.model.build import Loading
 from trainer.model.footprint import estimate, peak_gib, readable, trainable_parameters
@@ -31,7 +31,7 @@ from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
 from trainer.run.folder import RunFolder
 from trainer.session import Session, open_data, open_session
-from trainer.training.loop import make_loader, say_plan, total_steps, train
+from trainer.training.loop import log_plan, make_loader, total_steps, train
 from trainer.training.lr_schedule import learning_rate
 from trainer.training.stop_request import StopRequest
 
@@ -47,22 +47,24 @@ def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
 
 def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> None:
     resumed, state, remarks = _choose_start(config, world, folder)
-    with world.together():
-        starts = None if resumed is None else checkpoint.read_starts(resumed, state)
+    with world.all_or_none():
+        initial_adapters = (
+            None if resumed is None else checkpoint.read_initial_adapters(resumed, state)
+        )
         if world.is_main:
             folder.begin()
-    session = open_session(config, world, starts)
+    session = open_session(config, world, initial_adapters)
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
     if resumed is not None:
-        with world.together():
+        with world.all_or_none():
             progress = checkpoint.restore(session, loader, resumed, state)
             session.initial_digest = state.get("initial")
-    plan = fit(session)
+    plan = make_plan(session)
     steps = total_steps(session, loader)
     replay = None
-    with world.together():
+    with world.all_or_none():
         _plan(session, steps)
         if world.is_main:
             if config.method.replay is not None:
@@ -78,11 +80,11 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
                         f"{state['world_size']} ranks) at step {progress.step}")  # fmt: skip
             for change in checkpoint.changes(state, config.model_dump(mode="json")):
                 metrics.say(f"changed   {change}")
-    say_plan(metrics, plan)
+    log_plan(metrics, plan)
     writer = CheckpointWriter(session, loader, folder.path / "checkpoints")
     train(session, loader, writer, metrics, log, progress, steps, stop, replay)
     writer.close()
-    with world.together():
+    with world.all_or_none():
         if metrics is not None:
             metrics.close()
             _finish(session, folder.path, steps)
@@ -103,10 +105,12 @@ def _open_folder(session: Session, folder: RunFolder, steps: int, progress: Prog
 def dry_run(config: Config, world: World) -> str:
     """What the run would be: data, units, parameters, memory; nothing is trained or written."""
     _, task, train_data, eval_data = open_data(config, world)
-    with world.together():
+    with world.all_or_none():
         backbone = build.build(config, task, world.device)
     engine = make_engine(config, world, task)
-    needs = estimate(backbone, config, world.size, engine.spread, near=len(world.nodes[world.node]))
+    needs = estimate(
+        backbone, config, world.size, engine.spread, local_ranks=len(world.nodes[world.node])
+    )
     by_kind: dict[str, list[str]] = {}
     for unit in backbone.units:
         size = f"{unit.out_features} x {unit.in_features}"
@@ -135,7 +139,7 @@ def _choose_start(
     """(the checkpoint to go on from, its state, remarks on damaged ones), as rank 0 sees them. A
     finished or begun run is never overwritten by accident."""
     found: tuple[Path | None, dict[str, Any], list[str]] = (None, {}, [])
-    with world.together():
+    with world.all_or_none():
         if world.is_main:
             folder.take()
             found = store.find(config.run.resume, folder.path / "checkpoints")
@@ -152,7 +156,7 @@ def _choose_start(
                 )
             )
     resumed, state, remarks = world.broadcast(found)
-    with world.together():
+    with world.all_or_none():
         if resumed is not None and not world.is_main:
             store.verify(resumed)
     return resumed, state, remarks
@@ -165,7 +169,7 @@ def _plan(session: Session, steps: int) -> None:
         method.options.check_steps(steps)
     except ValueError as error:
         raise UserError(str(error)) from error
-    method.plan(steps, lambda step: learning_rate(optim, step, steps) / optim.learning_rate)
+    method.set_horizon(steps, lambda step: learning_rate(optim, step, steps) / optim.learning_rate)
 
 
 def _introduction(session: Session, steps: int) -> list[str]:
@@ -270,7 +274,9 @@ def _export(session: Session, folder: Path) -> str:
         export_adapter(
             folder,
             session.method.adapters,
-            initial={name: start.adapter for name, start in (session.starts or {}).items()},
+            initial={
+                name: start.adapter for name, start in (session.initial_adapters or {}).items()
+            },
             base_model=config.model.id,
             revision=config.model.revision,
             task=config.task.kind,

@@ -11,7 +11,7 @@ from trainer.checkpoint import state as checkpoints
 from trainer.checkpoint import store
 from trainer.config.config import Config
 from trainer.data.dataset import TokenDataset
-from trainer.data.loader import deal
+from trainer.data.loader import assign_micro_batches
 from trainer.distributed.world import World
 from trainer.session import Session, open_session
 
@@ -67,7 +67,7 @@ def _forward(
     session.model.eval()
     size = session.config.data.micro_batch_size
     sequences = list(np.asarray(records)[:, None])
-    for index, batch in deal(sequences, data, task, size, world.rank, world.size):
+    for index, batch in assign_micro_batches(sequences, data, task, size, world.rank, world.size):
         session.watchdog.alive(f"micro-batch {index} of an evaluation")
         batch = batch.to(world.device)
         loss, predictions = task.loss(session.model, batch)
@@ -85,11 +85,11 @@ def _mean(parts: list[_Part]) -> float:
 
 def evaluate_saved(config: Config, world: World, checkpoint: Path) -> dict[str, float]:
     """Scores of a checkpoint's adapters on the backbone that `config` describes."""
-    with world.together():
+    with world.all_or_none():
         state = store.verify(checkpoint)
         stored = store.read_tensors(checkpoint)
-        starts = checkpoints.read_starts(checkpoint, state)
+        starts = checkpoints.read_initial_adapters(checkpoint, state)
     session = open_session(config, world, starts)
-    with world.together():
+    with world.all_or_none():
         checkpoints.load_trained(session, checkpoint, stored)
     return evaluate(session)

@@ -63,15 +63,15 @@ def train(
         clock = Clock(time.perf_counter())
         while progress.step < steps and not stopping:
             step = progress.step
-            if method.steers == "forward":
+            if method.decides_before == "forward":
                 _decide(session, metrics, log, replay, step)
             micro_batch_size = method.micro_batch_size or config.data.micro_batch_size
             if micro_batch_size != loader.micro_batch_size:
                 loader.micro_batch_size = micro_batch_size
-                say_plan(metrics, planner.fit(session, micro_batch_size))
+                log_plan(metrics, planner.make_plan(session, micro_batch_size))
             batch = next(batches)
             loss = _accumulate_fitting(session, metrics, batch, step)
-            if method.steers == "update":  # while a GPU is still busy with the gradients
+            if method.decides_before == "update":  # while a GPU is still busy with the gradients
                 _decide(session, metrics, log, replay, step)
             # A checkpoint that could not be written is reported with the next one: make that now.
             stopping = world.any(stop.reason is not None or writer.failed)
@@ -112,7 +112,7 @@ def _decide(
     """What holds from this step on: decided, applied, recorded."""
     decision, changed = consensus.decide_and_apply(session.method, step, session.world, replay)
     if changed:
-        _follow(session, metrics, step)
+        _rebind(session, metrics, step)
     if log is not None and decision is not None:
         log.write(step, decision)
 
@@ -125,7 +125,7 @@ def _begin(
     if progress.step == 0:
         if options.eval_at_start:
             _evaluate(session, metrics, progress)
-        session.method.begin(session.optimizer, validate)
+        session.method.on_train_begin(session.optimizer, validate)
     elif _due(options.eval_every, progress.step) and progress.evaluated < progress.step:
         _evaluate(session, metrics, progress)
 
@@ -134,7 +134,7 @@ def _leave(world: World, writer: CheckpointWriter, stop: StopRequest, progress: 
     """All ranks, asked to stop: once what is being written is complete."""
     writer.wait()
     reasons = [reason for reason in world.gather(stop.reason) if reason]
-    with world.together():
+    with world.all_or_none():
         raise Interrupted(
             f"{reasons[0]}: stopped after step {progress.step}; last checkpoint: "
             f"{newest(writer.folder) or 'none'}; started again the run goes on"
@@ -144,7 +144,7 @@ def _leave(world: World, writer: CheckpointWriter, stop: StopRequest, progress: 
 def _give_up(world: World, writer: CheckpointWriter, progress: Progress) -> None:
     """All ranks: nothing good comes of going on."""
     writer.wait()
-    with world.together():
+    with world.all_or_none():
         raise RunFailed(
             f"step {progress.step}: loss or gradient not finite {progress.skipped_in_a_row} times "
             f"in a row (optim.max_skipped_steps); last good checkpoint: "
@@ -152,10 +152,10 @@ def _give_up(world: World, writer: CheckpointWriter, progress: Progress) -> None
         )
 
 
-def _follow(session: Session, metrics: MetricsWriter | None, step: int) -> None:
+def _rebind(session: Session, metrics: MetricsWriter | None, step: int) -> None:
     """After adapters were removed or resized: the optimizer's buffers too, memory given back."""
     device, before = session.world.device, held_bytes(session.world.device)
-    session.optimizer.follow(session.trainables())
+    session.optimizer.rebind_parameters(session.trainables())
     release(device)
     if metrics is not None:
         adapters = session.method.adapters.values()
@@ -175,19 +175,19 @@ def _accumulate_fitting(
         try:
             loss = accumulate(session, batch, step)
         except torch.OutOfMemoryError as error:
-            if session.engine.lockstep:  # the others wait in the middle of a block
-                raise planner.exhausted(session) from error
-        lacking = not session.engine.lockstep and session.world.any(loss is None)
+            if session.engine.collective_gather:  # the others wait in the middle of a block
+                raise planner.oom_error(session) from error
+        lacking = not session.engine.collective_gather and session.world.any(loss is None)
         if loss is not None and not lacking:
             return loss
         session.optimizer.zero_grad()
-        with session.world.together():
-            remark = planner.lower(session)
+        with session.world.all_or_none():
+            remark = planner.reduce_plan(session)
         if metrics is not None:
             metrics.say(f"step {step + 1}: {remark}")
 
 
-def say_plan(metrics: MetricsWriter | None, plan: planner.Plan | None) -> None:
+def log_plan(metrics: MetricsWriter | None, plan: planner.Plan | None) -> None:
     if metrics is not None and plan is not None:
         metrics.say(f"memory    {plan}")
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapters.cuda.graph_replay import Replayed
+from adapters.cuda.graph_replay import GraphReplay
 from adapters.methods.lelora.options import PolicyOptions
 from adapters.spectral import resample
 
@@ -34,7 +34,7 @@ class Features:
         largest = torch.stack([spectrum[0].clamp(min=1e-30) for spectrum in spectra])
         self._curves, self._energy = torch.stack(curves).to(device), energy.to(device)
         self._largest = largest.to(device)
-        self._replayed = Replayed(self._of, recorded=device.type == "cuda")
+        self._replayed = GraphReplay(self._of, enabled=device.type == "cuda")
 
     def __call__(self, gates: Tensor) -> Tensor:
         """(n, F) float32, from the banks' gates (nR) end to end; the next call overwrites it."""

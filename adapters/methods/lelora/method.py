@@ -30,7 +30,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from adapters.cuda.side_stream import Beside
+from adapters.cuda.side_stream import SideStream
 from adapters.gated import GatedAdapter
 from adapters.methods.base import Method, MethodOptions, Validate
 from adapters.methods.lelora.features import Features
@@ -124,14 +124,14 @@ class LeLoRA(Method):
 
     Options = LeLoRAOptions
     decides = True
-    steers = "update"
+    decides_before = "update"
     splits_weight = True
     learns_gates = True
 
     def __init__(self, options: Any, seed: int):
         super().__init__(options, seed)
         self._before: Tensor | None = None  # θ, or its gradient, when the draw in force began
-        self._reached: Tensor | None = None  # (n), of experts: whether they saw tokens then
+        self._saw_tokens: Tensor | None = None  # (n), of experts: whether they saw tokens then
         self._spoiled = False  # a step under that draw was skipped
         self._reward: Tensor | None = None  # (n) or (1), until `decide` takes it
         self._last_loss = float("nan")  # L₁ of the draw before
@@ -146,7 +146,7 @@ class LeLoRA(Method):
             self._masks[row, self.trained(*action)] = True
 
     @property
-    def wakes_gradually(self):  # type: ignore[override]
+    def no_bias_correction(self):  # type: ignore[override]
         return self.options.wake == "gradual"
 
     def ranges(self, unit):
@@ -156,10 +156,10 @@ class LeLoRA(Method):
     def extract(self, unit, triplets):
         return GatedAdapter(triplets.V.T, triplets.S, triplets.U.T)
 
-    def attach(self, units, hosts, device, starts=None):
-        super().attach(units, hosts, device, starts)
+    def attach(self, units, adapted_layers, device, initial_adapters=None):
+        super().attach(units, adapted_layers, device, initial_adapters)
         self._touched = torch.zeros(len(units), self.options.components, dtype=torch.bool)
-        self._beside = Beside(device)
+        self._side_stream = SideStream(device)
 
     def trained(self, rank: int, location: str) -> slice:
         """Components that (r, s) trains: the first r of a bank, of `minor` the last r."""
@@ -170,7 +170,7 @@ class LeLoRA(Method):
 
     # --- rewards, on every rank ----------------------------------------------------------------
 
-    def begin(self, optimizer, validate):
+    def on_train_begin(self, optimizer, validate):
         if self._learns and self.options.policy.credit == "global":
             self._last_loss = validate(False)
 
@@ -184,7 +184,7 @@ class LeLoRA(Method):
         if not policy.validates and self._before is not None:
             self._reward = self._local(optimizer)
         self._before, self._spoiled = None, False
-        self._reached = self._units_reached(optimizer)
+        self._saw_tokens = self._units_that_saw_tokens(optimizer)
         if policy.credit == "attributed":
             self._before = optimizer.values.clone()
         elif policy.credit == "counterfactual":
@@ -192,7 +192,7 @@ class LeLoRA(Method):
 
     def after_step(self, step, optimizer, *, skipped, validate):
         self._judge(step, optimizer, skipped, validate)
-        self._beside.mark()
+        self._side_stream.record_event()
 
     def _judge(self, step, optimizer, skipped, validate):
         if not self._learns:
@@ -218,7 +218,7 @@ class LeLoRA(Method):
         a step that was skipped."""
         assert self._before is not None
         gradient = optimizer.trained_gradients
-        reached, known = self._units_reached(optimizer), self._reached
+        saw_tokens, known = self._units_that_saw_tokens(optimizer), self._saw_tokens
         if self.options.policy.credit == "attributed":
             change = optimizer.values - self._before
             reward = self._by_component(optimizer, gradient * change).sum((1, 2))
@@ -228,9 +228,11 @@ class LeLoRA(Method):
             reward = self._promised(optimizer, self._before, gradient)
         if self._spoiled:
             return reward * float("nan")
-        if reached is None or known is None:
+        if saw_tokens is None or known is None:
             return reward
-        return reward.masked_fill(~(known & reached).view(-1, *[1] * (reward.dim() - 1)), torch.nan)
+        return reward.masked_fill(
+            ~(known & saw_tokens).view(-1, *[1] * (reward.dim() - 1)), torch.nan
+        )
 
     def _promised(self, optimizer: MaskedAdamW, earlier: Tensor, later: Tensor) -> Tensor:
         """R_u(r, s) = −Σ_{j in slice} Σ_{A, g, B} ⟨G_j, G′_j⟩ / rms(G_j), (n, |R|, |S|): what a
@@ -253,13 +255,13 @@ class LeLoRA(Method):
         n, R = len(self.units), self.options.components
         return optimizer.row_sums(flat)[: n * 3 * R].view(n, 3, R).double()
 
-    def _units_reached(self, optimizer: MaskedAdamW) -> Tensor | None:
+    def _units_that_saw_tokens(self, optimizer: MaskedAdamW) -> Tensor | None:
         """Units (n) that saw a token; None where all do."""
-        reached = optimizer.reached()
-        if reached is None:
+        saw_tokens = optimizer.saw_tokens()
+        if saw_tokens is None:
             return None
         n, R = len(self.units), self.options.components
-        return reached[: n * 3 * R].view(n, 3 * R)[:, 0]
+        return saw_tokens[: n * 3 * R].view(n, 3 * R)[:, 0]
 
     def _global(self, validate: Validate) -> Tensor:
         """R = L₁ + α L₂, (1)."""
@@ -273,7 +275,7 @@ class LeLoRA(Method):
     # --- decisions, on rank 0 ------------------------------------------------------------------
 
     def decide(self, step):
-        with self._beside.run():  # a policy needs no more than the last update
+        with self._side_stream.run():  # a policy needs no more than the last update
             policy = self._the_policy()
             if self._reward is not None:
                 policy.learn(self._reward)
@@ -291,7 +293,7 @@ class LeLoRA(Method):
             spectra = [self.spectra[unit.name] for unit in self.units]
             held = [[i for r in self.ranges(unit) for i in r] for unit in self.units]
             self._features = Features(self.options.policy, spectra, held, self.device)
-        return self._features(self.rows.gates)
+        return self._features(self.mask_table.gates)
 
     def _the_policy(self) -> Reinforce:
         if self._policy is None:
@@ -336,7 +338,7 @@ class LeLoRA(Method):
         self._reward = None  # rank 0 has taken it
         self._touched |= mask
         self._drawn = {"ranks": ranks, "locations": locations}
-        self.rows.masks.copy_(mask.flatten())
+        self.mask_table.masks.copy_(mask.flatten())
         return False
 
     def scalars(self):
@@ -368,15 +370,15 @@ class LeLoRA(Method):
             "spoiled": torch.tensor(self._spoiled),
             "last_loss": torch.tensor(self._last_loss, dtype=torch.float64),
         }
-        held = {"before": self._before, "reached": self._reached, "reward": self._reward}
+        held = {"before": self._before, "reached": self._saw_tokens, "reward": self._reward}
         return state | {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def load_state_dict(self, state):
         self._touched, self._spoiled = state["touched"].bool(), bool(state["spoiled"])
         self._last_loss = float(state["last_loss"])
-        before, reached = state.get("before"), state.get("reached")
+        before, saw_tokens = state.get("before"), state.get("reached")
         self._before = None if before is None else before.to(self.device)
-        self._reached = None if reached is None else reached.to(self.device).bool()
+        self._saw_tokens = None if saw_tokens is None else saw_tokens.to(self.device).bool()
         self._reward = state.get("reward")
 
     def decider_state(self):

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from adapters import seeds
-from adapters.cuda.graph_replay import Replayed
+from adapters.cuda.graph_replay import GraphReplay
 from adapters.methods.lelora.options import PolicyOptions
 from adapters.methods.lelora.policy import PolicyNetwork, entropy, log_probability, sample
-from adapters.methods.lelora.window import Recent
+from adapters.methods.lelora.window import SlidingWindow
 
 _PRECISION = 2.0**16
 """Rewards are rounded to so many parts of the next power of two."""
@@ -75,9 +75,9 @@ class Reinforce:
         # TabNet looks at values to know when it is done: its operations cannot be recorded.
         recorded = fused and options.network != "tabnet"
         descend = self._descend_table if options.credit == "counterfactual" else self._descend_drawn
-        self._descend = Replayed(descend, recorded)
-        self._look = Replayed(self._probabilities, recorded)
-        self._earlier: Recent | None = None  # rewards
+        self._descend = GraphReplay(descend, recorded)
+        self._look = GraphReplay(self._probabilities, recorded)
+        self._earlier: SlidingWindow | None = None  # rewards
         self._draws: deque[Draw] = deque()
         self._figures: dict[str, Callable[[], Tensor]] = {}  # computed where the log asks
 
@@ -138,7 +138,9 @@ class Reinforce:
         if not bool(_known(reward).any()):
             return
         if self._earlier is None:
-            self._earlier = Recent(self.options.baseline_window, reward.new_empty(0, *reward.shape))
+            self._earlier = SlidingWindow(
+                self.options.baseline_window, reward.new_empty(0, *reward.shape)
+            )
         if reward.dim() == 3:
             unit, newest = range(len(reward)), self._earlier
             self._figures["reward"] = lambda: (
@@ -276,7 +278,7 @@ class Reinforce:
         self._optimizer.load_state_dict(optimizer)
         self._descend.forget()  # moments and rewards lie elsewhere now
         if "earlier" in state:
-            self._earlier = Recent(self.options.baseline_window, state["earlier"].to(device))
+            self._earlier = SlidingWindow(self.options.baseline_window, state["earlier"].to(device))
         for _, parts in sorted(_nested(state, "draw.").items(), key=lambda item: int(item[0])):
             weights = torch.cat([parts[f"weights.{name}"].view(-1) for name in self._parameters])
             features = parts["features"].to(device)

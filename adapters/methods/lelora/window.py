@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Recent:
+class SlidingWindow:
     """`earlier` (m, …) is what there is at first, the newest last; of more than `size` the newest
     stay. float64, where `earlier` lies."""
 

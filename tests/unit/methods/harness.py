@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from adapters.layers.linear import AdaptedLinear
-from adapters.methods.base import Decision, Method, Start
+from adapters.methods.base import Decision, InitialAdapter, Method
 from adapters.methods.registry import METHODS
 from adapters.optimizer import MaskedAdamW
 from adapters.spectral import singular_triplets
@@ -83,21 +83,21 @@ class Bench:
         self.options = method.Options(kind=kind, **(options or {}))
         self.options.check_units(self.units)
         self.method: Method = method(self.options, seed)
-        self.hosts = {unit.name: self._host(unit) for unit in self.units}
-        starts = self._split() if method.splits_weight else None
-        self.method.attach(self.units, self.hosts, torch.device("cpu"), starts)
-        self.starts = starts
+        self.adapted_layers = {unit.name: self._host(unit) for unit in self.units}
+        initial_adapters = self._split() if method.splits_weight else None
+        self.method.attach(self.units, self.adapted_layers, torch.device("cpu"), initial_adapters)
+        self.initial_adapters = initial_adapters
         self.optimizer = MaskedAdamW(
             self.method.trainables(), learning_rate=learning_rate, betas=betas,
-            weight_decay=weight_decay, gradual=self.method.wakes_gradually,
+            weight_decay=weight_decay, no_bias_correction=self.method.no_bias_correction,
         )  # fmt: skip
         self.max_norm, self.validate = max_norm, partial(validate, self)
         self.batch = slice(None)  # records of the next forward passes
-        self.method.plan(steps, rate)
+        self.method.set_horizon(steps, rate)
         self.at = 0
         self.decisions: list[Decision | None] = []
         if begin:
-            self.method.begin(self.optimizer, self.validate)
+            self.method.on_train_begin(self.optimizer, self.validate)
 
     def _host(self, unit: Unit) -> AdaptedLinear:
         linear = nn.Linear(unit.in_features, unit.out_features, bias=False, device="meta")
@@ -106,15 +106,15 @@ class Bench:
         )
         return AdaptedLinear(linear, "none")
 
-    def _split(self) -> dict[str, Start]:
-        starts = {}
+    def _split(self) -> dict[str, InitialAdapter]:
+        initial_adapters = {}
         for unit in self.units:
-            host = self.hosts[unit.name]
+            host = self.adapted_layers[unit.name]
             triplets = singular_triplets(host.weight, self.method.ranges(unit))
             adapter = self.method.extract(unit, triplets).requires_grad_(False)
-            starts[unit.name] = Start(adapter, triplets.spectrum.float())
+            initial_adapters[unit.name] = InitialAdapter(adapter, triplets.spectrum.float())
             host.weight.data = host.weight.data - adapter.delta()
-        return starts
+        return initial_adapters
 
     @property
     def adapters(self):
@@ -124,7 +124,7 @@ class Bench:
         return self.method.adapters[self.units[index].name]
 
     def output(self, name: str) -> torch.Tensor:
-        return self.hosts[name](torch.from_numpy(self.x[name][self.batch]).float())
+        return self.adapted_layers[name](torch.from_numpy(self.x[name][self.batch]).float())
 
     def loss(self) -> torch.Tensor:
         parts = []
@@ -142,7 +142,7 @@ class Bench:
         if self.method.due(self.at):
             decision = self.method.decide(self.at)
             if decision is not None and self.method.apply(decision):
-                self.optimizer.follow(self.method.trainables())
+                self.optimizer.rebind_parameters(self.method.trainables())
         self.decisions.append(decision)
         return decision
 
@@ -201,7 +201,7 @@ class Bench:
         self.method.load_state_dict(state["method"])
         if self.method.changes_structure:
             self.method.resize({n: parts["A"].shape[0] for n, parts in state["adapters"].items()})
-            self.optimizer.follow(self.method.trainables())
+            self.optimizer.rebind_parameters(self.method.trainables())
         assert list(self.adapters) == list(state["adapters"])
         for name, parts in state["adapters"].items():
             for role, tensor in parts.items():
@@ -248,7 +248,7 @@ class Twin:
         adapter = bench.adapters[unit.name]
         self.name = unit.name
         self.A, self.g, self.B = array(adapter.A), array(adapter.g), array(adapter.B)
-        self.frozen = array(bench.hosts[unit.name].weight)
+        self.frozen = array(bench.adapted_layers[unit.name].weight)
         self.x, self.t = bench.x[unit.name], bench.t[unit.name]
 
     def delta(self) -> np.ndarray:
@@ -284,10 +284,10 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
         eps: float = 1e-8,
-        gradual: bool = False,
+        no_bias_correction: bool = False,
     ):
         self.lr, self.betas, self.wd, self.eps = learning_rate, betas, weight_decay, eps
-        self.gradual = gradual
+        self.no_bias_correction = no_bias_correction
         self.state: dict[Any, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def update(
@@ -308,7 +308,7 @@ class AdamW:
             t[row] += 1
             m[row] = b1 * m[row] + (1 - b1) * gradient[row]
             v[row] = b2 * v[row] + (1 - b2) * gradient[row] ** 2
-            mean = m[row] if self.gradual else m[row] / (1 - b1 ** t[row])
+            mean = m[row] if self.no_bias_correction else m[row] / (1 - b1 ** t[row])
             direction = mean / (np.sqrt(v[row] / (1 - b2 ** t[row])) + self.eps)
             value[row] -= self.lr * ratio * (self.wd * value[row] + direction)
 

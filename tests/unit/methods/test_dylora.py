@@ -30,7 +30,7 @@ def test_gates_masks_and_forward(b, only_bth):
         trained = [j == b - 1 if only_bth else j < b for j in range(RANK)]
         assert adapter.mask.tolist() == trained
         A, B = array(adapter.A)[:b], array(adapter.B)[:b]
-        W = array(bench.hosts[unit.name].weight) + ALPHA / b * B.T @ A
+        W = array(bench.adapted_layers[unit.name].weight) + ALPHA / b * B.T @ A
         expected = bench.x[unit.name] @ W.T
         np.testing.assert_allclose(array(bench.output(unit.name)), expected, rtol=1e-4, atol=1e-4)
 
@@ -103,7 +103,7 @@ def test_inference_uses_the_export_rank(export_rank):
             adapter = bench.adapters[unit.name]
             assert adapter.g.tolist() == pytest.approx(expected)
             A, B = array(adapter.A)[:rank], array(adapter.B)[:rank]
-            W = array(bench.hosts[unit.name].weight) + ALPHA / rank * B.T @ A
+            W = array(bench.adapted_layers[unit.name].weight) + ALPHA / rank * B.T @ A
             y = array(bench.output(unit.name))
             np.testing.assert_allclose(y, bench.x[unit.name] @ W.T, rtol=1e-4, atol=1e-4)
         raise KeyError  # what fails inside leaves the gates as they were, too

@@ -296,7 +296,7 @@ def budgets(gamma, factors, steps=8, **options):
     bench = bench_of(gamma=gamma, **options)
     for adapter in bench.adapters.values():
         adapter.B.data.copy_(torch.ones_like(adapter.B) * 0.1)
-    bench.method.begin(bench.optimizer, bench.validate)
+    bench.method.on_train_begin(bench.optimizer, bench.validate)
     return [grow(bench, factors)["budget"] for _ in range(steps)]
 
 
@@ -325,7 +325,7 @@ def test_a_change_of_rank_alone_is_no_growth():
         bench = bench_of(gamma=10.0, growth=growth)
         for adapter in bench.adapters.values():
             adapter.B.data.copy_(torch.ones_like(adapter.B) * 0.1)
-        bench.method.begin(bench.optimizer, bench.validate)
+        bench.method.on_train_begin(bench.optimizer, bench.validate)
         grow(bench, (1.1, 1.1, 1.1))
         return [grow(bench, (1.0, 1.0, 1.0))["budget"] for _ in range(5)]
 

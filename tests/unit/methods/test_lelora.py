@@ -73,7 +73,9 @@ def test_components_are_singular_triplets_that_w_loses(locations):
             assert np.linalg.norm(A[j]) == pytest.approx(1, abs=1e-5)
             assert np.linalg.norm(B[j]) == pytest.approx(1, abs=1e-5)
         residual = W - (U[:, indices] * S[indices]) @ Vh[indices]
-        np.testing.assert_allclose(array(bench.hosts[unit.name].weight), residual, atol=1e-5)
+        np.testing.assert_allclose(
+            array(bench.adapted_layers[unit.name].weight), residual, atol=1e-5
+        )
         assert adapter.g.requires_grad
         expected = bench.x[unit.name] @ W.T
         np.testing.assert_allclose(array(bench.output(unit.name)), expected, atol=5e-5)
@@ -134,7 +136,7 @@ def test_all_components_take_part_in_the_forward_pass():
 def test_training_is_numpy_s_and_inactive_rows_keep_every_bit(wake):
     bench = bench_of(weight_decay=0.1, max_norm=1.0, wake=wake)
     references = twins(bench)
-    optimizer = AdamW(5e-3, weight_decay=0.1, gradual=wake == "gradual")
+    optimizer = AdamW(5e-3, weight_decay=0.1, no_bias_correction=wake == "gradual")
     rested = 0
     for _ in range(12):
         decision = bench.decide()
@@ -186,7 +188,7 @@ def state(bench):
 def test_dropout_spares_the_part_of_w(where):
     options = {"ranks": RANKS, "dropout": 0.5, "dropout_on": where}
     bench = Bench("lelora", options, shapes=SHAPES)
-    for host in bench.hosts.values():
+    for host in bench.adapted_layers.values():
         host.train()
     for unit in bench.units:
         expected = bench.x[unit.name] @ bench.W[unit.name].T

@@ -27,7 +27,7 @@ def test_start(stabilised):
 
 
 def nn_output(bench, name):
-    return torch.from_numpy(bench.x[name]).float() @ bench.hosts[name].weight.T
+    return torch.from_numpy(bench.x[name]).float() @ bench.adapted_layers[name].weight.T
 
 
 def test_scale_is_peft_s():
@@ -103,7 +103,7 @@ def test_lora_plus_is_two_groups_of_torch_s_adamw():
         loss = torch.zeros(())
         for unit, a, b in zip(bench.units, A, B, strict=True):
             x = torch.from_numpy(bench.x[unit.name]).float()
-            y = x @ (bench.hosts[unit.name].weight + 1.5 * b.T @ a).T
+            y = x @ (bench.adapted_layers[unit.name].weight + 1.5 * b.T @ a).T
             error = y - torch.from_numpy(bench.t[unit.name]).float()
             loss = loss + 0.5 * error.square().sum(1).mean()
         reference.zero_grad()
@@ -121,7 +121,7 @@ def test_dropout_masks_depend_on_seed_step_micro_batch_and_unit(where):
     for adapter in (first, second):  # two alike
         adapter.A.data.copy_(first.A.data)
         adapter.B.data.fill_(0.5)
-    for host in bench.hosts.values():
+    for host in bench.adapted_layers.values():
         host.weight.data.zero_()
         host.train()
     x = torch.from_numpy(bench.x["layers.0.k0"]).float()
@@ -129,7 +129,7 @@ def test_dropout_masks_depend_on_seed_step_micro_batch_and_unit(where):
     def outputs(seed, step, micro_batch):
         bench.method.seed = seed
         bench.method.set_dropout_seed(step, micro_batch)
-        return [host(x).detach() for host in bench.hosts.values()]
+        return [host(x).detach() for host in bench.adapted_layers.values()]
 
     base = outputs(0, 3, 1)
     again = outputs(0, 3, 1)

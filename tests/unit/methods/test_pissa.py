@@ -29,7 +29,9 @@ def test_start_is_a_part_of_the_svd(kind):
         product, S = part(W, kind)
         A, B = array(adapter.A), array(adapter.B)
         np.testing.assert_allclose(B.T @ A, product, atol=1e-6)
-        np.testing.assert_allclose(array(bench.hosts[unit.name].weight), W - product, atol=1e-6)
+        np.testing.assert_allclose(
+            array(bench.adapted_layers[unit.name].weight), W - product, atol=1e-6
+        )
         # √Σ on both sides
         np.testing.assert_allclose(A @ A.T, np.diag(S), atol=1e-6)
         np.testing.assert_allclose(B @ B.T, np.diag(S), atol=1e-6)
@@ -62,7 +64,7 @@ def test_pissa_is_peft_s():
         ours = adapter.B.T @ torch.diag(adapter.g) @ adapter.A
         theirs = layer.scaling["default"] * B @ A
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-        residual = bench.hosts[unit.name].weight
+        residual = bench.adapted_layers[unit.name].weight
         torch.testing.assert_close(residual, layer.base_layer.weight, rtol=1e-4, atol=1e-5)
 
 
@@ -70,7 +72,7 @@ def test_milora_keeps_the_largest_singular_values_frozen():
     bench = Bench("milora", {"rank": RANK}, shapes=SHAPES)
     for unit in bench.units:
         S = np.linalg.svd(bench.W[unit.name], compute_uv=False)
-        left = np.linalg.svd(array(bench.hosts[unit.name].weight), compute_uv=False)
+        left = np.linalg.svd(array(bench.adapted_layers[unit.name].weight), compute_uv=False)
         expected = np.concatenate([S[: len(S) - RANK], np.zeros(RANK)])
         np.testing.assert_allclose(left, expected, atol=1e-6)
 
@@ -78,7 +80,7 @@ def test_milora_keeps_the_largest_singular_values_frozen():
 @each_kind
 def test_training_is_numpy_s(kind):
     bench = Bench(kind, {"rank": RANK}, shapes=SHAPES, weight_decay=0.1, learning_rate=3e-3)
-    frozen = {name: bits(host.weight) for name, host in bench.hosts.items()}
+    frozen = {name: bits(host.weight) for name, host in bench.adapted_layers.items()}
     references, optimizer = twins(bench), AdamW(3e-3, weight_decay=0.1)
     for _ in range(8):
         bench.step()
@@ -91,7 +93,7 @@ def test_training_is_numpy_s(kind):
         assert_near(adapter.A, twin.A)
         assert_near(adapter.B, twin.B)
         assert adapter.g.tolist() == [1.0] * RANK
-        assert torch.equal(bits(bench.hosts[twin.name].weight), frozen[twin.name])
+        assert torch.equal(bits(bench.adapted_layers[twin.name].weight), frozen[twin.name])
 
 
 @each_kind
@@ -99,7 +101,7 @@ def test_training_is_numpy_s(kind):
 def test_dropout_spares_the_part_of_w(kind, where):
     """Only what was learned on top of the initial bank is dropped: at the start nothing is."""
     bench = Bench(kind, {"rank": RANK, "dropout": 0.5, "dropout_on": where}, shapes=SHAPES)
-    for host in bench.hosts.values():
+    for host in bench.adapted_layers.values():
         host.train()
     bench.method.set_dropout_seed(0, 0)
     for unit in bench.units:
@@ -108,7 +110,7 @@ def test_dropout_spares_the_part_of_w(kind, where):
     bench.run(2)  # then it is
     bench.method.set_dropout_seed(2, 0)
     for unit in bench.units:
-        host = bench.hosts[unit.name].train()
+        host = bench.adapted_layers[unit.name].train()
         dropped = array(bench.output(unit.name))
         whole = array(bench.output(unit.name) if host.eval() else None)
         assert np.abs(dropped - whole).max() > 1e-3

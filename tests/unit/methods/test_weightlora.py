@@ -293,7 +293,7 @@ def test_survivors_start_anew_and_the_others_are_gone(kind):
     gc.collect()
     assert all(reference() is None for reference in gone.values())
     for unit in bench.units:
-        host = bench.hosts[unit.name]
+        host = bench.adapted_layers[unit.name]
         if unit.name not in survivors:
             assert host.adapter is None
             W = bench.W[unit.name]
@@ -508,7 +508,7 @@ def test_stoiht_recovers_a_sparse_regression(seed):
     rng = np.random.default_rng(1000 + seed)
     maps = []
     for unit in bench.units:
-        host, adapter = bench.hosts[unit.name], bench.adapters[unit.name]
+        host, adapter = bench.adapted_layers[unit.name], bench.adapters[unit.name]
         host.weight.data.zero_()
         A, B = rng.normal(size=(RANK, inp)), rng.normal(size=(RANK, out))
         B /= np.linalg.norm(SCALE * B.T @ A)  # E ‖φ_u(x)‖² = 1 for x ~ N(0, 1)
@@ -523,7 +523,7 @@ def test_stoiht_recovers_a_sparse_regression(seed):
         bench.decide()
         x = rng.normal(size=(64, inp))  # a fresh batch every step
         inputs = torch.from_numpy(x).float()
-        y = sum(bench.hosts[unit.name](inputs) for unit in bench.units)
+        y = sum(bench.adapted_layers[unit.name](inputs) for unit in bench.units)
         error = y - torch.from_numpy(x @ target.T).float()
         (0.5 * error.square().sum(1).mean()).backward()
         bench.update()
