@@ -61,7 +61,7 @@ def layer_at(model: nn.Module, name: str) -> nn.Linear | AdaptedLayer:
 def expert_counts(model: nn.Module) -> dict[str, int]:
     """How many experts every stack has, by its path."""
     layers = ((path, m) for path, m in model.named_modules() if isinstance(m, PackedLayer))
-    return {path: len(layer.places) for path, layer in layers if None not in layer.places}
+    return {path: len(layer.places) for path, layer in layers if layer.stacked}
 
 
 def select_targets(names: Sequence[str], targets: str | Sequence[str]) -> list[str]:

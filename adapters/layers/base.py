@@ -90,6 +90,11 @@ class PackedLayer(RegisteredLayer):
         raise NotImplementedError
 
     @property
+    def stacked(self) -> bool:
+        """Whether it holds the matrices of several experts."""
+        return None not in self.places
+
+    @property
     def matrix_shape(self) -> tuple[int, int]:
         """(rows, columns) of what is packed: a stack as one matrix."""
         *rows, columns = self.shape

@@ -55,7 +55,7 @@ class Merger:
             owner = self.model.get_submodule(path)
             if name in self._trained:
                 yield self._published(name), self._trained[name].to(self.dtype)
-            elif isinstance(owner, PackedLayer) and None not in owner.places:
+            elif isinstance(owner, PackedLayer) and owner.stacked:
                 yield from self._stack(path, owner)
             else:
                 key = self._files.check([name], self._prefix, tuple(parameter.shape))

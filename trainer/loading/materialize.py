@@ -173,7 +173,7 @@ class Materializer:
     def _full(self, item: ParamTask) -> Tensor:
         """What the backbone keeps of an item, before it is packed."""
         matrix = item.matrix
-        if matrix is None or None in matrix.places:
+        if matrix is None or not matrix.stacked:
             return self._kept(next(iter(item.units), None))
         # On the device at once: on the host there is never more than one expert's matrix.
         full = torch.empty(matrix.shape, dtype=self._dtype, device=self._world.device)
