@@ -76,7 +76,7 @@ def open_data(
     with world.all_or_none():
         tokenizer = build.load_tokenizer(config.model)
         task = TASKS[config.task.kind](config.task, tokenizer)
-        if config.task.kind == "sequence_classification":
+        if config.task.needs_labels:
             task.learn_labels(read_labels(config.data.train, config.data.train_split, config.data))
     prepared = None
     for turn in (True, False):

@@ -21,3 +21,5 @@ METHODS: dict[str, type[Method]] = {
     "lalora": LaLoRA,
     "lelora": LeLoRA,
 }
+
+OPTIONS = {kind: method.Options for kind, method in METHODS.items()}

@@ -23,7 +23,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from adapters.options import Section
-from trainer.config.validation import parse_json, validate
+from trainer.config.validation import validate
+from trainer.config.yaml import parse_json
 from trainer.errors import UserError, first_line
 
 FORMAT = 1

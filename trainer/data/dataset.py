@@ -19,7 +19,8 @@ import numpy as np
 import pyarrow as pa
 
 from trainer.config.sections import DataOptions
-from trainer.config.validation import local, parse_json
+from trainer.config.validation import local
+from trainer.config.yaml import parse_json
 from trainer.data.records import BadRecord, detect_format, read_rows, to_record
 from trainer.errors import UserError, first_line
 from trainer.tasks.base import Example, Record, Task

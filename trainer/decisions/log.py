@@ -11,7 +11,8 @@ from pydantic import ConfigDict, Field
 
 from adapters.methods.base import Decision, Method
 from adapters.options import Section
-from trainer.config.validation import parse_json, validate
+from trainer.config.validation import validate
+from trainer.config.yaml import parse_json
 from trainer.errors import UserError
 from trainer.records.jsonl import (
     DECISIONS,

@@ -15,6 +15,7 @@ from adapters.units import expert_counts, stem
 from trainer.checkpoint import store
 from trainer.checkpoint.state import read_initial_adapters
 from trainer.config.config import Config, parse_config, with_overrides
+from trainer.config.engines import AUTO
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
@@ -120,7 +121,7 @@ def cost_of_dequantising(config: Config, world: World, checkpoint: Path) -> str:
             f"Trained on the {config.model.quantization} backbone. What the adapter loses on the "
             "unquantised one was not measured: the run has no data.eval."
         )
-    engine = config.engine.model_copy(update={"kind": "single", "config": None})
+    engine = config.engine.model_copy(update={"kind": AUTO["one process"], "config": None})
     plain = config.model.model_copy(update={"quantization": "none"})
     losses = [
         evaluate_saved(

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.config.validation import parse_json
+from trainer.config.yaml import parse_json
 from trainer.errors import UserError
 from trainer.loading.async_reader import Reader, read_into, unreadable
 from trainer.loading.key_mapping import Layout

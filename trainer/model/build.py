@@ -32,7 +32,8 @@ from adapters.units import (
     transformer_blocks,
 )
 from trainer.config.config import Config
-from trainer.config.sections import ModelOptions, compute_dtype
+from trainer.config.dtype import compute_dtype
+from trainer.config.sections import ModelOptions
 from trainer.config.validation import local
 from trainer.errors import UserError, first_line
 from trainer.model.blocks import Blocks

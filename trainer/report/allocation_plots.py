@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from adapters.units import Unit, third
-from trainer.config.validation import parse_json
+from trainer.config.yaml import parse_json
 from trainer.errors import UserError
 from trainer.records.jsonl import decision_files, read_objects
 

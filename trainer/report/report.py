@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
-from trainer.config.validation import parse_yaml
+from trainer.config.yaml import parse_yaml
 from trainer.errors import UserError
 from trainer.records.jsonl import METRICS, read_metrics
 from trainer.report.allocation_plots import (

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from trainer.config.validation import parse_json
+from trainer.config.yaml import parse_json
 from trainer.errors import UserError
 from trainer.records.heartbeat import EXIT_CODES, EXIT_RUNNING, read_heartbeat
 from trainer.records.jsonl import DECISIONS, METRICS, read_metrics

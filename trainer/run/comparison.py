@@ -33,7 +33,8 @@ import torch
 
 from adapters.options import Section
 from trainer.config.config import Config, load_config, with_overrides
-from trainer.config.validation import parse_json, parse_yaml, validate
+from trainer.config.validation import validate
+from trainer.config.yaml import parse_json, parse_yaml
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.records.jsonl import read_metrics

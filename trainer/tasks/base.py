@@ -12,17 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from adapters.options import Section
+from trainer.tasks.options import TaskOptions
 
 IGNORED = -100
 """Target of a position that has no loss, as in torch's cross entropy."""
-
-
-class TaskOptions(Section):
-    """The keys that every task takes."""
-
-    kind: str
-    """Name of the task."""
 
 
 @dataclass
@@ -76,6 +69,8 @@ class Task(ABC):
     Options: ClassVar[type[TaskOptions]]
     auto_class: ClassVar[Any]
     """The transformers class that builds the model."""
+    peft_task_type: ClassVar[str]
+    """What PEFT calls such a task, in the exported adapter."""
 
     def __init__(self, options: Any, tokenizer: PreTrainedTokenizerBase):
         self.options = options
@@ -112,6 +107,10 @@ class Task(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(summed loss in float32, predictions for `metrics` where the task has any)."""
+
+    def scores_of_loss(self, loss: float) -> dict[str, float]:
+        """Scores that follow from the mean loss alone."""
+        return {}
 
     def metrics(self, predictions: Sequence[Any], labels: Sequence[float]) -> dict[str, float]:
         """Scores over the whole evaluation set, in record order."""

@@ -23,14 +23,12 @@ def evaluate(session: Session) -> dict[str, float]:
     with session.method.inference():
         parts = _forward(session, data, records)
     scores = {"eval_loss": _mean(parts)}
-    if session.config.task.kind == "causal_lm":
-        scores["eval_perplexity"] = math.exp(min(scores["eval_loss"], 700.0))
+    metrics = session.task.scores_of_loss(scores["eval_loss"])
     guesses = [guess for part in parts for guess in part.predictions]
     if guesses:
         labels = [float(data.labels[record]) for part in parts for record in part.records]
-        metrics = session.task.metrics(guesses, labels)
-        scores |= {f"eval_{name}": score for name, score in metrics.items()}
-    return scores
+        metrics |= session.task.metrics(guesses, labels)
+    return scores | {f"eval_{name}": score for name, score in metrics.items()}
 
 
 def mean_loss(
