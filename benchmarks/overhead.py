@@ -23,10 +23,10 @@ import torch
 from trainer.config.arguments import Parser, among, at_least, new_file
 from trainer.config.config import load_config
 from trainer.decisions import consensus
+from trainer.distributed.failures import guarded
 from trainer.distributed.world import World
 from trainer.engine.base import Update
 from trainer.memory import planner
-from trainer.run.launch import guarded
 from trainer.session import Session, open_session
 from trainer.training.loop import accumulate, make_loader
 from trainer.training.lr_schedule import learning_rate

@@ -16,6 +16,7 @@ from adapters.methods.base import MethodOptions
 from adapters.methods.registry import METHODS
 from adapters.methods.registry import OPTIONS as METHOD_OPTIONS
 from adapters.options import Section
+from trainer.config.aliases import rename_keys, rename_overrides, tell
 from trainer.config.sections import (
     CheckpointOptions,
     DataOptions,
@@ -109,8 +110,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         given = "an empty file" if raw is None else type(raw).__name__
         raise UserError(f"--config {path}: {given}; accepted: the sections {names_of(Config)}")
-    for override in overrides:
-        _apply_override(raw, override)
+    found = rename_keys(raw)
+    _apply_overrides(raw, overrides)
+    tell(found)
     run = raw.get("run")
     if run is None or (isinstance(run, dict) and not run.get("name")):
         raw["run"] = {**(run or {}), "name": path.stem}
@@ -120,8 +122,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """`config` with `section.key=value` overrides applied, checked again."""
     raw = config.model_dump(mode="json")
-    for override in overrides:
-        _apply_override(raw, override)
+    _apply_overrides(raw, overrides)
     return parse_config(raw)
 
 
@@ -149,6 +150,13 @@ def _section_type(name: str, annotation: Any, value: Mapping[str, Any]) -> type[
         kind = value.get("kind", "causal_lm")
         return TASK_OPTIONS[one_of("task.kind", kind, TASK_OPTIONS)]
     return annotation
+
+
+def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    overrides, found = rename_overrides(overrides)
+    for override in overrides:
+        _apply_override(raw, override)
+    tell(found)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -148,6 +148,7 @@ def write_adapter(
     config, tensors = saved_config(state), store.read_tensors(checkpoint)
     with store.refuse_mismatch(checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
+    task = TASKS[config.task.kind]
     return export_adapter(
         out,
         adapters,
@@ -156,9 +157,10 @@ def write_adapter(
         rank=rank,
         base_model=config.model.id,
         revision=config.model.revision,
-        task=config.task.kind,
+        task_type=task.peft_task_type,
+        model_class=task.auto_class.__name__,
         heads=heads,
-        labels=len(state["labels"].get("labels", ())) or 1,
+        labels=(len(state["labels"].get("labels", ())) or 1) if config.task.needs_labels else None,
         note=note,
     )
 

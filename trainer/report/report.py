@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
+from trainer.config.aliases import rename_keys
 from trainer.config.yaml import parse_yaml
 from trainer.errors import UserError
 from trainer.records.jsonl import METRICS, read_metrics
@@ -73,6 +74,7 @@ def read_run(folder: Path) -> Run:
     sections = ("run", "method")
     if not isinstance(config, dict) or any(not isinstance(config.get(s), dict) for s in sections):
         raise UserError(f"{file}: no section run or method; accepted: the file that a run wrote")
+    rename_keys(config)
     metrics = read_metrics(folder / METRICS)
     end = metrics[-1]["step"] if metrics else 0
     allocation = read_allocation(folder, config["method"].get("rank", np.nan), end)

@@ -279,9 +279,10 @@ def _export(session: Session, folder: Path) -> str:
             },
             base_model=config.model.id,
             revision=config.model.revision,
-            task=config.task.kind,
+            task_type=session.task.peft_task_type,
+            model_class=session.task.auto_class.__name__,
             heads=heads,
-            labels=session.backbone.model.config.num_labels,
+            labels=session.model.config.num_labels if config.task.needs_labels else None,
             experts=expert_counts(session.model),
             note=note,
         )

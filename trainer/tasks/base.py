@@ -69,8 +69,8 @@ class Task(ABC):
     Options: ClassVar[type[TaskOptions]]
     auto_class: ClassVar[Any]
     """The transformers class that builds the model."""
-    peft_task_type: ClassVar[str]
-    """What PEFT calls such a task, in the exported adapter."""
+    peft_task_type: ClassVar[str | None] = None
+    """What PEFT calls such a task, in the exported adapter; None where it knows none."""
 
     def __init__(self, options: Any, tokenizer: PreTrainedTokenizerBase):
         self.options = options

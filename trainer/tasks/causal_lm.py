@@ -35,7 +35,9 @@ class CausalLM(Task):
         tokenised = iter(self.tokenizer(pieces, add_special_tokens=False)["input_ids"])
         return [self._encode(record, tokenised, max_length) for record in records]
 
-    def _encode(self, record: Record, tokenised: Iterator[list[int]], max_length: int) -> Example | str:
+    def _encode(
+        self, record: Record, tokenised: Iterator[list[int]], max_length: int
+    ) -> Example | str:
         learn_all = self.options.loss_on == "all"
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids: list[int] = []
