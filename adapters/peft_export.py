@@ -80,7 +80,7 @@ def export_adapter(
 
     `adapters` by module path; `heads`: whole trained modules by path, each its parameters by name;
     `task_type`: PEFT's name of the task, None where it has none; `model_class`: transformers' class
-    that loads the backbone; `labels`: outputs of its head, where it classifies; `initial`: the
+    that loads the backbone; `labels`: outputs of its new head, where it has one; `initial`: the
     parts of W that adapters started as. `experts`: how many there are in every stack of the model,
     by its path; their adapters become one LoRA on that parameter (PEFT's `target_parameters`), as
     wide as the widest of them.

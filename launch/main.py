@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from trainer.config.arguments import Parser
+from trainer.config.validation import one_of
 from trainer.distributed.failures import guarded
 
 COMMANDS = ("train", "evaluate", "export", "estimate", "report", "watch", "compare")
@@ -26,9 +27,10 @@ COMMANDS = ("train", "evaluate", "export", "estimate", "report", "watch", "compa
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(__doc__, "rankcast")
-    parser.add_argument("command", choices=COMMANDS)
-    command = parser.parse_args(argv[:1]).command
+    parser.add_argument("command", help=", ".join(COMMANDS))
+    given = parser.parse_args(argv[:1]).command
     with guarded():
+        command = one_of("command", given, COMMANDS)
         module = importlib.import_module(f"launch.{command}")
         return module.main(argv[1:], f"rankcast {command}")
     return 1  # `guarded` has ended the process

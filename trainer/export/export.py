@@ -160,7 +160,7 @@ def write_adapter(
         task_type=task.peft_task_type,
         model_class=task.auto_class.__name__,
         heads=heads,
-        labels=(len(state["labels"].get("labels", ())) or 1) if config.task.needs_labels else None,
+        labels=(len(state["labels"].get("labels", ())) or 1) if heads else None,
         note=note,
     )
 

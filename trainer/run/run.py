@@ -282,7 +282,7 @@ def _export(session: Session, folder: Path) -> str:
             task_type=session.task.peft_task_type,
             model_class=session.task.auto_class.__name__,
             heads=heads,
-            labels=session.model.config.num_labels if config.task.needs_labels else None,
+            labels=session.model.config.num_labels if heads else None,
             experts=expert_counts(session.model),
             note=note,
         )
