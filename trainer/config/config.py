@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import SerializeAsAny, model_validator
 
-from adapters.methods.base import MethodOptions
+from adapters.methods.options import MethodOptions
 from adapters.methods.registry import METHODS
 from adapters.methods.registry import OPTIONS as METHOD_OPTIONS
 from adapters.options import Section
