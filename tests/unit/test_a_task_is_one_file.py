@@ -11,8 +11,7 @@ from trainer.errors import UserError
 from trainer.export.export import export_run, locate, saved_config
 from trainer.records.jsonl import read_metrics
 from trainer.run.run import run
-from trainer.tasks import registry
-from trainer.tasks.registry import TaskEntry
+from trainer.tasks.registry import TASKS
 from trainer.training.evaluation import evaluate_saved
 
 
@@ -22,8 +21,8 @@ def task(tmp_path, monkeypatch) -> list[str]:
     file, line = example("A task")
     write_module(tmp_path, "toy_tasks", "label_token", file)
     monkeypatch.syspath_prepend(tmp_path)
-    kind, entry = registered(line, "trainer.tasks", "toy_tasks", TaskEntry=TaskEntry)
-    monkeypatch.setitem(registry._TASKS, kind, entry)
+    kind, entry = registered(line, "trainer.tasks", "toy_tasks")
+    monkeypatch.setitem(TASKS, kind, entry)
     rows = [
         {"text": f"{'up' if i % 3 else 'down'} {i}", "label": "yes" if i % 3 else "no"}
         for i in range(40)

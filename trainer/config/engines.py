@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 class EngineEntry:
     """An engine's class, and what the configuration must know before it is imported."""
 
-    module: str
-    name: str
-    """The class in it."""
+    engine: str
+    """`module:Class`."""
     options: tuple[str, ...] = ()
     """The keys of `engine:` that only some engines take, of those that this one does: `config`,
     `copy_engines`, `unsharded_blocks`."""
@@ -27,13 +26,11 @@ class EngineEntry:
 
 
 ENGINES = {
-    "single": EngineEntry("trainer.engine.single", "SingleEngine", one_process=True),
-    "ddp": EngineEntry("trainer.engine.ddp", "DDPEngine"),
-    "peer": EngineEntry("trainer.engine.peer", "PeerEngine", ("unsharded_blocks",)),
-    "fsdp2": EngineEntry(
-        "trainer.engine.fsdp2", "FSDP2Engine", ("unsharded_blocks", "copy_engines")
-    ),
-    "deepspeed": EngineEntry("trainer.engine.deepspeed", "DeepSpeedEngine", ("config",)),
+    "single": EngineEntry("trainer.engine.single:SingleEngine", one_process=True),
+    "ddp": EngineEntry("trainer.engine.ddp:DDPEngine"),
+    "peer": EngineEntry("trainer.engine.peer:PeerEngine", ("unsharded_blocks",)),
+    "fsdp2": EngineEntry("trainer.engine.fsdp2:FSDP2Engine", ("unsharded_blocks", "copy_engines")),
+    "deepspeed": EngineEntry("trainer.engine.deepspeed:DeepSpeedEngine", ("config",)),
 }
 
 AUTO = {
@@ -50,8 +47,8 @@ ranks (`Spread`)."""
 
 def engine_class(kind: str) -> type["Engine"]:
     """The engine of this name; its library is imported only now."""
-    entry = ENGINES[kind]
-    return getattr(importlib.import_module(entry.module), entry.name)
+    module, _, name = ENGINES[kind].engine.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def takes(kind: str, option: str) -> bool:
