@@ -59,6 +59,10 @@ class AdaptedLayer(Protocol):
     def in_features(self) -> int: ...
 
     @property
+    def weight(self) -> Tensor:
+        """The packed parameter that its matrix is in."""
+
+    @property
     def token_counter(self) -> tuple[nn.Parameter, int] | None:
         """(a parameter whose gradient counts the tokens of every expert, this one's index); None
         where every token passes through."""
@@ -71,7 +75,8 @@ class AdaptedLayer(Protocol):
 class PackedLayer(RegisteredLayer):
     """A module with a frozen weight W, packed in `weight_format`."""
 
-    weight: nn.Parameter
+    weight: Tensor
+    """The packed parameter."""
     weight_format: str
 
     @property

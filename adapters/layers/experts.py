@@ -45,6 +45,10 @@ class ExpertLayer:
         return self.stack.in_features
 
     @property
+    def weight(self) -> Tensor:
+        return self.stack.weight
+
+    @property
     def token_counter(self) -> tuple[nn.Parameter, int]:
         return self.stack.tokens, self.index
 

@@ -77,7 +77,7 @@ class LaLoRA(Method):
     ) -> None:
         super().attach(units, layers, device, initial_adapters)
         numbers = sorted({unit.layer for unit in units if unit.layer is not None})
-        place = {layer: index for index, layer in enumerate(numbers)}
+        place: dict[int | None, int] = {layer: index for index, layer in enumerate(numbers)}
         self.layers = numbers
         self._layer_of = np.array([place[unit.layer] for unit in units])
 

@@ -141,7 +141,7 @@ def refuse_tied_targets(backbone: Backbone, adapters: Mapping[str, GatedAdapter]
     """A shared matrix cannot take one user's update: the other would get it too."""
     embedding = backbone.model.get_input_embeddings().weight
     for path, layer in backbone.adapted_layers.items():
-        if path in adapters and layer.layer.weight is embedding:
+        if path in adapters and layer.weight is embedding:
             raise UserError(
                 f"{path} shares its matrix with the input embedding, so its adapter cannot be "
                 "merged; accepted: export the adapter alone"

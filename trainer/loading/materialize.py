@@ -177,7 +177,9 @@ class Materializer:
             return self._kept(next(iter(item.units), None))
         # On the device at once: on the host there is never more than one expert's matrix.
         full = torch.empty(matrix.shape, dtype=self._dtype, device=self._world.device)
-        units = {int(unit.name.rpartition(".")[2]): unit for unit in item.units}
+        units: dict[int | None, Unit] = {
+            int(unit.name.rpartition(".")[2]): unit for unit in item.units
+        }
         for index, expert in enumerate(matrix.places):
             full[index] = self._kept(units.get(expert))
         return full

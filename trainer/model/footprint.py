@@ -107,7 +107,7 @@ def trainable_parameters(backbone: Backbone, config: Config) -> int:
 def _frozen_bytes(module: nn.Module, backbone: Backbone, *, adapted_only: bool = False) -> int:
     """Bytes of a module once loaded, or of what hosts hold of it; a tied parameter counts once."""
     places = backbone.adapted_layers.values()
-    packed = {id(place.layer.weight): place.layer for place in places}
+    packed = {id(place.weight): place.layer for place in places}
     total = 0
     for parameter in module.parameters():
         layer = packed.get(id(parameter))
