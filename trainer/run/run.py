@@ -283,7 +283,7 @@ def _export(session: Session, folder: Path) -> str:
             task_type=session.task.peft_task_type,
             model_class=session.task.auto_class.__name__,
             heads=heads,
-            labels=session.model.config.num_labels if heads else None,
+            labels=session.backbone.model.config.num_labels if heads else None,
             experts=expert_counts(session.model),
             note=note,
         )
