@@ -36,8 +36,8 @@ def main() -> int:
     if not 0 < arguments.memory < 2**20:
         raise UserError(f"--memory: {arguments.memory} given; accepted: GiB of a GPU, above 0")
     from trainer.config.config import load_config
+    from trainer.device_memory import GIB
     from trainer.memory.estimate import predict, table
-    from trainer.model.footprint import GIB
 
     config = load_config(arguments.config, arguments.overrides)
     memory = int(arguments.memory * GIB)

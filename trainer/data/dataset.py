@@ -22,6 +22,7 @@ from trainer.config.sections import DataOptions
 from trainer.config.validation import local, parse_json
 from trainer.data.records import BadRecord, detect_format, read_rows, to_record
 from trainer.errors import UserError, first_line
+from trainer.files import sha256
 from trainer.tasks.base import Example, Record, Task
 
 _CHUNK = 1000  # records tokenised in one call
@@ -225,7 +226,7 @@ def _cache_key(source: str, split: str, limit: int | None, options: DataOptions,
     """Everything that the tokenised form depends on, and nothing that only batching does."""
     path = local(source)
     content = (
-        _digest(path) if path and path.is_file() else f"{options.subset} {options.revision} {split}"
+        _sha256(path) if path and path.is_file() else f"{options.subset} {options.revision} {split}"
     )
     batching = {
         "packing",
@@ -258,9 +259,8 @@ def _tokenizer_state(tokenizer: Any) -> str:
     return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
 
 
-def _digest(path: Path) -> str:
+def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; accepted: a file that can be read") from error

@@ -22,7 +22,8 @@ from trainer.config.validation import parse_json
 from trainer.distributed.world import World
 from trainer.engine.base import Engine, backbone_parameters
 from trainer.errors import UserError
-from trainer.model.build import Backbone, other_matrices
+from trainer.model.backbone import BuiltModel
+from trainer.model.matrices import other_matrices
 
 _OURS = {
     "optimizer": "optim (masked AdamW over the adapters)",
@@ -69,7 +70,7 @@ class DeepSpeedEngine(Engine):
         deepspeed.zero.Init(module=block, config_dict_or_path=self._sized(), dtype=dtype)
 
     @classmethod
-    def against_compiling(cls, config: Config, backbone: Backbone) -> str | None:
+    def against_compiling(cls, config: Config, backbone: BuiltModel) -> str | None:
         if config.method.train_router:  # blocks are then gathered piece by piece
             return "method.train_router=true"
         # A compiled program keeps its inputs for backward, and with them what was gathered.

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from adapters.units import transformer_blocks
 from trainer.config.config import Config
 from trainer.config.sections import EngineOptions
+from trainer.device_memory import GIB, readable
 from trainer.distributed.world import World
 from trainer.engine.base import compiles
 from trainer.engine.deepspeed import read_user_json
@@ -29,10 +30,11 @@ from trainer.errors import UserError, first_line
 from trainer.memory import block_trace
 from trainer.memory.block_trace import BlockBytes, Call, Meter, Products, WorstCase
 from trainer.memory.planner import Needs, largest_batch
-from trainer.model import build
-from trainer.model.blocks import check_unsharded_blocks
-from trainer.model.build import Backbone, TrainedModule, set_module
-from trainer.model.footprint import GIB, Estimate, blocks_that_fit, estimate, readable
+from trainer.model.backbone import BuiltModel, TrainedModule, set_module
+from trainer.model.blocks import check_unsharded_blocks, hidden_state
+from trainer.model.build import build
+from trainer.model.footprint import Estimate, blocks_that_fit, estimate
+from trainer.model.hub import load_tokenizer
 from trainer.tasks.base import Batch, Task
 from trainer.tasks.registry import TASKS
 
@@ -151,7 +153,7 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     configuration, or this number of GPUs, cannot run."""
     if config.engine.device == "cpu":
         raise UserError("engine.device: cpu given; accepted: auto or cuda, the estimate is a GPU's")
-    task = TASKS[config.task.kind](config.task, build.load_tokenizer(config.model))
+    task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))
     task.learn_labels(["0", "1"])  # how many there are hardly matters
     device = torch.device("cuda")
     launcher = "torchrun" if gpus > 1 or config.engine.config else "none"
@@ -161,7 +163,7 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     kind, reason = choose(config, world, task)
     if kind == "deepspeed":
         read_user_json(config)
-    backbone = build.build(config, task, device)
+    backbone = build(config, task, device)
     engine = engine_class(kind)
     states = estimate(backbone, config, gpus, engine.spread, local_ranks=gpus // hosts)
     more = {n: estimate(backbone, config, n, "split") for n in (2, 4, 8, 16, 32, 64)}
@@ -190,7 +192,7 @@ def _plan(
     return saved, offloaded, unsharded
 
 
-def probe(backbone: Backbone, config: Config, task: Task, *, compiled: bool) -> Probe:
+def probe(backbone: BuiltModel, config: Config, task: Task, *, compiled: bool) -> Probe:
     """Run the probe on micro-batches of `data.micro_batch_size` sequences of `data.max_length`
     tokens. `backbone`, just built, is used up."""
     for path, module in backbone.heads.items():
@@ -282,7 +284,7 @@ class _Checkpointed(torch.autograd.Function):
 
 def _run(
     task: Task,
-    backbone: Backbone,
+    backbone: BuiltModel,
     batch: Batch,
     blocks: list[nn.Module],
     calls: dict[Any, Call],
@@ -304,7 +306,7 @@ def _run(
         nonlocal inputs
         key = _key(block, args, kwargs)
         x, output, of_block = args[0], calls[key].output, figures[key]
-        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = hidden_state(output)
         added[id(block)] = 0
         if not x.requires_grad and not trains[id(block)]:  # as in blocks.py
             meter.spike(of_block.forward)

@@ -13,7 +13,8 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from trainer.config.validation import parse_yaml
 from trainer.errors import UserError
-from trainer.records.jsonl import METRICS, read_metrics
+from trainer.files import METRICS
+from trainer.records.jsonl import read_metrics
 from trainer.report.allocation_plots import (
     Allocation,
     draw_locations,

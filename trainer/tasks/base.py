@@ -21,6 +21,12 @@ IGNORED = -100
 class TaskOptions(Section):
     """The keys that every task takes."""
 
+    needs_labels: ClassVar[bool] = False
+    """Records carry labels, which the task sees (`learn_labels`) before anything is encoded."""
+    data_formats: ClassVar[tuple[str, ...]]
+    """The values of `data.format` whose records it takes. Where there is one, `auto` is that one;
+    else `auto` looks at the columns."""
+
     kind: str
     """Name of the task."""
 
@@ -76,6 +82,8 @@ class Task(ABC):
     Options: ClassVar[type[TaskOptions]]
     auto_class: ClassVar[Any]
     """The transformers class that builds the model."""
+    peft_task_type: ClassVar[str]
+    """What PEFT calls such a task, in the exported adapter."""
 
     def __init__(self, options: Any, tokenizer: PreTrainedTokenizerBase):
         self.options = options
@@ -112,6 +120,10 @@ class Task(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(summed loss in float32, predictions for `metrics` where the task has any)."""
+
+    def scores_of_loss(self, loss: float) -> dict[str, float]:
+        """Scores that follow from the mean loss alone."""
+        return {}
 
     def metrics(self, predictions: Sequence[Any], labels: Sequence[float]) -> dict[str, float]:
         """Scores over the whole evaluation set, in record order."""

@@ -1,5 +1,6 @@
 """Next-token prediction, with the loss on the completion only (or on everything)."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,6 +17,8 @@ from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
 class CausalLMOptions(TaskOptions):
     """Options of `task.kind: causal_lm`."""
 
+    data_formats = ("prompt_completion", "alpaca", "messages", "text")
+
     kind: Literal["causal_lm"] = "causal_lm"
     """Name of the task."""
     loss_on: Literal["completion", "all"] = "completion"
@@ -27,6 +30,7 @@ class CausalLM(Task):
 
     Options = CausalLMOptions
     auto_class = AutoModelForCausalLM
+    peft_task_type = "CAUSAL_LM"
 
     def configure(self, config: PretrainedConfig) -> None:
         if getattr(config, "is_decoder", None) is False:  # encoders carry it; decoders do not
@@ -102,3 +106,6 @@ class CausalLM(Task):
         # Selected first: float32 logits only where there is a loss.
         loss = F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
         return loss, None
+
+    def scores_of_loss(self, loss: float) -> dict[str, float]:
+        return {"perplexity": math.exp(min(loss, 700.0))}
