@@ -8,9 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from trainer.checkpoint.state import random_state, session_tensors
 from trainer.checkpoint.store import (
@@ -97,6 +95,10 @@ class CheckpointWriter:
 
     def _write(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """In the background: all ranks write tensors, rank 0 adds the rest and renames."""
+        # Late: it takes half a second to import, which need not be before the first step.
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
         world = self.session.world
         final = self.folder / f"step-{state['step']:08d}"
         partial = self.folder / f".{final.name}{PARTIAL}"

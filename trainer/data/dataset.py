@@ -5,6 +5,7 @@ What cannot be used is reported as file, line and reason.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -13,10 +14,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from trainer.config.sections import DataOptions
 from trainer.config.validation import local, parse_json
@@ -25,18 +25,27 @@ from trainer.errors import UserError, first_line
 from trainer.files import sha256
 from trainer.tasks.base import Example, Record, Task
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 _CHUNK = 1000  # records tokenised in one call
 _VERSION = 1  # of the cached form; raise it when `Example` or an encoding changes
 
-_SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int32()),
-        "loss_mask": pa.list_(pa.int8()),
-        "token_type_ids": pa.list_(pa.int8()),
-        "label": pa.float64(),
-        "weight": pa.int32(),
-    }
-)
+
+@functools.cache
+def _schema() -> "pa.Schema":
+    """The columns of the cached form."""
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "input_ids": pa.list_(pa.int32()),
+            "loss_mask": pa.list_(pa.int8()),
+            "token_type_ids": pa.list_(pa.int8()),
+            "label": pa.float64(),
+            "weight": pa.int32(),
+        }
+    )
 
 
 @dataclasses.dataclass
@@ -60,7 +69,7 @@ class Counts:
 class TokenDataset:
     """Tokenised records, memory-mapped."""
 
-    def __init__(self, table: pa.Table, counts: Counts, key: str = ""):
+    def __init__(self, table: "pa.Table", counts: Counts, key: str = ""):
         self.counts = counts
         self.key = key  # identity of the records and of how they were tokenised
         # By chunk, as they lie in the file: joining the chunks would copy them into memory.
@@ -143,11 +152,13 @@ def prepare(
                     raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    import pyarrow as pa
+
     try:
         counts = Counts(**parse_json((folder / "counts.json").read_text()))
         with pa.memory_map(str(folder / "tokens.arrow")) as file:
             table = pa.ipc.open_file(file).read_all()
-        if table.schema != _SCHEMA:
+        if table.schema != _schema():
             raise ValueError(f"columns {', '.join(table.schema.names)}")
         return TokenDataset(table, counts, key)
     except Exception as error:  # whatever a disk that failed, or a stranger, has left there
@@ -159,13 +170,15 @@ def prepare(
 def _tokenise(
     source: str, split: str, limit: int | None, options: DataOptions, task: Task, path: Path
 ) -> Counts:
-    counts = Counts()
+    import pyarrow as pa
+
+    counts, schema = Counts(), _schema()
     rows = read_rows(source, split, options, limit)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         while chunk := list(itertools.islice(rows, _CHUNK)):
             kept = list(_encode_chunk(source, chunk, options, task, counts))
-            columns = {name: [getattr(example, name) for example in kept] for name in _SCHEMA.names}
-            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+            columns = {name: [getattr(example, name) for example in kept] for name in schema.names}
+            writer.write_batch(pa.record_batch(columns, schema=schema))
     if counts.records == 0:
         raise UserError(f"{source}: no records; accepted: at least one")
     if counts.used == 0:
