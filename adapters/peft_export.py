@@ -67,8 +67,8 @@ def export_adapter(
     *,
     base_model: str,
     revision: str | None = None,
-    task_type: str = "CAUSAL_LM",
-    auto_class: str = "AutoModelForCausalLM",
+    task_type: str | None = "CAUSAL_LM",
+    model_class: str = "AutoModelForCausalLM",
     heads: Mapping[str, Mapping[str, Tensor]] | None = None,
     labels: int | None = None,
     note: str = "",
@@ -78,11 +78,12 @@ def export_adapter(
 ) -> float:
     """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
 
-    `adapters` by module path; `task_type`: PEFT's name of the task; `auto_class`: transformers'
-    class that loads the base model; `heads`: whole trained modules by path, each its parameters by
-    name; `labels`: outputs of a new head; `initial`: the parts of W that adapters started as.
-    `experts`: how many there are in every stack of the model, by its path; their adapters become
-    one LoRA on that parameter (PEFT's `target_parameters`), as wide as the widest of them.
+    `adapters` by module path; `heads`: whole trained modules by path, each its parameters by name;
+    `task_type`: PEFT's name of the task, None where it has none; `model_class`: transformers' class
+    that loads the backbone; `labels`: outputs of its new head, where it has one; `initial`: the
+    parts of W that adapters started as. `experts`: how many there are in every stack of the model,
+    by its path; their adapters become one LoRA on that parameter (PEFT's `target_parameters`), as
+    wide as the widest of them.
     A unit of rank 0 is left out (PEFT refuses it). `rank`: compress every unit to at most so much;
     returns what that loses, ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.
     """
@@ -138,9 +139,8 @@ def export_adapter(
         note = (
             f"{note}\n\nCompressed to rank {rank}: relative error {error:.2%} (Frobenius).".strip()
         )
-    (folder / "README.md").write_text(
-        _readme(base_model, auto_class, labels, note), encoding="utf-8"
-    )
+    readme = _readme(base_model, model_class, labels, note)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
     return error
 
 
@@ -190,8 +190,8 @@ def _peft_config(
     }
 
 
-def _readme(base_model: str, auto_class: str, labels: int | None, note: str) -> str:
-    arguments = f'"{base_model}"' + ("" if labels is None else f", num_labels={labels}")
+def _readme(base_model: str, model_class: str, labels: int | None, note: str) -> str:
+    arguments = f'"{base_model}"' + (f", num_labels={labels}" if labels is not None else "")
     return f"""---
 base_model: {base_model}
 library_name: peft
@@ -201,9 +201,9 @@ library_name: peft
 
 ```python
 from peft import PeftModel
-from transformers import {auto_class}
+from transformers import {model_class}
 
-model = {auto_class}.from_pretrained({arguments})
+model = {model_class}.from_pretrained({arguments})
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 

@@ -22,9 +22,9 @@ import torch
 
 from trainer.config.arguments import Parser, among, at_least, new_file
 from trainer.config.config import load_config
+from trainer.distributed.failures import guarded
 from trainer.distributed.world import World
 from trainer.memory import planner
-from trainer.run.launch import guarded
 from trainer.session import Session, open_session
 from trainer.training.loop import make_loader
 from trainer.training.step import StepDone, Training, train_step

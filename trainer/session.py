@@ -9,6 +9,7 @@ from torch import nn
 
 from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.registry import METHODS
+from adapters.methods.spectral import SpectralMethod
 from adapters.optimizer import MaskedAdamW, Share, Trainable
 from trainer.config.config import Config
 from trainer.config.sections import LEFT_OUT, DataOptions
@@ -71,7 +72,7 @@ def _trainables(method: Method, backbone: LoadedBackbone) -> list[Trainable]:
         for path, head in backbone.heads.items()
         for name, parameter in head.named_parameters()
     ]
-    return method.trainables() + heads
+    return method.adapters.trainables() + heads
 
 
 def open_data(
@@ -128,7 +129,7 @@ def open_session(
     engine = make_engine(config, world, task)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     spectral_init = None
-    if method.splits_weight:
+    if isinstance(method, SpectralMethod):
         spectra = cache_root(config.data) / "spectra"
         spectral_init = SpectralInit(method, world, spectra, initial_adapters)
     backbone = load_backbone(config, task, engine, world, spectral_init)

@@ -10,8 +10,9 @@ takes the bytes through any dtype (FSDP2 wants them viewed as float32).
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
-import bitsandbytes  # also registers torch.ops.bitsandbytes, for CPU and GPU
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -161,7 +162,7 @@ class FourBit(_CodesAndScales):
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         parts = [
-            torch.ops.bitsandbytes.quantize_4bit(part, _BLOCK, self.name, torch.uint8)
+            _bitsandbytes().quantize_4bit(part, _BLOCK, self.name, torch.uint8)
             for part in weight.flatten().split(_MOST)
         ]
         return torch.cat([codes.flatten() for codes, _ in parts]), torch.cat([s for _, s in parts])
@@ -178,7 +179,7 @@ class FourBit(_CodesAndScales):
             table = _table(self.name, codes.device)
             return looked_up(codes, scales, table, _BLOCK, dtype).view(shape)
         parts = [
-            torch.ops.bitsandbytes.dequantize_4bit(
+            _bitsandbytes().dequantize_4bit(
                 some.unsqueeze(1),
                 its,
                 _BLOCK,
@@ -194,9 +195,19 @@ class FourBit(_CodesAndScales):
 
 
 @functools.cache
+def _bitsandbytes() -> Any:
+    """Its operators, for CPU and GPU, imported where a format first needs one."""
+    import bitsandbytes  # noqa: F401 (registers them)
+
+    return torch.ops.bitsandbytes
+
+
+@functools.cache
 def _table(name: str, device: torch.device) -> Tensor:
     """The 16 values of a 4-bit format (float32)."""
-    return bitsandbytes.functional.get_4bit_type(name, device=device)
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type(name, device=device)
 
 
 class Int8(_CodesAndScales):
@@ -215,13 +226,13 @@ class Int8(_CodesAndScales):
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         # The CUDA kernel takes float16 only; a weight beyond its range (65504) would not survive.
         source = weight.half() if weight.is_cuda else weight
-        codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(source, 0.0)
+        codes, scales, _ = _bitsandbytes().int8_vectorwise_quant(source, 0.0)
         return codes, scales
 
     def decode(
         self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
-        function = _by_row_compiled if codes.is_cuda else _by_row
+        function = _by_row_compiled() if codes.is_cuda else _by_row
         return function(codes.view(torch.int8).view(shape), scales * (1 / 127), dtype)
 
 
@@ -248,7 +259,7 @@ class Float8(_CodesAndScales):
     def decode(
         self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
-        function = _by_row_compiled if codes.is_cuda else _by_row
+        function = _by_row_compiled() if codes.is_cuda else _by_row
         return function(codes.view(float8.E4M3).view(shape), scales, dtype)
 
     def product_bytes(
@@ -292,7 +303,9 @@ def _by_row(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.float() * scales.unsqueeze(1)).to(dtype)
 
 
-_by_row_compiled = torch.compile(_by_row, dynamic=True)
+@functools.cache
+def _by_row_compiled() -> Callable[[Tensor, Tensor, torch.dtype], Tensor]:
+    return torch.compile(_by_row, dynamic=True)
 
 
 FORMATS: dict[str, WeightFormat] = {

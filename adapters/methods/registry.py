@@ -1,23 +1,32 @@
-"""The methods by name; the one place that lists them."""
+"""The methods by name; the one place that lists them.
 
-from adapters.methods.adalora import AdaLoRA
-from adapters.methods.base import Method
-from adapters.methods.dylora import DyLoRA
-from adapters.methods.lalora import LaLoRA
-from adapters.methods.lelora.method import LeLoRA
-from adapters.methods.lora import LoRA
-from adapters.methods.pissa import MiLoRA, PiSSA
-from adapters.methods.weightlora import RLoRA, WeightLoRA, WeightLoRAPlus
+`METHODS[kind]` is the method, `OPTIONS[kind]` the class of its keys, imported without torch for the
+methods here. A method whose file holds its `Options` too needs its class alone:
+`"mine": "my_package.mine:Mine"`.
+"""
 
-METHODS: dict[str, type[Method]] = {
-    "lora": LoRA,
-    "pissa": PiSSA,
-    "milora": MiLoRA,
-    "adalora": AdaLoRA,
-    "dylora": DyLoRA,
-    "rlora": RLoRA,
-    "weightlora": WeightLoRA,
-    "weightlora_plus": WeightLoRAPlus,
-    "lalora": LaLoRA,
-    "lelora": LeLoRA,
-}
+from typing import TYPE_CHECKING
+
+from adapters.registry import Registry
+
+if TYPE_CHECKING:
+    from adapters.methods.base import Method
+    from adapters.methods.options import MethodOptions
+
+METHODS: "Registry[Method, MethodOptions]" = Registry(
+    __package__,
+    {
+        "lora": (".lora:LoRA", ".options:LoRAOptions"),
+        "pissa": (".pissa:PiSSA", ".options:PiSSAOptions"),
+        "milora": (".pissa:MiLoRA", ".options:MiLoRAOptions"),
+        "adalora": (".adalora:AdaLoRA", ".options:AdaLoRAOptions"),
+        "dylora": (".dylora:DyLoRA", ".options:DyLoRAOptions"),
+        "rlora": (".weightlora:RLoRA", ".options:RLoRAOptions"),
+        "weightlora": (".weightlora:WeightLoRA", ".options:WeightLoRAOptions"),
+        "weightlora_plus": (".weightlora:WeightLoRAPlus", ".options:WeightLoRAPlusOptions"),
+        "lalora": (".lalora:LaLoRA", ".options:LaLoRAOptions"),
+        "lelora": (".lelora.method:LeLoRA", ".lelora.options:LeLoRAOptions"),
+    },
+)
+
+OPTIONS = METHODS.options

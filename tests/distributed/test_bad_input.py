@@ -223,7 +223,7 @@ def test_launchers_end_with_one_error_line(launcher, tmp_path):
     assert code != 0
     lines = error_lines(out + "\n" + err)
     assert (
-        len(lines) == 1 and "engine.kind: 'nonsense' given; accepted: 'auto', 'single'" in lines[0]
+        len(lines) == 1 and "engine.kind: 'nonsense' given; accepted: auto, single, ddp" in lines[0]
     )
     assert "Traceback" not in err.split("error:")[0]
     assert not list(tmp_path.iterdir())

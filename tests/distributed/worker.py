@@ -31,7 +31,7 @@ from adapters.layers.linear import AdaptedLinear
 from adapters.methods.registry import METHODS
 from adapters.units import transformer_blocks
 from trainer.config.config import parse_config
-from trainer.distributed import world as distributed
+from trainer.distributed import failures, process_group
 from trainer.distributed.world import World
 from trainer.engine.peer_memory import open_window
 from trainer.loading import async_reader
@@ -402,7 +402,7 @@ CASES = {
 
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    world = distributed.start(sys.argv[3] if len(sys.argv) > 3 else "cpu", 120.0)
+    world = process_group.start(sys.argv[3] if len(sys.argv) > 3 else "cpu", 120.0)
     results = {}
     for name, (function, argument) in cases.items():
         started = time.perf_counter()
@@ -412,14 +412,14 @@ def main() -> None:
             result = {
                 "error": type(error).__name__,
                 "message": str(error),
-                "exit_code": distributed.exit_code(error),
+                "exit_code": failures.exit_code(error),
                 "traceback": traceback.format_exc(),
             }
         results[name] = result | {"seconds": time.perf_counter() - started}
         (out / f"{world.rank}.json").write_text(json.dumps(results))
         gc.collect()
         gc.freeze()  # what is left are modules; loading a backbone collects garbage many times
-    distributed.stop()
+    process_group.stop()
 
 
 if __name__ == "__main__":

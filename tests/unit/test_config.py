@@ -133,7 +133,7 @@ REFUSED = {
     # choices
     "engine": (
         {"engine.kind": "fsdp"},
-        ["engine.kind: 'fsdp'", "'single', 'ddp', 'peer', 'fsdp2' or 'deepspeed'", "mean 'fsdp2'?"],
+        ["engine.kind: 'fsdp'", "auto, single, ddp, peer, fsdp2, deepspeed", "mean 'fsdp2'?"],
     ),
     "schedule": (
         {"optim.schedule": "cosin"},
@@ -197,7 +197,7 @@ REFUSED = {
         {"engine.unsharded_blocks": 3, "engine.kind": "ddp"},
         [
             "engine.unsharded_blocks: 3 given with engine.kind=ddp",
-            "auto or 0, or engine.kind=fsdp2",
+            "auto or 0, or engine.kind=peer or fsdp2",
         ],
     ),
     "DeepSpeed file for another engine": (
@@ -210,11 +210,14 @@ REFUSED = {
     ),
     "text for a classifier": (
         {"data.format": "text", "task.kind": "sequence_classification"},
-        ["data.format: text given with task.kind=sequence_cl", "accepted: classification"],
+        ["data.format: text given with task.kind=sequence_cl", "accepted: auto, classification"],
     ),
     "labels for a language model": (
         {"data.format": "classification"},
-        ["data.format: classification given with task.kind=causal_lm", "any other format"],
+        [
+            "data.format: classification given with task.kind=causal_lm",
+            "accepted: auto, prompt_completion, alpaca, messages, text",
+        ],
     ),
     "evaluation without data": (
         {"run.eval_every": 5},

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.helpers import ROOT, quick_config
-from trainer.engine.deepspeed import merge, read_user_json, settings, sizes
+from trainer.engine.deepspeed_config import merge, read_user_json, settings, sizes
 from trainer.errors import UserError
 
 

@@ -8,7 +8,8 @@ from tests.helpers import launch, quick_config, save_mixture, save_random_model
 from trainer.config.config import load_config
 from trainer.device_memory import GIB
 from trainer.errors import UserError
-from trainer.memory.estimate import Probe, predict, probe, table
+from trainer.memory.estimate import predict, table
+from trainer.memory.fake_probe import Probe, probe
 from trainer.model.build import build
 from trainer.model.hub import load_tokenizer
 from trainer.tasks.registry import TASKS

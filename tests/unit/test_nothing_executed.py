@@ -19,7 +19,7 @@ from tests.helpers import QUICKSTART, ROOT, TINY, quick_config
 from tests.hostile import attempt
 from trainer.config.config import load_config
 from trainer.config.sections import DataOptions
-from trainer.config.validation import parse_yaml
+from trainer.config.yaml import parse_yaml
 from trainer.data.dataset import prepare
 from trainer.data.records import read_rows
 from trainer.distributed.world import World

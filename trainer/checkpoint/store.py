@@ -20,7 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from adapters.options import Section
-from trainer.config.validation import parse_json, validate
+from trainer.config.aliases import rename_keys
+from trainer.config.validation import validate
+from trainer.config.yaml import parse_json
 from trainer.errors import BadCheckpoint, UserError, refuse_mismatch
 from trainer.files import sha256, sync
 
@@ -108,6 +110,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         raise BadCheckpoint(f"{checkpoint}: format {found!r}; accepted: {FORMAT}")
     try:
         validate("", state, _State)
+        rename_keys(state["config"])
     except UserError as error:
         raise BadCheckpoint(f"{checkpoint}/state.json: {error}") from error
     return state

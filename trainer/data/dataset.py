@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.config.sections import DataOptions
-from trainer.config.validation import local, parse_json
+from trainer.config.validation import local
+from trainer.config.yaml import parse_json
 from trainer.data.records import BadRecord, detect_format, read_rows, to_record
 from trainer.errors import UserError, first_line
 from trainer.files import sha256

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
-from trainer.distributed.world import World, before_leaving
+from trainer.distributed.process_group import before_leaving
+from trainer.distributed.world import World
 from trainer.errors import first_line
 
 _FAILURES = RuntimeError, AttributeError, TypeError

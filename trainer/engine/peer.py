@@ -25,7 +25,7 @@ from adapters.rounding import round_up
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.engine.base import Engine, backbone_parameters
-from trainer.engine.peer_memory import open_window
+from trainer.engine.peer_memory import open_window, possible
 from trainer.errors import UserError
 from trainer.model.blocks import hidden_state
 
@@ -132,7 +132,7 @@ class PeerEngine(Engine):
     kind = "peer"
     spread = "blocks"
     collective_gather = False
-    supports_unsharded_blocks = True
+    holds_gather_buffers = True
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
@@ -147,6 +147,10 @@ class PeerEngine(Engine):
         self._index: dict[nn.Module, int] = {}
         self._stages: list[_Stage] = []
         self._open: int | None = None  # the block whose hosts find their weights
+
+    @classmethod
+    def obstacle(cls, world: World) -> str | None:
+        return None if possible(world) else "they cannot share memory"
 
     def shard_block(self, block: nn.Module) -> None:
         index = self._index[block] = len(self._blocks)

@@ -15,6 +15,7 @@ from adapters.units import expert_counts, stem
 from trainer.checkpoint import store
 from trainer.checkpoint.state import read_initial_adapters
 from trainer.config.config import Config, parse_config, with_overrides
+from trainer.config.engines import AUTO
 from trainer.distributed.world import World
 from trainer.errors import UserError, refuse_mismatch
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
@@ -122,7 +123,7 @@ def cost_of_dequantising(config: Config, world: World, checkpoint: Path) -> str:
             f"Trained on the {config.model.quantization} backbone. What the adapter loses on the "
             "unquantised one was not measured: the run has no data.eval."
         )
-    engine = config.engine.model_copy(update={"kind": "single", "config": None})
+    engine = config.engine.model_copy(update={"kind": AUTO["one process"], "config": None})
     plain = config.model.model_copy(update={"quantization": "none"})
     losses = [
         evaluate_saved(
@@ -150,6 +151,7 @@ def write_adapter(
     task, needs_labels = TASKS[config.task.kind], config.task.needs_labels
     with refuse_mismatch(checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
+    task = TASKS[config.task.kind]
     return export_adapter(
         out,
         adapters,
@@ -159,7 +161,7 @@ def write_adapter(
         base_model=config.model.id,
         revision=config.model.revision,
         task_type=task.peft_task_type,
-        auto_class=task.auto_class.__name__,
+        model_class=task.auto_class.__name__,
         heads=heads,
         labels=len(state["labels"].get("labels", ())) or 1 if needs_labels else None,
         note=note,

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.formats.formats import FORMATS
-from adapters.layers.experts import StackedLinear
-from adapters.layers.linear import AdaptedLinear
+from adapters.layers.base import PackedLayer
 from adapters.spectral import cost
 from adapters.units import Unit, stem
 from trainer.distributed.world import World
@@ -32,14 +31,13 @@ class ParamTask:
 
     @property
     def requests(self) -> list[Request]:
-        if isinstance(self.owner, StackedLinear):
-            return [(self.name, expert) for expert in range(self.owner.experts)]
-        return [(self.name, None)]
+        matrix = self.matrix
+        return [(self.name, number) for number in (matrix.places if matrix else [None])]
 
     @property
-    def matrix(self) -> AdaptedLinear | StackedLinear | None:
+    def matrix(self) -> PackedLayer | None:
         """The owner where the parameter is a matrix that it may hold packed."""
-        if isinstance(self.owner, AdaptedLinear | StackedLinear):
+        if isinstance(self.owner, PackedLayer):
             return self.owner if self.parameter is self.owner.weight else None
         return None
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapters import seeds
-from adapters.methods.base import InitialAdapter, Method
+from adapters.methods.base import InitialAdapter
+from adapters.methods.spectral import SpectralMethod
 from adapters.spectral import Triplets, singular_triplets
 from adapters.units import Unit
 from trainer.distributed.world import World
@@ -32,7 +33,7 @@ class SpectralInit:
 
     def __init__(
         self,
-        method: Method,
+        method: SpectralMethod,
         world: World,
         cache: Path,
         stored: Mapping[str, InitialAdapter] | None = None,

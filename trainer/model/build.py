@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from adapters.layers.experts import AdaptedExperts
-from adapters.methods.base import MethodOptions
+from adapters.methods.options import MethodOptions
 from adapters.methods.registry import METHODS
 from adapters.units import linear_names, make_units, select_targets
 from trainer.config.config import Config
-from trainer.config.sections import ModelOptions, compute_dtype
+from trainer.config.dtype import compute_dtype
+from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
 from trainer.model.backbone import BuiltModel, set_module
 from trainer.model.hub import load_model_config, resolve_folder

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.config.validation import parse_json
+from trainer.config.yaml import parse_json
 from trainer.errors import EXIT_FAILED, EXIT_REQUEUE
 from trainer.files import HEARTBEAT, write_text
 

@@ -33,7 +33,8 @@ import torch
 
 from adapters.options import Section
 from trainer.config.config import Config, load_config, with_overrides
-from trainer.config.validation import parse_json, parse_yaml, validate
+from trainer.config.validation import validate
+from trainer.config.yaml import parse_json, parse_yaml
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.records.jsonl import read_metrics
@@ -213,7 +214,8 @@ def _run(identity: Result, config: Config) -> Result:
 
 
 def summary(folder: Path) -> Result:
-    """Last scores of a finished run, and averages over its logged steps."""
+    """Last scores of a finished run, averages over its logged steps, and what its method's scalars
+    were at the end (those of single groups of units left out)."""
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if "active_parameters" in line]
     scores: Result = next((line for line in reversed(lines) if "eval_loss" in line), {})
@@ -221,7 +223,7 @@ def summary(folder: Path) -> Result:
     result["mean_active_parameters"] = statistics.mean(s["active_parameters"] for s in steps)
     result["trainable_parameters"] = steps[-1]["trainable_parameters"]
     result["step_seconds"] = statistics.median(s["step_seconds"] for s in steps)
-    for name in ("mean_rank", "distinct_actions", "entropy_rank", "entropy_location", "budget"):
-        if f"method/{name}" in steps[-1]:
-            result[name] = steps[-1][f"method/{name}"]
-    return result
+    scalars = {
+        k.removeprefix("method/"): v for k, v in steps[-1].items() if k.startswith("method/")
+    }
+    return {name: value for name, value in scalars.items() if "/" not in name} | result

@@ -85,7 +85,7 @@ class RunFolder:
         config, decisions = session.config, None
         if session.method.decides:
             limit = int(config.log.decisions_mib * 2**20)
-            decisions = AllocationLog(self.path, config.method.kind, progress.step, limit)
+            decisions = AllocationLog(self.path, session.method, progress.step, limit)
         metrics = MetricsWriter(config, self.path, steps, progress, self._heartbeat)
         self.recorder = RunRecorder(metrics, decisions)
 

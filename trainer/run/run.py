@@ -18,7 +18,7 @@ from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.config import Config
 from trainer.config.sections import LEFT_OUT
 from trainer.config.validation import local
-from trainer.decisions.log import Replay
+from trainer.decisions.replay import Replay
 from trainer.device_memory import peak_gib, readable
 from trainer.distributed.world import World
 from trainer.engine.base import Engine
@@ -287,7 +287,7 @@ def _export(session: Session, folder: Path) -> str:
             base_model=config.model.id,
             revision=config.model.revision,
             task_type=session.task.peft_task_type,
-            auto_class=session.task.auto_class.__name__,
+            model_class=session.task.auto_class.__name__,
             heads=heads,
             labels=session.backbone.model.config.num_labels if config.task.needs_labels else None,
             experts=expert_counts(session.model),

@@ -1,8 +1,7 @@
 """Next-token prediction, with the loss on the completion only (or on everything)."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from trainer.errors import UserError
-from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TaskOptions, pad
+from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
-
-
-class CausalLMOptions(TaskOptions):
-    """Options of `task.kind: causal_lm`."""
-
-    data_formats = ("prompt_completion", "alpaca", "messages", "text")
-
-    kind: Literal["causal_lm"] = "causal_lm"
-    """Name of the task."""
-    loss_on: Literal["completion", "all"] = "completion"
-    """Learn the completion (assistant turns) only, or the prompt too."""
+from trainer.tasks.options import CausalLMOptions
 
 
 class CausalLM(Task):
@@ -46,7 +35,9 @@ class CausalLM(Task):
         tokenised = iter(self.tokenizer(pieces, add_special_tokens=False)["input_ids"])
         return [self._encode(record, tokenised, max_length) for record in records]
 
-    def _encode(self, record: Record, tokenised, max_length: int) -> Example | str:
+    def _encode(
+        self, record: Record, tokenised: Iterator[list[int]], max_length: int
+    ) -> Example | str:
         learn_all = self.options.loss_on == "all"
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids: list[int] = []

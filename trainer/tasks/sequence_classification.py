@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from trainer.errors import UserError
-from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TaskOptions, pad
-
-
-class SequenceClassificationOptions(TaskOptions):
-    """Options of `task.kind: sequence_classification`."""
-
-    needs_labels = True
-    data_formats = ("classification",)
-
-    kind: Literal["sequence_classification"] = "sequence_classification"
-    """Name of the task."""
-    problem: Literal["classification", "regression"] = "classification"
-    """Labels are names, or numbers to be predicted."""
+from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
+from trainer.tasks.options import SequenceClassificationOptions
 
 
 class SequenceClassification(Task):

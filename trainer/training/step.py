@@ -15,7 +15,7 @@ from adapters.methods.base import Method, Validate
 from adapters.optimizer import MaskedAdamW
 from trainer.data.loader import Step
 from trainer.decisions import consensus
-from trainer.decisions.log import Replay
+from trainer.decisions.replay import Replay
 from trainer.device_memory import held_bytes, readable, release
 from trainer.engine.base import Update
 from trainer.memory import planner
@@ -177,7 +177,7 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
         session.watchdog.alive(f"micro-batch {index} of step {step + 1}")
         # Dropout, the adapters' and the backbone's own, depends on the micro-batch and not on who
         # runs it.
-        session.method.set_dropout_seed(step, index)
+        session.method.adapters.set_dropout_seed(step, index)
         torch.manual_seed(seeds.mixed(session.config.run.seed, step, index))
         loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
         loss = loss / batch.weight
