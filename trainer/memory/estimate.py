@@ -108,7 +108,6 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     nodes = tuple(tuple(ranks[i::hosts]) for i in range(hosts))
     world = World(size=gpus, device=device, launcher=launcher, gpu_bytes=memory, nodes=nodes)
     kind, reason = choose(config, world, task)
-    backbone = build(config, task, device)
     engine = engine_class(kind)
     engine.check(config)
     backbone = build(config, task, device)
