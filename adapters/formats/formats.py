@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.formats import float8
+from adapters.rounding import round_up
 
 _ALIGNMENT = 64  # bytes; the scales start on such a boundary, so that they can be viewed as float32
 _MOST = 2**30  # weights at a time; bitsandbytes' kernels count them in 32 bits
@@ -122,8 +123,8 @@ class _CodesAndScales(WeightFormat):
     def _layout(self, shape: tuple[int, int]) -> tuple[int, int, int]:
         """Bytes of codes, offset of the scales, bytes in all."""
         codes, scales = self.sizes(shape)
-        offset = _round_up(codes, _ALIGNMENT)
-        return codes, offset, _round_up(offset + 4 * scales, _ALIGNMENT)
+        offset = round_up(codes, _ALIGNMENT)
+        return codes, offset, round_up(offset + 4 * scales, _ALIGNMENT)
 
     def nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         return self._layout(shape)[2]
@@ -310,7 +311,3 @@ def _by_row_compiled() -> Callable[[Tensor, Tensor, torch.dtype], Tensor]:
 FORMATS: dict[str, WeightFormat] = {
     fmt.name: fmt for fmt in (Plain(), FourBit("nf4"), FourBit("fp4"), Int8(), Float8())
 }
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

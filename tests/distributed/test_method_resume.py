@@ -30,7 +30,7 @@ from tests.helpers import (
     start,
     wait_for_step,
 )
-from trainer.checkpoint import state as checkpoint
+from trainer.checkpoint.state import load_trained, read_initial_adapters
 from trainer.checkpoint.store import read_tensors, verify
 from trainer.config.config import Config
 from trainer.distributed.world import World
@@ -304,11 +304,9 @@ def inputs() -> torch.Tensor:
 @torch.no_grad()
 def own_logits(config: Config, step: int) -> torch.Tensor:
     """Logits of the trained session itself."""
-    initial_adapters = checkpoint.read_initial_adapters(
-        saved(config, step), verify(saved(config, step))
-    )
+    initial_adapters = read_initial_adapters(saved(config, step), verify(saved(config, step)))
     session = open_session(config, World(), initial_adapters)
-    checkpoint.load_trained(session, saved(config, step), read_tensors(saved(config, step)))
+    load_trained(session, saved(config, step), read_tensors(saved(config, step)))
     session.model.eval()
     with session.method.inference():
         return session.model(inputs()).logits

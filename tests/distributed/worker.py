@@ -31,7 +31,6 @@ from adapters.layers.linear import AdaptedLinear
 from adapters.methods.registry import METHODS
 from adapters.units import transformer_blocks
 from trainer.config.config import parse_config
-from trainer.decisions import consensus
 from trainer.distributed import failures, process_group
 from trainer.distributed.world import World
 from trainer.engine.peer_memory import open_window
@@ -40,8 +39,8 @@ from trainer.memory.planner import make_plan
 from trainer.run.run import run
 from trainer.session import Session, open_session
 from trainer.training.evaluation import evaluate_saved
-from trainer.training.loop import accumulate, make_loader
-from trainer.training.lr_schedule import learning_rate
+from trainer.training.loop import make_loader
+from trainer.training.step import Training, accumulate, train_step
 from trainer.training.validation import make_validate
 
 MIB = 2**20
@@ -322,24 +321,15 @@ def moments(world: World, config: dict[str, Any]) -> dict[str, int]:
 
 
 def drive(session: Session, *, copies: bool = True):
-    """The loop of a whole run, by hand; after each step (its number, what was before its update,
-    where `copies` are wanted)."""
-    config, method, optimizer = session.config, session.method, session.optimizer
-    steps, validate = config.run.steps or 1, make_validate(session)
-    batches = iter(make_loader(session, session.world))
-    method.set_horizon(steps, lambda step: 1.0)
-    method.on_train_begin(optimizer, validate)
+    """The steps of a run, without what the loop adds to them; after each (its number, what was
+    before its update, where `copies` are wanted)."""
+    steps, validate = session.config.run.steps or 1, make_validate(session)
+    training = Training(session, make_loader(session, session.world), steps, validate)
+    session.method.set_horizon(steps, lambda step: 1.0)
+    session.method.on_train_begin(session.optimizer, validate)
     for step in range(steps):
-        _, changed = consensus.decide_and_apply(method, step, session.world)
-        if changed:
-            optimizer.rebind_parameters(session.trainables())
-        before = snapshot(session) if copies else {}
-        loss = session.engine.reduce(optimizer, accumulate(session, next(batches), step))
-        method.observe(step, optimizer)
-        optimizer.learning_rate = learning_rate(config.optim, step, steps)
-        update = session.engine.step(optimizer, loss, config.optim.max_grad_norm)
-        method.after_step(step, optimizer, skipped=update.skipped, validate=validate)
-        yield step, before
+        done = train_step(training, step, lambda: snapshot(session) if copies else {})
+        yield step, done.meanwhile
 
 
 def snapshot(session: Session) -> dict[str, torch.Tensor]:

@@ -17,8 +17,8 @@ from tests.helpers import TINY, quick_config, save_random_model
 from trainer.distributed.world import World
 from trainer.engine.single import SingleEngine
 from trainer.errors import UserError
-from trainer.loading import load as backbones
-from trainer.model import build
+from trainer.loading.load import load_backbone
+from trainer.model.hub import load_tokenizer
 from trainer.tasks.registry import TASKS
 
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"]
@@ -26,10 +26,10 @@ ENCODERS = ["bert", "roberta"]
 
 
 def load(config, labels=("0", "1")):
-    tokenizer = build.load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     task = TASKS[config.task.kind](config.task, tokenizer)
     task.learn_labels(list(labels))
-    return backbones.load(config, task, SingleEngine(config, World()), World()), task
+    return load_backbone(config, task, SingleEngine(config, World()), World()), task
 
 
 def inputs(rows=2, width=11):

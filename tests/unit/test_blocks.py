@@ -1,5 +1,7 @@
 """How blocks run: which compute again, which need no gradients, what follows lack of memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,8 +14,9 @@ from trainer.model.footprint import blocks_that_fit
 from trainer.run.run import run
 from trainer.session import open_session
 from trainer.tasks.causal_lm import CausalLM
-from trainer.training import loop
 from trainer.training.loop import make_loader
+from trainer.training.step import Training, train_step
+from trainer.training.validation import make_validate
 
 
 def test_no_more_blocks_are_kept_than_fit_and_no_fewer():
@@ -54,7 +57,7 @@ def test_what_the_plan_leaves_is_for_whole_blocks(tmp_path, monkeypatch, choice,
             return self
 
     needs = planner.Needs(50 * unit, 60 * unit, 7 * unit)
-    session.engine, session.world = Sharding(), World(device=torch.device("cuda"))
+    session = replace(session, engine=Sharding(), world=World(device=torch.device("cuda")))
     session.config.engine.__dict__["unsharded_blocks"] = choice
     monkeypatch.setattr(planner, "_measure", lambda *_: (needs, 0))
     monkeypatch.setattr(planner, "allowance", lambda *_: 200 * unit)
@@ -195,11 +198,11 @@ def test_sharded_ranks_do_not_go_on_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(CausalLM, "loss", loss)
     session = opened(tmp_path)
     session.engine.collective_gather = True
-    batch = next(iter(make_loader(session, World())))
+    training = Training(session, make_loader(session, World()), 4, make_validate(session))
     met = []
     monkeypatch.setattr(World, "any", lambda self, flag: met.append(flag))
     with pytest.raises(RunFailed, match=r"engine.memory_fraction: 0.92 .* accepted: a lower"):
-        loop._accumulate_fitting(session, None, batch, 0)
+        train_step(training, 0)
     assert not met
 
 

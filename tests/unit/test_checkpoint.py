@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from tests.helpers import losses, quick_config
-from trainer.checkpoint import state as checkpoint
 from trainer.checkpoint import store
+from trainer.checkpoint.writer import CheckpointWriter
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
 from trainer.run.run import run
@@ -197,7 +197,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_saved(tmp_path):
 
 def test_a_checkpoint_that_could_not_be_written_ends_the_run_before_the_next_is_due(tmp_path):
     config = quick_config(tmp_path, "run.steps=40", "checkpoint.every=20", "data.eval=null")
-    with patch.object(checkpoint.CheckpointWriter, "_write", side_effect=OSError(28, "disk full")):
+    with patch.object(CheckpointWriter, "_write", side_effect=OSError(28, "disk full")):
         with pytest.raises(RunFailed, match="checkpoint of step 20 could not be written"):
             run(config, World())
     assert 20 <= len(losses(config.run_folder)) < 40

@@ -9,8 +9,9 @@ from trainer.engine import copy_engine_gather, fsdp2
 from trainer.engine.peer import PeerEngine
 from trainer.engine.select import choose, make_engine
 from trainer.errors import UserError
-from trainer.model import build
+from trainer.model.build import build
 from trainer.model.footprint import estimate
+from trainer.model.hub import load_tokenizer
 from trainer.run.run import _engine
 from trainer.tasks.registry import TASKS
 
@@ -20,7 +21,7 @@ DEEP = ["model.weights=random", "model.overrides.num_hidden_layers=20"]
 
 def chosen(tmp_path, gpu, launcher="torchrun", size=2, *changes, nodes=None, peers=True):
     config = quick_config(tmp_path, "engine.kind=auto", *changes)
-    task = TASKS["causal_lm"](config.task, build.load_tokenizer(config.model))
+    task = TASKS["causal_lm"](config.task, load_tokenizer(config.model))
     nodes = nodes or (tuple(range(size)),)
     world = World(size=size, launcher=launcher, gpu_bytes=gpu, nodes=nodes, peers=peers)
     return choose(config, world, task)
@@ -28,8 +29,8 @@ def chosen(tmp_path, gpu, launcher="torchrun", size=2, *changes, nodes=None, pee
 
 def needed(tmp_path, spread, local_ranks=2):
     config = quick_config(tmp_path, *DEEP)
-    task = TASKS["causal_lm"](config.task, build.load_tokenizer(config.model))
-    backbone = build.build(config, task, World().device)
+    task = TASKS["causal_lm"](config.task, load_tokenizer(config.model))
+    backbone = build(config, task, World().device)
     return estimate(backbone, config, 2, spread, local_ranks=local_ranks).total
 
 

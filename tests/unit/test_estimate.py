@@ -6,11 +6,12 @@ import torch
 from launch import estimate as command
 from tests.helpers import launch, quick_config, save_mixture, save_random_model
 from trainer.config.config import load_config
+from trainer.device_memory import GIB
 from trainer.errors import UserError
 from trainer.memory.estimate import predict, table
 from trainer.memory.fake_probe import Probe, probe
-from trainer.model.build import build, load_tokenizer
-from trainer.model.footprint import GIB
+from trainer.model.build import build
+from trainer.model.hub import load_tokenizer
 from trainer.tasks.registry import TASKS
 
 H200, H100 = int(139.8 * GIB), int(79.19 * GIB)

@@ -11,8 +11,8 @@ from adapters.gated import GatedAdapter
 from adapters.peft_export import export_adapter
 from tests.conftest import shared
 from tests.helpers import TINY, launch, quick_config
-from trainer.checkpoint import state as checkpoint
 from trainer.checkpoint import store
+from trainer.checkpoint.state import load_trained
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import export_run
@@ -28,7 +28,7 @@ def trained_logits(config, **more):
     """Logits of the trained session itself."""
     session = open_session(config, World())
     newest = store.newest(config.run_folder / "checkpoints")
-    checkpoint.load_trained(session, newest, store.read_tensors(newest))
+    load_trained(session, newest, store.read_tensors(newest))
     session.model.eval()
     with torch.no_grad():
         return session.model(inputs(), **more).logits

@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save, save_file
 
 from tests.helpers import quick_config
 from tests.hostile import VALUES, attempt, damaged, fuzz, hostile_json, json_bytes, retyped
-from trainer.checkpoint import state as checkpoint
 from trainer.checkpoint import store
-from trainer.checkpoint.store import BadCheckpoint
+from trainer.checkpoint.compatibility import changes, check_options
+from trainer.checkpoint.state import read_initial_adapters, restore
 from trainer.distributed.world import World
-from trainer.errors import UserError
+from trainer.errors import BadCheckpoint, UserError
 from trainer.export.export import saved_adapters, saved_config, saved_heads
-from trainer.loading.spectral_init import INITIAL, load_initial_adapters
+from trainer.files import INITIAL
+from trainer.loading.initial_adapters import load_initial_adapters
 from trainer.records.progress import Progress
 from trainer.run.run import run
 from trainer.session import open_session
@@ -51,7 +52,7 @@ class Saved:
         self.initial = None
         if self.state["initial"]:
             self.initial = (self.config.run_folder / INITIAL).read_bytes()
-        initial_adapters = checkpoint.read_initial_adapters(self.good, self.state)
+        initial_adapters = read_initial_adapters(self.good, self.state)
         self.session = open_session(self.config, World(), initial_adapters)
         self.loader = make_loader(self.session, World())
 
@@ -69,10 +70,10 @@ class Saved:
         """As a run does it, and an export."""
         found, state, _ = store.find(str(bad), self.folder)
         assert found is not None
-        checkpoint.check_options(self.config, found, state)
-        checkpoint.read_initial_adapters(found, state)
-        checkpoint.changes(state, self.config.model_dump(mode="json"))
-        progress = checkpoint.restore(self.session, self.loader, found, state)
+        check_options(self.config, found, state)
+        read_initial_adapters(found, state)
+        changes(state, self.config.model_dump(mode="json"))
+        progress = restore(self.session, self.loader, found, state)
         next(iter(self.loader))
         stored = store.read_tensors(found)
         with store.refuse_mismatch(found):
@@ -257,7 +258,7 @@ def test_folders_that_only_look_like_checkpoints(plain):
 def test_a_checkpoint_named_from_where_it_lies(split, monkeypatch):
     """Its run's initial tensors are two folders above, wherever the path begins."""
     monkeypatch.chdir(split.good.parent)
-    assert checkpoint.read_initial_adapters(Path(split.good.name), split.state)
+    assert read_initial_adapters(Path(split.good.name), split.state)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from trainer.data.records import read_rows
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.loading.safetensors_files import PretrainedFiles
-from trainer.model import build
+from trainer.model.build import build
+from trainer.model.hub import load_tokenizer
 from trainer.run.run import _unpinned, run
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.tasks.registry import TASKS
@@ -200,9 +201,9 @@ def test_code_beside_a_model_is_not_run(tmp_path, model, changes, monkeypatch):
     config = quick_config(tmp_path, f"model.id={model}", "run.steps=1")
 
     def build() -> None:
-        tokenizer = build.load_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model)
         task = TASKS["causal_lm"](config.task, tokenizer)
-        built = build.build(config, task, torch.device("cpu"))
+        built = build(config, task, torch.device("cpu"))
         assert built.model.config._attn_implementation in ("sdpa", "eager")
 
     attempt(tmp_path, build)
@@ -216,8 +217,8 @@ def test_overrides_are_keys_of_the_configuration(tmp_path, model, key):
     config = quick_config(
         tmp_path, f"model.id={model}", "model.weights=random", f"model.overrides.{key}=evil"
     )
-    task = CausalLM(CausalLMOptions(), build.load_tokenizer(config.model))
-    outcome = attempt(tmp_path, lambda: build.build(config, task, torch.device("cpu")))
+    task = CausalLM(CausalLMOptions(), load_tokenizer(config.model))
+    outcome = attempt(tmp_path, lambda: build(config, task, torch.device("cpu")))
     assert f"model.overrides: {key}: not a key of" in str(outcome)
 
 

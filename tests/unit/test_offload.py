@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from tests.unit.test_blocks import FOUR_BLOCKS, gradients, opened
+from trainer import device_memory
+from trainer.device_memory import GIB
 from trainer.errors import RunFailed
 from trainer.memory import planner
 from trainer.memory.planner import Needs
-from trainer.model import activation_offload, footprint
+from trainer.model import activation_offload
 from trainer.model.activation_offload import HostMemory
-from trainer.model.footprint import GIB
 
 CPU = torch.device("cpu")
 
@@ -186,14 +187,14 @@ def test_no_more_is_planned_than_fits_and_as_little_is_computed_again():
 def test_windows_are_this_process_s_own_memory_and_no_one_else_s(monkeypatch):
     """A GPU of 100 GiB: 20 in tensors (25 reserved), 30 in windows, 5 of others."""
     gpu = torch.device("cuda")
-    monkeypatch.setattr(footprint, "_outside", 0)
+    monkeypatch.setattr(device_memory, "_outside", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (40 * GIB, 100 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 25 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 20 * GIB)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 22 * GIB)
-    footprint.count_outside(30 * GIB)
-    assert footprint.allowance(gpu, 0.9) == 85 * GIB
-    assert footprint.held_bytes(gpu) == 50 * GIB and footprint.peak_bytes(gpu) == 52 * GIB
-    assert footprint.peak_gib(gpu) == 52
-    footprint.count_outside(-30 * GIB)
-    assert footprint.allowance(gpu, 0.9) == 55 * GIB
+    device_memory.count_outside(30 * GIB)
+    assert device_memory.allowance(gpu, 0.9) == 85 * GIB
+    assert device_memory.held_bytes(gpu) == 50 * GIB and device_memory.peak_bytes(gpu) == 52 * GIB
+    assert device_memory.peak_gib(gpu) == 52
+    device_memory.count_outside(-30 * GIB)
+    assert device_memory.allowance(gpu, 0.9) == 55 * GIB

@@ -19,7 +19,8 @@ from trainer.records.heartbeat import Heartbeat, read_heartbeat
 from trainer.run.folder import RunFolder
 from trainer.run.lock import Lock
 from trainer.run.run import run
-from trainer.training import loop, stop_request
+from trainer.training import step as training_step
+from trainer.training import stop_request
 from trainer.training.stop_request import Interrupted, StopRequest
 
 
@@ -75,14 +76,14 @@ def test_a_deadline_is_counted_on_a_clock_that_nobody_sets_back(monkeypatch):
 
 def ask_at(step: int):
     """A StopRequest that is asked while `step` is computed."""
-    stop, honest = StopRequest(RunOptions()), loop.accumulate
+    stop, honest = StopRequest(RunOptions()), training_step.accumulate
 
     def accumulate(session, batch, index):
         if index == step:
             stop._note(signal.SIGUSR1, None)
         return honest(session, batch, index)
 
-    return stop, patch.object(loop, "accumulate", accumulate)
+    return stop, patch.object(training_step, "accumulate", accumulate)
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):
@@ -120,7 +121,7 @@ def test_a_run_asked_before_its_first_step_saves_nothing(tmp_path):
 
 
 def test_a_failed_run_says_so(tmp_path):
-    with patch.object(loop, "accumulate", side_effect=UserError("broken")):
+    with patch.object(training_step, "accumulate", side_effect=UserError("broken")):
         with pytest.raises(UserError):
             run(quick_config(tmp_path, "run.name=failed"), World())
     beat = read_heartbeat(tmp_path / "runs/failed")
@@ -179,7 +180,7 @@ def test_a_run_that_was_stopped_twice_evaluates_once(tmp_path):
         with patched, pytest.raises(Interrupted):
             run(config, World(), stop)
         if step == 3:  # evaluated after step 4 when it goes on, killed before it saves
-            with patch.object(loop, "accumulate", side_effect=KeyboardInterrupt):
+            with patch.object(training_step, "accumulate", side_effect=KeyboardInterrupt):
                 with pytest.raises(KeyboardInterrupt):
                     run(config, World())
     run(config, World())

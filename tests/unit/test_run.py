@@ -128,8 +128,9 @@ def test_dry_run_says_what_would_be_and_leaves_nothing(tmp_path):
 
 
 def test_memory_estimate_is_what_is_held(tmp_path):
-    from trainer.model.build import build, load_tokenizer
+    from trainer.model.build import build
     from trainer.model.footprint import estimate
+    from trainer.model.hub import load_tokenizer
     from trainer.session import open_session
 
     for quantization in ("none", "nf4", "int8"):
@@ -141,8 +142,9 @@ def test_memory_estimate_is_what_is_held(tmp_path):
 
 
 def test_split_moments_need_less_memory_by_the_number_of_ranks(tmp_path):
-    from trainer.model.build import build, load_tokenizer
+    from trainer.model.build import build
     from trainer.model.footprint import estimate, trainable_parameters
+    from trainer.model.hub import load_tokenizer
 
     plain = quick_config(tmp_path)
     split = quick_config(tmp_path, "optim.shard_state=true")

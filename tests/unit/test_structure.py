@@ -23,7 +23,7 @@ from trainer.distributed.world import World
 from trainer.export.export import export_run
 from trainer.loading import spectral_init
 from trainer.session import Session, open_session
-from trainer.training import loop
+from trainer.training import step as training_step
 from trainer.training.evaluation import evaluate_saved
 
 
@@ -154,13 +154,13 @@ def units(config: Config) -> list[dict]:
 
 def test_larger_micro_batches_after_selection(small, tmp_path, monkeypatch):
     """Other batches for the model, the same step for the optimizer."""
-    honest, seen = loop.accumulate, []
+    honest, seen = training_step.accumulate, []
 
     def watched(session, batch, step):
         seen.append([len(micro_batch.records) for _, micro_batch in batch.micro_batches])
         return honest(session, batch, step)
 
-    monkeypatch.setattr(loop, "accumulate", watched)
+    monkeypatch.setattr(training_step, "accumulate", watched)
     found = {}
     for size in (None, 4, 8):
         config = small_config(

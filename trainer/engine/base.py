@@ -22,7 +22,7 @@ from trainer.config.config import Config
 from trainer.config.engines import AUTO, takes
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
-from trainer.model.build import Backbone
+from trainer.model.backbone import BuiltModel
 from trainer.model.footprint import Spread
 
 
@@ -84,7 +84,7 @@ class Engine(ABC):
         """What all ranks do together before the first block is taken over."""
 
     @classmethod
-    def against_compiling(cls, config: Config, backbone: Backbone) -> str | None:
+    def against_compiling(cls, config: Config, backbone: BuiltModel) -> str | None:
         """What keeps the transformer blocks from being compiled, where something does."""
         return None
 
@@ -143,7 +143,7 @@ class Engine(ABC):
 
 
 def compiles(
-    config: Config, engine: type[Engine], backbone: Backbone, device: torch.device
+    config: Config, engine: type[Engine], backbone: BuiltModel, device: torch.device
 ) -> bool:
     """Whether the transformer blocks are compiled (`engine.compile`)."""
     asked, obstacle = config.engine.compile, engine.against_compiling(config, backbone)

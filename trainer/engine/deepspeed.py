@@ -20,7 +20,8 @@ from trainer.config.dtype import compute_dtype
 from trainer.distributed.world import World
 from trainer.engine.base import Engine, backbone_parameters
 from trainer.engine.deepspeed_config import merge, read_user_json, settings, sizes
-from trainer.model.build import Backbone, other_matrices
+from trainer.model.backbone import BuiltModel
+from trainer.model.matrices import other_matrices
 
 
 class DeepSpeedEngine(Engine):
@@ -50,7 +51,7 @@ class DeepSpeedEngine(Engine):
         deepspeed.zero.Init(module=block, config_dict_or_path=self._sized(), dtype=dtype)
 
     @classmethod
-    def against_compiling(cls, config: Config, backbone: Backbone) -> str | None:
+    def against_compiling(cls, config: Config, backbone: BuiltModel) -> str | None:
         if config.method.train_router:  # blocks are then gathered piece by piece
             return "method.train_router=true"
         # A compiled program keeps its inputs for backward, and with them what was gathered.

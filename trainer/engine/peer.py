@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from adapters.layers.experts import StackedLinear
 from adapters.layers.linear import AdaptedLinear
+from adapters.rounding import round_up
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.engine.base import Engine, backbone_parameters
 from trainer.engine.peer_memory import open_window, possible
 from trainer.errors import UserError
+from trainer.model.blocks import hidden_state
 
 _ALIGNMENT = 512  # bytes, of every matrix and of every part
 
@@ -55,10 +57,10 @@ class _Block:
             if isinstance(host, AdaptedLinear | StackedLinear):
                 weight = host.weight
                 self._matrices.append(_Matrix(host, end, weight.shape, weight.dtype))
-                end = _aligned(end + self._matrices[-1].nbytes)
+                end = round_up(end + self._matrices[-1].nbytes, _ALIGNMENT)
         local_ranks = world.nodes[world.node]
         self._place = local_ranks.index(world.rank)
-        self.part = _aligned(-(-end // len(local_ranks)))
+        self.part = round_up(-(-end // len(local_ranks)), _ALIGNMENT)
         """Bytes of each rank's part."""
         self.size = self.part * len(local_ranks)
         self.whole: Tensor | None = None  # all of it, where it stays from step to step
@@ -178,7 +180,7 @@ class PeerEngine(Engine):
 
     def _after_forward(self, index: int, block: nn.Module, inputs: Any, output: Any) -> None:
         self._end()
-        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = hidden_state(output)
         if hidden.requires_grad:
             hidden.register_hook(partial(self._before_backward, index))
 
@@ -231,7 +233,3 @@ class PeerEngine(Engine):
         whole = sum(p.numel() * p.element_size() for p in backbone_parameters(model))
         kept = sum(block.size for block in self._blocks if block.whole is not None)
         return whole + kept + sum(block.part for block in self._blocks)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -15,9 +15,9 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
+from trainer.device_memory import count_outside
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, first_line
-from trainer.model.footprint import count_outside
 
 # Nothing here needs it, and it is what fails most.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")

@@ -4,11 +4,12 @@ import os
 
 from trainer.config.config import Config
 from trainer.config.engines import AUTO, ENGINES, engine_class
+from trainer.device_memory import readable
 from trainer.distributed.world import World
 from trainer.engine.base import Engine
 from trainer.errors import UserError
-from trainer.model import build
-from trainer.model.footprint import estimate, readable
+from trainer.model.build import build
+from trainer.model.footprint import estimate
 from trainer.tasks.base import Task
 
 _STATES = 0.6
@@ -64,7 +65,7 @@ def choose(config: Config, world: World, task: Task) -> tuple[str, str]:
         return AUTO["one process"], "one process"
     if world.gpu_bytes == 0:
         return AUTO["split"], "no GPU"
-    backbone = build.build(config, task, world.device)
+    backbone = build(config, task, world.device)
     room, local_ranks = int(_STATES * world.gpu_bytes), min(len(ranks) for ranks in world.nodes)
     whole = estimate(backbone, config, world.size, "whole").total
     found = f"the whole backbone with adapters and moments takes {readable(whole)}, "

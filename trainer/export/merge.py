@@ -14,7 +14,7 @@ from adapters.peft_export import merged
 from trainer.errors import UserError
 from trainer.loading.key_mapping import Layout
 from trainer.loading.safetensors_files import PretrainedFiles
-from trainer.model.build import Backbone
+from trainer.model.backbone import BuiltModel
 
 _SHARD_BYTES = 4 * 2**30
 
@@ -28,7 +28,7 @@ class Merger:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: BuiltModel,
         folder: Path,
         adapters: Mapping[str, GatedAdapter],
         initial: Mapping[str, GatedAdapter],
@@ -137,7 +137,7 @@ def write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def refuse_tied_targets(backbone: Backbone, adapters: Mapping[str, GatedAdapter]) -> None:
+def refuse_tied_targets(backbone: BuiltModel, adapters: Mapping[str, GatedAdapter]) -> None:
     """A shared matrix cannot take one user's update: the other would get it too."""
     embedding = backbone.model.get_input_embeddings().weight
     for path, layer in backbone.adapted_layers.items():

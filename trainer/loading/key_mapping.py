@@ -4,8 +4,10 @@ transformers merges and renames some of them when it loads (Mixtral's experts ar
 on disk, one stack in memory); its own table of conversions is read here from right to left.
 """
 
-from transformers import PretrainedConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PretrainedConfig
 
 _PATTERN = frozenset("^$()[]|+?{}")  # of a regular expression, not of a name
 
@@ -13,9 +15,11 @@ _PATTERN = frozenset("^$()[]|+?{}")  # of a regular expression, not of a name
 class Layout:
     """Names on disk for names in memory, of one type of model."""
 
-    def __init__(self, config: PretrainedConfig | None = None):
+    def __init__(self, config: "PretrainedConfig | None" = None):
         self._renamed: list[tuple[str, str]] = []
         self._stacks: dict[str, list[str]] = {}
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
         conversions = get_checkpoint_conversion_mapping(config.model_type) if config else None
         for conversion in conversions or []:
             sources = [source.replace("\\.", ".") for source in conversion.source_patterns]

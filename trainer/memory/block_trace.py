@@ -28,6 +28,7 @@ from adapters.formats.formats import FORMATS
 from adapters.layers.experts import StackedLinear
 from adapters.layers.handles import RegisteredLayer
 from adapters.layers.linear import AdaptedLinear
+from trainer.model.blocks import configure_compiler, hidden_state
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def eager(call: Call, products: Products) -> BlockBytes:
     args = (call.args[0].detach().requires_grad_(), *call.args[1:])
     with Meter([*flat, *weights, args[0]], products) as meter:
         outputs = call.block(*args, **call.kwargs)
-        output = _hidden(outputs)
+        output = hidden_state(outputs)
         saved, forward = meter.held - _nbytes(output), meter.peak
         meter.peak = meter.held
         gradient = torch.empty_like(output)
@@ -163,13 +164,9 @@ def eager(call: Call, products: Products) -> BlockBytes:
     return BlockBytes(saved, forward, meter.peak - before)
 
 
-def _hidden(outputs: Any) -> Tensor:
-    """The hidden states among what a block returns."""
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
-
-
 def _partitioned(call: Call) -> tuple[fx.GraphModule, fx.GraphModule, int]:
     """The block's forward and backward program, and the number of forward's own outputs."""
+    configure_compiler()
     from functorch.compile import (
         aot_function,
         make_boxed_func,
@@ -189,7 +186,7 @@ def _partitioned(call: Call) -> tuple[fx.GraphModule, fx.GraphModule, int]:
         args, kwargs = tree_unflatten(values, spec)
         with _handles(layers, handles):
             # As a module: its hooks and checks are torch.compile's to see, too.
-            return _hidden(torch.func.functional_call(call.block, dict(weights), args, kwargs))
+            return hidden_state(torch.func.functional_call(call.block, dict(weights), args, kwargs))
 
     found: list[tuple[fx.GraphModule, fx.GraphModule, int]] = []
 

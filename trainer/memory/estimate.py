@@ -11,14 +11,16 @@ import torch
 from trainer.config.config import Config
 from trainer.config.engines import AUTO, engine_class, takes
 from trainer.config.sections import EngineOptions
+from trainer.device_memory import GIB, readable
 from trainer.distributed.world import World
 from trainer.engine.base import compiles
 from trainer.engine.select import choose
 from trainer.errors import UserError
 from trainer.memory.fake_probe import Probe, probe
-from trainer.model import build
 from trainer.model.blocks import check_unsharded_blocks
-from trainer.model.footprint import GIB, Estimate, blocks_that_fit, estimate, readable
+from trainer.model.build import build
+from trainer.model.footprint import Estimate, blocks_that_fit, estimate
+from trainer.model.hub import load_tokenizer
 from trainer.tasks.registry import TASKS
 
 CONTEXT = GIB
@@ -98,7 +100,7 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     configuration, or this number of GPUs, cannot run."""
     if config.engine.device == "cpu":
         raise UserError("engine.device: cpu given; accepted: auto or cuda, the estimate is a GPU's")
-    task = TASKS[config.task.kind](config.task, build.load_tokenizer(config.model))
+    task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))
     task.learn_labels(["0", "1"])  # how many there are hardly matters
     device = torch.device("cuda")
     launcher = "torchrun" if gpus > 1 or config.engine.config else "none"
@@ -108,7 +110,7 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     kind, reason = choose(config, world, task)
     engine = engine_class(kind)
     engine.check(config)
-    backbone = build.build(config, task, device)
+    backbone = build(config, task, device)
     states = estimate(backbone, config, gpus, engine.spread, local_ranks=gpus // hosts)
     more = {n: estimate(backbone, config, n, "split") for n in (2, 4, 8, 16, 32, 64)}
     found = probe(backbone, config, task, compiled=compiles(config, engine, backbone, device))

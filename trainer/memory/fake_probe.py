@@ -21,7 +21,8 @@ from trainer.errors import UserError, first_line
 from trainer.memory import block_trace
 from trainer.memory.block_trace import BlockBytes, Call, Meter, Products, WorstCase
 from trainer.memory.planner import Needs, largest_batch
-from trainer.model.build import Backbone, TrainedModule, set_module
+from trainer.model.backbone import BuiltModel, TrainedModule, set_module
+from trainer.model.blocks import hidden_state
 from trainer.tasks.base import Batch, Task
 
 
@@ -65,7 +66,7 @@ class Probe:
         return self.forward + held + travelling, self.backward + held + travelling - own
 
 
-def probe(backbone: Backbone, config: Config, task: Task, *, compiled: bool) -> Probe:
+def probe(backbone: BuiltModel, config: Config, task: Task, *, compiled: bool) -> Probe:
     """Run the probe on micro-batches of `data.micro_batch_size` sequences of `data.max_length`
     tokens. `backbone`, just built, is used up."""
     for path, module in backbone.heads.items():
@@ -157,7 +158,7 @@ class _Checkpointed(torch.autograd.Function):
 
 def _run(
     task: Task,
-    backbone: Backbone,
+    backbone: BuiltModel,
     batch: Batch,
     blocks: list[nn.Module],
     calls: dict[Any, Call],
@@ -179,7 +180,7 @@ def _run(
         nonlocal inputs
         key = _key(block, args, kwargs)
         x, output, of_block = args[0], calls[key].output, figures[key]
-        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = hidden_state(output)
         added[id(block)] = 0
         if not x.requires_grad and not trains[id(block)]:  # as in blocks.py
             meter.spike(of_block.forward)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from adapters.rounding import round_up
 from trainer.errors import RunFailed, first_line
 
 _LEAST = 2**20
@@ -143,7 +144,7 @@ class HostMemory:
             return tensor
         key = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
         if key not in parcel.numbers:
-            start = _aligned(parcel.nbytes)
+            start = round_up(parcel.nbytes, _ALIGNMENT)
             if start + nbytes > len(place):
                 return tensor
             part = slice(start, start + nbytes)
@@ -226,7 +227,3 @@ def _dense(tensor: Tensor) -> bool:
 def _flat(tensor: Tensor) -> Tensor:
     """A dense tensor's elements in the order in which they lie in memory."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -17,7 +17,8 @@ from adapters.methods.registry import METHODS
 from trainer.config.aliases import rename_keys
 from trainer.config.yaml import parse_yaml
 from trainer.errors import UserError
-from trainer.records.jsonl import METRICS, read_metrics
+from trainer.files import METRICS
+from trainer.records.jsonl import read_metrics
 from trainer.report.allocation_history import Allocation, read_allocation
 from trainer.report.allocation_plots import (
     draw_locations,

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer.checkpoint import state as checkpoints
 from trainer.checkpoint import store
+from trainer.checkpoint.state import load_trained, read_initial_adapters
 from trainer.config.config import Config
 from trainer.data.dataset import TokenDataset
 from trainer.data.loader import assign_micro_batches
@@ -86,8 +86,8 @@ def evaluate_saved(config: Config, world: World, checkpoint: Path) -> dict[str, 
     with world.all_or_none():
         state = store.verify(checkpoint)
         stored = store.read_tensors(checkpoint)
-        starts = checkpoints.read_initial_adapters(checkpoint, state)
-    session = open_session(config, world, starts)
+        initial_adapters = read_initial_adapters(checkpoint, state)
+    session = open_session(config, world, initial_adapters)
     with world.all_or_none():
-        checkpoints.load_trained(session, checkpoint, stored)
+        load_trained(session, checkpoint, stored)
     return evaluate(session)

@@ -19,6 +19,8 @@ from adapters.methods.registry import METHODS
 from adapters.optimizer import MaskedAdamW
 from adapters.spectral import singular_triplets
 from adapters.units import Unit
+from trainer.engine.base import Update
+from trainer.training.step import gradients_and_decision, observed_update
 
 SHAPES = [(12, 10), (8, 14), (12, 10), (8, 14)]
 """(out, in) of two kinds of matrices in two layers."""
@@ -49,7 +51,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Bench:
-    """A method on its units, its optimizer, and the order of calls of `trainer/training/loop.py`."""
+    """A method on its units, its optimizer, and the order of calls of `trainer/training/step.py`."""
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class Bench:
             parts.append(0.5 * error.square().sum(1).mean())
         return torch.stack(parts).sum()
 
-    # --- one optimizer step, in the loop's order -----------------------------------------------
+    # --- one optimizer step, and its parts for tests that look in between ------------------------
 
     def decide(self) -> Decision | None:
         """What holds from this step on, applied."""
@@ -156,25 +158,28 @@ class Bench:
         """From the gradients on; `skip` makes them infinite, as an overflow would."""
         if skip:
             self.optimizer.gradients.fill_(float("inf"))
-        self.method.observe(self.at, self.optimizer)
-        if between is not None:
-            between()
-        norm = self.optimizer.clip(self.max_norm)
-        skipped = not np.isfinite(norm)
-        assert skipped == skip
-        if not skipped and step:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.method.after_step(self.at, self.optimizer, skipped=skipped, validate=self.validate)
+
+        def update() -> Update:
+            if between is not None:
+                between()
+            norm = self.optimizer.clip(self.max_norm)
+            skipped = not np.isfinite(norm)
+            assert skipped == skip
+            if not skipped and step:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+            return Update(0.0, float(norm), skipped)
+
+        observed_update(self.method, self.at, self.optimizer, update, self.validate)
         self.at += 1
 
     def step(
         self, skip: bool = False, between: Callable[[], None] | None = None
     ) -> Decision | None:
-        decision = self.decide()
-        self.backward()
+        """One optimizer step, in the order of the trainer's own."""
+        gradients_and_decision(self.method, self.decide, self.backward)
         self.update(skip, between)
-        return decision
+        return self.decisions[-1]
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
