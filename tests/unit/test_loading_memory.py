@@ -17,12 +17,12 @@ import json, sys, threading, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from trainer import backbone
-from trainer.architecture import load_tokenizer
-from trainer.config import parse_config
-from trainer.distributed import World
+from trainer.loading import load as backbone
+from trainer.model.build import load_tokenizer
+from trainer.config.config import parse_config
+from trainer.distributed.world import World
 from trainer.engine.single import SingleEngine
-from trainer.tasks import TASKS
+from trainer.tasks.registry import TASKS
 
 def anonymous():  # resident and private: pages of mapped files come and go as the kernel likes
     for line in Path("/proc/self/status").read_text().splitlines():
