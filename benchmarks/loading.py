@@ -45,7 +45,7 @@ from trainer.errors import UserError
 from trainer.export.merge import write_shards
 from trainer.loading import load as backbones
 from trainer.loading.async_reader import read_into
-from trainer.loading.key_mapping import Layout
+from trainer.loading.key_mapping import KeyMapping
 from trainer.loading.spectral_init import SpectralInit
 from trainer.model.build import Backbone, load_tokenizer
 from trainer.model.footprint import GIB, peak_gib, release
@@ -146,7 +146,7 @@ def write(model: Backbone, folder: Path, device: torch.device) -> None:
 
 def random_tensors(model: Backbone, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """(name as published, value)."""
-    layout = Layout(model.model.config)
+    layout = KeyMapping(model.model.config)
 
     def drawn(*shape: int) -> Tensor:
         values = torch.empty(shape, dtype=torch.bfloat16, device=device)

@@ -34,7 +34,7 @@ from trainer.config.config import parse_config
 from trainer.decisions import consensus
 from trainer.distributed import world as distributed
 from trainer.distributed.world import World
-from trainer.engine.peer_memory import open_window
+from trainer.engine.peer_memory import open_peer_memory
 from trainer.loading import async_reader
 from trainer.memory.planner import make_plan
 from trainer.run.run import run
@@ -144,7 +144,7 @@ def shard(world: World, config: dict[str, Any]) -> dict[str, Any]:
 def windows(world: World, nodes: list[list[int]]) -> list[list[int]]:
     """What every rank of this host wrote into its window, as this one reads it."""
     world = replace(world, nodes=tuple(map(tuple, nodes)))
-    parts = open_window(1000, world)
+    parts = open_peer_memory(1000, world)
     own = parts[world.nodes[world.node].index(world.rank)]
     own.copy_(torch.arange(1000) % (world.rank + 2))
     world.gather(None)

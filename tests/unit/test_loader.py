@@ -240,7 +240,8 @@ def test_deal_gives_every_sequence_to_one_rank(task, data, sizes, micro: int, wo
     ends = np.cumsum(sizes)
     sequences = np.split(np.arange(ends[-1]), ends[:-1])
     dealt = [
-        list(assign_micro_batches(sequences, data, task, micro, rank, world)) for rank in range(world)
+        list(assign_micro_batches(sequences, data, task, micro, rank, world))
+        for rank in range(world)
     ]
     assert len({len(of_rank) for of_rank in dealt}) == 1
     assert all(index % world == rank for rank, one in enumerate(dealt) for index, _ in one)

@@ -140,23 +140,23 @@ def test_blocks_are_fetched_one_ahead():
         saved_by(host, block, x)
     assert host.used == 3 * 64 * 64 * 4
     host.before_backward(6)
-    assert [bool(host._parcels[block].arrived) for block in (1, 3, 5)] == [False, False, True]
+    assert [bool(host._saved[block].arrived) for block in (1, 3, 5)] == [False, False, True]
     host.before_backward(5)
-    assert [bool(host._parcels[block].arrived) for block in (1, 3, 5)] == [False, True, True]
+    assert [bool(host._saved[block].arrived) for block in (1, 3, 5)] == [False, True, True]
     host.before_backward(2)  # 3 and 5 are done with
-    assert list(host._parcels) == [1] and host._parcels[1].arrived
+    assert list(host._saved) == [1] and host._saved[1].arrived
 
 
 def test_places_are_kept_where_they_fit():
     host = HostMemory(CPU)
     host.reserve([1, 3], 1000)
-    first = {id(place) for place in host._places.values()}
+    first = {id(place) for place in host._buffers.values()}
     host.reserve([1, 2, 3], None)
-    assert first < {id(place) for place in host._places.values()}
+    assert first < {id(place) for place in host._buffers.values()}
     host.reserve([2], 1000)
-    assert {id(place) for place in host._places.values()} < first
+    assert {id(place) for place in host._buffers.values()} < first
     host.reserve([2], 2000)
-    assert [len(place) for place in host._places.values()] == [2000]
+    assert [len(place) for place in host._buffers.values()] == [2000]
 
 
 def test_no_more_is_planned_than_fits_and_as_little_is_computed_again():

@@ -69,7 +69,7 @@ def test_large_stacks_are_packed_in_parts(shape, monkeypatch):
     weight = matrix(shape)
     whole = FORMATS["nf4"].pack(weight, torch.float32)
     restored = FORMATS["nf4"].unpack(whole, shape, torch.float32)
-    monkeypatch.setattr(formats, "_MOST", 2048)
+    monkeypatch.setattr(formats, "_MAX_WEIGHTS", 2048)
     assert torch.equal(FORMATS["nf4"].pack(weight, torch.float32), whole)
     assert torch.equal(FORMATS["nf4"].unpack(whole, shape, torch.float32), restored)
 

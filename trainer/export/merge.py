@@ -13,7 +13,7 @@ from adapters.layers.experts import StackedLinear
 from adapters.layers.linear import AdaptedLinear
 from adapters.peft_export import merged
 from trainer.errors import UserError
-from trainer.loading.key_mapping import Layout
+from trainer.loading.key_mapping import KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
 from trainer.model.build import Backbone
 
@@ -46,7 +46,7 @@ class Merger:
             for name, tensor in head.items()
         }
         self._prefix = self.model.base_model_prefix
-        self._layout = Layout(self.model.config)
+        self._layout = KeyMapping(self.model.config)
         self._files = PretrainedFiles(folder, self._layout)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
