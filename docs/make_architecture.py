@@ -46,42 +46,42 @@ def packed(axes: Axes, y: float) -> None:
     box(axes, middle, y, columns - middle, 0.8, "scales", BYTES)
     for index in range(RANKS):  # each third of the bytes, to its rank
         third = LEFT + STRIDE + (columns - LEFT - STRIDE) * (2 * index + 1) / (2 * RANKS)
-        arrow(axes, (third, y), (LEFT + index * STRIDE + WIDTH / 2, 5.8))
+        arrow(axes, (third, y), (LEFT + index * STRIDE + WIDTH / 2, 5.3))
 
 
 def rank(axes: Axes, index: int) -> None:
     """What one rank holds."""
     x, middle = LEFT + index * STRIDE, LEFT + index * STRIDE + WIDTH / 2
-    axes.text(middle, 5.45, f"rank {index}", ha="center", fontsize=11, weight="bold")
-    box(axes, x, 4.25, WIDTH, 0.95, f"bytes {index + 1}/{RANKS}", BYTES)
-    box(axes, x, 2.55, WIDTH, 0.95, "A, g, B, mask\nAdamW moments", ADAPTER)
+    axes.text(middle, 4.98, f"rank {index}", ha="center", fontsize=11, weight="bold")
+    box(axes, x, 4.0, WIDTH, 0.8, f"bytes {index + 1}/{RANKS}", BYTES)
+    box(axes, x, 2.45, WIDTH, 0.95, "A, g, B, mask\nAdamW moments", ADAPTER)
     text = "decide → Decision" if index == 0 else "apply the same Decision"
-    box(axes, x, 0.85, WIDTH, 0.95, text, DECISION)
-    arrow(axes, (middle, 1.8), (middle, 2.55))
+    box(axes, x, 1.05, WIDTH, 0.8, text, DECISION)
+    arrow(axes, (middle, 1.85), (middle, 2.45))
     if index:
         before = x - STRIDE + WIDTH
-        for y in (4.72, 3.02):
+        for y in (4.4, 2.92):
             arrow(axes, (before, y), (x, y), style="<|-|>")
-        arrow(axes, (before, 1.32), (x, 1.32))
+        arrow(axes, (before, 1.45), (x, 1.45))
 
 
 def main() -> None:
-    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
-    packed(axes, 6.3)
+    figure, axes = plt.subplots(figsize=(10, 4.8), layout="constrained")
+    packed(axes, 5.75)
     for index in range(RANKS):
         rank(axes, index)
     for y, text in (
-        (6.7, "each matrix:\nquantised to bytes"),
-        (4.72, "backbone:\nsharded, gathered\nblock by block\n(ZeRO-3, FSDP2, peer)"),
-        (3.02, "adapters:\nreplicated,\ngradients summed"),
-        (1.32, "method:\nrank 0 decides,\nbroadcast, verified\nby digest"),
+        (6.15, "each matrix:\nquantised to bytes"),
+        (4.4, "backbone:\nsharded, gathered\nblock by block\n(ZeRO-3, FSDP2, peer)"),
+        (2.92, "adapters:\nreplicated,\ngradients summed"),
+        (1.45, "method: rank 0 decides,\nbroadcast, verified\nby digest"),
     ):
         axes.text(2.1, y, text, ha="right", va="center", fontsize=10)
     formula = r"$y = W\,x + \mathrm{bias} + B\,\mathrm{diag}(g)\,A\,x$"
     after = "the mask says which components train;  export: a plain LoRA"
-    axes.text(LEFT, 0.25, f"{formula}      {after}", fontsize=11)
+    axes.text(LEFT, 0.45, f"{formula}      {after}", fontsize=11)
     axes.set_xlim(-0.9, 12.6)
-    axes.set_ylim(0, 7.5)
+    axes.set_ylim(0.2, 6.9)
     axes.axis("off")
     figure.savefig(HERE / "architecture.png", dpi=110)
 

@@ -107,8 +107,8 @@ def test_files_that_are_named_exist(page):
     assert [path for path in named if not list(ROOT.glob(path))] == []
 
 
-def test_the_readme_tour_names_files_in_full_or_beside_their_neighbour():
-    """`adapters/methods/base.py`, `dylora.py`: a bare name lies in the folder named before it."""
+def test_the_tour_of_the_code_names_files():
+    """A bare name, as in "`adapters/methods/base.py`, `dylora.py`", lies in the last folder named."""
     for line in re.findall(r"^\d+\. (.*)$", text_of(README), re.M):
         folder = ROOT
         for name in re.findall(r"`([\w/.]+\.py)`", line):
