@@ -36,14 +36,15 @@ class Trainable:
 
     `learning_rate_ratio` multiplies the learning rate (LoRA+), decay included; `decay_ratio` the
     decay alone. The gradient of an `observed` tensor is averaged with the others, but neither
-    clipped nor used: its owner changes it in its own way. `counter`: an observed parameter and an
-    index; where its gradient there is 0 the tensor saw no token in the whole step, which makes all
-    of its rows inactive.
+    clipped nor used: its owner changes it in its own way. `token_counter`: an observed parameter
+    and an index; where its gradient there is 0 the tensor saw no token in the whole step, which
+    makes all of its rows inactive. `role`: A, g or B of an adapter, whose rows are its components.
     """
 
     name: str
     parameter: nn.Parameter
     mask: Tensor | None = None
+    role: str | None = None
     learning_rate_ratio: float = 1.0
     decay_ratio: float = 1.0
     observed: bool = False
@@ -152,6 +153,7 @@ class MaskedAdamW:
             parameter.grad = slot.view(self.gradients)
             self._slots.append(slot)
             start, row = start + size, row + count
+        self._find_components()
         places: dict[int, int] = {}
         for parameter in observed:
             parameter.grad = self.gradients[start : start + parameter.numel()].view_as(parameter)
@@ -181,6 +183,32 @@ class MaskedAdamW:
         """Σ over each component's row of each trained tensor, in the order of the trainables;
         `flat` is laid out as `values`. One entry per row: (rows,) float32."""
         return torch.segment_reduce(flat, "sum", lengths=self._row_sizes, unsafe=True)
+
+    def by_component(self, flat: Tensor) -> Tensor:
+        """Σ over each component's row of A, g and B of every adapter, in the order of the
+        trainables: (units, roles, R) float32, with the roles that train. `flat` is laid out as
+        `values`; all adapters have the same R."""
+        assert self._component_shape is not None, "adapters of different R have no common shape"
+        return self.row_sums(flat)[self._component_rows].view(-1, *self._component_shape)
+
+    def units_that_saw_tokens(self) -> Tensor | None:
+        """One bool per adapter (units,): whether it saw a token since the gradients were zeroed.
+        None where every adapter sees every token."""
+        saw_tokens = self.saw_tokens()
+        if saw_tokens is None:
+            return None
+        assert self._component_shape is not None, "adapters of different R have no common shape"
+        roles, R = self._component_shape
+        return saw_tokens[self._component_rows].view(-1, roles * R)[:, 0]
+
+    def _find_components(self) -> None:
+        """Where the adapters' rows are, before those of heads, and their (roles, R); None where R
+        differs."""
+        adapters = [slot for slot in self._slots if slot.trainable.role is not None]
+        sizes = {slot.rows.stop - slot.rows.start for slot in adapters}
+        self._component_rows = slice(0, adapters[-1].rows.stop if adapters else 0)
+        roles = len({slot.trainable.role for slot in adapters})
+        self._component_shape = (roles, sizes.pop()) if len(sizes) == 1 else None
 
     def zero_grad(self) -> None:
         self.gradients.zero_()

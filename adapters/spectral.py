@@ -21,16 +21,14 @@ survives it, 1e-6 σ₁ for singular values and for ‖W v − σ u‖ and ‖W�
   deficient weights only.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-LOCATIONS = ("primary", "medium", "minor")
+from adapters.banks import fits
 
 _NEARLY_NULL = 1e-6  # of the largest singular value; see the module's docstring
 
@@ -58,7 +56,7 @@ def singular_triplets(weight: Tensor, ranges: Sequence[range]) -> Triplets:
         shape, dtype = tuple(weight.shape), weight.dtype
         raise ValueError(f"singular triplets of {shape} {dtype}: accepted is a float matrix")
     d = min(weight.shape)
-    if not _fit(ranges, d):
+    if not fits(ranges, d):
         raise ValueError(f"{list(ranges)}: accepted are disjoint ranges of step 1 in [0, {d})")
     W = weight.to(torch.float64, copy=True)
     largest = torch.linalg.vector_norm(W, ord=torch.inf)
@@ -114,27 +112,6 @@ def cost(out_features: int, in_features: int) -> float:
     return d * d * (max(out_features, in_features) + 32.0 * d)
 
 
-def bank(location: str, rank: int, d: int) -> range:
-    """LeLoRA's slice of `rank` singular indices at one of `LOCATIONS`, of d in all (§3.1).
-
-    "minor" are the last ones (a choice: the paper leaves it open). Whether banks fit side by side
-    is for `largest_rank` to say; ValueError for another location.
-    """
-    starts = {"primary": 0, "medium": d // 2, "minor": d - rank}
-    if location not in starts:
-        raise ValueError(f"location {location!r}: accepted are {', '.join(LOCATIONS)}")
-    return range(starts[location], starts[location] + rank)
-
-
-def largest_rank(locations: Sequence[str], d: int) -> int:
-    """The largest rank whose banks at `locations` do not overlap and lie within [0, d)."""
-
-    def too_large(rank: int) -> bool:
-        return not _fit([bank(location, rank, d) for location in locations], d)
-
-    return bisect_left(range(1, d + 1), True, key=too_large)  # banks only grow with the rank
-
-
 def resample(spectrum: Tensor, points: int) -> Tensor:
     """`spectrum` (d,) as (points,) float32 with largest 1, whatever d; that of a 0 matrix is 0.
 
@@ -148,10 +125,3 @@ def resample(spectrum: Tensor, points: int) -> Tensor:
     return F.interpolate(values[None, None], points, mode="linear", align_corners=True)[
         0, 0
     ].float()
-
-
-def _fit(ranges: Sequence[range], d: int) -> bool:
-    """Whether the ranges are disjoint, of step 1 and within [0, d)."""
-    filled = sorted((r for r in ranges if r), key=lambda r: r.start)
-    edges = [0, *(edge for r in filled for edge in (r.start, r.stop)), d]
-    return all(r.step == 1 for r in filled) and all(a <= b for a, b in pairwise(edges))

@@ -3,33 +3,11 @@
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
-from adapters.layers.experts import ExpertLayer, StackedLinear
-from adapters.layers.linear import AdaptedLinear
-
-AdaptedLayer = AdaptedLinear | ExpertLayer
-"""What takes an adapter."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One 2-D matrix of the backbone that hosts one adapter.
-
-    `name` is the module's path in the model, `layer` the index of its transformer block (None
-    outside the blocks; encoder blocks are numbered before decoder blocks), `kind` its path within
-    the block, such as `self_attn.q_proj`: what makes matrices of different blocks comparable. An
-    expert's matrix is `mlp.experts.down_proj.3`, its kind `mlp.experts.down_proj`.
-    """
-
-    index: int
-    name: str
-    layer: int | None
-    kind: str
-    out_features: int
-    in_features: int
+from adapters.layers.base import AdaptedLayer, PackedLayer
+from adapters.unit import Unit, stem
 
 
 def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -46,22 +24,6 @@ def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return blocks
 
 
-def third(layer: int, blocks: int) -> str:
-    """Whether a block is in the front, middle or back third of all."""
-    return ("front", "middle", "back")[3 * layer // blocks]
-
-
-def by_kind_and_third(units: Sequence[Unit]) -> dict[str, list[int]]:
-    """Places among `units` of those of each matrix type, and of each third of the blocks."""
-    groups: dict[str, list[int]] = {}
-    blocks = 1 + max((unit.layer for unit in units if unit.layer is not None), default=0)
-    for index, unit in enumerate(units):
-        groups.setdefault(unit.kind, []).append(index)
-        if unit.layer is not None:
-            groups.setdefault(third(unit.layer, blocks), []).append(index)
-    return groups
-
-
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes x Wᵀ + b and no more: some routers are an nn.Linear by name."""
     return isinstance(module, nn.Linear) and (
@@ -76,10 +38,10 @@ def linear_names(model: nn.Module, heads: Sequence[str] = ()) -> list[str]:
     for path, module in model.named_modules():
         if any(path == head or path.startswith(head + ".") for head in heads):
             continue
-        if isinstance(module, AdaptedLinear) or is_linear(module):
+        if isinstance(module, PackedLayer):
+            names += module.place_names(path)
+        elif is_linear(module):
             names.append(path)
-        elif isinstance(module, StackedLinear):
-            names += [f"{path}.{index}" for index in range(module.experts)]
     return names
 
 
@@ -87,22 +49,19 @@ def layer_at(model: nn.Module, name: str) -> nn.Linear | AdaptedLayer:
     """The linear layer, or the place in a stack of experts, that `linear_names` calls so."""
     parent, _, last = name.rpartition(".")
     stack = model.get_submodule(parent)
-    if isinstance(stack, StackedLinear):
-        return stack.layers[int(last)]
+    if isinstance(stack, PackedLayer):
+        return stack.places[int(last)]
     layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear | AdaptedLinear)
+    if isinstance(layer, PackedLayer):
+        return layer.places[None]
+    assert isinstance(layer, nn.Linear)
     return layer
 
 
 def expert_counts(model: nn.Module) -> dict[str, int]:
     """How many experts every stack has, by its path."""
-    stacks = ((path, m) for path, m in model.named_modules() if isinstance(m, StackedLinear))
-    return {path: stack.experts for path, stack in stacks}
-
-
-def stem(name: str) -> str:
-    """A name without the number of an expert in a stack."""
-    return re.sub(r"(\bexperts\.\w+)\.\d+$", r"\1", name)
+    layers = ((path, m) for path, m in model.named_modules() if isinstance(m, PackedLayer))
+    return {path: len(layer.places) for path, layer in layers if None not in layer.places}
 
 
 def select_targets(names: Sequence[str], targets: str | Sequence[str]) -> list[str]:
@@ -154,7 +113,7 @@ def make_units(model: nn.Module, names: Sequence[str]) -> list[Unit]:
 
 
 def _has_linear(module: nn.Module) -> bool:
-    return any(isinstance(child, nn.Linear | AdaptedLinear) for child in module.modules())
+    return any(isinstance(child, nn.Linear | PackedLayer) for child in module.modules())
 
 
 def _ends_with(name: str, suffix: str) -> bool:

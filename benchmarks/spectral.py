@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 
-from adapters import spectral
+from adapters import banks, spectral
 from adapters.methods.registry import METHODS
 from adapters.units import Unit
 from benchmarks.throughput import built
@@ -79,7 +79,7 @@ def slices(config: Config, unit: Unit) -> list[range]:
     if method.splits_weight:
         return method.ranges(unit)
     d = min(unit.out_features, unit.in_features)
-    return [spectral.bank(place, config.method.rank, d) for place in spectral.LOCATIONS]
+    return [banks.bank(place, config.method.rank, d) for place in banks.LOCATIONS]
 
 
 def random_matrix(unit: Unit, world: World) -> torch.Tensor:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.registry import METHODS
+from adapters.methods.spectral import SpectralMethod
 from adapters.optimizer import MaskedAdamW, Share, Trainable
 from trainer.config.config import Config
 from trainer.config.sections import LEFT_OUT, DataOptions
@@ -66,7 +67,7 @@ class Session:
             for path, head in self.backbone.heads.items()
             for name, parameter in head.named_parameters()
         ]
-        return self.method.trainables() + heads
+        return self.method.adapters.trainables() + heads
 
 
 def open_data(
@@ -123,7 +124,7 @@ def open_session(
     engine = make_engine(config, world, task)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     spectral_init = None
-    if method.splits_weight:
+    if isinstance(method, SpectralMethod):
         spectral_init = SpectralInit(
             method, world, cache_root(config.data) / "spectra", initial_adapters
         )

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapters.formats.formats import FORMATS
 from adapters.gated import GatedAdapter
-from adapters.layers.handles import RegisteredLayer, add_gradients, layer_of
-from adapters.layers.linear import Dropout
+from adapters.layers.base import AdaptedLayer, Dropout, PackedLayer
+from adapters.layers.handles import add_gradients, layer_of
 
 _RANK_MULTIPLE = 8
 """Grouped products want rows of 16 bytes; what is padded is zero and never trains."""
@@ -35,7 +34,7 @@ class ExpertLayer:
         self.adapter: GatedAdapter | None = None
         self.dropout: Dropout | None = None
         self.initial: GatedAdapter | None = None
-        """As in `AdaptedLinear`."""
+        """As in `AdaptedLayer`."""
 
     @property
     def out_features(self) -> int:
@@ -46,17 +45,19 @@ class ExpertLayer:
         return self.stack.in_features
 
     @property
-    def weight(self) -> nn.Parameter:
-        """All experts' packed weight."""
+    def weight(self) -> Tensor:
         return self.stack.weight
 
     @property
-    def tokens(self) -> nn.Parameter:
-        """(E,), of no value; its gradient counts every expert's tokens that matter to the loss."""
-        return self.stack.tokens
+    def token_counter(self) -> tuple[nn.Parameter, int]:
+        return self.stack.tokens, self.index
+
+    @property
+    def layer(self) -> PackedLayer:
+        return self.stack
 
 
-class StackedLinear(RegisteredLayer):
+class StackedLinear(PackedLayer):
     """One projection of E experts: frozen `y = x W_eᵀ` in any weight format, E adapters at most.
 
     `weight` holds the packed matrix of all experts' rows (E · out, in).
@@ -84,19 +85,8 @@ class StackedLinear(RegisteredLayer):
         return self.experts, self.out_features, self.in_features
 
     @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(rows, columns) of what is packed."""
-        return self.experts * self.out_features, self.in_features
-
-    def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The packed form of a full stack (E, out, in)."""
-        return FORMATS[self.weight_format].pack(weight.reshape(self.matrix_shape), dtype)
-
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """W (E, out, in) as the products see it."""
-        packed = self.weight.detach()
-        fmt = FORMATS[self.weight_format]
-        return fmt.unpack(packed, self.matrix_shape, dtype).view(self.shape)
+    def places(self) -> dict[int | None, AdaptedLayer]:
+        return {layer.index: layer for layer in self.layers}
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """(rows, in) sorted by expert, rows of expert e end before `offsets[e]` → (rows, out)."""

@@ -16,36 +16,11 @@ from torch import Tensor, nn
 
 from adapters.formats.formats import FORMATS, LowRank
 from adapters.gated import GatedAdapter
-from adapters.layers.handles import RegisteredLayer, add_gradients, layer_of
+from adapters.layers.base import AdaptedLayer, Dropout, PackedLayer
+from adapters.layers.handles import add_gradients, layer_of
 
 
-class Dropout:
-    """Dropout of an adapted layer with a reproducible mask.
-
-    The mask is drawn again in backward (and in a checkpointed recomputation) from
-    (seed of the micro-batch, unit), so it is never stored. `base_seed` is one 0-d int64 CPU
-    tensor that all units of a model share; the loop writes it before every micro-batch.
-    """
-
-    def __init__(self, probability: float, on_input: bool, base_seed: Tensor, unit_index: int):
-        self.probability = probability
-        self.on_input = on_input
-        self.base_seed = base_seed
-        self.unit_index = unit_index
-
-    def __call__(self, x: Tensor, paired: bool = False) -> Tensor:
-        """Inverted dropout. `paired`: the second half of the columns shares the first half's mask,
-        so that a difference is dropped as one."""
-        seed = int(self.base_seed) * 1_000_003 + self.unit_index
-        generator = torch.Generator(device=x.device).manual_seed(seed & (2**63 - 1))
-        drawn = x.chunk(2, dim=-1)[0] if paired else x
-        keep = torch.empty_like(drawn, memory_format=torch.contiguous_format)
-        kept = 1.0 - self.probability
-        keep.bernoulli_(kept, generator=generator).div_(kept)
-        return x * (torch.cat([keep, keep], dim=-1) if paired else keep)
-
-
-class AdaptedLinear(RegisteredLayer):
+class AdaptedLinear(PackedLayer):
     """Frozen `y = x Wᵀ + bias` in any weight format, with room for one gated adapter.
 
     Takes the place of an `nn.Linear`. `weight` holds the packed matrix (see `formats.py`).
@@ -73,18 +48,21 @@ class AdaptedLinear(RegisteredLayer):
             super().__setattr__(name, value)
 
     @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(rows, columns) of what is packed."""
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.out_features, self.in_features
 
-    def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The packed form of a full matrix (out, in); the caller sets it as the parameter."""
-        return FORMATS[self.weight_format].pack(weight, dtype)
+    @property
+    def token_counter(self) -> None:
+        """Every token reaches a linear layer."""
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """W (out, in) in `dtype`; under a sharder only while the block is unsharded."""
-        packed = self.weight.detach()
-        return FORMATS[self.weight_format].unpack(packed, self.matrix_shape, dtype)
+    @property
+    def layer(self) -> PackedLayer:
+        return self
+
+    @property
+    def places(self) -> "dict[int | None, AdaptedLayer]":
+        return {None: self}
 
     def forward(self, x: Tensor) -> Tensor:
         return hosted_linear(x, self.handle, self.out_features)

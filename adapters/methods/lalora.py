@@ -16,17 +16,22 @@ rank alone is no growth (`growth`). Eq. 8's reals become integers by largest rem
 [1, r]: Σ r_i = round(D) exactly; what a full layer cannot take goes to the others in proportion.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from adapters.methods.base import Decision, Method, MethodOptions
+from adapters.decision import Decision
+from adapters.figures import BUDGET
+from adapters.gated import GatedAdapter
+from adapters.layers.base import AdaptedLayer
+from adapters.methods.base import InitialAdapter, Method, Validate
 from adapters.methods.lora import fresh
-from adapters.units import Unit
+from adapters.methods.options import LaLoRAOptions
+from adapters.optimizer import MaskedAdamW
+from adapters.unit import Unit
 
 _DECIMALS = 6
 """Budget and shares are rounded to so many decimals before they are compared."""
@@ -34,49 +39,18 @@ _DECIMALS = 6
 _FISHER_DECAY = 0.9
 
 
-class LaLoRAOptions(MethodOptions):
-    """Options of `method.kind: lalora`; `rank` is the largest that a layer can reach, r."""
-
-    kind: Literal["lalora"] = "lalora"
-    """Name of the method."""
-    gamma: float = Field(1.0, ge=0)
-    """Speed γ at which the budget follows the norms' growth."""
-    every: int = Field(1, gt=0)
-    """Steps between two decisions."""
-    fidelity: Literal[
-        "truncated_over_full", "previous_over_current", "truncated_over_initial", "none"
-    ] = "truncated_over_full"
-    """f in eq. 9: the text's ratio, the printed eq. 10, §5.2's wording, or 1 (Table 11)."""
-    growth: Literal["same_rank", "printed"] = "same_rank"
-    """Whether s^prev is taken at the rank that s has, or as printed."""
-    budget: Literal["gradual", "full"] = "gradual"
-    """`full`: D = r L from the start (Table 10, without CAR)."""
-    contribution: Literal["norm", "fisher"] = "norm"
-    """c by eq. 9, or by squared gradients (Table 14)."""
-    contribution_scale: Literal["sum", "mean"] = "sum"
-    """Whether c sums over a layer's units (printed), or averages."""
-
-    def check_units(self, units: Sequence[Unit]) -> None:
-        super().check_units(units)
-        for unit in units:
-            if unit.layer is None:
-                raise ValueError(
-                    f"method.targets: {unit.name} lies outside the transformer blocks, whose ranks "
-                    "lalora allocates; accepted: matrices within blocks"
-                )
-
-
 class LaLoRA(Method):
     """One rank a layer, decided after every update."""
 
     Options = LaLoRAOptions
     decides = True
+    figures = (BUDGET,)
 
     def __init__(self, options: Any, seed: int):
         super().__init__(options, seed)
         self._squares: Tensor | None = None  # (n, 2, r): ‖A_j‖², ‖B_j‖² by unit, all ranks
         self._fisher: Tensor | None = None  # (n, 2, r): averaged ‖∂L/∂A_j‖², ‖∂L/∂B_j‖²
-        self._applied: Decision = {}
+        self._applied: Decision | None = None
         # Rank 0 only:
         self.ranks = np.zeros(0, dtype=np.int64)
         self.budget = 0.0  # D
@@ -84,7 +58,7 @@ class LaLoRA(Method):
         self._previous_squares = np.zeros(0)  # of the decision before
         self._initial = np.zeros(0)  # ‖A_u‖² at the start
 
-    def init_adapter(self, unit, generator):
+    def init_adapter(self, unit: Unit, generator: torch.Generator) -> GatedAdapter:
         adapter = fresh(unit, self.options.rank, self._scale, generator)
         adapter.mask[1:] = False
         adapter.g.data[1:] = 0.0
@@ -94,22 +68,28 @@ class LaLoRA(Method):
     def _scale(self) -> float:
         return self.options.alpha / self.options.rank
 
-    def attach(self, units, adapted_layers, device, initial_adapters=None):
-        super().attach(units, adapted_layers, device, initial_adapters)
+    def attach(
+        self,
+        units: Sequence[Unit],
+        layers: Mapping[str, AdaptedLayer],
+        device: torch.device,
+        initial_adapters: Mapping[str, InitialAdapter] | None = None,
+    ) -> None:
+        super().attach(units, layers, device, initial_adapters)
         numbers = sorted({unit.layer for unit in units if unit.layer is not None})
-        place = {layer: index for index, layer in enumerate(numbers)}
+        place: dict[int | None, int] = {layer: index for index, layer in enumerate(numbers)}
         self.layers = numbers
         self._layer_of = np.array([place[unit.layer] for unit in units])
 
-    def on_train_begin(self, optimizer, validate):
-        self._squares = self._component_sums(optimizer, optimizer.values)
+    def on_train_begin(self, optimizer: MaskedAdamW, validate: Validate) -> None:
+        self._squares = _squares(optimizer, optimizer.values)
 
-    def due(self, step):
+    def due(self, step: int) -> bool:
         return step % self.options.every == 0
 
-    def observe(self, step, optimizer):
+    def observe(self, step: int, optimizer: MaskedAdamW) -> None:
         if self.options.contribution == "fisher":
-            squares = self._component_sums(optimizer, optimizer.trained_gradients)
+            squares = _squares(optimizer, optimizer.trained_gradients)
             if not bool(squares.isfinite().all()):
                 return  # the step will be skipped
             if self._fisher is None:
@@ -117,18 +97,15 @@ class LaLoRA(Method):
             else:
                 self._fisher = torch.lerp(squares, self._fisher, _FISHER_DECAY)
 
-    def after_step(self, step, optimizer, *, skipped, validate):
+    def after_step(
+        self, step: int, optimizer: MaskedAdamW, *, skipped: bool, validate: Validate
+    ) -> None:
         if self.due(step + 1):
-            self._squares = self._component_sums(optimizer, optimizer.values)
-
-    def _component_sums(self, optimizer, flat: Tensor) -> Tensor:
-        """Σ of squares (n, 2, r) of every component's row of A and of B."""
-        rows = optimizer.row_sums(flat * flat)[: 2 * self.options.rank * len(self.units)]
-        return rows.view(len(self.units), 2, self.options.rank).double()
+            self._squares = _squares(optimizer, optimizer.values)
 
     # --- rank 0 --------------------------------------------------------------------------------
 
-    def decide(self, step):
+    def decide(self, step: int) -> Decision:
         assert self._squares is not None
         squares, r, layers = self._squares.cpu().numpy(), self.options.rank, len(self.layers)
         if not len(self.ranks):  # the first decision: what every unit starts with
@@ -150,9 +127,9 @@ class LaLoRA(Method):
         self._previous_s = self.size(squares, self.ranks)
         return self._decision()
 
-    def _decision(self):
+    def _decision(self) -> Decision:
         ranks = dict(zip(map(str, self.layers), self.ranks.tolist(), strict=True))
-        return {"ranks": ranks, "budget": self.budget}
+        return Decision(ranks=ranks, scores={"budget": self.budget})
 
     def _norms(self, squares: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """‖A_u‖, ‖B_u‖ (n, 2) of each unit's first r_i components."""
@@ -196,38 +173,39 @@ class LaLoRA(Method):
     # --- every rank ----------------------------------------------------------------------------
 
     @property
-    def decided(self):
+    def decided(self) -> Sequence[str]:
         return [str(layer) for layer in self.layers]
 
-    def check_decision(self, decision):
-        super().check_decision(decision)
-        if "budget" not in decision:
+    def check_decision(self, decision: Decision) -> None:
+        self.check_ranks(decision)
+        if not isinstance(decision.scores.get("budget"), float):
             raise ValueError("no budget; accepted: what lalora recorded")
 
-    def apply(self, decision):
-        ranks = [decision["ranks"][str(unit.layer)] for unit in self.units]
+    def apply(self, decision: Decision) -> bool:
+        ranks = [decision.ranks[str(unit.layer)] for unit in self.units]
         self._applied = decision
         used = torch.arange(self.options.rank) < torch.tensor(ranks).unsqueeze(1)
-        self.mask_table.masks.copy_(used.flatten())
-        self.mask_table.write_gates(used.flatten() * self._scale)
+        self.adapters.mask_table.masks.copy_(used.flatten())
+        self.adapters.mask_table.write_gates(used.flatten() * self._scale)
         return False
 
-    def scalars(self):
-        if not self._applied:
+    def scalars(self) -> dict[str, float]:
+        if self._applied is None:
             return {}
-        ranks = list(self._applied["ranks"].values())
-        return {"budget": self._applied["budget"], "mean_rank": sum(ranks) / len(ranks)}
+        budget, ranks = self._applied.scores["budget"], self._applied.ranks.values()
+        assert isinstance(budget, float)
+        return {"budget": budget, "mean_rank": sum(ranks) / len(ranks)}
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Tensor]:
         held = {"squares": self._squares, "fisher": self._fisher}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._squares, self._fisher = state.get("squares"), state.get("fisher")
         if self._fisher is not None:
-            self._fisher = self._fisher.to(self.device)
+            self._fisher = self._fisher.to(self.adapters.device)
 
-    def decider_state(self):
+    def decider_state(self) -> dict[str, Tensor]:
         return {
             "ranks": torch.from_numpy(self.ranks.copy()),
             "budget": torch.tensor(self.budget, dtype=torch.float64),
@@ -236,11 +214,16 @@ class LaLoRA(Method):
             "initial": torch.from_numpy(self._initial.copy()),
         }
 
-    def load_decider_state(self, state):
+    def load_decider_state(self, state: Mapping[str, Tensor]) -> None:
         self.ranks, self.budget = state["ranks"].numpy().copy(), float(state["budget"])
         self._previous_s = state["previous_s"].numpy().copy()
         self._previous_squares = state["previous_squares"].numpy().copy()
         self._initial = state["initial"].numpy().copy()
+
+
+def _squares(optimizer: MaskedAdamW, flat: Tensor) -> Tensor:
+    """Σ of squares (n, 2, r) of every component's row of A and of B."""
+    return optimizer.by_component(flat * flat).double()
 
 
 def allocate(contribution: np.ndarray, budget: float, largest: int) -> np.ndarray:

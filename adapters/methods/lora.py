@@ -5,27 +5,15 @@ gives B a higher learning rate than A.
 """
 
 import math
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from adapters.gated import GatedAdapter
-from adapters.methods.base import Method, MethodOptions
-from adapters.units import Unit
-
-
-class LoRAOptions(MethodOptions):
-    """Options of `method.kind: lora`."""
-
-    kind: Literal["lora"] = "lora"
-    """Name of the method."""
-    rank_stabilized: bool = False
-    """Scale by α/√r instead of α/r (rsLoRA)."""
-    b_learning_rate_ratio: float = Field(1.0, gt=0)
-    """Learning rate of B over that of A (LoRA+; its paper recommends 16)."""
+from adapters.methods.base import Method
+from adapters.methods.options import LoRAOptions
+from adapters.unit import Unit
 
 
 def fresh(unit: Unit, rank: int, gate: float, generator: torch.Generator) -> GatedAdapter:
@@ -40,11 +28,11 @@ class LoRA(Method):
 
     Options = LoRAOptions
 
-    def init_adapter(self, unit, generator):
+    def init_adapter(self, unit: Unit, generator: torch.Generator) -> GatedAdapter:
         options = self.options
         divisor = math.sqrt(options.rank) if options.rank_stabilized else options.rank
         return fresh(unit, options.rank, options.alpha / divisor, generator)
 
-    def trainable(self, name, role, parameter, mask):
-        ratio = self.options.b_learning_rate_ratio if role == "B" else 1.0
-        return replace(super().trainable(name, role, parameter, mask), learning_rate_ratio=ratio)
+    @property
+    def learning_rate_ratios(self) -> Mapping[str, float]:
+        return {"B": self.options.b_learning_rate_ratio}

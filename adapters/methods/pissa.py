@@ -4,40 +4,28 @@ The r largest (PiSSA) or smallest (MiLoRA) singular triplets leave the frozen ma
 the adapter: A = √Σ Vᵀ, B = U √Σ, g = 1. Everything trains, nothing is decided.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
+from adapters.banks import bank
 from adapters.gated import GatedAdapter
-from adapters.methods.base import Method, MethodOptions
-from adapters.spectral import bank
+from adapters.methods.options import MethodOptions, MiLoRAOptions, PiSSAOptions
+from adapters.methods.spectral import SpectralMethod
+from adapters.spectral import Triplets
+from adapters.unit import Unit
 
 
-class PiSSAOptions(MethodOptions):
-    """Options of `method.kind: pissa`."""
-
-    kind: Literal["pissa"] = "pissa"
-    """Name of the method."""
-
-
-class MiLoRAOptions(MethodOptions):
-    """Options of `method.kind: milora`."""
-
-    kind: Literal["milora"] = "milora"
-    """Name of the method."""
-
-
-class PiSSA(Method):
+class PiSSA(SpectralMethod):
     """The r principal components of W train."""
 
     Options: ClassVar[type[MethodOptions]] = PiSSAOptions
-    splits_weight = True
     location = "primary"
 
-    def ranges(self, unit):
+    def ranges(self, unit: Unit) -> list[range]:
         return [bank(self.location, self.options.rank, min(unit.out_features, unit.in_features))]
 
-    def extract(self, unit, triplets):
+    def extract(self, unit: Unit, triplets: Triplets) -> GatedAdapter:
         root = triplets.S.sqrt().unsqueeze(1)
         return GatedAdapter(root * triplets.V.T, torch.ones(len(root)), root * triplets.U.T)
 

@@ -7,23 +7,29 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
+from adapters.decision import Decision
 from adapters.methods.registry import METHODS
 from tests.helpers import losses, quick_config
 from trainer.decisions import log as allocation
-from trainer.decisions.log import AllocationLog, Replay
+from trainer.decisions.log import AllocationLog
+from trainer.decisions.replay import Replay
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.records.jsonl import DECISIONS, decision_files, open_decisions
-from trainer.report.allocation_plots import read_allocation
+from trainer.report.allocation_history import read_allocation
 from trainer.run.run import run
 
 
-def decision(step: int) -> dict:
-    return {"ranks": {f"unit.{index}": (step * index) % 9 for index in range(20)}}
+def decision(step: int) -> Decision:
+    return Decision(ranks={f"unit.{index}": (step * index) % 9 for index in range(20)})
+
+
+def lelora():
+    return METHODS["lelora"](METHODS["lelora"].Options(), 0)
 
 
 def write(folder, steps, limit=2000, start=0):
-    log = AllocationLog(folder, "lelora", start, limit)
+    log = AllocationLog(folder, lelora(), start, limit)
     for step in steps:
         log.write(step, decision(step))
     log.close()
@@ -39,7 +45,7 @@ def recorded(folder) -> list[dict]:
 
 def check(folder, steps):
     assert [line["step"] for line in recorded(folder)] == list(steps)
-    assert all(line["ranks"] == decision(line["step"])["ranks"] for line in recorded(folder))
+    assert all(line["ranks"] == decision(line["step"]).ranks for line in recorded(folder))
 
 
 def test_parts_hold_every_decision_once_and_in_order(tmp_path):
@@ -68,7 +74,7 @@ def test_a_crash_while_a_part_is_closed_loses_and_doubles_nothing(tmp_path, seed
                 raise KeyboardInterrupt
             return honest(self, *arguments)
 
-        log = AllocationLog(tmp_path, "lelora", start, 2000)
+        log = AllocationLog(tmp_path, lelora(), start, 2000)
         with patch.object(allocation.Path, what, crash), pytest.raises(KeyboardInterrupt):
             for step in range(start, 99):
                 log.write(step, decision(step))

@@ -148,7 +148,7 @@ def test_activation_checkpointing_changes_no_gradient(tmp_path):
         method.attach(backbone.units, backbone.adapted_layers, torch.device("cpu"))
         for adapter in method.adapters.values():
             adapter.B.data.fill_(0.01)
-        method.set_dropout_seed(3, 1)
+        method.adapters.set_dropout_seed(3, 1)
         backbone.model(inputs(), use_cache=False).logits.square().mean().backward()
         found.append([adapter.A.grad for adapter in method.adapters.values()])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*found, strict=True))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from adapters.decision import Decision
 from adapters.formats.formats import FORMATS
 from adapters.gated import GatedAdapter
 from adapters.layers.experts import AdaptedExperts, StackedLinear, hosted_experts
@@ -461,7 +462,7 @@ def test_an_expert_that_no_token_reached_gets_no_reward(tmp_path, credit, blind)
     for step in range(2):
         names = [unit.name for unit in method.units]
         method.apply(
-            {"ranks": dict.fromkeys(names, 4), "locations": dict.fromkeys(names, "primary")}
+            Decision(ranks=dict.fromkeys(names, 4), locations=dict.fromkeys(names, "primary"))
         )
         learn_once(session)
         method.observe(step, optimizer)

@@ -15,6 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapters.decision import Decision
 from tests.helpers import QUICKSTART
 from tests.hostile import (
     attempt,
@@ -29,7 +30,8 @@ from tests.unit.methods.harness import Bench
 from trainer.config.config import Config, load_config, parse_config
 from trainer.config.sections import DataOptions
 from trainer.data.dataset import prepare, read_labels
-from trainer.decisions.log import Replay, decision_digest
+from trainer.decisions.log import record
+from trainer.decisions.replay import Replay
 from trainer.records.jsonl import keep_lines, read_metrics
 from trainer.report.report import read_run
 from trainer.run.comparison import read_comparison
@@ -284,9 +286,7 @@ def recorded(kind: str) -> list[dict]:
     bench.run(4)
     decisions = enumerate(bench.decisions)
     return [
-        {"step": step, "method": kind, "digest": decision_digest(decision), **decision}
-        for step, decision in decisions
-        if decision is not None
+        record(step, bench.method, decision) for step, decision in decisions if decision is not None
     ]
 
 
@@ -296,7 +296,8 @@ def with_digests(content: bytes) -> bytes:
     for line in content.split(b"\n"):
         try:
             value = json.loads(line)
-            lines.append(json_bytes({**value, "digest": decision_digest(value)}))
+            digest = Decision.from_plain(value).digest()
+            lines.append(json_bytes({**value, "digest": digest}))
         except (ValueError, TypeError, AttributeError, RecursionError):
             lines.append(line)
     return b"\n".join(lines)

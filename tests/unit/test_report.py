@@ -11,9 +11,12 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
+from adapters.banks import LOCATIONS
+from adapters.figures import BUDGET
+from adapters.methods.registry import METHODS
 from adapters.units import Unit
 from trainer.errors import UserError
-from trainer.report import allocation_plots
+from trainer.report import allocation_history, allocation_plots
 from trainer.report import report as reports
 from trainer.report.report import jaccard, read_run, report, survivors
 
@@ -70,7 +73,7 @@ def realistic(folder, kind, layers=4, steps=60, seed=0):
             chosen = np.digitize(-where, [-0.6, -0.3])
             decisions.append(
                 {"step": s, "ranks": dict(zip(names, rank.tolist())),
-                 "locations": {n: allocation_plots.LOCATIONS[c] for n, c in zip(names, chosen)}}
+                 "locations": {n: LOCATIONS[c] for n, c in zip(names, chosen)}}
             )  # fmt: skip
             metrics.append(
                 {"step": s + 1, "method/reward": -1 / (s + 1), "method/baseline": -1 / (s + 2),
@@ -233,7 +236,7 @@ def test_mean_rank_by_type_and_third(tmp_path):
 def test_types_merge_experts_and_stay_distinct():
     kinds = ["mlp.experts.0.up", "mlp.experts.1.up", "attn.output.dense", "output.dense", "mlp.2"]
     units = [Unit(i, kind, 0, kind, 8, 8) for i, kind in enumerate(kinds)]
-    assert allocation_plots.by_type(units) == {
+    assert allocation_history.by_type(units) == {
         "up": [0, 1], "attn.output.dense": [2], "output.dense": [3], "2": [4],
     }  # fmt: skip
 
@@ -249,8 +252,8 @@ def test_location_shares_of_the_last_quarter(tmp_path):
     ]
     decisions = [{"step": s, **d} for s, d in zip((0, 5, 7), (early, *late))]
     allocation = read_run(write_run(tmp_path / "a", "lelora", units, decisions)).allocation
-    by_type = allocation_plots.by_type(allocation.units)
-    shares = allocation_plots.location_shares(allocation, by_type)
+    by_type = allocation_history.by_type(allocation.units)
+    shares = allocation_history.location_shares(allocation, by_type)
     assert np.allclose(shares, [[1 / 2, 1 / 2, 0], [2 / 3, 1 / 3, 0]])
     figure = allocation_plots.draw_locations(allocation, "run")
     types, thirds = (
@@ -269,7 +272,9 @@ def test_omega_bars_and_lines(tmp_path):
     decisions = [{"step": s, "omega": dict(zip(names, w))} for s, w in enumerate(omega)]
     decisions[-1] |= {"survivors": [names[0], names[3]]}
     allocation = read_run(write_run(tmp_path / "a", "weightlora", units, decisions)).allocation
-    top, bottom = allocation_plots.draw_omega(allocation, "run").axes
+    top, bottom = allocation_plots.draw_scores(
+        allocation, METHODS["weightlora"].figures[0], "run"
+    ).axes
     bars = {
         c.get_label(): {b.get_x() + b.get_width() / 2: b.get_height() for b in c}
         for c in top.containers
@@ -299,11 +304,11 @@ def test_policy_and_budget_draw_what_was_logged(tmp_path):
         for s in (1, 2, 3)
     ]  # fmt: skip
     run = read_run(write_run(tmp_path / "a", "lelora", metrics=metrics))
-    reward, entropy = reports.draw_policy(run).axes
+    reward, entropy = reports.draw_curves(run, METHODS["lelora"].figures[0]).axes
     drawn = {line.get_label(): list(zip(*line.get_data())) for line in reward.get_lines()}
     assert drawn == {"reward": [(1, -1), (2, -2), (3, -3)], "baseline": [(2, -0.5), (3, -0.5)]}
     assert entropy.get_ylabel() == "entropy (nats)"
-    budget, mean = reports.draw_budget(run).axes
+    budget, mean = reports.draw_curves(run, BUDGET).axes
     assert budget.get_lines()[0].get_ydata().tolist() == [8, 16, 24]
     assert mean.get_lines()[0].get_ydata().tolist() == [1, 2, 3]
 

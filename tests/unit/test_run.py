@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from adapters.decision import Decision
 from adapters.methods.lora import LoRA
 from adapters.units import transformer_blocks
 from docs.make_configuration import document
@@ -193,11 +194,11 @@ class Shrinking(LoRA):
     decides = True
 
     def decide(self, step):
-        return {"active": self.options.rank // 2} if step == 1 else None
+        return Decision(extra={"active": self.options.rank // 2}) if step == 1 else None
 
     def apply(self, decision):
         for adapter in self.adapters.values():
-            adapter.mask[decision["active"] :] = False
+            adapter.mask[decision.extra["active"] :] = False
         return False
 
 

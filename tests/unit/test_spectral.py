@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from adapters.spectral import LOCATIONS, bank, largest_rank, resample, singular_triplets
+from adapters.banks import LOCATIONS, bank, largest_rank
+from adapters.spectral import resample, singular_triplets
 from tests.conftest import shared
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -79,7 +79,7 @@ def test_removal_gives_memory_back(tmp_path):
     assert held[2] <= 2.5 * one_unit
     assert held[5] == pytest.approx(held[1] * 2 / 8, rel=0.05)
     for unit in session.method.units:
-        host = session.method.adapted_layers[unit.name]
+        host = session.method.adapters.layers[unit.name]
         assert (host.adapter is not None) == (unit.name in session.method.adapters)
 
 
@@ -137,13 +137,13 @@ def test_weightlora_plus_shares_out_the_ranks(keep, rank, small, tmp_path):
     )  # fmt: skip
     train_only(World(), config.model_dump())
     selection = json.loads((config.run_folder / "allocation.jsonl").read_text().splitlines()[-1])
-    assert set(selection["ranks"].values()) == {rank}
-    survivors = len(selection["survivors"])
+    assert set(selection.ranks.values()) == {rank}
+    survivors = len(selection.survivors)
     assert 0 < survivors <= keep
     sizes = {u["name"]: u["in_features"] + u["out_features"] for u in units(config)}
     last = lines(config.run_folder)[-1]
     assert last["method/rank_left_over"] == 14 * 8 - survivors * rank
-    trained = sum(rank * sizes[name] for name in selection["survivors"])
+    trained = sum(rank * sizes[name] for name in selection.survivors)
     assert last["trainable_parameters"] == last["active_parameters"] == trained
     assert lines(config.run_folder)[0]["trainable_parameters"] == 8 * sum(sizes.values())
 
@@ -187,7 +187,7 @@ def some_units(count: int = 28) -> list[Unit]:
 
 def method_of(kind: str, seed: int, **options):
     method = METHODS[kind](METHODS[kind].Options(**options), seed)
-    method.units = some_units()
+    method.adapters.units = some_units()
     return method
 
 
@@ -196,13 +196,13 @@ SEEDS = [0, 1, 2, 3, 4096, 2**19]
 
 def test_another_seed_keeps_other_random_units():
     """RLoRA is WeightLoRA's ablation over seeds: each must draw anew."""
-    kept = [tuple(method_of("rlora", seed).decide(0)["survivors"]) for seed in SEEDS]
+    kept = [tuple(method_of("rlora", seed).decide(0).survivors) for seed in SEEDS]
     assert len(set(kept)) == len(SEEDS)
 
 
 def test_another_seed_draws_other_ranks():
     draws = [
-        tuple(method_of("dylora", seed).decide(step)["ranks"]["all"] for step in range(40))
+        tuple(method_of("dylora", seed).decide(step).ranks["all"] for step in range(40))
         for seed in SEEDS
     ]
     assert len(set(draws)) == len(SEEDS)
@@ -216,7 +216,7 @@ def test_another_seed_draws_other_strategies(small, tmp_path):
             small, tmp_path, "method.kind=lelora", "method.policy.mode=uniform", f"run.seed={seed}",
         )  # fmt: skip
         session = open_session(config, World())
-        draws.append(json.dumps([session.method.decide(step) for step in range(4)]))
+        draws.append(json.dumps([session.method.decide(step).to_plain() for step in range(4)]))
     assert len(set(draws)) == len(SEEDS)
 
 
@@ -243,7 +243,7 @@ def test_every_seed_step_and_micro_batch_drops_its_own():
         host.dropout = Dropout(0.5, True, method._dropout_seed, 0)
         host.train()
         for step, micro_batch in places:
-            method.set_dropout_seed(step, micro_batch)
+            method.adapters.set_dropout_seed(step, micro_batch)
             masks.add(tuple(host(torch.ones(1, 256)).flatten().tolist()))
     assert len(masks) == len(SEEDS) * len(places)
 

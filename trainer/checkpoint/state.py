@@ -144,7 +144,7 @@ def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
     with files.refuse_mismatch(checkpoint):
         method.load_state_dict(_below(stored, "method/"))
         if method.changes_structure:
-            method.resize(
+            method.adapters.resize(
                 {
                     name.split("/")[1]: tensor.shape[0]
                     for name, tensor in stored.items()

@@ -12,8 +12,8 @@ from typing import Any
 
 from pydantic import SerializeAsAny, model_validator
 
-from adapters.methods.base import MethodOptions
-from adapters.methods.registry import METHODS
+from adapters.methods.options import MethodOptions
+from adapters.methods.registry import METHODS, OPTIONS
 from adapters.options import Section
 from trainer.config.sections import (
     CheckpointOptions,
@@ -143,7 +143,7 @@ def _section_type(name: str, annotation: Any, value: Mapping[str, Any]) -> type[
     """The class of a section; `method` and `task` depend on their `kind`."""
     if name == "method":
         kind = value.get("kind", "lora")
-        return METHODS[one_of("method.kind", kind, METHODS)].Options
+        return OPTIONS[one_of("method.kind", kind, OPTIONS)]
     if name == "task":
         kind = value.get("kind", "causal_lm")
         return TASKS[one_of("task.kind", kind, TASKS)].Options

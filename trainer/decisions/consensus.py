@@ -1,12 +1,14 @@
 """Decide on rank 0, broadcast, apply everywhere, verify that everyone holds the same."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from adapters.methods.base import Decision, Method
-from trainer.decisions.log import Replay
+from adapters.decision import Decision
+from adapters.methods.base import Method
+from trainer.decisions.replay import Replay
 from trainer.distributed.world import World
 from trainer.errors import RunFailed
 
@@ -25,7 +27,7 @@ def decide_and_apply(
     if message is None:
         return None, False
     with world.all_or_none() as digests:
-        decision = with_names(message, names)
+        decision = Decision.from_plain(with_names(message, names))
         changed = method.apply(decision)
         digests.append(state_digest(method))
     strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
@@ -38,28 +40,31 @@ def decide_and_apply(
     return decision, changed
 
 
-def _decide(method: Method, step: int, replay: Replay | None) -> Decision | None:
+def _decide(method: Method, step: int, replay: Replay | None) -> dict[str, Any] | None:
+    """The decision as plain data."""
     if replay is not None:
-        return replay.decide(step)
-    try:
-        return method.decide(step)
-    except ValueError as error:
-        raise RunFailed(f"step {step}: {error}") from error
+        decision = replay.decide(step)
+    else:
+        try:
+            decision = method.decide(step)
+        except ValueError as error:
+            raise RunFailed(f"step {step}: {error}") from error
+    return None if decision is None else decision.to_plain()
 
 
-def without_names(decision: Decision | None, names: list[str]) -> list[Any] | None:
+def without_names(plain: Mapping[str, Any] | None, names: list[str]) -> list[Any] | None:
     """[(key, whether it says something of each of `names`, what)]: names, which all ranks know,
     would be most of what is sent."""
-    if decision is None:
+    if plain is None:
         return None
     message = []
-    for key, value in decision.items():
+    for key, value in plain.items():
         by_name = isinstance(value, dict) and list(value) == names
         message.append((key, by_name, list(value.values()) if by_name else value))
     return message
 
 
-def with_names(message: list[Any], names: list[str]) -> Decision:
+def with_names(message: list[Any], names: list[str]) -> dict[str, Any]:
     """Inverse of `without_names`."""
     return {
         key: dict(zip(names, value, strict=True)) if by_name else value
@@ -71,7 +76,8 @@ def state_digest(method: Method) -> str:
     """Digest of every unit's name, mask and gates."""
     digest = hashlib.sha256("\n".join(method.adapters).encode())
     if method.adapters:
-        parts = method.mask_table.masks, method.mask_table.gates
+        table = method.adapters.mask_table
+        parts = table.masks, table.gates
         state = torch.cat([part.view(torch.uint8) for part in parts])  # one transfer
         digest.update(state.cpu().numpy().tobytes())
     return digest.hexdigest()

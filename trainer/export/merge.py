@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapters.gated import GatedAdapter
-from adapters.layers.experts import StackedLinear
-from adapters.layers.linear import AdaptedLinear
+from adapters.layers.base import PackedLayer
 from adapters.peft_export import merged
 from trainer.errors import UserError
 from trainer.loading.key_mapping import KeyMapping
@@ -56,12 +55,12 @@ class Merger:
             owner = self.model.get_submodule(path)
             if name in self._trained:
                 yield self._published(name), self._trained[name].to(self.dtype)
-            elif isinstance(owner, StackedLinear):
+            elif isinstance(owner, PackedLayer) and None not in owner.places:
                 yield from self._stack(path, owner)
             else:
                 key = self._files.check([name], self._prefix, tuple(parameter.shape))
                 value = self._files.read(key).to(self.device, self.dtype)
-                if isinstance(owner, AdaptedLinear) and attribute == "weight":
+                if isinstance(owner, PackedLayer) and attribute == "weight":
                     value = self._final(owner, [path], value.unsqueeze(0))[0]
                 yield self._published(name), value.cpu().contiguous()
         for name, _ in self.model.named_buffers():
@@ -69,12 +68,12 @@ class Merger:
             if key:  # what is computed is not kept in files
                 yield self._published(name), self._files.read(key).contiguous()
 
-    def _stack(self, path: str, stack: StackedLinear) -> Iterator[tuple[str, Tensor]]:
+    def _stack(self, path: str, stack: PackedLayer) -> Iterator[tuple[str, Tensor]]:
         """A stack, expert by expert where the files have it so."""
-        numbers = range(stack.experts)
+        numbers = range(len(stack.places))
         read = (self._files.read_expert(path, e, self._prefix, stack.shape) for e in numbers)
         value = torch.stack([matrix.to(self.device, self.dtype) for matrix in read])
-        value = self._final(stack, [f"{path}.{expert}" for expert in numbers], value).cpu()
+        value = self._final(stack, stack.place_names(path), value).cpu()
         keys = [self._files.check_expert(path, e, self._prefix, stack.shape) for e in numbers]
         if keys[0] == keys[-1]:  # the files hold it whole
             yield path, value
@@ -84,9 +83,7 @@ class Merger:
                 whole = key.startswith(f"{self._prefix}.")  # a bare backbone's files lack it
                 yield key if whole else f"{self._prefix}.{key}", rows.contiguous()
 
-    def _final(
-        self, layer: AdaptedLinear | StackedLinear, units: Sequence[str], value: Tensor
-    ) -> Tensor:
+    def _final(self, layer: PackedLayer, units: Sequence[str], value: Tensor) -> Tensor:
         """W + ΔW − ΔW₀ (units, out, in)."""
         initial_adapters = [self._initial.get(unit) for unit in units]
         if self._dequantised:
@@ -103,14 +100,14 @@ class Merger:
 
 
 def _as_trained(
-    layer: AdaptedLinear | StackedLinear, weight: Tensor, initial: Sequence[GatedAdapter | None]
+    layer: PackedLayer, weight: Tensor, initial: Sequence[GatedAdapter | None]
 ) -> Tensor:
     """W (matrices, out, in) as the adapters saw it: without the parts that the method took out
     through the weight format and back, and those parts."""
     dtype = weight.dtype
     taken = [0 if s is None else s.copy().to(weight.device).delta() for s in initial]
     kept = torch.stack([(w.float() - t).to(dtype) for w, t in zip(weight, taken, strict=True)])
-    packed = layer.pack(kept if isinstance(layer, StackedLinear) else kept[0], dtype)
+    packed = layer.pack(kept, dtype)
     layer.weight = nn.Parameter(packed, requires_grad=False)
     kept = layer.dequantised(dtype).view_as(weight)
     layer.weight = nn.Parameter(kept.to("meta"), requires_grad=False)

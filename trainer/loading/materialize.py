@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.formats.formats import FORMATS
-from adapters.layers.experts import StackedLinear
-from adapters.layers.linear import AdaptedLinear
+from adapters.layers.base import PackedLayer
 from adapters.spectral import cost
 from adapters.units import Unit, stem
 from trainer.distributed.world import World
@@ -36,14 +35,13 @@ class ParamTask:
 
     @property
     def requests(self) -> list[Request]:
-        if isinstance(self.owner, StackedLinear):
-            return [(self.name, expert) for expert in range(self.owner.experts)]
-        return [(self.name, None)]
+        matrix = self.matrix
+        return [(self.name, number) for number in (matrix.places if matrix else [None])]
 
     @property
-    def matrix(self) -> AdaptedLinear | StackedLinear | None:
+    def matrix(self) -> PackedLayer | None:
         """The owner where the parameter is a matrix that it may hold packed."""
-        if isinstance(self.owner, AdaptedLinear | StackedLinear):
+        if isinstance(self.owner, PackedLayer):
             return self.owner if self.parameter is self.owner.weight else None
         return None
 
@@ -174,13 +172,16 @@ class Materializer:
 
     def _full(self, item: ParamTask) -> Tensor:
         """What the backbone keeps of an item, before it is packed."""
-        if not isinstance(item.owner, StackedLinear):
+        matrix = item.matrix
+        if matrix is None or None in matrix.places:
             return self._kept(next(iter(item.units), None))
         # On the device at once: on the host there is never more than one expert's matrix.
-        full = torch.empty(item.owner.shape, dtype=self._dtype, device=self._world.device)
-        units = {int(unit.name.rpartition(".")[2]): unit for unit in item.units}
-        for expert in range(item.owner.experts):
-            full[expert] = self._kept(units.get(expert))
+        full = torch.empty(matrix.shape, dtype=self._dtype, device=self._world.device)
+        units: dict[int | None, Unit] = {
+            int(unit.name.rpartition(".")[2]): unit for unit in item.units
+        }
+        for index, expert in enumerate(matrix.places):
+            full[index] = self._kept(units.get(expert))
         return full
 
     def _kept(self, unit: Unit | None) -> Tensor:
@@ -204,9 +205,7 @@ class Materializer:
         self._note_error(matrix, packed, full.view(matrix.matrix_shape))
         return packed
 
-    def _note_error(
-        self, matrix: AdaptedLinear | StackedLinear, packed: Tensor, full: Tensor
-    ) -> None:
+    def _note_error(self, matrix: PackedLayer, packed: Tensor, full: Tensor) -> None:
         restored = FORMATS[matrix.weight_format].unpack(packed, matrix.matrix_shape, self._dtype)
         squares = torch.zeros(2, dtype=torch.float64, device=full.device)
         for exact, approximate in zip(full.split(1024), restored.split(1024), strict=True):

@@ -125,7 +125,7 @@ class PretrainedFiles:
         return key
 
     def check_expert(
-        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, int, int]
+        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, ...]
     ) -> list[str]:
         """The keys whose matrices, one below the other, are an expert's (out, in) of `stack`, of
         `shape` (E, out, in); or the key of the whole stack. UserError as in `check`."""
@@ -137,13 +137,13 @@ class PretrainedFiles:
         return [self.check(names, base_prefix, (rows, shape[2])) for names in parts]
 
     def read_expert(
-        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, int, int]
+        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, ...]
     ) -> Tensor:
         """One expert's matrix (out, in)."""
         return self.begin_expert(stack, expert, base_prefix, shape)()
 
     def begin_expert(
-        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, int, int]
+        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, ...]
     ) -> Callable[[], Tensor]:
         """Begin to read one expert's matrix (out, in)."""
         places = [self._place(key) for key in self.check_expert(stack, expert, base_prefix, shape)]

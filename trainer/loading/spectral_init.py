@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from adapters import seeds
 from adapters.gated import GatedAdapter
-from adapters.methods.base import InitialAdapter, Method
+from adapters.methods.base import InitialAdapter
+from adapters.methods.spectral import SpectralMethod
 from adapters.spectral import Triplets, singular_triplets
 from adapters.units import Unit
 from trainer.checkpoint.store import BadCheckpoint, refuse_mismatch
@@ -37,7 +38,7 @@ class SpectralInit:
 
     def __init__(
         self,
-        method: Method,
+        method: SpectralMethod,
         world: World,
         cache: Path,
         stored: Mapping[str, InitialAdapter] | None = None,

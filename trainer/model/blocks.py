@@ -17,8 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from adapters.layers.experts import ExpertLayer, StackedLinear
-from adapters.layers.linear import AdaptedLinear
+from adapters.layers.base import PackedLayer
 from adapters.units import transformer_blocks
 from trainer.config.sections import EngineOptions
 from trainer.errors import UserError
@@ -147,13 +146,8 @@ class _Block:
     @property
     def trains(self) -> bool:
         """Whether it holds anything that trains."""
-        layers: list[AdaptedLinear | ExpertLayer] = []
-        for module in self._block.modules():
-            if isinstance(module, StackedLinear):
-                layers += module.layers
-            elif isinstance(module, AdaptedLinear):
-                layers.append(module)
-        return any(host.adapter is not None for host in layers) or any(
+        modules = self._block.modules()
+        return any(isinstance(module, PackedLayer) and module.adapts for module in modules) or any(
             parameter.requires_grad
             for parameter in self._block.parameters()  # a router
         )

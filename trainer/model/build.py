@@ -19,7 +19,7 @@ from transformers import (
 from adapters.layers.experts import AdaptedExperts, ExpertLayer, StackedLinear
 from adapters.layers.handles import RegisteredLayer
 from adapters.layers.linear import AdaptedLinear
-from adapters.methods.base import MethodOptions
+from adapters.methods.options import MethodOptions
 from adapters.methods.registry import METHODS
 from adapters.units import (
     AdaptedLayer,

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from adapters.formats.formats import FORMATS
-from adapters.layers.experts import ExpertLayer
 from adapters.methods.registry import METHODS
 from trainer.config.config import Config
 from trainer.model.build import Backbone
@@ -96,7 +95,7 @@ def blocks_that_fit(blocks: int, nbytes: int, left: int) -> int:
 
 def trainable_parameters(backbone: Backbone, config: Config) -> int:
     """Scalars that a fixed-rank adapter on every unit and the task's heads train."""
-    gates = int(METHODS[config.method.kind].learns_gates)
+    gates = int(METHODS[config.method.kind].gates == "learned")
     adapters = sum(
         config.method.components * (unit.in_features + unit.out_features + gates)
         for unit in backbone.units
@@ -107,13 +106,13 @@ def trainable_parameters(backbone: Backbone, config: Config) -> int:
 
 def _frozen_bytes(module: nn.Module, backbone: Backbone, *, adapted_only: bool = False) -> int:
     """Bytes of a module once loaded, or of what hosts hold of it; a tied parameter counts once."""
-    adapted_layers = {id(host.weight): host for host in backbone.adapted_layers.values()}
+    places = backbone.adapted_layers.values()
+    packed = {id(place.weight): place.layer for place in places}
     total = 0
     for parameter in module.parameters():
-        host = adapted_layers.get(id(parameter))
-        if host is not None:
-            matrix = host.stack if isinstance(host, ExpertLayer) else host
-            total += FORMATS[matrix.weight_format].nbytes(matrix.matrix_shape, backbone.dtype)
+        layer = packed.get(id(parameter))
+        if layer is not None:
+            total += FORMATS[layer.weight_format].nbytes(layer.matrix_shape, backbone.dtype)
         elif not adapted_only:
             total += parameter.numel() * parameter.element_size()
     return total

@@ -11,16 +11,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
+from adapters.figures import Curves, UnitScores
+from adapters.figures import Figure as Declared
+from adapters.methods.registry import METHODS
 from trainer.config.validation import parse_yaml
 from trainer.errors import UserError
 from trainer.records.jsonl import METRICS, read_metrics
+from trainer.report.allocation_history import Allocation, read_allocation
 from trainer.report.allocation_plots import (
-    Allocation,
     draw_locations,
-    draw_omega,
     draw_ranks,
     draw_ranks_by_type,
-    read_allocation,
+    draw_scores,
 )
 from trainer.report.loss_curve import draw_loss
 
@@ -47,6 +49,20 @@ class Run:
         """(steps, values) of a scalar, without those that were not finite."""
         found = [(e["step"], e[key]) for e in self.metrics if isinstance(e.get(key), int | float)]
         return [step for step, _ in found], [value for _, value in found]
+
+    def numbers(self, key: str) -> tuple[list[int], list[float]]:
+        """(steps, values) of one of the method's scalars, or else of a number in its decisions."""
+        found = self.series(f"method/{key}")
+        if not found[0] and self.allocation is not None and key in self.allocation.numbers:
+            track = self.allocation.numbers[key]
+            found = list(track.steps), [float(row[0]) for row in track.rows]
+        return found
+
+    @property
+    def declared(self) -> Sequence[Declared]:
+        """The figures that the run's method declares; none for a method that is not known here."""
+        kind = self.config["method"].get("kind")
+        return METHODS[kind].figures if isinstance(kind, str) and kind in METHODS else ()
 
     @property
     def active_parameters(self) -> float:
@@ -127,12 +143,12 @@ def run_figures(run: Run) -> Iterator[tuple[str, Figure]]:
         yield "ranks_by_type", draw_ranks_by_type(allocation, run.name)
     if allocation is not None and allocation.locations.steps:
         yield "locations", draw_locations(allocation, run.name)
-    if allocation is not None and allocation.omega.steps:
-        yield "omega", draw_omega(allocation, run.name)
-    if run.series("method/budget")[0]:
-        yield "budget", draw_budget(run)
-    if run.series("method/reward")[0]:
-        yield "policy", draw_policy(run)
+    for declared in run.declared:
+        if isinstance(declared, UnitScores):
+            if allocation is not None and declared.key in allocation.scores:
+                yield declared.key, draw_scores(allocation, declared, run.name)
+        elif run.numbers(declared.leading)[0]:
+            yield declared.name, draw_curves(run, declared)
 
 
 def comparisons(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
@@ -147,42 +163,11 @@ def comparisons(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
         yield "stability", draw_stability(selected)
 
 
-def draw_budget(run: Run) -> Figure:
-    """The budget (La-LoRA's DCDPB, eq. 5; AdaLoRA's schedule) and the mean rank over steps."""
-    return _panels(
-        run,
-        f"Budget and mean rank of {run.name}",
-        {
-            "budget (components)": {"budget": "method/budget"},
-            "mean rank (components)": {"mean rank": "method/mean_rank"},
-        },
-    )
-
-
-def draw_policy(run: Run) -> Figure:
-    """LeLoRA's policy over steps: what it is rewarded by, how sure it is, how varied it draws."""
-    return _panels(
-        run,
-        f"Policy of {run.name}",
-        {
-            "reward (change of loss, lower is better)": {
-                "reward": "method/reward",
-                "baseline": "method/baseline",
-            },
-            "entropy (nats)": {
-                "rank head": "method/entropy_rank",
-                "location head": "method/entropy_location",
-            },
-            "distinct actions (r, s)": {"distinct actions": "method/distinct_actions"},
-        },
-    )
-
-
-def _panels(run: Run, title: str, panels: Mapping[str, Mapping[str, str]]) -> Figure:
-    """Scalars over steps: {label of the y axis: {label of the line: key in metrics.jsonl}}."""
+def draw_curves(run: Run, declared: Curves) -> Figure:
+    """Numbers over steps, as a method declares them."""
     drawn = {}
-    for ylabel, keys in panels.items():
-        series = {label: run.series(key) for label, key in keys.items()}
+    for ylabel, keys in declared.panels.items():
+        series = {label: run.numbers(key) for label, key in keys.items()}
         if any(steps for steps, _ in series.values()):
             drawn[ylabel] = {label: found for label, found in series.items() if found[0]}
     figure = Figure(figsize=(8, 1.2 + 2.3 * len(drawn)), layout="constrained")
@@ -190,7 +175,7 @@ def _panels(run: Run, title: str, panels: Mapping[str, Mapping[str, str]]) -> Fi
     for axes, (ylabel, series) in zip(every, drawn.items(), strict=True):
         for label, (steps, values) in series.items():
             axes.plot(steps, values, lw=1.2, marker="." if len(steps) <= 50 else "", label=label)
-        if not ylabel.startswith("reward"):  # entropies, counts and budgets begin at 0
+        if ylabel not in declared.signed:
             axes.set_ylim(0, 1.08 * max(0.1, *(max(values) for _, values in series.values())))
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.3)
@@ -198,7 +183,7 @@ def _panels(run: Run, title: str, panels: Mapping[str, Mapping[str, str]]) -> Fi
             axes.legend()
     every[-1].set_xlabel("optimizer step")
     every[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
-    figure.suptitle(title)
+    figure.suptitle(f"{declared.title} of {run.name}")
     return figure
 
 

@@ -2,8 +2,7 @@
 
 import os
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from adapters.decision import Decision
 from trainer.config.validation import parse_json
 from trainer.errors import UserError
 from trainer.records.heartbeat import EXIT_CODES, EXIT_RUNNING, read_heartbeat
@@ -78,21 +78,17 @@ def _view(folder: Path, beat: dict[str, Any]) -> RenderableType:
 
 
 def allocation(folder: Path) -> list[tuple[str, str]]:
-    """The newest decision in words; [] where the method decides nothing, or has not yet."""
-    decision = _last_object(folder / DECISIONS)
-    rows = []
-    if "survivors" in decision:
-        rows.append(("survivors", f"{len(decision['survivors'])} units"))
-    elif "omega" in decision:
-        kept = sum(value != 0 for value in decision["omega"].values())
-        rows.append(("ω", f"{kept} of {len(decision['omega'])} are not zero"))
-    for key in ("ranks", "locations"):
-        if decision.get(key):
-            counts = sorted(Counter(decision[key].values()).items())
-            rows.append((key, ", ".join(f"{value}: {count}" for value, count in counts)))
-    if len(decision.get("ranks", {})) > 1:
-        rows.append(("by layer", sparkline(_by_layer(folder, decision["ranks"]))))
-    return [*rows, ("decided", f"before step {decision['step']}")] if rows else rows
+    """The newest decision in the words of its method; [] where it decides nothing, or has not
+    yet."""
+    line = _last_object(folder / DECISIONS)
+    if not line:
+        return []
+    decision = Decision.from_plain(line)
+    told = line.get("summary", decision.summary())  # older runs recorded none
+    rows = [(str(subject), str(words)) for subject, words in told.items()]
+    if len(decision.ranks) > 1:
+        rows.append(("by layer", sparkline(_by_layer(folder, decision.ranks))))
+    return [*rows, ("decided", f"before step {line['step']}")]
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
@@ -140,7 +136,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes >= 2 else f"{seconds:.0f} s"
 
 
-def _by_layer(folder: Path, ranks: dict[str, int]) -> list[float]:
+def _by_layer(folder: Path, ranks: Mapping[str, int]) -> list[float]:
     """Mean rank of each transformer block's units."""
     if all(name.isdigit() for name in ranks):
         return [ranks[name] for name in sorted(ranks, key=int)]

@@ -213,7 +213,8 @@ def _run(identity: Result, config: Config) -> Result:
 
 
 def summary(folder: Path) -> Result:
-    """Last scores of a finished run, and averages over its logged steps."""
+    """Last scores of a finished run, averages over its logged steps, and what its method's scalars
+    were at the end (those of single groups of units left out)."""
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if "active_parameters" in line]
     scores: Result = next((line for line in reversed(lines) if "eval_loss" in line), {})
@@ -221,7 +222,7 @@ def summary(folder: Path) -> Result:
     result["mean_active_parameters"] = statistics.mean(s["active_parameters"] for s in steps)
     result["trainable_parameters"] = steps[-1]["trainable_parameters"]
     result["step_seconds"] = statistics.median(s["step_seconds"] for s in steps)
-    for name in ("mean_rank", "distinct_actions", "entropy_rank", "entropy_location", "budget"):
-        if f"method/{name}" in steps[-1]:
-            result[name] = steps[-1][f"method/{name}"]
-    return result
+    scalars = {
+        k.removeprefix("method/"): v for k, v in steps[-1].items() if k.startswith("method/")
+    }
+    return {name: value for name, value in scalars.items() if "/" not in name} | result

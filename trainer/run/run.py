@@ -16,7 +16,8 @@ from trainer.checkpoint.state import CheckpointWriter
 from trainer.config.config import Config
 from trainer.config.sections import LEFT_OUT
 from trainer.config.validation import local
-from trainer.decisions.log import AllocationLog, Replay
+from trainer.decisions.log import AllocationLog
+from trainer.decisions.replay import Replay
 from trainer.distributed.world import World
 from trainer.engine.base import Engine
 from trainer.engine.select import make_engine
@@ -99,7 +100,7 @@ def _open_folder(session: Session, folder: RunFolder, steps: int, progress: Prog
     folder.metrics = MetricsWriter(config, folder.path, steps, progress, folder.heartbeat)
     if session.method.decides:
         limit = int(config.log.decisions_mib * 2**20)
-        folder.log = AllocationLog(folder.path, config.method.kind, progress.step, limit)
+        folder.log = AllocationLog(folder.path, session.method, progress.step, limit)
 
 
 def dry_run(config: Config, world: World) -> str:

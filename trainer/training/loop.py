@@ -12,7 +12,8 @@ from trainer.checkpoint.state import CheckpointWriter
 from trainer.checkpoint.store import newest
 from trainer.data.loader import Loader, Step
 from trainer.decisions import consensus
-from trainer.decisions.log import AllocationLog, Replay
+from trainer.decisions.log import AllocationLog
+from trainer.decisions.replay import Replay
 from trainer.distributed.world import World
 from trainer.engine.base import Update
 from trainer.errors import RunFailed
@@ -203,7 +204,7 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
         session.watchdog.alive(f"micro-batch {index} of step {step + 1}")
         # Dropout, the adapters' and the backbone's own, depends on the micro-batch and not on who
         # runs it.
-        session.method.set_dropout_seed(step, index)
+        session.method.adapters.set_dropout_seed(step, index)
         torch.manual_seed(seeds.mixed(session.config.run.seed, step, index))
         loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
         loss = loss / batch.weight
@@ -259,7 +260,7 @@ def _figures(session: Session, progress: Progress, clock: Clock) -> dict[str, An
         "peak_memory_gib": max(peaks),
         **({"peak_memory_gib_by_rank": peaks} if len(peaks) > 1 else {}),
         "trainable_parameters": session.optimizer.numel,
-        "active_parameters": session.method.active_parameters() + heads,
+        "active_parameters": session.method.adapters.active_parameters() + heads,
         "skipped_steps": progress.skipped,
     }
 

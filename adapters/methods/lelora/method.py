@@ -21,112 +21,54 @@ component, trained or not, every action of a unit is judged in every step (`_pro
 costs no extra pass.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
+from adapters.banks import bank
 from adapters.cuda.side_stream import SideStream
+from adapters.decision import Decision
+from adapters.figures import Curves
 from adapters.gated import GatedAdapter
-from adapters.methods.base import Method, MethodOptions, Validate
+from adapters.layers.base import AdaptedLayer
+from adapters.methods.base import InitialAdapter, Validate
 from adapters.methods.lelora.features import Features
-from adapters.methods.lelora.options import PolicyOptions
+from adapters.methods.lelora.options import LeLoRAOptions
 from adapters.methods.lelora.reinforce import Reinforce
+from adapters.methods.spectral import SpectralMethod
 from adapters.optimizer import MaskedAdamW
-from adapters.spectral import bank, largest_rank
-from adapters.units import by_kind_and_third, stem
+from adapters.spectral import Triplets
+from adapters.unit import Unit, by_kind_and_third, stem
 
-Location = Literal["primary", "medium", "minor"]
-
-
-class LeLoRAOptions(MethodOptions):
-    """Options of `method.kind: lelora`; `rank` is r_max."""
-
-    kind: Literal["lelora"] = "lelora"
-    """Name of the method."""
-    ranks: list[int] | None = Field(None, min_length=1)
-    """Effective dimensions to choose from, R; `rank` is then its largest. none: 0, 2, 4, 8, … up
-    to `rank`."""
-    locations: list[Location] = Field(["primary", "medium", "minor"], min_length=1)
-    """Banks to choose from."""
-    wake: Literal["gradual", "at_once"] = "gradual"
-    """First steps of a component: as long as Adam's momentum has grown, or all of the learning
-    rate at once, noise of one batch included (paper)."""
-    policy: PolicyOptions = Field(default_factory=PolicyOptions)
-    """The policy and how it learns."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _largest(cls, given: Any) -> Any:
-        """`rank` follows from `ranks`, unless it is given too."""
-        ranks = given.get("ranks") if isinstance(given, Mapping) else None
-        if isinstance(ranks, list) and all(type(r) is int for r in ranks) and max(ranks, default=0):
-            return {"rank": max(ranks), **given}
-        return given
-
-    @model_validator(mode="after")
-    def _check(self):
-        ranks = self.dimensions
-        if sorted(set(ranks)) != ranks or ranks[0] < 0 or ranks[-1] == 0:
-            raise ValueError(
-                f"method.ranks: {ranks} given; accepted: ascending whole numbers from 0 on, the "
-                "last above 0"
-            )
-        if ranks[-1] != self.rank:
-            raise ValueError(
-                f"method.rank: {self.rank} given with method.ranks: {ranks}; accepted: their "
-                f"largest, {ranks[-1]}"
-            )
-        if len(set(self.locations)) < len(self.locations):
-            raise ValueError(
-                f"method.locations: {self.locations} given; accepted: each location once"
-            )
-        weights = self.policy.rank_weights
-        if weights is not None and len(weights) != len(ranks):
-            raise ValueError(
-                f"method.policy.rank_weights: {len(weights)} numbers given; accepted: one for each "
-                f"of method.ranks ({len(ranks)})"
-            )
-        return self
-
-    @property
-    def dimensions(self) -> list[int]:
-        """R, the effective dimensions to choose from."""
-        if self.ranks is not None:
-            return self.ranks
-        return [0, *(2**k for k in range(1, self.rank.bit_length()) if 2**k < self.rank), self.rank]
-
-    @property
-    def components(self) -> int:
-        return self.rank * len(self.locations)
-
-    @property
-    def validation_samples(self) -> int:
-        return self.policy.validation_samples if self.policy.validates else 0
-
-    def check_units(self, units):
-        for unit in units:
-            largest = largest_rank(self.locations, min(unit.out_features, unit.in_features))
-            if self.rank > largest:
-                raise ValueError(
-                    f"method.ranks: {self.rank} given; accepted: at most {largest}, for "
-                    f"{', '.join(self.locations)} of {unit.name} ({unit.out_features} x "
-                    f"{unit.in_features}) not to overlap"
-                )
+_REWARD = "reward (change of loss, lower is better)"
 
 
-class LeLoRA(Method):
+class LeLoRA(SpectralMethod):
     """Three singular banks a unit, of which one slice trains."""
 
     Options = LeLoRAOptions
+    gates = "learned"
     decides = True
     decides_before = "update"
-    splits_weight = True
-    learns_gates = True
+    figures = (
+        Curves(
+            "policy",
+            "Policy",
+            {
+                _REWARD: {"reward": "reward", "baseline": "baseline"},
+                "entropy (nats)": {
+                    "rank head": "entropy_rank",
+                    "location head": "entropy_location",
+                },
+                "distinct actions (r, s)": {"distinct actions": "distinct_actions"},
+            },
+            signed=frozenset({_REWARD}),
+        ),
+    )
 
     def __init__(self, options: Any, seed: int):
         super().__init__(options, seed)
@@ -146,18 +88,24 @@ class LeLoRA(Method):
             self._masks[row, self.trained(*action)] = True
 
     @property
-    def no_bias_correction(self):  # type: ignore[override]
+    def no_bias_correction(self) -> bool:
         return self.options.wake == "gradual"
 
-    def ranges(self, unit):
+    def ranges(self, unit: Unit) -> list[range]:
         d = min(unit.out_features, unit.in_features)
         return [bank(location, self.options.rank, d) for location in self.options.locations]
 
-    def extract(self, unit, triplets):
+    def extract(self, unit: Unit, triplets: Triplets) -> GatedAdapter:
         return GatedAdapter(triplets.V.T, triplets.S, triplets.U.T)
 
-    def attach(self, units, adapted_layers, device, initial_adapters=None):
-        super().attach(units, adapted_layers, device, initial_adapters)
+    def attach(
+        self,
+        units: Sequence[Unit],
+        layers: Mapping[str, AdaptedLayer],
+        device: torch.device,
+        initial_adapters: Mapping[str, InitialAdapter] | None = None,
+    ) -> None:
+        super().attach(units, layers, device, initial_adapters)
         self._touched = torch.zeros(len(units), self.options.components, dtype=torch.bool)
         self._side_stream = SideStream(device)
 
@@ -170,31 +118,33 @@ class LeLoRA(Method):
 
     # --- rewards, on every rank ----------------------------------------------------------------
 
-    def on_train_begin(self, optimizer, validate):
+    def on_train_begin(self, optimizer: MaskedAdamW, validate: Validate) -> None:
         if self._learns and self.options.policy.credit == "global":
             self._last_loss = validate(False)
 
-    def due(self, step):
+    def due(self, step: int) -> bool:
         return step % self.options.policy.every == 0
 
-    def observe(self, step, optimizer):
+    def observe(self, step: int, optimizer: MaskedAdamW) -> None:
         if not (self._learns and self.due(step)):
             return
         policy = self.options.policy
         if not policy.validates and self._before is not None:
             self._reward = self._local(optimizer)
         self._before, self._spoiled = None, False
-        self._saw_tokens = self._units_that_saw_tokens(optimizer)
+        self._saw_tokens = optimizer.units_that_saw_tokens()
         if policy.credit == "attributed":
             self._before = optimizer.values.clone()
         elif policy.credit == "counterfactual":
             self._before = optimizer.trained_gradients.clone()
 
-    def after_step(self, step, optimizer, *, skipped, validate):
+    def after_step(
+        self, step: int, optimizer: MaskedAdamW, *, skipped: bool, validate: Validate
+    ) -> None:
         self._judge(step, optimizer, skipped, validate)
         self._side_stream.record_event()
 
-    def _judge(self, step, optimizer, skipped, validate):
+    def _judge(self, step: int, optimizer: MaskedAdamW, skipped: bool, validate: Validate) -> None:
         if not self._learns:
             return
         self._spoiled |= skipped
@@ -218,12 +168,12 @@ class LeLoRA(Method):
         a step that was skipped."""
         assert self._before is not None
         gradient = optimizer.trained_gradients
-        saw_tokens, known = self._units_that_saw_tokens(optimizer), self._saw_tokens
+        saw_tokens, known = optimizer.units_that_saw_tokens(), self._saw_tokens
         if self.options.policy.credit == "attributed":
             change = optimizer.values - self._before
-            reward = self._by_component(optimizer, gradient * change).sum((1, 2))
+            reward = _sums(optimizer, gradient * change).sum((1, 2))
             if known is not None:  # perhaps it saw some in a later step under the same draw
-                known = known | (self._by_component(optimizer, change.abs()).sum((1, 2)) > 0)
+                known = known | (_sums(optimizer, change.abs()).sum((1, 2)) > 0)
         else:
             reward = self._promised(optimizer, self._before, gradient)
         if self._spoiled:
@@ -239,8 +189,8 @@ class LeLoRA(Method):
         step of unit size along one batch's gradient does to another batch's loss, to first order.
 
         The batches are independent, so the noise of neither looks like progress."""
-        dots = self._by_component(optimizer, earlier * later)
-        squares = self._by_component(optimizer, earlier * earlier)
+        dots = _sums(optimizer, earlier * later)
+        squares = _sums(optimizer, earlier * earlier)
         sizes = torch.tensor([[u.in_features, 1, u.out_features] for u in self.units])
         rms = (squares / sizes.to(squares).unsqueeze(2)).sqrt()
         worth = -torch.where(rms > 0, dots / rms.clamp(min=1e-300), 0.0).sum(1)
@@ -249,19 +199,6 @@ class LeLoRA(Method):
             for r in self.options.dimensions
         ]
         return torch.stack(table, 1)
-
-    def _by_component(self, optimizer: MaskedAdamW, flat: Tensor) -> Tensor:
-        """Sums (n, 3, R) over each component's row of A, its g, and its row of B, in float64."""
-        n, R = len(self.units), self.options.components
-        return optimizer.row_sums(flat)[: n * 3 * R].view(n, 3, R).double()
-
-    def _units_that_saw_tokens(self, optimizer: MaskedAdamW) -> Tensor | None:
-        """Units (n) that saw a token; None where all do."""
-        saw_tokens = optimizer.saw_tokens()
-        if saw_tokens is None:
-            return None
-        n, R = len(self.units), self.options.components
-        return saw_tokens[: n * 3 * R].view(n, 3 * R)[:, 0]
 
     def _global(self, validate: Validate) -> Tensor:
         """R = L₁ + α L₂, (1)."""
@@ -274,7 +211,7 @@ class LeLoRA(Method):
 
     # --- decisions, on rank 0 ------------------------------------------------------------------
 
-    def decide(self, step):
+    def decide(self, step: int) -> Decision:
         with self._side_stream.run():  # a policy needs no more than the last update
             policy = self._the_policy()
             if self._reward is not None:
@@ -282,18 +219,18 @@ class LeLoRA(Method):
             ranks, locations = (drawn.tolist() for drawn in policy.draw(step, self.features()))
         dimensions, places = self.options.dimensions, self.options.locations
         names = [unit.name for unit in self.units]
-        return {
-            "ranks": {name: dimensions[i] for name, i in zip(names, ranks, strict=True)},
-            "locations": {name: places[i] for name, i in zip(names, locations, strict=True)},
-        }
+        return Decision(
+            ranks={name: dimensions[i] for name, i in zip(names, ranks, strict=True)},
+            locations={name: places[i] for name, i in zip(names, locations, strict=True)},
+        )
 
     def features(self) -> Tensor:
         """ξ (n, F), of the gates as they are; the next call overwrites it."""
         if self._features is None:
             spectra = [self.spectra[unit.name] for unit in self.units]
             held = [[i for r in self.ranges(unit) for i in r] for unit in self.units]
-            self._features = Features(self.options.policy, spectra, held, self.device)
-        return self._features(self.mask_table.gates)
+            self._features = Features(self.options.policy, spectra, held, self.adapters.device)
+        return self._features(self.adapters.mask_table.gates)
 
     def _the_policy(self) -> Reinforce:
         if self._policy is None:
@@ -314,39 +251,37 @@ class LeLoRA(Method):
                 locations=len(self.options.locations),
                 sizes=torch.tensor([u.in_features + u.out_features + 1 for u in self.units]),
                 seed=self.seed,
-                device=self.device,
+                device=self.adapters.device,
             )
         return self._policy
 
-    def check_decision(self, decision):
-        super().check_decision(decision)
+    def check_decision(self, decision: Decision) -> None:
+        self.check_ranks(decision)
         for unit in self.units:
-            rank = decision["ranks"][unit.name]
-            place = decision.get("locations", {}).get(unit.name)
+            rank, place = decision.ranks[unit.name], decision.locations.get(unit.name)
             if rank not in self.options.dimensions:
                 raise ValueError(f"rank {rank}; accepted: {self.options.dimensions}")
             if place not in self.options.locations:
                 raise ValueError(f"{place}; accepted: {', '.join(self.options.locations)}")
 
-    def apply(self, decision):
+    def apply(self, decision: Decision) -> bool:
         names = [unit.name for unit in self.units]
-        ranks, locations = (
-            list(map(decision[key].__getitem__, names)) for key in ("ranks", "locations")
-        )
+        ranks = list(map(decision.ranks.__getitem__, names))
+        locations = list(map(decision.locations.__getitem__, names))
         rows = [self._row_of[action] for action in zip(ranks, locations, strict=True)]
         mask = torch.from_numpy(self._masks[rows])
         self._reward = None  # rank 0 has taken it
         self._touched |= mask
         self._drawn = {"ranks": ranks, "locations": locations}
-        self.mask_table.masks.copy_(mask.flatten())
+        self.adapters.mask_table.masks.copy_(mask.flatten())
         return False
 
-    def scalars(self):
+    def scalars(self) -> dict[str, float]:
         """Fig. 3 and Table 4: mean dimension and shares of the locations, by type and third."""
         if not self._drawn:
             return {}
         ranks, locations = self._drawn["ranks"], self._drawn["locations"]
-        found = {
+        found: dict[str, float] = {
             "mean_rank": sum(ranks) / len(ranks),
             "distinct_actions": len({(r, r and s) for r, s in zip(ranks, locations, strict=True)}),
             "touched_parameters": sum(
@@ -364,7 +299,7 @@ class LeLoRA(Method):
 
     # --- state ---------------------------------------------------------------------------------
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Tensor]:
         state = {
             "touched": self._touched,
             "spoiled": torch.tensor(self._spoiled),
@@ -373,17 +308,24 @@ class LeLoRA(Method):
         held = {"before": self._before, "reached": self._saw_tokens, "reward": self._reward}
         return state | {name: tensor for name, tensor in held.items() if tensor is not None}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._touched, self._spoiled = state["touched"].bool(), bool(state["spoiled"])
         self._last_loss = float(state["last_loss"])
         before, saw_tokens = state.get("before"), state.get("reached")
-        self._before = None if before is None else before.to(self.device)
-        self._saw_tokens = None if saw_tokens is None else saw_tokens.to(self.device).bool()
+        self._before = None if before is None else before.to(self.adapters.device)
+        self._saw_tokens = (
+            None if saw_tokens is None else saw_tokens.to(self.adapters.device).bool()
+        )
         self._reward = state.get("reward")
 
-    def decider_state(self):
+    def decider_state(self) -> dict[str, Tensor]:
         return {} if self._policy is None else self._policy.state_dict()
 
-    def load_decider_state(self, state):
+    def load_decider_state(self, state: Mapping[str, Tensor]) -> None:
         if state:
             self._the_policy().load_state_dict(state)
+
+
+def _sums(optimizer: MaskedAdamW, flat: Tensor) -> Tensor:
+    """Over each component's row of A, its g, and its row of B: (n, 3, R), in float64."""
+    return optimizer.by_component(flat).double()

@@ -1,10 +1,14 @@
-"""What LeLoRA's policy is told: keys under `method.policy`."""
+"""LeLoRA's keys under `method:` and `method.policy:`. Free of torch."""
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from adapters.banks import largest_rank
+from adapters.methods.options import MethodOptions
 from adapters.options import Section
+from adapters.unit import Unit
 
 _ONLY_WITH = {
     "alpha": ("global",),
@@ -65,7 +69,7 @@ class PolicyOptions(Section):
     """Keep log p of the location where rank 0 was drawn, though it had no effect (paper)."""
 
     @model_validator(mode="after")
-    def _check(self):
+    def _check(self) -> "PolicyOptions":
         if self.credit == "global" and self.signal == "next_batch":
             raise ValueError(
                 "method.policy.signal: next_batch given with policy.credit=global; accepted: "
@@ -95,3 +99,82 @@ class PolicyOptions(Section):
     def validates(self) -> bool:
         """Whether rewards come from validation records."""
         return self.mode == "learned" and (self.credit == "global" or self.signal == "validation")
+
+
+Location = Literal["primary", "medium", "minor"]
+
+
+class LeLoRAOptions(MethodOptions):
+    """Options of `method.kind: lelora`; `rank` is r_max."""
+
+    kind: Literal["lelora"] = "lelora"
+    """Name of the method."""
+    ranks: list[int] | None = Field(None, min_length=1)
+    """Effective dimensions to choose from, R; `rank` is then its largest. none: 0, 2, 4, 8, … up
+    to `rank`."""
+    locations: list[Location] = Field(["primary", "medium", "minor"], min_length=1)
+    """Banks to choose from."""
+    wake: Literal["gradual", "at_once"] = "gradual"
+    """First steps of a component: as long as Adam's momentum has grown, or all of the learning
+    rate at once, noise of one batch included (paper)."""
+    policy: PolicyOptions = Field(default_factory=PolicyOptions)
+    """The policy and how it learns."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _largest(cls, given: Any) -> Any:
+        """`rank` follows from `ranks`, unless it is given too."""
+        ranks = given.get("ranks") if isinstance(given, Mapping) else None
+        if isinstance(ranks, list) and all(type(r) is int for r in ranks) and max(ranks, default=0):
+            return {"rank": max(ranks), **given}
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> "LeLoRAOptions":
+        ranks = self.dimensions
+        if sorted(set(ranks)) != ranks or ranks[0] < 0 or ranks[-1] == 0:
+            raise ValueError(
+                f"method.ranks: {ranks} given; accepted: ascending whole numbers from 0 on, the "
+                "last above 0"
+            )
+        if ranks[-1] != self.rank:
+            raise ValueError(
+                f"method.rank: {self.rank} given with method.ranks: {ranks}; accepted: their "
+                f"largest, {ranks[-1]}"
+            )
+        if len(set(self.locations)) < len(self.locations):
+            raise ValueError(
+                f"method.locations: {self.locations} given; accepted: each location once"
+            )
+        weights = self.policy.rank_weights
+        if weights is not None and len(weights) != len(ranks):
+            raise ValueError(
+                f"method.policy.rank_weights: {len(weights)} numbers given; accepted: one for each "
+                f"of method.ranks ({len(ranks)})"
+            )
+        return self
+
+    @property
+    def dimensions(self) -> list[int]:
+        """R, the effective dimensions to choose from."""
+        if self.ranks is not None:
+            return self.ranks
+        return [0, *(2**k for k in range(1, self.rank.bit_length()) if 2**k < self.rank), self.rank]
+
+    @property
+    def components(self) -> int:
+        return self.rank * len(self.locations)
+
+    @property
+    def validation_samples(self) -> int:
+        return self.policy.validation_samples if self.policy.validates else 0
+
+    def check_units(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            largest = largest_rank(self.locations, min(unit.out_features, unit.in_features))
+            if self.rank > largest:
+                raise ValueError(
+                    f"method.ranks: {self.rank} given; accepted: at most {largest}, for "
+                    f"{', '.join(self.locations)} of {unit.name} ({unit.out_features} x "
+                    f"{unit.in_features}) not to overlap"
+                )

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from adapters.decision import Decision
 from adapters.layers.linear import AdaptedLinear
-from adapters.methods.base import Decision, InitialAdapter, Method
+from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.registry import METHODS
 from adapters.optimizer import MaskedAdamW
 from adapters.spectral import singular_triplets
@@ -88,7 +89,7 @@ class Bench:
         self.method.attach(self.units, self.adapted_layers, torch.device("cpu"), initial_adapters)
         self.initial_adapters = initial_adapters
         self.optimizer = MaskedAdamW(
-            self.method.trainables(), learning_rate=learning_rate, betas=betas,
+            self.method.adapters.trainables(), learning_rate=learning_rate, betas=betas,
             weight_decay=weight_decay, no_bias_correction=self.method.no_bias_correction,
         )  # fmt: skip
         self.max_norm, self.validate = max_norm, partial(validate, self)
@@ -142,7 +143,7 @@ class Bench:
         if self.method.due(self.at):
             decision = self.method.decide(self.at)
             if decision is not None and self.method.apply(decision):
-                self.optimizer.rebind_parameters(self.method.trainables())
+                self.optimizer.rebind_parameters(self.method.adapters.trainables())
         self.decisions.append(decision)
         return decision
 
@@ -200,8 +201,10 @@ class Bench:
         """Into a bench that was made alike, with begin=False."""
         self.method.load_state_dict(state["method"])
         if self.method.changes_structure:
-            self.method.resize({n: parts["A"].shape[0] for n, parts in state["adapters"].items()})
-            self.optimizer.rebind_parameters(self.method.trainables())
+            self.method.adapters.resize(
+                {n: parts["A"].shape[0] for n, parts in state["adapters"].items()}
+            )
+            self.optimizer.rebind_parameters(self.method.adapters.trainables())
         assert list(self.adapters) == list(state["adapters"])
         for name, parts in state["adapters"].items():
             for role, tensor in parts.items():

@@ -113,8 +113,8 @@ def test_whole_runs_are_numpy_s(form):
         if due:
             kept = reference.decide(step)
             for unit, row in zip(bench.units, kept, strict=True):
-                assert decision["kept"][unit.name] == np.flatnonzero(row).tolist()
-                assert decision["ranks"][unit.name] == row.sum()
+                assert decision.extra["kept"][unit.name] == np.flatnonzero(row).tolist()
+                assert decision.ranks[unit.name] == row.sum()
             pruned.append(20 - kept.sum())
             assert bench.method.scalars()["budget"] == kept.sum() == budget(step)
         reference.step()
@@ -247,7 +247,7 @@ def test_pruning_is_peft_s():
             pattern = allocator.mask_to_budget(theirs, bench.method.budget(step))
             for index, unit in enumerate(bench.units):
                 expected = np.flatnonzero(pattern[f"u{index}.lora_E.default"]).tolist()
-                assert decision["kept"][unit.name] == expected
+                assert decision.extra["kept"][unit.name] == expected
         bench.backward()
         bench.update(between=lambda: (theirs.follow(bench), allocator.update_ipt(theirs)))
     assert sum(decision is not None for decision in bench.decisions) >= 10
@@ -261,15 +261,15 @@ def test_pruned_lambda_is_zero_and_may_grow_again():
         if decision is not None:
             for unit in bench.units:
                 adapter = bench.adapters[unit.name]
-                pruned = [j for j in range(5) if j not in decision["kept"][unit.name]]
+                pruned = [j for j in range(5) if j not in decision.extra["kept"][unit.name]]
                 assert not adapter.g[pruned].any() and adapter.mask.all()
-                assert adapter.g[decision["kept"][unit.name]].all()
+                assert adapter.g[decision.extra["kept"][unit.name]].all()
         bench.backward()
         bench.update()
         if decision is not None:
             for unit in bench.units:
                 adapter = bench.adapters[unit.name]
-                pruned = [j for j in range(5) if j not in decision["kept"][unit.name]]
+                pruned = [j for j in range(5) if j not in decision.extra["kept"][unit.name]]
                 returned += int((adapter.g[pruned] != 0).sum())
     assert returned > 0
 
@@ -279,9 +279,9 @@ def test_final_phase_keeps_the_choice():
     bench = bench_of(weight_decay=0.3)
     bench.run(LAST)
     decision = bench.decide()
-    assert decision["final"] and sum(decision["ranks"].values()) == 12
+    assert decision.extra["final"] and sum(decision.ranks.values()) == 12
     out = {
-        unit.name: [j for j in range(5) if j not in decision["kept"][unit.name]]
+        unit.name: [j for j in range(5) if j not in decision.extra["kept"][unit.name]]
         for unit in bench.units
     }
     assert sum(map(len, out.values())) == 8
@@ -306,7 +306,7 @@ def test_final_phase_keeps_the_choice():
     for key, tensors in before.items():
         assert all(torch.equal(a, b) for a, b in zip(tensors, after[key], strict=True)), key
     for name, adapter in bench.adapters.items():
-        kept = decision["kept"][name]
+        kept = decision.extra["kept"][name]
         assert not adapter.g[out[name]].any()
         assert not kept or not torch.equal(bits(adapter.A)[kept], moved[name][kept])
 
@@ -326,7 +326,7 @@ def test_scores_are_compared_by_their_own_size(spread):
     scores = np.stack(reference.scores)
     kept = np.zeros(20, bool)
     kept[np.argsort(-scores.ravel(), kind="stable")[:12]] = True
-    chosen = bench.method.decide(6)["kept"]
+    chosen = bench.method.decide(6).extra["kept"]
     for unit, row in zip(bench.units, kept.reshape(4, 5), strict=True):
         assert chosen[unit.name] == np.flatnonzero(row).tolist()
 
@@ -342,7 +342,7 @@ def test_of_equal_scores_the_first_are_kept(count):
     method.budget = lambda step: count
     order = np.argsort(-scores.ravel(), kind="stable")[:count]
     expected = [sorted(i % 5 for i in order if i // 5 == unit) for unit in range(len(scores))]
-    assert list(method.decide(4)["kept"].values()) == expected
+    assert list(method.decide(4).extra["kept"].values()) == expected
 
 
 def test_a_skipped_step_teaches_nothing():
@@ -368,7 +368,7 @@ def test_a_decision_may_follow_a_skipped_step():
         if decision is not None:
             kept = reference.decide(step)
             for unit, row in zip(bench.units, kept, strict=True):
-                assert decision["kept"][unit.name] == np.flatnonzero(row).tolist()
+                assert decision.extra["kept"][unit.name] == np.flatnonzero(row).tolist()
         if not skipped:
             reference.step()
     assert [step for step, d in enumerate(bench.decisions) if d is not None] == [4, 8]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.decision import Decision
 from tests.unit.methods.harness import AdamW, Bench, array, assert_near, bits, check_resume, twins
 
 RANK, ALPHA = 6, 9.0
@@ -23,7 +24,7 @@ def test_gates_masks_and_forward(b, only_bth):
     rng = np.random.default_rng(b)
     for adapter in bench.adapters.values():
         adapter.B.data.copy_(torch.from_numpy(rng.normal(size=tuple(adapter.B.shape))))
-    assert bench.method.apply({"ranks": {"all": b}}) is False
+    assert bench.method.apply(Decision(ranks={"all": b})) is False
     for unit in bench.units:
         adapter = bench.adapters[unit.name]
         assert adapter.g.tolist() == pytest.approx([ALPHA / b] * b + [0.0] * (RANK - b))
@@ -37,7 +38,7 @@ def test_gates_masks_and_forward(b, only_bth):
 
 def test_b_is_uniform_and_depends_on_seed_and_step_only():
     method = bench_of().method
-    drawn = [method.decide(step)["ranks"] for step in range(6000)]
+    drawn = [method.decide(step).ranks for step in range(6000)]
     assert all(set(ranks) == {"all"} for ranks in drawn)
     values = np.array([ranks["all"] for ranks in drawn])
     counts = np.bincount(values, minlength=RANK + 1)
@@ -47,7 +48,7 @@ def test_b_is_uniform_and_depends_on_seed_and_step_only():
     expected = 5999 / RANK**2
     assert ((pairs - expected) ** 2 / expected).sum() < 66.6  # 35 degrees of freedom, 99.9 %
     again = bench_of().method
-    backwards = [again.decide(step)["ranks"]["all"] for step in reversed(range(200))][::-1]
+    backwards = [again.decide(step).ranks["all"] for step in reversed(range(200))][::-1]
     assert backwards == values[:200].tolist()
     assert all(method.due(step) for step in range(20))
 
@@ -68,7 +69,7 @@ def test_training_is_numpy_s(only_bth):
             for n, a in bench.adapters.items()
             for role in "AB"
         }
-        b = bench.step()["ranks"]["all"]
+        b = bench.step().ranks["all"]
         index = np.arange(RANK)
         active = index == b - 1 if only_bth else index < b
         for twin in references:

@@ -178,10 +178,10 @@ def compare(steps=14, **options):
         assert (decision is not None) == (step % every == 0)
         if decision is not None:
             ranks, budget = reference.decide(now)
-            assert list(decision["ranks"].items()) == [(str(i), r) for i, r in enumerate(ranks)]
-            assert decision["budget"] == pytest.approx(budget, rel=1e-4)
+            assert list(decision.ranks.items()) == [(str(i), r) for i, r in enumerate(ranks)]
+            assert decision.scores["budget"] == pytest.approx(budget, rel=1e-4)
             assert sum(ranks) == round(budget)
-            reference.budget = decision["budget"]  # else rounding errors would grow with γ
+            reference.budget = decision.scores["budget"]  # else rounding errors would grow with γ
             history.append((ranks.tolist(), budget))
         bench.backward()
         bench.update(between=observe)
@@ -234,12 +234,12 @@ def test_decisions_every_few_steps(every, contribution):
 def test_gates_and_masks_follow_the_ranks():
     bench = bench_of(weight_decay=0.2)
     before_first = bench.decide()
-    assert before_first["ranks"] == {"0": 1, "1": 1, "2": 1} and before_first["budget"] == 3.0
+    assert before_first.ranks == {"0": 1, "1": 1, "2": 1} and before_first.scores["budget"] == 3.0
     moments = lambda name, role: bench.optimizer.state_dict()[f"{name}.{role}"]  # noqa: E731
     for step in range(10):
         if step:
             bench.decide()
-        ranks = bench.decisions[-1]["ranks"]
+        ranks = bench.decisions[-1].ranks
         before = {}
         for unit in bench.units:
             adapter, rank = bench.adapters[unit.name], ranks[str(unit.layer)]
@@ -266,7 +266,7 @@ def test_training_is_numpy_s():
     bench = bench_of(weight_decay=0.1)
     references, optimizer = twins(bench), AdamW(3e-2, weight_decay=0.1)
     for _ in range(10):
-        ranks = bench.step()["ranks"]
+        ranks = bench.step().ranks
         for unit, twin in zip(bench.units, references, strict=True):
             active = np.arange(RANK) < ranks[str(unit.layer)]
             twin.g = np.where(active, ALPHA / RANK, 0.0)
@@ -297,7 +297,7 @@ def budgets(gamma, factors, steps=8, **options):
     for adapter in bench.adapters.values():
         adapter.B.data.copy_(torch.ones_like(adapter.B) * 0.1)
     bench.method.on_train_begin(bench.optimizer, bench.validate)
-    return [grow(bench, factors)["budget"] for _ in range(steps)]
+    return [grow(bench, factors).scores["budget"] for _ in range(steps)]
 
 
 def test_budget_by_hand():
@@ -327,7 +327,7 @@ def test_a_change_of_rank_alone_is_no_growth():
             adapter.B.data.copy_(torch.ones_like(adapter.B) * 0.1)
         bench.method.on_train_begin(bench.optimizer, bench.validate)
         grow(bench, (1.1, 1.1, 1.1))
-        return [grow(bench, (1.0, 1.0, 1.0))["budget"] for _ in range(5)]
+        return [grow(bench, (1.0, 1.0, 1.0)).scores["budget"] for _ in range(5)]
 
     found = run("same_rank")
     np.testing.assert_allclose(found, [6.0] * 5, rtol=1e-6)
@@ -344,8 +344,8 @@ def test_a_skipped_step_is_no_growth():
         bench.update(skip=True)
         held = bench.decisions[-1]
         decision = bench.decide()
-        assert decision["budget"] == pytest.approx(held["budget"], rel=1e-6)
-        assert sum(decision["ranks"].values()) == round(decision["budget"])
+        assert decision.scores["budget"] == pytest.approx(held.scores["budget"], rel=1e-6)
+        assert sum(decision.ranks.values()) == round(decision.scores["budget"])
 
 
 def test_an_overflow_leaves_the_fisher_information_alone():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.decision import Decision
 from adapters.methods.lelora.reinforce import Reinforce
 from tests.unit.methods.harness import (
     AdamW,
@@ -48,10 +49,10 @@ def held(unit, locations, largest=4):
 def decision_of(bench, *actions):
     """A decision that gives the units these (r, s) in turn."""
     pairs = dict(zip([unit.name for unit in bench.units], itertools.cycle(actions), strict=False))
-    return {
-        "ranks": {name: r for name, (r, _) in pairs.items()},
-        "locations": {name: s for name, (_, s) in pairs.items()},
-    }
+    return Decision(
+        ranks={name: r for name, (r, _) in pairs.items()},
+        locations={name: s for name, (_, s) in pairs.items()},
+    )
 
 
 # --- banks, slices, what trains ----------------------------------------------------------------
@@ -93,7 +94,7 @@ def test_slices(r, place):
             assert bench.adapters[unit.name].mask.tolist() == expected
             assert sum(expected) == r
         size = sum(r * (unit.in_features + unit.out_features + 1) for unit in bench.units)
-        assert bench.method.active_parameters() == size
+        assert bench.method.adapters.active_parameters() == size
 
 
 def test_the_largest_rank_that_fits():
@@ -111,7 +112,7 @@ def test_ranks_follow_from_the_rank():
 
     def drawn(**given):
         bench = Bench("lelora", {**given, "policy": {"mode": "uniform"}}, shapes=[(80, 90)])
-        found = {r for step in range(80) for r in bench.method.decide(step)["ranks"].values()}
+        found = {r for step in range(80) for r in bench.method.decide(step).ranks.values()}
         assert bench.options.components == 3 * max(found)
         return sorted(found)
 
@@ -142,7 +143,7 @@ def test_training_is_numpy_s_and_inactive_rows_keep_every_bit(wake):
         decision = bench.decide()
         active = {}
         for unit in bench.units:
-            r, s = decision["ranks"][unit.name], decision["locations"][unit.name]
+            r, s = decision.ranks[unit.name], decision.locations[unit.name]
             start = first_index(s, min(unit.out_features, unit.in_features), r)
             own = range(first_index(s, min(unit.out_features, unit.in_features), 4), 10**6)
             begin = 4 * PLACES.index(s) + (start - own[0])
@@ -267,7 +268,7 @@ def test_a_unit_that_rests_has_no_reward(calls):
     bench = bench_of(weight_decay=0.5)
     for _ in range(8):
         bench.step()
-    drawn = [list(decision["ranks"].values()) for decision in bench.decisions]
+    drawn = [list(decision.ranks.values()) for decision in bench.decisions]
     zeros = 0
     for reward, ranks in zip(rewards(calls), drawn, strict=False):
         np.testing.assert_array_equal(reward == 0, np.array(ranks) == 0)
@@ -437,7 +438,7 @@ def test_samples_are_not_mixed_up_after_a_skipped_step(monkeypatch):
     bench = bench_of()
     for step in range(12):
         bench.step(skip=step in (4, 5))
-    drawn = [[RANKS.index(r) for r in d["ranks"].values()] for d in bench.decisions]
+    drawn = [[RANKS.index(r) for r in d.ranks.values()] for d in bench.decisions]
     # draws 3, 4 and 5 are dropped; 0 and 1 give the first baseline and spread; 10, 11 are pending
     assert pairs == [drawn[step] for step in (2, 6, 7, 8, 9)]
 
@@ -529,7 +530,7 @@ def test_uniform_draws(weights):
     counts = np.zeros((3, 3))
     for step in range(rounds):
         decision = bench.method.decide(step)
-        for r, s in zip(decision["ranks"].values(), decision["locations"].values(), strict=True):
+        for r, s in zip(decision.ranks.values(), decision.locations.values(), strict=True):
             counts[RANKS.index(r), PLACES.index(s)] += 1
     share = np.array(weights or [1, 1, 1]) / sum(weights or [1, 1, 1])
     expected = np.outer(share, np.full(3, 1 / 3)) * rounds * 4
@@ -544,7 +545,7 @@ def test_another_seed_draws_other_actions():
             drawn.append(
                 [bench.method.decide(0 if mode == "learned" else step) for step in range(9)]
             )
-        same = sum(a["ranks"] == b["ranks"] for a, b in zip(*drawn, strict=True))
+        same = sum(a.ranks == b.ranks for a, b in zip(*drawn, strict=True))
         assert same < 5, mode
 
 
@@ -567,12 +568,12 @@ def test_single_choices():
     """Location only (r fixed) and dimension only (s fixed)."""
     bench = bench_of(ranks=[4])
     bench.run(6)
-    assert {r for d in bench.decisions for r in d["ranks"].values()} == {4}
-    assert len({s for d in bench.decisions for s in d["locations"].values()}) == 3
+    assert {r for d in bench.decisions for r in d.ranks.values()} == {4}
+    assert len({s for d in bench.decisions for s in d.locations.values()}) == 3
     bench = bench_of(locations=["primary"])
     bench.run(6)
-    assert {s for d in bench.decisions for s in d["locations"].values()} == {"primary"}
-    assert len({r for d in bench.decisions for r in d["ranks"].values()}) == 3
+    assert {s for d in bench.decisions for s in d.locations.values()} == {"primary"}
+    assert len({r for d in bench.decisions for r in d.ranks.values()}) == 3
 
 
 def test_a_replayed_run_does_not_learn(calls):

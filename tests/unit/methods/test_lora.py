@@ -127,8 +127,8 @@ def test_dropout_masks_depend_on_seed_step_micro_batch_and_unit(where):
     x = torch.from_numpy(bench.x["layers.0.k0"]).float()
 
     def outputs(seed, step, micro_batch):
-        bench.method.seed = seed
-        bench.method.set_dropout_seed(step, micro_batch)
+        bench.method.adapters.seed = seed
+        bench.method.adapters.set_dropout_seed(step, micro_batch)
         return [host(x).detach() for host in bench.adapted_layers.values()]
 
     base = outputs(0, 3, 1)
@@ -143,8 +143,8 @@ def test_nothing_is_decided_and_everything_counts():
     bench = Bench("lora", OPTIONS)
     assert not bench.method.decides and not any(bench.method.due(step) for step in range(50))
     expected = sum(4 * (unit.out_features + unit.in_features) for unit in bench.units)
-    assert bench.method.active_parameters() == bench.optimizer.numel == expected
-    assert [t.name for t in bench.method.trainables()] == [
+    assert bench.method.adapters.active_parameters() == bench.optimizer.numel == expected
+    assert [t.name for t in bench.method.adapters.trainables()] == [
         f"{unit.name}.{role}" for unit in bench.units for role in "AB"
     ]
 

@@ -103,12 +103,12 @@ def test_dropout_spares_the_part_of_w(kind, where):
     bench = Bench(kind, {"rank": RANK, "dropout": 0.5, "dropout_on": where}, shapes=SHAPES)
     for host in bench.adapted_layers.values():
         host.train()
-    bench.method.set_dropout_seed(0, 0)
+    bench.method.adapters.set_dropout_seed(0, 0)
     for unit in bench.units:
         expected = bench.x[unit.name] @ bench.W[unit.name].T
         np.testing.assert_allclose(array(bench.output(unit.name)), expected, atol=5e-5)
     bench.run(2)  # then it is
-    bench.method.set_dropout_seed(2, 0)
+    bench.method.adapters.set_dropout_seed(2, 0)
     for unit in bench.units:
         host = bench.adapted_layers[unit.name].train()
         dropped = array(bench.output(unit.name))
@@ -120,4 +120,4 @@ def test_dropout_spares_the_part_of_w(kind, where):
 def test_nothing_is_decided(kind):
     bench = Bench(kind, {"rank": RANK}, shapes=SHAPES)
     assert not bench.method.decides and not any(bench.method.due(step) for step in range(20))
-    assert bench.method.active_parameters() == bench.optimizer.numel
+    assert bench.method.adapters.active_parameters() == bench.optimizer.numel

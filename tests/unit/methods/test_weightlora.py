@@ -56,7 +56,7 @@ def omega_step(bench, gradient, skip=False):
 
 
 def omega_of(decision):
-    return np.array(list(decision["omega"].values()))
+    return np.array(list(decision.scores["omega"].values()))
 
 
 # --- phase 1 -----------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def test_start():
         assert adapter.A.abs().max() <= 1 / unit.in_features**0.5 and not adapter.B.any()
         assert adapter.g.tolist() == [SCALE] * RANK and adapter.mask.all()
     decision = bench.step()
-    assert omega_of(decision).tolist() == [1.0] * 6 and "survivors" not in decision
+    assert omega_of(decision).tolist() == [1.0] * 6 and decision.survivors is None
     assert not any(".g" in name for name in bench.optimizer.state_dict())  # no Adam on ω
 
 
@@ -194,10 +194,10 @@ def test_ties_go_to_the_lower_unit_and_are_recorded(score):
     decision = omega_step(bench, np.zeros(6))
     np.testing.assert_allclose(omega_of(decision), [0.75, 1.25, 0, 0, 1.25, 0], atol=1e-6)
     names = [unit.name for unit in bench.units]
-    assert decision["ties"] == [names[index] for index in (0, 2, 3, 5)]
+    assert decision.extra["ties"] == [names[index] for index in (0, 2, 3, 5)]
     bench = bench_of(score=score, keep=2)
     omega_step(bench, np.array([1.0, -1.0, 1.0, 1.0, -1.0, 1.0]))
-    assert "ties" not in bench.decide()  # the border runs between two values
+    assert "ties" not in bench.decide().extra  # the border runs between two values
 
 
 def test_differences_in_the_last_bits_are_ties():
@@ -205,7 +205,10 @@ def test_differences_in_the_last_bits_are_ties():
     noise = 1 + 1e-9 * np.random.default_rng(0).normal(size=6)
     omega_step(bench, np.ones(6) * noise)
     decision = bench.decide()
-    assert np.flatnonzero(omega_of(decision)).tolist() == [0, 1, 2] and len(decision["ties"]) == 6
+    assert (
+        np.flatnonzero(omega_of(decision)).tolist() == [0, 1, 2]
+        and len(decision.extra["ties"]) == 6
+    )
 
 
 def test_the_step_on_omega_may_follow_the_main_schedule():
@@ -227,8 +230,8 @@ def test_a_skipped_step_moves_no_omega_and_does_not_count():
         if step == 1:
             omega_step(bench, gradient * np.nan, skip=True)
         first, second = omega_step(bench, gradient), omega_step(never, gradient)
-        assert first == second and "survivors" not in first
-    assert bench.decide() == never.decide() and "survivors" in bench.decisions[-1]
+        assert first == second and first.survivors is None
+    assert bench.decide() == never.decide() and bench.decisions[-1].survivors
 
 
 # --- when phase 1 ends -------------------------------------------------------------------------
@@ -237,7 +240,7 @@ def test_a_skipped_step_moves_no_omega_and_does_not_count():
 def steps_of_phase_1(bench, gradients):
     for step in range(40):
         decision = bench.decide()
-        if "survivors" in decision:
+        if decision.survivors is not None:
             return step
         for adapter in bench.adapters.values():
             adapter.g.grad.fill_(-0.1 if gradients(step) else 0.0)
@@ -258,7 +261,7 @@ def test_warm_up_goes_on_until_something_was_thresholded():
     assert steps_of_phase_1(bench_of(warmup_steps=3), lambda step: step == 1) == 3
     bench = bench_of(warmup_steps=1)  # the model's own first step has no gradient
     bench.run(2)
-    assert "survivors" in bench.decide()
+    assert bench.decide().survivors
 
 
 def test_a_warm_up_as_long_as_the_run_is_refused():
@@ -288,8 +291,8 @@ def test_survivors_start_anew_and_the_others_are_gone(kind):
     names = [unit.name for unit in bench.units]
     survivors = [names[0], names[2], names[4]]
     rank = RANK if kind == "weightlora" else 2 * RANK
-    assert decision["survivors"] == survivors == list(bench.adapters)
-    assert decision["ranks"] == dict.fromkeys(survivors, rank)
+    assert decision.survivors == survivors == list(bench.adapters)
+    assert decision.ranks == dict.fromkeys(survivors, rank)
     gc.collect()
     assert all(reference() is None for reference in gone.values())
     for unit in bench.units:
@@ -354,7 +357,7 @@ def test_a_negative_omega_is_kept_by_h_k_and_dropped_at_selection():
     decision = select(bench, (16.0, 0.0, 0.4, 3.0, 3.0, 3.0))  # ω: −3, 1, 0.9, 0.25 …
     np.testing.assert_allclose(omega_of(decision), [-3, 1, 0.9, 0, 0, 0], atol=1e-3)
     names = [unit.name for unit in bench.units]
-    assert decision["survivors"] == [names[1], names[2]]
+    assert decision.survivors == [names[1], names[2]]
     assert bench.method.scalars() == {"survivors": 2, "rank_left_over": 4 * RANK}
 
 
@@ -373,11 +376,9 @@ def test_plus_spends_at_most_what_lora_spends(n):
         bench.step()
         omega_step(bench, 0.1 + np.arange(n) * 0.1)
         decision = bench.decide()
-        assert len(decision["survivors"]) == keep
+        assert len(decision.survivors) == keep
         rank = RANK * math.floor(n / keep)
-        assert (
-            set(decision["ranks"].values()) == {rank} == {a.rank for a in bench.adapters.values()}
-        )
+        assert set(decision.ranks.values()) == {rank} == {a.rank for a in bench.adapters.values()}
         held = sum(adapter.rank for adapter in bench.adapters.values())
         assert held == keep * rank <= n * RANK
         assert bench.method.scalars()["rank_left_over"] == n * RANK - held
@@ -385,7 +386,7 @@ def test_plus_spends_at_most_what_lora_spends(n):
 
 def test_plus_doubles_the_rank_by_default():
     bench = bench_of("weightlora_plus", warmup_steps=1)
-    assert set(select(bench)["ranks"].values()) == {2 * RANK}
+    assert set(select(bench).ranks.values()) == {2 * RANK}
 
 
 @pytest.mark.parametrize("expand", ["reinit", "qr"])
@@ -411,11 +412,11 @@ def test_qr_keeps_the_function(rescale):
     omega_step(bench, np.array([0.3, 4.0, 4.0, 4.0, -0.9, 4.0]))
     moved = twins(bench)  # A, B did not move in that step but for Adam's momentum
     decision = bench.decide()
-    assert decision["survivors"] == [bench.units[0].name, bench.units[4].name]
+    assert decision.survivors == [bench.units[0].name, bench.units[4].name]
     assert learned[0].B.any()
     for index in (0, 4):
         unit, adapter = bench.units[index], bench.adapter(index)
-        omega = decision["omega"][unit.name]
+        omega = decision.scores["omega"][unit.name]
         assert adapter.rank == 3 * RANK
         expected = omega * SCALE * moved[index].B.T @ moved[index].A
         new = array(adapter.B).T @ np.diag(array(adapter.g)) @ array(adapter.A)
@@ -456,14 +457,14 @@ def test_refusals():
 def test_rlora_keeps_k_units_before_the_first_step():
     bench = bench_of("rlora", keep=2)
     decision = bench.step()
-    assert len(decision["survivors"]) == 2 == len(bench.adapters)
+    assert len(decision.survivors) == 2 == len(bench.adapters)
     order = [unit.name for unit in bench.units]
-    assert decision["survivors"] == sorted(decision["survivors"], key=order.index)
-    assert decision["ranks"] == dict.fromkeys(decision["survivors"], RANK)
+    assert decision.survivors == sorted(decision.survivors, key=order.index)
+    assert decision.ranks == dict.fromkeys(decision.survivors, RANK)
     for adapter in bench.adapters.values():
         assert adapter.rank == RANK and adapter.g.tolist() == [SCALE] * RANK
     assert not any(bench.method.due(step) for step in range(1, 20))
-    assert len(Bench("rlora", shapes=[(12, 10)] * 7).method.decide(0)["survivors"]) == 3
+    assert len(Bench("rlora", shapes=[(12, 10)] * 7).method.decide(0).survivors) == 3
 
 
 def test_rlora_draws_every_unit_alike_over_seeds():
@@ -472,8 +473,8 @@ def test_rlora_draws_every_unit_alike_over_seeds():
     counts = np.zeros(6)
     for seed in range(300):
         method = type(bench.method)(bench.options, seed)
-        method.units = bench.units
-        for name in method.decide(0)["survivors"]:
+        method.adapters.units = bench.units
+        for name in method.decide(0).survivors:
             counts[names.index(name)] += 1
     assert counts.sum() == 600
     # 2 of 6 without putting back: χ² is (6 − 1) / (6 − 2) of a multinomial's
@@ -531,4 +532,4 @@ def test_stoiht_recovers_a_sparse_regression(seed):
     assert np.flatnonzero(omega).tolist() == support.tolist()
     np.testing.assert_allclose(omega, w, atol=1e-3)
     positive = [bench.units[index].name for index in np.flatnonzero(w > 0)]
-    assert bench.decisions[-1]["survivors"] == positive == list(bench.adapters)
+    assert bench.decisions[-1].survivors == positive == list(bench.adapters)

@@ -1,0 +1,169 @@
+"""The adapters of a model: placed, removed, resized, and what of them trains. No policy."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from adapters import seeds
+from adapters.gated import GatedAdapter
+from adapters.layers.base import AdaptedLayer, Dropout
+from adapters.mask_table import MaskTable
+from adapters.optimizer import Trainable
+from adapters.unit import Unit, stem
+
+Gates = Literal["constant", "learned", "observed"]
+"""Whether g has no gradient; is trained by the optimizer; or has a gradient that the method alone
+uses."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the adapters of a method train."""
+
+    gates: Gates = "constant"
+    dropout: float = 0.0
+    """Probability."""
+    dropout_on: Literal["hidden", "input"] = "hidden"
+    learning_rate_ratios: Mapping[str, float] = field(default_factory=dict)
+    """By role (A, g, B), over the learning rate; 1 where none is given."""
+    decay_ratios: Mapping[str, float] = field(default_factory=dict)
+    """By role, over the weight decay."""
+    drops_change_only: bool = False
+    """Whether dropout spares what the adapter started as: a part of W."""
+
+
+class AdapterSet(Mapping[str, GatedAdapter]):
+    """The adapters by their unit's name, the same on every rank."""
+
+    def __init__(self, seed: int, training: Training):
+        self.seed = seed
+        self.gates: Gates = training.gates
+        """May change when the method enters another phase; `place` and `resize` follow it."""
+        self.units: list[Unit] = []
+        self.layers: Mapping[str, AdaptedLayer] = {}
+        """Every unit's place in the model."""
+        self.device = torch.device("cpu")
+        self._training = training
+        self._by_name: dict[str, GatedAdapter] = {}
+        self._dropout_seed = torch.zeros((), dtype=torch.int64)
+        self._mask_table: MaskTable | None = None
+
+    def __getitem__(self, name: str) -> GatedAdapter:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    # --- which adapters there are ----------------------------------------------------------------
+
+    def attach(
+        self,
+        units: Sequence[Unit],
+        layers: Mapping[str, AdaptedLayer],
+        device: torch.device,
+        start: Callable[[Unit], GatedAdapter],
+    ) -> None:
+        """Give every unit the adapter that it starts with."""
+        self.units, self.layers, self.device = list(units), layers, device
+        for unit in units:
+            self.place(unit, start(unit))
+
+    def place(self, unit: Unit, adapter: GatedAdapter) -> None:
+        """Put an adapter into its layer, instead of the one that is there."""
+        layer, training = self.layers[unit.name], self._training
+        spares = training.drops_change_only and training.dropout > 0
+        initial = adapter.copy().to(self.device) if spares else None
+        adapter = adapter.to(self.device).requires_grad_(True)
+        adapter.g.requires_grad_(self.gates != "constant")
+        layer.adapter = self._by_name[unit.name] = adapter
+        self._mask_table = None
+        if training.dropout > 0:
+            on_input = training.dropout_on == "input"
+            layer.dropout = Dropout(training.dropout, on_input, self._dropout_seed, unit.index)
+            layer.initial = initial
+
+    def remove(self, name: str) -> None:
+        """Take a unit's adapter away for good."""
+        self.layers[name].adapter = None
+        del self._by_name[name]
+        self._mask_table = None
+
+    def resize(self, ranks: Mapping[str, int]) -> bool:
+        """Make room for a checkpoint's adapters, given each one's R; True if tensors changed."""
+        changed = False
+        for unit in self.units:
+            rank = ranks.get(unit.name)
+            held = self.get(unit.name)
+            if (None if held is None else held.rank) == rank:
+                continue
+            changed = True
+            if rank is None:
+                self.remove(unit.name)
+            else:
+                self.place(unit, GatedAdapter.zeros(rank, unit.in_features, unit.out_features))
+        for adapter in self.values():  # as the phase that was loaded wants it
+            adapter.g.requires_grad_(self.gates != "constant")
+        return changed
+
+    # --- what of them trains ---------------------------------------------------------------------
+
+    @property
+    def mask_table(self) -> MaskTable:
+        """Masks and gates of all adapters, one tensor each."""
+        if self._mask_table is None:
+            self._mask_table = MaskTable(self.values())
+        return self._mask_table
+
+    def trainables(self) -> list[Trainable]:
+        """The tensors that the optimizer holds, with their masks."""
+        found = []
+        for (name, adapter), mask in zip(self.items(), self.mask_table.by_adapter, strict=True):
+            for role in ("A", "g", "B") if adapter.rank else ():
+                parameter = getattr(adapter, role)
+                if parameter.requires_grad:
+                    found.append(self._trainable(name, role, parameter, mask))
+        return found + self._token_counters()
+
+    def _trainable(self, name: str, role: str, parameter: nn.Parameter, mask: Tensor) -> Trainable:
+        training = self._training
+        return Trainable(
+            f"{name}.{role}",
+            parameter,
+            mask,
+            role=role,
+            learning_rate_ratio=training.learning_rate_ratios.get(role, 1.0),
+            decay_ratio=training.decay_ratios.get(role, 1.0),
+            observed=role == "g" and self.gates == "observed",
+            token_counter=self.layers[name].token_counter,
+        )
+
+    def _token_counters(self) -> list[Trainable]:
+        """What counts the tokens of every expert; none for a matrix that sees all of them."""
+        stacks = {
+            stem(name): layer.token_counter[0]
+            for name, layer in self.layers.items()
+            if name in self and layer.token_counter is not None
+        }
+        return [Trainable(f"{name}.tokens", p, observed=True) for name, p in stacks.items()]
+
+    def active_parameters(self) -> int:
+        """Trained scalars whose component is active in this step."""
+        if not self:
+            return 0
+        masks = self.mask_table.masks.cpu()
+        ranks = [adapter.rank for adapter in self.values()]
+        gates = int(self.gates == "learned")
+        return sum(
+            int(mask.sum()) * (adapter.A.shape[1] + adapter.B.shape[1] + gates)
+            for adapter, mask in zip(self.values(), masks.split(ranks), strict=True)
+        )
+
+    def set_dropout_seed(self, step: int, micro_batch: int) -> None:
+        """Fix this micro-batch's dropout masks; `micro_batch` counts over all ranks."""
+        self._dropout_seed.fill_(seeds.mixed(self.seed, step, micro_batch))

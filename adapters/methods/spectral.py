@@ -1,0 +1,42 @@
+"""Methods that start from singular components of W: the part that they take becomes the adapter,
+and the frozen matrix is what is left."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from adapters.gated import GatedAdapter
+from adapters.layers.base import AdaptedLayer
+from adapters.methods.base import InitialAdapter, Method
+from adapters.spectral import Triplets
+from adapters.unit import Unit
+
+
+class SpectralMethod(Method):
+    """Says which singular triplets it takes (`ranges`) and what they become (`extract`)."""
+
+    splits_weight = True
+    spectra: Mapping[str, Tensor]
+    """All singular values of each unit's W."""
+
+    def ranges(self, unit: Unit) -> list[range]:
+        """Indices of the singular triplets of W that `extract` takes (0: the largest)."""
+        raise NotImplementedError
+
+    def extract(self, unit: Unit, triplets: Triplets) -> GatedAdapter:
+        """The adapter made of these triplets; the frozen matrix becomes W − its ΔW."""
+        raise NotImplementedError
+
+    def attach(
+        self,
+        units: Sequence[Unit],
+        layers: Mapping[str, AdaptedLayer],
+        device: torch.device,
+        initial_adapters: Mapping[str, InitialAdapter] | None = None,
+    ) -> None:
+        assert initial_adapters is not None
+        self.spectra = {unit.name: initial_adapters[unit.name].spectrum for unit in units}
+        self.adapters.attach(
+            units, layers, device, lambda unit: initial_adapters[unit.name].adapter.copy()
+        )
