@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.world.cases import ok, run_cases
 from tests.helpers import ROOT, TINY, error_lines, launch, quick_config
+from tests.world.cases import ok, run_cases
 from trainer.config.config import load_config
 from trainer.distributed.world import World
 from trainer.errors import UserError

@@ -8,9 +8,9 @@ import os
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.helpers import ROOT, losses, quick_config, save_mixture, save_random_model
 from tests.world.cases import ok, run_cases
 from tests.world.worker import train_compiled
-from tests.helpers import ROOT, losses, quick_config, save_mixture, save_random_model
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.run.run import run

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.helpers import ROOT, kept_steps, losses, quick_config, save_random_model
 from tests.world.cases import ok, run_cases
 from tests.world.worker import cut_run, train_only
-from tests.helpers import ROOT, kept_steps, losses, quick_config, save_random_model
 from trainer.config.config import Config, parse_config
 from trainer.distributed.world import World
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.world.cases import ok, run_cases
 from tests.helpers import losses, quick_config, save_mixture
+from tests.world.cases import ok, run_cases
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.run.run import run

@@ -9,8 +9,8 @@ from itertools import product
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.world.cases import ok, run_cases
 from tests.helpers import ROOT, quick_config, save_mixture, save_random_model
+from tests.world.cases import ok, run_cases
 
 ENGINES = ["ddp", "peer", "fsdp2", "deepspeed"]
 MODELS = ["llama", "mixtral"]

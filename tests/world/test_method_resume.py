@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.world.cases import ok, run_cases
-from tests.world.worker import cut_run, train_only
 from tests.helpers import (
     ROOT,
     finish,
@@ -30,6 +28,8 @@ from tests.helpers import (
     start,
     wait_for_step,
 )
+from tests.world.cases import ok, run_cases
+from tests.world.worker import cut_run, train_only
 from trainer.checkpoint import state as checkpoint
 from trainer.checkpoint.store import read_tensors, verify
 from trainer.config.config import Config

@@ -14,9 +14,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import SHARED
+from tests.helpers import ROOT, TINY, losses, quick_config, save_random_model
 from tests.world.cases import ok, run_cases
 from tests.world.worker import masked_steps, train_only
-from tests.helpers import ROOT, TINY, losses, quick_config, save_random_model
 from trainer.checkpoint.store import newest, read_tensors
 from trainer.config.config import Config
 from trainer.distributed.world import World

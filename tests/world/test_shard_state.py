@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.helpers import ROOT, kept_steps, losses, quick_config, save_mixture, save_random_model
 from tests.world.cases import ok, run_cases
 from tests.world.worker import cut_run, train_only
-from tests.helpers import ROOT, kept_steps, losses, quick_config, save_mixture, save_random_model
 from trainer.checkpoint.store import complete, read_tensors
 from trainer.config.config import Config
 from trainer.distributed.world import World

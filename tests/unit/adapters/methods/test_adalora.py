@@ -7,7 +7,15 @@ import torch
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
 
-from tests.unit.adapters.methods.harness import AdamW, Bench, array, assert_near, bits, check_resume, twins
+from tests.unit.adapters.methods.harness import (
+    AdamW,
+    Bench,
+    array,
+    assert_near,
+    bits,
+    check_resume,
+    twins,
+)
 
 OPTIONS = {
     "rank": 3, "initial_rank": 5, "alpha": 6.0, "tinit": 3, "tfinal": 6, "delta_t": 4,

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.adapters.methods.harness import AdamW, Bench, array, assert_near, bits, check_resume, twins
+from tests.unit.adapters.methods.harness import (
+    AdamW,
+    Bench,
+    array,
+    assert_near,
+    bits,
+    check_resume,
+    twins,
+)
 
 RANK, ALPHA = 6, 9.0
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from adapters.methods.lalora import allocate
-from tests.unit.adapters.methods.harness import AdamW, Bench, array, assert_near, bits, check_resume, twins
+from tests.unit.adapters.methods.harness import (
+    AdamW,
+    Bench,
+    array,
+    assert_near,
+    bits,
+    check_resume,
+    twins,
+)
 
 RANK, ALPHA = 5, 10.0
 SIX = [(12, 10), (8, 14)] * 3

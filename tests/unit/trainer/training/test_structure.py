@@ -15,9 +15,9 @@ from adapters.gated import GatedAdapter
 from adapters.layers.linear import AdaptedLinear, Dropout
 from adapters.methods.registry import METHODS
 from adapters.units import Unit
+from tests.helpers import ROOT, losses, quick_config, save_random_model
 from tests.world.cases import ok, run_cases
 from tests.world.worker import cut_run, drive, train_only, validation
-from tests.helpers import ROOT, losses, quick_config, save_random_model
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.export.export import export_run
