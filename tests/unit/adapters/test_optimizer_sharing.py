@@ -112,7 +112,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name].view(torch.int32), tensor.view(torch.int32)), name
 
 
-@pytest.mark.parametrize("gradual", [False, True])
+@pytest.mark.parametrize("no_bias_correction", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_every_rank_ends_up_as_one_alone(size, no_bias_correction):
     expected = life(Share(), no_bias_correction=no_bias_correction)

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from trainer.config.sections import DataOptions
 from trainer.data.dataset import Counts, TokenDataset
-from trainer.data.loader import Loader, Step, assign_matrices, pack
+from trainer.data.loader import Loader, Step, assign_micro_batches, pack
 from trainer.tasks.base import IGNORED, Batch
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 
@@ -240,7 +240,8 @@ def test_deal_gives_every_sequence_to_one_rank(task, data, sizes, micro: int, wo
     ends = np.cumsum(sizes)
     sequences = np.split(np.arange(ends[-1]), ends[:-1])
     dealt = [
-        list(assign_matrices(sequences, data, task, micro, rank, world)) for rank in range(world)
+        list(assign_micro_batches(sequences, data, task, micro, rank, world))
+        for rank in range(world)
     ]
     assert len({len(of_rank) for of_rank in dealt}) == 1
     assert all(index % world == rank for rank, one in enumerate(dealt) for index, _ in one)
@@ -283,7 +284,7 @@ def test_packed_records_do_not_see_one_another(llama_config, task, attention: st
     model = LlamaForCausalLM(llama_config(attention)).eval()
     few = dataset([7, 12, 5, 9, 20, 3, 1])
     rows = [np.array([0, 1, 2]), np.array([3, 4]), np.array([5]), np.array([6, 5])]
-    ((_, packed),) = assign_matrices(rows, few, task, 4, 0, 1)
+    ((_, packed),) = assign_micro_batches(rows, few, task, 4, 0, 1)
     with torch.no_grad():
         together, _ = task.loss(model, packed)
         separate = sum(

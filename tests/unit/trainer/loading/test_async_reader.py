@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from trainer.errors import UserError
 from trainer.loading import async_reader
-from trainer.loading.materialize import deal
+from trainer.loading.materialize import assign_matrices
 from trainer.loading.safetensors_files import PretrainedFiles
 from trainer.loading.spectral_init import _fingerprint
 
@@ -68,10 +68,10 @@ def test_a_file_that_ends_early_says_so(files, tmp_path):
 
 
 def test_work_is_dealt_evenly():
-    assert deal([], 2) == []
-    assert deal([5.0, 1.0, 4.0, 4.0, 2.0], 1) == [0] * 5
+    assert assign_matrices([], 2) == []
+    assert assign_matrices([5.0, 1.0, 4.0, 4.0, 2.0], 1) == [0] * 5
     costs = [28672.0, 28672.0, 28672.0, 8192.0, 8192.0, 1024.0, 1024.0] * 4
-    hands = deal(costs, 4)
+    hands = assign_matrices(costs, 4)
     loads = [sum(c for c, h in zip(costs, hands, strict=True) if h == hand) for hand in range(4)]
     assert max(loads) == min(loads)
 

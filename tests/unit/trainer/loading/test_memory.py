@@ -17,12 +17,12 @@ import json, sys, threading, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from trainer import backbone
-from trainer.architecture import load_tokenizer
-from trainer.config import parse_config
-from trainer.distributed import World
+from trainer.config.config import parse_config
+from trainer.distributed.world import World
 from trainer.engine.single import SingleEngine
-from trainer.tasks import TASKS
+from trainer.loading.load import load
+from trainer.model.build import build, load_tokenizer
+from trainer.tasks.registry import TASKS
 
 def anonymous():  # resident and private: pages of mapped files come and go as the kernel likes
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -31,7 +31,7 @@ def anonymous():  # resident and private: pages of mapped files come and go as t
 
 config = parse_config(json.loads(Path(sys.argv[1]).read_text()))
 task = TASKS["causal_lm"](config.task, load_tokenizer(config.model))
-backbone.build(config, task, torch.device("cpu"))
+build(config, task, torch.device("cpu"))
 before, peak, done = anonymous(), 0, False
 def watch():
     global peak
@@ -40,7 +40,7 @@ def watch():
         time.sleep(0.001)
 thread = threading.Thread(target=watch)
 thread.start()
-loaded = backbone.load(config, task, SingleEngine(config, World()), World())
+loaded = load(config, task, SingleEngine(config, World()), World())
 done = True
 thread.join()
 held = sum(p.numel() * p.element_size() for p in loaded.model.parameters())

@@ -35,8 +35,8 @@ def test_signals_leave_a_note_and_nothing_else(number):
 
 BUSY = """
 import sys, time
-from trainer.options import RunOptions
-from trainer.preemption import StopRequest
+from trainer.config.sections import RunOptions
+from trainer.training.stop_request import StopRequest
 import hashlib
 with StopRequest(RunOptions()):
     print("ready", flush=True)
@@ -217,8 +217,8 @@ def test_a_process_that_stays_alone_at_the_start_says_so_in_one_line(tmp_path, r
 WAITING = """
 import time
 from unittest.mock import patch
-from trainer import watchdog
-from trainer.distributed import World
+from trainer.distributed import watchdog
+from trainer.distributed.world import World
 watchdog._MARGIN = 1.0
 with (
     patch.object(watchdog.distributed, "report_lost", lambda reason: print(reason, flush=True)),
