@@ -1,6 +1,8 @@
-"""Runs many cases in one pair of processes, since starting processes costs more than most cases.
+"""What ranks run: a list of cases, one after the other in one process group.
 
-    torchrun --nproc_per_node 2 tests/world/worker.py cases.json results [cpu|cuda]
+Forked by `tests/world/cases.py`, or on GPUs
+
+    torchrun --nproc_per_node 2 tests/world/worker.py cases.json results cuda
 
 Each case names a function below and its arguments; what it returns on each rank (or the error it
 ended in) is written to results/<rank>.json.
@@ -410,9 +412,10 @@ CASES = {
 }
 
 
-def main() -> None:
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    world = distributed.start(sys.argv[3] if len(sys.argv) > 3 else "cpu", 120.0)
+def run_cases(file: str, folder: str, device: str = "cpu") -> None:
+    """One rank's part. Results are replaced as a whole: another process watches them."""
+    cases, out = json.loads(Path(file).read_text()), Path(folder)
+    world = distributed.start(device, 120.0)
     results = {}
     for name, (function, argument) in cases.items():
         started = time.perf_counter()
@@ -426,7 +429,9 @@ def main() -> None:
                 "traceback": traceback.format_exc(),
             }
         results[name] = result | {"seconds": time.perf_counter() - started}
-        (out / f"{world.rank}.json").write_text(json.dumps(results))
+        unfinished = out / f"{world.rank}.tmp"
+        unfinished.write_text(json.dumps(results))
+        unfinished.replace(out / f"{world.rank}.json")
         gc.collect()
         gc.freeze()  # what is left are modules; loading a backbone collects garbage many times
     distributed.stop()
@@ -434,4 +439,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    run_cases(*sys.argv[1:])
