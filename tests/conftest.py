@@ -25,7 +25,7 @@ def shared(path: str) -> Path:
 
 
 def pytest_sessionfinish() -> None:
-    from tests.world.pool import SERVER
+    from tests.helpers import SERVER
 
     SERVER.close()
 

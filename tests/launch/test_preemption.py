@@ -15,6 +15,7 @@ from tests.helpers import (
     kept_steps,
     launch,
     losses,
+    python,
     quick_config,
     ranks_of,
     start,
@@ -102,7 +103,7 @@ def test_a_second_run_on_the_same_folder_refuses(tmp_path):
     run = tmp_path / "runs/one"
     process = start("torchrun", 2, SCRIPT, *arguments(tmp_path, "one", "run.steps=9999"))
     wait_for_step(run, 2, process)
-    code, _, err = launch("python", 1, SCRIPT, *arguments(tmp_path, "one", "run.steps=9999"))
+    code, _, err = python(SCRIPT, *arguments(tmp_path, "one", "run.steps=9999"))
     assert code == 2
     assert len(error_lines(err)) == 1
     assert "run.name" in err and "is in use by process" in err

@@ -1,6 +1,6 @@
 """Cases for the worker: written, run on real processes, read back.
 
-Ranks on a CPU are forked from a server that has imported everything (`tests/world/pool.py`); on
+Ranks on a CPU are forked from a server that has imported everything (`tests/forkserver.py`); on
 GPUs torchrun starts them.
 """
 
@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import ROOT, free_port, launch
-from tests.world.pool import SERVER, Forked
+from tests.forkserver import Forked
+from tests.helpers import WORKER, fork_ranks, launch
 
 Cases = dict[str, tuple[str, Any]]
 
@@ -38,15 +38,8 @@ def _forked(folder: Path, cases: Cases, processes: int) -> dict[str, list]:
     """Results up to the first case that a rank did not survive, and its failure."""
     folder.mkdir()
     (folder / "cases.json").write_text(json.dumps(cases))
-    port = str(free_port())
-    ranks = [
-        SERVER.fork(
-            "run_cases", [str(folder / "cases.json"), str(folder)], folder / f"{rank}.log",
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
-            LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
-        )
-        for rank in range(processes)
-    ]  # fmt: skip
+    arguments = ("-m", "tests.world.worker", str(folder / "cases.json"), str(folder))
+    ranks = fork_ranks(processes, folder, *arguments)
     reason = _wait(folder, ranks, len(cases))
     for rank in ranks:
         rank.kill()
@@ -90,17 +83,16 @@ def _read(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def _log(rank: Forked) -> str:
-    error = rank.log.with_suffix(".err")
-    return f"{rank.log.stem}: {rank.output()[-1000:]}\n{error.read_text(errors='replace')[-4000:]}"
+    out, err = rank.output()
+    return f"rank {rank.log.stem}: {out[-1000:]}\n{err[-4000:]}"
 
 
 def _launched(folder: Path, cases: Cases, processes: int) -> dict[str, list]:
     """On GPUs, started by torchrun."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    worker = ROOT / "tests/world/worker.py"
     arguments = (str(folder / "cases.json"), str(folder), "cuda")
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
-    code, out, err = launch("torchrun", processes, worker, *arguments, seconds=480, gpus=gpus)
+    code, out, err = launch("torchrun", processes, WORKER, *arguments, seconds=480, gpus=gpus)
     assert code == 0, f"{out[-3000:]}\n{err[-6000:]}"
     found = [_read(folder, rank) for rank in range(processes)]
     return {name: [results[name] for results in found] for name in cases}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import ROOT, TINY, error_lines, launch, quick_config
+from tests.helpers import ROOT, TINY, error_lines, launch, python, quick_config
 from tests.world.cases import ok, run_cases
 from trainer.config.config import load_config
 from trainer.distributed.world import World
@@ -230,8 +230,8 @@ def test_launchers_end_with_one_error_line(launcher, tmp_path):
 
 
 def test_alone_the_exit_code_is_2_and_nothing_is_created(tmp_path):
-    code, _, err = launch(
-        "python", 1, "launch/train.py", "--config", "configs/quickstart.yaml", "optim.learning_rate=-1",
+    code, _, err = python(
+        "launch/train.py", "--config", "configs/quickstart.yaml", "optim.learning_rate=-1",
         f"run.dir={tmp_path}", seconds=60,
     )  # fmt: skip
     assert code == 2

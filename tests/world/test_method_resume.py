@@ -22,6 +22,7 @@ from tests.helpers import (
     kept_steps,
     launch,
     losses,
+    python,
     quick_config,
     ranks_of,
     save_random_model,
@@ -368,7 +369,7 @@ def test_a_checkpoint_of_either_phase_exports_to_the_same_logits(place, kind, st
 
 def test_command_lines_take_checkpoints_of_either_phase(place, tmp_path):
     config = trained(place, "weightlora")
-    code, out, err = launch("python", 1, "launch/evaluate.py", str(saved(config, 4)))
+    code, out, err = python("launch/evaluate.py", str(saved(config, 4)))
     assert code == 0, err
     scores = json.loads(out.splitlines()[-1])
     assert scores["eval_loss"] == pytest.approx(eval_loss(config, 4), rel=1e-6)
@@ -376,8 +377,8 @@ def test_command_lines_take_checkpoints_of_either_phase(place, tmp_path):
     copied = tmp_path / "elsewhere"  # a run folder that was moved
     shutil.copytree(config.run_folder, copied)
     out_folder = str(tmp_path / "out")
-    code, _, err = launch(
-        "python", 1, "launch/export.py", str(copied), out_folder, "--what", "merged"
+    code, _, err = python(
+        "launch/export.py", str(copied), out_folder, "--what", "merged"
     )  # fmt: skip
     assert code == 0, err
     assert torch.allclose(logits(plain(out_folder)), own_logits(config, 8), atol=1e-4)

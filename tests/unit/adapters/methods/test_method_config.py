@@ -1,15 +1,13 @@
 """Options of the methods: what does not go together is refused by name, every ablation parses."""
 
 import dataclasses
-import os
-from unittest.mock import patch
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from adapters.methods.registry import METHODS
 from tests.conftest import shared
-from tests.helpers import quick_config, save_random_model
+from tests.helpers import quick_config, save_random_model, thorough
 from trainer.config.config import load_config, with_overrides
 from trainer.distributed.world import World
 from trainer.errors import UserError
@@ -303,7 +301,7 @@ def test_ablations_are_one_override_away(name, tmp_path):
     assert load_config(tmp_path / "again.yaml") == config
 
 
-@pytest.mark.skipif(os.environ.get("RANKCAST_ALL") != "1", reason="a minute: set RANKCAST_ALL=1")
+@thorough
 @pytest.mark.parametrize("name", list(ABLATIONS))
 def test_ablations_train(name, tmp_path, cache):
     save_random_model(tmp_path / "model", "llama", AutoModelForCausalLM, head_dim=32)
@@ -311,8 +309,7 @@ def test_ablations_train(name, tmp_path, cache):
         tmp_path, f"model.id={tmp_path}/model", f"data.cache={cache}", "run.steps=5",
         "data.eval_records=2", *ABLATIONS[name],
     )  # fmt: skip
-    with patch("trainer.run.run.draw_loss"):
-        run(config, World())
+    run(config, World())
     assert (config.run_folder / "adapter/adapter_model.safetensors").is_file()
 
 

@@ -1,12 +1,10 @@
 """Types of command line arguments, and scripts that refuse a wrong one before they begin."""
 
-import subprocess
-import sys
 from argparse import ArgumentTypeError
 
 import pytest
 
-from tests.helpers import ROOT, environment
+from tests.helpers import python
 from trainer.config.arguments import among, at_least, counts, new_file
 from trainer.errors import first_line
 
@@ -41,12 +39,9 @@ def test_what_is_not(parse, text, accepted):
     ("launch.compare benchmarks/gsm8k.yaml out --workers 0", "error: --workers: 0 given"),
 ])  # fmt: skip
 def test_scripts_refuse_before_they_begin(command, said):
-    done = subprocess.run(
-        [sys.executable, "-m", *command.split()], cwd=ROOT, env=environment(), text=True,
-        capture_output=True, timeout=120,
-    )  # fmt: skip
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith(said)
+    code, _, err = python("-m", *command.split())
+    (line,) = err.splitlines()
+    assert code == 2 and line.startswith(said)
 
 
 def test_a_line_that_only_announces_the_next_one_is_not_alone():

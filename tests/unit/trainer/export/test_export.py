@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from adapters.gated import GatedAdapter
 from adapters.peft_export import export_adapter
 from tests.conftest import shared
-from tests.helpers import TINY, launch, quick_config
+from tests.helpers import TINY, python, quick_config
 from trainer.checkpoint import state as checkpoint
 from trainer.checkpoint import store
 from trainer.distributed.world import World
@@ -127,7 +127,7 @@ def test_command_line(tmp_path):
     config = quick_config(tmp_path, "run.steps=1", "model.quantization=nf4")
     run(config, World())
     script, folder = "launch/export.py", str(config.run_folder)
-    code, out, err = launch("python", 1, script, folder, str(tmp_path / "a"))
+    code, out, err = python(script, folder, str(tmp_path / "a"))
     assert code == 0, err
     assert "Trained on the nf4 backbone: held-out loss" in out and "adapter of" in out
     with pytest.raises(UserError, match="exists already; accepted: a folder that does not"):
@@ -140,7 +140,7 @@ def test_command_line(tmp_path):
     state.write_text(json.dumps(made_by, indent=1))
     (state.parent / "manifest.json").unlink()
     store.write_manifest(state.parent)
-    code, out, err = launch("python", 1, "launch/evaluate.py", folder)
+    code, out, err = python("launch/evaluate.py", folder)
     assert code == 0, err
     last = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").open()][-1]
     scores = json.loads(out.splitlines()[-1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from launch import estimate as command
-from tests.helpers import launch, quick_config, save_mixture, save_random_model
+from tests.helpers import python, quick_config, save_mixture, save_random_model
 from trainer.config.config import load_config
 from trainer.errors import UserError
 from trainer.memory.estimate import Probe, predict, probe, table
@@ -261,5 +261,5 @@ def test_the_command_refuses_nonsense(monkeypatch, arguments, message):
 
 
 def test_a_mistake_is_one_line():
-    code, _, err = launch("python", 1, "launch/estimate.py", LLAMA, "--gpus", "0")
+    code, _, err = python("launch/estimate.py", LLAMA, "--gpus", "0")
     assert code == 2 and err.splitlines() == ["error: --gpus: 0 given; accepted: 1 or more"]

@@ -8,7 +8,7 @@ import time
 import pytest
 from rich.console import Console
 
-from tests.helpers import ROOT, launch, quick_config
+from tests.helpers import ROOT, python, quick_config
 from trainer.distributed.world import World
 from trainer.records.heartbeat import Heartbeat
 from trainer.report import watch
@@ -48,7 +48,7 @@ def test_the_exit_code_says_how_a_run_stands(tmp_path, state, code):
               active_parameters=1, trainable_parameters=2)  # fmt: skip
     if state is not None:
         beat.end(state, "why")
-    assert launch("python", 1, ROOT / "launch/watch.py", str(tmp_path), "--once")[0] == code
+    assert python(ROOT / "launch/watch.py", str(tmp_path), "--once")[0] == code
     text = shown(tmp_path)
     assert "14 s to go" in text if state is None else f"{state} " in text and "(why)" in text
 
@@ -61,7 +61,7 @@ def test_a_run_that_was_killed_shows_no_sign_of_life(tmp_path):
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
-    code, _, err = launch("python", 1, ROOT / "launch/watch.py", str(tmp_path))
+    code, _, err = python(ROOT / "launch/watch.py", str(tmp_path))
     assert code == 2 and f"error: {tmp_path}: no heartbeat.json of a run" in err
 
 

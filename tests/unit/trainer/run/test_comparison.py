@@ -1,6 +1,7 @@
 """Comparisons: rates chosen on records left out, seeds, a table, and going on where one stopped."""
 
 import json
+import multiprocessing
 
 import pytest
 
@@ -51,7 +52,9 @@ def test_every_run_is_done_once_and_described(tmp_path):
     assert len(compare(job, tmp_path / "out", 1, again.append)) == 8 and again == []
 
 
-def test_changed_failed_and_unfinished_runs_are_run_again(tmp_path):
+def test_changed_failed_and_unfinished_runs_are_run_again(tmp_path, monkeypatch):
+    forks = multiprocessing.get_context("fork")  # workers that need no imports
+    monkeypatch.setattr("trainer.run.comparison.multiprocessing.get_context", lambda kind: forks)
     job = comparison(tmp_path).model_copy(update={"learning_rates": [1e-3], "seeds": [0]})
     first = compare(job, tmp_path / "out", 1, lambda line: None)
     kept = tmp_path / "out/results.jsonl"

@@ -11,7 +11,7 @@ from adapters.methods.lora import LoRA
 from adapters.units import transformer_blocks
 from docs.make_configuration import document
 from tests.conftest import shared
-from tests.helpers import ROOT, launch, losses, quick_config
+from tests.helpers import ROOT, losses, python, quick_config
 from trainer.config.config import load_config
 from trainer.distributed.world import World
 from trainer.errors import RunFailed
@@ -26,6 +26,7 @@ METRICS = {
 }  # fmt: skip
 
 
+@pytest.mark.figures
 def test_the_run_folder_explains_itself(tmp_path):
     config = quick_config(
         tmp_path, "run.steps=6", "run.eval_every=3", "run.eval_at_start=true", "checkpoint.every=3",
@@ -157,8 +158,8 @@ def test_split_moments_need_less_memory_by_the_number_of_ranks(tmp_path):
 
 
 def test_print_config_and_overrides_anywhere(tmp_path):
-    code, out, err = launch(
-        "python", 1, "launch/train.py", "run.steps=7", "--config", "configs/quickstart.yaml",
+    code, out, err = python(
+        "launch/train.py", "run.steps=7", "--config", "configs/quickstart.yaml",
         "--print-config", "optim.learning_rate=1e-3", "optim.learning_rate=2e-3",
     )  # fmt: skip
     assert code == 0, err

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.helpers import ROOT, environment, error_lines, free_port, losses, quick_config
+from tests.helpers import ROOT, SERVER, environment, error_lines, free_port, losses, quick_config
 from trainer.config.sections import RunOptions
 from trainer.distributed.world import World
 from trainer.errors import EXIT_REQUEUE, UserError
@@ -197,21 +197,22 @@ def test_the_heartbeat_knows_where_a_resumed_run_stands(tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_process_that_stays_alone_at_the_start_says_so_in_one_line(tmp_path, rank):
+def test_a_process_that_stays_alone_at_the_start_says_so_in_one_line(tmp_path, monkeypatch, rank):
     config = quick_config(tmp_path, "engine.kind=ddp", "engine.timeout=2")
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     alone = {
         "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "launch/train.py", "--config", str(tmp_path / "c.yaml")],
-        capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment() | alone,
-    )  # fmt: skip
-    assert done.returncode == 1
-    lines = error_lines(done.stderr)
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    command = ["launch/train.py", "--config", str(tmp_path / "c.yaml")]
+    process = SERVER.fork(command, tmp_path / "log", dict(os.environ), ROOT)
+    assert process.wait(60) and process.code == 1
+    err = process.output()[1]
+    lines = error_lines(err)
     assert len(lines) == 1 and "2 processes of this run did not find each other" in lines[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in err
 
 
 WAITING = """

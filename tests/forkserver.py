@@ -1,13 +1,9 @@
-"""Real processes without their start: ranks are forked from a server that has imported everything.
-
-    with Server() as server:
-        pid = server.fork(["python", "-m", "…"], environment, log)
+"""Real processes without their start: forked from a server that has imported everything.
 
 Importing torch, transformers, DeepSpeed and the trainer takes ten seconds of CPU time; a fork of a
 process that has them takes milliseconds. The server has no thread, no process group and no GPU, so
-that what is forked from it is as good as new: every list of cases (`tests/world/cases.py`) gets
-ranks of its own, and whatever a case leaves behind (a broken group, DeepSpeed's global state) ends
-with them.
+that what is forked from it is as good as new, and what it leaves behind (a broken group, DeepSpeed's
+global state) ends with it. `tests/world/cases.py` forks ranks, `tests/helpers.py` scripts.
 """
 
 import ctypes
@@ -20,10 +16,9 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from tests.helpers import ROOT, environment
 
 _READY = "ready"
 _ARROWS_ALLOCATOR = "jemalloc_bg_thd"  # a thread that jemalloc itself starts anew after a fork
@@ -66,8 +61,11 @@ class Forked:
             time.sleep(0.01)
         return True
 
-    def output(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
+    def output(self) -> tuple[str, str]:
+        """(stdout, stderr)"""
+        files = self.log, self.log.with_suffix(".err")
+        out, err = (f.read_text(errors="replace") if f.exists() else "" for f in files)
+        return out, err
 
 
 class Server:
@@ -76,12 +74,15 @@ class Server:
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
 
-    def fork(self, target: str, arguments: list[str], log: Path, **variables: str) -> Forked:
-        """Run `target`, a script or a function of `tests.world.worker`, in a new process; what it
-        prints goes to `log` (and its standard error to the same name with `.err`)."""
-        process = self._started()
+    def fork(
+        self, arguments: list[str], log: Path, environment: Mapping[str, str], cwd: Path
+    ) -> Forked:
+        """A new process that does what Python does with these arguments (`SCRIPT …` or `-m MODULE
+        …`). It prints to `log`, and its errors to the same name with `.err`."""
+        process = self._started(environment, cwd)
         request = {
-            "target": target, "arguments": arguments, "log": str(log), "variables": variables,
+            "arguments": arguments, "log": str(log), "environment": dict(environment),
+            "cwd": str(cwd),
         }  # fmt: skip
         assert process.stdin is not None
         process.stdin.write(json.dumps(request) + "\n")
@@ -94,10 +95,10 @@ class Server:
             self._process.communicate()
             self._process = None
 
-    def _started(self) -> subprocess.Popen:
+    def _started(self, environment: Mapping[str, str], cwd: Path) -> subprocess.Popen:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.world.pool"], cwd=ROOT, env=environment(), text=True,
+                [sys.executable, "-m", "tests.forkserver"], cwd=cwd, env=environment, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
             assert self._answer(self._process) == _READY
@@ -157,9 +158,18 @@ def _child(request: dict[str, Any]) -> None:
         opened = os.open(path, mode, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
-    os.environ.update(request["variables"])
+    honest = os._exit
+
+    def leave(code: int) -> None:
+        sys.stdout.flush(), sys.stderr.flush()
+        log.with_suffix(".exit").write_text(str(code))
+        honest(code)
+
+    os._exit = leave  # type: ignore[assignment]  # the trainer leaves by it, too
+    os.environ.clear(), os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
     try:
-        code = _run(request["target"], request["arguments"])
+        code = _run(request["arguments"])
     except SystemExit as end:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
@@ -167,19 +177,16 @@ def _child(request: dict[str, Any]) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        log.with_suffix(".exit").write_text(str(code))
-        os._exit(code)
+        leave(code)
 
 
-def _run(target: str, arguments: list[str]) -> int:
-    if target.endswith(".py"):
-        sys.argv = [target, *arguments]
-        runpy.run_path(target, run_name="__main__")
+def _run(arguments: list[str]) -> int:
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
-        import tests.world.worker
-
-        getattr(tests.world.worker, target)(*arguments)
+        sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).resolve().parent)
+        runpy.run_path(arguments[0], run_name="__main__")
     return 0
 
 
