@@ -19,6 +19,7 @@ from tests.helpers import (
     quick_config,
     ranks_of,
     start,
+    thorough,
     wait_for_step,
 )
 from trainer.errors import EXIT_REQUEUE
@@ -46,9 +47,14 @@ def lines(run) -> list[dict]:
     return [{k: line[k] for k in kept if k in line} for line in read]
 
 
-@pytest.mark.parametrize(("launcher", "name"), [("deepspeed", "SIGUSR1"), ("torchrun", "SIGTERM")])
+@pytest.mark.parametrize(
+    ("launcher", "name"),
+    [("deepspeed", "SIGUSR1"), pytest.param("torchrun", "SIGTERM", marks=thorough)],
+)
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(launcher, name, tmp_path):
-    code, _, err = launch(launcher, 2, SCRIPT, *arguments(tmp_path, "whole"))
+    engine = {"deepspeed": "deepspeed", "torchrun": "fsdp2"}[launcher]  # as `auto` chooses
+    whole = arguments(tmp_path, "whole", f"engine.kind={engine}")
+    code, _, err = python(SCRIPT, *whole, processes=2)
     assert code == 0, err[-3000:]
     run = tmp_path / "runs/asked"
     process = start(launcher, 2, SCRIPT, *arguments(tmp_path, "asked"))
@@ -73,7 +79,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(launcher, name, tmp_path)
     assert read_heartbeat(run)["state"] == "done"
 
 
-@pytest.mark.parametrize(("launcher", "rank"), [("deepspeed", 0), ("torchrun", 1)])
+@pytest.mark.parametrize(
+    ("launcher", "rank"), [("torchrun", 1), pytest.param("deepspeed", 0, marks=thorough)]
+)
 def test_a_stalled_rank_is_named_by_the_others(launcher, rank, tmp_path):
     run = tmp_path / "runs/stalled"
     process = start(
@@ -114,7 +122,7 @@ def test_a_second_run_on_the_same_folder_refuses(tmp_path):
     assert len(losses(run)) == beat["step"]
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=thorough)])
 def test_ranks_of_one_host_listen_on_the_loopback_interface_alone(launcher, tmp_path):
     """Only torchrun's own process, which is not ours, listens to everyone."""
     process = start(launcher, 2, SCRIPT, *arguments(tmp_path, "listen", "run.steps=9999"))

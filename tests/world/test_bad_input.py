@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import ROOT, TINY, error_lines, launch, python, quick_config
+from tests.helpers import ROOT, TINY, error_lines, python, quick_config
 from tests.world.cases import ok, run_cases
 from trainer.config.config import load_config
 from trainer.distributed.world import World
@@ -214,21 +214,6 @@ def test_no_damage_and_nothing_left_behind(outcome):
     assert len(CASES) >= 20
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_launchers_end_with_one_error_line(launcher, tmp_path):
-    code, out, err = launch(
-        launcher, 2, "launch/train.py", "--config", "configs/quickstart.yaml", "engine.kind=nonsense",
-        f"run.dir={tmp_path}", seconds=60,
-    )  # fmt: skip
-    assert code != 0
-    lines = error_lines(out + "\n" + err)
-    assert (
-        len(lines) == 1 and "engine.kind: 'nonsense' given; accepted: 'auto', 'single'" in lines[0]
-    )
-    assert "Traceback" not in err.split("error:")[0]
-    assert not list(tmp_path.iterdir())
-
-
 def test_alone_the_exit_code_is_2_and_nothing_is_created(tmp_path):
     code, _, err = python(
         "launch/train.py", "--config", "configs/quickstart.yaml", "optim.learning_rate=-1",
@@ -247,7 +232,7 @@ def test_two_processes_with_different_configurations(tmp_path):
         f"'run.dir={tmp_path}/runs', 'engine.kind=ddp', f\"method.rank={{4 + int(os.environ['RANK'])}}\"]\n"
         f"runpy.run_path('{ROOT}/launch/train.py', run_name='__main__')\n"
     )
-    code, out, err = launch("torchrun", 2, script, seconds=60)
+    code, out, err = python(script, processes=2, seconds=60)
     lines = error_lines(out + "\n" + err)
     assert code != 0
     assert len(lines) == 1 and "method.rank: 4 on rank 0, 5 on rank 1" in lines[0]

@@ -8,7 +8,7 @@ import os
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import ROOT, losses, quick_config, save_mixture, save_random_model
+from tests.helpers import ALL, ROOT, losses, quick_config, save_mixture, save_random_model
 from tests.world.cases import ok, run_cases
 from tests.world.worker import train_compiled
 from trainer.config.config import Config
@@ -27,6 +27,17 @@ VARIANTS = {
         "model.quantization=nf4",
     ],
 }  # fmt: skip
+PAIRS = [  # every variant on one engine in turn; on all of them in `make test-all`
+    (variant, engine)
+    for number, variant in enumerate(VARIANTS)
+    for engine in ENGINES
+    if ALL or engine == ENGINES[number % len(ENGINES)]
+]
+KEPT = [
+    (fmt, engine)
+    for number, fmt in enumerate(["none", "nf4"])
+    for engine in (ENGINES if ALL else ENGINES[1 + number :: 2])
+]
 
 
 def configuration(tmp, variant: str, engine: str, *changes: str) -> Config:
@@ -48,15 +59,13 @@ def outcome(tmp_path_factory):
     save_mixture(tmp / "mixture", "mixtral")
     cases = {
         f"{variant}-{engine}": ("train_compiled", configuration(tmp, variant, engine).model_dump())
-        for variant in VARIANTS
-        for engine in ENGINES
+        for variant, engine in PAIRS
     }
     cases |= {
         f"kept-{fmt}-{engine}": ("kept_for_backward", configuration(
             tmp, "lora", engine, f"model.quantization={fmt}", "method.targets=[q_proj]",
         ).model_dump())
-        for fmt in ("none", "nf4")
-        for engine in ENGINES
+        for fmt, engine in KEPT
     }  # fmt: skip
     results = run_cases(tmp / "work", cases)
     for variant in VARIANTS:
@@ -65,8 +74,7 @@ def outcome(tmp_path_factory):
     return tmp, results
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize(("variant", "engine"), PAIRS)
 def test_blocks_are_compiled_once_and_compute_the_same(outcome, variant, engine):
     tmp, results = outcome
     assert ok(results[f"{variant}-{engine}"]) == [1, 1]  # programs, on each rank
@@ -75,8 +83,7 @@ def test_blocks_are_compiled_once_and_compute_the_same(outcome, variant, engine)
     assert found == pytest.approx(losses(tmp / f"runs/{variant}-plain"), rel=1e-4)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("fmt", ["none", "nf4"])
+@pytest.mark.parametrize(("fmt", "engine"), KEPT)
 def test_no_gathered_weight_is_kept_for_backward(outcome, fmt, engine):
     for used, kept in ok(outcome[1][f"kept-{fmt}-{engine}"]):
         assert used == 14 and kept == 0  # all linear layers, with an adapter or without

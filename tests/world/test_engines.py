@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.helpers import losses, quick_config, save_mixture
+from tests.helpers import ALL, losses, quick_config, save_mixture
 from tests.world.cases import ok, run_cases
 from trainer.config.config import Config
 from trainer.distributed.world import World
@@ -44,7 +44,15 @@ VARIANTS = {
         "engine.activation_checkpointing=true", "method.dropout=0.1", "method.alpha=2",
     ],
 }  # fmt: skip
-STEPS = 20
+STEPS = 20 if ALL else 8
+EVERYWHERE = ["float32", "nf4"]
+"""What `make test` runs under every engine; the other variants under one, each in turn."""
+PAIRS = [
+    (variant, engine)
+    for number, variant in enumerate(VARIANTS)
+    for engine in ENGINES
+    if ALL or variant in EVERYWHERE or engine == ENGINES[number % len(ENGINES)]
+]
 
 
 def configuration(tmp, variant: str, engine: str) -> Config:
@@ -76,16 +84,14 @@ def runs(tmp_path_factory):
         run(configuration(tmp, variant, "single"), World())
     cases = {
         f"{variant}-{engine}": ("train", configuration(tmp, variant, engine).model_dump())
-        for variant in VARIANTS
-        for engine in ENGINES
+        for variant, engine in PAIRS
     }
     for results in run_cases(tmp / "work", cases).values():
         ok(results)
     return tmp / "runs"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize(("variant", "engine"), PAIRS)
 def test_losses_agree_with_one_process(runs, variant, engine):
     alone, spread = losses(runs / f"{variant}-single"), losses(runs / f"{variant}-{engine}")
     assert len(alone) == len(spread) == STEPS
@@ -182,6 +188,14 @@ def test_formats_are_not_all_the_same_run(runs):
     assert len(set(first.values())) == len(FORMATS)
 
 
+SHARES = [
+    (engine, fmt)
+    for engine in SHARDING
+    for number, fmt in enumerate([*FORMATS, "bfloat16"])
+    if ALL or fmt == "nf4" or engine == SHARDING[number % len(SHARDING)]
+]
+
+
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory):
     """Memory of a model of 100 MB or so (in its own format) under each sharding engine."""
@@ -192,18 +206,17 @@ def shares(tmp_path_factory):
     os.chdir(ROOT)
     tmp = tmp_path_factory.mktemp("shares")
     cases = {}
-    for engine in SHARDING:
-        for fmt in [*FORMATS, "bfloat16"]:
-            quantization = "none" if fmt == "bfloat16" else fmt
-            config = quick_config(
-                tmp, f"engine.kind={engine}", f"model.quantization={quantization}",
-                f"model.dtype={'bfloat16' if fmt == 'bfloat16' else 'float32'}",
-                "model.weights=random", "model.overrides.hidden_size=768",
-                "model.overrides.intermediate_size=2048", "model.overrides.num_hidden_layers=10",
-                "data.batch_size=2", "data.micro_batch_size=1", "data.train_records=2",
-                "data.eval=null", "task.loss_on=all", "data.max_length=16", "method.rank=1",
-            )  # fmt: skip
-            cases[f"{engine}-{fmt}"] = ("shard", config.model_dump())
+    for engine, fmt in SHARES:
+        quantization = "none" if fmt == "bfloat16" else fmt
+        config = quick_config(
+            tmp, f"engine.kind={engine}", f"model.quantization={quantization}",
+            f"model.dtype={'bfloat16' if fmt == 'bfloat16' else 'float32'}",
+            "model.weights=random", "model.overrides.hidden_size=768",
+            "model.overrides.intermediate_size=2048", "model.overrides.num_hidden_layers=10",
+            "data.batch_size=2", "data.micro_batch_size=1", "data.train_records=2",
+            "data.eval=null", "task.loss_on=all", "data.max_length=16", "method.rank=1",
+        )  # fmt: skip
+        cases[f"{engine}-{fmt}"] = ("shard", config.model_dump())
     return {name: ok(results) for name, results in run_cases(tmp / "work", cases).items()}
 
 
@@ -211,8 +224,7 @@ LINEAR = 10 * (768 * 128 * 2 + 768 * 64 * 2 + 3 * 768 * 2048)
 BYTES = {"none": 4.0, "bfloat16": 2.0, "nf4": 0.5625, "fp4": 0.5625, "int8": 1.0, "fp8": 1.0}
 
 
-@pytest.mark.parametrize("fmt", [*FORMATS, "bfloat16"])
-@pytest.mark.parametrize("engine", SHARDING)
+@pytest.mark.parametrize(("engine", "fmt"), SHARES)
 def test_each_rank_holds_half_of_the_backbone(shares, engine, fmt):
     """By the engine's account and by the process's resident memory, also inside a step."""
     whole = LINEAR * BYTES[fmt]

@@ -1,14 +1,12 @@
 """Runs whose method decides, killed in the middle of every phase: what goes on is the same run.
 
 A run is "killed" by copying its folder without the later checkpoints; what it had logged since
-stays, as it would. One run is killed for real.
+stays, as it would. `tests/launch/test_resume.py` kills some for real.
 """
 
 import json
 import os
-import random
 import shutil
-import signal
 
 import peft
 import pytest
@@ -16,19 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import (
-    ROOT,
-    finish,
-    kept_steps,
-    launch,
-    losses,
-    python,
-    quick_config,
-    ranks_of,
-    save_random_model,
-    start,
-    wait_for_step,
-)
+from tests.helpers import ALL, ROOT, kept_steps, losses, python, quick_config, save_random_model
 from tests.world.cases import ok, run_cases
 from tests.world.worker import cut_run, train_only
 from trainer.checkpoint import state as checkpoint
@@ -56,6 +42,8 @@ RUNS = {  # name: (overrides, steps after which a run is killed; a checkpoint is
     ),
 }  # fmt: skip
 PLACES = [(name, step) for name, (_, steps) in RUNS.items() for step in steps]
+# Where each of them goes on: everywhere in `make test-all`, else in one place, in turn.
+SAME, OTHER, SINGLE = (PLACES if ALL else PLACES[turn::3] for turn in range(3))
 ALONE = {  # the same in one process only
     "all-kept": (["method.kind=weightlora", "method.warmup_steps=2", "method.keep=14"], [1, 6]),
     "qr": (
@@ -120,14 +108,13 @@ def outcome(place):
         name: ("train_only", interrupted(tmp, name, "deepspeed", name).model_dump())
         for name in RUNS
     }
-    for name, step in PLACES:
-        for engine in ("deepspeed", "fsdp2"):
+    for engine, places in (("deepspeed", SAME), ("fsdp2", OTHER)):
+        for name, step in places:
             config = interrupted(tmp, name, engine, f"{name}-{step}-{engine}")
             cases[config.run.name] = (
                 "resume",
                 {"config": config.model_dump(), "source": f"{tmp}/runs/{name}", "step": step},
             )
-    cases["killed-whole"] = ("train_only", killed(tmp, "killed-whole").model_dump())
     for kind, step, engine in EVALUATED:
         config = trained(tmp, kind)
         options = config.engine.model_copy(update={"kind": engine})
@@ -152,7 +139,7 @@ def check_same_run(tmp, name: str, other: str, *, exactly: bool, step: int = 0) 
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(("name", "step"), PLACES)
+@pytest.mark.parametrize(("name", "step"), SAME)
 def test_on_the_same_engine_it_is_the_same_run(outcome, name, step):
     tmp, results = outcome
     for case in (name, f"{name}-{step}-deepspeed"):
@@ -168,7 +155,7 @@ def logged(folder) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in timing} for line in lines]
 
 
-@pytest.mark.parametrize(("name", "step"), PLACES)
+@pytest.mark.parametrize(("name", "step"), SAME)
 def test_on_the_same_engine_it_logs_the_same(outcome, name, step):
     """The method's figures too; those of a draw that was made before the kill may be left out."""
     tmp, results = outcome
@@ -181,14 +168,14 @@ def test_on_the_same_engine_it_logs_the_same(outcome, name, step):
         assert found == {key: value for key, value in expected.items() if key not in missing}
 
 
-@pytest.mark.parametrize(("name", "step"), PLACES)
+@pytest.mark.parametrize(("name", "step"), OTHER)
 def test_on_another_engine_it_is_nearly_the_same_run(outcome, name, step):
     tmp, results = outcome
     ok(results[f"{name}-{step}-fsdp2"])
     check_same_run(tmp, name, f"{name}-{step}-fsdp2", exactly=False, step=step)
 
 
-@pytest.mark.parametrize(("name", "step"), PLACES)
+@pytest.mark.parametrize(("name", "step"), SINGLE)
 def test_in_one_process_it_is_nearly_the_same_run(outcome, name, step):
     tmp, results = outcome
     ok(results[name])
@@ -231,34 +218,6 @@ def test_the_checkpoints_were_in_the_phases_that_they_are_said_to_be_in(outcome)
     assert [int(torch.cat(part).sum()) for part in (masks[:14], masks[14:])] == [14 * 12, 14 * 8]
 
 
-# --- killed for real ------------------------------------------------------------------------------
-
-
-def killed(tmp, name: str) -> Config:
-    return configuration(
-        tmp, name, "engine.kind=fsdp2", "method.kind=lelora", "run.steps=30", "checkpoint.every=3",
-        "checkpoint.keep=3", "data.eval=null", "data.batch_size=6",
-    )  # fmt: skip
-
-
-def test_a_killed_run_goes_on_as_if_it_had_not_been(outcome):
-    tmp, results = outcome
-    ok(results["killed-whole"])
-    (tmp / "killed.yaml").write_text(killed(tmp, "killed").to_yaml())
-    command = (ROOT / "launch/train.py", "--config", str(tmp / "killed.yaml"))
-    process = start("torchrun", 2, *command)
-    folder = tmp / "runs/killed"
-    step = random.SystemRandom().randint(4, 20)
-    wait_for_step(folder, step, process)
-    os.kill(ranks_of(process)[random.SystemRandom().choice([0, 1])], signal.SIGKILL)
-    code, _, _ = finish(process, seconds=60)
-    assert code != 0, "the launcher must report the loss of a rank"
-    assert list((folder / "checkpoints").glob("step-*")), "no checkpoint before the kill"
-    code, out, err = launch("torchrun", 2, *command)
-    assert code == 0, f"killed after step {step}\n{out[-2000:]}\n{err[-4000:]}"
-    check_same_run(tmp, "killed-whole", "killed", exactly=True)
-
-
 # --- evaluation and export from either phase ------------------------------------------------------
 
 TRAINED = {
@@ -274,7 +233,12 @@ TRAINED = {
     "lelora": [],
 }
 EVALUATED = [("lelora", 4, "fsdp2"), ("weightlora_plus", 8, "deepspeed"), ("dylora", 8, "ddp")]
-SAVED = [(kind, step) for kind in TRAINED for step in (4, 8)]
+SAVED = [
+    (kind, step)
+    for number, kind in enumerate(TRAINED)
+    for step in (4, 8)  # both where a selection lies between them, else in turn
+    if ALL or kind.startswith("weightlora") or step == (4, 8)[number % 2]
+]
 
 
 def trained(tmp, kind: str) -> Config:

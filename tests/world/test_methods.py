@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import SHARED
-from tests.helpers import ROOT, TINY, losses, quick_config, save_random_model
+from tests.helpers import ALL, ROOT, TINY, losses, quick_config, save_random_model, thorough
 from tests.world.cases import ok, run_cases
 from tests.world.worker import masked_steps, train_only
 from trainer.checkpoint.store import newest, read_tensors
@@ -70,6 +70,16 @@ SAMPLE = {  # what `make test` runs: weight format, and overrides that make it s
     "dylora": ("int8", ["run.steps=12"]),  # its draws follow from the seed alone
     "rlora": ("nf4", ["run.steps=8"]),  # decides before step 0
 }
+PAIRS = [  # each of them on one engine in turn; on all of them in `make test-all`
+    (variant, engine)
+    for number, variant in enumerate(SAMPLE)
+    for engine in ENGINES
+    if ALL or engine == ENGINES[number % len(ENGINES)]
+]
+MASKED = [
+    *(("lelora", engine) for engine in ENGINES),
+    *(("lalora", engine) for engine in (ENGINES if ALL else ["fsdp2"])),
+]
 
 
 def configuration(tmp, name: str, *overrides: str) -> Config:
@@ -196,14 +206,12 @@ def outcome(tmp_path_factory):
     lines[3] = lines[3].replace('"primary"', '"minor"', 1)
     (tmp / "damaged.jsonl").write_text("".join(lines))
     cases = {}
-    for engine in ENGINES:
-        for variant, (fmt, shorter) in SAMPLE.items():
-            config = allocated(tmp, variant, fmt, engine, *shorter)
-            cases[config.run.name] = ("train_only", config.model_dump())
-        for kind in ("lelora", "lalora"):
-            cases[f"masked-{kind}-{engine}"] = (
-                "masked_steps", masked(tmp, kind, engine).model_dump(),
-            )  # fmt: skip
+    for variant, engine in PAIRS:
+        fmt, shorter = SAMPLE[variant]
+        config = allocated(tmp, variant, fmt, engine, *shorter)
+        cases[config.run.name] = ("train_only", config.model_dump())
+    for kind, engine in MASKED:
+        cases[f"masked-{kind}-{engine}"] = ("masked_steps", masked(tmp, kind, engine).model_dump())
     for kind in FOLLOWED:
         cases[f"following-{kind}"] = ("train_only", following(tmp, kind).model_dump())
     for name in TOGETHER:
@@ -216,8 +224,7 @@ def outcome(tmp_path_factory):
 # --- the same decisions ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("variant", list(SAMPLE))
+@pytest.mark.parametrize(("variant", "engine"), PAIRS)
 def test_decisions_agree_with_one_process(outcome, variant, engine):
     tmp, results = outcome
     fmt, _ = SAMPLE[variant]
@@ -250,7 +257,7 @@ def product(request, tmp_path_factory):
     return tmp, fmt, results
 
 
-@pytest.mark.skipif(os.environ.get("RANKCAST_ALL") != "1", reason="minutes: set RANKCAST_ALL=1")
+@thorough
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_decisions_agree_on_every_format(product, variant, engine):
@@ -289,12 +296,12 @@ def check_masked(found: dict) -> None:
     assert found["still"] == 0, "components were active and did not move"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_what_is_not_active_stays_bit_identical(outcome, engine):
+@pytest.mark.parametrize(("kind", "engine"), MASKED)
+def test_what_is_not_active_stays_bit_identical(outcome, kind, engine):
     _, results = outcome
-    for found in ok(results[f"masked-lelora-{engine}"]):
-        check_masked(found)
-    for found in ok(results[f"masked-lalora-{engine}"]):
+    for found in ok(results[f"masked-{kind}-{engine}"]):
+        if kind == "lelora":
+            check_masked(found)
         assert found["moved"] == [] and found["resting"] > 100 and found["still"] == 0
 
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import ROOT, kept_steps, losses, quick_config, save_mixture, save_random_model
+from tests.helpers import (
+    ALL,
+    ROOT,
+    kept_steps,
+    losses,
+    quick_config,
+    save_mixture,
+    save_random_model,
+)
 from tests.world.cases import ok, run_cases
 from tests.world.worker import cut_run, train_only
 from trainer.checkpoint.store import complete, read_tensors
@@ -27,8 +35,9 @@ METHODS = {
     "mixture": ["method.kind=lora", "method.targets=all-linear"],  # experts without a token rest
 }
 RUNS = [
-    *((method, engine) for method in METHODS for engine in ("fsdp2",)),
-    *((method, "deepspeed") for method in ("lora", "weightlora_plus", "lelora")),
+    *((method, "fsdp2") for method in (METHODS if ALL else ("lora", "weightlora_plus", "lalora"))),
+    *((method, "deepspeed") for method in ("lora", "weightlora_plus", "lelora") if ALL),
+    *((method, "deepspeed") for method in ("lelora", "adalora", "mixture") if not ALL),
 ]
 STATES = [("lora", 3), ("weightlora_plus", 3), ("weightlora_plus", 6), ("lalora", 3)]
 # (it was saved with it, engine and processes that go on, these with it)
@@ -58,7 +67,8 @@ def going_on(tmp, place) -> dict[str, tuple[Config, str, int]]:
     """(configuration, the run that is gone on from, at which step) by name."""
     saved_with, engine, processes, shards = place
     found = {}
-    for method, step in STATES:
+    turn = RESUMED.index(place)  # all states, or two of them in turn
+    for method, step in STATES if ALL else [STATES[(turn + i) % len(STATES)] for i in (0, 1)]:
         name = f"{method}-{step}-from-{saved_with}-on-{engine}{processes}"
         source = named(method, "fsdp2", saved_with)
         found[name] = configuration(tmp, method, engine, shards, name), source, step
@@ -76,8 +86,10 @@ def outcome(tmp_path_factory):
         for shards in (False, True):
             config = configuration(tmp, method, engine, shards)
             cases[config.run.name] = ("train_only", config.model_dump())
-            if method == "lora":
-                cases[f"moments-{config.run.name}"] = ("moments", config.model_dump())
+    for engine in ("fsdp2", "deepspeed"):
+        for shards in (False, True):
+            config = configuration(tmp, "lora", engine, shards)
+            cases[f"moments-{config.run.name}"] = ("moments", config.model_dump())
     results = run_cases(tmp / "work", cases)
     moments = {name: ok(result) for name, result in results.items()}
     by_processes: dict[int, dict] = {}
