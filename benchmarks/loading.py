@@ -45,7 +45,7 @@ from trainer.engine.select import make_engine
 from trainer.errors import UserError
 from trainer.export.merge import write_shards
 from trainer.loading.async_reader import read_into
-from trainer.loading.key_mapping import Layout
+from trainer.loading.key_mapping import KeyMapping
 from trainer.loading.load import load_backbone
 from trainer.loading.spectral_init import SpectralInit
 from trainer.model.backbone import BuiltModel
@@ -147,7 +147,7 @@ def write(model: BuiltModel, folder: Path, device: torch.device) -> None:
 
 def random_tensors(model: BuiltModel, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """(name as published, value)."""
-    layout = Layout(model.model.config)
+    layout = KeyMapping(model.model.config)
 
     def drawn(*shape: int) -> Tensor:
         values = torch.empty(shape, dtype=torch.bfloat16, device=device)

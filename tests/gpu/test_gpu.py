@@ -9,13 +9,13 @@ from adapters.formats import float8
 from adapters.formats.formats import FORMATS
 from adapters.methods.lelora.options import PolicyOptions
 from adapters.methods.lelora.reinforce import Reinforce
-from tests.distributed.cases import ok, run_cases
-from tests.distributed.test_engines import check_gathered
 from tests.helpers import losses, quick_config
-from tests.unit.test_experts import ROUTINGS, offsets_of, stack_of
-from tests.unit.test_experts import gradients as stack_gradients
-from tests.unit.test_experts import reference as one_by_one
-from tests.unit.test_linear import gradients, host, reference
+from tests.unit.adapters.layers.test_experts import ROUTINGS, offsets_of, stack_of
+from tests.unit.adapters.layers.test_experts import gradients as stack_gradients
+from tests.unit.adapters.layers.test_experts import reference as one_by_one
+from tests.unit.adapters.layers.test_linear import gradients, host, reference
+from tests.world.cases import ok, run_cases
+from tests.world.test_engines import check_gathered
 from trainer.config.config import load_config
 from trainer.distributed import process_group
 from trainer.memory.planner import largest_batch, make_plan, reduce_plan

@@ -25,7 +25,7 @@ from adapters.rounding import round_up
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.engine.base import Engine, backbone_parameters
-from trainer.engine.peer_memory import open_window, possible
+from trainer.engine.peer_memory import open_peer_memory, possible
 from trainer.errors import UserError
 from trainer.model.blocks import hidden_state
 
@@ -64,7 +64,7 @@ class _Block:
         """Bytes of each rank's part."""
         self.size = self.part * len(local_ranks)
         self.whole: Tensor | None = None  # all of it, where it stays from step to step
-        self._parts = open_window(self.part, world)
+        self._parts = open_peer_memory(self.part, world)
         first, last = self._place * self.part, (self._place + 1) * self.part
         for matrix in self._matrices:
             begin, stop = max(first, matrix.start), min(last, matrix.start + matrix.nbytes)

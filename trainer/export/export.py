@@ -148,10 +148,9 @@ def write_adapter(
     """A PEFT folder from a checkpoint; of the backbone no weights are needed. Returns what
     compressing the adapter to `rank` loses (relative, 0 without it)."""
     config, tensors = saved_config(state), store.read_tensors(checkpoint)
-    task, needs_labels = TASKS[config.task.kind], config.task.needs_labels
+    task = TASKS[config.task.kind]
     with refuse_mismatch(checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
-    task = TASKS[config.task.kind]
     return export_adapter(
         out,
         adapters,
@@ -163,7 +162,7 @@ def write_adapter(
         task_type=task.peft_task_type,
         model_class=task.auto_class.__name__,
         heads=heads,
-        labels=len(state["labels"].get("labels", ())) or 1 if needs_labels else None,
+        labels=(len(state["labels"].get("labels", ())) or 1) if heads else None,
         note=note,
     )
 

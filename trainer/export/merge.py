@@ -12,7 +12,7 @@ from adapters.gated import GatedAdapter
 from adapters.layers.base import PackedLayer
 from adapters.peft_export import merged
 from trainer.errors import UserError
-from trainer.loading.key_mapping import Layout
+from trainer.loading.key_mapping import KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
 from trainer.model.backbone import BuiltModel
 
@@ -45,7 +45,7 @@ class Merger:
             for name, tensor in head.items()
         }
         self._prefix = self.model.base_model_prefix
-        self._layout = Layout(self.model.config)
+        self._layout = KeyMapping(self.model.config)
         self._files = PretrainedFiles(folder, self._layout)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapters import seeds
 from trainer.config.config import Config
-from trainer.loading.key_mapping import Layout
+from trainer.loading.key_mapping import KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
 from trainer.model.backbone import BuiltModel
 from trainer.model.hub import resolve_folder
@@ -78,7 +78,7 @@ class Source:
 def open_files(config: Config, backbone: BuiltModel, device: torch.device) -> PretrainedFiles:
     """The model's safetensors files."""
     folder = resolve_folder(config.model.id, config.model.revision)
-    return PretrainedFiles(folder, Layout(backbone.model.config), device)
+    return PretrainedFiles(folder, KeyMapping(backbone.model.config), device)
 
 
 def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:

@@ -149,7 +149,7 @@ def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:
     if world.any(away is None or away.offloaded == 0):
         return needs, 0
     assert away is not None
-    seconds, running = blocks.host.journey(away.offloaded), nothing.seconds / len(blocks)
+    seconds, running = blocks.host.transfer_seconds(away.offloaded), nothing.seconds / len(blocks)
     most = min(
         room // away.offloaded, int(len(blocks) * running / seconds), len(blocks.offloadable)
     )
