@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adapters.rounding import round_up
+
 _ALIGNMENT = 16  # elements; every tensor starts on a 64-byte boundary of the flat buffer
 
 
@@ -126,9 +128,9 @@ class MaskedAdamW:
         kept = {t.name for t in trainables if id(t.parameter) in held}
         earlier = {n: state for n, state in self.state_dict().items() if n in kept} if kept else {}
         device = trainables[0].parameter.device
-        sizes = [_padded(t.parameter.numel()) for t in trainables]
+        sizes = [round_up(t.parameter.numel(), _ALIGNMENT) for t in trainables]
         total, rows = sum(sizes), sum(t.parameter.shape[0] for t in trainables)
-        part = _padded(-(-total // self.share.count))
+        part = round_up(-(-total // self.share.count), _ALIGNMENT)
         # What parts are gathered into: longer than the values, since parts are equal.
         self._gathered = torch.zeros(part * self.share.count, dtype=torch.float32, device=device)
         self.values = self._gathered[:total]
@@ -374,7 +376,3 @@ class MaskedAdamW:
         sizes = [slot.rows.stop - slot.rows.start for slot in self._slots]
         rows = torch.repeat_interleave(torch.tensor(ratios), torch.tensor(sizes))
         return self._spread(rows.to(self.values))
-
-
-def _padded(numel: int) -> int:
-    return -(-numel // _ALIGNMENT) * _ALIGNMENT

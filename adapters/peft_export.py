@@ -16,8 +16,6 @@ from torch import Tensor
 from adapters.gated import GatedAdapter
 from adapters.units import stem
 
-_TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
-
 _FORMER_EXPERT = re.compile(r"\.(gate_proj|up_proj|down_proj)$")
 """In a mixture PEFT takes modules of these names for experts as transformers 4 had them, and its
 `target_modules` for those of the stacks: dense ones (of a layer without experts, of a shared
@@ -69,7 +67,8 @@ def export_adapter(
     *,
     base_model: str,
     revision: str | None = None,
-    task: str = "causal_lm",
+    task_type: str | None = "CAUSAL_LM",
+    model_class: str = "AutoModelForCausalLM",
     heads: Mapping[str, Mapping[str, Tensor]] | None = None,
     labels: int | None = None,
     note: str = "",
@@ -80,9 +79,11 @@ def export_adapter(
     """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
 
     `adapters` by module path; `heads`: whole trained modules by path, each its parameters by name;
-    `labels`: outputs of a classification head; `initial`: the parts of W that adapters started as.
-    `experts`: how many there are in every stack of the model, by its path; their adapters become
-    one LoRA on that parameter (PEFT's `target_parameters`), as wide as the widest of them.
+    `task_type`: PEFT's name of the task, None where it has none; `model_class`: transformers' class
+    that loads the backbone; `labels`: outputs of its new head, where it has one; `initial`: the
+    parts of W that adapters started as. `experts`: how many there are in every stack of the model,
+    by its path; their adapters become one LoRA on that parameter (PEFT's `target_parameters`), as
+    wide as the widest of them.
     A unit of rank 0 is left out (PEFT refuses it). `rank`: compress every unit to at most so much;
     returns what that loses, ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.
     """
@@ -130,7 +131,7 @@ def export_adapter(
     config |= {
         "base_model_name_or_path": base_model,
         "revision": revision,
-        "task_type": _TASK_TYPES.get(task),
+        "task_type": task_type,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     error = (lost / whole) ** 0.5 if whole else 0.0
@@ -138,7 +139,8 @@ def export_adapter(
         note = (
             f"{note}\n\nCompressed to rank {rank}: relative error {error:.2%} (Frobenius).".strip()
         )
-    (folder / "README.md").write_text(_readme(base_model, task, labels, note), encoding="utf-8")
+    readme = _readme(base_model, model_class, labels, note)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
     return error
 
 
@@ -188,10 +190,8 @@ def _peft_config(
     }
 
 
-def _readme(base_model: str, task: str, labels: int | None, note: str) -> str:
-    classifies = task == "sequence_classification"
-    auto = "SequenceClassification" if classifies else "CausalLM"
-    arguments = f'"{base_model}"' + (f", num_labels={labels}" if classifies else "")
+def _readme(base_model: str, model_class: str, labels: int | None, note: str) -> str:
+    arguments = f'"{base_model}"' + (f", num_labels={labels}" if labels is not None else "")
     return f"""---
 base_model: {base_model}
 library_name: peft
@@ -201,9 +201,9 @@ library_name: peft
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelFor{auto}
+from transformers import {model_class}
 
-model = AutoModelFor{auto}.from_pretrained({arguments})
+model = {model_class}.from_pretrained({arguments})
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 

@@ -19,10 +19,10 @@ import torch
 from adapters.formats.formats import FORMATS
 from trainer.config.arguments import Parser, at_least
 from trainer.config.config import load_config
+from trainer.distributed.failures import guarded
 from trainer.distributed.world import World
 from trainer.errors import UserError, first_line
 from trainer.model.footprint import estimate
-from trainer.run.launch import guarded
 from trainer.session import open_session
 from trainer.training.evaluation import mean_loss
 

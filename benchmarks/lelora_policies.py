@@ -15,8 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 from trainer.config.arguments import Parser, at_least
+from trainer.distributed.failures import guarded
 from trainer.run.comparison import Result, compare, read_comparison
-from trainer.run.launch import guarded
 
 LEARNED = "learned"
 POLICIES = {

@@ -39,16 +39,17 @@ from adapters.units import transformer_blocks
 from benchmarks.throughput import built
 from trainer.config.arguments import Parser, at_least, new_file
 from trainer.config.config import Config, with_overrides
+from trainer.device_memory import GIB, peak_gib, release
 from trainer.distributed.world import World
 from trainer.engine.select import make_engine
 from trainer.errors import UserError
 from trainer.export.merge import write_shards
-from trainer.loading import load as backbones
 from trainer.loading.async_reader import read_into
-from trainer.loading.key_mapping import Layout
+from trainer.loading.key_mapping import KeyMapping
+from trainer.loading.load import load_backbone
 from trainer.loading.spectral_init import SpectralInit
-from trainer.model.build import Backbone, load_tokenizer
-from trainer.model.footprint import GIB, peak_gib, release
+from trainer.model.backbone import BuiltModel
+from trainer.model.hub import load_tokenizer
 from trainer.run.launch import launched
 from trainer.tasks.base import Task
 from trainer.tasks.registry import TASKS
@@ -115,7 +116,7 @@ def main() -> None:
 # --- the checkpoint ---------------------------------------------------------------------------
 
 
-def enough_layers(model: Backbone) -> int:
+def enough_layers(model: BuiltModel) -> int:
     """Blocks for 8 billion parameters, of those that there are."""
     blocks = transformer_blocks(model.model)
     block = sum(p.numel() for p in blocks[0][1].parameters())
@@ -123,7 +124,7 @@ def enough_layers(model: Backbone) -> int:
     return min(len(blocks), max(1, -int(-(PARAMETERS - rest) // block)))
 
 
-def write(model: Backbone, folder: Path, device: torch.device) -> None:
+def write(model: BuiltModel, folder: Path, device: torch.device) -> None:
     """The checkpoint, unless it is there already. UserError where the folder holds another one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,9 +145,9 @@ def write(model: Backbone, folder: Path, device: torch.device) -> None:
     (folder / "shapes.json").write_text(wanted, encoding="utf-8")
 
 
-def random_tensors(model: Backbone, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def random_tensors(model: BuiltModel, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """(name as published, value)."""
-    layout = Layout(model.model.config)
+    layout = KeyMapping(model.model.config)
 
     def drawn(*shape: int) -> Tensor:
         values = torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -238,7 +239,7 @@ def load(config: Config, world: World) -> tuple[int, dict[str, float]]:
     with tempfile.TemporaryDirectory() as cache:
         spectral_init = SpectralInit(method, world, Path(cache)) if method.splits_weight else None
         engine = make_engine(config, world, task)
-        loaded = backbones.load(config, task, engine, world, spectral_init)
+        loaded = load_backbone(config, task, engine, world, spectral_init)
     assert loaded.loading is not None
     mine = loaded.loading.bytes_read if world.is_main else 0  # all ranks' sum already
     return mine, loaded.loading.shares
@@ -290,7 +291,7 @@ def from_disk() -> int | None:
 
 
 def report(
-    found: list[Figures], config: Config, model: Backbone, world: World, out: Path | None
+    found: list[Figures], config: Config, model: BuiltModel, world: World, out: Path | None
 ) -> None:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     kind = f"{config.model.quantization}, {config.method.kind}, {config.engine.kind}"

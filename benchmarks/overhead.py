@@ -22,14 +22,12 @@ import torch
 
 from trainer.config.arguments import Parser, among, at_least, new_file
 from trainer.config.config import load_config
-from trainer.decisions import consensus
+from trainer.distributed.failures import guarded
 from trainer.distributed.world import World
-from trainer.engine.base import Update
 from trainer.memory import planner
-from trainer.run.launch import guarded
 from trainer.session import Session, open_session
-from trainer.training.loop import accumulate, make_loader
-from trainer.training.lr_schedule import learning_rate
+from trainer.training.loop import make_loader
+from trainer.training.step import StepDone, Training, train_step
 from trainer.training.validation import make_validate
 
 LLAMA = "configs/llama8b_random.yaml"
@@ -54,30 +52,14 @@ METHODS = {
 }  # fmt: skip
 
 
-def steps(session: Session, count: int) -> Iterator[Update]:
-    """The loop of a run, by hand, one step at a time."""
-    config, method, optimizer = session.config, session.method, session.optimizer
-    validate, batches = make_validate(session), iter(make_loader(session, session.world))
-    method.set_horizon(count, lambda step: 1.0)
-    method.on_train_begin(optimizer, validate)
-
-    def decide(step: int) -> None:
-        _, changed = consensus.decide_and_apply(method, step, session.world)
-        if changed:
-            optimizer.rebind_parameters(session.trainables())
-
+def steps(session: Session, count: int) -> Iterator[StepDone]:
+    """The steps of a run, without what the loop adds to them, one at a time."""
+    validate = make_validate(session)
+    training = Training(session, make_loader(session, session.world), count, validate)
+    session.method.set_horizon(count, lambda step: 1.0)
+    session.method.on_train_begin(session.optimizer, validate)
     for step in range(count):
-        if method.decides_before == "forward":
-            decide(step)
-        loss = accumulate(session, next(batches), step)
-        if method.decides_before == "update":
-            decide(step)
-        mean = session.engine.reduce(optimizer, loss)
-        method.observe(step, optimizer)
-        optimizer.learning_rate = learning_rate(config.optim, step, count)
-        update = session.engine.step(optimizer, mean, config.optim.max_grad_norm)
-        method.after_step(step, optimizer, skipped=update.skipped, validate=validate)
-        yield update
+        yield train_step(training, step)
 
 
 def opened(

@@ -18,7 +18,9 @@ from adapters.units import stem
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.model import build
+from trainer.model.backbone import set_module
+from trainer.model.build import build
+from trainer.model.hub import load_tokenizer
 from trainer.tasks.registry import TASKS
 
 
@@ -31,8 +33,8 @@ def peft_step(config: Config, world: World) -> tuple[Callable[[], None], int]:
             f"{config.model.quantization}; accepted: one rank, none, nf4 or fp4"
         )
     device = world.device
-    task = TASKS[config.task.kind](config.task, build.load_tokenizer(config.model))
-    backbone = build.build(config, task, device)
+    task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))
+    backbone = build(config, task, device)
     units, shapes = backbone.units, backbone.model.config
     model = _random_model(shapes, config.model.quantization, device)
     stacks = {stem(unit.name) for unit in units if stem(unit.name) != unit.name}
@@ -82,7 +84,7 @@ def _random_model(shapes, quantization: str, device: torch.device) -> PreTrained
                 weight.cpu() if device.type == "cpu" else weight, requires_grad=False,
                 quant_type=quantization, module=small,
             ).to(device)  # fmt: skip
-            build.set_module(model, path, small)
+            set_module(model, path, small)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:

@@ -27,11 +27,11 @@ from adapters.units import Unit
 from benchmarks.throughput import built
 from trainer.config.arguments import Parser, at_least, new_file
 from trainer.config.config import Config
+from trainer.device_memory import peak_gib
 from trainer.distributed.world import World
+from trainer.loading.assignment import assign, param_tasks
 from trainer.loading.load import in_groups
-from trainer.loading.materialize import assign, param_tasks
-from trainer.model.build import Backbone
-from trainer.model.footprint import peak_gib
+from trainer.model.backbone import BuiltModel
 from trainer.run.launch import launched
 
 STAGES = {"gram": "_gram", "eigh": "_right", "qr": "_slices"}
@@ -88,7 +88,7 @@ def random_matrix(unit: Unit, world: World) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16, device=world.device) * 0.02
 
 
-def timed(config: Config, unit: Unit, backbone: Backbone, world: World, count: int) -> Figures:
+def timed(config: Config, unit: Unit, backbone: BuiltModel, world: World, count: int) -> Figures:
     """Every rank computes `count` matrices of the unit's shape at the same time, after one of
     warm-up."""
     same = [
@@ -133,7 +133,7 @@ def watched(world: World) -> Iterator[dict[str, float]]:
         yield seconds
 
 
-def dealt(backbone: Backbone, world: World) -> list[list[tuple[int, Unit]]]:
+def dealt(backbone: BuiltModel, world: World) -> list[list[tuple[int, Unit]]]:
     """(rank, unit) in the groups in which they are loaded."""
     seen: set[int] = set()
     groups = []
@@ -146,7 +146,7 @@ def dealt(backbone: Backbone, world: World) -> list[list[tuple[int, Unit]]]:
     return groups
 
 
-def added_up(found: list[Figures], backbone: Backbone, world: World) -> float:
+def added_up(found: list[Figures], backbone: BuiltModel, world: World) -> float:
     """Seconds for all units from those of each shape; of several hosts, the slowest."""
     seconds = {(f.out_features, f.in_features): f.seconds for f in found}
     total = 0.0
@@ -158,7 +158,7 @@ def added_up(found: list[Figures], backbone: Backbone, world: World) -> float:
     return total
 
 
-def computed(config: Config, backbone: Backbone, world: World) -> float:
+def computed(config: Config, backbone: BuiltModel, world: World) -> float:
     """Seconds in which all units were computed."""
     world.gather(None)
     started = time.perf_counter()

@@ -13,6 +13,7 @@ Under torchrun or the deepspeed launcher several ranks share the work.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -26,16 +27,24 @@ from adapters.layers.experts import StackedLinear
 from adapters.layers.linear import AdaptedLinear
 from trainer.config.arguments import Parser, at_least, counts, new_file
 from trainer.config.config import Config, with_overrides
+from trainer.data.loader import Step
+from trainer.device_memory import peak_gib, release
 from trainer.distributed.world import World
 from trainer.memory.planner import make_plan
-from trainer.model.build import Backbone, build, load_tokenizer
-from trainer.model.footprint import peak_gib, release
+from trainer.model.backbone import BuiltModel
+from trainer.model.build import build
+from trainer.model.hub import load_tokenizer
 from trainer.run.launch import launched
 from trainer.session import open_session
 from trainer.tasks.base import Batch
 from trainer.tasks.registry import TASKS
+from trainer.training.step import Training, train_step
+from trainer.training.validation import make_validate
 
 WARM_UP = 2
+
+_HORIZON = 10**6
+"""Steps of a run of which a few are timed."""
 
 Contestant = Callable[[Config, World], tuple[Callable[[], None], int]]
 """Prepares a model; gives its training step, and how many parameters that trains."""
@@ -97,6 +106,18 @@ def main() -> None:
             report(found, config, world, ceiling, arguments.out)
 
 
+class SameBatch:
+    """One micro-batch a rank, the same in every step."""
+
+    def __init__(self, batch: Batch, world: World):
+        self.micro_batch_size = batch.targets.shape[0]
+        weight, tokens = batch.weight * world.size, batch.tokens * world.size
+        self._step = Step([(world.rank, batch)], weight, tokens, epoch=0.0)
+
+    def next_step(self) -> Step:
+        return self._step
+
+
 def ours(config: Config, world: World) -> tuple[Callable[[], None], int]:
     """This project's step on its own session."""
     session = open_session(config, world)
@@ -109,12 +130,13 @@ def ours(config: Config, world: World) -> tuple[Callable[[], None], int]:
         if world.is_main and remark:
             print(remark, flush=True)
 
+    validate, number = make_validate(session), itertools.count()
+    training = Training(session, SameBatch(batch, world), _HORIZON, validate)
+    session.method.set_horizon(_HORIZON, lambda step: 1.0)
+    session.method.on_train_begin(session.optimizer, validate)
+
     def step() -> None:
-        loss, _ = session.task.loss(session.model, batch)
-        loss = loss / (weight * world.size)
-        session.engine.backward(loss)
-        mean = session.engine.reduce(session.optimizer, loss)
-        session.engine.step(session.optimizer, mean, config.optim.max_grad_norm)
+        train_step(training, next(number))
 
     return step, session.optimizer.numel
 
@@ -171,7 +193,7 @@ def met_parameters(config: Config, world: World) -> int:
     return total
 
 
-def built(config: Config, world: World) -> Backbone:
+def built(config: Config, world: World) -> BuiltModel:
     """The model without its weights."""
     task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))
     return build(config, task, world.device)

@@ -5,11 +5,11 @@ python docs/make_configuration.py
 
 from pathlib import Path
 
-from adapters.methods.registry import METHODS
+from adapters.methods.registry import OPTIONS as METHOD_OPTIONS
 from adapters.options import Section
 from trainer.config.config import Config
 from trainer.config.validation import type_name
-from trainer.tasks.registry import TASKS
+from trainer.tasks.registry import OPTIONS as TASK_OPTIONS
 
 
 def table(section: type[Section]) -> list[str]:
@@ -33,13 +33,13 @@ def rows(section: type[Section], prefix: str = "") -> list[str]:
 def document() -> str:
     lines = ["# Configuration", "", "Made by `python docs/make_configuration.py`; do not edit.", ""]
     for name, field in Config.model_fields.items():
-        kinds = {"method": METHODS, "task": TASKS}.get(name)
+        kinds = {"method": METHOD_OPTIONS, "task": TASK_OPTIONS}.get(name)
         if kinds is None:
             assert isinstance(field.annotation, type)
             lines += [f"## {name}", "", *table(field.annotation), ""]
             continue
-        for kind, implementation in kinds.items():
-            lines += [f"## {name} (`kind: {kind}`)", "", *table(implementation.Options), ""]
+        for kind, section in kinds.items():
+            lines += [f"## {name} (`kind: {kind}`)", "", *table(section), ""]
     return "\n".join(lines)
 
 

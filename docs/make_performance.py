@@ -1,4 +1,4 @@
-"""Draw docs/performance.png from docs/performance.json: tokens/s a GPU, PEFT's, and the limit.
+"""Draw docs/performance.png from docs/performance.json: tokens/s per GPU, PEFT's, and the limit.
 
 python docs/make_performance.py
 """
@@ -34,7 +34,7 @@ def main() -> None:
         axes.set_ylim(0, 1.15 * highest)
         axes.set_title(job["job"], fontsize="small")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("tokens/s a GPU")
+    panels[0].set_ylabel("tokens/s per GPU")
     figure.suptitle(f"{measured['date']}; limit: matrix products and attention at full rate")
     figure.savefig(HERE / "performance.png", dpi=110)
 

@@ -6,16 +6,16 @@ Exit code 0: it fits; 1: it does not.
 """
 
 import argparse
-import os
 import sys
+from collections.abc import Sequence
 
 from trainer.config.arguments import Parser, at_least
+from trainer.distributed.failures import guarded
 from trainer.errors import UserError
-from trainer.run.launch import guarded
 
 
-def parse() -> argparse.Namespace:
-    parser = Parser(__doc__)
+def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = Parser(__doc__, prog)
     parser.add_argument("config", help="YAML file")
     parser.add_argument(
         "--gpus", type=at_least(1), default=1, help="how many, on all hosts together"
@@ -23,11 +23,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hosts", type=at_least(1), default=1, help="that have as many GPUs each")
     parser.add_argument("--memory", type=float, default=139.8, help="GiB of each (H200: 139.8)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(argv)
 
 
-def main() -> int:
-    arguments = parse()
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    arguments = parse(argv, prog)
     if arguments.gpus % arguments.hosts:
         raise UserError(
             f"--hosts: {arguments.hosts} given with --gpus {arguments.gpus}; accepted: hosts with "
@@ -36,10 +36,13 @@ def main() -> int:
     if not 0 < arguments.memory < 2**20:
         raise UserError(f"--memory: {arguments.memory} given; accepted: GiB of a GPU, above 0")
     from trainer.config.config import load_config
-    from trainer.memory.estimate import predict, table
-    from trainer.model.footprint import GIB
+    from trainer.device_memory import GIB
+    from trainer.run.launch import configure_libraries
 
+    configure_libraries()
     config = load_config(arguments.config, arguments.overrides)
+    from trainer.memory.estimate import predict, table
+
     memory = int(arguments.memory * GIB)
     prediction = predict(config, arguments.gpus, memory, arguments.hosts)
     print(table(prediction))
@@ -47,7 +50,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with guarded():
         code = main()
     sys.exit(code)

@@ -6,21 +6,24 @@ torchrun --nproc_per_node 2 launch/evaluate.py runs/NAME/checkpoints/step-000001
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config.arguments import Parser
+from trainer.distributed.failures import guarded
 from trainer.errors import UserError
-from trainer.run.launch import guarded, join
 
 
-def main() -> None:
-    parser = Parser(__doc__)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = Parser(__doc__, prog)
     parser.add_argument("source", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args(argv)
     from trainer.config.config import with_overrides
     from trainer.export import export
+    from trainer.run.launch import join
     from trainer.training.evaluation import evaluate_saved
 
     checkpoint, state = export.locate(arguments.source)
@@ -33,8 +36,10 @@ def main() -> None:
         scores = evaluate_saved(config, world, checkpoint)
         if world.is_main:
             print(json.dumps({"checkpoint": str(checkpoint), **scores}))
+    return 0
 
 
 if __name__ == "__main__":
     with guarded():
-        main()
+        code = main()
+    sys.exit(code)

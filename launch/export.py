@@ -11,15 +11,16 @@ and the export measures on the evaluation data what the adapter loses on the unq
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from trainer.config.arguments import Parser
-from trainer.distributed import world as distributed
-from trainer.run.launch import guarded
+from trainer.distributed.failures import guarded
 
 
-def parse() -> argparse.Namespace:
-    parser = Parser(__doc__)
+def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = Parser(__doc__, prog)
     parser.add_argument("source", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--what", choices=("adapter", "merged", "backbone"), default="adapter")
@@ -30,17 +31,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="where data moved"
     )
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(argv)
 
 
-def main() -> None:
-    arguments = parse()
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    arguments = parse(argv, prog)
+    from trainer.distributed import process_group
     from trainer.export.export import export_run
 
     note = export_run(
         arguments.source,
         arguments.out,
-        distributed.start(arguments.device),
+        process_group.start(arguments.device),
         what=arguments.what,
         base=arguments.base,
         measure=not arguments.no_measure,
@@ -50,8 +52,10 @@ def main() -> None:
     print(
         f"{note}\n" * bool(note) + f"{arguments.what} of {arguments.source} is in {arguments.out}"
     )
+    return 0
 
 
 if __name__ == "__main__":
     with guarded():
-        main()
+        code = main()
+    sys.exit(code)

@@ -7,15 +7,14 @@ srun bash -c '. launch/slurm/rendezvous.sh; exec python launch/train.py --config
 """
 
 import argparse
-import os
 import sys
+from collections.abc import Sequence
 
 from trainer.config.arguments import Parser
-from trainer.run.launch import launched
 
 
-def parse() -> argparse.Namespace:
-    parser = Parser(__doc__)
+def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = Parser(__doc__, prog)
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--print-config", action="store_true", help="print the resolved YAML")
     parser.add_argument(
@@ -23,11 +22,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(argv)
 
 
-def main() -> int:
-    arguments = parse()
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    arguments = parse(argv, prog)
+    from trainer.run.launch import launched
+
     with launched(arguments.config, arguments.overrides) as (config, world):
         if arguments.print_config:
             if world.is_main:
@@ -47,5 +48,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

@@ -8,27 +8,24 @@ python launch/watch.py runs/NAME --once     one look; the exit code says how the
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 
 from trainer.config.arguments import Parser
-from trainer.errors import UserError
+from trainer.distributed.failures import guarded
 from trainer.records.heartbeat import EXIT_RUNNING
 from trainer.report.watch import exit_code, view
 
 
-def main() -> int:
-    parser = Parser(__doc__)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = Parser(__doc__, prog)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--once", action="store_true", help="print once; exit code by state")
-    arguments = parser.parse_args()
-    try:
-        return watch(arguments.run, arguments.once)
-    except UserError as error:  # without trainer.start, whose imports take seconds
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    arguments = parser.parse_args(argv)
+    return watch(arguments.run, arguments.once)
 
 
 def watch(run: Path, once: bool) -> int:
@@ -47,4 +44,6 @@ def watch(run: Path, once: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with guarded():
+        code = main()
+    sys.exit(code)

@@ -24,6 +24,12 @@ def shared(path: str) -> Path:
     return found
 
 
+def pytest_sessionfinish() -> None:
+    from tests.helpers import SERVER
+
+    SERVER.close()
+
+
 @pytest.fixture(autouse=True)
 def _in_project_folder(monkeypatch):
     """Paths in shipped configurations are relative to the project."""

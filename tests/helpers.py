@@ -1,24 +1,35 @@
 """What several tests need: tiny models on disk, configurations, launching real processes."""
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from tests.forkserver import Forked, Server
 from trainer.config.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 TINY = ROOT / "configs/quickstart/model"
+ALL = os.environ.get("RANKCAST_ALL") == "1"
+"""`make test-all`: whole products instead of samples of them."""
+thorough = pytest.mark.skipif(not ALL, reason="minutes: make test-all")
+WORKER = ROOT / "tests/world/worker.py"
+SERVER = Server()
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -31,15 +42,25 @@ def save_random_model(
     folder: Path, model_type: str, auto: Any = None, seed: int = 0, **changes: Any
 ) -> Path:
     """A random model of `model_type` with the quickstart's tokenizer, as transformers saves it."""
-    settings = {**SMALL, **changes}
+    made, state = _random_model(model_type, auto or AutoModel, seed, json.dumps(changes))
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    torch.set_rng_state(state)
+    return folder
+
+
+@functools.cache
+def _random_model(model_type: str, auto: Any, seed: int, changes: str) -> tuple[Path, torch.Tensor]:
+    """Made once a session: (folder, torch's random state afterwards)."""
+    folder = Path(tempfile.mkdtemp(prefix="rankcast-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    settings = {**SMALL, **json.loads(changes)}
     if model_type in ("bert", "roberta"):
         settings.pop("head_dim"), settings.pop("num_key_value_heads")
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)
-    model = (auto or AutoModel).from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder)
+    auto.from_config(config, dtype=torch.float32).save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
-    return folder
+    return folder, torch.get_rng_state()
 
 
 def save_mixture(folder: Path, model_type: str, **changes: Any) -> Path:
@@ -148,7 +169,41 @@ def launch(
     seconds: float = 180,
     gpus: str | None = "",
 ) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a script under a launcher that is really started."""
     return finish(start(launcher, processes, script, *arguments, gpus=gpus), seconds)
+
+
+def python(
+    *arguments: str | Path, processes: int = 1, seconds: float = 180
+) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `python SCRIPT …` or `python -m MODULE …`, forked instead of
+    started; with several processes, each has the variables that torchrun would set."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = fork_ranks(processes, Path(folder), *map(str, arguments))
+        deadline = time.monotonic() + seconds
+        ended = [rank.wait(deadline - time.monotonic()) for rank in ranks]
+        for rank in ranks:
+            rank.kill()
+        outs, errs = zip(*(rank.output() for rank in ranks), strict=True)
+        out, err = "".join(outs), "".join(errs)
+        assert all(ended), f"no end after {seconds} s\n{out[-2000:]}\n{err[-4000:]}"
+        return max((rank.code for rank in ranks), key=abs), out, err
+
+
+def fork_ranks(processes: int, folder: Path, *arguments: str) -> list[Forked]:
+    """Processes that find each other as torchrun's do (a single one as if without a launcher, but
+    for the worker's), with their output in `folder`."""
+    shared = {
+        "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    ranks = []
+    for rank in range(processes):
+        own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        variables = own if processes > 1 or "tests.world.worker" in arguments else {}
+        log = folder / f"{rank}.log"
+        ranks.append(SERVER.fork(list(arguments), log, environment() | variables, ROOT))
+    return ranks
 
 
 def error_lines(text: str) -> list[str]:

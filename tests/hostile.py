@@ -14,9 +14,9 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
+from tests.helpers import ALL
 from trainer.errors import UserError
 
-ALL = os.environ.get("RANKCAST_ALL") == "1"
 SECONDS = 20
 """After so long a reader hangs."""
 MEMORY = 4 * 2**30

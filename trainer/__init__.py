@@ -1,1 +1,3 @@
 """The trainer: configuration, data, backbone, engines, loop, checkpoints."""
+
+__version__ = "0.1.0"

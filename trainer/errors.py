@@ -1,5 +1,9 @@
 """Failures that a user can mend, and the exit codes they end in."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 EXIT_USAGE = 2
 """The configuration, a file or the data is not usable; nothing was trained."""
 EXIT_FAILED = 1
@@ -37,3 +41,21 @@ class RunFailed(UserError):
     """A run that began has to stop; the line names what is left to resume from."""
 
     exit_code = EXIT_FAILED
+
+
+class BadCheckpoint(UserError):
+    """A checkpoint that cannot be used; the message says why."""
+
+
+@contextmanager
+def refuse_mismatch(source: Path) -> Iterator[None]:
+    """Turns whatever wrong tensors or values lead to into BadCheckpoint."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a method's own state, say, is read by code that trusts it
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise BadCheckpoint(
+            f"{source}: not what a run of this configuration writes ({reason})"
+        ) from error

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.registry import METHODS
@@ -20,35 +20,36 @@ from trainer.distributed.world import World
 from trainer.engine.base import Engine
 from trainer.engine.select import make_engine
 from trainer.errors import UserError
-from trainer.loading import load as backbones
+from trainer.loading.load import check_backbone, load_backbone
 from trainer.loading.spectral_init import SpectralInit
-from trainer.model import build
-from trainer.model.build import Backbone
+from trainer.model.backbone import LoadedBackbone
+from trainer.model.hub import load_tokenizer
 from trainer.tasks.base import Task
 from trainer.tasks.registry import TASKS
 
+if TYPE_CHECKING:
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-@dataclass
+
+@dataclass(frozen=True)
 class Session:
     """Everything that training, evaluation and export share."""
 
     config: Config
     world: World
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     task: Task
     train_data: TokenDataset
     eval_data: TokenDataset | None
     left_out: np.ndarray
     """Indices of the training records that are not trained on."""
     engine: Engine
-    backbone: Backbone
+    backbone: LoadedBackbone
     method: Method
     optimizer: MaskedAdamW
     watchdog: Watchdog
     initial_adapters: Mapping[str, InitialAdapter] | None
     """Rank 0: what the method took out of the matrices, where it splits them."""
-    initial_digest: str | None = None
-    """SHA-256 of the file that keeps `starts`."""
 
     @property
     def model(self) -> nn.Module:
@@ -62,22 +63,26 @@ class Session:
 
     def trainables(self) -> list[Trainable]:
         """Adapters first, then the parameters of new heads."""
-        heads = [
-            Trainable(f"{path}.{name}", parameter)
-            for path, head in self.backbone.heads.items()
-            for name, parameter in head.named_parameters()
-        ]
-        return self.method.adapters.trainables() + heads
+        return _trainables(self.method, self.backbone)
+
+
+def _trainables(method: Method, backbone: LoadedBackbone) -> list[Trainable]:
+    heads = [
+        Trainable(f"{path}.{name}", parameter)
+        for path, head in backbone.heads.items()
+        for name, parameter in head.named_parameters()
+    ]
+    return method.adapters.trainables() + heads
 
 
 def open_data(
     config: Config, world: World
-) -> tuple[PreTrainedTokenizerBase, Task, TokenDataset, TokenDataset | None]:
+) -> tuple["PreTrainedTokenizerBase", Task, TokenDataset, TokenDataset | None]:
     """Tokenizer, task and tokenised data; each node's first rank tokenises, the others follow."""
     with world.all_or_none():
-        tokenizer = build.load_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model)
         task = TASKS[config.task.kind](config.task, tokenizer)
-        if config.task.kind == "sequence_classification":
+        if config.task.needs_labels:
             task.learn_labels(read_labels(config.data.train, config.data.train_split, config.data))
     prepared = None
     for turn in (True, False):
@@ -115,37 +120,50 @@ def open_session(
 ) -> Session:
     """Load data and backbone, shard it, attach the method's adapters. The same on every rank.
 
-    `starts`: the initial tensors of the run that is resumed, where its method splits matrices.
+    `initial_adapters`: those of the run that is resumed, where its method splits matrices.
     """
     tokenizer, task, train_data, eval_data = open_data(config, world)
     with world.all_or_none():  # what is wrong with the model shows without its weights
-        backbones.check(config, task, world.device)
+        check_backbone(config, task, world.device)
         left_out = _leave_out(config, len(train_data))
     engine = make_engine(config, world, task)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     spectral_init = None
     if isinstance(method, SpectralMethod):
-        spectral_init = SpectralInit(
-            method, world, cache_root(config.data) / "spectra", initial_adapters
-        )
-    backbone = backbones.load(config, task, engine, world, spectral_init)
+        spectra = cache_root(config.data) / "spectra"
+        spectral_init = SpectralInit(method, world, spectra, initial_adapters)
+    backbone = load_backbone(config, task, engine, world, spectral_init)
     if spectral_init is not None:
         initial_adapters = spectral_init.initial_adapters
     method.attach(backbone.units, backbone.adapted_layers, world.device, initial_adapters)
-    session = Session(
-        config, world, tokenizer, task, train_data, eval_data, left_out, engine, backbone, method,
-        optimizer=None,  # type: ignore[arg-type]  # follows at once, from the session's trainables
+    return Session(
+        config=config,
+        world=world,
+        tokenizer=tokenizer,
+        task=task,
+        train_data=train_data,
+        eval_data=eval_data,
+        left_out=left_out,
+        engine=engine,
+        backbone=backbone,
+        method=method,
+        optimizer=_make_optimizer(config, world, method, backbone),
         watchdog=Watchdog(world, config.engine.timeout),
         initial_adapters=initial_adapters if world.is_main else None,
-    )  # fmt: skip
-    share = Share(world.rank, world.size, world.gather_parts_)
-    session.optimizer = MaskedAdamW(
-        session.trainables(),
-        learning_rate=config.optim.learning_rate,
-        betas=(config.optim.betas[0], config.optim.betas[1]),
-        eps=config.optim.eps,
-        weight_decay=config.optim.weight_decay,
-        no_bias_correction=method.no_bias_correction,
-        share=share if config.optim.shard_state else Share(),
     )
-    return session
+
+
+def _make_optimizer(
+    config: Config, world: World, method: Method, backbone: LoadedBackbone
+) -> MaskedAdamW:
+    optim = config.optim
+    share = Share(world.rank, world.size, world.gather_parts_)
+    return MaskedAdamW(
+        _trainables(method, backbone),
+        learning_rate=optim.learning_rate,
+        betas=(optim.betas[0], optim.betas[1]),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        no_bias_correction=method.no_bias_correction,
+        share=share if optim.shard_state else Share(),
+    )

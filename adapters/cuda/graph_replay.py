@@ -1,4 +1,4 @@
-"""Hundreds of small operations on a GPU, launched as one."""
+"""CUDA graph capture and replay of a function made of many small operations."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class GraphReplay:
-    """`function` of tensors on a GPU, recorded as a CUDA graph when it is called the second time,
-    and from then on replayed: the CPU launches once what it would otherwise launch one by one.
+    """Captures `function` as a CUDA graph in its second call and replays the graph from then on:
+    one launch by the CPU instead of one per operation.
 
-    It must read no value of a tensor on the CPU, take the same shapes every time, and change in
-    place whatever it changes. What it returns is overwritten by the next call. Not `recorded`, it
-    is called like any other.
+    The function must not synchronise with the CPU, must take tensors of the same shapes in every
+    call and must mutate state in place. Its outputs are overwritten by the next call. Without
+    `enabled` the function is simply called.
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], enabled: bool):
@@ -20,8 +20,8 @@ class GraphReplay:
         self.forget()
 
     def forget(self) -> None:
-        """To be called where what `function` changes was put elsewhere."""
-        self._warm = False  # libraries set themselves up in the first call, and optimizers
+        """Discard the graph. Call when captured tensors were reallocated."""
+        self._warm = False  # the first call initialises libraries and optimizer state
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
@@ -31,7 +31,7 @@ class GraphReplay:
         if self._graph is None:
             self._inputs = [tensor.clone() for tensor in inputs]
             graph = torch.cuda.CUDAGraph()
-            # What other threads ask of the GPU meanwhile, as NCCL's watchdog does, is no error.
+            # Other threads (NCCL's watchdog) may call CUDA while this one captures.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._outputs = self._function(*self._inputs)
             self._graph = graph

@@ -1,11 +1,11 @@
 """Products in float8 e4m3 on GPUs that have them (Hopper and later).
 
-Rows of the activations are scaled to the format's range on the fly, a weight has one scale a row:
+Activations are quantised on the fly with one scale per row, weights once with one scale per row:
 
     y = (x̂ Ŵᵀ) ∘ (s_x s_Wᵀ)          dx = (d̂ Ŵ) ∘ s_d,  d = dy ∘ s_W
 
-In the second product the sum runs over the rows of W, so their scales go into dy before that is
-scaled itself. cuBLAS takes the second factor by columns, so backward transposes the codes.
+The second product sums over the rows of W, so their scales are multiplied into dy before dy is
+quantised. cuBLAS wants the second factor column-major, so backward transposes the codes.
 """
 
 import functools
@@ -15,7 +15,7 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
-_MULTIPLE = 16  # rows and columns of W, as cuBLAS wants them
+_MULTIPLE = 16  # cuBLAS: rows and columns of W must be multiples of 16
 
 
 def has_products(x: Tensor, shape: tuple[int, int]) -> bool:

@@ -1,25 +1,27 @@
 """Frozen weight formats: how a backbone matrix is held as bytes, and how it is read back.
 
-A quantised matrix is one flat tensor of bytes, codes first and scales behind them, *viewed as
-the model's own dtype*. To a sharder it is an ordinary frozen parameter, so ZeRO-3 and FSDP2
-(which on torch 2.11 shards no integer tensors) split it without knowing about quantisation, and
-a cast to the dtype it already has leaves its bits alone. Never call `.float()` on it. `unpack`
-takes the bytes through any dtype (FSDP2 wants them viewed as float32).
+A quantised matrix is one flat tensor of bytes, codes followed by scales, *viewed as the model's
+dtype*. To a sharder it is an ordinary frozen parameter, so ZeRO-3 and FSDP2 (which cannot shard
+integer tensors on torch 2.11) split it without knowing about quantisation, and a cast to the dtype
+that it already has preserves its bits. Never call `.float()` on it. `unpack` accepts the bytes
+viewed as any dtype (FSDP2 views them as float32).
 """
 
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
-import bitsandbytes  # also registers torch.ops.bitsandbytes, for CPU and GPU
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.formats import float8
+from adapters.rounding import round_up
 
 _ALIGNMENT = 64  # bytes; the scales start on such a boundary, so that they can be viewed as float32
-_MOST = 2**30  # weights at a time; bitsandbytes' kernels count them in 32 bits
+_MAX_WEIGHTS = 2**30  # per kernel call: bitsandbytes' kernels index with 32 bits
 _BLOCK = 64  # weights that share one scale in the 4-bit formats, as in QLoRA
 
 
@@ -28,31 +30,31 @@ LowRank = tuple[Tensor, Tensor]
 
 
 class WeightFormat(ABC):
-    """One way to hold a frozen matrix of shape (out, in)."""
+    """A storage format of a frozen matrix of shape (out, in)."""
 
     name: str
 
     @abstractmethod
     def nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes that a matrix of `shape` takes when held for compute in `dtype`."""
+        """Bytes of a packed matrix of `shape` whose products are computed in `dtype`."""
 
     @abstractmethod
     def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Hold `weight` (out, in): a tensor of `dtype` whose bits mean what `unpack` says."""
+        """Quantise `weight` (out, in) into a flat tensor of `dtype`, the input of `unpack`."""
 
     @abstractmethod
     def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The matrix (out, in) in `dtype` that `pack` stands for."""
+        """Dequantise to (out, in) in `dtype`."""
 
     def unpacked_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes that W takes beside its packed form while it is unpacked for its products."""
+        """Bytes of the dequantised copy of W that exists during a product."""
         return shape[0] * shape[1] * dtype.itemsize
 
     def product_bytes(
         self, shape: tuple[int, int], rows: int, dtype: torch.dtype, *, backward: bool
     ) -> int:
-        """Bytes that `forward` (or `backward`) of so many rows holds on a GPU of the newest kind,
-        beside its arguments and its result."""
+        """Temporary bytes of `forward` (or `backward`) of `rows` rows on a Hopper GPU, without
+        arguments and result."""
         return self.unpacked_bytes(shape, dtype)
 
     def forward(
@@ -67,7 +69,7 @@ class WeightFormat(ABC):
         W = self.unpack(packed, shape, x.dtype)
         if low_rank is None:
             return F.linear(x, W, bias)
-        # The small product first: the large one then adds to it while it is still computing.
+        # The small product first: the large one then accumulates into it in its epilogue.
         y = _product(low_rank) if bias is None else torch.addmm(bias, *low_rank)
         return y.addmm_(x, W.T)
 
@@ -102,7 +104,7 @@ class Plain(WeightFormat):
 
 
 class _CodesAndScales(WeightFormat):
-    """Codes (uint8) and float32 scales in one flat run of bytes."""
+    """Codes (uint8) followed by float32 scales in one flat byte buffer."""
 
     @abstractmethod
     def sizes(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -116,13 +118,13 @@ class _CodesAndScales(WeightFormat):
     def decode(
         self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
-        """The matrix that `codes` and `scales` stand for."""
+        """Inverse of `encode`, in `dtype`."""
 
     def _layout(self, shape: tuple[int, int]) -> tuple[int, int, int]:
         """Bytes of codes, offset of the scales, bytes in all."""
         codes, scales = self.sizes(shape)
-        offset = _round_up(codes, _ALIGNMENT)
-        return codes, offset, _round_up(offset + 4 * scales, _ALIGNMENT)
+        offset = round_up(codes, _ALIGNMENT)
+        return codes, offset, round_up(offset + 4 * scales, _ALIGNMENT)
 
     def nbytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         return self._layout(shape)[2]
@@ -160,8 +162,8 @@ class FourBit(_CodesAndScales):
 
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         parts = [
-            torch.ops.bitsandbytes.quantize_4bit(part, _BLOCK, self.name, torch.uint8)
-            for part in weight.flatten().split(_MOST)
+            _bitsandbytes().quantize_4bit(part, _BLOCK, self.name, torch.uint8)
+            for part in weight.flatten().split(_MAX_WEIGHTS)
         ]
         return torch.cat([codes.flatten() for codes, _ in parts]), torch.cat([s for _, s in parts])
 
@@ -170,32 +172,45 @@ class FourBit(_CodesAndScales):
     ) -> Tensor:
         numel = shape[0] * shape[1]
         if codes.is_cuda and numel % _BLOCK == 0:
-            from adapters.formats.kernels import (
-                looked_up,  # only GPU builds of torch come with Triton
-            )
+            # Only GPU builds of torch come with Triton.
+            from adapters.formats.kernels import dequantise_lookup
 
             table = _table(self.name, codes.device)
-            return looked_up(codes, scales, table, _BLOCK, dtype).view(shape)
+            return dequantise_lookup(codes, scales, table, _BLOCK, dtype).view(shape)
         parts = [
-            torch.ops.bitsandbytes.dequantize_4bit(
-                some.unsqueeze(1),
-                its,
+            _bitsandbytes().dequantize_4bit(
+                some_codes.unsqueeze(1),
+                some_scales,
                 _BLOCK,
                 self.name,
-                [min(_MOST, numel - index * _MOST)],
+                [min(_MAX_WEIGHTS, numel - index * _MAX_WEIGHTS)],
                 dtype,
             )
-            for index, (some, its) in enumerate(
-                zip(codes.split(_MOST // 2), scales.split(_MOST // _BLOCK), strict=True)
+            for index, (some_codes, some_scales) in enumerate(
+                zip(
+                    codes.split(_MAX_WEIGHTS // 2),
+                    scales.split(_MAX_WEIGHTS // _BLOCK),
+                    strict=True,
+                )
             )
         ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
 
 @functools.cache
+def _bitsandbytes() -> Any:
+    """Its operators, for CPU and GPU, imported where a format first needs one."""
+    import bitsandbytes  # noqa: F401 (registers them)
+
+    return torch.ops.bitsandbytes
+
+
+@functools.cache
 def _table(name: str, device: torch.device) -> Tensor:
     """The 16 values of a 4-bit format (float32)."""
-    return bitsandbytes.functional.get_4bit_type(name, device=device)
+    from bitsandbytes.functional import get_4bit_type
+
+    return get_4bit_type(name, device=device)
 
 
 class Int8(_CodesAndScales):
@@ -214,13 +229,13 @@ class Int8(_CodesAndScales):
     def encode(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         # The CUDA kernel takes float16 only; a weight beyond its range (65504) would not survive.
         source = weight.half() if weight.is_cuda else weight
-        codes, scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(source, 0.0)
+        codes, scales, _ = _bitsandbytes().int8_vectorwise_quant(source, 0.0)
         return codes, scales
 
     def decode(
         self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
-        function = _by_row_compiled if codes.is_cuda else _by_row
+        function = _by_row_compiled() if codes.is_cuda else _by_row
         return function(codes.view(torch.int8).view(shape), scales * (1 / 127), dtype)
 
 
@@ -247,7 +262,7 @@ class Float8(_CodesAndScales):
     def decode(
         self, codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype
     ) -> Tensor:
-        function = _by_row_compiled if codes.is_cuda else _by_row
+        function = _by_row_compiled() if codes.is_cuda else _by_row
         return function(codes.view(float8.E4M3).view(shape), scales, dtype)
 
     def product_bytes(
@@ -291,13 +306,11 @@ def _by_row(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.float() * scales.unsqueeze(1)).to(dtype)
 
 
-_by_row_compiled = torch.compile(_by_row, dynamic=True)
+@functools.cache
+def _by_row_compiled() -> Callable[[Tensor, Tensor, torch.dtype], Tensor]:
+    return torch.compile(_by_row, dynamic=True)
 
 
 FORMATS: dict[str, WeightFormat] = {
     fmt.name: fmt for fmt in (Plain(), FourBit("nf4"), FourBit("fp4"), Int8(), Float8())
 }
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -1,7 +1,7 @@
-"""Triton kernels for what a library does slower than the GPU's memory allows.
+"""Triton kernels that are bound by memory bandwidth, where library kernels are slower.
 
-All three only move bytes: they dequantise 4-bit codes (bitsandbytes' own kernel reaches 2.4 TB/s on
-an H200, with the same bits), encode rows in float8, and transpose codes.
+They dequantise 4-bit codes (bitsandbytes' kernel reaches 2.4 TB/s on an H200; same bits), quantise
+rows to float8, and transpose codes.
 """
 
 import torch
@@ -9,15 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BYTES = 2048  # codes a program of `looked_up` takes
-_TILE = 128  # codes a side of what a program of `transposed` takes
+_BYTES = 2048  # bytes of codes per program of `dequantise_lookup`
+_TILE = 128  # side of the tile of codes per program of `transposed`
 
 
-def looked_up(
+def dequantise_lookup(
     codes: Tensor, scales: Tensor, table: Tensor, block: int, dtype: torch.dtype
 ) -> Tensor:
-    """Two weights a byte of `codes` (uint8, the upper half first), one of 16 values each in `table`
-    (float32), times their block's scale (float32): a flat tensor."""
+    """Dequantise 4-bit codes to a flat tensor of `dtype`: two per byte of `codes` (uint8, high
+    nibble first), each an index into the 16 float32 values of `table`, times its block's scale."""
     count = codes.numel()
     out = torch.empty(2 * count, dtype=dtype, device=codes.device)
     grid = (triton.cdiv(count, _BYTES),)

@@ -18,7 +18,7 @@ from adapters.layers.handles import RegisteredLayer
 
 
 class Dropout:
-    """Where and how much a host drops, and the seed that makes its mask reproducible.
+    """Dropout of an adapted layer with a reproducible mask.
 
     The mask is drawn again in backward (and in a checkpointed recomputation) from
     (seed of the micro-batch, unit), so it is never stored. `base_seed` is one 0-d int64 CPU
@@ -33,7 +33,7 @@ class Dropout:
 
     def __call__(self, x: Tensor, paired: bool = False) -> Tensor:
         """Inverted dropout. `paired`: the second half of the columns shares the first half's mask,
-        so that a difference is dropped whole."""
+        so that a difference is dropped as one."""
         seed = int(self.base_seed) * 1_000_003 + self.unit_index
         generator = torch.Generator(device=x.device).manual_seed(seed & (2**63 - 1))
         drawn = x.chunk(2, dim=-1)[0] if paired else x

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer, Dropout, PackedLayer
 from adapters.layers.handles import add_gradients, layer_of
+from adapters.rounding import round_up
 
 _RANK_MULTIPLE = 8
 """Grouped products want rows of 16 bytes; what is padded is zero and never trains."""
@@ -189,7 +190,7 @@ class StackedLinear(PackedLayer):
         rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
         if rank == 0:
             return None
-        rank = -(-max(rank, least) // _RANK_MULTIPLE) * _RANK_MULTIPLE
+        rank = round_up(max(rank, least), _RANK_MULTIPLE)
         device = self.weight.device
         A = torch.zeros(self.experts, rank, self.in_features, dtype=dtype, device=device)
         g = torch.zeros(self.experts, rank, dtype=dtype, device=device)

@@ -1,12 +1,12 @@
-"""What neither the compiler nor a sharder looks into: a host's adapter, and how W is read.
+"""Registry by which custom ops find their layer, hidden from torch.compile and the sharders.
 
-A compiled transformer block is one program for all layers and the whole run only if nothing that a
-method may change (ranks, gates, survivors, dropout) shows in it. So a host hands its operator a
-*handle*, a tensor whose value the compiler does not look at, and the operator finds the host by it,
-with its adapter and with whatever W is at that moment. Nothing of W is then saved for backward:
-compiled programs save a second reference to it, which would hold ZeRO-3's gathered copy through
-the whole step. The handle requires gradients, which makes the host's output require them; the
-operator's backward adds the adapter's gradients to where the optimizer keeps them.
+A transformer block compiles to one program for all layers and the whole run only if the graph
+contains nothing that a method may change (ranks, gates, survivors, dropout). So a layer passes its
+operator a *handle*, a scalar tensor that the compiler treats as data, and the operator looks the
+layer up: its adapter, and W as it is at that moment. W is then never saved for backward: a compiled
+program would save a second reference to it, which keeps ZeRO-3's gathered copy alive through the
+step. The handle requires gradients, so the layer's output does too; the operator's backward adds
+the adapter's gradients to `.grad` itself.
 """
 
 import itertools
@@ -22,7 +22,7 @@ _numbers = itertools.count()
 
 
 class RegisteredLayer(nn.Module):
-    """A module whose operator finds it by `handle`, a float64 scalar on the CPU."""
+    """A module that its operator finds by `handle`, a float64 scalar on the CPU."""
 
     handle: Tensor
 
@@ -33,23 +33,23 @@ class RegisteredLayer(nn.Module):
     def _register(self) -> None:
         number = next(_numbers)
         _layers[number] = self
-        # Past nn.Module's registration: it is no part of the backbone, and stays on the CPU.
+        # Not registered with nn.Module: it is no part of the backbone and stays on the CPU.
         self.__dict__["handle"] = torch.tensor(
             float(number), dtype=torch.float64, device="cpu", requires_grad=True
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]  # a copy is a host of its own
+        super().__setstate__(state)  # type: ignore[misc]  # a copy is a layer of its own
         self._register()
 
 
 def layer_of(handle: Tensor) -> Any:
-    """The host that hands out this handle."""
+    """The layer with this handle."""
     return _layers[int(handle)]
 
 
 def add_gradients(found: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
-    """What autograd does for leaves, for parameters that it does not see."""
+    """Accumulate into `.grad`, as autograd does for leaves; these parameters are hidden from it."""
     sums, terms = [], []
     for parameter, gradient in found:
         if not parameter.requires_grad:

@@ -1,12 +1,12 @@
-"""The host of an adapter: a frozen linear layer with one fused forward and backward.
+"""The adapted linear layer: a frozen matrix and a gated adapter in one forward and backward op.
 
     z = x Aᵀ          y = x Wᵀ + bias + (z ∘ g) B
 
-W stays in its packed format (`weights.py`) and is dequantised inside the operator, once in
-forward and once more in backward. The operator is opaque to autograd and to torch.compile, which
-would keep the dequantised W alive until backward, and it finds W as it finds the adapter
-(`opaque.py`): only x is saved for backward, never a sharder's gathered copy. z is computed again,
-which costs R/out of the layer's product.
+W stays in its packed format (`formats.py`) and is dequantised inside the operator, once in forward
+and again in backward. The operator is opaque to autograd and to torch.compile, which would keep the
+dequantised W alive until backward, and finds W and the adapter by the layer's handle
+(`handles.py`): only x is saved for backward, never a sharder's gathered copy. z is recomputed, at
+R/out of the cost of the layer's product.
 """
 
 from typing import Any
@@ -23,15 +23,15 @@ from adapters.layers.handles import add_gradients, layer_of
 class AdaptedLinear(PackedLayer):
     """Frozen `y = x Wᵀ + bias` in any weight format, with room for one gated adapter.
 
-    Takes the place of an `nn.Linear`. `weight` holds the packed matrix (see `weights.py`).
+    Takes the place of an `nn.Linear`. `weight` holds the packed matrix (see `formats.py`).
     `adapter` is None or replicated on every rank; it is no submodule, so no sharder ever sees it.
     """
 
     adapter: GatedAdapter | None
     dropout: Dropout | None
     initial: GatedAdapter | None
-    """The part of W that a splitting method handed to the adapter; where it is given, only
-    the adapter's difference from it is dropped."""
+    """The part of W that spectral initialisation moved into the adapter; dropout then applies only
+    to the adapter's difference from it."""
 
     def __init__(self, linear: nn.Linear, weight_format: str):
         super().__init__()
@@ -68,7 +68,8 @@ class AdaptedLinear(PackedLayer):
         return hosted_linear(x, self.handle, self.out_features)
 
     def low_rank(self, x: Tensor) -> LowRank | None:
-        """z ∘ g (T, R) and B of rows x (T, in), whose product is y's part; None without adapter."""
+        """The factors z ∘ g (T, R) and B (R, out) of the adapter's output for rows x (T, in);
+        None without an adapter."""
         factors = self._factors(x.dtype)
         if factors is None:
             return None
@@ -82,11 +83,11 @@ class AdaptedLinear(PackedLayer):
     def low_rank_backward(
         self, dy: Tensor, x: Tensor, need_x: bool
     ) -> tuple[LowRank | None, Tensor | None]:
-        """Adds the adapter's gradients to `.grad`; its part of dx, if needed: the product of two
-        factors, and what a dropped input leaves of it.
+        """Adds the adapter's gradients to `.grad`. Returns its contribution to dx, if needed: as
+        two factors, or as a dense tensor where the input is dropped.
 
         With s = dropped z (or z): dB = (s ∘ g)ᵀ dy, ds = (dy Bᵀ) ∘ g, dg = Σ (dy Bᵀ) ∘ s,
-        dz = dropped ds, dA = dzᵀ x, dx = dz A. They are added up in float32.
+        dz = dropped ds, dA = dzᵀ x, dx = dz A. Sums accumulate in float32.
         """
         factors = self._factors(x.dtype)
         if factors is None:
@@ -94,7 +95,7 @@ class AdaptedLinear(PackedLayer):
         A, g, B = factors
         adapter = self.adapter
         assert adapter is not None
-        rank = adapter.rank  # of the rows; where a part of W is spared, more follow
+        rank = adapter.rank  # rows beyond it belong to the initial part of W
         x_kept = self._dropped_input(x)
         s = self._dropped_hidden(x_kept @ A.T)
         d_gated = dy @ B.T
@@ -119,7 +120,7 @@ class AdaptedLinear(PackedLayer):
         return (dz, A) if A.shape[0] else None, dropped
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-        """A, g, B as the products take them: drop(ΔW − ΔW₀) has the components of both."""
+        """A, g, B in `dtype`; drop(ΔW − ΔW₀) has the components of both."""
         adapter = self.adapter
         if adapter is None or adapter.rank == 0:
             return None
@@ -167,8 +168,8 @@ def _(x, handle, out_features):
 def hosted_linear_backward(
     dy: Tensor, x: Tensor, handle: Tensor, need_x: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx (…, in), empty where not needed; a 0 for the handle, which keeps a compiler from
-    leaving the call out."""
+    """dx (…, in), empty where not needed; and a 0 as the handle's gradient, which keeps the
+    compiler from eliminating the call."""
     layer: AdaptedLinear = layer_of(handle)
     dy2, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     low_rank, dropped = layer.low_rank_backward(dy2, rows, need_x)

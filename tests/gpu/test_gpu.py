@@ -9,15 +9,15 @@ from adapters.formats import float8
 from adapters.formats.formats import FORMATS
 from adapters.methods.lelora.options import PolicyOptions
 from adapters.methods.lelora.reinforce import Reinforce
-from tests.distributed.cases import ok, run_cases
-from tests.distributed.test_engines import check_gathered
 from tests.helpers import losses, quick_config
-from tests.unit.test_experts import ROUTINGS, offsets_of, stack_of
-from tests.unit.test_experts import gradients as stack_gradients
-from tests.unit.test_experts import reference as one_by_one
-from tests.unit.test_linear import gradients, host, reference
+from tests.unit.adapters.layers.test_experts import ROUTINGS, offsets_of, stack_of
+from tests.unit.adapters.layers.test_experts import gradients as stack_gradients
+from tests.unit.adapters.layers.test_experts import reference as one_by_one
+from tests.unit.adapters.layers.test_linear import gradients, host, reference
+from tests.world.cases import ok, run_cases
+from tests.world.test_engines import check_gathered
 from trainer.config.config import load_config
-from trainer.distributed import world as distributed
+from trainer.distributed import process_group
 from trainer.memory.planner import largest_batch, make_plan, reduce_plan
 from trainer.run.run import run
 from trainer.session import open_session
@@ -126,7 +126,7 @@ def test_fp8_trains_as_bfloat16_does(tmp_path):
             f"run.name={fmt}", f"data.cache={tmp_path}/cache", "run.steps=100", "run.epochs=null",
             "run.eval_every=0", "run.eval_at_start=false", "data.eval=null", "log.every=1", "log.progress=none", "log.tensorboard=false",
         ])  # fmt: skip
-        run(config, distributed.start("cuda"))
+        run(config, process_group.start("cuda"))
         found[fmt] = sum(losses(config.run_folder)[-10:]) / 10
     assert found["fp8"] == pytest.approx(found["none"], rel=0.01)
 
@@ -139,13 +139,13 @@ def test_blocks_are_compiled_once_for_a_whole_run(kind, tmp_path):
         "engine.compile=true", "engine.activation_checkpointing=false",
     )  # fmt: skip
     with torch._dynamo.config.patch(error_on_recompile=True):
-        run(config, distributed.start("cuda"))
+        run(config, process_group.start("cuda"))
     assert len(losses(config.run_folder)) == 8
 
 
 def test_more_activations_than_fit_are_planned_and_an_error_lowers_the_plan(tmp_path):
     config = quick_config(tmp_path, "engine.device=cuda", "model.dtype=float32")
-    session = open_session(config, distributed.start("cuda"))
+    session = open_session(config, process_group.start("cuda"))
     plan = make_plan(session)
     blocks = session.backbone.blocks
     assert plan.saved == len(blocks)  # a small model
@@ -167,7 +167,7 @@ def test_activations_wait_on_the_host(tmp_path, monkeypatch):
         "model.overrides.intermediate_size=1024", "data.packing=true", "data.max_length=512",
         "engine.activation_offload=1", "engine.memory_fraction=0.9",
     )  # fmt: skip
-    session = open_session(config, distributed.start("cuda"))
+    session = open_session(config, process_group.start("cuda"))
     for adapter in session.method.adapters.values():
         adapter.B.data.fill_(0.01)
     blocks = session.backbone.blocks
@@ -198,7 +198,7 @@ def test_a_policy_learns_on_a_gpu(changes, tmp_path):
         tmp_path, "run.steps=8", "engine.device=cuda", "model.dtype=float32",
         "method.kind=lelora", "method.rank=4", *changes,
     )  # fmt: skip
-    run(config, distributed.start("cuda"))
+    run(config, process_group.start("cuda"))
     found = losses(config.run_folder)
     assert len(found) == 8 and found[-1] < found[0]
 
@@ -249,7 +249,7 @@ def test_a_run_learns_and_agrees_with_the_cpu(changes, tmp_path):
             tmp_path, "run.steps=10", f"run.name={device}", f"engine.device={device}",
             "model.dtype=float32", *changes,
         )  # fmt: skip
-        run(config, distributed.start(device))
+        run(config, process_group.start(device))
         found.append(losses(config.run_folder))
     assert found[1][-1] < found[1][0]
     worst = max(abs(a - b) / a for a, b in zip(*found, strict=True))

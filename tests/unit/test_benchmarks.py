@@ -1,13 +1,11 @@
 """Benchmark scripts run at tiny shapes; what they time here means nothing."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import ROOT, environment, launch
+from tests.helpers import python, thorough
 
 TINY = [
     "model.overrides.hidden_size=64", "model.overrides.intermediate_size=96",
@@ -16,17 +14,15 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("config", ["llama70b_random", "mixtral_random"])
+@pytest.mark.parametrize(
+    "config", ["llama70b_random", pytest.param("mixtral_random", marks=thorough)]
+)
 def test_throughput_measures_both_on_the_same_shapes(tmp_path, config):
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "benchmarks.throughput", f"configs/{config}.yaml", "--layers",
-            "1", "--steps", "2", "--peer", "peft", "--out", str(tmp_path / "out.json"),
-            f"data.cache={tmp_path}/cache", *TINY,
-        ],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    code, _, err = python(
+        "-m", "benchmarks.throughput", f"configs/{config}.yaml", "--layers", "1", "--steps", "2",
+        "--peer", "peft", "--out", str(tmp_path / "out.json"), f"data.cache={tmp_path}/cache", *TINY,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert code == 0, err[-2000:]
     figures = json.loads((tmp_path / "out.json").read_text())["figures"]
     ours, theirs = figures
     assert (ours["who"], theirs["who"]) == ("rankcast", "peft")
@@ -38,6 +34,7 @@ def test_throughput_measures_both_on_the_same_shapes(tmp_path, config):
     )
 
 
+@thorough
 @pytest.mark.parametrize(
     ("config", "processes", "changes"),
     [
@@ -49,9 +46,9 @@ def test_loading_writes_a_checkpoint_and_reads_it_once(tmp_path, config, process
     script = tmp_path / "loading.py"
     script.write_text("from benchmarks.loading import main\n\nmain()\n")
     folder, out = tmp_path / "checkpoint", tmp_path / "out.json"
-    code, printed, err = launch(
-        "python" if processes == 1 else "torchrun", processes, script, f"configs/{config}.yaml",
-        str(folder), "--layers", "2", "--out", str(out), "engine.device=cpu", *TINY, *changes,
+    code, printed, err = python(
+        script, f"configs/{config}.yaml", str(folder), "--layers", "2", "--out", str(out),
+        "engine.device=cpu", *TINY, *changes, processes=processes,
     )  # fmt: skip
     assert code == 0, err[-2000:]
     data = json.loads(out.read_text())
@@ -76,18 +73,15 @@ def test_loading_writes_a_checkpoint_and_reads_it_once(tmp_path, config, process
         assert "model.layers.1.block_sparse_moe.experts.3.w1.weight" in names
 
 
+@thorough
 @pytest.mark.parametrize("units", ["1", "0"])
 def test_spectral_counts_every_unit(tmp_path, units):
     out = tmp_path / "out.json"
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "benchmarks.spectral", "configs/llama70b_random.yaml", "--units",
-            units, "--out", str(out), "engine.device=cpu", "method.rank=4",
-            "model.overrides.num_hidden_layers=3", *TINY,
-        ],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+    code, _, err = python(
+        "-m", "benchmarks.spectral", "configs/llama70b_random.yaml", "--units", units, "--out",
+        str(out), "engine.device=cpu", "method.rank=4", "model.overrides.num_hidden_layers=3", *TINY,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert code == 0, err[-2000:]
     data = json.loads(out.read_text())
     assert data["units"] == sum(shape["units"] for shape in data["shapes"]) == 21
     assert data["how"] == ("computed" if units == "0" else "carried on")
@@ -97,13 +91,14 @@ def test_spectral_counts_every_unit(tmp_path, units):
         assert 0 < shape["gram"] + shape["eigh"] + shape["qr"] <= shape["seconds"]
 
 
+@thorough
 def test_decisions_are_timed_in_real_runs(tmp_path):
     script, out = tmp_path / "decisions.py", tmp_path / "out.json"
     script.write_text("from benchmarks.decisions import main\n\nmain()\n")
-    code, printed, err = launch(
-        "torchrun", 2, script, "configs/mixtral_random.yaml", "--steps", "2", "--methods",
+    code, printed, err = python(
+        script, "configs/mixtral_random.yaml", "--steps", "2", "--methods",
         "lalora,weightlora", "--out", str(out), "model.overrides.num_hidden_layers=1",
-        f"data.cache={tmp_path}/cache",
+        f"data.cache={tmp_path}/cache", processes=2,
     )  # fmt: skip
     assert code == 0, err[-2000:]
     found = json.loads(out.read_text())

@@ -26,7 +26,7 @@ from tests.hostile import (
     retyped,
     written,
 )
-from tests.unit.methods.harness import Bench
+from tests.unit.adapters.methods.harness import Bench
 from trainer.config.config import Config, load_config, parse_config
 from trainer.config.sections import DataOptions
 from trainer.data.dataset import prepare, read_labels

@@ -9,12 +9,9 @@ Written into a hidden folder that is renamed when complete: what has the final n
 Tensors are in safetensors and the rest is JSON: loading executes nothing.
 """
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,17 +20,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from adapters.options import Section
-from trainer.config.validation import parse_json, validate
-from trainer.errors import UserError, first_line
+from trainer.config.aliases import rename_keys
+from trainer.config.validation import validate
+from trainer.config.yaml import parse_json
+from trainer.errors import BadCheckpoint, UserError, refuse_mismatch
+from trainer.files import sha256, sync
 
 FORMAT = 1
 
 
 PARTIAL = ".partial"
-
-
-class BadCheckpoint(UserError):
-    """A checkpoint that cannot be used; the message says why."""
 
 
 _MOST = 2**31
@@ -54,20 +50,6 @@ class _State(Section):
     labels: dict[str, list[str]]
     initial: str | None
     config: dict[str, dict[str, Any]]
-
-
-@contextmanager
-def refuse_mismatch(source: Path) -> Iterator[None]:
-    """Turns whatever wrong tensors or values lead to into BadCheckpoint."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # a method's own state, say, is read by code that trusts it
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise BadCheckpoint(
-            f"{source}: not what a run of this configuration writes ({reason})"
-        ) from error
 
 
 def check_complete(folder: Path, names: Iterable[str], ranks: int) -> None:
@@ -111,7 +93,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
                 raise BadCheckpoint(
                     f"{file}: {file.stat().st_size} bytes, {size} were written: truncated"
                 )
-            if _digest(file) != digest:
+            if sha256(file) != digest:
                 raise BadCheckpoint(f"{file}: checksum differs from the one written: damaged")
         state = parse_json((checkpoint / "state.json").read_text(encoding="utf-8"))
         found = state.get("format")
@@ -128,6 +110,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
         raise BadCheckpoint(f"{checkpoint}: format {found!r}; accepted: {FORMAT}")
     try:
         validate("", state, _State)
+        rename_keys(state["config"])
     except UserError as error:
         raise BadCheckpoint(f"{checkpoint}/state.json: {error}") from error
     return state
@@ -192,24 +175,10 @@ def write_manifest(folder: Path) -> None:
     manifest = {}
     for file in sorted(folder.iterdir()):
         sync(file)
-        manifest[file.name] = (file.stat().st_size, _digest(file))
+        manifest[file.name] = (file.stat().st_size, sha256(file))
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     sync(folder / "manifest.json")
     sync(folder)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Make sure that a file (or a folder's entries) survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_partial(folder: Path) -> None:

@@ -6,13 +6,19 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NoReturn
 
+from trainer import __version__
+
 
 class Parser(ArgumentParser):
-    """argparse's, whose mistakes look like all others (`trainer/run/launch.py`): one line, by
+    """argparse's, whose mistakes look like all others (`failures.report`): one line, by
     rank 0, exit code 2."""
 
-    def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=RawDescriptionHelpFormatter)
+    def __init__(self, description: str | None, prog: str | None = None):
+        """`prog`: what the command is called; None: the script's name."""
+        super().__init__(
+            prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter
+        )
+        self.add_argument("--version", action="version", version=f"rankcast {__version__}")
 
     def error(self, message: str) -> NoReturn:
         line = f"error: {message.removeprefix('argument ')}\n"

@@ -13,8 +13,10 @@ from typing import Any
 from pydantic import SerializeAsAny, model_validator
 
 from adapters.methods.options import MethodOptions
-from adapters.methods.registry import METHODS, OPTIONS
+from adapters.methods.registry import METHODS
+from adapters.methods.registry import OPTIONS as METHOD_OPTIONS
 from adapters.options import Section
+from trainer.config.aliases import rename_keys, rename_overrides, tell
 from trainer.config.sections import (
     CheckpointOptions,
     DataOptions,
@@ -24,10 +26,11 @@ from trainer.config.sections import (
     OptimOptions,
     RunOptions,
 )
-from trainer.config.validation import dump_yaml, names_of, one_of, parse_yaml, unknown_key, validate
+from trainer.config.validation import names_of, one_of, unknown_key, validate
+from trainer.config.yaml import dump_yaml, parse_yaml
 from trainer.errors import UserError
-from trainer.tasks.base import TaskOptions
-from trainer.tasks.registry import TASKS
+from trainer.tasks.options import TaskOptions
+from trainer.tasks.registry import OPTIONS as TASK_OPTIONS
 
 
 class Config(Section):
@@ -66,15 +69,14 @@ class Config(Section):
                 "model.attention=flash_attention_2; accepted: 1 (flash attention keeps packed "
                 "documents apart in a single row only)"
             )
-        classifies = self.task.kind == "sequence_classification"
-        if self.data.packing and classifies:
+        if self.data.packing and not self.task.supports_packing:
             raise ValueError(
-                "data.packing: true given with task.kind=sequence_classification; accepted: false"
+                f"data.packing: true given with task.kind={self.task.kind}; accepted: false"
             )
-        if classifies != (self.data.format == "classification") and self.data.format != "auto":
+        if self.data.format not in ("auto", *self.task.data_formats):
             raise ValueError(
                 f"data.format: {self.data.format} given with task.kind={self.task.kind}; "
-                + ("accepted: classification" if classifies else "accepted: any other format")
+                f"accepted: auto, {', '.join(self.task.data_formats)}"
             )
         if self.run.eval_every and self.data.eval is None:
             raise ValueError(
@@ -108,8 +110,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         given = "an empty file" if raw is None else type(raw).__name__
         raise UserError(f"--config {path}: {given}; accepted: the sections {names_of(Config)}")
-    for override in overrides:
-        _apply_override(raw, override)
+    found = rename_keys(raw)
+    _apply_overrides(raw, overrides)
+    tell(found)
     run = raw.get("run")
     if run is None or (isinstance(run, dict) and not run.get("name")):
         raw["run"] = {**(run or {}), "name": path.stem}
@@ -119,8 +122,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """`config` with `section.key=value` overrides applied, checked again."""
     raw = config.model_dump(mode="json")
-    for override in overrides:
-        _apply_override(raw, override)
+    _apply_overrides(raw, overrides)
     return parse_config(raw)
 
 
@@ -143,11 +145,18 @@ def _section_type(name: str, annotation: Any, value: Mapping[str, Any]) -> type[
     """The class of a section; `method` and `task` depend on their `kind`."""
     if name == "method":
         kind = value.get("kind", "lora")
-        return OPTIONS[one_of("method.kind", kind, OPTIONS)]
+        return METHOD_OPTIONS[one_of("method.kind", kind, METHOD_OPTIONS)]
     if name == "task":
         kind = value.get("kind", "causal_lm")
-        return TASKS[one_of("task.kind", kind, TASKS)].Options
+        return TASK_OPTIONS[one_of("task.kind", kind, TASK_OPTIONS)]
     return annotation
+
+
+def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    overrides, found = rename_overrides(overrides)
+    for override in overrides:
+        _apply_override(raw, override)
+    tell(found)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -1,16 +1,15 @@
 """The sections of a configuration: every key with its type, default and meaning.
 
-`method` and `task` are their implementations' own (`adapters/methods/base.py`,
-`trainer/tasks/base.py`).
+`method` and `task` are their implementations' own (`adapters/methods`, `trainer/tasks/options.py`).
 """
 
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 
-from adapters.formats.formats import FORMATS
+from adapters.formats.names import FORMAT_NAMES
 from adapters.options import Section
+from trainer.config.engines import ENGINES, takes, that_take
 from trainer.config.validation import one_of
 
 _PATH = r"^[^\x00]*$"  # the system raises on others
@@ -66,20 +65,13 @@ class ModelOptions(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ModelOptions":
-        one_of("model.quantization", self.quantization, FORMATS)
+        one_of("model.quantization", self.quantization, FORMAT_NAMES)
         if self.overrides and self.weights == "pretrained":
             raise ValueError(
                 "model.overrides: given with model.weights=pretrained; accepted: only with "
                 "model.weights=random, since the files' tensors would no longer fit"
             )
         return self
-
-
-def compute_dtype(options: ModelOptions, device: torch.device) -> torch.dtype:
-    """`model.dtype`, with `auto` resolved for the device."""
-    if options.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, options.dtype)
 
 
 LEFT_OUT = "left_out"
@@ -201,11 +193,11 @@ class OptimOptions(Section):
 class EngineOptions(Section):
     """How the work is spread over processes."""
 
-    kind: Literal["auto", "single", "ddp", "peer", "fsdp2", "deepspeed"] = "auto"
-    """auto: deepspeed under the deepspeed launcher (or with `config`); under torchrun ddp where the
-    whole backbone fits on every GPU and leaves room, peer where it does so spread over those of a
-    host, if they can read each other's memory, else fsdp2; single alone. The choice and its reason
-    are printed."""
+    kind: str = "auto"
+    """An engine (single, ddp, peer, fsdp2, deepspeed), or auto: deepspeed under the deepspeed
+    launcher (or with `config`); under torchrun ddp where the whole backbone fits on every GPU and
+    leaves room, peer where it does so spread over those of a host, if they can read each other's
+    memory, else fsdp2; single alone. The choice and its reason are printed."""
     config: str | None = None
     """A DeepSpeed JSON of your own; its `auto` values are filled in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -238,9 +230,11 @@ class EngineOptions(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "EngineOptions":
-        if self.config is not None and self.kind not in ("auto", "deepspeed"):
+        one_of("engine.kind", self.kind, ("auto", *ENGINES))
+        if self.config is not None and not self._takes("config", auto=True):
             raise ValueError(
-                f"engine.config: given with engine.kind={self.kind}; accepted: with deepspeed only"
+                f"engine.config: given with engine.kind={self.kind}; accepted: with "
+                f"{that_take('config')} only"
             )
         if self.activation_offload and self.activation_checkpointing != "auto":
             raise ValueError(
@@ -248,22 +242,27 @@ class EngineOptions(Section):
                 f"engine.activation_checkpointing={self.activation_checkpointing}; accepted: 0, or "
                 "activation_checkpointing=auto"
             )
-        if self.copy_engines is True and self.kind != "fsdp2":
+        if self.copy_engines is True and not self._takes("copy_engines"):
             raise ValueError(
                 f"engine.copy_engines: true given with engine.kind={self.kind}; accepted: auto "
-                "or false, or engine.kind=fsdp2"
+                f"or false, or engine.kind={that_take('copy_engines')}"
             )
         if self.unsharded_blocks != "auto" and self.unsharded_blocks < 0:
             raise ValueError(
                 f"engine.unsharded_blocks: {self.unsharded_blocks} given; accepted: auto, or at "
                 "least 0"
             )
-        if self.unsharded_blocks not in ("auto", 0) and self.kind not in ("fsdp2", "peer"):
+        if self.unsharded_blocks not in ("auto", 0) and not self._takes("unsharded_blocks"):
             raise ValueError(
                 f"engine.unsharded_blocks: {self.unsharded_blocks} given with "
-                f"engine.kind={self.kind}; accepted: auto or 0, or engine.kind=fsdp2 or peer"
+                f"engine.kind={self.kind}; accepted: auto or 0, or "
+                f"engine.kind={that_take('unsharded_blocks')}"
             )
         return self
+
+    def _takes(self, option: str, *, auto: bool = False) -> bool:
+        """Whether the engine takes this key; `auto`: what `kind: auto` does."""
+        return auto if self.kind == "auto" else takes(self.kind, option)
 
 
 class LogOptions(Section):

@@ -1,28 +1,23 @@
-"""Strict YAML and strict sections, with one line for whatever is wrong.
-
-Every message names the key, what was given and what is accepted, with the nearest match.
-"""
+"""pydantic's errors as one line: the key, what was given, what is accepted, the nearest match."""
 
 import difflib
-import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from adapters.options import Section
-from trainer.errors import UserError, first_line
-
-_DEEPEST = 100  # levels of a YAML or JSON document that is no data
+from trainer.errors import UserError
 
 
 def validate(prefix: str, value: Any, kind: type[Section]) -> Any:
+    """`value` as a `kind`, whose keys stand under `prefix`. Raises UserError with the first thing
+    that is wrong."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -108,105 +103,11 @@ def names_of(kind: type[BaseModel]) -> str:
     return ", ".join(kind.model_fields)
 
 
-def one_of(key: str, value: Any, known: Mapping[str, Any]) -> str:
+def one_of(key: str, value: Any, known: Collection[str]) -> str:
+    """`value`, one of the names. Raises UserError where it is none."""
     if isinstance(value, str) and value in known:
         return value
     raise UserError(f"{key}: {value!r} given; accepted: {', '.join(known)}{_nearest(value, known)}")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with 1.2's floats (`1e-3` is a number), no key given twice, integers of 64 bits, and no
-    aliases (a few lines of them stand for more values than memory holds)."""
-
-    _depth = 0
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None, None, f"alias *{event.anchor}; accepted: written out", event.start_mark
-            )
-        self._depth += 1
-        if self._depth > _DEEPEST:  # its scanner takes time that grows with the square
-            raise yaml.composer.ComposerError(
-                None, None, f"nested deeper than {_DEEPEST} levels", self.peek_event().start_mark
-            )
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-    def construct_yaml_int(self, node):
-        value = super().construct_yaml_int(node)
-        if value.bit_length() > 63:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"integer of {value.bit_length()} bits; accepted: 63", node.start_mark
-            )
-        return value
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is not a string", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts quotes around the strings that `_Loader` would read as numbers; writes no aliases."""
-
-    def ignore_aliases(self, data):
-        return True
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
-        list("-+0123456789."),
-    )
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except Exception as error:  # its constructors raise whatever a wrong value leads to
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or first_line(error)
-        raise UserError(f"{where}{line}: not valid YAML ({problem})") from error
-
-
-def dump_yaml(value: Any) -> str:
-    """YAML that `parse_yaml` reads back to the same."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def parse_json(text: str | bytes) -> Any:
-    """JSON that is no data: ValueError where it is broken, or nested deeper than any of ours."""
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError(f"nested deeper than {_DEEPEST} levels") from error
-    level = [value]
-    for _ in range(_DEEPEST):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return value
-    raise ValueError(f"nested deeper than {_DEEPEST} levels")
 
 
 def local(name: str | Path, key: str = "") -> Path | None:

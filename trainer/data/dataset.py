@@ -5,6 +5,7 @@ What cannot be used is reported as file, line and reason.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -13,29 +14,39 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from trainer.config.sections import DataOptions
-from trainer.config.validation import local, parse_json
+from trainer.config.validation import local
+from trainer.config.yaml import parse_json
 from trainer.data.records import BadRecord, detect_format, read_rows, to_record
 from trainer.errors import UserError, first_line
+from trainer.files import sha256
 from trainer.tasks.base import Example, Record, Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _CHUNK = 1000  # records tokenised in one call
 _VERSION = 1  # of the cached form; raise it when `Example` or an encoding changes
 
-_SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int32()),
-        "loss_mask": pa.list_(pa.int8()),
-        "token_type_ids": pa.list_(pa.int8()),
-        "label": pa.float64(),
-        "weight": pa.int32(),
-    }
-)
+
+@functools.cache
+def _schema() -> "pa.Schema":
+    """The columns of the cached form."""
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "input_ids": pa.list_(pa.int32()),
+            "loss_mask": pa.list_(pa.int8()),
+            "token_type_ids": pa.list_(pa.int8()),
+            "label": pa.float64(),
+            "weight": pa.int32(),
+        }
+    )
 
 
 @dataclasses.dataclass
@@ -59,7 +70,7 @@ class Counts:
 class TokenDataset:
     """Tokenised records, memory-mapped."""
 
-    def __init__(self, table: pa.Table, counts: Counts, key: str = ""):
+    def __init__(self, table: "pa.Table", counts: Counts, key: str = ""):
         self.counts = counts
         self.key = key  # identity of the records and of how they were tokenised
         # By chunk, as they lie in the file: joining the chunks would copy them into memory.
@@ -142,11 +153,13 @@ def prepare(
                     raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    import pyarrow as pa
+
     try:
         counts = Counts(**parse_json((folder / "counts.json").read_text()))
         with pa.memory_map(str(folder / "tokens.arrow")) as file:
             table = pa.ipc.open_file(file).read_all()
-        if table.schema != _SCHEMA:
+        if table.schema != _schema():
             raise ValueError(f"columns {', '.join(table.schema.names)}")
         return TokenDataset(table, counts, key)
     except Exception as error:  # whatever a disk that failed, or a stranger, has left there
@@ -158,13 +171,15 @@ def prepare(
 def _tokenise(
     source: str, split: str, limit: int | None, options: DataOptions, task: Task, path: Path
 ) -> Counts:
-    counts = Counts()
+    import pyarrow as pa
+
+    counts, schema = Counts(), _schema()
     rows = read_rows(source, split, options, limit)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         while chunk := list(itertools.islice(rows, _CHUNK)):
             kept = list(_encode_chunk(source, chunk, options, task, counts))
-            columns = {name: [getattr(example, name) for example in kept] for name in _SCHEMA.names}
-            writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+            columns = {name: [getattr(example, name) for example in kept] for name in schema.names}
+            writer.write_batch(pa.record_batch(columns, schema=schema))
     if counts.records == 0:
         raise UserError(f"{source}: no records; accepted: at least one")
     if counts.used == 0:
@@ -225,7 +240,7 @@ def _cache_key(source: str, split: str, limit: int | None, options: DataOptions,
     """Everything that the tokenised form depends on, and nothing that only batching does."""
     path = local(source)
     content = (
-        _digest(path) if path and path.is_file() else f"{options.subset} {options.revision} {split}"
+        _sha256(path) if path and path.is_file() else f"{options.subset} {options.revision} {split}"
     )
     batching = {
         "packing",
@@ -258,9 +273,8 @@ def _tokenizer_state(tokenizer: Any) -> str:
     return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
 
 
-def _digest(path: Path) -> str:
+def _sha256(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; accepted: a file that can be read") from error

@@ -68,9 +68,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[Step]:
         while True:
-            yield self._next_step()
+            yield self.next_step()
 
-    def _next_step(self) -> Step:
+    def next_step(self) -> Step:
+        """The next `batch_size` sequences, as this rank's micro-batches."""
         taken: list[np.ndarray] = []
         while len(taken) < self.options.batch_size:
             sequences = self.sequences(self.epoch)

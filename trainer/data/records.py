@@ -45,8 +45,8 @@ def detect_format(row: dict, options: DataOptions, task: Task) -> str:
     """The format of a record: as configured, else by the task and the record's columns."""
     if options.format != "auto":
         return options.format
-    if task.options.kind == "sequence_classification":
-        return "classification"
+    if len(task.options.data_formats) == 1:
+        return task.options.data_formats[0]
     if options.messages in row:
         return "messages"
     if "instruction" in row and "output" in row:

@@ -7,7 +7,8 @@ from typing import Any
 
 from adapters.decision import Decision
 from adapters.methods.base import Method
-from trainer.records.jsonl import DECISIONS, PARTS, keep_lines, read_objects
+from trainer.files import DECISION_PARTS, DECISIONS, replacing
+from trainer.records.jsonl import keep_lines, read_objects
 
 _KEPT_PARTS = 32
 """With 64 MiB a part, 2 GiB of decisions before compression."""
@@ -57,19 +58,20 @@ class AllocationLog:
         lines = current.read_text(encoding="utf-8").splitlines(keepends=True)
         first, last = (json.loads(lines[index])["step"] for index in (0, -1))
         part = self.folder / f"allocation-{first:08d}-{last:08d}.jsonl.gz"
-        unfinished = part.with_suffix(".tmp")
-        with gzip.open(unfinished, "wt", encoding="utf-8", compresslevel=6) as stream:
+        with (
+            replacing(part) as unfinished,
+            gzip.open(unfinished, "wt", encoding="utf-8", compresslevel=6) as stream,
+        ):
             stream.writelines(lines)
-        unfinished.replace(part)
         current.unlink()
-        for old in sorted(self.folder.glob(PARTS))[:-_KEPT_PARTS]:
+        for old in sorted(self.folder.glob(DECISION_PARTS))[:-_KEPT_PARTS]:
             old.unlink()
         self._stream, self._size = current.open("a", encoding="utf-8"), 0
 
     def _cut(self, start: int) -> None:
         """Drop decisions from step `start` on: they belong to steps that will be done again."""
         current, last = self.folder / DECISIONS, -1
-        for part in sorted(self.folder.glob(PARTS), reverse=True):
+        for part in sorted(self.folder.glob(DECISION_PARTS), reverse=True):
             first, last = (int(step) for step in part.name.split(".")[0].split("-")[1:])
             if last < start:
                 break

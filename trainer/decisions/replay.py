@@ -12,9 +12,11 @@ from pydantic import ConfigDict, Field
 from adapters.decision import Decision
 from adapters.methods.base import Method
 from adapters.options import Section
-from trainer.config.validation import parse_json, validate
+from trainer.config.validation import validate
+from trainer.config.yaml import parse_json
 from trainer.errors import UserError
-from trainer.records.jsonl import DECISIONS, decision_files, open_decisions
+from trainer.files import DECISIONS
+from trainer.records.jsonl import decision_files, open_decisions
 
 
 class _Recorded(Section):

@@ -1,7 +1,8 @@
-"""Plain data (msgpack's) as pages of bytes: it then takes one collective and not two.
+"""Broadcast and all-gather msgpack objects in one collective with fixed-size buffers.
 
-torch's own collectives for objects send sizes first. Here a page has room for what is sent while
-training; only where a value does not fit is there a second round, with pages for the longest.
+torch's object collectives send sizes first, which takes a second collective. Here the buffer has
+room for the messages of a training step; only a message that does not fit takes a second round,
+with buffers of the longest message's size.
 """
 
 from collections.abc import Callable
@@ -12,41 +13,43 @@ import numpy as np
 import torch
 
 MESSAGE_BYTES = 2**15
-"""Bytes that one sends to all: a decision about 640 units takes 6 KB, AdaLoRA's with 24 components
-each 18."""
+"""Buffer of a broadcast: a decision about 640 units takes 6 KB, AdaLoRA's with 24 components each
+18 KB."""
 
 DIGEST_BYTES = 2**8
-"""Bytes that all send to all: an exit code, a digest."""
+"""Buffer of an all-gather: an exit code and a digest."""
 
 HEADER = 8
-"""Bytes in front that say how many follow."""
+"""Bytes of the length prefix."""
 
 Exchange = Callable[[torch.Tensor], torch.Tensor]
-"""Takes one's page (bytes), gives everyone's (ranks, bytes); all ranks call it with one size."""
+"""A collective: this rank's buffer (bytes) → the received buffers (ranks, bytes). All ranks call it
+with buffers of one size."""
 
 
 def exchange(value: Any, exchange_buffers: Exchange, size: int) -> list[Any]:
-    """The values of everyone whose pages, of `size` bytes at first, come back, in their order."""
+    """The values of the ranks whose buffers the collective returns, in their order. `size`: bytes
+    of the first round's buffer."""
     message = encoded(value)
     received = exchange_buffers(_buffer(message, size)).numpy()
-    lengths = [int(page[:HEADER].view(np.int64)[0]) for page in received]
+    lengths = [int(buffer[:HEADER].view(np.int64)[0]) for buffer in received]
     if max(lengths) > size - HEADER:
         received = exchange_buffers(_buffer(message, HEADER + max(lengths))).numpy()
     return [
-        msgpack.unpackb(page[HEADER : HEADER + length])
-        for page, length in zip(received, lengths, strict=True)
+        msgpack.unpackb(buffer[HEADER : HEADER + length])
+        for buffer, length in zip(received, lengths, strict=True)
     ]
 
 
 def encoded(value: Any) -> bytes:
-    """What a letter says."""
+    """A value as a message."""
     return msgpack.packb(value)
 
 
 def _buffer(message: bytes, size: int) -> torch.Tensor:
-    """The letter behind its length; as much of it as fits."""
-    page = np.zeros(size, dtype=np.uint8)
-    page[:HEADER] = np.frombuffer(len(message).to_bytes(HEADER, "little"), dtype=np.uint8)
+    """The length prefix and as much of the message as fits."""
+    buffer = np.zeros(size, dtype=np.uint8)
+    buffer[:HEADER] = np.frombuffer(len(message).to_bytes(HEADER, "little"), dtype=np.uint8)
     fitting = message[: size - HEADER]
-    page[HEADER : HEADER + len(fitting)] = np.frombuffer(fitting, dtype=np.uint8)
-    return torch.from_numpy(page)
+    buffer[HEADER : HEADER + len(fitting)] = np.frombuffer(fitting, dtype=np.uint8)
+    return torch.from_numpy(buffer)

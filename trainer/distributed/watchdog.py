@@ -8,7 +8,7 @@ import os
 import threading
 import time
 
-from trainer.distributed import world as distributed
+from trainer.distributed.failures import report_lost
 from trainer.distributed.world import World
 from trainer.errors import EXIT_FAILED
 
@@ -41,5 +41,5 @@ class Watchdog:
         while not self._over.wait(min(1.0, self._patience / 10)):
             silent = time.monotonic() - self._last
             if silent > self._patience:
-                distributed.report_lost(f"{self._doing} has not ended for {silent:.0f} s")
+                report_lost(f"{self._doing} has not ended for {silent:.0f} s")
                 os._exit(EXIT_FAILED)  # the main thread hangs, and nothing else ends it

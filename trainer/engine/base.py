@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from adapters.optimizer import MaskedAdamW
 from trainer.config.config import Config
+from trainer.config.engines import AUTO, takes
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
-from trainer.model.build import Backbone
+from trainer.model.backbone import BuiltModel
 from trainer.model.footprint import Spread
 
 
@@ -47,8 +48,9 @@ class Engine(ABC):
     """Whether ranks gather the backbone together: one that breaks off in the middle of a block then
     leaves the others waiting there."""
 
-    supports_unsharded_blocks: ClassVar[bool] = False
-    """Whether blocks may stay whole from step to step (`keep_whole`)."""
+    holds_gather_buffers: ClassVar[bool] = False
+    """Whether what gathered blocks take stays allocated between passes."""
+
     largest_block: int = 0
     """Bytes of the largest one, where they may."""
     unsharded_blocks: int = 0
@@ -62,11 +64,27 @@ class Engine(ABC):
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
 
+    @property
+    def supports_unsharded_blocks(self) -> bool:
+        """Whether blocks may stay whole from step to step (`keep_unsharded`)."""
+        return takes(self.kind, "unsharded_blocks")
+
+    @classmethod  # noqa: B027
+    def check(cls, config: Config) -> None:
+        """Raises UserError where the engine cannot be what the configuration asks for, as far as
+        that shows without processes or GPUs."""
+
+    @classmethod
+    def obstacle(cls, world: World) -> str | None:
+        """Why these ranks cannot use it, found by trying, for `engine.kind: auto`. All ranks call
+        it together and get the same answer."""
+        return None
+
     def meet(self) -> None:  # noqa: B027
         """What all ranks do together before the first block is taken over."""
 
     @classmethod
-    def against_compiling(cls, config: Config, backbone: Backbone) -> str | None:
+    def against_compiling(cls, config: Config, backbone: BuiltModel) -> str | None:
         """What keeps the transformer blocks from being compiled, where something does."""
         return None
 
@@ -88,8 +106,8 @@ class Engine(ABC):
 
     def keep_unsharded(self, count: int) -> None:
         """Let the first `count` blocks stay whole from step to step, and only them: the first of
-        all has nothing to hide its gathering behind. Only where `keeps_whole`; all ranks call it
-        together. RunFailed where the memory does not suffice."""
+        all has nothing to hide its gathering behind. Only where `supports_unsharded_blocks`; all
+        ranks call it together. RunFailed where the memory does not suffice."""
         # Ranks that gather in step cannot agree on a failure in the middle of it.
         alone = self.collective_gather or count == 0
         with nullcontext() if alone else self.world.all_or_none():
@@ -125,14 +143,14 @@ class Engine(ABC):
 
 
 def compiles(
-    config: Config, engine: type[Engine], backbone: Backbone, device: torch.device
+    config: Config, engine: type[Engine], backbone: BuiltModel, device: torch.device
 ) -> bool:
     """Whether the transformer blocks are compiled (`engine.compile`)."""
     asked, obstacle = config.engine.compile, engine.against_compiling(config, backbone)
     if asked is True and obstacle:
         raise UserError(
             f"engine.compile: true given with engine.kind={engine.kind} and {obstacle}; "
-            "accepted: auto or false, or engine.kind=fsdp2"
+            f"accepted: auto or false, or engine.kind={AUTO['split']}"
         )
     return device.type == "cuda" and obstacle is None if asked == "auto" else asked
 

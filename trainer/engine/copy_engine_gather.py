@@ -1,8 +1,8 @@
-"""NCCL's all-gather by a GPU's copy engines, in place of a kernel that runs beside the products.
+"""NCCL's all-gather by the GPU's copy engines, which leaves the SMs to the GEMMs.
 
-It needs a communicator that is told to do without thread blocks, and buffers that lie at the same
-place on every rank and are registered with it. torch 2.13 has the same as
-`FSDPModule.set_symm_mem_for_comm`, but for one user of symmetric memory in a process only.
+It needs a communicator with the zero-CTA policy and buffers that are registered with it
+symmetrically. torch 2.13 offers this as `FSDPModule.set_symm_mem_for_comm`, but for one user of
+symmetric memory per process only.
 """
 
 import datetime
@@ -15,16 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather
 
-from trainer.distributed.world import World, before_leaving
+from trainer.distributed.process_group import before_leaving
+from trainer.distributed.world import World
 from trainer.errors import first_line
 
 _FAILURES = RuntimeError, AttributeError, TypeError
-"""Of NCCL and the driver; of a torch whose interface is another."""
+"""Raised by NCCL and the driver; by a version of torch with another interface."""
 
 
 def possible(world: World) -> bool:
-    """Whether there are several ranks, all on one host, whose GPUs reach each other's memory, and
-    this NCCL can be told."""
+    """Whether there are several ranks, all on one host with peer access, and NCCL has the zero-CTA
+    policy."""
     return (
         world.device.type == "cuda"
         and world.size > 1
@@ -36,9 +37,9 @@ def possible(world: World) -> bool:
 
 @cache
 def gathering(world: World, timeout: float) -> "tuple[dist.ProcessGroup, CopyEngines] | str":
-    """The communicator of all ranks (`timeout` in seconds) and its all-gather, one in a process, or
-    why there is none; tried, since GPUs that could may not be allowed to. All ranks call it
-    together."""
+    """The process's communicator of all ranks (`timeout` in seconds) and its all-gather; or, as a
+    string, why there is none. Tried out, since permissions may forbid what the hardware can do.
+    Collective."""
     made, problem = None, None
     try:
         group = _communicator(world.device, timeout)
@@ -60,7 +61,7 @@ def _communicator(device: torch.device, timeout: float) -> dist.ProcessGroup:
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options.config.cta_policy = nccl.NCCL_CTA_POLICY_ZERO
-    # As for the first one: the hosts, who meet at every step, notice first. Given twice: torch
+    # Longer than the control group's timeout, which then reports first. Given twice, since torch
     # warns where the two differ.
     patience = options._timeout = datetime.timedelta(seconds=timeout + 60)
     group = dist.new_group(backend="nccl", pg_options=options, timeout=patience)
@@ -70,7 +71,7 @@ def _communicator(device: torch.device, timeout: float) -> dist.ProcessGroup:
 
 
 def _gathers(group: dist.ProcessGroup, gather: "CopyEngines", world: World) -> bool:
-    """Whether everyone's megabyte arrives, as a block's would."""
+    """Whether a trial gather of 1 MiB per rank arrives intact."""
     with torch.cuda.stream(torch.cuda.Stream(world.device)):
         everyone = gather.allocate((world.size, 2**20), dtype=torch.uint8, device=world.device)
         own = everyone[world.rank].fill_(world.rank + 1)
@@ -80,19 +81,19 @@ def _gathers(group: dist.ProcessGroup, gather: "CopyEngines", world: World) -> b
 
 
 class CopyEngines(AllGather):
-    """`fully_shard`'s way to gather, for `FSDPModule.set_custom_all_gather`."""
+    """An all-gather for `FSDPModule.set_custom_all_gather`."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         backend: Any = group._get_backend(device)
         self._pool = torch.cuda.MemPool(backend.mem_allocator)
-        # What is allocated in it later is registered too, on all ranks alike.
+        # Later allocations in the pool are registered too, on all ranks alike.
         backend.register_mem_pool(self._pool, symm=True)
-        # Memory that is freed later would otherwise look for a communicator that is gone.
+        # Otherwise memory that is freed at exit looks for a communicator that is gone.
         before_leaving(lambda: backend.deregister_mem_pool(self._pool))
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        # NCCL before 2.29.7 fails to copy on the default stream (its issue 2003). What lies in
-        # memory of another kind it gathers by a kernel.
+        # NCCL before 2.29.7 fails to copy on the default stream (its issue 2003). Unregistered
+        # buffers are gathered by a kernel.
         if torch.cuda.current_stream() == torch.cuda.default_stream():
             return torch.empty(*size, dtype=dtype, device=device)
         with torch.cuda.use_mem_pool(self._pool):

@@ -26,7 +26,6 @@ class FSDP2Engine(Engine):
     kind = "fsdp2"
     spread = "split"
     collective_gather = True
-    supports_unsharded_blocks = True
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)

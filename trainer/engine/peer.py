@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from adapters.layers.experts import StackedLinear
 from adapters.layers.linear import AdaptedLinear
+from adapters.rounding import round_up
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.engine.base import Engine, backbone_parameters
-from trainer.engine.peer_memory import open_window
+from trainer.engine.peer_memory import open_peer_memory, possible
 from trainer.errors import UserError
+from trainer.model.blocks import hidden_state
 
 _ALIGNMENT = 512  # bytes, of every matrix and of every part
 
@@ -55,14 +57,14 @@ class _Block:
             if isinstance(host, AdaptedLinear | StackedLinear):
                 weight = host.weight
                 self._matrices.append(_Matrix(host, end, weight.shape, weight.dtype))
-                end = _aligned(end + self._matrices[-1].nbytes)
+                end = round_up(end + self._matrices[-1].nbytes, _ALIGNMENT)
         local_ranks = world.nodes[world.node]
         self._place = local_ranks.index(world.rank)
-        self.part = _aligned(-(-end // len(local_ranks)))
+        self.part = round_up(-(-end // len(local_ranks)), _ALIGNMENT)
         """Bytes of each rank's part."""
         self.size = self.part * len(local_ranks)
         self.whole: Tensor | None = None  # all of it, where it stays from step to step
-        self._parts = open_window(self.part, world)
+        self._parts = open_peer_memory(self.part, world)
         first, last = self._place * self.part, (self._place + 1) * self.part
         for matrix in self._matrices:
             begin, stop = max(first, matrix.start), min(last, matrix.start + matrix.nbytes)
@@ -130,7 +132,7 @@ class PeerEngine(Engine):
     kind = "peer"
     spread = "blocks"
     collective_gather = False
-    supports_unsharded_blocks = True
+    holds_gather_buffers = True
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
@@ -145,6 +147,10 @@ class PeerEngine(Engine):
         self._index: dict[nn.Module, int] = {}
         self._stages: list[_Stage] = []
         self._open: int | None = None  # the block whose hosts find their weights
+
+    @classmethod
+    def obstacle(cls, world: World) -> str | None:
+        return None if possible(world) else "they cannot share memory"
 
     def shard_block(self, block: nn.Module) -> None:
         index = self._index[block] = len(self._blocks)
@@ -174,7 +180,7 @@ class PeerEngine(Engine):
 
     def _after_forward(self, index: int, block: nn.Module, inputs: Any, output: Any) -> None:
         self._end()
-        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden = hidden_state(output)
         if hidden.requires_grad:
             hidden.register_hook(partial(self._before_backward, index))
 
@@ -227,7 +233,3 @@ class PeerEngine(Engine):
         whole = sum(p.numel() * p.element_size() for p in backbone_parameters(model))
         kept = sum(block.size for block in self._blocks if block.whole is not None)
         return whole + kept + sum(block.part for block in self._blocks)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

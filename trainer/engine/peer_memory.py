@@ -1,8 +1,8 @@
-"""Memory of a rank that the other ranks of its host read without asking it.
+"""Memory of a rank that the other ranks of its host can read directly.
 
-On GPUs it is mapped into each other's address space (torch's symmetric memory): a copy of it goes
-through the copy engines and NVLink, without a kernel and without the other GPU's doing. On CPUs it
-is a mapped file.
+On GPUs it is torch's symmetric memory, mapped into every rank's address space: a read is a copy by
+the copy engines over NVLink, without a kernel and without the other GPU taking part. On CPUs it is
+a memory-mapped file.
 """
 
 import contextlib
@@ -15,28 +15,28 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
+from trainer.device_memory import count_outside
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, first_line
-from trainer.model.footprint import count_outside
 
-# Nothing here needs it, and it is what fails most.
+# Multicast is not needed, and is what fails most often.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 
 def possible(world: World) -> bool:
-    """Whether the ranks of every host can open windows: tried, since hardware that could may not be
-    allowed to. All ranks call it together."""
+    """Whether the ranks of every host can map each other's memory. Tried out, since permissions may
+    forbid what the hardware can do. Collective."""
     try:
-        open_window(4096, world)
+        open_peer_memory(4096, world)
     except RunFailed:
         return False
     return True
 
 
-def open_window(nbytes: int, world: World) -> list[Tensor]:
-    """As many bytes on every rank of this host, in order of rank. A rank writes to its own only and
-    before all of them meet; after that they are read. All ranks of a run call it together; it fails
-    on all where it fails on one."""
+def open_peer_memory(nbytes: int, world: World) -> list[Tensor]:
+    """`nbytes` of each rank of this host, in order of rank. A rank writes to its own part only, and
+    before a barrier; after it all parts may be read. Collective; a failure on one rank is raised on
+    all."""
     if world.device.type == "cpu":
         return _files(nbytes, world)
     parts, failure = [], None
@@ -59,7 +59,7 @@ def _files(nbytes: int, world: World) -> list[Tensor]:
             file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="rankcast-"))
             os.truncate(file.name, nbytes)
             names.append(file.name)
-        with world.all_or_none():  # nobody removes a file that others are still to open
+        with world.all_or_none():  # keeps the file until all have opened it
             return [
                 torch.from_file(names[rank], shared=True, size=nbytes, dtype=torch.uint8)
                 for rank in world.nodes[world.node]
@@ -75,13 +75,13 @@ def _of_gpus(nbytes: int, world: World) -> list[Tensor]:
     assert group is not None
     before = torch.cuda.memory_allocated(world.device)
     own = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=world.device)
-    # Some versions of torch take it from their allocator, which then counts it.
+    # Whether torch's allocator counts it depends on the version of torch.
     outside = nbytes - (torch.cuda.memory_allocated(world.device) - before)
     window = symmetric_memory.rendezvous(own, group.group_name)
-    # Before there was the first, windows began where their allocation does.
+    # Older versions have get_buffer only, whose offset is the allocation's.
     read = getattr(window, "get_remote_tensor", window.get_buffer)
     parts = [
-        # Through one's own window nothing can be written.
+        # A rank's own mapping is read-only: use the allocation itself.
         own if rank == world.rank else read(index, (nbytes,), torch.uint8)
         for index, rank in enumerate(local_ranks)
     ]

@@ -15,11 +15,14 @@ from adapters.units import expert_counts, stem
 from trainer.checkpoint import store
 from trainer.checkpoint.state import read_initial_adapters
 from trainer.config.config import Config, parse_config, with_overrides
+from trainer.config.engines import AUTO
 from trainer.distributed.world import World
-from trainer.errors import UserError
+from trainer.errors import UserError, refuse_mismatch
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
-from trainer.model import build
-from trainer.model.build import Backbone
+from trainer.files import CHECKPOINTS
+from trainer.model.backbone import BuiltModel
+from trainer.model.build import build
+from trainer.model.hub import load_tokenizer, resolve_folder
 from trainer.tasks.base import Task
 from trainer.tasks.registry import TASKS
 from trainer.training.evaluation import evaluate_saved
@@ -69,7 +72,7 @@ def locate(path: Path) -> tuple[Path, dict[str, Any]]:
     """(checkpoint, its state) for a run folder (its newest) or a checkpoint folder, verified."""
     if (path / "manifest.json").is_file():
         return path, store.verify(path)
-    checkpoint, state, _ = store.find("auto", path / "checkpoints")
+    checkpoint, state, _ = store.find("auto", path / CHECKPOINTS)
     if checkpoint is None:
         raise UserError(
             f"{path}: neither a run folder with a checkpoint nor a checkpoint; accepted: "
@@ -100,7 +103,7 @@ def saved_adapters(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, G
 def saved_initial(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, GatedAdapter]:
     """The parts of W that adapters started as; empty where the method takes none."""
     initial_adapters = read_initial_adapters(checkpoint, state) or {}
-    return {name: start.adapter for name, start in initial_adapters.items()}
+    return {name: initial.adapter for name, initial in initial_adapters.items()}
 
 
 def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -120,7 +123,7 @@ def cost_of_dequantising(config: Config, world: World, checkpoint: Path) -> str:
             f"Trained on the {config.model.quantization} backbone. What the adapter loses on the "
             "unquantised one was not measured: the run has no data.eval."
         )
-    engine = config.engine.model_copy(update={"kind": "single", "config": None})
+    engine = config.engine.model_copy(update={"kind": AUTO["one process"], "config": None})
     plain = config.model.model_copy(update={"quantization": "none"})
     losses = [
         evaluate_saved(
@@ -145,7 +148,8 @@ def write_adapter(
     """A PEFT folder from a checkpoint; of the backbone no weights are needed. Returns what
     compressing the adapter to `rank` loses (relative, 0 without it)."""
     config, tensors = saved_config(state), store.read_tensors(checkpoint)
-    with store.refuse_mismatch(checkpoint):
+    task = TASKS[config.task.kind]
+    with refuse_mismatch(checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
     return export_adapter(
         out,
@@ -155,9 +159,10 @@ def write_adapter(
         rank=rank,
         base_model=config.model.id,
         revision=config.model.revision,
-        task=config.task.kind,
+        task_type=task.peft_task_type,
+        model_class=task.auto_class.__name__,
         heads=heads,
-        labels=len(state["labels"].get("labels", ())) or 1,
+        labels=(len(state["labels"].get("labels", ())) or 1) if heads else None,
         note=note,
     )
 
@@ -165,7 +170,7 @@ def write_adapter(
 def _experts(
     config: Config, state: Mapping[str, Any], adapters: Mapping[str, GatedAdapter]
 ) -> dict[str, int]:
-    """How many experts every stack of the model has; where no stack hosts an adapter, a model that
+    """How many experts every stack of the model has; where no stack has adapters, a model that
     is not here any more is taken for one without."""
     try:
         return expert_counts(_built(config, state, torch.device("cpu"))[0].model)
@@ -175,12 +180,14 @@ def _experts(
         return {}
 
 
-def _built(config: Config, state: Mapping[str, Any], device: torch.device) -> tuple[Backbone, Task]:
+def _built(
+    config: Config, state: Mapping[str, Any], device: torch.device
+) -> tuple[BuiltModel, Task]:
     """The model without its weights, and the task, of a checkpoint."""
-    tokenizer = build.load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     task = TASKS[config.task.kind](config.task, tokenizer)
     task.load_labels_state(state["labels"])
-    return build.build(config, task, device), task
+    return build(config, task, device), task
 
 
 def write_model(
@@ -194,20 +201,20 @@ def write_model(
 ) -> None:
     """A model folder that `from_pretrained` loads, one tensor (or stack) in memory at a time.
 
-    `with_adapter`: every host's W + ΔW. `dequantised`: W as the adapter was trained on it,
+    `with_adapter`: every adapted layer's W + ΔW. `dequantised`: W as the adapter was trained on it,
     through quantisation and back; else W as it is in the pretrained files.
     """
     config, tensors = saved_config(state), store.read_tensors(checkpoint)
     if config.model.weights == "random":
         raise UserError("model.weights: random has no files to merge into; accepted: pretrained")
     backbone, task = _built(config, state, device)
-    with store.refuse_mismatch(checkpoint):
+    with refuse_mismatch(checkpoint):
         heads = saved_heads(tensors)
         adapters = saved_adapters(config, tensors) if with_adapter else {}
     initial = saved_initial(checkpoint, state)
     refuse_tied_targets(backbone, adapters)
     out.mkdir(parents=True, exist_ok=True)
-    folder = build.resolve_folder(config.model.id, config.model.revision)
+    folder = resolve_folder(config.model.id, config.model.revision)
     merger = Merger(
         backbone, folder, adapters, initial, heads,
         dequantised=dequantised, device=device,

@@ -12,9 +12,9 @@ from adapters.gated import GatedAdapter
 from adapters.layers.base import PackedLayer
 from adapters.peft_export import merged
 from trainer.errors import UserError
-from trainer.loading.key_mapping import Layout
+from trainer.loading.key_mapping import KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
-from trainer.model.build import Backbone
+from trainer.model.backbone import BuiltModel
 
 _SHARD_BYTES = 4 * 2**30
 
@@ -28,7 +28,7 @@ class Merger:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: BuiltModel,
         folder: Path,
         adapters: Mapping[str, GatedAdapter],
         initial: Mapping[str, GatedAdapter],
@@ -45,7 +45,7 @@ class Merger:
             for name, tensor in head.items()
         }
         self._prefix = self.model.base_model_prefix
-        self._layout = Layout(self.model.config)
+        self._layout = KeyMapping(self.model.config)
         self._files = PretrainedFiles(folder, self._layout)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -137,7 +137,7 @@ def write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def refuse_tied_targets(backbone: Backbone, adapters: Mapping[str, GatedAdapter]) -> None:
+def refuse_tied_targets(backbone: BuiltModel, adapters: Mapping[str, GatedAdapter]) -> None:
     """A shared matrix cannot take one user's update: the other would get it too."""
     embedding = backbone.model.get_input_embeddings().weight
     for path, layer in backbone.adapted_layers.items():

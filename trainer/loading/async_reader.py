@@ -1,8 +1,8 @@
-"""Byte ranges of files into tensors on a device, several pieces of a tensor at a time.
+"""Asynchronous reads of byte ranges of files into tensors on a device.
 
-Read, not mapped: a mapped file's pages count as this process's memory while it is open, and one
-thread that faults them in leaves a fast disk idle. On the way to a GPU a piece passes through one
-of a few pinned buffers, which are all that the host ever holds.
+Read, not memory-mapped: mapped pages count as this process's memory, and one thread that faults
+them in cannot saturate a fast disk. On the way to a GPU each piece passes through one of a few
+pinned buffers, the only host memory used.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from trainer.errors import UserError
 
-_PIECE = 8 * 2**20  # bytes; larger ones read no faster
-_THREADS = 4  # a rank; more gain nothing on one disk, of which all ranks of a node read
+_PIECE = 8 * 2**20  # bytes per read; larger ones are no faster
+_THREADS = 4  # per rank; more are no faster, since all ranks of a host share a disk
 
 
 class Reader:
-    """Reads in the background; `bytes_read` counts what was asked of the files."""
+    """Reads in background threads; `bytes_read` counts the bytes requested."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -32,9 +32,8 @@ class Reader:
     def begin(
         self, file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Callable[[], Tensor]:
-        """Begin to read a tensor that lies at `offset`; what is returned waits for it and gives it.
-
-        Raises UserError when called, where the file cannot be read that far.
+        """Start to read the tensor at `offset`. Returns a function that waits for the tensor and
+        returns it, and raises UserError where the file is unreadable or too short.
         """
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         data = tensor.reshape(-1).view(torch.uint8)
@@ -55,11 +54,11 @@ class Reader:
 
     def _prepare_copies(self) -> None:
         if self._stream is None:
-            # On a stream of their own copies do not wait for what the device computes meanwhile.
+            # A side stream: copies do not wait for the kernels in the current one.
             self._stream = torch.cuda.Stream(self.device)
             for _ in range(_THREADS):
                 self._buffers.put(torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True))
-        # What the new tensor's memory was used for before is queued already, but may not be done.
+        # Queued kernels may still use the memory that the new tensor was given.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def _fill(self, target: Tensor, file: Path, offset: int) -> None:
@@ -79,19 +78,20 @@ class Reader:
 
 
 def read_into(memory: memoryview, file: Path, offset: int) -> None:
-    """Fill `memory` with a file's bytes from `offset`. UserError where it cannot be read so far."""
+    """Fill `memory` with a file's bytes from `offset`. Raises UserError where the file is
+    unreadable or too short."""
     try:
         with file.open("rb", buffering=0) as stream:
             stream.seek(offset)
             while memory:
                 count = stream.readinto(memory)
                 if not count:
-                    raise ValueError(f"it ends {len(memory)} bytes too early")
+                    raise ValueError(f"the file ends {len(memory)} bytes too early")
                 memory = memory[count:]
     except (OSError, ValueError) as error:
         raise unreadable(file, error) from error
 
 
 def unreadable(file: Path, error: Exception) -> UserError:
-    """What a user hears of a file of weights that cannot be read."""
+    """The error for a weight file that cannot be read."""
     return UserError(f"model.id: {file}: not a readable safetensors file ({error})")

@@ -1,21 +1,25 @@
-"""What a model's parameters are called in published files.
+"""Mapping from a model's parameter names to the keys in published checkpoint files.
 
-transformers merges and renames some of them when it loads (Mixtral's experts are one tensor each
-on disk, one stack in memory); its own table of conversions is read here from right to left.
+transformers renames and merges some parameters when it loads (Mixtral's experts are one tensor each
+on disk, one stack in memory). This is its conversion table, applied in reverse.
 """
 
-from transformers import PretrainedConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from typing import TYPE_CHECKING
 
-_PATTERN = frozenset("^$()[]|+?{}")  # of a regular expression, not of a name
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PretrainedConfig
+
+_PATTERN = frozenset("^$()[]|+?{}")  # characters of a regular expression, not of a name
 
 
-class Layout:
-    """Names on disk for names in memory, of one type of model."""
+class KeyMapping:
+    """Keys on disk for parameter names in memory, for one type of model."""
 
-    def __init__(self, config: PretrainedConfig | None = None):
+    def __init__(self, config: "PretrainedConfig | None" = None):
         self._renamed: list[tuple[str, str]] = []
         self._stacks: dict[str, list[str]] = {}
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
         conversions = get_checkpoint_conversion_mapping(config.model_type) if config else None
         for conversion in conversions or []:
             sources = [source.replace("\\.", ".") for source in conversion.source_patterns]
@@ -29,15 +33,15 @@ class Layout:
                 self._stacks[targets[0]] = sources
 
     def names(self, name: str) -> list[str]:
-        """What a parameter may be called."""
+        """The keys under which a parameter may be stored."""
         names = [name]
         for source, target in reversed(self._renamed):
             names += [known.replace(target, source) for known in names if target in known]
         return names
 
     def expert_parts(self, stack: str, expert: int) -> list[list[str]]:
-        """What the matrices may be called that, one below the other, are one expert's in `stack`;
-        empty where the files are not known to hold experts apart."""
+        """For each matrix whose concatenation by rows is one expert of `stack`, the keys under
+        which it may be stored; empty where the files hold the stack itself."""
         for target, sources in self._stacks.items():
             if stack.endswith(target):
                 start = stack.removesuffix(target)

@@ -8,72 +8,107 @@ matrices of the group that it read itself, some one block; and one block (at the
 and the head) whole. On a GPU's host there are only the reader's buffers.
 """
 
+import dataclasses
 import hashlib
 import resource
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from adapters.layers.experts import StackedLinear
 from adapters.units import transformer_blocks
 from trainer.config.config import Config
+from trainer.device_memory import release, trim
 from trainer.distributed.world import World
 from trainer.engine.base import Engine, compiles
-from trainer.loading.materialize import Materializer, param_tasks
+from trainer.loading.assignment import param_tasks
+from trainer.loading.materialize import Materializer
 from trainer.loading.source import Source, names_of_parameters, open_files
 from trainer.loading.spectral_init import SpectralInit
+from trainer.model.backbone import BuiltModel, LoadedBackbone, Loading, TrainedModule, set_module
 from trainer.model.blocks import Blocks, check_unsharded_blocks
-from trainer.model.build import Backbone, Loading, TrainedModule, build, resolve_folder, set_module
-from trainer.model.footprint import release, trim
+from trainer.model.build import build
+from trainer.model.hub import resolve_folder
 from trainer.tasks.base import Task
 
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
 
-def load(
+
+def load_backbone(
     config: Config,
     task: Task,
     engine: Engine,
     world: World,
     spectral_init: SpectralInit | None = None,
-) -> Backbone:
+) -> LoadedBackbone:
     """Build, then fill every block with its tensors and hand it to the engine.
 
-    `splitter` takes a method's part out of the units' matrices before they are packed. A tensor
-    that one rank cannot read or use ends all of them (`World.together`).
+    `spectral_init` takes a method's part out of the units' matrices before they are packed. A
+    tensor that one rank cannot read or use ends all of them (`World.all_or_none`).
     """
     started = time.perf_counter()
     with world.all_or_none():
-        backbone = build(config, task, world.device)
-        backbone.blocks = Blocks(
-            backbone.model,
-            world.device,
-            compiled=compiles(config, type(engine), backbone, world.device),
-        )
-        if config.engine.activation_checkpointing is True:
-            backbone.blocks.keep(0)
-        check_unsharded_blocks(config.engine, len(backbone.blocks))
-        source = Source(backbone, config, world.device)
+        built = build(config, task, world.device)
+        model = built.model
+        blocks = _take_over_blocks(config, built, engine, world)
+        source = Source(built, config, world.device)
         if spectral_init is not None:
-            spectral_init.resume(backbone.units)
-        for path, head in backbone.heads.items():
+            spectral_init.resume(built.units)
+        for path, head in built.heads.items():
             _fill_head(source, path, head)
-            set_module(backbone.model, path, None)  # no sharder sees it
-    model = backbone.model
+            set_module(model, path, None)  # no sharder sees it
+    materializer = _materialize(source, engine, world, spectral_init)
+    heads = {path: TrainedModule(head) for path, head in built.heads.items()}
+    for path, head in heads.items():
+        set_module(model, path, head)
+    with world.all_or_none():
+        digest = _digest(source)
+    loaded = LoadedBackbone(
+        **{f.name: getattr(built, f.name) for f in dataclasses.fields(built)} | {"heads": heads},
+        blocks=blocks,
+        digest=digest,
+        quantization_error=materializer.quantization_error(),
+        loading=_figures(source, materializer, world, started),
+    )
+    unsharded = config.engine.unsharded_blocks
+    if unsharded != "auto" and unsharded > 0:
+        engine.keep_unsharded(unsharded)
+    release(world.device)
+    model.train()
+    return loaded
+
+
+def _take_over_blocks(config: Config, built: BuiltModel, engine: Engine, world: World) -> Blocks:
+    compiled = compiles(config, type(engine), built, world.device)
+    blocks = Blocks(built.model, world.device, compiled=compiled)
+    if config.engine.activation_checkpointing is True:
+        blocks.keep(0)
+    check_unsharded_blocks(config.engine, len(blocks))
+    return blocks
+
+
+def _materialize(
+    source: Source, engine: Engine, world: World, spectral_init: SpectralInit | None
+) -> Materializer:
+    """Fill and hand over the model, one group of blocks after the other; all ranks together."""
+    model = source.model
     rest: tuple[str, nn.Module] = ("", model)
     groups = [*in_groups(model, world), [rest]]
     seen: set[int] = set()
-    items = [[param_tasks(backbone, [part], seen) for part in group] for group in groups]
-    flat = [[item for of_part in of_group for item in of_part] for of_group in items]
-    filler = Materializer(source, world, spectral_init, flat)
-    for group, of_group, all_of_it in zip(groups, items, flat, strict=True):
+    tasks = [[param_tasks(source.backbone, [part], seen) for part in group] for group in groups]
+    flat = [[task for of_part in of_group for task in of_part] for of_group in tasks]
+    materializer = Materializer(source, world, spectral_init, flat)
+    for group, of_group, all_of_it in zip(groups, tasks, flat, strict=True):
         with world.all_or_none():
             for path, part in group:
                 _fill_buffers(source, path, part)
-        filler.pack(all_of_it)
+        materializer.pack(all_of_it)
         for (_, part), of_part in zip(group, of_group, strict=True):
-            for item in of_part:
-                filler.assign_to_model(item)
+            for task in of_part:
+                materializer.assign_to_model(task)
             if part is model:
                 engine.shard(model)
             else:
@@ -81,19 +116,7 @@ def load(
             # Between the packed matrices, which stay, the freed copies of unquantised ones would
             # otherwise add up to the whole unquantised model.
             trim()
-    for path, head in backbone.heads.items():
-        backbone.heads[path] = TrainedModule(head)
-        set_module(model, path, backbone.heads[path])
-    with world.all_or_none():
-        backbone.digest = _digest(source)
-    backbone.quantization_error = filler.quantization_error()
-    backbone.loading = _figures(source, filler, world, started)
-    whole = config.engine.unsharded_blocks
-    if whole != "auto" and whole > 0:
-        engine.keep_unsharded(whole)
-    release(world.device)
-    model.train()
-    return backbone
+    return materializer
 
 
 def in_groups(model: nn.Module, world: World) -> list[list[tuple[str, nn.Module]]]:
@@ -102,7 +125,7 @@ def in_groups(model: nn.Module, world: World) -> list[list[tuple[str, nn.Module]
     return [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
 
-def check(config: Config, task: Task, device: torch.device) -> None:
+def check_backbone(config: Config, task: Task, device: torch.device) -> None:
     """Everything that can be wrong with a model and shows without reading its weights."""
     backbone = build(config, task, device)
     if config.model.weights == "random":
@@ -172,7 +195,7 @@ def _meta_buffers(module: nn.Module) -> list[str]:
     return [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
 
 
-def _initialise(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
+def _initialise(model: "PreTrainedModel", module: nn.Module, device: torch.device) -> None:
     with torch.no_grad(), device:
         model._init_weights(module)
 
@@ -189,13 +212,13 @@ def _digest(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _figures(source: Source, filler: Materializer, world: World, started: float) -> Loading:
+def _figures(source: Source, materializer: Materializer, world: World, started: float) -> Loading:
     read = source.files.bytes_read if source.files is not None else 0
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     counts = world.gather((read, resident))
     return Loading(
         seconds=time.perf_counter() - started,
         bytes_read=sum(read for read, _ in counts),
-        shares=dict(filler.seconds),
+        shares=dict(materializer.seconds),
         peak_host_bytes=max(resident for _, resident in counts),
     )

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.config.validation import parse_json
+from trainer.config.yaml import parse_json
 from trainer.errors import UserError
 from trainer.loading.async_reader import Reader, read_into, unreadable
-from trainer.loading.key_mapping import Layout
+from trainer.loading.key_mapping import KeyMapping
 
 _SAMPLE = 4096  # bytes of each tensor that enter the digest, from its middle
 
@@ -56,11 +56,11 @@ class PretrainedFiles:
     def __init__(
         self,
         folder: Path,
-        layout: Layout | None = None,
+        layout: KeyMapping | None = None,
         device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
     ):
         self.folder = folder
-        self._layout = layout or Layout()
+        self._layout = layout or KeyMapping()
         self._file_of = _index(folder)
         self._places: dict[str, dict[str, _Place]] = {}
         self._reader = Reader(device)

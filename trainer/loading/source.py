@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from adapters import seeds
 from trainer.config.config import Config
-from trainer.loading.key_mapping import Layout
+from trainer.loading.key_mapping import KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
-from trainer.model.build import Backbone, resolve_folder
+from trainer.model.backbone import BuiltModel
+from trainer.model.hub import resolve_folder
 
 Request = tuple[str, int | None]
 """A parameter by name, or the matrix (out, in) of one of the experts stacked in it."""
@@ -21,7 +22,7 @@ Request = tuple[str, int | None]
 class Source:
     """Values by the model's own names, on the device, while its parameters are still on meta."""
 
-    def __init__(self, backbone: Backbone, config: Config, device: torch.device):
+    def __init__(self, backbone: BuiltModel, config: Config, device: torch.device):
         self.backbone, self.config, self.device = backbone, config, device
         self.model = backbone.model
         self.names = names_of_parameters(self.model)
@@ -74,10 +75,10 @@ class Source:
         return values.normal_(0.0, spread, generator=generator)
 
 
-def open_files(config: Config, backbone: Backbone, device: torch.device) -> PretrainedFiles:
+def open_files(config: Config, backbone: BuiltModel, device: torch.device) -> PretrainedFiles:
     """The model's safetensors files."""
     folder = resolve_folder(config.model.id, config.model.revision)
-    return PretrainedFiles(folder, Layout(backbone.model.config), device)
+    return PretrainedFiles(folder, KeyMapping(backbone.model.config), device)
 
 
 def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:

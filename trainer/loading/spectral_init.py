@@ -1,33 +1,28 @@
-"""Taking a method's part out of the matrices, for methods that start from singular components.
+"""Spectral initialisation: a method's part taken out of the matrices, as singular components.
 
 A decomposition is computed by the rank that reads the matrix and handed to all others, so that they
-hold the same bits; it is cached on disk by the matrix's own digest. A run writes what it started
-from once (`initial.safetensors`, with its SHA-256 beside it) and always loads that again: signs and
-vectors of clustered singular values would differ if they were computed anew.
+hold the same bits; it is cached on disk by the matrix's own digest.
 """
 
 import hashlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from adapters import seeds
-from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter
 from adapters.methods.spectral import SpectralMethod
 from adapters.spectral import Triplets, singular_triplets
 from adapters.units import Unit
-from trainer.checkpoint.store import BadCheckpoint, refuse_mismatch
 from trainer.distributed.world import World
 from trainer.errors import UserError
+from trainer.loading.initial_adapters import initial_adapter_of, save_tensors
 
-INITIAL = "initial.safetensors"
 _VERSION = 2  # of the cached decompositions; raise it when their computation changes
 _WORDS = 1024  # 32-bit words in a row of the fingerprint
 _ROWS = 4096  # of them at a time, 32 MiB as 64-bit numbers
@@ -50,13 +45,16 @@ class SpectralInit:
 
     @property
     def resumed(self) -> bool:
-        """Whether every unit's start is known from the run's file."""
+        """Whether every unit's initial adapter is known from the run's file."""
         return self._stored is not None
 
     def resume(self, units: Sequence[Unit]) -> None:
-        """Take the start of `units` from the run's file, if it has one. Raises BadCheckpoint."""
+        """Take the initial adapters of `units` from the run's file, if it has one. Raises
+        BadCheckpoint."""
         if self._stored is not None:
-            self.initial_adapters |= {unit.name: _fitting(self._stored, unit) for unit in units}
+            self.initial_adapters |= {
+                unit.name: initial_adapter_of(self._stored, unit) for unit in units
+            }
 
     def residual(self, unit: Unit, weight: Tensor) -> Tensor:
         """W − ΔW₀ (out, in), in float32 on W's device, of a unit's original matrix (out, in); ΔW₀
@@ -86,60 +84,9 @@ class SpectralInit:
                 name: getattr(triplets, name).float().cpu().contiguous()
                 for name in ("U", "S", "V", "spectrum")
             }
-            _save(held, file)
+            save_tensors(held, file)
         adapter = self.method.extract(unit, Triplets(**held)).requires_grad_(False)
         return InitialAdapter(adapter, held["spectrum"])
-
-
-def save_starts(initial_adapters: Mapping[str, InitialAdapter], folder: Path) -> str:
-    """Write a run's initial tensors, and beside them their SHA-256, which is returned."""
-    tensors = {}
-    for name, start in initial_adapters.items():
-        adapter = start.adapter
-        for role, tensor in (("A", adapter.A), ("g", adapter.g), ("B", adapter.B)):
-            tensors[f"{name}/{role}"] = tensor.detach().cpu().contiguous()
-        tensors[f"{name}/spectrum"] = start.spectrum.contiguous()
-    _save(tensors, folder / INITIAL)
-    digest = _digest(folder / INITIAL)
-    (folder / INITIAL).with_suffix(".sha256").write_text(f"{digest}  {INITIAL}\n")
-    return digest
-
-
-def load_initial_adapters(file: Path, digest: str) -> dict[str, InitialAdapter]:
-    """A run's initial tensors, once their SHA-256 is the one that the checkpoint names."""
-    if not file.is_file():
-        raise BadCheckpoint(
-            f"{file} is missing: the initial tensors that the run's checkpoints build on"
-        )
-    if _digest(file) != digest:
-        raise BadCheckpoint(f"{file}: checksum differs from the one written: damaged")
-    parts: dict[str, dict[str, Tensor]] = {}
-    with refuse_mismatch(file):
-        for key, tensor in load_file(file).items():
-            name, _, role = key.rpartition("/")
-            parts.setdefault(name, {})[role] = tensor
-        return {
-            name: InitialAdapter(
-                GatedAdapter(p["A"], p["g"], p["B"]).requires_grad_(False), p["spectrum"]
-            )
-            for name, p in parts.items()
-        }
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fitting(stored: Mapping[str, InitialAdapter], unit: Unit) -> InitialAdapter:
-    start = stored.get(unit.name)
-    shape = None if start is None else (start.adapter.B.shape[1], start.adapter.A.shape[1])
-    if start is None or shape != (unit.out_features, unit.in_features):
-        raise BadCheckpoint(
-            f"{unit.name}: {shape or 'nothing'} in {INITIAL}, which was made on another backbone; "
-            "accepted: a checkpoint of this one"
-        )
-    return start
 
 
 def _key(weight: Tensor, ranges: Sequence[range]) -> str:
@@ -166,18 +113,3 @@ def _fingerprint(weight: Tensor) -> bytes:
         for rows in data.view(torch.int32).view(-1, _WORDS).split(_ROWS)
     ]
     return torch.cat(sums, 1).cpu().numpy().tobytes()
-
-
-def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write under another name, then rename: whoever reads it sees all of it or nothing."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as made:
-            partial = Path(made.name)
-        try:
-            save_file(dict(tensors), partial)
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{file.parent}: cannot be written ({error.strerror})") from error

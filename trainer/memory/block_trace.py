@@ -1,13 +1,12 @@
-"""What a transformer block keeps for backward and needs meanwhile, without a GPU or weights.
+"""Saved and temporary bytes of a transformer block, without a GPU or weights.
 
 A block runs on fake tensors, which have shapes and no bytes. Where blocks are compiled, its joint
-graph goes through the partitioner that the compiler itself uses, with the same settings
-(`blocks.py`), which decides what is kept and what is computed again. Elsewhere `Meter` counts what
-autograd keeps.
+graph goes through the compiler's own partitioner with the same settings (`blocks.py`), which
+decides what is saved and what is recomputed. Otherwise `Meter` counts what autograd saves.
 
-Fake tensors are on the CPU, where attention is a flash kernel too: it keeps q, k, v, the output and
-one logarithm a row and head, as the kernels of a GPU do. A mask is given to it always, as packed
-sequences need one: transformers leaves it out only where it sees that no value asks for it.
+Fake tensors are on the CPU, where attention is a flash kernel too: it saves q, k, v, the output and
+one log-sum-exp per row and head, as a GPU's kernels do. It always gets a mask, as packed sequences
+need one: transformers omits it only where it can read the mask's values.
 """
 
 import weakref
@@ -28,6 +27,7 @@ from adapters.formats.formats import FORMATS
 from adapters.layers.experts import StackedLinear
 from adapters.layers.handles import RegisteredLayer
 from adapters.layers.linear import AdaptedLinear
+from trainer.model.blocks import configure_compiler, hidden_state
 
 
 @dataclass(frozen=True)
@@ -35,16 +35,16 @@ class BlockBytes:
     """Figures of one block, for one micro-batch (bytes)."""
 
     saved: int
-    """Held from forward to backward, beside the input, by a block that keeps its activations."""
+    """Saved for backward without checkpointing, the block's input not counted."""
     forward: int
-    """Peak of forward beside the input, `kept` included."""
+    """Peak of forward without the input, `saved` included."""
     backward: int
-    """Peak of backward beside the input and the output's gradient, `kept` included."""
+    """Peak of backward without the input and the output's gradient, `saved` included."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A block, what the model calls it with, and the shapes of what it returns."""
+    """A block, the arguments that the model calls it with, and its output."""
 
     block: nn.Module
     args: tuple[Any, ...]
@@ -53,7 +53,7 @@ class Call:
 
 
 class Products:
-    """What the operators of hosts hold for the time of a product: W dequantised, and the like."""
+    """Temporaries of the adapted layers' operators, such as the dequantised W."""
 
     def __init__(self, layers: Iterable[nn.Module], dropout: bool):
         self._dropout = dropout
@@ -64,8 +64,7 @@ class Products:
         }
 
     def bytes_of(self, target: Any, tensors: list[Tensor]) -> int:
-        """Of one call of `target` with these tensors, its arguments and results; 0 where it is no
-        host's operator."""
+        """Of one call of `target` with these arguments and results; 0 for other operators."""
         if not isinstance(target, OpOverload) or target.namespace != "rankcast":
             return 0
         name = target._schema.name
@@ -78,12 +77,12 @@ class Products:
         else:
             rows = x.numel() // x.shape[-1]
             needed = fmt.product_bytes(layer.matrix_shape, rows, x.dtype, backward=backward)
-        # The mask and the dropped input; in backward the product that is dropped again, too.
+        # The mask and the dropped input; in backward also the product that is dropped.
         return needed + self._dropout * (3 if backward else 2) * _nbytes(x)
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of tensors that operators make within it, until they are freed."""
+    """Tracks the bytes of tensors created in this mode, until they are freed."""
 
     def __init__(self, known: Iterable[Any], products: Products):
         super().__init__()
@@ -92,7 +91,7 @@ class Meter(TorchDispatchMode):
         self._seen = {id(t.untyped_storage()) for t in known if isinstance(t, Tensor)}
 
     def spike(self, nbytes: int) -> None:
-        """So much more is held for a moment."""
+        """Account for a temporary of `nbytes`."""
         self.peak = max(self.peak, self.held + nbytes)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -119,8 +118,8 @@ class Meter(TorchDispatchMode):
 
 
 class WorstCase(TorchFunctionMode):
-    """Every position has a loss, so that no shape depends on data; attention without dropout, whose
-    mask a GPU's kernels draw again, and a CPU's keep."""
+    """Every position has a loss, so that no shape depends on data. Attention runs without dropout:
+    a CPU kernel would save the mask, which a GPU's kernels redraw."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -136,11 +135,11 @@ def _is_mask(index: Any) -> bool:
 
 
 def compiled(call: Call, products: Products) -> BlockBytes:
-    """Figures of a block that is compiled; within a mode of fake tensors."""
+    """Figures of a compiled block; call it under FakeTensorMode."""
     forward, backward, outputs = _partitioned(call)
     made = list(forward.graph.output_node().args[0])  # type: ignore[arg-type]
     given = forward.graph.find_nodes(op="placeholder")
-    # Inputs of the block, weights among them, and its output belong to others.
+    # The block's inputs, its weights and its output are counted elsewhere.
     foreign = _storages([*given, *made[:outputs]])
     saved = sum(size for key, size in _storages(made[outputs:]).items() if key not in foreign)
     inside = {node.name for node in made[outputs:]} - {node.name for node in given}
@@ -148,13 +147,13 @@ def compiled(call: Call, products: Products) -> BlockBytes:
 
 
 def eager(call: Call, products: Products) -> BlockBytes:
-    """Figures of a block that is not compiled; within a mode of fake tensors."""
+    """Figures of an uncompiled block; call it under FakeTensorMode."""
     flat, _ = tree_flatten((call.args, call.kwargs))
     weights = [*call.block.parameters(), *call.block.buffers()]
     args = (call.args[0].detach().requires_grad_(), *call.args[1:])
     with Meter([*flat, *weights, args[0]], products) as meter:
         outputs = call.block(*args, **call.kwargs)
-        output = _hidden(outputs)
+        output = hidden_state(outputs)
         saved, forward = meter.held - _nbytes(output), meter.peak
         meter.peak = meter.held
         gradient = torch.empty_like(output)
@@ -163,13 +162,9 @@ def eager(call: Call, products: Products) -> BlockBytes:
     return BlockBytes(saved, forward, meter.peak - before)
 
 
-def _hidden(outputs: Any) -> Tensor:
-    """The hidden states among what a block returns."""
-    return outputs if isinstance(outputs, Tensor) else outputs[0]
-
-
 def _partitioned(call: Call) -> tuple[fx.GraphModule, fx.GraphModule, int]:
     """The block's forward and backward program, and the number of forward's own outputs."""
+    configure_compiler()
     from functorch.compile import (
         aot_function,
         make_boxed_func,
@@ -188,8 +183,8 @@ def _partitioned(call: Call) -> tuple[fx.GraphModule, fx.GraphModule, int]:
             values[place] = tensor
         args, kwargs = tree_unflatten(values, spec)
         with _handles(layers, handles):
-            # As a module: its hooks and checks are torch.compile's to see, too.
-            return _hidden(torch.func.functional_call(call.block, dict(weights), args, kwargs))
+            # Called as a module, hooks included, as under torch.compile.
+            return hidden_state(torch.func.functional_call(call.block, dict(weights), args, kwargs))
 
     found: list[tuple[fx.GraphModule, fx.GraphModule, int]] = []
 
@@ -226,11 +221,10 @@ def _handles(layers: list[RegisteredLayer], handles: list[Tensor]) -> Iterator[N
 
 
 def _peak(module: fx.GraphModule, inside: set[str], products: Products) -> int:
-    """Most bytes held at a time while a program runs operator by operator, those of inputs that are
-    not in `inside` left out.
+    """Peak bytes while a graph runs operator by operator; inputs count only if named in `inside`.
 
-    Pointwise operators whose results only other pointwise ones read are computed with those, in one
-    kernel, so their results are nowhere; an operator's arguments live until then.
+    A pointwise operator that only pointwise operators read is fused into them: its result is never
+    materialised, and its arguments live until then.
     """
     from torch._functorch.partitioners import get_default_op_list
 
@@ -275,7 +269,7 @@ def _peak(module: fx.GraphModule, inside: set[str], products: Products) -> int:
 
 
 def _storages(nodes: Iterable[Any]) -> dict[int, int]:
-    """Bytes by storage of what nodes stand for; views of one tensor are one."""
+    """Bytes by storage of the nodes' values; views share their storage."""
     found = {}
     for node in nodes:
         for value in tree_leaves(node.meta.get("val")) if isinstance(node, fx.Node) else ():

@@ -26,17 +26,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from trainer.config.sections import DataOptions
+from trainer.device_memory import GIB, allowance, held_bytes, peak_bytes, readable, release
 from trainer.errors import RunFailed
-from trainer.model.footprint import (
-    GIB,
-    allowance,
-    blocks_that_fit,
-    held_bytes,
-    peak_bytes,
-    readable,
-    release,
-    update_bytes,
-)
+from trainer.model.footprint import blocks_that_fit, update_bytes
 from trainer.session import Session
 from trainer.tasks.base import Batch, Example, Task
 
@@ -107,7 +99,6 @@ def make_plan(session: Session, size: int | None = None, batch: Batch | None = N
     if options.activation_checkpointing != "auto" or device.type != "cuda":
         return None
     blocks = session.backbone.blocks
-    assert blocks is not None
     data = session.config.data
     longest = data.max_length if data.packing else int(session.train_data.lengths.max())
     batch = batch or largest_batch(session.task, data, longest, size or data.micro_batch_size)
@@ -138,7 +129,6 @@ def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:
     """What blocks need, and the bytes on the host of one that is moved. Where not even one block
     can keep its activations, a is more than there is. All ranks go through the same probes."""
     blocks, world = session.backbone.blocks, session.world
-    assert blocks is not None
     blocks.keep(0)
     _probe(session, batch)  # compiles
     nothing = _probe(session, batch)
@@ -159,7 +149,7 @@ def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:
     if world.any(away is None or away.offloaded == 0):
         return needs, 0
     assert away is not None
-    seconds, running = blocks.host.journey(away.offloaded), nothing.seconds / len(blocks)
+    seconds, running = blocks.host.transfer_seconds(away.offloaded), nothing.seconds / len(blocks)
     most = min(
         room // away.offloaded, int(len(blocks) * running / seconds), len(blocks.offloadable)
     )
@@ -181,7 +171,6 @@ class _Probe:
 def _probe(session: Session, batch: Batch) -> _Probe | None:
     """One forward and backward pass; None where the memory does not suffice."""
     device, blocks = session.world.device, session.backbone.blocks
-    assert blocks is not None
     release(device)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -208,7 +197,6 @@ def reduce_plan(session: Session) -> str:
     of the blocks fewer; at last move none; and say so. RunFailed where that is not what was asked
     for, or all are computed again already."""
     blocks, engine = session.backbone.blocks, session.engine
-    assert blocks is not None
     if engine.unsharded_blocks and session.config.engine.unsharded_blocks == "auto":
         engine.keep_unsharded(0)
         release(session.world.device)
@@ -228,7 +216,6 @@ def reduce_plan(session: Session) -> str:
 def oom_error(session: Session) -> RunFailed:
     """What a user hears of memory that ran out for good."""
     config, blocks = session.config, session.backbone.blocks
-    assert blocks is not None
     if session.engine.unsharded_blocks:
         return RunFailed(
             f"engine.unsharded_blocks: {config.engine.unsharded_blocks} given, but the GPU's "

@@ -10,9 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo.config
-import torch._functorch.config
-import torch.fx.experimental._config
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -25,21 +22,30 @@ from trainer.model.activation_offload import HostMemory
 
 BACKEND = "inductor"
 
-# Programs: with gradients and without, with a mask and without, one sequence or several. Past the
-# limit blocks would silently run uncompiled.
-torch._dynamo.config.recompile_limit = 64
-# A sequence as long as the model is wide would be taken to be always so.
-torch.fx.experimental._config.use_duck_shape = False
-# Recompute every pointwise operation in backward, also where its result is an operator's input
-# there: inputs of the projections are pointwise results of what is kept anyway. A block of 70B then
-# keeps 0.73 instead of 1.06 GiB, for 0.2 ms of pointwise kernels.
-torch._functorch.config.ban_recompute_materialized_backward = False
+
+def configure_compiler() -> None:
+    """Set torch.compile's global options: to be called before anything is compiled."""
+    import torch._dynamo.config
+    import torch._functorch.config
+    import torch.fx.experimental._config
+
+    # Programs: with gradients and without, with a mask and without, one sequence or several. Past
+    # the limit blocks would silently run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
+    # A sequence as long as the model is wide would be taken to be always so.
+    torch.fx.experimental._config.use_duck_shape = False
+    # Recompute every pointwise operation in backward, also where its result is an operator's input
+    # there: inputs of the projections are pointwise results of what is kept anyway. A block of 70B
+    # then keeps 0.73 instead of 1.06 GiB, for 0.2 ms of pointwise kernels.
+    torch._functorch.config.ban_recompute_materialized_backward = False
 
 
 class Blocks:
     """Takes over the blocks of `model`, before they are sharded."""
 
     def __init__(self, model: nn.Module, device: torch.device, *, compiled: bool):
+        if compiled or device.type == "cuda":  # where weight formats compile kernels of their own
+            configure_compiler()
         self.host = HostMemory(device)
         self._blocks = [
             _Block(index, block, self.host, compiled)
@@ -67,12 +73,12 @@ class Blocks:
         return range(first + 1, len(self) - 1)
 
     def keep(self, count: int, offloaded: int = 0, place: int | None = None) -> None:
-        """Let `count` blocks keep their activations and `moved` of the movable ones move them to
-        places of so many bytes on the host (none: those that there are).
+        """Let `count` blocks keep their activations and `offloaded` of the offloadable ones move
+        them to host buffers of `place` bytes (None: the buffers that there are).
 
-        Moved ones lie apart, so that their ways overlap with what runs in between. Of the others
-        the last keep theirs: backward comes to them first, and they are gone when the others are
-        computed again.
+        Offloaded blocks lie apart, so that their copies overlap with what runs in between. Of the
+        others the last keep theirs: backward comes to them first, and they are gone when the others
+        are computed again.
         """
         offloadable = self.offloadable[::-1]
         away = {offloadable[index * len(offloadable) // offloaded] for index in range(offloaded)}
@@ -133,7 +139,7 @@ class _Block:
         else:
             output = self._forward(*args, **kwargs)
         if self._host.busy:
-            hidden = output if isinstance(output, torch.Tensor) else output[0]
+            hidden = hidden_state(output)
             if hidden.requires_grad:
                 hidden.register_hook(lambda _: self._host.before_backward(self.index))
         return output
@@ -151,6 +157,11 @@ class _Block:
             parameter.requires_grad
             for parameter in self._block.parameters()  # a router
         )
+
+
+def hidden_state(output: Any) -> torch.Tensor:
+    """The hidden states among what a block returns."""
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def _needs_gradient(value: Any) -> bool:

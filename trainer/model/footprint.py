@@ -1,22 +1,15 @@
-"""Memory: what a run will need, and what a process has used."""
+"""Bytes that the backbone and what trains on it take on each rank, without activations."""
 
-import contextlib
-import ctypes
-import gc
-import resource
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
 from adapters.formats.formats import FORMATS
 from adapters.methods.registry import METHODS
+from adapters.units import transformer_blocks
 from trainer.config.config import Config
-from trainer.model.build import Backbone
-
-GIB = 2**30
+from trainer.model.backbone import BuiltModel
 
 Spread = Literal["whole", "split", "blocks"]
 """How an engine spreads the backbone: every rank holds all of it; all of it is split over all
@@ -51,17 +44,15 @@ class Estimate:
 
 
 def estimate(
-    backbone: Backbone,
+    backbone: BuiltModel,
     config: Config,
     ranks: int,
     spread: Spread,
     *,
     local_ranks: int | None = None,
 ) -> Estimate:
-    """What `backbone` (built, not loaded) takes on each of `ranks` ranks, `near` of them on a host
-    (none: all)."""
-    from adapters.units import transformer_blocks
-
+    """What `backbone` (built, not loaded) takes on each of `ranks` ranks, `local_ranks` of them on
+    a host (none: all)."""
     blocks = [block for _, block in transformer_blocks(backbone.model)]
     sizes = [_frozen_bytes(block, backbone, adapted_only=spread == "blocks") for block in blocks]
     whole = _frozen_bytes(backbone.model, backbone)
@@ -93,7 +84,7 @@ def blocks_that_fit(blocks: int, nbytes: int, left: int) -> int:
     return min(blocks, max(0, left) // nbytes) if nbytes else 0
 
 
-def trainable_parameters(backbone: Backbone, config: Config) -> int:
+def trainable_parameters(backbone: BuiltModel, config: Config) -> int:
     """Scalars that a fixed-rank adapter on every unit and the task's heads train."""
     gates = int(METHODS[config.method.kind].gates == "learned")
     adapters = sum(
@@ -104,8 +95,9 @@ def trainable_parameters(backbone: Backbone, config: Config) -> int:
     return adapters + heads
 
 
-def _frozen_bytes(module: nn.Module, backbone: Backbone, *, adapted_only: bool = False) -> int:
-    """Bytes of a module once loaded, or of what hosts hold of it; a tied parameter counts once."""
+def _frozen_bytes(module: nn.Module, backbone: BuiltModel, *, adapted_only: bool = False) -> int:
+    """Bytes of a module once loaded, or of its adapted layers' matrices; a tied parameter
+    counts once."""
     places = backbone.adapted_layers.values()
     packed = {id(place.weight): place.layer for place in places}
     total = 0
@@ -116,59 +108,3 @@ def _frozen_bytes(module: nn.Module, backbone: Backbone, *, adapted_only: bool =
         elif not adapted_only:
             total += parameter.numel() * parameter.element_size()
     return total
-
-
-def readable(nbytes: int) -> str:
-    """A number of bytes for a person: MiB below a tenth of a GiB, else GiB."""
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
-
-
-_outside = 0
-
-
-def count_outside(nbytes: int) -> None:
-    """What a process takes of its GPU beside torch's allocator, or (below 0) gives back."""
-    global _outside
-    _outside += nbytes
-
-
-def allowance(device: torch.device, fraction: float) -> int:
-    """Most bytes that this process may hold for `fraction` of its GPU to be taken: what others hold
-    counts too."""
-    free, total = torch.cuda.mem_get_info(device)
-    own = torch.cuda.memory_reserved(device) + _outside
-    return int(fraction * total) - (total - free - own)
-
-
-def held_bytes(device: torch.device) -> int:
-    """What this process holds now: the GPU's tensors, or resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) + _outside
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def release(device: torch.device) -> None:
-    """Collect what is unreachable, and hand freed memory back to the GPU and to the system."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    trim()
-
-
-def trim() -> None:
-    """Ask the C library to give freed pages back to the system."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most that this process has held: the GPU's tensors, or resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) + _outside
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def peak_gib(device: torch.device) -> float:
-    """`peak_bytes` in GiB."""
-    return peak_bytes(device) / GIB

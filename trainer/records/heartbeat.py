@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from trainer.config.validation import parse_json
+from trainer.config.yaml import parse_json
 from trainer.errors import EXIT_FAILED, EXIT_REQUEUE
+from trainer.files import HEARTBEAT, write_text
 
-FILE = "heartbeat.json"
 EXIT_RUNNING = 3
 EXIT_CODES = {"done": 0, "interrupted": EXIT_REQUEUE, "failed": EXIT_FAILED}
 """What `launch/watch.py RUN --once` ends in, by state; `EXIT_RUNNING` in every other."""
@@ -29,7 +29,7 @@ class Heartbeat:
     """Writes the file, whole or not at all; a full disk never stops a run here."""
 
     def __init__(self, folder: Path):
-        self._file, self._last = folder / FILE, 0.0
+        self._file, self._last = folder / HEARTBEAT, 0.0
         self._values: dict[str, Any] = {
             "state": "starting", "step": 0, "steps": 0, "host": socket.gethostname(),
             "pid": os.getpid(), "started": time.time(),
@@ -56,18 +56,14 @@ class Heartbeat:
     def write(self) -> None:
         """Write now."""
         self._last = time.monotonic()
-        temporary = self._file.with_suffix(".tmp")
         with contextlib.suppress(OSError):
-            temporary.write_text(
-                json.dumps({**self._values, "time": time.time()}), encoding="utf-8"
-            )
-            temporary.replace(self._file)
+            write_text(self._file, json.dumps({**self._values, "time": time.time()}))
 
 
 def read_heartbeat(folder: Path) -> dict[str, Any]:
     """What the file says; {} where there is none, or none that can be read."""
     try:
-        values = parse_json((folder / FILE).read_text(encoding="utf-8"))
+        values = parse_json((folder / HEARTBEAT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from trainer.config.validation import parse_json
+from trainer.config.yaml import parse_json
 from trainer.errors import UserError
-
-METRICS = "metrics.jsonl"
-DECISIONS = "allocation.jsonl"
-PARTS = "allocation-[0-9]*-[0-9]*.jsonl.gz"
+from trainer.files import DECISION_PARTS, DECISIONS, write_text
 
 
 def read_objects(file: Path) -> Iterator[dict[str, Any]]:
@@ -56,15 +53,13 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 def keep_lines(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the other lines: a killed run logged more than what it resumes from."""
     kept = [line for line in read_objects(file) if wanted(line)]
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def decision_files(folder: Path) -> list[Path]:
     """The files of a run's decisions, oldest first: closed parts, then the one being written."""
     current = folder / DECISIONS
-    return [*sorted(folder.glob(PARTS)), *([current] if current.exists() else [])]
+    return [*sorted(folder.glob(DECISION_PARTS)), *([current] if current.exists() else [])]
 
 
 def open_decisions(file: Path) -> IO[str]:

@@ -9,8 +9,9 @@ from typing import Any
 from tqdm import tqdm
 
 from trainer.config.config import Config
+from trainer.files import BOARD, METRICS
 from trainer.records.heartbeat import Heartbeat
-from trainer.records.jsonl import METRICS, keep_lines
+from trainer.records.jsonl import keep_lines
 from trainer.records.progress import Progress
 
 _BOARD_POINTS = 10_000
@@ -32,7 +33,7 @@ class MetricsWriter:
 
             self._spacing = steps / _BOARD_POINTS
             self._board_from = 0.0  # the first step to draw next
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            self._board = SummaryWriter(str(folder / BOARD), purge_step=start + 1)
             if start == 0:
                 self._board.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
         self.heartbeat = heartbeat

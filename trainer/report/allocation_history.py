@@ -16,7 +16,7 @@ import numpy as np
 from adapters.banks import LOCATIONS
 from adapters.decision import Decision
 from adapters.unit import Unit, third
-from trainer.config.validation import parse_json
+from trainer.config.yaml import parse_json
 from trainer.errors import UserError
 from trainer.records.jsonl import decision_files, read_objects
 

@@ -14,9 +14,11 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from adapters.figures import Curves, UnitScores
 from adapters.figures import Figure as Declared
 from adapters.methods.registry import METHODS
-from trainer.config.validation import parse_yaml
+from trainer.config.aliases import rename_keys
+from trainer.config.yaml import parse_yaml
 from trainer.errors import UserError
-from trainer.records.jsonl import METRICS, read_metrics
+from trainer.files import METRICS
+from trainer.records.jsonl import read_metrics
 from trainer.report.allocation_history import Allocation, read_allocation
 from trainer.report.allocation_plots import (
     draw_locations,
@@ -89,6 +91,7 @@ def read_run(folder: Path) -> Run:
     sections = ("run", "method")
     if not isinstance(config, dict) or any(not isinstance(config.get(s), dict) for s in sections):
         raise UserError(f"{file}: no section run or method; accepted: the file that a run wrote")
+    rename_keys(config)
     metrics = read_metrics(folder / METRICS)
     end = metrics[-1]["step"] if metrics else 0
     allocation = read_allocation(folder, config["method"].get("rank", np.nan), end)

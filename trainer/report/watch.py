@@ -14,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from adapters.decision import Decision
-from trainer.config.validation import parse_json
+from trainer.config.yaml import parse_json
 from trainer.errors import UserError
+from trainer.files import DECISIONS, METRICS
 from trainer.records.heartbeat import EXIT_CODES, EXIT_RUNNING, read_heartbeat
-from trainer.records.jsonl import DECISIONS, METRICS, read_metrics
+from trainer.records.jsonl import read_metrics
 
 _BARS = "▁▂▃▄▅▆▇█"
 _COLORS = {"done": "green", "interrupted": "yellow", "failed": "red"}

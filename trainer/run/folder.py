@@ -9,10 +9,12 @@ from trainer.checkpoint import store
 from trainer.config.validation import local
 from trainer.decisions.log import AllocationLog
 from trainer.errors import RunFailed, UserError
-from trainer.loading.spectral_init import INITIAL, save_starts
+from trainer.files import CHECKPOINTS, CONFIG, FIGURES, INITIAL, METRICS, UNITS
+from trainer.loading.initial_adapters import save_initial_adapters
 from trainer.records.heartbeat import Heartbeat
-from trainer.records.jsonl import METRICS
 from trainer.records.metrics import MetricsWriter
+from trainer.records.progress import Progress
+from trainer.records.recorder import Recorder, RunRecorder, SilentRecorder
 from trainer.run.lock import Lock
 from trainer.session import Session
 from trainer.training.stop_request import Interrupted
@@ -24,9 +26,8 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path, self.lock = path, Lock(path)
-        self.heartbeat: Heartbeat | None = None
-        self.metrics: MetricsWriter | None = None
-        self.log: AllocationLog | None = None
+        self.recorder: Recorder = SilentRecorder()
+        self._heartbeat: Heartbeat | None = None
 
     def take(self) -> None:
         """Keep others off the folder, if there is one yet. Raises UserError where one is on it."""
@@ -36,8 +37,8 @@ class RunFolder:
     def begin(self) -> None:
         """The run is going to change the folder, which is there: say so."""
         if self.lock.held:
-            self.heartbeat = Heartbeat(self.path)
-            self.heartbeat.write()
+            self._heartbeat = Heartbeat(self.path)
+            self._heartbeat.write()
 
     def make(self) -> None:
         """Where there was none there is one now, and it is ours."""
@@ -55,22 +56,38 @@ class RunFolder:
             )
         self.begin()
 
-    def describe(self, session: Session) -> None:
-        """What the run is: configuration, units, initial tensors."""
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def describe(self, session: Session, initial_digest: str | None) -> str | None:
+        """What the run is: configuration, units, initial adapters. Returns the SHA-256 of these,
+        which is `initial_digest` where a resumed run has them already."""
         config, units = session.config, session.method.units
         try:
-            (self.path / "checkpoints").mkdir(exist_ok=True)
-            (self.path / "figures").mkdir(exist_ok=True)
-            (self.path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            self.checkpoints.mkdir(exist_ok=True)
+            (self.path / FIGURES).mkdir(exist_ok=True)
+            (self.path / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
             described = [{k: v for k, v in asdict(unit).items() if k != "index"} for unit in units]
-            (self.path / "units.json").write_text(json.dumps(described, indent=0), encoding="utf-8")
-            written = session.initial_digest is not None and (self.path / INITIAL).is_file()
+            (self.path / UNITS).write_text(json.dumps(described, indent=0), encoding="utf-8")
+            written = initial_digest is not None and (self.path / INITIAL).is_file()
             if session.initial_adapters is not None and not written:
-                session.initial_digest = save_starts(session.initial_adapters, self.path)
-            for stale in (self.path / "checkpoints").glob(".step-*"):
+                initial_digest = save_initial_adapters(session.initial_adapters, self.path)
+            for stale in self.checkpoints.glob(".step-*"):
                 store.remove_partial(stale)
         except OSError as error:
             raise _unwritable(self.path, error) from error
+        return initial_digest
+
+    def record(self, session: Session, steps: int, progress: Progress) -> None:
+        """Open what the run writes from here on."""
+        assert self._heartbeat is not None
+        config, decisions = session.config, None
+        if session.method.decides:
+            limit = int(config.log.decisions_mib * 2**20)
+            decisions = AllocationLog(self.path, session.method, progress.step, limit)
+        metrics = MetricsWriter(config, self.path, steps, progress, self._heartbeat)
+        self.recorder = RunRecorder(metrics, decisions)
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -80,17 +97,15 @@ class RunFolder:
         if isinstance(error, OSError):  # of a record; the checkpoint writer has its own words
             failure = RunFailed(
                 f"{error.filename or self.path}: {error.strerror or error}; last good checkpoint: "
-                f"{store.newest(self.path / 'checkpoints') or 'none'}"
+                f"{store.newest(self.checkpoints) or 'none'}"
             )
-        if self.heartbeat is not None and failure is None:
-            self.heartbeat.end("done")
-        elif self.heartbeat is not None:
+        if self._heartbeat is not None and failure is None:
+            self._heartbeat.end("done")
+        elif self._heartbeat is not None:
             stopped = isinstance(failure, Interrupted)
-            self.heartbeat.end("interrupted" if stopped else "failed", str(failure))
-        for file in (self.metrics, self.log):
-            if file is not None:
-                with suppress(OSError):  # what could not be written has been said
-                    file.close()
+            self._heartbeat.end("interrupted" if stopped else "failed", str(failure))
+        with suppress(OSError):  # what could not be written has been said
+            self.recorder.close()
         self.lock.release()
         if failure is not None and failure is not error:
             raise failure from error

@@ -1,36 +1,35 @@
-"""What every entry point does first and last: configuration, processes, one error line."""
+"""What every entry point does first and last: configuration, processes, one error line.
+
+torch is imported once the configuration is accepted.
+"""
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import yaml
 
 from trainer.config.config import Config, load_config
-from trainer.distributed import world as distributed
-from trainer.distributed.world import World
+from trainer.distributed.failures import guarded
 from trainer.errors import UserError
 
+if TYPE_CHECKING:
+    from trainer.distributed.world import World
 
-@contextmanager
-def guarded() -> Iterator[None]:
-    """End the process on any failure: one line, a non-zero exit code, nobody waited for."""
-    try:
-        yield
-    except Exception as error:
-        distributed.report(error)
-        sys.stdout.flush()
-        # Not sys.exit, and no farewell to the process group: both may wait for ranks that are gone.
-        os._exit(distributed.exit_code(error))
+
+def configure_libraries() -> None:
+    """Settings of the environment that libraries read when they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @contextmanager
-def launched(path: str, overrides: Sequence[str]) -> Iterator[tuple[Config, World]]:
+def launched(path: str, overrides: Sequence[str]) -> Iterator[tuple[Config, "World"]]:
     """The agreed configuration and this process's place among the ranks.
 
     A user's mistake is one `error:` line, printed once, and a non-zero exit code on every rank.
     """
+    configure_libraries()
     with guarded():
         config: Config | None = None
         failure: UserError | None = None
@@ -46,10 +45,12 @@ def launched(path: str, overrides: Sequence[str]) -> Iterator[tuple[Config, Worl
 
 
 @contextmanager
-def join(config: Config | None, failure: UserError | None = None) -> Iterator[World]:
+def join(config: Config | None, failure: UserError | None = None) -> Iterator["World"]:
     """Join the other processes; go on only if all of them have the same configuration."""
+    from trainer.distributed import process_group
+
     engine = config.engine if config is not None else None
-    world = distributed.start(*(engine.device, engine.timeout) if engine else ("cpu", 60.0))
+    world = process_group.start(*(engine.device, engine.timeout) if engine else ("cpu", 60.0))
     with world.all_or_none():
         if failure is not None:
             raise failure
@@ -66,7 +67,7 @@ def join(config: Config | None, failure: UserError | None = None) -> Iterator[Wo
                     "accepted: the same configuration on every rank"
                 )
     yield world
-    distributed.stop()
+    process_group.stop()
 
 
 def _first_difference(a: object, b: object, path: str = "") -> tuple[str, object, object]:

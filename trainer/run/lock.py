@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import IO
 
 from trainer.errors import UserError
-
-FILE = ".lock"
+from trainer.files import LOCK
 
 
 class Lock:
     """Held from `acquire` until `release` or the end of the process."""
 
     def __init__(self, folder: Path):
-        self._file = folder / FILE
+        self._file = folder / LOCK
         self._stream: IO[str] | None = None
         self.note = ""
         """What the user should know of it."""

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +11,34 @@ import torch
 from adapters import seeds
 from adapters.peft_export import export_adapter
 from adapters.units import expert_counts
-from trainer.checkpoint import state as checkpoint
-from trainer.checkpoint import store
-from trainer.checkpoint.state import CheckpointWriter
+from trainer.checkpoint.compatibility import changes, check_options
+from trainer.checkpoint.state import read_initial_adapters, restore
+from trainer.checkpoint.store import clear_the_way, find, verify
+from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.config import Config
 from trainer.config.sections import LEFT_OUT
 from trainer.config.validation import local
-from trainer.decisions.log import AllocationLog
 from trainer.decisions.replay import Replay
+from trainer.device_memory import peak_gib, readable
 from trainer.distributed.world import World
 from trainer.engine.base import Engine
 from trainer.engine.select import make_engine
 from trainer.errors import UserError
+from trainer.files import ADAPTER, FIGURES, METRICS
 from trainer.memory.planner import make_plan
-from trainer.model import build
-from trainer.model.build import Loading
-from trainer.model.footprint import estimate, peak_gib, readable, trainable_parameters
-from trainer.records.jsonl import METRICS, read_metrics
-from trainer.records.metrics import MetricsWriter
+from trainer.model.backbone import Loading
+from trainer.model.build import build
+from trainer.model.footprint import estimate, trainable_parameters
+from trainer.records.jsonl import read_metrics
 from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
 from trainer.run.folder import RunFolder
 from trainer.session import Session, open_data, open_session
-from trainer.training.loop import log_plan, make_loader, total_steps, train
+from trainer.training.loop import Run, make_loader, total_steps, train
 from trainer.training.lr_schedule import learning_rate
+from trainer.training.step import Training, say_plan
 from trainer.training.stop_request import StopRequest
+from trainer.training.validation import make_validate
 
 
 def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
@@ -47,67 +51,49 @@ def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
 
 
 def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> None:
-    resumed, state, remarks = _choose_start(config, world, folder)
+    start = _choose_start(config, world, folder)
     with world.all_or_none():
-        initial_adapters = (
-            None if resumed is None else checkpoint.read_initial_adapters(resumed, state)
-        )
+        initial_adapters = None
+        if start.checkpoint is not None:
+            initial_adapters = read_initial_adapters(start.checkpoint, start.state)
         if world.is_main:
             folder.begin()
     session = open_session(config, world, initial_adapters)
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
-    if resumed is not None:
+    if start.checkpoint is not None:
         with world.all_or_none():
-            progress = checkpoint.restore(session, loader, resumed, state)
-            session.initial_digest = state.get("initial")
+            progress = restore(session, loader, start.checkpoint, start.state)
     plan = make_plan(session)
     steps = total_steps(session, loader)
-    replay = None
+    replay, initial_digest = None, start.state.get("initial")
     with world.all_or_none():
-        _plan(session, steps)
+        _set_horizon(session, steps)
         if world.is_main:
             if config.method.replay is not None:
                 replay = Replay(Path(config.method.replay), session.method, progress.step, steps)
-            _open_folder(session, folder, steps, progress)
-    metrics, log = folder.metrics, folder.log
-    if metrics is not None:
-        notes = [f"note      {folder.lock.note}"] if folder.lock.note else []
-        for line in (*notes, *_introduction(session, steps), *(f"damaged   {r}" for r in remarks)):
-            metrics.say(line)
-        if resumed is not None:
-            metrics.say(f"resumed from {resumed} (made by {state['engine']} on "
-                        f"{state['world_size']} ranks) at step {progress.step}")  # fmt: skip
-            for change in checkpoint.changes(state, config.model_dump(mode="json")):
-                metrics.say(f"changed   {change}")
-    log_plan(metrics, plan)
-    writer = CheckpointWriter(session, loader, folder.path / "checkpoints")
-    train(session, loader, writer, metrics, log, progress, steps, stop, replay)
+            folder.make()
+            initial_digest = folder.describe(session, initial_digest)
+            folder.record(session, steps, progress)
+    for line in (*_introduction(session, steps, folder.lock.note), *_resumption(start, config)):
+        folder.recorder.say(line)
+    say_plan(folder.recorder, plan)
+    training = Training(session, loader, steps, make_validate(session), folder.recorder, replay)
+    writer = CheckpointWriter(session, loader, folder.checkpoints, initial_digest)
+    train(Run(training, writer, progress, stop))
     writer.close()
     with world.all_or_none():
-        if metrics is not None:
-            metrics.close()
+        folder.recorder.close()
+        if world.is_main:
             _finish(session, folder.path, steps)
-
-
-def _open_folder(session: Session, folder: RunFolder, steps: int, progress: Progress) -> None:
-    """Rank 0: make the folder ready to be written."""
-    config = session.config
-    folder.make()
-    folder.describe(session)
-    assert folder.heartbeat is not None
-    folder.metrics = MetricsWriter(config, folder.path, steps, progress, folder.heartbeat)
-    if session.method.decides:
-        limit = int(config.log.decisions_mib * 2**20)
-        folder.log = AllocationLog(folder.path, session.method, progress.step, limit)
 
 
 def dry_run(config: Config, world: World) -> str:
     """What the run would be: data, units, parameters, memory; nothing is trained or written."""
     _, task, train_data, eval_data = open_data(config, world)
     with world.all_or_none():
-        backbone = build.build(config, task, world.device)
+        backbone = build(config, task, world.device)
     engine = make_engine(config, world, task)
     needs = estimate(
         backbone, config, world.size, engine.spread, local_ranks=len(world.nodes[world.node])
@@ -134,36 +120,42 @@ def dry_run(config: Config, world: World) -> str:
     return "\n".join(lines)
 
 
-def _choose_start(
-    config: Config, world: World, folder: RunFolder
-) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """(the checkpoint to go on from, its state, remarks on damaged ones), as rank 0 sees them. A
-    finished or begun run is never overwritten by accident."""
-    found: tuple[Path | None, dict[str, Any], list[str]] = (None, {}, [])
+@dataclass(frozen=True)
+class _Start:
+    """Where a run begins."""
+
+    checkpoint: Path | None
+    """What it goes on from; None: it begins."""
+    state: dict[str, Any]
+    """The checkpoint's state.json."""
+    remarks: list[str]
+    """On damaged checkpoints."""
+
+
+def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
+    """As rank 0 sees it. A finished or begun run is never overwritten by accident."""
+    found = _Start(None, {}, [])
     with world.all_or_none():
         if world.is_main:
             folder.take()
-            found = store.find(config.run.resume, folder.path / "checkpoints")
+            found = _Start(*find(config.run.resume, folder.checkpoints))
             if config.run.resume == "never" and (folder.path / METRICS).exists():
                 raise UserError(
                     f"run.resume: never given, but {folder.path} holds a run already; accepted: "
                     "another run.name, or run.resume=auto"
                 )
-            if found[0] is not None:
-                checkpoint.check_options(config, found[0], found[1])
-            found[2].extend(
-                store.clear_the_way(
-                    folder.path / "checkpoints", found[1].get("step", 0), config.run.resume
-                )
-            )
-    resumed, state, remarks = world.broadcast(found)
+            if found.checkpoint is not None:
+                check_options(config, found.checkpoint, found.state)
+            step = found.state.get("step", 0)
+            found.remarks.extend(clear_the_way(folder.checkpoints, step, config.run.resume))
+    found = _Start(*world.broadcast((found.checkpoint, found.state, found.remarks)))
     with world.all_or_none():
-        if resumed is not None and not world.is_main:
-            store.verify(resumed)
-    return resumed, state, remarks
+        if found.checkpoint is not None and not world.is_main:
+            verify(found.checkpoint)
+    return found
 
 
-def _plan(session: Session, steps: int) -> None:
+def _set_horizon(session: Session, steps: int) -> None:
     """Tell the method how long the run is. Raises UserError where its options do not fit."""
     optim, method = session.config.optim, session.method
     try:
@@ -173,12 +165,14 @@ def _plan(session: Session, steps: int) -> None:
     method.set_horizon(steps, lambda step: learning_rate(optim, step, steps) / optim.learning_rate)
 
 
-def _introduction(session: Session, steps: int) -> list[str]:
+def _introduction(session: Session, steps: int, note: str) -> list[str]:
+    """What the run is, for the person who watches; `note`: of the lock."""
     config, data = session.config, session.config.data
     engine, world = session.engine, session.world
     eval_data = session.eval_data
     alone = session.backbone.left_alone
     return [
+        *([f"note      {note}"] if note else []),
         *(
             f"note      {key}: {name} is what the hub has today; {fixed} keeps it the same"
             for key, name, fixed in _unpinned(config)
@@ -194,7 +188,7 @@ def _introduction(session: Session, steps: int) -> list[str]:
         f"backbone  {type(session.model).__name__}, {session.backbone.dtype}, "
         f"{config.model.quantization}, "
         f"{readable(engine.local_bytes(session.model))} a rank",
-        *_loading(session.backbone.loading),
+        _loading(session.backbone.loading),
         f"engine    {_engine(engine)}, {world.size} rank(s), {world.device}",
         f"method    {config.method.kind}, rank {config.method.rank}, "
         f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",
@@ -202,18 +196,30 @@ def _introduction(session: Session, steps: int) -> list[str]:
     ]
 
 
+def _resumption(start: _Start, config: Config) -> list[str]:
+    """What the run goes on from, and what it does otherwise from there."""
+    lines = [f"damaged   {remark}" for remark in start.remarks]
+    if start.checkpoint is not None:
+        state = start.state
+        lines.append(
+            f"resumed from {start.checkpoint} (made by {state['engine']} on "
+            f"{state['world_size']} ranks) at step {state['step']}"
+        )
+        changed = changes(state, config.model_dump(mode="json"))
+        lines += [f"changed   {change}" for change in changed]
+    return lines
+
+
 def _engine(engine: Engine) -> str:
     remarks = "; ".join(remark for remark in (engine.reason, engine.gathers) if remark)
     return f"{engine.kind} ({remarks})" if remarks else engine.kind
 
 
-def _loading(figures: Loading | None) -> list[str]:
-    if figures is None:
-        return []
-    return [
+def _loading(figures: Loading) -> str:
+    return (
         f"          loaded in {figures.seconds:.1f} s, {readable(figures.bytes_read)} read, "
         f"host memory at most {readable(figures.peak_host_bytes)} a rank"
-    ]
+    )
 
 
 def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
@@ -231,13 +237,13 @@ def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
 
 def _finish(session: Session, folder: Path, steps: int) -> None:
     """Export, draw, describe; rank 0 only, since adapters are whole on every rank."""
-    adapter = folder / "adapter"
+    adapter = folder / ADAPTER
     unfinished = folder / ".adapter.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
     note = _export(session, unfinished)
     shutil.rmtree(adapter, ignore_errors=True)
     unfinished.rename(adapter)
-    figure = draw_loss([folder], folder / "figures" / "loss")
+    figure = draw_loss([folder], folder / FIGURES / "loss")
     lines = read_metrics(folder / METRICS)
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     scores: dict = next((line for line in reversed(lines) if "eval_loss" in line), {})
@@ -276,13 +282,14 @@ def _export(session: Session, folder: Path) -> str:
             folder,
             session.method.adapters,
             initial={
-                name: start.adapter for name, start in (session.initial_adapters or {}).items()
+                name: initial.adapter for name, initial in (session.initial_adapters or {}).items()
             },
             base_model=config.model.id,
             revision=config.model.revision,
-            task=config.task.kind,
+            task_type=session.task.peft_task_type,
+            model_class=session.task.auto_class.__name__,
             heads=heads,
-            labels=session.backbone.model.config.num_labels,
+            labels=session.backbone.model.config.num_labels if heads else None,
             experts=expert_counts(session.model),
             note=note,
         )

@@ -6,23 +6,18 @@ A task is one file. The loader and the loop know only what stands here.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from adapters.options import Section
+from trainer.tasks.options import TaskOptions
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 IGNORED = -100
 """Target of a position that has no loss, as in torch's cross entropy."""
-
-
-class TaskOptions(Section):
-    """The keys that every task takes."""
-
-    kind: str
-    """Name of the task."""
 
 
 @dataclass
@@ -76,8 +71,10 @@ class Task(ABC):
     Options: ClassVar[type[TaskOptions]]
     auto_class: ClassVar[Any]
     """The transformers class that builds the model."""
+    peft_task_type: ClassVar[str | None] = None
+    """What PEFT calls such a task, in the exported adapter; None where it knows none."""
 
-    def __init__(self, options: Any, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, options: Any, tokenizer: "PreTrainedTokenizerBase"):
         self.options = options
         self.tokenizer = tokenizer
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
@@ -93,7 +90,7 @@ class Task(ABC):
     def load_labels_state(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Inverse of `labels_state`, in place of `learn_labels`."""
 
-    def configure(self, config: PretrainedConfig) -> None:  # noqa: B027
+    def configure(self, config: "PretrainedConfig") -> None:  # noqa: B027
         """Fill the model's configuration in (number of labels, padding token)."""
 
     def trained_modules(self, model: nn.Module) -> list[str]:
@@ -112,6 +109,10 @@ class Task(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(summed loss in float32, predictions for `metrics` where the task has any)."""
+
+    def scores_of_loss(self, loss: float) -> dict[str, float]:
+        """Scores that follow from the mean loss alone."""
+        return {}
 
     def metrics(self, predictions: Sequence[Any], labels: Sequence[float]) -> dict[str, float]:
         """Scores over the whole evaluation set, in record order."""

@@ -1,7 +1,7 @@
 """Next-token prediction, with the loss on the completion only (or on everything)."""
 
-from collections.abc import Sequence
-from typing import Literal
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,17 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from trainer.errors import UserError
-from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TaskOptions, pad
+from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
-
-
-class CausalLMOptions(TaskOptions):
-    """Options of `task.kind: causal_lm`."""
-
-    kind: Literal["causal_lm"] = "causal_lm"
-    """Name of the task."""
-    loss_on: Literal["completion", "all"] = "completion"
-    """Learn the completion (assistant turns) only, or the prompt too."""
+from trainer.tasks.options import CausalLMOptions
 
 
 class CausalLM(Task):
@@ -27,6 +19,7 @@ class CausalLM(Task):
 
     Options = CausalLMOptions
     auto_class = AutoModelForCausalLM
+    peft_task_type = "CAUSAL_LM"
 
     def configure(self, config: PretrainedConfig) -> None:
         if getattr(config, "is_decoder", None) is False:  # encoders carry it; decoders do not
@@ -42,7 +35,9 @@ class CausalLM(Task):
         tokenised = iter(self.tokenizer(pieces, add_special_tokens=False)["input_ids"])
         return [self._encode(record, tokenised, max_length) for record in records]
 
-    def _encode(self, record: Record, tokenised, max_length: int) -> Example | str:
+    def _encode(
+        self, record: Record, tokenised: Iterator[list[int]], max_length: int
+    ) -> Example | str:
         learn_all = self.options.loss_on == "all"
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids: list[int] = []
@@ -102,3 +97,6 @@ class CausalLM(Task):
         # Selected first: float32 logits only where there is a loss.
         loss = F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
         return loss, None
+
+    def scores_of_loss(self, loss: float) -> dict[str, float]:
+        return {"perplexity": math.exp(min(loss, 700.0))}

@@ -25,7 +25,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Summed cross entropy of x Wᵀ + b; x (rows, in), W (words, in), targets (rows)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, targets):
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         needed = ctx.needs_input_grad[0]
         dx = torch.empty_like(x) if needed else None
@@ -44,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (dx,) = ctx.saved_tensors
         return dx * dloss.to(dx.dtype), None, None, None
 

@@ -3,26 +3,16 @@
 import re
 from collections.abc import Sequence
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from scipy import stats
-from sklearn import metrics as scores
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from trainer.errors import UserError
-from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TaskOptions, pad
-
-
-class SequenceClassificationOptions(TaskOptions):
-    """Options of `task.kind: sequence_classification`."""
-
-    kind: Literal["sequence_classification"] = "sequence_classification"
-    """Name of the task."""
-    problem: Literal["classification", "regression"] = "classification"
-    """Labels are names, or numbers to be predicted."""
+from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
+from trainer.tasks.options import SequenceClassificationOptions
 
 
 class SequenceClassification(Task):
@@ -30,6 +20,7 @@ class SequenceClassification(Task):
 
     Options = SequenceClassificationOptions
     auto_class = AutoModelForSequenceClassification
+    peft_task_type = "SEQ_CLS"
     labels: list[str] = []
 
     @property
@@ -138,12 +129,16 @@ class SequenceClassification(Task):
     def metrics(self, predictions: Sequence[Any], labels: Sequence[float]) -> dict[str, float]:
         """Accuracy, F1 (of label 1 where there are two, else macro), Matthews; or correlations."""
         if self.is_regression:
+            from scipy import stats  # takes a second to import
+
             constant = len(set(predictions)) < 2 or len(set(labels)) < 2
             nan = float("nan")  # a constant has no correlation
             return {
                 "pearson": nan if constant else float(stats.pearsonr(predictions, labels)[0]),
                 "spearman": nan if constant else float(stats.spearmanr(predictions, labels)[0]),
             }
+        from sklearn import metrics as scores  # takes two seconds to import
+
         truth, guess = [int(label) for label in labels], [int(p) for p in predictions]
         average = "binary" if len(self.labels) == 2 else "macro"
         return {

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer.checkpoint import state as checkpoints
 from trainer.checkpoint import store
+from trainer.checkpoint.state import load_trained, read_initial_adapters
 from trainer.config.config import Config
 from trainer.data.dataset import TokenDataset
 from trainer.data.loader import assign_micro_batches
@@ -23,14 +23,12 @@ def evaluate(session: Session) -> dict[str, float]:
     with session.method.inference():
         parts = _forward(session, data, records)
     scores = {"eval_loss": _mean(parts)}
-    if session.config.task.kind == "causal_lm":
-        scores["eval_perplexity"] = math.exp(min(scores["eval_loss"], 700.0))
+    metrics = session.task.scores_of_loss(scores["eval_loss"])
     guesses = [guess for part in parts for guess in part.predictions]
     if guesses:
         labels = [float(data.labels[record]) for part in parts for record in part.records]
-        metrics = session.task.metrics(guesses, labels)
-        scores |= {f"eval_{name}": score for name, score in metrics.items()}
-    return scores
+        metrics |= session.task.metrics(guesses, labels)
+    return scores | {f"eval_{name}": score for name, score in metrics.items()}
 
 
 def mean_loss(
@@ -88,8 +86,8 @@ def evaluate_saved(config: Config, world: World, checkpoint: Path) -> dict[str, 
     with world.all_or_none():
         state = store.verify(checkpoint)
         stored = store.read_tensors(checkpoint)
-        starts = checkpoints.read_initial_adapters(checkpoint, state)
-    session = open_session(config, world, starts)
+        initial_adapters = read_initial_adapters(checkpoint, state)
+    session = open_session(config, world, initial_adapters)
     with world.all_or_none():
-        checkpoints.load_trained(session, checkpoint, stored)
+        load_trained(session, checkpoint, stored)
     return evaluate(session)

@@ -2,11 +2,12 @@
 
 import torch
 
+from adapters.methods.base import Validate
 from trainer.session import Session
 from trainer.training.evaluation import mean_loss
 
 
-def make_validate(session: Session):
+def make_validate(session: Session) -> Validate:
     """The callable that a method gets: loss (with True also its gradient) on the first of the
     records left out. Dropout is off, so the figure belongs to the adapters alone."""
     count = session.config.method.validation_samples

@@ -1,17 +1,17 @@
-"""The newest few tensors of one shape, in one tensor that stays where it is."""
+"""A sliding window over tensors of one shape, kept in one fixed buffer."""
 
 import torch
 from torch import Tensor
 
 
 class SlidingWindow:
-    """`earlier` (m, …) is what there is at first, the newest last; of more than `size` the newest
-    stay. float64, where `earlier` lies."""
+    """The newest `size` tensors, float64, on the device of `earlier` (m, …): the initial content,
+    newest last."""
 
     def __init__(self, size: int, earlier: Tensor):
         earlier = earlier.double()[-size:]
         self.padded = earlier.new_full((size, *earlier.shape[1:]), torch.nan)
-        """(size, …): NaN in front of what there is."""
+        """(size, …), newest last; leading rows are NaN until the window is full."""
         self.count = len(earlier)
         if self.count:
             self.padded[-self.count :] = earlier
@@ -25,10 +25,10 @@ class SlidingWindow:
         return self.padded[len(self.padded) - self.count :]
 
     def push_(self, newest: Tensor) -> None:
-        """Put this one (…) at the end of `padded`. It is counted by `counted`, apart, so that this
-        can be recorded."""
+        """Append `newest` (…) to `padded` in place. `counted` updates the count separately, so that
+        this call can be captured in a CUDA graph."""
         self.padded.copy_(torch.cat([self.padded[1:], newest.unsqueeze(0)]))
 
     def counted(self) -> None:
-        """One more was pushed."""
+        """Account for one `push_`."""
         self.count = min(self.count + 1, len(self.padded))

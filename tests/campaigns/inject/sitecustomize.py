@@ -10,9 +10,9 @@ import time
 
 
 def install(what: str, step: int) -> None:
-    from trainer.training import loop
+    from trainer.training import step as training_step
 
-    honest, honest_time = loop.accumulate, time.time
+    honest, honest_time = training_step.accumulate, time.time
 
     def accumulate(session, batch, index):
         total = honest(session, batch, index)
@@ -20,7 +20,7 @@ def install(what: str, step: int) -> None:
             time.time = lambda: honest_time() - 86400
         return total * float("nan") if what == "nan" and index == step else total
 
-    loop.accumulate = accumulate
+    training_step.accumulate = accumulate
 
 
 class OnImport:

@@ -1,0 +1,1 @@
+"""The commands: each file is a script, and what `rankcast NAME` calls."""

@@ -1,0 +1,90 @@
+"""The package as others install it: a wheel whose command works in another folder."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, environment, quick_config
+from trainer import __version__
+
+SOURCES = ("adapters", "trainer", "launch", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> Path:
+    """The wheel of these sources, unpacked. Made of a copy: a build writes beside what it builds."""
+    source = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        here = ROOT / name
+        copy = shutil.copytree if here.is_dir() else shutil.copy
+        copy(here, source / name)
+    wheels = tmp_path_factory.mktemp("wheels")
+    subprocess.run(
+        [
+            sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
+            "--no-index", "--wheel-dir", str(wheels), str(source),
+        ],
+        check=True, capture_output=True, text=True, env=environment(),
+    )  # fmt: skip
+    (wheel,) = wheels.glob("*.whl")
+    assert wheel.name == f"rankcast-{__version__}-py3-none-any.whl"
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def command(unpacked: Path, elsewhere: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """`rankcast ARGUMENTS` with the wheel's packages, in another folder."""
+    return subprocess.run(
+        [sys.executable, "-m", "launch.main", *arguments],
+        cwd=elsewhere, env=environment() | {"PYTHONPATH": str(unpacked)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_it_holds_every_module_and_nothing_else(unpacked):
+    expected = {
+        path.relative_to(ROOT)
+        for package in ("adapters", "trainer", "launch")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert {path.relative_to(unpacked) for path in unpacked.rglob("*.py")} == expected
+    assert (unpacked / "adapters/py.typed").is_file() and (unpacked / "trainer/py.typed").is_file()
+    (entry_points,) = unpacked.glob("*.dist-info/entry_points.txt")
+    assert "rankcast = launch.main:main" in entry_points.read_text()
+
+
+def test_its_command_works_in_another_folder(unpacked, tmp_path):
+    done = command(unpacked, tmp_path, "--version")
+    assert (done.returncode, done.stdout) == (0, f"rankcast {__version__}\n"), done
+    model, data = (str(ROOT / "configs/quickstart" / name) for name in ("model", "train.jsonl"))
+    config = quick_config(
+        tmp_path, f"model.id={model}", f"data.train={data}", "data.eval=null", "run.name=there"
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    done = command(unpacked, tmp_path, "train", "--config", str(file), "--dry-run")
+    assert done.returncode == 0 and "trainable " in done.stdout, done
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("arguments", "line"), [
+    (["trian"], "error: command: 'trian' given; accepted: train, evaluate, "),
+    ([], "error: the following arguments are required: command"),
+    (["watch", "/nowhere"], "error: /nowhere: no heartbeat.json of a run"),
+    (["estimate", "/nowhere.yaml"], "error: --config /nowhere.yaml: No such file"),
+])  # fmt: skip
+def test_mistakes_are_one_line(tmp_path, arguments, line):
+    done = command(ROOT, tmp_path, *arguments)
+    (told,) = done.stderr.splitlines()
+    assert done.returncode == 2 and told.startswith(line)
+
+
+def test_every_command_has_its_own_help(tmp_path):
+    done = command(ROOT, tmp_path, "train", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("usage: rankcast train ")

@@ -1,0 +1,224 @@
+"""How blocks run: which compute again, which need no gradients, what follows lack of memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from adapters.units import transformer_blocks
+from tests.helpers import losses, quick_config
+from trainer.distributed.world import World
+from trainer.errors import RunFailed
+from trainer.memory import planner
+from trainer.model.footprint import blocks_that_fit
+from trainer.run.run import run
+from trainer.session import open_session
+from trainer.tasks.causal_lm import CausalLM
+from trainer.training.loop import make_loader
+from trainer.training.step import Training, train_step
+from trainer.training.validation import make_validate
+
+
+def test_no_more_blocks_are_kept_than_fit_and_no_fewer():
+    for forward, backward, added, budget in [
+        (50, 60, 7, 100), (60, 50, 7, 100), (50, 57, 7, 100), (50, 90, 7, 100), (10, 20, 1, 15),
+    ]:  # fmt: skip
+        needs = planner.Needs(forward, backward, added)
+        blocks_that_fit = [n for n in range(81)
+                   if max(forward + n * added, backward + max(0, n - 1) * added) <= budget]  # fmt: skip
+        assert needs.offloaded(80, budget) == 0
+        assert needs.saved(80, 0, budget) == max(blocks_that_fit, default=-1)
+
+
+def test_as_many_blocks_stay_whole_as_find_room():
+    cases = [(80, 10, 105), (80, 10, 9), (80, 10, -5), (3, 10, 1000), (5, 0, 100)]
+    assert [blocks_that_fit(*case) for case in cases] == [10, 0, 0, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("choice", "held", "expected"),
+    [("auto", 30, 3), ("auto", 140, 1), ("auto", 200, 0), (0, 30, 0)],
+)
+def test_what_the_plan_leaves_is_for_whole_blocks(tmp_path, monkeypatch, choice, held, expected):
+    """In units of which the update needs 20 beside what is held, and forward and backward 81."""
+    session = opened(tmp_path)
+    unit = 12 * session.optimizer.numel // 20
+    counts = []
+
+    class Sharding:
+        supports_unsharded_blocks, largest_block, unsharded_blocks = True, 30 * unit, 0
+
+        def keep_unsharded(self, count):
+            counts.append(count)
+            self.unsharded_blocks = count
+
+    class Probed:
+        def to(self, device):
+            return self
+
+    needs = planner.Needs(50 * unit, 60 * unit, 7 * unit)
+    session = replace(session, engine=Sharding(), world=World(device=torch.device("cuda")))
+    session.config.engine.__dict__["unsharded_blocks"] = choice
+    monkeypatch.setattr(planner, "_measure", lambda *_: (needs, 0))
+    monkeypatch.setattr(planner, "allowance", lambda *_: 200 * unit)
+    monkeypatch.setattr(planner, "held_bytes", lambda _: held * unit)
+    monkeypatch.setattr(planner, "release", lambda _: None)
+    plan = planner.make_plan(session, batch=Probed())
+    assert (plan.saved, plan.unsharded, plan.peak) == (4, expected, (81 + 30 * expected) * unit)
+    assert counts == ([0, expected] if choice == "auto" else [])
+
+
+@pytest.mark.parametrize("saved", [0, 1, 3, 4])
+def test_the_last_blocks_keep_their_activations_and_nothing_else_changes(tmp_path, saved):
+    session = opened(tmp_path)
+    blocks = session.backbone.blocks
+    assert len(blocks) == blocks.saved == 4  # on a CPU all keep them
+    expected = gradients(session)
+    blocks.keep(saved)
+    assert blocks.saved == saved
+    runs = [0] * 4
+    for index, (_, block) in enumerate(transformer_blocks(session.model)):
+        block.self_attn.register_forward_hook(lambda *_, i=index: runs.__setitem__(i, runs[i] + 1))
+    torch.testing.assert_close(gradients(session), expected)
+    assert runs == [2] * (4 - saved) + [1] * saved
+
+
+def test_a_decoder_that_classifies_computes_its_blocks_again(tmp_path):
+    rows = [f"the {'good' if i % 3 else 'bad'} apple number {i},{i % 3 > 0}" for i in range(40)]
+    (tmp_path / "labels.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    found = []
+    for setting in ("true", "false"):
+        config = quick_config(
+            tmp_path, "task.kind=sequence_classification", f"data.train={tmp_path}/labels.csv",
+            "data.eval=null", f"run.name=checkpointing-{setting}", f"engine.activation_checkpointing={setting}",
+        )  # fmt: skip
+        run(config, World())
+        found.append(losses(config.run_folder))
+    assert found[0] == found[1]
+
+
+def test_blocks_below_the_first_adapter_need_no_gradients(tmp_path):
+    session = opened(tmp_path, "method.targets=model.layers.[23].*proj")
+    needed = []
+    for _, block in transformer_blocks(session.model):
+        block.register_forward_hook(lambda _, __, out: needed.append(out.requires_grad))
+    assert gradients(session).abs().sum() > 0
+    assert needed == [False, False, True, True]
+
+
+def test_the_largest_batch_has_the_shapes_of_a_real_one(tmp_path):
+    session = opened(tmp_path)
+    batch = planner.largest_batch(session.task, session.config.data, 61, 3)
+    assert batch.inputs["input_ids"].shape == (3, 61) and batch.weight == 3 * 60
+    real = session.task.collate([[session.train_data[i]] for i in range(3)])
+    assert batch.inputs.keys() == real.inputs.keys()
+    packed = opened(tmp_path, "data.max_length=256", "data.packing=true")
+    batch = planner.largest_batch(packed.task, packed.config.data, 256, 2)
+    assert batch.inputs["input_ids"].shape == (2, 256)
+    # Two documents: packed rows run with a mask, and that takes more.
+    assert batch.inputs["position_ids"][0].tolist() == [*range(128), *range(128)]
+
+
+def test_a_step_that_runs_out_of_memory_is_made_again_with_fewer_activations(
+    tmp_path, monkeypatch, capsys
+):
+    expected = quick_config(tmp_path, "run.name=undisturbed", *FOUR_BLOCKS)
+    run(expected, World())
+    inner, calls = CausalLM.loss, []
+
+    def loss(self, model, batch):
+        calls.append(1)
+        if len(calls) in (6, 7):  # in the middle of the second step, and again when it is retried
+            inner(self, model, batch)[0].backward()  # what is there already must not count twice
+            raise torch.OutOfMemoryError("no memory left")
+        return inner(self, model, batch)
+
+    monkeypatch.setattr(CausalLM, "loss", loss)
+    config = quick_config(tmp_path, "run.name=disturbed", "log.progress=plain", *FOUR_BLOCKS)
+    run(config, World())
+    assert losses(config.run_folder) == losses(expected.run_folder)
+    said = capsys.readouterr().out
+    for saved in (3, 2):
+        assert f"step 2: out of memory: {saved} of 4 blocks keep their activations" in said
+
+
+def test_where_nothing_helps_it_says_so(tmp_path, monkeypatch):
+    def loss(self, model, batch):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(CausalLM, "loss", loss)
+    with pytest.raises(RunFailed, match=r"data.micro_batch_size: 2 sequences .* do not fit"):
+        run(quick_config(tmp_path, *FOUR_BLOCKS), World())
+
+
+def test_blocks_stop_staying_whole_before_activations_are_given_up(tmp_path, monkeypatch):
+    session = opened(tmp_path)
+    counts = []
+    monkeypatch.setattr(session.engine, "keep_unsharded", counts.append)
+    session.engine.unsharded_blocks = 3
+    assert planner.reduce_plan(session) == "out of memory: no block stays whole from here"
+    assert counts == [0] and session.backbone.blocks.saved == 4
+    object.__setattr__(session.config.engine, "unsharded_blocks", 3)  # as under peer
+    with pytest.raises(RunFailed, match=r"engine.unsharded_blocks: 3 given, but .* fewer, or 0"):
+        raise planner.oom_error(session)
+
+
+def test_what_was_asked_for_is_not_overridden(tmp_path):
+    session = opened(tmp_path, "engine.activation_checkpointing=false")
+    with pytest.raises(RunFailed, match=r"engine.activation_checkpointing: false given, but"):
+        planner.reduce_plan(session)
+
+
+def test_every_way_to_run_a_block_is_compiled(tmp_path, monkeypatch):
+    """With and without gradients, a mask, a second sequence, training: none runs uncompiled."""
+    monkeypatch.setattr("trainer.model.blocks.BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    session = opened(tmp_path, "engine.compile=true")
+    single = session.task.collate([[session.train_data[0]]])
+    several = session.task.collate([[session.train_data[i]] for i in range(3)])
+    packed = [session.train_data[0], session.train_data[1]]
+    batches = [single, several, session.task.collate([packed]), session.task.collate([packed] * 2)]
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for training in (True, False):
+            session.model.train(training)
+            for gradients in (True, False):
+                for batch in batches:
+                    with torch.set_grad_enabled(gradients):
+                        loss, _ = session.task.loss(session.model, batch)
+                    if gradients:
+                        loss.backward()
+
+
+def test_sharded_ranks_do_not_go_on_alone(tmp_path, monkeypatch):
+    """In the middle of a block there is nothing that they could agree on: it ends there."""
+
+    def loss(self, model, batch):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(CausalLM, "loss", loss)
+    session = opened(tmp_path)
+    session.engine.collective_gather = True
+    training = Training(session, make_loader(session, World()), 4, make_validate(session))
+    met = []
+    monkeypatch.setattr(World, "any", lambda self, flag: met.append(flag))
+    with pytest.raises(RunFailed, match=r"engine.memory_fraction: 0.92 .* accepted: a lower"):
+        train_step(training, 0)
+    assert not met
+
+
+FOUR_BLOCKS = ["model.weights=random", "model.overrides.num_hidden_layers=4"]
+
+
+def opened(tmp_path, *changes):
+    return open_session(quick_config(tmp_path, *FOUR_BLOCKS, *changes), World())
+
+
+def gradients(session) -> torch.Tensor:
+    """Of all adapters, for one batch."""
+    for adapter in session.method.adapters.values():
+        adapter.B.data.fill_(0.01)
+    session.optimizer.zero_grad()
+    batch = planner.largest_batch(session.task, session.config.data, 64, 2)
+    loss, _ = session.task.loss(session.model, batch)
+    loss.backward()
+    return session.optimizer.gradients.clone()

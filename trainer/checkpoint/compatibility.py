@@ -1,0 +1,74 @@
+"""Whether a checkpoint is of the run that a configuration describes, and what may change."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.config.config import Config
+from trainer.errors import BadCheckpoint
+from trainer.session import Session
+
+_MUST_AGREE = {
+    "model": ("quantization",),
+    "task": None,
+    "method": None,
+    "data": (
+        "format",
+        "max_length",
+        "packing",
+        "shuffle",
+        "batch_size",
+        "micro_batch_size",
+        "leave_out",
+    ),
+    "run": ("seed",),
+}
+"""Keys without which a resumed run would not be the same run (None: the whole section)."""
+
+_MAY_CHANGE = {"model": ("dtype", "attention"), "optim": None, "run": ("steps", "epochs")}
+"""Keys that a user may change on purpose, and should see that they did."""
+
+
+def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> None:
+    """Raises BadCheckpoint, naming the key, where a run of `config` would not be the same run."""
+    now = config.model_dump(mode="json")
+    for key, old, new in _differences(state["config"], now, _MUST_AGREE):
+        raise BadCheckpoint(
+            f"{key}: {new!r} given, but {checkpoint} was made with {old!r}; "
+            "accepted: the same, or another run.name to start anew"
+        )
+
+
+def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
+    """Raises BadCheckpoint where backbone or training data are others."""
+    if state["backbone"] != session.backbone.digest:
+        raise BadCheckpoint(
+            f"{checkpoint}: was made on another backbone "
+            f"({state['config'].get('model', {}).get('id')}); accepted: a checkpoint of "
+            f"{session.config.model.id}"
+        )
+    if state["data"] != session.train_data.key:
+        raise BadCheckpoint(
+            f"data.train: {session.config.data.train} does not hold the records (or they are not "
+            f"read in the way) that {checkpoint} was made with; accepted: the same, or another "
+            "run.name to start anew"
+        )
+
+
+def changes(state: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a resumed run does otherwise than the run that it goes on from."""
+    return [
+        f"{key} {old!r} -> {new!r}"
+        for key, old, new in _differences(state["config"], now, _MAY_CHANGE)
+    ]
+
+
+def _differences(
+    then: dict[str, Any], now: dict[str, Any], table: Mapping[str, tuple[str, ...] | None]
+) -> Iterator[tuple[str, Any, Any]]:
+    for section, keys in table.items():
+        made = then.get(section, {})
+        for key in keys or sorted({*now[section], *made}, key=lambda k: (k != "kind", k)):
+            old, new = made.get(key), now[section].get(key)
+            if old != new:
+                yield f"{section}.{key}", old, new

@@ -1,0 +1,153 @@
+"""Writing checkpoints: a snapshot at a step boundary, written in the background by all ranks."""
+
+import concurrent.futures
+import dataclasses
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trainer.checkpoint.state import random_state, session_tensors
+from trainer.checkpoint.store import (
+    FORMAT,
+    PARTIAL,
+    check_complete,
+    complete,
+    newest,
+    write_manifest,
+)
+from trainer.data.loader import Loader
+from trainer.errors import RunFailed
+from trainer.files import sync
+from trainer.records.progress import Progress
+from trainer.session import Session
+
+
+class CheckpointWriter:
+    """Saves a session, in the background where asked for, and keeps the newest few."""
+
+    def __init__(
+        self, session: Session, loader: Loader, folder: Path, initial_digest: str | None = None
+    ):
+        """`initial_digest`: on rank 0, the SHA-256 of the run's initial adapters, if it has any."""
+        self.session, self.loader, self.folder = session, loader, folder
+        self._initial_digest = initial_digest
+        self._options = session.config.checkpoint
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+        self._pending_step = 0
+
+    def save(self, progress: Progress) -> None:
+        """Snapshot now; write now or in the background. All ranks call it at the same step."""
+        self.wait()
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in (session_tensors(self.session) | random_state(self.session)).items()
+        }
+        state = self._describe(progress)
+        self._pending_step = progress.step
+        self._pending = self._thread.submit(self._write, tensors, state)
+        if not self._options.asynchronous:
+            self.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether what was to be written in the background could not be."""
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
+
+    def wait(self) -> None:
+        """Until what is being written is complete. Raises RunFailed where it could not be."""
+        pending, self._pending = self._pending, None
+        if self.session.world.gather(pending is None)[0]:
+            return
+        with self.session.world.all_or_none():
+            assert pending is not None
+            try:
+                pending.result()
+            except BaseException as error:  # torch's CheckpointException is no Exception
+                last = newest(self.folder)
+                raise RunFailed(
+                    f"checkpoint of step {self._pending_step} could not be written in "
+                    f"{self.folder}: {_root_cause(error)}; last good checkpoint: {last or 'none'}"
+                ) from error
+
+    def close(self) -> None:
+        """Finish what is being written, then let the thread go."""
+        self.wait()
+        self._thread.shutdown()
+
+    def _open(self, partial: Path) -> None:
+        """Make the folder; where one rank cannot, none goes on to wait for it."""
+        world, problem = self.session.world, None
+        try:
+            if world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        except OSError as error:
+            problem = error.strerror or str(error)
+        problem = world.gather(problem, world.saving)[0]
+        if problem is not None:
+            raise OSError(problem)
+
+    def _write(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """In the background: all ranks write tensors, rank 0 adds the rest and renames."""
+        # Late: it takes half a second to import, which need not be before the first step.
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+        world = self.session.world
+        final = self.folder / f"step-{state['step']:08d}"
+        partial = self.folder / f".{final.name}{PARTIAL}"
+        try:
+            self._open(partial)
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(
+                tensors,
+                storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True),
+                process_group=world.saving,
+            )
+            if world.is_main:
+                check_complete(partial, tensors.keys(), world.size)
+                (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+                write_manifest(partial)
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                sync(self.folder)
+                for old in complete(self.folder)[: -self._options.keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            if world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _describe(self, progress: Progress) -> dict[str, Any]:
+        session = self.session
+        return {
+            "format": FORMAT,
+            "step": progress.step,
+            "progress": dataclasses.asdict(progress),
+            "loader": self.loader.state_dict(),
+            "engine": session.engine.kind,
+            "world_size": session.world.size,
+            "backbone": session.backbone.digest,
+            "data": session.train_data.key,
+            "labels": session.task.labels_state(),
+            "initial": self._initial_digest,
+            "config": session.config.model_dump(mode="json"),
+        }
+
+
+def _root_cause(error: BaseException) -> str:
+    """The reason at the bottom of what torch.distributed.checkpoint wraps, in one line."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        inner = next(iter(failures.values()))[0]
+        return _root_cause(inner)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip()
+    return text.splitlines()[0] if text else repr(error)

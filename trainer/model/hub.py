@@ -1,0 +1,79 @@
+"""A model's folder, configuration and tokenizer: local, or from the hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.config.sections import ModelOptions
+from trainer.config.validation import local
+from trainer.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from transformers.configuration_utils import PretrainedConfig
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+def resolve_folder(name: str, revision: str | None, *, with_weights: bool = True) -> Path:
+    """The local folder of a model: as given, or downloaded from the hub (safetensors only)."""
+    path = local(name)
+    if path is not None and path.is_dir():
+        return path
+    if path is not None or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"model.id: {name}: no such folder; accepted: a local folder or a hub id")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[*patterns, *(["*.safetensors"] if with_weights else [])],
+                ignore_patterns=["consolidated*", "original/*"],
+            )
+        )
+    except Exception as error:  # the hub client raises a score of types
+        raise UserError(
+            f"model.id: {name}: neither a local folder nor a model that the hub gives "
+            f"({first_line(error)})"
+        ) from error
+
+
+def load_tokenizer(options: ModelOptions) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer, or the one that `model.tokenizer` names."""
+    key = "model.id" if options.tokenizer is None else "model.tokenizer"
+    revision = options.revision if options.tokenizer is None else None
+    folder = resolve_folder(options.tokenizer or options.id, revision, with_weights=False)
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever the files lead to
+        raise UserError(f"{key}: {folder}: no usable tokenizer ({first_line(error)})") from error
+
+
+def load_model_config(folder: Path, options: ModelOptions) -> "PretrainedConfig":
+    """The model's configuration with `model.overrides` applied."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as for the tokenizer
+        raise UserError(
+            f"model.id: {folder}: no usable config.json ({first_line(error)})"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"model.id: {folder}: its weights are quantised already (quantization_config); "
+            "accepted: an unquantised model, with model.quantization for its format"
+        )
+    if not options.overrides:
+        return config
+    values = config.to_dict()
+    for key in options.overrides:  # by the model's name for it, or by transformers' common one
+        if key not in values and key not in config.attribute_map:
+            raise UserError(f"model.overrides: {key}: not a key of {folder / 'config.json'}")
+    values.pop("layer_types", None)  # derived from the number of layers
+    try:
+        return type(config).from_dict({**values, **options.overrides})
+    except Exception as error:  # likewise
+        raise UserError(f"model.overrides: {options.overrides}: {first_line(error)}") from error

@@ -1,0 +1,70 @@
+"""The matrices of a model: made adapted layers, with their weight formats."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from adapters.layers.experts import ExpertLayer
+from adapters.layers.handles import RegisteredLayer
+from adapters.layers.linear import AdaptedLinear
+from adapters.methods.base import MethodOptions
+from adapters.units import AdaptedLayer, is_linear, layer_at, linear_names, transformer_blocks
+from trainer.errors import UserError
+from trainer.model.backbone import set_module
+
+
+def install_adapted_layers(
+    model: nn.Module, quantization: str, targets: list[str], unquantized: list[str]
+) -> dict[str, AdaptedLayer]:
+    """Replace linear layers, those that take no adapter too: only an adapted layer keeps its matrix
+    out of what a compiled block saves for backward."""
+    adapted_layers: dict[str, AdaptedLayer] = {}
+    quantizable = dict.fromkeys(linear_names(model, unquantized))
+    if quantization != "none":
+        _refuse_other_matrices(model, quantization, unquantized)
+    for path in dict.fromkeys([*quantizable, *targets]):
+        layer = layer_at(model, path)
+        weight_format = quantization if path in quantizable else "none"
+        if isinstance(layer, ExpertLayer):
+            layer.stack.weight_format = weight_format
+            adapted_layers[path] = layer
+            continue
+        assert isinstance(layer, nn.Linear)
+        layer = AdaptedLinear(layer, weight_format)
+        set_module(model, path, layer)
+        adapted_layers[path] = layer
+    return adapted_layers
+
+
+def other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Large matrices in the blocks that are neither linear layers nor experts of a known form."""
+    for path, block in transformer_blocks(model):
+        for name, module in block.named_modules():
+            if is_linear(module) or isinstance(module, nn.Embedding | RegisteredLayer):
+                continue
+            for attribute, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() > 1 and parameter.numel() > 1 << 20:
+                    yield ".".join(part for part in (path, name, attribute) if part), parameter
+
+
+def _refuse_other_matrices(model: nn.Module, quantization: str, unquantized: Sequence[str]) -> None:
+    """Never skipped silently: half a quantised model is not what was asked for."""
+    for where, parameter in other_matrices(model):
+        if where.rpartition(".")[0] not in unquantized:
+            raise UserError(
+                f"model.quantization: {quantization!r} given, but {where} "
+                f"{tuple(parameter.shape)} belongs to no linear layer and would stay "
+                "unquantised; accepted for this model: none"
+            )
+
+
+def refuse_tied(model: nn.Module, method: MethodOptions, targets: list[str]) -> None:
+    """A matrix with two users cannot give a part of itself to one of them."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for path in targets:
+        if owners[id(layer_at(model, path).weight)] > 1:
+            raise UserError(
+                f"method.targets: {path} shares its matrix with another module, and "
+                f"method.kind={method.kind} takes a part of it out; accepted: matrices of their own"
+            )

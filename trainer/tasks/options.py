@@ -1,0 +1,44 @@
+"""The keys under `task:`, and what the configuration must know of a task; without torch."""
+
+from typing import ClassVar, Literal
+
+from adapters.options import Section
+
+
+class TaskOptions(Section):
+    """The keys that every task takes, and what it declares of its data."""
+
+    needs_labels: ClassVar[bool] = False
+    """Records carry labels, which the task sees (`learn_labels`) before anything is encoded."""
+    supports_packing: ClassVar[bool] = True
+    """Several records may share a sequence (`data.packing`)."""
+    data_formats: ClassVar[tuple[str, ...]]
+    """The values of `data.format` whose records it takes. Where there is one, `auto` is that one;
+    else `auto` looks at the columns."""
+
+    kind: str
+    """Name of the task."""
+
+
+class CausalLMOptions(TaskOptions):
+    """Options of `task.kind: causal_lm`."""
+
+    data_formats = ("prompt_completion", "alpaca", "messages", "text")
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    """Name of the task."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Learn the completion (assistant turns) only, or the prompt too."""
+
+
+class SequenceClassificationOptions(TaskOptions):
+    """Options of `task.kind: sequence_classification`."""
+
+    needs_labels = True
+    supports_packing = False
+    data_formats = ("classification",)
+
+    kind: Literal["sequence_classification"] = "sequence_classification"
+    """Name of the task."""
+    problem: Literal["classification", "regression"] = "classification"
+    """Labels are names, or numbers to be predicted."""
