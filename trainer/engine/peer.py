@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.layers.experts import StackedLinear
-from adapters.layers.linear import AdaptedLinear
+from adapters.layers.base import PackedLayer
 from adapters.rounding import round_up
 from trainer.config.config import Config
 from trainer.distributed.world import World
@@ -36,7 +35,7 @@ _ALIGNMENT = 512  # bytes, of every matrix and of every part
 class _Matrix:
     """Where a host's packed weight lies among its block's bytes."""
 
-    host: AdaptedLinear | StackedLinear
+    host: PackedLayer
     start: int
     shape: torch.Size
     dtype: torch.dtype
@@ -54,7 +53,7 @@ class _Block:
         self._matrices: list[_Matrix] = []
         end = 0
         for host in block.modules():
-            if isinstance(host, AdaptedLinear | StackedLinear):
+            if isinstance(host, PackedLayer):
                 weight = host.weight
                 self._matrices.append(_Matrix(host, end, weight.shape, weight.dtype))
                 end = round_up(end + self._matrices[-1].nbytes, _ALIGNMENT)

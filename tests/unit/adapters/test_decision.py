@@ -8,7 +8,7 @@ import pytest
 
 from adapters.decision import Decision
 from adapters.methods.registry import METHODS
-from tests.unit.methods.harness import Bench
+from tests.unit.adapters.methods.harness import Bench
 from trainer.decisions.log import record
 from trainer.decisions.replay import Replay, former_digest
 from trainer.errors import UserError
