@@ -8,6 +8,7 @@ global state) ends with it. `tests/world/cases.py` forks ranks, `tests/helpers.p
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -19,6 +20,18 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+PRELOADED = [
+    "bitsandbytes", "deepspeed", "deepspeed.ops.transformer", "deepspeed.module_inject", "peft",
+    "torch._dynamo", "torch._dynamo.backends.debugging", "torch._functorch.aot_autograd",
+    "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.profiler", "datasets",
+    "transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral",
+    "transformers.models.bert.modeling_bert", "transformers.generation", "setuptools",
+    "sympy.physics.units", "torch.distributed.tensor",
+    "trainer.engine.deepspeed", "trainer.engine.fsdp2", "trainer.engine.peer",
+    "trainer.engine.ddp", "tests.world.worker",
+]  # fmt: skip
+"""What a run may import; whatever is missing here, every child imports for itself."""
 
 _READY = "ready"
 _ARROWS_ALLOCATOR = "jemalloc_bg_thd"  # a thread that jemalloc itself starts anew after a fork
@@ -122,13 +135,9 @@ def serve() -> None:
     """Import everything once, then fork a child per request."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print while they are imported is no answer
-    import bitsandbytes  # noqa: F401
-    import deepspeed  # noqa: F401
+    for name in PRELOADED:
+        importlib.import_module(name)
     import torch
-
-    import trainer.engine.deepspeed
-    import trainer.engine.fsdp2
-    import trainer.engine.peer  # noqa: F401
 
     torch.set_num_threads(1)
     threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]

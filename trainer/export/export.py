@@ -170,7 +170,7 @@ def write_adapter(
 def _experts(
     config: Config, state: Mapping[str, Any], adapters: Mapping[str, GatedAdapter]
 ) -> dict[str, int]:
-    """How many experts every stack of the model has; where no stack hosts an adapter, a model that
+    """How many experts every stack of the model has; where no stack has adapters, a model that
     is not here any more is taken for one without."""
     try:
         return expert_counts(_built(config, state, torch.device("cpu"))[0].model)
@@ -201,7 +201,7 @@ def write_model(
 ) -> None:
     """A model folder that `from_pretrained` loads, one tensor (or stack) in memory at a time.
 
-    `with_adapter`: every host's W + ΔW. `dequantised`: W as the adapter was trained on it,
+    `with_adapter`: every adapted layer's W + ΔW. `dequantised`: W as the adapter was trained on it,
     through quantisation and back; else W as it is in the pretrained files.
     """
     config, tensors = saved_config(state), store.read_tensors(checkpoint)

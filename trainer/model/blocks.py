@@ -73,12 +73,12 @@ class Blocks:
         return range(first + 1, len(self) - 1)
 
     def keep(self, count: int, offloaded: int = 0, place: int | None = None) -> None:
-        """Let `count` blocks keep their activations and `moved` of the movable ones move them to
-        places of so many bytes on the host (none: those that there are).
+        """Let `count` blocks keep their activations and `offloaded` of the offloadable ones move
+        them to host buffers of `place` bytes (None: the buffers that there are).
 
-        Moved ones lie apart, so that their ways overlap with what runs in between. Of the others
-        the last keep theirs: backward comes to them first, and they are gone when the others are
-        computed again.
+        Offloaded blocks lie apart, so that their copies overlap with what runs in between. Of the
+        others the last keep theirs: backward comes to them first, and they are gone when the others
+        are computed again.
         """
         offloadable = self.offloadable[::-1]
         away = {offloadable[index * len(offloadable) // offloaded] for index in range(offloaded)}

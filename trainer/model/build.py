@@ -68,7 +68,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
 def _targets(
     model: nn.Module, method: MethodOptions, head: list[str], trained: list[str]
 ) -> list[str]:
-    """Paths of the linear layers that host adapters. Raises UserError naming what does not fit."""
+    """Paths of the linear layers that take adapters. Raises UserError naming what does not fit."""
     excluded = trained if method.include_head else [*head, *trained]
     try:
         targets = select_targets(linear_names(model, excluded), method.targets)

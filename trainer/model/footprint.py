@@ -96,7 +96,8 @@ def trainable_parameters(backbone: BuiltModel, config: Config) -> int:
 
 
 def _frozen_bytes(module: nn.Module, backbone: BuiltModel, *, adapted_only: bool = False) -> int:
-    """Bytes of a module once loaded, or of what hosts hold of it; a tied parameter counts once."""
+    """Bytes of a module once loaded, or of its adapted layers' matrices; a tied parameter
+    counts once."""
     places = backbone.adapted_layers.values()
     packed = {id(place.weight): place.layer for place in places}
     total = 0

@@ -17,8 +17,8 @@ from trainer.model.backbone import set_module
 def install_adapted_layers(
     model: nn.Module, quantization: str, targets: list[str], unquantized: list[str]
 ) -> dict[str, AdaptedLayer]:
-    """Replace linear layers, those that take no adapter too: only a host keeps its matrix out of
-    what a compiled block saves for backward."""
+    """Replace linear layers, those that take no adapter too: only an adapted layer keeps its matrix
+    out of what a compiled block saves for backward."""
     adapted_layers: dict[str, AdaptedLayer] = {}
     quantizable = dict.fromkeys(linear_names(model, unquantized))
     if quantization != "none":

@@ -32,7 +32,7 @@ def check_experts(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def left_alone(model: nn.Module) -> list[str]:
-    """Stacked parameters of the blocks that belong to no host."""
+    """Stacked parameters of the blocks that belong to no adapted layer."""
     return sorted({
         name
         for _, block in transformer_blocks(model)

@@ -37,6 +37,7 @@ from trainer.config.validation import validate
 from trainer.config.yaml import parse_json, parse_yaml
 from trainer.distributed.world import World
 from trainer.errors import UserError
+from trainer.files import METRICS
 from trainer.records.jsonl import read_metrics
 
 Result = dict[str, Any]
@@ -216,7 +217,7 @@ def _run(identity: Result, config: Config) -> Result:
 def summary(folder: Path) -> Result:
     """Last scores of a finished run, averages over its logged steps, and what its method's scalars
     were at the end (those of single groups of units left out)."""
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_metrics(folder / METRICS)
     steps = [line for line in lines if "active_parameters" in line]
     scores: Result = next((line for line in reversed(lines) if "eval_loss" in line), {})
     result = {k: v for k, v in scores.items() if k.startswith("eval_")}
