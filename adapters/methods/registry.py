@@ -30,3 +30,6 @@ METHODS: "Registry[Method, MethodOptions]" = Registry(
 )
 
 OPTIONS = METHODS.options
+
+DEFAULT = "lora"
+"""The method of a configuration that names none."""

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import SerializeAsAny, model_validator
 
 from adapters.methods.options import MethodOptions
+from adapters.methods.registry import DEFAULT as DEFAULT_METHOD
 from adapters.methods.registry import METHODS
 from adapters.methods.registry import OPTIONS as METHOD_OPTIONS
 from adapters.options import Section
@@ -30,6 +31,7 @@ from trainer.config.validation import names_of, one_of, unknown_key, validate
 from trainer.config.yaml import dump_yaml, parse_yaml
 from trainer.errors import UserError
 from trainer.tasks.options import TaskOptions
+from trainer.tasks.registry import DEFAULT as DEFAULT_TASK
 from trainer.tasks.registry import OPTIONS as TASK_OPTIONS
 
 
@@ -144,10 +146,10 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
 def _section_type(name: str, annotation: Any, value: Mapping[str, Any]) -> type[Section]:
     """The class of a section; `method` and `task` depend on their `kind`."""
     if name == "method":
-        kind = value.get("kind", "lora")
+        kind = value.get("kind", DEFAULT_METHOD)
         return METHOD_OPTIONS[one_of("method.kind", kind, METHOD_OPTIONS)]
     if name == "task":
-        kind = value.get("kind", "causal_lm")
+        kind = value.get("kind", DEFAULT_TASK)
         return TASK_OPTIONS[one_of("task.kind", kind, TASK_OPTIONS)]
     return annotation
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from adapters.layers.base import PackedLayer
 from adapters.rounding import round_up
 from trainer.config.config import Config
+from trainer.config.engines import AUTO
 from trainer.distributed.world import World
 from trainer.engine.base import Engine, backbone_parameters
 from trainer.engine.peer_memory import open_peer_memory, possible
@@ -138,7 +139,7 @@ class PeerEngine(Engine):
         if not world.peers:
             raise UserError(
                 "engine.kind: peer given, but the GPUs of a host cannot read each other's memory; "
-                "accepted: fsdp2 or deepspeed"
+                f"accepted: auto or {AUTO['split']}"
             )
         on_gpu = world.device.type == "cuda"
         self._stream = torch.cuda.Stream(world.device, priority=-1) if on_gpu else None

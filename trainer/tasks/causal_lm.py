@@ -25,7 +25,7 @@ class CausalLM(Task):
         if getattr(config, "is_decoder", None) is False:  # encoders carry it; decoders do not
             raise UserError(
                 f"task.kind: causal_lm given, but {config.model_type} is an encoder, whose tokens "
-                "see what they are to predict; accepted: sequence_classification"
+                "see what they are to predict; accepted: a decoder, or another task.kind"
             )
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:

@@ -24,3 +24,6 @@ TASKS: "Registry[Task, TaskOptions]" = Registry(
 )
 
 OPTIONS = TASKS.options
+
+DEFAULT = "causal_lm"
+"""The task of a configuration that names none."""
