@@ -97,7 +97,7 @@ class RLoRA(Method):
         for unit in self.units:
             if unit.name in decision.ranks:
                 survivor = self._survivor(unit, decision.ranks[unit.name], decision)
-                self.adapters.place(unit, survivor)
+                self.adapters.set_adapter(unit, survivor)
             else:
                 self.adapters.remove(unit.name)
         return True

@@ -55,7 +55,7 @@ class Merger:
             owner = self.model.get_submodule(path)
             if name in self._trained:
                 yield self._published(name), self._trained[name].to(self.dtype)
-            elif isinstance(owner, PackedLayer) and None not in owner.places:
+            elif isinstance(owner, PackedLayer) and None not in owner.adapted_layers:
                 yield from self._stack(path, owner)
             else:
                 key = self._files.check([name], self._prefix, tuple(parameter.shape))
@@ -70,10 +70,10 @@ class Merger:
 
     def _stack(self, path: str, stack: PackedLayer) -> Iterator[tuple[str, Tensor]]:
         """A stack, expert by expert where the files have it so."""
-        numbers = range(len(stack.places))
+        numbers = range(len(stack.adapted_layers))
         read = (self._files.read_expert(path, e, self._prefix, stack.shape) for e in numbers)
         value = torch.stack([matrix.to(self.device, self.dtype) for matrix in read])
-        value = self._final(stack, stack.place_names(path), value).cpu()
+        value = self._final(stack, stack.layer_names(path), value).cpu()
         keys = [self._files.check_expert(path, e, self._prefix, stack.shape) for e in numbers]
         if keys[0] == keys[-1]:  # the files hold it whole
             yield path, value

@@ -87,14 +87,14 @@ class Materializer:
     def _full(self, item: ParamTask) -> Tensor:
         """What the backbone keeps of an item, before it is packed."""
         matrix = item.matrix
-        if matrix is None or None in matrix.places:
+        if matrix is None or None in matrix.adapted_layers:
             return self._kept(next(iter(item.units), None))
         # On the device at once: on the host there is never more than one expert's matrix.
         full = torch.empty(matrix.shape, dtype=self._dtype, device=self._world.device)
         units: dict[int | None, Unit] = {
             int(unit.name.rpartition(".")[2]): unit for unit in item.units
         }
-        for index, expert in enumerate(matrix.places):
+        for index, expert in enumerate(matrix.adapted_layers):
             full[index] = self._kept(units.get(expert))
         return full
 
