@@ -45,7 +45,7 @@ class Decision:
     def __post_init__(self) -> None:
         for key in (*self.scores, *self.extra):
             if key in RESERVED or key in _TYPED or (key in self.scores and key in self.extra):
-                raise ValueError(f"a decision's key {key!r}; accepted: a name of its own")
+                raise ValueError(f"a decision's key {key!r}; accepted: keys that are not in use")
 
     def digest(self) -> str:
         """Digest of the decision (see the module's docstring), comparable between runs."""
@@ -123,7 +123,7 @@ def _floats(name: str, score: Any) -> float | dict[str, float]:
         return float(score)
     if _by_name(score):
         return {unit: float(value) for unit, value in score.items()}
-    raise ValueError(f"{name} is no number; accepted: one, or one for each unit")
+    raise ValueError(f"{name} is not a number; accepted: one number, or one per unit")
 
 
 def _number(value: Any) -> bool:

@@ -79,7 +79,7 @@ def select_targets(names: Sequence[str], targets: str | Sequence[str]) -> list[s
             pattern = re.compile(targets)
         except re.error as error:
             raise ValueError(
-                f"method.targets: {targets!r} is no regular expression ({error}); accepted: "
+                f"method.targets: {targets!r} is not a regular expression ({error}); accepted: "
                 "all-linear, a regular expression for the whole path, a list of suffixes"
             ) from error
         chosen = [n for n in names if pattern.fullmatch(n) or pattern.fullmatch(stem(n))]

@@ -21,10 +21,10 @@ from adapters.layers.handles import add_gradients, layer_of
 
 
 class AdaptedLinear(PackedLayer):
-    """Frozen `y = x Wᵀ + bias` in any weight format, with room for one gated adapter.
+    """Frozen `y = x Wᵀ + bias` in any weight format, with at most one gated adapter.
 
-    Takes the place of an `nn.Linear`. `weight` holds the packed matrix (see `formats.py`).
-    `adapter` is None or replicated on every rank; it is no submodule, so no sharder ever sees it.
+    Replaces an `nn.Linear`. `weight` holds the packed matrix (see `formats.py`).
+    `adapter` is None or replicated on every rank; it is not a submodule, so sharders never find it.
     """
 
     adapter: GatedAdapter | None
@@ -120,7 +120,7 @@ class AdaptedLinear(PackedLayer):
         return (dz, A) if A.shape[0] else None, dropped
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-        """A, g, B in `dtype`; drop(ΔW − ΔW₀) has the components of both."""
+        """A, g, B of ΔW, or of ΔW − ΔW₀ where dropout applies only to this difference."""
         adapter = self.adapter
         if adapter is None or adapter.rank == 0:
             return None
@@ -150,7 +150,7 @@ class AdaptedLinear(PackedLayer):
 
 @torch.library.custom_op("rankcast::adapted_linear", mutates_args=())
 def adapted_linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
-    """(…, in) → (…, out)."""
+    """Forward of `AdaptedLinear`: (…, in) → (…, out)."""
     layer: AdaptedLinear = layer_of(handle)
     rows = x.reshape(-1, x.shape[-1])
     y = FORMATS[layer.weight_format].forward(
@@ -168,7 +168,7 @@ def _(x, handle, out_features):
 def adapted_linear_backward(
     dy: Tensor, x: Tensor, handle: Tensor, need_x: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx (…, in), empty where not needed; and a 0 as the handle's gradient, which keeps the
+    """dx (…, in), empty if not needed, and a zero gradient for the handle, which keeps the
     compiler from eliminating the call."""
     layer: AdaptedLinear = layer_of(handle)
     dy2, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])

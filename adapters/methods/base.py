@@ -159,7 +159,9 @@ class Method:
         """Raises ValueError unless every name has a rank <= R."""
         for name in self.decided:
             if name not in decision.ranks:
-                raise ValueError(f"nothing about {name}; accepted: a run of the same units")
+                raise ValueError(
+                    f"no rank for {name}; accepted: decisions of a run with the same units"
+                )
         for name, rank in decision.ranks.items():
             if rank > self.options.components:
                 largest = self.options.components

@@ -181,7 +181,7 @@ class LaLoRA(Method):
     def check_decision(self, decision: Decision) -> None:
         self.check_ranks(decision)
         if not isinstance(decision.scores.get("budget"), float):
-            raise ValueError("no budget; accepted: what lalora recorded")
+            raise ValueError("no budget; accepted: decisions recorded by lalora")
 
     def apply(self, decision: Decision) -> bool:
         ranks = [decision.ranks[str(unit.layer)] for unit in self.units]

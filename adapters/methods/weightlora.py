@@ -89,7 +89,7 @@ class RLoRA(Method):
 
     def _check_scores(self, decision: Decision) -> None:
         if not decision.survivors:
-            raise ValueError("no survivors; accepted: what rlora recorded")
+            raise ValueError("no survivors; accepted: decisions recorded by rlora")
 
     def apply(self, decision: Decision) -> bool:
         """Remove and redraw adapters: the only structural change in a run."""
@@ -182,7 +182,9 @@ class WeightLoRA(RLoRA):
         omega = decision.scores.get("omega")
         for unit in self.units:
             if not isinstance(omega, Mapping) or unit.name not in omega:
-                raise ValueError(f"no omega of {unit.name}; accepted: a run of the same units")
+                raise ValueError(
+                    f"no omega of {unit.name}; accepted: decisions of a run with the same units"
+                )
 
     def summary(self, decision: Decision) -> dict[str, str]:
         """ω before the selection, then the survivors."""
