@@ -70,10 +70,10 @@ class Merger:
 
     def _stack(self, path: str, stack: PackedLayer) -> Iterator[tuple[str, Tensor]]:
         """A stack, expert by expert where the files have it so."""
-        numbers = range(len(stack.places))
+        numbers = range(len(stack.adapted_layers))
         read = (self._files.read_expert(path, e, self._prefix, stack.shape) for e in numbers)
         value = torch.stack([matrix.to(self.device, self.dtype) for matrix in read])
-        value = self._final(stack, stack.place_names(path), value).cpu()
+        value = self._final(stack, stack.layer_names(path), value).cpu()
         keys = [self._files.check_expert(path, e, self._prefix, stack.shape) for e in numbers]
         if keys[0] == keys[-1]:  # the files hold it whole
             yield path, value

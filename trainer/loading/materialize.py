@@ -94,7 +94,7 @@ class Materializer:
         units: dict[int | None, Unit] = {
             int(unit.name.rpartition(".")[2]): unit for unit in item.units
         }
-        for index, expert in enumerate(matrix.places):
+        for index, expert in enumerate(matrix.adapted_layers):
             full[index] = self._kept(units.get(expert))
         return full
 
