@@ -55,7 +55,9 @@ def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
                 }
             )
             session.optimizer.rebind_parameters(session.trainables())
-        for name, tensor in _check_tensors(session, checkpoint, stored, "adapter/", "head/").items():
+        for name, tensor in _check_tensors(
+            session, checkpoint, stored, "adapter/", "head/"
+        ).items():
             tensor.data.copy_(stored[name])
 
 

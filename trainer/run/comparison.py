@@ -1,20 +1,20 @@
-"""Several methods on one job: learning rates chosen apart, then seeds, then one table.
+"""Comparison of methods: learning-rate selection per method, runs over seeds, one table.
 
 A comparison is a YAML file:
 
     base: configs/gsm8k_lora.yaml          # a run's configuration
     overrides: [run.steps=300]             # for every run
     score: eval_loss                       # a loss (less is better), or a metric (more is better)
-    learning_rates: [1e-3, 2e-3, 4e-3]     # every method chooses among these …
-    selection: [run.seed=100, data.leave_out=300, data.eval=left_out]   # … in runs of their own
+    learning_rates: [1e-3, 2e-3, 4e-3]     # grid searched for every method
+    selection: [run.seed=100, data.leave_out=300, data.eval=left_out]   # overrides of the search
     seeds: [0, 1, 2]
     methods:
       lora: []
       lelora: [method.kind=lelora]
 
-Runs are independent, so many share a machine. What is done is kept in `results.jsonl` beside a
-digest of the run's whole configuration: a comparison that was stopped or changed goes on from
-there, with the runs that failed, were cut off or are new.
+Runs are independent, and several run at a time. `results.jsonl` holds each result with a digest of
+the run's configuration: a comparison that was stopped or changed repeats only the runs that failed,
+were interrupted or are new.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ Result = dict[str, Any]
 
 
 class Comparison(Section):
-    """What is compared (see the module's docstring)."""
+    """Keys of a comparison's file (see the module's docstring)."""
 
     base: str
     overrides: list[str] = []
@@ -55,7 +55,7 @@ class Comparison(Section):
 
 
 def read_comparison(path: Path) -> Comparison:
-    """Read and check a comparison's file."""
+    """Read and validate a comparison's file. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -69,7 +69,7 @@ def read_comparison(path: Path) -> Comparison:
 def compare(
     comparison: Comparison, out: Path, workers: int, say: Callable[[str], None] = print
 ) -> list[Result]:
-    """Run what is not done yet; returns this comparison's results (their table: OUT/table.md)."""
+    """Run all jobs without a result; returns all results and writes their table, OUT/table.md."""
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "results.jsonl"
     rates = comparison.learning_rates
@@ -107,7 +107,7 @@ def less_is_better(score: str) -> bool:
 
 
 def table(comparison: Comparison, results: Sequence[Result]) -> str:
-    """Markdown: every method's score over the seeds, and what it trained."""
+    """Markdown table: every method's score over the seeds, learning rate and parameters."""
     score = comparison.score
     lines = [
         f"| method | {score} | learning rate | trainable | mean active | runs |",
@@ -133,7 +133,7 @@ def table(comparison: Comparison, results: Sequence[Result]) -> str:
 def _job(
     comparison: Comparison, out: Path, method: str, rate: float, seed: int | None = None
 ) -> tuple[Result, Config]:
-    """(what identifies a run, its configuration); without a seed, a selection run."""
+    """(identity, configuration) of a run; without a seed, of a selection run."""
     part = "select" if seed is None else f"seed{seed}"
     chosen = comparison.selection if seed is None else [f"run.seed={seed}"]
     overrides = [
@@ -141,7 +141,7 @@ def _job(
         f"optim.learning_rate={rate!r}", f"run.dir={out / 'runs'}", "run.resume=never",
     ]  # fmt: skip
     config = load_config(comparison.base, overrides)
-    # Without the folder: results may move with it.
+    # Without the folder, so that results can be moved.
     text = config.model_dump_json(exclude={"run": {"dir", "name"}})
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     config = with_overrides(
@@ -151,7 +151,7 @@ def _job(
 
 
 def _kept_results(file: Path) -> list[Result]:
-    """What earlier calls wrote; a line that was cut short stands for a run to be done again."""
+    """Results of earlier calls; truncated lines are skipped, so that their runs are repeated."""
     results = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         with suppress(ValueError):
@@ -165,7 +165,7 @@ def _work(
     kept: Path,
     say: Callable[[str], None],
 ) -> list[Result]:
-    """Results of all jobs; those that ended well before are not run again."""
+    """Results of all jobs; those that succeeded before are not repeated."""
     done = [result for result in _kept_results(kept) if "error" not in result]
     results = []
     futures = []
@@ -184,38 +184,38 @@ def _work(
     return results
 
 
-_place = torch.device("cpu")
+_device = torch.device("cpu")
 
 
 def _prepare_worker(count: Any) -> None:
-    """Give a worker its device: GPUs in turn, or one thread of the CPU."""
-    global _place
+    """Assign a worker's device: GPUs round-robin, or one CPU thread."""
+    global _device
     with count.get_lock():
         index = count.value
         count.value += 1
     torch.set_num_threads(1)
     if torch.cuda.is_available():
-        _place = torch.device("cuda", index % torch.cuda.device_count())
-        torch.cuda.set_device(_place)
+        _device = torch.device("cuda", index % torch.cuda.device_count())
+        torch.cuda.set_device(_device)
 
 
 def _run(identity: Result, config: Config) -> Result:
-    """One run from start to end, in a worker; a failure is a result too."""
+    """One run from start to end, in a worker; a failure is returned as a result."""
     from trainer.run.run import run
 
     try:
-        if config.run_folder.exists():  # cut off, or failed
+        if config.run_folder.exists():  # interrupted or failed
             shutil.rmtree(config.run_folder)
-        run(config, World(device=_place))
+        run(config, World(device=_device))
         return {**identity, "run": config.run.name, **summary(config.run_folder)}
-    except Exception as error:  # the other runs go on; the table says what is missing
+    except Exception as error:  # the other runs continue; the table counts the runs
         return {**identity, "error": f"{type(error).__name__}: {error}",
                 "where": traceback.format_exc(limit=-3)}  # fmt: skip
 
 
 def summary(folder: Path) -> Result:
-    """Last scores of a finished run, averages over its logged steps, and what its method's scalars
-    were at the end (those of single groups of units left out)."""
+    """Last scores of a finished run, averages over its logged steps, and the method's last scalars
+    (without those of groups of units)."""
     lines = read_metrics(folder / "metrics.jsonl")
     steps = [line for line in lines if "active_parameters" in line]
     scores: Result = next((line for line in reversed(lines) if "eval_loss" in line), {})
