@@ -104,7 +104,7 @@ class Task(ABC):
 
     @abstractmethod
     def collate(self, sequences: Sequence[Sequence[Example]], *, empty: bool = False) -> Batch:
-        """One micro-batch; each sequence is one example, or several packed. `empty`: without loss."""
+        """One micro-batch; a sequence is one example, or several packed. `empty`: without loss."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:

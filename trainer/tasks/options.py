@@ -13,8 +13,8 @@ class TaskOptions(Section):
     supports_packing: ClassVar[bool] = True
     """Several records may share a sequence (`data.packing`)."""
     data_formats: ClassVar[tuple[str, ...]]
-    """The values of `data.format` that it accepts. If there is one, `auto` stands for it; else `auto`
-    looks at the columns."""
+    """The values of `data.format` that it accepts. With a single one, `auto` means it; else
+    `auto` looks at the columns."""
 
     kind: str
     """Name of the task."""
