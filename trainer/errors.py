@@ -55,6 +55,4 @@ def refuse_mismatch(source: Path) -> Iterator[None]:
         raise
     except Exception as error:  # e.g. a method's load_state_dict, which trusts its input
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise BadCheckpoint(
-            f"{source}: not what a run of this configuration writes ({reason})"
-        ) from error
+        raise BadCheckpoint(f"{source}: does not match this configuration ({reason})") from error

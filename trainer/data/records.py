@@ -221,7 +221,7 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
     try:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=_BATCH):
             yield from batch.to_pylist()
-    except Exception as error:  # Arrow's types, and Python's for values that it lacks
+    except Exception as error:  # Arrow's types, and Python's for unsupported values
         raise UserError(f"{path}: no parquet file ({first_line(error)})") from error
 
 

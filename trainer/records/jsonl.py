@@ -36,7 +36,7 @@ def read_objects(file: Path) -> Iterator[dict[str, Any]]:
                 if not isinstance(value, dict) or not isinstance(value.get("step"), int):
                     raise UserError(
                         f"{file} line {number}: no JSON object with a step; "
-                        "accepted: what a run wrote"
+                        "accepted: a file that a run wrote"
                     )
                 yield value
     except OSError as error:

@@ -112,9 +112,11 @@ def read_units(file: Path) -> list[Unit]:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; allocation.jsonl needs it") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: not a list of units; accepted: what a run wrote") from error
+        raise UserError(
+            f"{file}: not a list of units; accepted: a file that a run wrote"
+        ) from error
     if not units:
-        raise UserError(f"{file}: no unit in it; accepted: what a run wrote")
+        raise UserError(f"{file}: no unit in it; accepted: a file that a run wrote")
     return units
 
 

@@ -38,7 +38,9 @@ def view(folder: Path) -> RenderableType:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder}: not what a run wrote ({error!r}); accepted: a run") from error
+        raise UserError(
+            f"{folder}: not a run folder ({error!r}); accepted: a run folder"
+        ) from error
 
 
 def _view(folder: Path, beat: dict[str, Any]) -> RenderableType:

@@ -71,21 +71,21 @@ def compare(
 ) -> list[Result]:
     """Run all jobs without a result; returns all results and writes their table, OUT/table.md."""
     out.mkdir(parents=True, exist_ok=True)
-    kept = out / "results.jsonl"
+    results_file = out / "results.jsonl"
     rates = comparison.learning_rates
     results: list[Result] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _prepare_worker, (context.Value("i", 0),)) as pool:
         if len(rates) > 1:
             jobs = [_job(comparison, out, m, rate) for rate in rates for m in comparison.methods]
-            results += _work(pool, jobs, kept, say)
+            results += _work(pool, jobs, results_file, say)
         chosen = {method: choose(results, method, comparison) for method in comparison.methods}
         jobs = [
             _job(comparison, out, method, chosen[method], seed)
             for seed in comparison.seeds
             for method in comparison.methods
         ]
-        results += _work(pool, jobs, kept, say)
+        results += _work(pool, jobs, results_file, say)
     (out / "table.md").write_text(table(comparison, results), encoding="utf-8")
     return results
 
@@ -150,7 +150,7 @@ def _job(
     return {"method": method, "learning_rate": rate, "seed": seed, "config": digest}, config
 
 
-def _kept_results(file: Path) -> list[Result]:
+def _stored_results(file: Path) -> list[Result]:
     """Results of earlier calls; truncated lines are skipped, so that their runs are repeated."""
     results = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
@@ -162,11 +162,11 @@ def _kept_results(file: Path) -> list[Result]:
 def _work(
     pool: ProcessPoolExecutor,
     jobs: Sequence[tuple[Result, Config]],
-    kept: Path,
+    results_file: Path,
     say: Callable[[str], None],
 ) -> list[Result]:
     """Results of all jobs; those that succeeded before are not repeated."""
-    done = [result for result in _kept_results(kept) if "error" not in result]
+    done = [result for result in _stored_results(results_file) if "error" not in result]
     results = []
     futures = []
     for identity, config in jobs:
@@ -178,7 +178,7 @@ def _work(
     for future in as_completed(futures):
         result = future.result()
         results.append(result)
-        with kept.open("a", encoding="utf-8") as stream:
+        with results_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(result) + "\n")
         say(json.dumps(result))
     return results
