@@ -111,7 +111,8 @@ class Server:
     def _started(self, environment: Mapping[str, str], cwd: Path) -> subprocess.Popen:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.forkserver"], cwd=cwd, env=environment, text=True,
+                [sys.executable, "-m", "tests.forkserver"], cwd=cwd, text=True,
+                env={**environment, "CUDA_VISIBLE_DEVICES": ""},  # a driver's threads are not forked
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
             assert self._answer(self._process) == _READY

@@ -92,7 +92,7 @@ class PackedLayer(RegisteredLayer):
     @property
     def stacked(self) -> bool:
         """Whether it holds the matrices of several experts."""
-        return None not in self.places
+        return None not in self.adapted_layers
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

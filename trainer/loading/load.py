@@ -141,7 +141,7 @@ def check_backbone(config: Config, task: Task, device: torch.device) -> None:
         if not (isinstance(owner, PackedLayer) and owner.stacked):
             files.check(names[id(parameter)], prefix, tuple(parameter.shape))
             continue
-        for expert in range(len(owner.places)):
+        for expert in range(len(owner.adapted_layers)):
             files.check_expert(name.removesuffix(".weight"), expert, prefix, owner.shape)
 
 

@@ -378,7 +378,7 @@ def test_jaccard_and_stability(tmp_path):
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     runs = [read_run(write_run(tmp_path / parent / "run", "lora")) for parent in ("a", "b")]
-    assert [run.name for run in reports._told_apart(runs)] == ["a/run", "b/run"]
+    assert [run.name for run in reports._with_unique_names(runs)] == ["a/run", "b/run"]
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
