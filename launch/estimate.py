@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if not 0 < arguments.memory < 2**20:
         raise UserError(f"--memory: {arguments.memory} given; accepted: GiB of a GPU, above 0")
     from trainer.config.config import load_config
-    from trainer.device_memory import GIB
     from trainer.run.launch import configure_libraries
 
     configure_libraries()
     config = load_config(arguments.config, arguments.overrides)
+    from trainer.device_memory import GIB
     from trainer.memory.estimate import predict, table
 
     memory = int(arguments.memory * GIB)
