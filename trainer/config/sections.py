@@ -86,8 +86,8 @@ class DataOptions(Section):
     train: str
     """Training data: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt) or a hub id."""
     eval: str | None = None
-    """Evaluation data: the same, or `left_out`, the training records held out by `leave_out`; none:
-    no evaluation."""
+    """Evaluation data: a file or hub id as for `train`, or `left_out`, the training records held
+    out by `leave_out`; none: no evaluation."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     revision: str | None = None
