@@ -33,11 +33,11 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
     configure_rank()
     gloo_timeout = datetime.timedelta(seconds=timeout)
     # NCCL aborts the process without a message: gloo, which is used at every step, times out first.
-    longer = gloo_timeout + datetime.timedelta(seconds=60 if use_gpu else 0)
+    default_timeout = gloo_timeout + datetime.timedelta(seconds=60 if use_gpu else 0)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
-            timeout=longer,
+            timeout=default_timeout,
             device_id=own_device if use_gpu else None,
             **_rendezvous(gloo_timeout),
         )
@@ -50,7 +50,11 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
     own = socket.gethostname(), _memory(own_device), _has_peer_access(own_device)
     dist.all_gather_object(gathered, own)
     nodes = _nodes([host for host, *_ in gathered])
-    groups = [dist.new_group(list(r), timeout=longer) for r in nodes] if len(nodes) > 1 else [None]
+    groups = (
+        [dist.new_group(list(r), timeout=default_timeout) for r in nodes]
+        if len(nodes) > 1
+        else [None]
+    )
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
