@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv[:1]).command
     with guarded():
         command = one_of("command", given, COMMANDS)
-        module = importlib.import_module(f"launch.{command}")
-        return module.main(argv[1:], f"rankcast {command}")
+        module = f"launch.{command}"
+        return importlib.import_module(module).main(argv[1:], f"rankcast {command}")
     return 1  # not reached: `guarded` exits the process
 
 

@@ -286,7 +286,7 @@ def desynchronised(world: World, argument: dict[str, Any]) -> dict[str, Any]:
                 infinity = torch.full_like(adapter.g, torch.inf)
                 adapter.g.data[0] = torch.nextafter(adapter.g.data, infinity)[0]
             else:
-                self._remove(name)
+                self.adapters.remove(name)
         return changed
 
     with patch.object(kind, "apply", apply):

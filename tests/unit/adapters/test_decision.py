@@ -52,7 +52,7 @@ def test_digits_of_scores_do_not_show_in_the_digest():
 @pytest.mark.parametrize("field", ["scores", "extra"])
 @pytest.mark.parametrize("key", ["step", "digest", "ranks", "scores", "summary"])
 def test_a_key_of_the_record_is_refused(field, key):
-    with pytest.raises(ValueError, match=f"{key!r}; accepted: a name of its own"):
+    with pytest.raises(ValueError, match=f"{key!r}; accepted: keys that are not in use"):
         Decision(**{field: {key: 1.0}})
 
 

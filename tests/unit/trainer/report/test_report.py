@@ -441,7 +441,9 @@ def test_command(root, tmp_path, monkeypatch, capsys):
     script = str(root / "launch/report.py")
     monkeypatch.setattr(os, "_exit", sys.exit)  # what a failure ends in; this process goes on
     monkeypatch.setattr(sys, "argv", [script, str(folders[0])])
-    runpy.run_path(script, run_name="__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 0
     assert capsys.readouterr().out.split() == [str(folders[0] / "figures/loss.png")]
     monkeypatch.setattr(sys, "argv", [script, *map(str, folders)])
     with pytest.raises(SystemExit) as ended:
