@@ -104,7 +104,7 @@ def test_the_check_of_the_source_sees(line):
 def test_one_place_parses_yaml_of_others():
     """`yaml.safe_load` knows aliases; it is for what this program has written itself."""
     users = [p.name for p in SOURCES if "yaml.safe_load(" in p.read_text()]
-    assert users == ["start.py"]
+    assert users == ["launch.py"]
 
 
 # --- configuration
@@ -199,13 +199,13 @@ def test_code_beside_a_model_is_not_run(tmp_path, model, changes, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody is asked
     config = quick_config(tmp_path, f"model.id={model}", "run.steps=1")
 
-    def build() -> None:
+    def build_model() -> None:
         tokenizer = build.load_tokenizer(config.model)
         task = TASKS["causal_lm"](config.task, tokenizer)
         built = build.build(config, task, torch.device("cpu"))
         assert built.model.config._attn_implementation in ("sdpa", "eager")
 
-    attempt(tmp_path, build)
+    attempt(tmp_path, build_model)
     assert not (tmp_path / "mark").exists() and "evil" not in sys.modules
 
 
