@@ -4,12 +4,7 @@ Without torch: what the configuration has to know of an engine stands in its lin
 class is imported when it is used.
 """
 
-import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from trainer.engine.base import Engine
 
 
 @dataclass(frozen=True)
@@ -43,12 +38,6 @@ AUTO = {
 }
 """What `engine.kind: auto` takes: by the launcher, by a key, by how the backbone is spread over the
 ranks (`Spread`)."""
-
-
-def engine_class(kind: str) -> type["Engine"]:
-    """The engine of this name; its library is imported only now."""
-    module, _, name = ENGINES[kind].engine.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def takes(kind: str, option: str) -> bool:

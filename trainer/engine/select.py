@@ -1,9 +1,10 @@
 """The engine of a run: the one that was asked for, or the choice of `engine.kind: auto`."""
 
+import importlib
 import os
 
 from trainer.config.config import Config
-from trainer.config.engines import AUTO, ENGINES, engine_class
+from trainer.config.engines import AUTO, ENGINES
 from trainer.device_memory import readable
 from trainer.distributed.world import World
 from trainer.engine.base import Engine
@@ -16,6 +17,12 @@ _STATES = 0.6
 """Share of a GPU's memory that backbone, adapters and moments may take under ddp, and under peer.
 More would leave so little for activations that computing them again costs more than gathering
 weights."""
+
+
+def engine_class(kind: str) -> type[Engine]:
+    """The engine class registered as `kind`; its module is imported on this call."""
+    module, _, name = ENGINES[kind].engine.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def make_engine(config: Config, world: World, task: Task) -> Engine:

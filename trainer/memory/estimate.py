@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from trainer.config.config import Config
-from trainer.config.engines import AUTO, engine_class, takes
+from trainer.config.engines import AUTO, takes
 from trainer.config.sections import EngineOptions
 from trainer.device_memory import GIB, readable
 from trainer.distributed.world import World
 from trainer.engine.base import compiles
-from trainer.engine.select import choose
+from trainer.engine.select import choose, engine_class
 from trainer.errors import UserError
 from trainer.memory.fake_probe import Probe, probe
 from trainer.model.blocks import check_unsharded_blocks
