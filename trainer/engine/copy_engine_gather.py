@@ -1,7 +1,8 @@
 """NCCL all-gather on the GPU's copy engines, which leaves the SMs to the GEMMs.
 
-It needs a communicator with the zero-CTA policy and buffers registered with it as symmetric memory. torch 2.13 offers this as `FSDPModule.set_symm_mem_for_comm`, but for one user of
-symmetric memory per process only.
+It needs a communicator with the zero-CTA policy and buffers registered with it as symmetric memory.
+torch 2.13 offers this as `FSDPModule.set_symm_mem_for_comm`, but for one user of symmetric memory
+per process only.
 """
 
 import datetime

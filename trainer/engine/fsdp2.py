@@ -58,9 +58,9 @@ class FSDP2Engine(Engine):
     def shard_block(self, block: nn.Module) -> None:
         for module in block.modules():
             if isinstance(module, AdaptedLinear | StackedLinear) and module.weight_format != "none":
-                # On a GPU the gather copies bfloat16 via float32, which canonicalises NaNs and would
-                # corrupt packed bytes that look like one. float32 is copied unchanged, and `unpack`
-                # reads bytes only.
+                # On a GPU the gather copies bfloat16 via float32, which canonicalises NaNs and
+                # would corrupt packed bytes that look like one. float32 is copied unchanged, and
+                # `unpack` reads bytes only.
                 packed = module.weight.detach().view(torch.float32)
                 module.weight = nn.Parameter(packed, requires_grad=False)
         nbytes = sum(p.numel() * p.element_size() for p in block.parameters())
