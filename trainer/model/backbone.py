@@ -49,7 +49,7 @@ class Loading:
     seconds: float
     bytes_read: int
     """Of tensors in files, over all ranks."""
-    shares: dict[str, float]
+    stages: dict[str, float]
     """This rank's seconds of waiting for files, decomposing, packing, and exchanging tensors within
     its host."""
     peak_host_bytes: int
