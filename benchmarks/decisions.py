@@ -1,11 +1,11 @@
-"""Milliseconds that a decision takes: made on rank 0, broadcast, applied and verified everywhere.
+"""Milliseconds of a decision: made on rank 0, broadcast, applied and verified on all ranks.
 
     torchrun --nproc_per_node 4 -m benchmarks.decisions configs/mixtral_random.yaml
         [--steps 30] [--methods lelora,lalora] [--out FILE.json] [section.key=value ...]
 
 Short runs of a model with as many units as configured (Mixtral 8x7B: 640), but tiny matrices, since
-their size does not matter. What is timed is the loop's own call, on the slowest rank, once all have
-come to it; the first ten steps are left out.
+their size does not matter. The training loop's call is timed on the slowest rank, after a barrier;
+the first ten steps are excluded.
 """
 
 import argparse
@@ -36,7 +36,8 @@ SMALL = [
 METHODS = {
     "lelora": ["method.kind=lelora", "method.rank=8"],
     "lalora": ["method.kind=lalora"],
-    "weightlora": ["method.kind=weightlora", "method.warmup_steps={last}"],  # decides until then
+    # Decides during warm-up only.
+    "weightlora": ["method.kind=weightlora", "method.warmup_steps={last}"],
     "adalora": ["method.kind=adalora", "method.delta_t=1"],
 }
 
@@ -82,8 +83,8 @@ def measure(name: str, config: Config, world: World) -> dict[str, Any]:
 
     def timed(method, *arguments):
         if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)  # the step before it is not counted
-        world.gather(None)  # together, so that nobody's wait for the others is counted
+            torch.cuda.synchronize(world.device)  # excludes the step before
+        world.gather(None)  # a barrier: excludes waiting for other ranks
         started = time.perf_counter()
         result = inner(method, *arguments)
         seconds.append(time.perf_counter() - started)

@@ -1,10 +1,10 @@
-"""What each weight format costs in quality and saves in memory: perplexity on held-out text.
+"""Quality and memory of each weight format: perplexity on held-out text.
 
     python benchmarks/formats.py MODEL TEXT [--records 120] [section.key=value ...]
 
-TEXT is plain text that the model has not seen; it is cut into records of 2000 characters, and the
-first of them are scored, every token by those before it in its record. The loss is the backbone's
-own (a fresh LoRA adds nothing); the difference from the unquantised one is paired over records.
+TEXT is plain text that the model was not trained on, cut into records of 2000 characters; the first
+`--records` are scored. The loss is the backbone's (a fresh LoRA adds 0); its difference from the
+unquantised loss is paired over records.
 """
 
 import json
@@ -32,7 +32,7 @@ CHARACTERS = 2000
 def losses(
     fmt: str, model: str, file: Path, overrides: list[str]
 ) -> tuple[list[float], int, float]:
-    """(mean loss of every record, bytes of the backbone, relative error of its matrices)."""
+    """(mean loss of each record, bytes of the backbone, relative error of its matrices)."""
     config = load_config(
         "configs/gsm8k_lora.yaml",
         [
@@ -53,7 +53,7 @@ def losses(
 
 
 def read(file: Path) -> str:
-    """A text long enough for a comparison. Raises UserError."""
+    """The text. Raises UserError where it is unreadable or too short."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,11 +1,11 @@
-"""What does LeLoRA's policy learn? Its allocation against uniform, fixed and literal ones.
+"""Compare LeLoRA's learned allocation with uniform, fixed and literal ones.
 
     python benchmarks/lelora_policies.py OUT --workers 8 [--comparison benchmarks/gsm8k.yaml]
 
-Every policy runs at the same learning rate, steps, batches and seeds. `uniform` draws anew at every
-step with the learned run's own histogram of ranks, `fixed random` keeps one such draw, `r s` trains
-the same slice of every unit throughout. The table gives each policy's held-out loss, and the paired
-difference of the learned one from it over the seeds (negative: the learned one is better).
+Every policy runs with the same learning rate, steps, batches and seeds. `uniform` redraws every
+step from the learned run's histogram of ranks, `fixed random` keeps one such draw, `r s` trains the
+same slice of every unit throughout. The table gives each policy's held-out loss, and the difference
+of the learned policy's from it, paired over the seeds (negative: the learned one is better).
 """
 
 import json
@@ -40,7 +40,7 @@ POLICIES = {
 
 
 def histogram(runs: list[Path], ranks: list[int]) -> list[float]:
-    """How often each rank was drawn, over all units, steps and runs."""
+    """Relative frequency of each rank over all units, steps and runs."""
     drawn: Counter[int] = Counter()
     for run in runs:
         for line in (run / "allocation.jsonl").read_text(encoding="utf-8").splitlines():

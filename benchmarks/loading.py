@@ -1,18 +1,17 @@
-"""Seconds, bytes and memory of loading a checkpoint, beside what the disk itself gives.
+"""Time, bytes and memory of loading a checkpoint, compared with the disk's own bandwidth.
 
     python -m benchmarks.loading configs/llama8b_random.yaml FOLDER [--layers 32] [--out FILE.json]
         [section.key=value ...]
 
-Writes a checkpoint of the configured shapes into FOLDER unless it is there: random bfloat16 values,
-in shards with an index, every tensor named as published (Mixtral's experts one by one). `--layers`:
-how many blocks (as many as make 8 billion parameters). Then the files are read as they are, and
-loaded as a run loads them: both first from the disk, as far as the system drops them from its page
-cache, then from memory. Under torchrun several ranks share the work.
+Writes a checkpoint of the configured shapes into FOLDER unless it exists: random bfloat16 values in
+shards with an index, tensors named as published (Mixtral's experts one by one). `--layers`: number
+of blocks (default: enough for 8 billion parameters). Then the files are read raw, and loaded as a
+run loads them: each first from the disk, as far as the system evicts them from its page cache, then
+from memory. Under torchrun several ranks share the work.
 
-Bytes are those that all ranks read of tensors, the share of the disk is by the kernel's count.
-Host memory is anonymous and shared resident memory above the start, sampled every few ms, of the
-worst rank; on a GPU it is to stay below what two unquantised layers take (on a CPU it includes the
-model itself).
+Bytes are those of tensors read by all ranks; the disk's share is the kernel's count. Host memory is
+anonymous and shared resident memory above the start, sampled every few ms, of the worst rank; with
+a GPU it should stay below the size of two unquantised layers (on a CPU it includes the model).
 """
 
 import argparse
@@ -55,7 +54,7 @@ from trainer.tasks.base import Task
 from trainer.tasks.registry import TASKS
 
 PARAMETERS = 8e9
-PIECE, THREADS = 8 * 2**20, 4  # a rank: what reads fastest
+PIECE, THREADS = 8 * 2**20, 4  # per rank; the fastest measured
 INDEX = "model.safetensors.index.json"
 
 
@@ -66,16 +65,16 @@ class Figures:
     what: str
     seconds: float
     bytes_read: int
-    """By all ranks."""
+    """Over all ranks."""
     share_read: float
     """Of the checkpoint's bytes."""
     gb_per_second: float
     share_from_disk: float | None
-    """None where the kernel does not say."""
+    """None where the kernel does not report it."""
     stages: dict[str, float] = field(default_factory=dict)
-    """Seconds in which rank 0 waited for files, split, packed, and shared."""
+    """Rank 0's seconds of waiting for files, decomposing, packing, and broadcasting."""
     host_gib: list[float] = field(default_factory=list)
-    """Peak of each rank above its start."""
+    """Each rank's peak above its start."""
     gpu_gib: float | None = None
 
 
@@ -117,7 +116,7 @@ def main() -> None:
 
 
 def enough_layers(model: BuiltModel) -> int:
-    """Blocks for 8 billion parameters, of those that there are."""
+    """The number of blocks for 8 billion parameters, at most all."""
     blocks = transformer_blocks(model.model)
     block = sum(p.numel() for p in blocks[0][1].parameters())
     rest = sum(p.numel() for p in model.model.parameters()) - block * len(blocks)
@@ -125,7 +124,7 @@ def enough_layers(model: BuiltModel) -> int:
 
 
 def write(model: BuiltModel, folder: Path, device: torch.device) -> None:
-    """The checkpoint, unless it is there already. UserError where the folder holds another one."""
+    """Write the checkpoint unless it exists. Raises UserError where the folder holds another."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -138,7 +137,7 @@ def write(model: BuiltModel, folder: Path, device: torch.device) -> None:
             )
         return
     write_shards(random_tensors(model, device), folder)
-    for file in folder.glob("*.safetensors"):  # what is not on the disk stays in the page cache
+    for file in folder.glob("*.safetensors"):  # dirty pages cannot be evicted
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
     model.model.config.save_pretrained(folder)
@@ -147,7 +146,7 @@ def write(model: BuiltModel, folder: Path, device: torch.device) -> None:
 
 def random_tensors(model: BuiltModel, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """(name as published, value)."""
-    layout = KeyMapping(model.model.config)
+    key_mapping = KeyMapping(model.model.config)
 
     def drawn(*shape: int) -> Tensor:
         values = torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -157,10 +156,10 @@ def random_tensors(model: BuiltModel, device: torch.device) -> Iterator[tuple[st
         path = name.removesuffix(".weight")
         stack = model.model.get_submodule(name.rpartition(".")[0])
         if not isinstance(stack, StackedLinear):
-            yield layout.names(name)[-1], drawn(*parameter.shape)
+            yield key_mapping.names(name)[-1], drawn(*parameter.shape)
             continue
         for expert in range(stack.experts):
-            parts = layout.expert_parts(path, expert)
+            parts = key_mapping.expert_parts(path, expert)
             for names in parts:
                 yield names[-1], drawn(stack.out_features // len(parts), stack.in_features)
 
@@ -170,7 +169,7 @@ def tensor_bytes(folder: Path) -> int:
 
 
 def drop(folder: Path, world: World) -> None:
-    """Ask the system to forget the files' pages."""
+    """Ask the system to evict the files from its page cache."""
     world.gather(None)
     if world.is_main:
         for file in folder.glob("*.safetensors"):
@@ -183,7 +182,7 @@ def drop(folder: Path, world: World) -> None:
 
 
 def measured(what: str, one_pass, config: Config, world: World) -> Figures:
-    """Runs a pass on all ranks; it gives the bytes that it read and the seconds of its stages."""
+    """Measure a pass on all ranks. `one_pass` returns (bytes read, seconds by stage)."""
     release(world.device)
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
@@ -207,7 +206,7 @@ def measured(what: str, one_pass, config: Config, world: World) -> Figures:
 
 
 def read_alone(config: Config, world: World) -> tuple[int, dict[str, float]]:
-    """Every rank reads its part of the files by a few threads, always into the same memory."""
+    """Every rank reads its part of the files with a few threads into reused buffers."""
     pieces = [
         (file, start, min(PIECE, file.stat().st_size - start))
         for file in sorted(Path(config.model.id).glob("*.safetensors"))
@@ -233,7 +232,7 @@ def task_of(config: Config) -> Task:
 
 
 def load(config: Config, world: World) -> tuple[int, dict[str, float]]:
-    """The project's own way; singular slices are computed anew."""
+    """Load as a run does, with an empty cache of decompositions."""
     task = task_of(config)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     with tempfile.TemporaryDirectory() as cache:
@@ -241,12 +240,12 @@ def load(config: Config, world: World) -> tuple[int, dict[str, float]]:
         engine = make_engine(config, world, task)
         loaded = load_backbone(config, task, engine, world, spectral_init)
     assert loaded.loading is not None
-    mine = loaded.loading.bytes_read if world.is_main else 0  # all ranks' sum already
-    return mine, loaded.loading.shares
+    nbytes = loaded.loading.bytes_read if world.is_main else 0  # already summed over ranks
+    return nbytes, loaded.loading.stages
 
 
 def warm_up(config: Config, world: World) -> None:
-    """Load the libraries of what follows, so that their memory is not taken for the model's."""
+    """Load the libraries used below, so that their memory is not counted as the model's."""
     weight = torch.randn(256, 256, dtype=torch.bfloat16, device=world.device)
     packed = FORMATS[config.model.quantization].pack(weight, torch.bfloat16)
     FORMATS[config.model.quantization].unpack(packed, (256, 256), torch.bfloat16)
@@ -266,7 +265,7 @@ def resident() -> int:
 
 @contextmanager
 def watched_memory() -> Iterator[list[int]]:
-    """The most that `resident` rises inside, once it is over."""
+    """Context that measures the peak rise of `resident`; read it afterwards."""
     start, peak, done = resident(), [0], threading.Event()
 
     def watch() -> None:
@@ -283,7 +282,7 @@ def watched_memory() -> Iterator[list[int]]:
 
 
 def from_disk() -> int | None:
-    """Bytes that the kernel has fetched from storage for this process; None where it hides it."""
+    """Bytes read from storage for this process by the kernel's count; None where unavailable."""
     with suppress(OSError, KeyError, ValueError):
         text = Path("/proc/self/io").read_text(encoding="utf-8")
         return int(dict(line.split(": ") for line in text.splitlines())["read_bytes"])
@@ -302,8 +301,8 @@ def report(
     size = tensor_bytes(Path(config.model.id))
     print(f"{job}, torch {torch.__version__}: {len(blocks)} layers, {parameters / 1e9:.2f}e9 "
           f"parameters, {size / 1e9:.1f} GB; two unquantised layers {layers:.2f} GiB")  # fmt: skip
-    print("| | seconds | read/size | GB/s | from disk | waits for files, s | splits | packs "
-          "| shares | host peak, GiB | GPU peak, GiB |")  # fmt: skip
+    print("| | seconds | read/size | GB/s | from disk | waiting, s | decomposing | packing "
+          "| broadcasting | host peak, GiB | GPU peak, GiB |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for f in found:
         disk = "unknown" if f.share_from_disk is None else f"{f.share_from_disk:.0%}"

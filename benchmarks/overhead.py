@@ -1,14 +1,14 @@
-"""Step time of every method over LoRA's of the same rank, on one device.
+"""Step time of every method relative to LoRA's of the same rank, on one device.
 
     python -m benchmarks.overhead [--rounds 30] [--methods lora,lalora] [--out FILE.json]
         [--config FILE.yaml] [section.key=value ...]
 
 A random Llama (or `--config`) of 1.2 billion parameters, global batch 128 sequences of 256 tokens,
-bfloat16, in one micro-batch: in several smaller ones the GPU waits for launches, whose jitter hides
-what is to be seen. All methods are loaded at once and take turns, step by step on the same batches,
-since a machine is not equally fast all the time. Shown are the median step, and the median and the
-quartiles of the ratio to LoRA's step of the same round, after the first third (WeightLoRA: after
-its selection). `lora-again` is LoRA itself: what its ratio differs from 1 is noise.
+bfloat16, in one micro-batch: with smaller ones the GPU waits for launches, whose jitter hides the
+differences. All methods are loaded together and alternate, step by step on the same batches, since
+the machine's speed drifts. Shown are the median step time, and the median and quartiles of its
+ratio to LoRA's in the same round, after the first third (WeightLoRA: after its selection).
+`lora-again` is LoRA itself: its ratio's deviation from 1 is noise.
 """
 
 import json
@@ -53,7 +53,7 @@ METHODS = {
 
 
 def steps(session: Session, count: int) -> Iterator[StepDone]:
-    """The steps of a run, without what the loop adds to them, one at a time."""
+    """Iterate over the steps of a run, without the rest of the training loop."""
     validate = make_validate(session)
     training = Training(session, make_loader(session, session.world), count, validate)
     session.method.set_horizon(count, lambda step: 1.0)
@@ -75,13 +75,13 @@ def opened(
 
 
 def measure(names: list[str], rounds: int, overrides: list[str], file: str) -> list[dict[str, Any]]:
-    """Seconds of every step by method, LoRA's first."""
+    """Step time and ratio to the first method's (LoRA) by method."""
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     sessions = {name: opened(name, rounds, overrides, world, file) for name in names}
     running = {name: steps(session, rounds) for name, session in sessions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
-        # Each in its turn the first of a round: what came before it may matter.
+        # Rotate the order: a step may be affected by the one before it.
         for name in names[number % len(names) :] + names[: number % len(names)]:
             _finish(world)
             started = time.perf_counter()

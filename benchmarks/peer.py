@@ -1,9 +1,9 @@
-"""PEFT with bitsandbytes on the same shapes: what a user would otherwise run on one GPU.
+"""PEFT with bitsandbytes on the same shapes, the usual alternative on one GPU.
 
-4-bit linear layers (or plain ones), LoRA on the same projections through `target_modules`, stacked
-experts through `target_parameters` (which bitsandbytes leaves unquantised), bfloat16 autocast,
-gradient checkpointing of every layer (unless `engine.activation_checkpointing` is false), torch's
-fused AdamW.
+4-bit linear layers (or unquantised ones), LoRA on the same projections through `target_modules`,
+stacked experts through `target_parameters` (which bitsandbytes leaves unquantised), bfloat16
+autocast, gradient checkpointing of every layer (unless `engine.activation_checkpointing` is false),
+torch's fused AdamW.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ from trainer.tasks.registry import TASKS
 
 
 def peft_step(config: Config, world: World) -> tuple[Callable[[], None], int]:
-    """One training step of the peer's model, of the same size and batch, and the parameters that it
-    trains."""
+    """(a training step of PEFT's model of the same shapes and batch, its number of trained
+    parameters). Raises UserError."""
     if world.size > 1 or config.model.quantization not in ("none", "nf4", "fp4"):
         raise UserError(
             f"--peer: peft given with {world.size} ranks and model.quantization="
@@ -69,7 +69,7 @@ def peft_step(config: Config, world: World) -> tuple[Callable[[], None], int]:
 
 
 def _random_model(shapes, quantization: str, device: torch.device) -> PreTrainedModel:
-    """Built layer by layer in the device's memory, in bfloat16 or 4 bits."""
+    """A random model built layer by layer on the device, in bfloat16 or 4 bits."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shapes, dtype=torch.bfloat16)
     head = model.get_output_embeddings()

@@ -1,13 +1,13 @@
-"""Seconds for the singular slices and spectra of all units of a model, on random matrices.
+"""Time of the truncated SVDs and spectra of all units of a model, on random matrices.
 
     python -m benchmarks.spectral configs/llama70b_random.yaml [--units 2] [--out FILE.json]
         [section.key=value ...]
 
-What is computed is what the configured method starts from, or LeLoRA's three banks of `method.rank`
-where that method splits no matrices. `--units` times so many matrices of every distinct shape (the
-median, of whatever rank is slowest) and adds up the units as loading deals them to the ranks, who
-wait for each other after every group of blocks; `--units 0` really computes all of them. Under
-torchrun several ranks share the work.
+Computes the configured method's spectral initialisation, or LeLoRA's three banks of `method.rank`
+for methods without one. `--units N` times N matrices of every distinct shape (median, on the
+slowest rank) and extrapolates to all units as loading assigns them to the ranks, with a barrier
+after every group of blocks; `--units 0` computes all of them. Under torchrun several ranks share
+the work.
 """
 
 import json
@@ -65,7 +65,7 @@ def main() -> None:
             timed(config, unit, backbone, world, arguments.units or 1) for unit in shapes.values()
         ]
         if arguments.units:
-            total = added_up(found, backbone, world)
+            total = extrapolated(found, backbone, world)
         else:
             total = computed(config, backbone, world)
         peak = max(world.gather(peak_gib(world.device)))
@@ -74,29 +74,28 @@ def main() -> None:
 
 
 def slices(config: Config, unit: Unit) -> list[range]:
-    """The singular indices that the method takes of a unit."""
+    """The ranges of singular indices that the method uses of a unit."""
     method = METHODS[config.method.kind](config.method, config.run.seed)
     if method.splits_weight:
         return method.ranges(unit)
     d = min(unit.out_features, unit.in_features)
-    return [banks.bank(place, config.method.rank, d) for place in banks.LOCATIONS]
+    return [banks.bank(location, config.method.rank, d) for location in banks.LOCATIONS]
 
 
 def random_matrix(unit: Unit, world: World) -> torch.Tensor:
-    """As a file holds it."""
+    """A random bfloat16 matrix of the unit's shape."""
     shape = unit.out_features, unit.in_features
     return torch.randn(shape, dtype=torch.bfloat16, device=world.device) * 0.02
 
 
 def timed(config: Config, unit: Unit, backbone: BuiltModel, world: World, count: int) -> Figures:
-    """Every rank computes `count` matrices of the unit's shape at the same time, after one of
-    warm-up."""
+    """Every rank decomposes `count` matrices of the unit's shape concurrently, after a warm-up."""
     same = [
         u
         for u in backbone.units
         if (u.out_features, u.in_features) == (unit.out_features, unit.in_features)
     ]
-    ranges, whole, parts = slices(config, unit), [], []
+    ranges, totals, parts = slices(config, unit), [], []
     for _ in range(1 + count):
         weight = random_matrix(unit, world)
         _finish(world)
@@ -105,16 +104,16 @@ def timed(config: Config, unit: Unit, backbone: BuiltModel, world: World, count:
         with watched(world) as seconds:
             spectral.singular_triplets(weight, ranges)
         _finish(world)
-        whole.append(max(world.gather(time.perf_counter() - started)))
+        totals.append(max(world.gather(time.perf_counter() - started)))
         parts.append({stage: max(world.gather(seconds[stage])) for stage in STAGES})
     split = {stage: statistics.median(part[stage] for part in parts[1:]) for stage in STAGES}
-    median = statistics.median(whole[1:])
+    median = statistics.median(totals[1:])
     return Figures(unit.out_features, unit.in_features, len(same), median, **split)
 
 
 @contextmanager
 def watched(world: World) -> Iterator[dict[str, float]]:
-    """Seconds of each stage of what is decomposed inside."""
+    """Context that sums the seconds of each stage of the decompositions within it."""
     seconds = dict.fromkeys(STAGES, 0.0)
 
     def watch(stage: str, function):
@@ -133,24 +132,24 @@ def watched(world: World) -> Iterator[dict[str, float]]:
         yield seconds
 
 
-def dealt(backbone: BuiltModel, world: World) -> list[list[tuple[int, Unit]]]:
-    """(rank, unit) in the groups in which they are loaded."""
+def assigned(backbone: BuiltModel, world: World) -> list[list[tuple[int, Unit]]]:
+    """(rank, unit) by group, as loading assigns them."""
     seen: set[int] = set()
     groups = []
     for group in [*in_groups(backbone.model, world), [("", backbone.model)]]:
-        items = param_tasks(backbone, group, seen)
-        assign(items, world, splits=True)
+        tasks = param_tasks(backbone, group, seen)
+        assign(tasks, world, decompose=True)
         groups.append([
-            (item.reader, unit) for item in items for unit in item.units if not item.deferred
+            (task.reader, unit) for task in tasks for unit in task.units if not task.deferred
         ])  # fmt: skip
     return groups
 
 
-def added_up(found: list[Figures], backbone: BuiltModel, world: World) -> float:
-    """Seconds for all units from those of each shape; of several hosts, the slowest."""
+def extrapolated(found: list[Figures], backbone: BuiltModel, world: World) -> float:
+    """Seconds for all units, from those of each shape; those of the slowest host."""
     seconds = {(f.out_features, f.in_features): f.seconds for f in found}
     total = 0.0
-    for group in dealt(backbone, world):
+    for group in assigned(backbone, world):
         loads = [0.0] * world.size
         for rank, unit in group:
             loads[rank] += seconds[unit.out_features, unit.in_features]
@@ -159,10 +158,10 @@ def added_up(found: list[Figures], backbone: BuiltModel, world: World) -> float:
 
 
 def computed(config: Config, backbone: BuiltModel, world: World) -> float:
-    """Seconds in which all units were computed."""
+    """Measured seconds for all units."""
     world.gather(None)
     started = time.perf_counter()
-    for group in dealt(backbone, world):
+    for group in assigned(backbone, world):
         for rank, unit in group:
             if rank == world.rank:
                 spectral.singular_triplets(random_matrix(unit, world), slices(config, unit))
@@ -177,13 +176,13 @@ def _finish(world: World) -> None:
 
 
 def report(
-    found: list[Figures], total: float, peak: float, really: bool, config: Config, world: World,
+    found: list[Figures], total: float, peak: float, measured: bool, config: Config, world: World,
     out: Path | None,
 ) -> None:  # fmt: skip
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     job = f"{config.run.name}, {world.size} x {device}"
     print(f"{job}, torch {torch.__version__}; peak {peak:.1f} GiB")
-    print("| shape | units | one, s | Gram | eigh | images and QR | the rest |")
+    print("| shape | units | one, s | Gram | eigh | images and QR | other |")
     print("|---|---|---|---|---|---|---|")
     for f in found:
         shape = f"{f.out_features} x {f.in_features}"
@@ -191,7 +190,7 @@ def report(
         parts = f"{f.gram:.3f} | {f.eigh:.3f} | {f.qr:.3f} | {rest:.3f}"
         print(f"| {shape} | {f.units} | {f.seconds:.3f} | {parts} |")
     count = sum(f.units for f in found)
-    how = "computed" if really else "carried on"
+    how = "computed" if measured else "extrapolated"
     print(f"all {count} units on {world.size} rank(s): {total:.1f} s ({how})")
     if out is not None:
         data = {"job": job, "units": count, "ranks": world.size, "seconds": total, "how": how,

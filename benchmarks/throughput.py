@@ -3,13 +3,13 @@
     python -m benchmarks.throughput configs/llama70b_random.yaml [--layers 8,16] [--peer peft]
         [--steps 8] [--profile FILE] [--out FILE.json] [section.key=value ...]
 
-Every rank runs `data.micro_batch_size` sequences of exactly `data.max_length` tokens, all learned.
-The step time is the median after two steps of warm-up, of whatever rank is slowest. `--layers`
-times models of so many layers only; two counts are carried on linearly to the whole depth. Such
-models keep no block whole unless `engine.unsharded_blocks` says so: there would be room for all.
-FLOPs are 4 per token and parameter that it meets (a frozen backbone: forward, and the gradient of
-the input), attention not counted. `--peer peft` runs PEFT with bitsandbytes on the same shapes.
-Under torchrun or the deepspeed launcher several ranks share the work.
+Every rank runs `data.micro_batch_size` sequences of exactly `data.max_length` tokens, all with a
+loss. The step time is the median on the slowest rank after two warm-up steps. `--layers` times
+shallower models; from two depths the time is extrapolated linearly to the full depth. Shallower
+models keep no block unsharded unless `engine.unsharded_blocks` is set: there would be room for all.
+FLOPs are 4 per token and active parameter (frozen backbone: forward and the gradient of the input),
+without attention. `--peer peft` also runs PEFT with bitsandbytes on the same shapes. Under torchrun
+or the deepspeed launcher several ranks share the work.
 """
 
 import argparse
@@ -44,22 +44,22 @@ from trainer.training.validation import make_validate
 WARM_UP = 2
 
 _HORIZON = 10**6
-"""Steps of a run of which a few are timed."""
+"""Horizon of the schedules; only a few steps are timed."""
 
 Contestant = Callable[[Config, World], tuple[Callable[[], None], int]]
-"""Prepares a model; gives its training step, and how many parameters that trains."""
+"""Prepares a model. Returns its training step and its number of trained parameters."""
 
 
 @dataclass
 class Figures:
-    """What was measured for one depth; `layers` of the whole model where it was carried on."""
+    """Measurements for one depth, or the extrapolation to the full depth."""
 
     who: str
     layers: int
     trainable: int | None
     step_seconds: float
     tokens_per_second: float
-    """A rank."""
+    """Per rank."""
     tflops: float
     share_of_ceiling: float
     peak_gib: float | None
@@ -77,8 +77,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     with launched(arguments.config, arguments.overrides) as (config, world):
-        whole = depth(config, world)
-        depths = arguments.layers or [whole]
+        full = depth(config, world)
+        depths = arguments.layers or [full]
         ceiling = matmul_ceiling(world.device)
         found: list[Figures] = []
         contestants: dict[str, Contestant] = {"rankcast": ours}
@@ -90,7 +90,7 @@ def main() -> None:
             timed = []
             for count in depths:
                 changes = [f"model.overrides.num_hidden_layers={count}"]
-                if count < whole and config.engine.unsharded_blocks == "auto":
+                if count < full and config.engine.unsharded_blocks == "auto":
                     changes.append("engine.unsharded_blocks=0")
                 shorter = with_overrides(config, changes)
                 seconds, trainable = measure(
@@ -99,15 +99,15 @@ def main() -> None:
                 timed.append(figures(who, shorter, world, count, trainable, seconds, ceiling))
                 release(world.device)
             found += timed
-            if len(timed) == 2 and whole not in depths:
-                further = carried_on(timed, config, world, whole, ceiling)
+            if len(timed) == 2 and full not in depths:
+                further = extrapolated(timed, config, world, full, ceiling)
                 found += [further] if further else []
         if world.is_main:
             report(found, config, world, ceiling, arguments.out)
 
 
 class SameBatch:
-    """One micro-batch a rank, the same in every step."""
+    """A loader of one micro-batch per rank, the same in every step."""
 
     def __init__(self, batch: Batch, world: World):
         self.micro_batch_size = batch.targets.shape[0]
@@ -119,7 +119,7 @@ class SameBatch:
 
 
 def ours(config: Config, world: World) -> tuple[Callable[[], None], int]:
-    """This project's step on its own session."""
+    """This project's training step."""
     session = open_session(config, world)
     vocabulary = session.model.config.vocab_size
     ids = torch.randint(3, min(vocabulary, 32000), shape(config), device=world.device)
@@ -148,7 +148,7 @@ def shape(config: Config) -> tuple[int, int]:
 def measure(
     prepare: Contestant, config: Config, world: World, steps: int, profile: Path | None = None
 ) -> tuple[float, int]:
-    """Median seconds of a step of the slowest rank, and the parameters that it trains."""
+    """(median seconds of a step on the slowest rank, number of trained parameters)."""
     step, trainable = prepare(config, world)
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
@@ -166,7 +166,7 @@ def measure(
 
 
 def write_profile(step: Callable[[], None], world: World, file: Path) -> None:
-    """Append a table of one more step's kernels, the longest first."""
+    """Append a table of the kernels of one more step, the longest first."""
     with torch.profiler.profile() as profiler:
         step()
     if world.is_main:
@@ -180,8 +180,8 @@ def depth(config: Config, world: World) -> int:
     return int(built(config, world).model.config.num_hidden_layers)
 
 
-def met_parameters(config: Config, world: World) -> int:
-    """Parameters of matrices that one token meets: of k experts out of all, without embeddings."""
+def active_parameters(config: Config, world: World) -> int:
+    """Active matrix parameters per token: k of the experts, without embeddings."""
     model = built(config, world).model
     chosen = getattr(model.config, "num_experts_per_tok", 1)
     total = 0
@@ -203,18 +203,18 @@ def figures(
     who: str, config: Config, world: World, layers: int, trainable: int | None, seconds: float,
     ceiling: float,
 ) -> Figures:  # fmt: skip
-    """`trainable` None: a time that was carried on, and no memory of its own."""
+    """`trainable` None: an extrapolated time, without memory."""
     micro, length = shape(config)
     speed = micro * length / seconds
-    tflops = 4 * met_parameters(config, world) * speed / 1e12
+    tflops = 4 * active_parameters(config, world) * speed / 1e12
     held = None if trainable is None else max(world.gather(peak_gib(world.device)))
     return Figures(who, layers, trainable, seconds, speed, tflops, tflops / ceiling, held)
 
 
-def carried_on(
+def extrapolated(
     timed: list[Figures], config: Config, world: World, layers: int, ceiling: float
 ) -> Figures | None:
-    """The whole depth's step time on the line through two shorter models'; None if it falls."""
+    """The full depth's step time, linear in that of two shallower models; None if it decreases."""
     first, second = timed
     slope = (second.step_seconds - first.step_seconds) / (second.layers - first.layers)
     if slope <= 0:
@@ -244,10 +244,12 @@ def report(
     model = f"{config.run.name}, {config.model.quantization}, {config.method.kind}"
     job = f"{model}, {world.size} x {device}"
     print(f"{job}, torch {torch.__version__}; matmul ceiling {ceiling:.0f} TFLOP/s")
-    print("| | layers | trains | step, s | tokens/s a rank | 4P TFLOP/s | of ceiling | peak, GiB |")
+    print(
+        "| | layers | trains | step, s | tokens/s per rank | 4P TFLOP/s | of ceiling | peak, GiB |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for f in found:
-        trains = "carried on" if f.trainable is None else f"{f.trainable:,}"
+        trains = "extrapolated" if f.trainable is None else f"{f.trainable:,}"
         peak = "" if f.peak_gib is None else f"{f.peak_gib:.1f}"
         speed = f"{f.step_seconds:.3f} | {f.tokens_per_second:.0f} | {f.tflops:.0f}"
         print(f"| {f.who} | {f.layers} | {trains} | {speed} | {f.share_of_ceiling:.0%} | {peak} |")

@@ -1,4 +1,4 @@
-"""What a process holds of its device's memory, and has held: torch's counters and the system's."""
+"""A process's current and peak memory on its device, from torch's and the system's counters."""
 
 import contextlib
 import ctypes
@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 def readable(nbytes: int) -> str:
-    """A number of bytes for a person: MiB below a tenth of a GiB, else GiB."""
+    """A number of bytes as text: in MiB below 0.1 GiB, else in GiB."""
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
 
 
@@ -20,21 +20,21 @@ _outside = 0
 
 
 def count_outside(nbytes: int) -> None:
-    """What a process takes of its GPU outside torch's allocator, or (below 0) gives back."""
+    """Count GPU memory allocated outside torch's allocator, or (negative) freed."""
     global _outside
     _outside += nbytes
 
 
 def allowance(device: torch.device, fraction: float) -> int:
-    """Most bytes that this process may hold for `fraction` of its GPU to be taken: what others hold
-    counts too."""
+    """Bytes that this process may hold so that `fraction` of its GPU is in use, other processes'
+    memory included."""
     free, total = torch.cuda.mem_get_info(device)
     own = torch.cuda.memory_reserved(device) + _outside
     return int(fraction * total) - (total - free - own)
 
 
 def held_bytes(device: torch.device) -> int:
-    """What this process holds now: the GPU's tensors, or resident memory on a CPU."""
+    """Bytes now held by this process: tensors on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) + _outside
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -42,7 +42,7 @@ def held_bytes(device: torch.device) -> int:
 
 
 def release(device: torch.device) -> None:
-    """Collect what is unreachable, and hand freed memory back to the GPU and to the system."""
+    """Collect garbage, and return cached memory to the GPU and to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -50,13 +50,13 @@ def release(device: torch.device) -> None:
 
 
 def trim() -> None:
-    """Ask the C library to give freed pages back to the system."""
+    """Ask the C library to return freed pages to the system."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most that this process has held: the GPU's tensors, or resident memory on a CPU."""
+    """Peak bytes held by this process: tensors on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) + _outside
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

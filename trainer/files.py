@@ -1,4 +1,4 @@
-"""Files that runs write: what they are called, whole or not there at all, and their SHA-256."""
+"""Names of the files in a run folder; atomic replacement, sync and SHA-256 of files."""
 
 import hashlib
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 METRICS = "metrics.jsonl"
 """A line for every logged step and every evaluation."""
 DECISIONS = "allocation.jsonl"
-"""A line for every decision; the closed parts of it are `DECISION_PARTS`."""
+"""A line for every decision; closed segments of it are `DECISION_PARTS`."""
 DECISION_PARTS = "allocation-[0-9]*-[0-9]*.jsonl.gz"
 HEARTBEAT = "heartbeat.json"
 LOCK = ".lock"
 CONFIG = "config.yaml"
 UNITS = "units.json"
 INITIAL = "initial.safetensors"
-"""The initial adapters of a run whose method takes them out of the matrices."""
+"""The initial adapters of a run with spectral initialisation."""
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 FIGURES = "figures"
@@ -32,9 +32,9 @@ def sha256(file: Path) -> str:
 
 @contextmanager
 def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
-    """A path to write to, which becomes `file` at the end of the context: a reader sees all of the
-    new file or all of the old one, also after a crash. `shared`: other processes may be writing the
-    same file. Raises OSError."""
+    """A temporary path that replaces `file` atomically at the end of the context: readers see the
+    old file or the new one, also after a crash. `shared`: other processes may write the same file
+    concurrently. Raises OSError."""
     token = f".{secrets.token_hex(4)}" if shared else ""
     partial = file.with_name(f".{file.name}{token}.partial")
     try:
@@ -45,13 +45,13 @@ def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replace a file's text. Raises OSError."""
+    """Replace a file's text atomically. Raises OSError."""
     with replacing(file) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:
-    """Make sure that a file (or a folder's entries) survive a power failure."""
+    """fsync a file or a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -84,7 +84,7 @@ def test_spectral_counts_every_unit(tmp_path, units):
     assert code == 0, err[-2000:]
     data = json.loads(out.read_text())
     assert data["units"] == sum(shape["units"] for shape in data["shapes"]) == 21
-    assert data["how"] == ("computed" if units == "0" else "carried on")
+    assert data["how"] == ("computed" if units == "0" else "extrapolated")
     expected = sum(shape["units"] * shape["seconds"] for shape in data["shapes"])
     assert units == "0" or data["seconds"] == pytest.approx(expected)
     for shape in data["shapes"]:

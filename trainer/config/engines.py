@@ -4,12 +4,7 @@ Does not import torch: an entry has all that the configuration needs, and the en
 imported on use.
 """
 
-import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from trainer.engine.base import Engine
 
 
 @dataclass(frozen=True)
@@ -43,12 +38,6 @@ AUTO = {
 }
 """Choice of `engine.kind: auto` by launcher, by key, and by the distribution of the backbone over
 the ranks (`Spread`)."""
-
-
-def engine_class(kind: str) -> type["Engine"]:
-    """The engine's class; imports its library."""
-    module, _, name = ENGINES[kind].engine.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def takes(kind: str, option: str) -> bool:

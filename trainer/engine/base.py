@@ -1,10 +1,9 @@
-"""The interface between the loop and a way of spreading the backbone over processes.
+"""The engine interface: how the frozen backbone is distributed over the ranks.
 
-Adapters (and a task's head) are small, so every rank holds them whole, outside any sharder:
+Adapters (and a task's head) are small, so every rank holds a full replica, outside any sharder:
 they are attached after `shard`, their gradients are summed by one flat all-reduce, and their
-update is the same on every rank, or split by the optimizer (`optim.shard_state`) in every engine
-alike. What differs between engines is only where the frozen backbone's bytes live; each engine is
-one file that says that.
+update is the same on every rank, or sharded by the optimizer (`optim.shard_state`), in every engine
+alike. Engines, one file each, differ only in where they keep the frozen backbone's bytes.
 """
 
 import math
@@ -28,89 +27,89 @@ from trainer.model.footprint import Spread
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step did."""
+    """The outcome of one optimizer step."""
 
     loss: float
     """Mean loss of the step's global batch, before the update."""
     grad_norm: float
     """Norm of the summed gradient before clipping."""
     skipped: bool
-    """Nothing was updated, since the loss or the gradient is not finite."""
+    """No update: the loss or the gradient is not finite."""
 
 
 class Engine(ABC):
-    """One way to place the frozen backbone on the ranks."""
+    """One way to distribute the frozen backbone over the ranks."""
 
     kind: ClassVar[str]
     spread: ClassVar[Spread]
-    """Where the frozen backbone's bytes live."""
+    """How the frozen backbone is distributed."""
     collective_gather: ClassVar[bool]
-    """Whether ranks gather the backbone together: one that breaks off in the middle of a block then
-    leaves the others waiting there."""
+    """Whether blocks are gathered by a collective: a rank that fails within a block then leaves the
+    others blocked in it."""
 
     holds_gather_buffers: ClassVar[bool] = False
-    """Whether what gathered blocks take stays allocated between passes."""
+    """Whether the buffers of gathered blocks stay allocated between passes."""
 
     largest_block: int = 0
-    """Bytes of the largest one, where they may."""
+    """Bytes of the largest block unsharded, where `supports_unsharded_blocks`."""
     unsharded_blocks: int = 0
-    """How many do."""
+    """Number of blocks now kept unsharded between steps."""
 
     reason: str = ""
-    """Why `engine.kind: auto` chose it; empty where it was asked for."""
+    """Why `engine.kind: auto` chose this engine; empty where the configuration names it."""
     gathers: str = ""
-    """How it gathers blocks, where there is more than one way."""
+    """How blocks are gathered, for the log; empty where there is only one way."""
 
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
 
     @property
     def supports_unsharded_blocks(self) -> bool:
-        """Whether blocks may stay whole from step to step (`keep_unsharded`)."""
+        """Whether blocks can stay unsharded between steps (`keep_unsharded`)."""
         return takes(self.kind, "unsharded_blocks")
 
     @classmethod  # noqa: B027
     def check(cls, config: Config) -> None:
-        """Raises UserError where the engine cannot be what the configuration asks for, as far as
-        that shows without processes or GPUs."""
+        """Raises UserError where the engine does not support the configuration, as far as that
+        shows without processes or GPUs."""
 
     @classmethod
     def obstacle(cls, world: World) -> str | None:
-        """Why these ranks cannot use it, found by trying, for `engine.kind: auto`. All ranks call
-        it together and get the same answer."""
+        """Why these ranks cannot use the engine, or None; found by a trial, for `engine.kind:
+        auto`. Collective; the same answer on all ranks."""
         return None
 
     def meet(self) -> None:  # noqa: B027
-        """What all ranks do together before the first block is taken over."""
+        """Collective setup before the first `shard_block`."""
 
     @classmethod
     def against_compiling(cls, config: Config, backbone: BuiltModel) -> str | None:
-        """What keeps the transformer blocks from being compiled, where something does."""
+        """Why the transformer blocks cannot be compiled, or None."""
         return None
 
     @abstractmethod
     def shard_block(self, block: nn.Module) -> None:
-        """Take over one transformer block, whole on this rank's device, as it was just loaded."""
+        """Shard one transformer block, just loaded and complete on this rank's device."""
 
     @abstractmethod
     def shard(self, model: nn.Module) -> None:
-        """Take over the rest of the model, once, after every block."""
+        """Shard the rest of the model, once, after every block."""
 
     @abstractmethod
     def unsharded(self, module: nn.Module) -> AbstractContextManager[None]:
-        """A context in which a block's (or, for the model, the other) parameters are whole."""
+        """Context in which a block's parameters (for the model: all others) are unsharded."""
 
     @abstractmethod
     def local_bytes(self, model: nn.Module) -> int:
         """Bytes of the frozen backbone that this rank holds between steps."""
 
     def keep_unsharded(self, count: int) -> None:
-        """Let the first `count` blocks stay whole from step to step, and only them: the first of
-        all has nothing to hide its gathering behind. Only where `supports_unsharded_blocks`; all
-        ranks call it together. RunFailed where the memory does not suffice."""
-        # Ranks that gather in step cannot agree on a failure in the middle of it.
-        alone = self.collective_gather or count == 0
-        with nullcontext() if alone else self.world.all_or_none():
+        """Keep exactly the first `count` blocks unsharded between steps: the very first gather has
+        no computation to overlap with. Only where `supports_unsharded_blocks`. Collective. Raises
+        RunFailed where the memory does not suffice."""
+        # Ranks cannot agree on a failure in the middle of a collective gather.
+        no_agreement = self.collective_gather or count == 0
+        with nullcontext() if no_agreement else self.world.all_or_none():
             try:
                 self._keep_unsharded(count)
             except torch.OutOfMemoryError as error:
@@ -124,16 +123,16 @@ class Engine(ABC):
         raise NotImplementedError
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of this rank's part of the mean loss, added to those already there."""
+        """Accumulate the gradients of this rank's part of the mean loss."""
         loss.backward()
 
     def reduce(self, optimizer: MaskedAdamW, loss: Tensor) -> float:
-        """Sum the gradients over all ranks, and each rank's part of the mean loss."""
+        """Sum the gradients over all ranks. Returns the mean loss, summed from the ranks' parts."""
         self.world.sum_(optimizer.gradients)
         return float(self.world.sum_(loss.detach().to(torch.float64)))
 
     def step(self, optimizer: MaskedAdamW, loss: float, max_norm: float | None) -> Update:
-        """Clip the reduced gradients, update, zero; the same on every rank."""
+        """Clip the reduced gradients, update, zero them; the same on every rank."""
         norm = optimizer.clip(max_norm)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
@@ -145,7 +144,8 @@ class Engine(ABC):
 def compiles(
     config: Config, engine: type[Engine], backbone: BuiltModel, device: torch.device
 ) -> bool:
-    """Whether the transformer blocks are compiled (`engine.compile`)."""
+    """Whether the transformer blocks are compiled (`engine.compile`). Raises UserError where they
+    cannot be, though asked for."""
     asked, obstacle = config.engine.compile, engine.against_compiling(config, backbone)
     if asked is True and obstacle:
         raise UserError(
@@ -156,5 +156,5 @@ def compiles(
 
 
 def backbone_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """A model's frozen parameters, tied ones once."""
+    """A model's frozen parameters; tied ones once."""
     return (p for p in model.parameters() if not p.requires_grad)

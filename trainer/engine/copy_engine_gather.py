@@ -1,8 +1,8 @@
-"""NCCL's all-gather by the GPU's copy engines, which leaves the SMs to the GEMMs.
+"""NCCL all-gather on the GPU's copy engines, which leaves the SMs to the GEMMs.
 
-It needs a communicator with the zero-CTA policy and buffers that are registered with it
-symmetrically. torch 2.13 offers this as `FSDPModule.set_symm_mem_for_comm`, but for one user of
-symmetric memory per process only.
+It needs a communicator with the zero-CTA policy and buffers registered with it as symmetric memory.
+torch 2.13 offers this as `FSDPModule.set_symm_mem_for_comm`, but for one user of symmetric memory
+per process only.
 """
 
 import datetime
@@ -20,7 +20,7 @@ from trainer.distributed.world import World
 from trainer.errors import first_line
 
 _FAILURES = RuntimeError, AttributeError, TypeError
-"""Raised by NCCL and the driver; by a version of torch with another interface."""
+"""Raised by NCCL and the driver, or by a version of torch with another interface."""
 
 
 def possible(world: World) -> bool:
@@ -37,9 +37,9 @@ def possible(world: World) -> bool:
 
 @cache
 def gathering(world: World, timeout: float) -> "tuple[dist.ProcessGroup, CopyEngines] | str":
-    """The process's communicator of all ranks (`timeout` in seconds) and its all-gather; or, as a
-    string, why there is none. Tried out, since permissions may forbid what the hardware can do.
-    Collective."""
+    """The communicator of all ranks (`timeout` in seconds) and its all-gather; or, as a string, why
+    there is none. Verified by a trial gather, since permissions may forbid what the hardware can
+    do. Cached per process. Collective."""
     made, problem = None, None
     try:
         group = _communicator(world.device, timeout)
@@ -50,7 +50,7 @@ def gathering(world: World, timeout: float) -> "tuple[dist.ProcessGroup, CopyEng
     if made is None or problems:
         return problems[0]
     try:
-        problem = None if _gathers(*made, world) else "what was gathered is wrong"
+        problem = None if _gathers(*made, world) else "a trial gather gave wrong bytes"
     except _FAILURES as error:
         problem = first_line(error)
     problems = [text for text in world.gather(problem) if text]
@@ -61,12 +61,12 @@ def _communicator(device: torch.device, timeout: float) -> dist.ProcessGroup:
     nccl: Any = dist.ProcessGroupNCCL
     options = nccl.Options()
     options.config.cta_policy = nccl.NCCL_CTA_POLICY_ZERO
-    # Longer than the control group's timeout, which then reports first. Given twice, since torch
-    # warns where the two differ.
+    # Longer than the control group's timeout, so that the latter reports first. Passed twice, since
+    # torch warns where the two differ.
     patience = options._timeout = datetime.timedelta(seconds=timeout + 60)
     group = dist.new_group(backend="nccl", pg_options=options, timeout=patience)
     assert isinstance(group, dist.ProcessGroup)
-    dist.all_reduce(torch.zeros(1, device=device), group=group)  # connects
+    dist.all_reduce(torch.zeros(1, device=device), group=group)  # creates the connections
     return group
 
 
@@ -81,18 +81,18 @@ def _gathers(group: dist.ProcessGroup, gather: "CopyEngines", world: World) -> b
 
 
 class CopyEngines(AllGather):
-    """An all-gather for `FSDPModule.set_custom_all_gather`."""
+    """The all-gather and its allocator, for `FSDPModule.set_custom_all_gather`."""
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device):
         backend: Any = group._get_backend(device)
         self._pool = torch.cuda.MemPool(backend.mem_allocator)
-        # Later allocations in the pool are registered too, on all ranks alike.
+        # Registers later allocations in the pool too, on all ranks alike.
         backend.register_mem_pool(self._pool, symm=True)
-        # Otherwise memory that is freed at exit looks for a communicator that is gone.
+        # Otherwise memory freed at exit refers to a destroyed communicator.
         before_leaving(lambda: backend.deregister_mem_pool(self._pool))
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        # NCCL before 2.29.7 fails to copy on the default stream (its issue 2003). Unregistered
+        # NCCL before 2.29.7 fails to copy on the default stream (NCCL issue 2003). Unregistered
         # buffers are gathered by a kernel.
         if torch.cuda.current_stream() == torch.cuda.default_stream():
             return torch.empty(*size, dtype=dtype, device=device)

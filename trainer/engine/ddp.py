@@ -1,13 +1,13 @@
-"""Several processes, each with the whole (quantised) backbone; only adapters' gradients travel.
+"""Data parallelism: the (quantised) backbone is replicated, the adapters' gradients all-reduced.
 
-torch's DistributedDataParallel has nothing to add here: the backbone has no gradients, and the
-adapters' are one flat buffer already.
+torch's DistributedDataParallel is not needed: the backbone has no gradients, and the adapters' are
+one flat buffer already.
 """
 
 from trainer.engine.single import SingleEngine
 
 
 class DDPEngine(SingleEngine):
-    """The fastest engine where the backbone fits on every rank."""
+    """Replicas of the backbone: the fastest engine where they fit on every rank."""
 
     kind = "ddp"

@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO-3 as the sharder of the frozen backbone.
 
-DeepSpeed's engine is built without an optimizer and never called: its hooks on the modules
-gather and release the partitioned parameters, a whole transformer block at a time, and adapters,
-attached later, stay outside it.
+DeepSpeed's engine is built without an optimizer and never called: its module hooks gather and
+release the partitioned parameters, one transformer block at a time. Adapters are attached later and
+stay outside it.
 """
 
 import os
@@ -52,9 +52,9 @@ class DeepSpeedEngine(Engine):
 
     @classmethod
     def against_compiling(cls, config: Config, backbone: BuiltModel) -> str | None:
-        if config.method.train_router:  # blocks are then gathered piece by piece
+        if config.method.train_router:  # blocks are then gathered module by module
             return "method.train_router=true"
-        # A compiled program keeps its inputs for backward, and with them what was gathered.
+        # A compiled program saves its inputs for backward, gathered parameters among them.
         other = next(other_matrices(backbone.model), None)
         return None if other is None else f"{other[0]}, which is no linear layer's"
 
@@ -64,7 +64,7 @@ class DeepSpeedEngine(Engine):
 
         pace = _Pace()
         for _, block in transformer_blocks(model):
-            # A router that trains inside a block is none of DeepSpeed's parameters.
+            # A leaf module must not contain a trained router, which DeepSpeed does not manage.
             set_z3_leaf_module(block, not self.config.method.train_router)
             if self.world.device.type == "cuda":
                 block.register_forward_pre_hook(pace.keep)
@@ -92,14 +92,15 @@ class DeepSpeedEngine(Engine):
 
 
 class _Pace:
-    """Keeps the CPU at most one block ahead of the GPU. DeepSpeed gathers as the CPU runs, and what
-    it gathered is free again only when the GPU has come past it: far ahead, the model is whole."""
+    """Keeps the CPU at most one block ahead of the GPU. DeepSpeed gathers when the CPU launches a
+    block, and that memory is free only once the GPU has run it: a CPU far ahead would gather the
+    whole model."""
 
     def __init__(self) -> None:
         self._begun: torch.cuda.Event | None = None
 
     def keep(self, *_: Any) -> None:
-        """Where a block begins: wait until the GPU has begun the one before."""
+        """Hook before a block: wait until the GPU has begun the previous one."""
         if self._begun is not None:
             self._begun.synchronize()
         self._begun = torch.cuda.Event()
@@ -113,9 +114,9 @@ def _import_deepspeed(device: torch.device) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    # DeepSpeed calls torch by names that torch is about to rename; nothing a user can mend.
+    # DeepSpeed calls deprecated torch functions, which a user cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if device.type == "cpu":
-        # A shared-memory transport that would be compiled, for half a minute, at first start.
+        # A shared-memory transport whose compilation at the first start takes half a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)

@@ -1,6 +1,6 @@
-"""The user's DeepSpeed JSON under ours: `auto` filled in, contradictions refused by name.
+"""Merge the user's DeepSpeed JSON with our settings, without importing DeepSpeed.
 
-Needs no DeepSpeed.
+`auto` is filled in; a value that contradicts ours is refused by name.
 """
 
 from pathlib import Path
@@ -28,11 +28,10 @@ _OURS = {
     "wandb": "log",
     "comet": "log",
 }
-"""Sections of a DeepSpeed JSON whose work this project does itself."""
-
+"""Sections of a DeepSpeed JSON that our configuration replaces, and by which key."""
 
 _CORRUPTING = ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
-"""ZeRO++ options that take the bytes of a packed matrix for numbers."""
+"""ZeRO++ options that would quantise the bytes of a packed matrix as if they were numbers."""
 
 _CONTRADICTS = {
     "train_batch_size": "data.batch_size (and micro_batch_size times ranks)",
@@ -42,15 +41,15 @@ _CONTRADICTS = {
     "bf16.enabled": "model.dtype",
     "zero_optimization.stage": "engine.kind=deepspeed",
 }
-"""Keys of a DeepSpeed JSON that our configuration settles, and by what."""
+"""Keys of a DeepSpeed JSON that our configuration determines, and by which key."""
 
 
 def settings(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What our configuration says in DeepSpeed's terms."""
+    """Our configuration as a DeepSpeed JSON."""
     data = config.data
     per_round = data.micro_batch_size * world_size
     return {
-        # For DeepSpeed's own arithmetic only (it wants a product); our loader cuts the batches.
+        # Only to pass DeepSpeed's check (it must be a product); our loader makes the batches.
         "train_batch_size": per_round * -(-data.batch_size // per_round),
         "train_micro_batch_size_per_gpu": data.micro_batch_size,
         "gradient_accumulation_steps": -(-data.batch_size // per_round),
@@ -58,7 +57,7 @@ def settings(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, A
         "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": {
             "stage": 3,
-            # Blocks are leaves, set by `shard`, and nothing within them.
+            # `shard` makes the blocks leaf modules; no others.
             "leaf_module": {"classes": [], "names": [], "name_suffixes": []},
         },
         "steps_per_print": 2**31 - 1,
@@ -67,13 +66,13 @@ def settings(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, A
 
 
 def sizes(block: nn.Module) -> dict[str, int]:
-    """Of `zero_optimization`, in elements of the model's dtype, for a model of such blocks."""
+    """Keys of `zero_optimization` for a model of such blocks, in elements of the model's dtype."""
     elements = sum(parameter.numel() for parameter in block.parameters())
     norms = [p.numel() for name, p in block.named_parameters() if "norm" in name.lower()]
     return {
-        # Only norms stay whole on every rank: gathering them costs more than it saves.
+        # Only norms persist on every rank: gathering them costs more than it saves.
         "stage3_param_persistence_threshold": max(norms, default=0),
-        # One block in use and one on its way; more would keep the model whole.
+        # One block in use and one prefetched; more would hold the whole model.
         "stage3_prefetch_bucket_size": elements,
         "stage3_max_live_parameters": 2 * elements,
         "stage3_max_reuse_distance": 0,
@@ -81,7 +80,8 @@ def sizes(block: nn.Module) -> dict[str, int]:
 
 
 def read_user_json(config: Config) -> dict[str, Any]:
-    """The user's own DeepSpeed JSON ({} without one), refused where it claims what is ours."""
+    """The user's DeepSpeed JSON ({} without one). Raises UserError where it is unreadable or sets
+    what our configuration determines."""
     if config.engine.config is None:
         return {}
     path = Path(config.engine.config)
@@ -112,7 +112,7 @@ def read_user_json(config: Config) -> dict[str, Any]:
 
 
 def merge(user: dict[str, Any], ours: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """`ours` under `user`, with `auto` filled in and contradictions refused by name."""
+    """`user` over `ours`, with `auto` filled in. Raises UserError where they contradict."""
     merged = {**ours, **{key: value for key, value in user.items() if key not in _OURS}}
     for key, own in ours.items():
         value = user.get(key, "auto")
@@ -132,7 +132,7 @@ def merge(user: dict[str, Any], ours: dict[str, Any], path: str = "") -> dict[st
 
 
 def _without_auto(value: dict[str, Any]) -> dict[str, Any]:
-    """Leave out every `auto` on which we have no opinion: DeepSpeed's own default holds."""
+    """Without keys that are `auto` and not ours: DeepSpeed's default then applies."""
     return {
         key: _without_auto(inner) if isinstance(inner, dict) else inner
         for key, inner in value.items()

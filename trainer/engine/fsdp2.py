@@ -20,7 +20,7 @@ from trainer.errors import UserError
 
 
 class FSDP2Engine(Engine):
-    """Blocks are gathered just before they run and dropped right after."""
+    """Each block is all-gathered just before it runs and resharded right after."""
 
     kind = "fsdp2"
     spread = "split"
@@ -30,8 +30,8 @@ class FSDP2Engine(Engine):
         super().__init__(config, world)
         if config.engine.copy_engines is True and not copy_engine_gather.possible(world):
             raise UserError(
-                "engine.copy_engines: true given, but that takes NCCL 2.28 and GPUs of one host "
-                "that reach each other's memory; accepted: auto or false"
+                "engine.copy_engines: true given, but that needs NCCL 2.28 and GPUs of one host "
+                "that access each other's memory; accepted: auto or false"
             )
         self._gather: CopyEngines | None = None
         self._blocks: list[FSDPModule] = []
@@ -43,7 +43,7 @@ class FSDP2Engine(Engine):
             if not isinstance(found, str):
                 group, self._gather = found
                 self._mesh = DeviceMesh.from_group(group, self.world.device.type)
-                self.gathers = "NCCL is told to gather by copy engines"
+                self.gathers = "NCCL gathers by copy engines"
                 return
             if wanted is True:
                 with self.world.all_or_none():
@@ -57,9 +57,9 @@ class FSDP2Engine(Engine):
     def shard_block(self, block: nn.Module) -> None:
         for module in block.modules():
             if isinstance(module, PackedLayer) and module.weight_format != "none":
-                # On a GPU the gather copies bfloat16 by way of float32, which makes all NaNs one:
-                # of packed bytes it would change those that look like a NaN. float32 goes
-                # unchanged, and unpacking asks for bytes only.
+                # On a GPU the gather copies bfloat16 via float32, which canonicalises NaNs and
+                # would corrupt packed bytes that look like one. float32 is copied unchanged, and
+                # `unpack` reads bytes only.
                 packed = module.weight.detach().view(torch.float32)
                 module.weight = nn.Parameter(packed, requires_grad=False)
         nbytes = sum(p.numel() * p.element_size() for p in block.parameters())
@@ -70,7 +70,7 @@ class FSDP2Engine(Engine):
         self._blocks.append(sharded)
 
     def shard(self, model: nn.Module) -> None:
-        # The root group would by default stay whole from forward to backward, and after an
+        # By default the root group stays unsharded from forward to backward, and after an
         # evaluation until the next step.
         fully_shard(model, mesh=self._mesh, reshard_after_forward=True)
         for block, following in pairwise(self._blocks):
@@ -102,6 +102,6 @@ class FSDP2Engine(Engine):
             if isinstance(parameter, DTensor):
                 local = parameter.to_local()
                 total += local.numel() * local.element_size()
-            else:  # of a block that stays whole, beside its shards
+            else:  # kept unsharded, in addition to its shard
                 total += nbytes - (-nbytes // self.world.size)
         return total

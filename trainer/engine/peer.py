@@ -1,13 +1,12 @@
-"""Every rank holds a part of each block and reads the other parts where its neighbours keep them.
+"""Blocks sharded over the ranks of a host, which read each other's shards by peer access.
 
-The backbone never changes, so nobody has to be asked for it: before a block runs, a rank copies the
-parts of it that lie on the other GPUs of its host straight out of their memory (`windows.py`). No
-collective, no kernel, no staging: products keep the whole GPU while the next block arrives, and no
-rank waits for another. Hosts do not share: each has the whole backbone, spread over its GPUs.
+The backbone never changes, so reading it needs no synchronisation: before a block runs, a rank
+copies the block's shards on the other GPUs of its host directly from their memory
+(`peer_memory.py`). No collective, no kernel: GEMMs keep all SMs during the prefetch of the next
+block, and no rank waits for another. Every host holds the complete backbone, sharded over its GPUs.
 
-Only matrices that operators look up when they run (`adapters/layers/handles.py`) can come and go
-in this way; what else a block holds (norms, biases) stays whole everywhere, as do embedding and
-head.
+This works only for matrices that operators look up when they run (`adapters/layers/handles.py`).
+The other parameters of a block (norms, biases) are replicated, as are the embedding and the head.
 """
 
 from collections.abc import Iterator
@@ -29,14 +28,14 @@ from trainer.engine.peer_memory import open_peer_memory, possible
 from trainer.errors import UserError
 from trainer.model.blocks import hidden_state
 
-_ALIGNMENT = 512  # bytes, of every matrix and of every part
+_ALIGNMENT = 512  # bytes, of every matrix and of every shard
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """Where a host's packed weight lies among its block's bytes."""
+    """Location of a layer's packed weight in the flat buffer of its block."""
 
-    host: PackedLayer
+    layer: PackedLayer
     start: int
     shape: torch.Size
     dtype: torch.dtype
@@ -47,45 +46,46 @@ class _Matrix:
 
 
 class _Block:
-    """The matrices of one block, laid end to end and cut into equal parts, one for each rank of the
-    host. They are taken over whole and left empty."""
+    """The matrices of one block in one flat buffer, split into equal shards, one per rank of the
+    host. The layers' own weights are emptied."""
 
     def __init__(self, block: nn.Module, world: World):
         self._matrices: list[_Matrix] = []
         end = 0
-        for host in block.modules():
-            if isinstance(host, PackedLayer):
-                weight = host.weight
-                self._matrices.append(_Matrix(host, end, weight.shape, weight.dtype))
+        for layer in block.modules():
+            if isinstance(layer, PackedLayer):
+                weight = layer.weight
+                self._matrices.append(_Matrix(layer, end, weight.shape, weight.dtype))
                 end = round_up(end + self._matrices[-1].nbytes, _ALIGNMENT)
         local_ranks = world.nodes[world.node]
-        self._place = local_ranks.index(world.rank)
-        self.part = round_up(-(-end // len(local_ranks)), _ALIGNMENT)
-        """Bytes of each rank's part."""
-        self.size = self.part * len(local_ranks)
-        self.whole: Tensor | None = None  # all of it, where it stays from step to step
-        self._parts = open_peer_memory(self.part, world)
-        first, last = self._place * self.part, (self._place + 1) * self.part
+        self._local_rank = local_ranks.index(world.rank)
+        self.shard_bytes = round_up(-(-end // len(local_ranks)), _ALIGNMENT)
+        self.nbytes = self.shard_bytes * len(local_ranks)
+        self.unsharded: Tensor | None = None  # the flat buffer, if kept between steps
+        self._shards = open_peer_memory(self.shard_bytes, world)
+        first = self._local_rank * self.shard_bytes
+        last = first + self.shard_bytes
         for matrix in self._matrices:
             begin, stop = max(first, matrix.start), min(last, matrix.start + matrix.nbytes)
             if begin < stop:
-                packed = matrix.host.weight.detach().reshape(-1).view(torch.uint8)
+                packed = matrix.layer.weight.detach().reshape(-1).view(torch.uint8)
                 wanted = packed[begin - matrix.start : stop - matrix.start]
-                self._parts[self._place][begin - first : stop - first].copy_(wanted)
+                self._shards[self._local_rank][begin - first : stop - first].copy_(wanted)
         self.expose(None)
 
     def copy_into(self, buffer: Tensor) -> None:
-        """All parts, one's neighbour's first: not all ranks read the same one at the same time."""
-        count = len(self._parts)
+        """Gather all shards, starting at the next rank's, so that ranks read from different GPUs at
+        the same time."""
+        count, size = len(self._shards), self.shard_bytes
         for turn in range(1, count + 1):
-            index = (self._place + turn) % count
-            target = buffer[index * self.part : (index + 1) * self.part]
-            target.copy_(self._parts[index], non_blocking=True)
+            index = (self._local_rank + turn) % count
+            target = buffer[index * size : (index + 1) * size]
+            target.copy_(self._shards[index], non_blocking=True)
 
     def expose(self, buffer: Tensor | None) -> None:
-        """Let the hosts find their weights in `buffer`; None: nowhere."""
+        """Point the layers' weights into `buffer`; None empties them."""
         for matrix in self._matrices:
-            weight = matrix.host.weight
+            weight = matrix.layer.weight
             if buffer is None:
                 weight.data = torch.empty(0, dtype=matrix.dtype, device=weight.device)
             else:
@@ -94,7 +94,7 @@ class _Block:
 
 
 class _Stage:
-    """Room for one whole block. It is filled beside what runs, where there is a stream for it."""
+    """A gather buffer for one block, filled on a side stream (`stream` None: the current one)."""
 
     def __init__(self, nbytes: int, device: torch.device, stream: torch.cuda.Stream | None):
         self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -116,18 +116,18 @@ class _Stage:
             self._filled.record(self._stream)
 
     def wait(self) -> None:
-        """What runs from here on finds the block."""
+        """Make the current stream wait until the buffer is filled."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_event(self._filled)
 
     def release(self) -> None:
-        """What has run until here was the last to use it."""
+        """Allow the next `fill` once the work queued so far has run."""
         if self._stream is not None:
             self._free.record()
 
 
 class PeerEngine(Engine):
-    """Two stages: the block that runs, and the one that is next."""
+    """Peer access with two gather buffers: the running block's and the next one's."""
 
     kind = "peer"
     spread = "blocks"
@@ -146,7 +146,7 @@ class PeerEngine(Engine):
         self._blocks: list[_Block] = []
         self._index: dict[nn.Module, int] = {}
         self._stages: list[_Stage] = []
-        self._open: int | None = None  # the block whose hosts find their weights
+        self._open: int | None = None  # the block whose weights are exposed
 
     @classmethod
     def obstacle(cls, world: World) -> str | None:
@@ -155,7 +155,7 @@ class PeerEngine(Engine):
     def shard_block(self, block: nn.Module) -> None:
         index = self._index[block] = len(self._blocks)
         self._blocks.append(_Block(block, self.world))
-        self.largest_block = max(self.largest_block, self._blocks[index].size)
+        self.largest_block = max(self.largest_block, self._blocks[index].nbytes)
         block.register_forward_pre_hook(partial(self._before_forward, index))
         block.register_forward_hook(partial(self._after_forward, index))
 
@@ -164,16 +164,15 @@ class PeerEngine(Engine):
         self._stages = [_Stage(nbytes, device, self._stream) for _ in range(2)]
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-        self.world.gather(None)  # every part is written
+        self.world.gather(None)  # a barrier: every shard is written
 
     def _keep_unsharded(self, count: int) -> None:
         self._end()
         for index, block in enumerate(self._blocks):
             if index >= count:
-                block.whole = None
-            elif block.whole is None:
-                block.whole = torch.empty(block.size, dtype=torch.uint8, device=self.world.device)
-                block.copy_into(block.whole)
+                block.unsharded = None
+            elif block.unsharded is None:
+                block.unsharded = self._gathered(block)
 
     def _before_forward(self, index: int, *_: Any) -> None:
         self._begin(index, index + 1)
@@ -188,48 +187,49 @@ class PeerEngine(Engine):
         self._begin(index, index - 1)
 
     def _begin(self, index: int, following: int) -> None:
-        """Let block `index` run, and fetch the one that is likely to follow meanwhile."""
+        """Expose block `index`, and prefetch the one expected `following` it."""
         if self._open != index:
             self._end()
         block = self._blocks[index]
-        if block.whole is None:
+        if block.unsharded is None:
             stage = self._stages[index % 2]
             stage.fill(block)
             stage.wait()
             block.expose(stage.buffer)
         else:
-            block.expose(block.whole)
+            block.expose(block.unsharded)
         self._open = index
-        if 0 <= following < len(self._blocks) and self._blocks[following].whole is None:
+        if 0 <= following < len(self._blocks) and self._blocks[following].unsharded is None:
             self._stages[following % 2].fill(self._blocks[following])
 
     def _end(self) -> None:
         if self._open is not None:
             block = self._blocks[self._open]
             block.expose(None)
-            if block.whole is None:
+            if block.unsharded is None:
                 self._stages[self._open % 2].release()
             self._open = None
 
     @contextmanager
     def unsharded(self, module: nn.Module) -> Iterator[None]:
-        if module not in self._index:  # the rest of the model is whole anyway
+        if module not in self._index:  # the rest of the model is replicated
             yield
             return
         self._end()
         block = self._blocks[self._index[module]]
-        whole = block.whole
-        if whole is None:
-            whole = torch.empty(block.size, dtype=torch.uint8, device=self.world.device)
-            block.copy_into(whole)
-        block.expose(whole)
+        block.expose(self._gathered(block) if block.unsharded is None else block.unsharded)
         try:
             yield
         finally:
             block.expose(None)
 
+    def _gathered(self, block: _Block) -> Tensor:
+        buffer = torch.empty(block.nbytes, dtype=torch.uint8, device=self.world.device)
+        block.copy_into(buffer)
+        return buffer
+
     def local_bytes(self, model: nn.Module) -> int:
         self._end()
-        whole = sum(p.numel() * p.element_size() for p in backbone_parameters(model))
-        kept = sum(block.size for block in self._blocks if block.whole is not None)
-        return whole + kept + sum(block.part for block in self._blocks)
+        replicated = sum(p.numel() * p.element_size() for p in backbone_parameters(model))
+        unsharded = sum(block.nbytes for block in self._blocks if block.unsharded is not None)
+        return replicated + unsharded + sum(block.shard_bytes for block in self._blocks)

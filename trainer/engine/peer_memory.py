@@ -1,8 +1,8 @@
-"""Memory of a rank that the other ranks of its host can read directly.
+"""Memory that the ranks of a host can read from each other.
 
 On GPUs it is torch's symmetric memory, mapped into every rank's address space: a read is a copy by
-the copy engines over NVLink, without a kernel and without the other GPU taking part. On CPUs it is
-a memory-mapped file.
+the copy engines over NVLink, without a kernel and without work on the other GPU. On CPUs it is a
+memory-mapped file.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from trainer.device_memory import count_outside
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, first_line
 
-# Multicast is not needed, and is what fails most often.
+# Multicast is not needed, and its setup is what fails most often.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 
 def possible(world: World) -> bool:
-    """Whether the ranks of every host can map each other's memory. Tried out, since permissions may
-    forbid what the hardware can do. Collective."""
+    """Whether the ranks of every host can map each other's memory. Verified by a trial, since
+    permissions may forbid what the hardware can do. Collective."""
     try:
         open_peer_memory(4096, world)
     except RunFailed:
@@ -35,14 +35,14 @@ def possible(world: World) -> bool:
 
 
 def open_peer_memory(nbytes: int, world: World) -> list[Tensor]:
-    """`nbytes` of each rank of this host, in order of rank. A rank writes to its own part only, and
-    before a barrier; after it all parts may be read. Collective; a failure on one rank is raised on
-    all."""
+    """Tensors of `nbytes`, one per rank of this host in order of rank. A rank may write only its
+    own, and before a barrier; after it all may be read. Collective. Raises RunFailed on all ranks
+    where one fails."""
     if world.device.type == "cpu":
         return _files(nbytes, world)
-    parts, failure = [], None
+    tensors, failure = [], None
     try:
-        parts = _of_gpus(nbytes, world)
+        tensors = _of_gpus(nbytes, world)
     except RuntimeError as error:
         failure = error
     problems = [text for text in world.gather(failure and first_line(failure)) if text]
@@ -51,7 +51,7 @@ def open_peer_memory(nbytes: int, world: World) -> list[Tensor]:
             f"engine.kind: peer: the ranks of a host cannot share memory ({problems[0]}); "
             f"accepted: auto or {AUTO['split']}"
         ) from failure
-    return parts
+    return tensors
 
 
 def _files(nbytes: int, world: World) -> list[Tensor]:
@@ -60,7 +60,7 @@ def _files(nbytes: int, world: World) -> list[Tensor]:
             file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="rankcast-"))
             os.truncate(file.name, nbytes)
             names.append(file.name)
-        with world.all_or_none():  # keeps the file until all have opened it
+        with world.all_or_none():  # the files exist until all ranks have mapped them
             return [
                 torch.from_file(names[rank], shared=True, size=nbytes, dtype=torch.uint8)
                 for rank in world.nodes[world.node]
@@ -76,16 +76,16 @@ def _of_gpus(nbytes: int, world: World) -> list[Tensor]:
     assert group is not None
     before = torch.cuda.memory_allocated(world.device)
     own = symmetric_memory.empty(nbytes, dtype=torch.uint8, device=world.device)
-    # Whether torch's allocator counts it depends on the version of torch.
+    # Whether torch's allocator counts this memory depends on the version of torch.
     outside = nbytes - (torch.cuda.memory_allocated(world.device) - before)
-    window = symmetric_memory.rendezvous(own, group.group_name)
+    handle = symmetric_memory.rendezvous(own, group.group_name)
     # Older versions have get_buffer only, whose offset is the allocation's.
-    read = getattr(window, "get_remote_tensor", window.get_buffer)
-    parts = [
+    read = getattr(handle, "get_remote_tensor", handle.get_buffer)
+    tensors = [
         # A rank's own mapping is read-only: use the allocation itself.
         own if rank == world.rank else read(index, (nbytes,), torch.uint8)
         for index, rank in enumerate(local_ranks)
     ]
     count_outside(outside)
     weakref.finalize(own, count_outside, -outside)
-    return parts
+    return tensors

@@ -1,9 +1,10 @@
-"""The engine of a run: the one that was asked for, or the choice of `engine.kind: auto`."""
+"""Make a run's engine: the configured one, or the choice of `engine.kind: auto`."""
 
+import importlib
 import os
 
 from trainer.config.config import Config
-from trainer.config.engines import AUTO, ENGINES, engine_class
+from trainer.config.engines import AUTO, ENGINES
 from trainer.device_memory import readable
 from trainer.distributed.world import World
 from trainer.engine.base import Engine
@@ -13,14 +14,19 @@ from trainer.model.footprint import estimate
 from trainer.tasks.base import Task
 
 _STATES = 0.6
-"""Share of a GPU's memory that backbone, adapters and moments may take under ddp, and under peer.
-More would leave so little for activations that computing them again costs more than gathering
-weights."""
+"""Share of a GPU's memory that backbone, adapters and moments may take under ddp and peer. More
+leaves so little for activations that recomputing them costs more than gathering weights."""
+
+
+def engine_class(kind: str) -> type[Engine]:
+    """The engine class registered as `kind`; its module is imported on this call."""
+    module, _, name = ENGINES[kind].engine.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def make_engine(config: Config, world: World, task: Task) -> Engine:
-    """The engine that the configuration asks for, or that `auto` chooses. All ranks call it
-    together."""
+    """The engine that the configuration names, or that `auto` chooses. Collective. Raises UserError
+    where it cannot run in this world."""
     with world.all_or_none():
         kind, reason = choose(config, world, task)
         if not ENGINES[kind].one_process and "RANK" not in os.environ:
@@ -41,9 +47,10 @@ def make_engine(config: Config, world: World, task: Task) -> Engine:
 
 
 def choose(config: Config, world: World, task: Task) -> tuple[str, str]:
-    """(kind, why `auto` chose it): by the launcher, else by `engine.config`; under torchrun the
-    whole backbone on every GPU where that fits, spread over those of every host where that fits and
-    they can read each other's memory, else split over all ranks."""
+    """(kind, why `auto` chose it; empty if configured). By the launcher, else by `engine.config`;
+    under torchrun the backbone is replicated if it fits on one GPU, else sharded over the GPUs of
+    each host if it fits and they have peer access, else sharded over all ranks. Raises UserError
+    where the configured engine cannot run in this world."""
     asked = config.engine.kind
     if asked != "auto":
         if ENGINES[asked].one_process and world.size > 1:

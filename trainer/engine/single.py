@@ -1,4 +1,4 @@
-"""One process that holds everything."""
+"""One process without sharding or communication."""
 
 from contextlib import nullcontext
 
@@ -8,7 +8,7 @@ from trainer.engine.base import Engine, backbone_parameters
 
 
 class SingleEngine(Engine):
-    """Nothing is sharded, nothing is sent."""
+    """The backbone is complete on the only rank."""
 
     kind = "single"
     spread = "whole"

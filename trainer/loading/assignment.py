@@ -1,4 +1,4 @@
-"""Which rank reads, splits and packs which parameter."""
+"""Assign parameters to the ranks that read, decompose and pack them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from trainer.model.backbone import BuiltModel
 
 @dataclass(eq=False)
 class ParamTask:
-    """A parameter that waits for its value, and who is to read it."""
+    """A parameter to materialize, and the rank that reads it."""
 
     name: str
     parameter: nn.Parameter
     owner: nn.Module
     units: Sequence[Unit]
-    """What takes adapters in it: several in a stack of experts."""
+    """Units whose matrices it holds: several in a stack of experts."""
     reader: int = 0
-    """The rank of this host that reads and packs it."""
+    """The rank on this host that reads and packs it."""
     deferred: bool = False
-    """Another host decomposes it: it waits until that is known here."""
+    """Read after `SpectralInit.exchange`, since another host decomposes its matrices."""
 
     @property
     def requests(self) -> list[Request]:
@@ -36,13 +36,13 @@ class ParamTask:
 
     @property
     def matrix(self) -> PackedLayer | None:
-        """The owner where the parameter is a matrix that it may hold packed."""
+        """The owner, if the parameter is a matrix that can be packed."""
         if isinstance(self.owner, PackedLayer):
             return self.owner if self.parameter is self.owner.weight else None
         return None
 
     def empty(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Room for what the reader hands on."""
+        """An uninitialised tensor for the value that the reader sends."""
         shape, matrix = tuple(self.parameter.shape), self.matrix
         if matrix is None:
             return torch.empty(shape, dtype=self.parameter.dtype, device=device)
@@ -55,22 +55,24 @@ class ParamTask:
 def param_tasks(
     backbone: BuiltModel, modules: Iterable[tuple[str, nn.Module]], seen: set[int]
 ) -> list[ParamTask]:
-    """What waits in `modules` (path, module) for its value; `seen`: parameters already planned."""
+    """Tasks for the meta parameters of `modules` (path, module) whose ids are not in `seen`; adds
+    them to it."""
     units: dict[str, list[Unit]] = {}
     for unit in backbone.units:
         units.setdefault(f"{stem(unit.name)}.weight", []).append(unit)
-    items = []
+    tasks = []
     for path, module in modules:
         for local, parameter in module.named_parameters(prefix=path):
             if parameter.is_meta and id(parameter) not in seen:
                 seen.add(id(parameter))
                 owner = backbone.model.get_submodule(local.rpartition(".")[0])
-                items.append(ParamTask(local, parameter, owner, units.get(local, [])))
-    return items
+                tasks.append(ParamTask(local, parameter, owner, units.get(local, [])))
+    return tasks
 
 
 def assign_matrices(costs: Sequence[float], workers: int) -> list[int]:
-    """Worker by matrix: the dearest matrix first, each to the worker with the least so far."""
+    """Greedy balancing: the costliest matrix first, each to the least loaded worker. Returns the
+    worker of each matrix."""
     load, assigned = [0.0] * workers, [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
         assigned[index] = load.index(min(load))
@@ -78,21 +80,21 @@ def assign_matrices(costs: Sequence[float], workers: int) -> list[int]:
     return assigned
 
 
-def assign(group: Sequence[ParamTask], world: World, *, splits: bool) -> None:
-    """Say who reads what of a group on this host. Where units are decomposed (`splits`), each is by
-    one host, and the others read it later (`deferred`)."""
+def assign(group: Sequence[ParamTask], world: World, *, decompose: bool) -> None:
+    """Set `reader` and `deferred` of the tasks of a group for this host. With `decompose` each unit
+    is decomposed by one host, and the others defer it."""
     costs = [
-        sum(cost(unit.out_features, unit.in_features) for unit in item.units)
-        if item.units and splits
-        else float(item.parameter.numel())
-        for item in group
+        sum(cost(unit.out_features, unit.in_features) for unit in task.units)
+        if task.units and decompose
+        else float(task.parameter.numel())
+        for task in group
     ]
     homes = assign_matrices(costs, len(world.nodes))
-    for item, home in zip(group, homes, strict=True):
-        item.deferred = splits and bool(item.units) and home != world.node
+    for task, home in zip(group, homes, strict=True):
+        task.deferred = decompose and bool(task.units) and home != world.node
     ranks = world.nodes[world.node]
     for deferred in (False, True):
-        some = [index for index, item in enumerate(group) if item.deferred == deferred]
+        some = [index for index, task in enumerate(group) if task.deferred == deferred]
         for index, worker in zip(
             some, assign_matrices([costs[i] for i in some], len(ranks)), strict=True
         ):

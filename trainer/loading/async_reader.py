@@ -1,8 +1,8 @@
 """Asynchronous reads of byte ranges of files into tensors on a device.
 
-Read, not memory-mapped: mapped pages count as this process's memory, and one thread that faults
-them in cannot saturate a fast disk. On the way to a GPU each piece passes through one of a few
-pinned buffers, the only host memory used.
+Read, not memory-mapped: mapped pages count as this process's memory, and a single thread faulting
+them in cannot saturate a fast disk. Data for a GPU passes through a few pinned buffers, the only
+host memory used.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trainer.errors import UserError
 
-_PIECE = 8 * 2**20  # bytes per read; larger ones are no faster
+_PIECE = 8 * 2**20  # bytes per read; larger reads are no faster
 _THREADS = 4  # per rank; more are no faster, since all ranks of a host share a disk
 
 
@@ -33,8 +33,7 @@ class Reader:
         self, file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> Callable[[], Tensor]:
         """Start to read the tensor at `offset`. Returns a function that waits for the tensor and
-        returns it, and raises UserError where the file is unreadable or too short.
-        """
+        returns it; it raises UserError where the file is unreadable or too short."""
         tensor = torch.empty(shape, dtype=dtype, device=self.device)
         data = tensor.reshape(-1).view(torch.uint8)
         if self.device.type == "cuda":
@@ -58,7 +57,7 @@ class Reader:
             self._stream = torch.cuda.Stream(self.device)
             for _ in range(_THREADS):
                 self._buffers.put(torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True))
-        # Queued kernels may still use the memory that the new tensor was given.
+        # Queued kernels may still use the memory of the new tensor.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
     def _fill(self, target: Tensor, file: Path, offset: int) -> None:

@@ -1,7 +1,7 @@
-"""What a run's adapters started as, where its method takes them out of the matrices.
+"""The file of a run's initial adapters, for methods with spectral initialisation.
 
-A run writes it once (`initial.safetensors`, with its SHA-256 beside it) and always loads that
-file: signs and vectors of clustered singular values would differ if they were computed again.
+A run writes `initial.safetensors` and its SHA-256 once and then always loads it: recomputed signs
+and vectors of clustered singular values would differ.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from trainer.files import INITIAL, replacing, sha256
 
 
 def save_initial_adapters(initial_adapters: Mapping[str, InitialAdapter], folder: Path) -> str:
-    """Write a run's initial tensors, and beside them their SHA-256, which is returned."""
+    """Write a run's initial adapters and a file with their SHA-256. Returns it."""
     tensors = {}
     for name, initial in initial_adapters.items():
         adapter = initial.adapter
@@ -32,7 +32,8 @@ def save_initial_adapters(initial_adapters: Mapping[str, InitialAdapter], folder
 
 
 def load_initial_adapters(file: Path, digest: str) -> dict[str, InitialAdapter]:
-    """A run's initial tensors, once their SHA-256 is the one that the checkpoint names."""
+    """A run's initial adapters by unit. Raises BadCheckpoint where the file is missing, or its
+    SHA-256 is not `digest`, the checkpoint's."""
     if not file.is_file():
         raise BadCheckpoint(
             f"{file} is missing: the initial tensors that the run's checkpoints build on"
@@ -53,7 +54,7 @@ def load_initial_adapters(file: Path, digest: str) -> dict[str, InitialAdapter]:
 
 
 def initial_adapter_of(stored: Mapping[str, InitialAdapter], unit: Unit) -> InitialAdapter:
-    """The initial adapter of `unit`. BadCheckpoint where it is absent or of another shape."""
+    """The initial adapter of `unit`. Raises BadCheckpoint where it is absent or misshapen."""
     initial = stored.get(unit.name)
     shape = None if initial is None else (initial.adapter.B.shape[1], initial.adapter.A.shape[1])
     if initial is None or shape != (unit.out_features, unit.in_features):
@@ -65,7 +66,7 @@ def initial_adapter_of(stored: Mapping[str, InitialAdapter], unit: Unit) -> Init
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Replace a safetensors file, also where other runs write the same one. Raises UserError."""
+    """Replace a safetensors file atomically, also with concurrent writers. Raises UserError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file, shared=True) as partial:

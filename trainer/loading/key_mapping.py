@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers.configuration_utils import PretrainedConfig
 
-_PATTERN = frozenset("^$()[]|+?{}")  # characters of a regular expression, not of a name
+_PATTERN = frozenset("^$()[]|+?{}")  # marks a regular expression, not a name
 
 
 class KeyMapping:
-    """Keys on disk for parameter names in memory, for one type of model."""
+    """Maps parameter names to keys on disk, for one model type."""
 
     def __init__(self, config: "PretrainedConfig | None" = None):
         self._renamed: list[tuple[str, str]] = []
@@ -33,15 +33,15 @@ class KeyMapping:
                 self._stacks[targets[0]] = sources
 
     def names(self, name: str) -> list[str]:
-        """The keys under which a parameter may be stored."""
+        """The possible keys of a parameter."""
         names = [name]
         for source, target in reversed(self._renamed):
             names += [known.replace(target, source) for known in names if target in known]
         return names
 
     def expert_parts(self, stack: str, expert: int) -> list[list[str]]:
-        """For each matrix whose concatenation by rows is one expert of `stack`, the keys under
-        which it may be stored; empty where the files hold the stack itself."""
+        """The possible keys of each matrix that is concatenated by rows into one expert of `stack`;
+        empty where the files hold the stack itself."""
         for target, sources in self._stacks.items():
             if stack.endswith(target):
                 start = stack.removesuffix(target)

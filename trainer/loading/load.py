@@ -1,11 +1,11 @@
-"""Load the frozen backbone: meta device → read → split → quantise → share → place or shard.
+"""Load the frozen backbone: meta device → read → decompose → quantise → broadcast → shard.
 
-The ranks of a host deal its tensors out among themselves: each is read, quantised and measured by
-one of them, and the others get it packed. This goes by groups of as many blocks as a host has
-ranks, so that each has its share of work; then block by block is handed to the engine. So at any
-time a rank holds, beside its share: one unquantised matrix and the next one being read; the packed
-matrices of the group that it read itself, some one block; and one block (at the end: the embedding
-and the head) whole. On a GPU's host there are only the reader's buffers.
+The tensors are assigned to the ranks of a host: each is read and quantised by one rank and
+broadcast packed to the others. This proceeds in groups of as many blocks as a host has ranks, to
+balance the work; the engine then shards them block by block. At any time a rank holds, in addition
+to its shard: one unquantised matrix and the next one being read; the packed matrices of the group
+that it read itself, about one block; and one unsharded block (at the end: the embedding and the
+head). With a GPU, host memory holds only the reader's buffers.
 """
 
 import dataclasses
@@ -44,10 +44,10 @@ def load_backbone(
     world: World,
     spectral_init: SpectralInit | None = None,
 ) -> LoadedBackbone:
-    """Build, then fill every block with its tensors and hand it to the engine.
+    """Build the model, materialize and shard it block by block. Collective.
 
-    `spectral_init` takes a method's part out of the units' matrices before they are packed. A
-    tensor that one rank cannot read or use ends all of them (`World.all_or_none`).
+    `spectral_init` subtracts the initial adapters from the units' matrices before they are packed.
+    An error on one rank ends all of them (`World.all_or_none`). Raises UserError.
     """
     started = time.perf_counter()
     with world.all_or_none():
@@ -93,7 +93,7 @@ def _take_over_blocks(config: Config, built: BuiltModel, engine: Engine, world: 
 def _materialize(
     source: Source, engine: Engine, world: World, spectral_init: SpectralInit | None
 ) -> Materializer:
-    """Fill and hand over the model, one group of blocks after the other; all ranks together."""
+    """Materialize and shard the model, group by group. Collective."""
     model = source.model
     rest: tuple[str, nn.Module] = ("", model)
     groups = [*in_groups(model, world), [rest]]
@@ -113,20 +113,21 @@ def _materialize(
                 engine.shard(model)
             else:
                 engine.shard_block(part)
-            # Between the packed matrices, which stay, the freed copies of unquantised ones would
-            # otherwise add up to the whole unquantised model.
+            # Untrimmed, the heap pages of freed unquantised matrices, which lie between the packed
+            # ones, would add up to the whole unquantised model.
             trim()
     return materializer
 
 
 def in_groups(model: nn.Module, world: World) -> list[list[tuple[str, nn.Module]]]:
-    """The blocks (path, module), as many at a time as a host has ranks."""
+    """The blocks (path, module) in groups of as many as a host has ranks."""
     blocks, size = transformer_blocks(model), len(world.nodes[0])
     return [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
 
 def check_backbone(config: Config, task: Task, device: torch.device) -> None:
-    """Everything that can be wrong with a model and shows without reading its weights."""
+    """Build the model and check the names and shapes of its files, without reading weights. Raises
+    UserError."""
     backbone = build(config, task, device)
     if config.model.weights == "random":
         return
@@ -146,8 +147,8 @@ def check_backbone(config: Config, task: Task, device: torch.device) -> None:
 
 
 def _fill_head(source: Source, path: str, module: nn.Module) -> None:
-    """A head: from the files where they have it in this shape, else freshly drawn."""
-    waiting = {name: _meta_buffers(part) for name, part in module.named_modules()}
+    """Materialize a head from the files if they hold it in this shape, else initialise it."""
+    missing = {name: _meta_buffers(part) for name, part in module.named_modules()}
     module.to_empty(device=source.device)
     module.to(torch.float32)
     with torch.random.fork_rng([]):
@@ -155,7 +156,7 @@ def _fill_head(source: Source, path: str, module: nn.Module) -> None:
         for part in module.modules():
             _initialise(source.model, part, source.device)
         for name, part in module.named_modules():
-            _fill_own_buffers(source, f"{path}.{name}" if name else path, part, waiting[name])
+            _fill_own_buffers(source, f"{path}.{name}" if name else path, part, missing[name])
     parameters = dict(module.named_parameters())
     stored = {name: source.stored(f"{path}.{name}") for name in parameters}
     tensors = {name: tensor for name, tensor in stored.items() if tensor is not None}
@@ -167,7 +168,7 @@ def _fill_head(source: Source, path: str, module: nn.Module) -> None:
 
 
 def _fill_buffers(source: Source, path: str, module: nn.Module) -> None:
-    """Give every buffer below `module` that is still on meta its value."""
+    """Materialize the buffers below `module` that are still on meta."""
     for name, child in module.named_modules(prefix=path):
         _fill_own_buffers(source, name, child, _meta_buffers(child))
 
@@ -178,11 +179,11 @@ def _fill_own_buffers(source: Source, path: str, module: nn.Module, missing: lis
     model, device = source.model, source.device
     for name in missing:
         setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-    # As transformers itself does after loading onto meta: computed buffers (rotary
-    # frequencies, position ids) come from the model's own initialisation.
+    # As transformers does after loading onto meta: computed buffers (rotary frequencies, position
+    # ids) come from the model's own initialisation.
     _initialise(model, module, device)
     for name in missing:
-        # A router's balancing bias, whose rounding would change which experts are chosen.
+        # A router's balancing bias, whose rounding would change the routing.
         if name in (model._keep_in_fp32_modules_strict or ()):
             setattr(module, name, getattr(module, name).float())
         if name not in module._non_persistent_buffers_set:
@@ -201,7 +202,7 @@ def _initialise(model: "PreTrainedModel", module: nn.Module, device: torch.devic
 
 
 def _digest(source: Source) -> str:
-    """Identity of the backbone: config.json and weights, or what these were drawn from."""
+    """Digest of the backbone: config.json and weights, or the seed of random ones."""
     options = source.config.model
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
@@ -219,6 +220,6 @@ def _figures(source: Source, materializer: Materializer, world: World, started: 
     return Loading(
         seconds=time.perf_counter() - started,
         bytes_read=sum(read for read, _ in counts),
-        shares=dict(materializer.seconds),
+        stages=dict(materializer.seconds),
         peak_host_bytes=max(resident for _, resident in counts),
     )

@@ -1,4 +1,4 @@
-"""Giving the backbone's parameters their values: read, split, packed, shared with the host."""
+"""Materialize the backbone's parameters: read, decompose, pack, broadcast within the host."""
 
 import time
 from collections import defaultdict
@@ -18,7 +18,7 @@ from trainer.loading.spectral_init import SpectralInit
 
 
 class Materializer:
-    """Fills groups of items, one after the other; every rank goes through the same groups."""
+    """Materializes groups of parameters in order; all ranks process the same groups."""
 
     def __init__(
         self,
@@ -32,20 +32,20 @@ class Materializer:
         self._packed: dict[ParamTask, Tensor] = {}
         self._error = torch.zeros(2, dtype=torch.float64)
         self.seconds: defaultdict[str, float] = defaultdict(float)
-        splits = spectral_init is not None and not spectral_init.resumed
+        decompose = spectral_init is not None and not spectral_init.resumed
         for group in groups:
-            assign(group, world, splits=splits)
-        # All that this rank will ever read: reading goes on while a group is shared and sharded.
-        mine = (
-            item
+            assign(group, world, decompose=decompose)
+        # All reads of this rank, of all groups: prefetching continues while a group is sharded.
+        own = (
+            task
             for group in groups
             for deferred in (False, True)
-            for item in self._own(group, deferred)
+            for task in self._own(group, deferred)
         )
-        self._values = source.in_turn(request for item in mine for request in item.requests)
+        self._values = source.in_turn(request for task in own for request in task.requests)
 
     def pack(self, group: list[ParamTask]) -> None:
-        """Read, split and pack this rank's items of a group; all ranks call it together."""
+        """Read, decompose and pack this rank's tasks of a group. Collective."""
         with self._world.all_or_none():
             self._pack(group, deferred=False)
         if self._spectral_init is not None:
@@ -54,52 +54,52 @@ class Materializer:
             with self._world.all_or_none():
                 self._pack(group, deferred=True)
 
-    def assign_to_model(self, item: ParamTask) -> None:
-        """Put an item of a packed group into the model, the same on all ranks of the host."""
-        value = self._packed.pop(item, None)
+    def assign_to_model(self, task: ParamTask) -> None:
+        """Broadcast a packed parameter within the host and assign it to the model. Collective."""
+        value = self._packed.pop(task, None)
         with self._timed("sharing"):
             if value is None:
-                value = item.empty(self._dtype, self._world.device)
-            self._world.share_(value, item.reader)
-        if item.matrix is not None and item.matrix.weight_format != "none":
-            item.matrix.weight = _frozen(value)
+                value = task.empty(self._dtype, self._world.device)
+            self._world.share_(value, task.reader)
+        if task.matrix is not None and task.matrix.weight_format != "none":
+            task.matrix.weight = _frozen(value)
             return
         frozen = _frozen(value)
-        for known_as in self._source.names[id(item.parameter)]:
+        for known_as in self._source.names[id(task.parameter)]:
             path, _, attribute = known_as.rpartition(".")
             setattr(self._model.get_submodule(path), attribute, frozen)
 
     def quantization_error(self) -> float:
-        """‖W − Ŵ‖ / ‖W‖ over the matrices that all ranks have packed, the same on each."""
+        """‖W − Ŵ‖ / ‖W‖ over the matrices packed by all ranks; the same on each. Collective."""
         parts = torch.tensor(self._world.gather(self._error.tolist()), dtype=torch.float64)
         error, norm = parts.sum(0).tolist()
         return float((error / norm) ** 0.5) if norm else 0.0
 
     def _own(self, group: list[ParamTask], deferred: bool) -> list[ParamTask]:
-        return [i for i in group if i.reader == self._world.rank and i.deferred == deferred]
+        return [t for t in group if t.reader == self._world.rank and t.deferred == deferred]
 
     def _pack(self, group: list[ParamTask], deferred: bool) -> None:
-        for item in self._own(group, deferred):
-            full = self._full(item)
+        for task in self._own(group, deferred):
+            full = self._full(task)
             with self._timed("packing"):
-                self._packed[item] = self._value(item, full)
+                self._packed[task] = self._value(task, full)
 
-    def _full(self, item: ParamTask) -> Tensor:
-        """What the backbone keeps of an item, before it is packed."""
-        matrix = item.matrix
+    def _full(self, task: ParamTask) -> Tensor:
+        """The frozen value of a parameter, not yet packed; a stack is read expert by expert."""
+        matrix = task.matrix
         if matrix is None or not matrix.stacked:
-            return self._kept(next(iter(item.units), None))
-        # On the device at once: on the host there is never more than one expert's matrix.
+            return self._frozen_part(next(iter(task.units), None))
+        # Assembled on the device: host memory never holds more than one expert's matrix.
         full = torch.empty(matrix.shape, dtype=self._dtype, device=self._world.device)
         units: dict[int | None, Unit] = {
-            int(unit.name.rpartition(".")[2]): unit for unit in item.units
+            int(unit.name.rpartition(".")[2]): unit for unit in task.units
         }
         for index, expert in enumerate(matrix.adapted_layers):
-            full[index] = self._kept(units.get(expert))
+            full[index] = self._frozen_part(units.get(expert))
         return full
 
-    def _kept(self, unit: Unit | None) -> Tensor:
-        """The next value in turn, without the part that the method takes of `unit`."""
+    def _frozen_part(self, unit: Unit | None) -> Tensor:
+        """The next value read, minus the initial adapter of `unit`."""
         with self._timed("reading"):
             full = next(self._values)
         if self._spectral_init is None or unit is None:
@@ -107,14 +107,15 @@ class Materializer:
         with self._timed("splitting"):
             return self._spectral_init.residual(unit, full)
 
-    def _value(self, item: ParamTask, full: Tensor) -> Tensor:
-        """What the model holds: packed, or in the parameter's own dtype."""
-        matrix = item.matrix
+    def _value(self, task: ParamTask, full: Tensor) -> Tensor:
+        """The parameter's value in the model: packed, or in its own dtype."""
+        matrix = task.matrix
         if matrix is None:
-            return full.to(item.parameter.dtype)
+            return full.to(task.parameter.dtype)
         if matrix.weight_format == "none":
-            # A stack as one matrix: sharders split the first dimension, and experts may be few.
-            return full.view(matrix.matrix_shape).to(item.parameter.dtype)
+            # A stack as one matrix: sharders split the first dimension, and there may be few
+            # experts.
+            return full.view(matrix.matrix_shape).to(task.parameter.dtype)
         packed = matrix.pack(full.to(self._dtype), self._dtype)
         self._note_error(matrix, packed, full.view(matrix.matrix_shape))
         return packed
@@ -139,5 +140,5 @@ class Materializer:
 
 def _frozen(value: Tensor) -> nn.Parameter:
     parameter = nn.Parameter(value, requires_grad=False)
-    parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # `_init_weights` passes it by
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # skipped by `_init_weights`
     return parameter

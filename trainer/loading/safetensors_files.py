@@ -1,4 +1,4 @@
-"""The safetensors files of a pretrained model: found, indexed, read tensor by tensor."""
+"""Index and read the safetensors files of a pretrained model, tensor by tensor."""
 
 import difflib
 import hashlib
@@ -28,14 +28,14 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where and how a file holds a tensor."""
+class _Location:
+    """File, offset, shape and dtype of a stored tensor."""
 
     file: Path
     offset: int
     shape: tuple[int, ...]
     kind: str
-    """Its dtype, in the format's words."""
+    """Its dtype by safetensors' name."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -43,31 +43,31 @@ class _Place:
             raise unreadable(self.file, ValueError(f"it holds {self.kind}"))
         return _DTYPES[self.kind]
 
-    def row(self, index: int) -> "_Place":
-        """One element of the first dimension."""
+    def row(self, index: int) -> "_Location":
+        """The location of one slice along the first dimension."""
         shape = self.shape[1:]
         offset = self.offset + index * math.prod(shape) * self.dtype.itemsize
-        return _Place(self.file, offset, shape, self.kind)
+        return _Location(self.file, offset, shape, self.kind)
 
 
 class PretrainedFiles:
-    """Tensors by name, read one at a time onto `device`; no file is ever loaded whole."""
+    """Reads tensors by name onto `device`; never loads a whole file."""
 
     def __init__(
         self,
         folder: Path,
-        layout: KeyMapping | None = None,
+        key_mapping: KeyMapping | None = None,
         device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
     ):
         self.folder = folder
-        self._layout = layout or KeyMapping()
+        self._key_mapping = key_mapping or KeyMapping()
         self._file_of = _index(folder)
-        self._places: dict[str, dict[str, _Place]] = {}
+        self._locations: dict[str, dict[str, _Location]] = {}
         self._reader = Reader(device)
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of tensors read so far, without the samples of the digest."""
+        """Bytes of tensors read so far, excluding the digest's samples."""
         return self._reader.bytes_read
 
     def find(self, name: str, base_prefix: str) -> str | None:
@@ -76,7 +76,7 @@ class PretrainedFiles:
         A checkpoint may have been saved from the bare backbone (no `model.` or `bert.` prefix) or
         with TensorFlow's names for a layer norm's parameters.
         """
-        for known_as in self._layout.names(name):
+        for known_as in self._key_mapping.names(name):
             key = self._find(known_as, base_prefix)
             if key is not None:
                 return key
@@ -99,20 +99,20 @@ class PretrainedFiles:
         return self.begin(key)()
 
     def begin(self, key: str) -> Callable[[], Tensor]:
-        """Begin to read a tensor; what is returned waits for it and gives it."""
-        return self._begin(self._place(key))
+        """Start to read a tensor. Returns a function that waits for it and returns it."""
+        return self._begin(self._location(key))
 
     def check(self, names: list[str], base_prefix: str, shape: tuple[int, ...]) -> str:
-        """The key of a parameter known by `names` (several if tied). UserError: absent, or it has
-        another shape or no floating-point dtype of ours (prequantised files would load as noise).
-        """
+        """The key of a parameter with these `names` (several if tied). Raises UserError where it is
+        absent, of another shape, or of an unsupported dtype (prequantised files would load as
+        noise)."""
         keys = (self.find(name, base_prefix) for name in names)
         key = next((key for key in keys if key is not None), None)
         if key is None:
-            near = difflib.get_close_matches(names[0], self._file_of, n=1)
-            hint = f" (nearest: {near[0]})" if near else ""
+            nearest = difflib.get_close_matches(names[0], self._file_of, n=1)
+            hint = f" (nearest: {nearest[0]})" if nearest else ""
             raise UserError(f"model.id: {self.folder}: no tensor for {names[0]}{hint}")
-        stored = self._place(key)
+        stored = self._location(key)
         if stored.shape != shape:
             raise UserError(
                 f"model.id: {self.folder}: {key} is {stored.shape}, config.json makes it {shape}"
@@ -127,11 +127,11 @@ class PretrainedFiles:
     def check_expert(
         self, stack: str, expert: int, base_prefix: str, shape: tuple[int, ...]
     ) -> list[str]:
-        """The keys whose matrices, one below the other, are an expert's (out, in) of `stack`, of
-        `shape` (E, out, in); or the key of the whole stack. UserError as in `check`."""
-        whole = self.find(stack, base_prefix)
-        parts = self._layout.expert_parts(stack, expert)
-        if whole is not None or not parts:
+        """The keys of the matrices whose concatenation by rows is one expert (out, in) of `stack`,
+        of `shape` (E, out, in); or the key of the stack. Raises UserError as `check` does."""
+        stored = self.find(stack, base_prefix)
+        parts = self._key_mapping.expert_parts(stack, expert)
+        if stored is not None or not parts:
             return [self.check([stack], base_prefix, shape)]
         rows = shape[1] // len(parts)
         return [self.check(names, base_prefix, (rows, shape[2])) for names in parts]
@@ -145,39 +145,43 @@ class PretrainedFiles:
     def begin_expert(
         self, stack: str, expert: int, base_prefix: str, shape: tuple[int, ...]
     ) -> Callable[[], Tensor]:
-        """Begin to read one expert's matrix (out, in)."""
-        places = [self._place(key) for key in self.check_expert(stack, expert, base_prefix, shape)]
-        if len(places[0].shape) == 3:
-            return self._begin(places[0].row(expert))
-        parts = [self._begin(place) for place in places]
+        """Start to read one expert's matrix (out, in). Returns a function as `begin` does."""
+        locations = [
+            self._location(key) for key in self.check_expert(stack, expert, base_prefix, shape)
+        ]
+        if len(locations[0].shape) == 3:
+            return self._begin(locations[0].row(expert))
+        parts = [self._begin(location) for location in locations]
         return parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
 
-    def _begin(self, place: _Place) -> Callable[[], Tensor]:
+    def _begin(self, location: _Location) -> Callable[[], Tensor]:
         try:
-            return self._reader.begin(place.file, place.offset, place.shape, place.dtype)
+            return self._reader.begin(
+                location.file, location.offset, location.shape, location.dtype
+            )
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # torch's for a shape
-            raise unreadable(place.file, error) from error
+        except RuntimeError as error:  # from torch, for an impossible shape
+            raise unreadable(location.file, error) from error
 
-    def _place(self, key: str) -> _Place:
+    def _location(self, key: str) -> _Location:
         file = self._file_of[key]
-        if file not in self._places:
-            self._places[file] = _places(self.folder / file)
-        if key not in self._places[file]:
+        if file not in self._locations:
+            self._locations[file] = _locations(self.folder / file)
+        if key not in self._locations[file]:
             raise unreadable(self.folder / file, KeyError(key))
-        return self._places[file][key]
+        return self._locations[file][key]
 
     def digest(self) -> str:
-        """Identity of the weights: every tensor's name, dtype, shape and a sample of its bytes.
+        """Digest of the weights: every tensor's name, dtype, shape and a sample of its bytes.
 
-        A sample, since reading 140 GB to resume a run would take longer than loading it.
+        A sample, since hashing 140 GB to resume a run would take longer than loading it.
         """
         digest = hashlib.sha256()
         for key in sorted(self._file_of):
-            place = self._place(key)
-            empty = 0 in place.shape
-            row = place.row(place.shape[0] // 2) if place.shape else place
+            location = self._location(key)
+            empty = 0 in location.shape
+            row = location.row(location.shape[0] // 2) if location.shape else location
             count = 0 if empty else math.prod(row.shape)
             sample = bytearray(min(count * row.dtype.itemsize, _SAMPLE))
             read_into(memoryview(sample), row.file, row.offset)
@@ -186,26 +190,26 @@ class PretrainedFiles:
         return digest.hexdigest()
 
 
-def _places(file: Path) -> dict[str, _Place]:
-    """Where the tensors of a file lie. UserError where it is no safetensors file."""
+def _locations(file: Path) -> dict[str, _Location]:
+    """Locations of a file's tensors by key. Raises UserError where it is no safetensors file."""
     try:
-        with safe_open(file, framework="pt"):  # whose checks are thorough: offsets, sizes, length
+        with safe_open(file, framework="pt"):  # validates offsets, sizes and length
             pass
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = parse_json(stream.read(length))
         start = 8 + length
         return {
-            key: _Place(file, start + e["data_offsets"][0], tuple(e["shape"]), e["dtype"])
+            key: _Location(file, start + e["data_offsets"][0], tuple(e["shape"]), e["dtype"])
             for key, e in header.items()
             if key != "__metadata__"
         }
-    except Exception as error:  # safetensors', the system's, and ours for what is no header
+    except Exception as error:  # of safetensors, the system and our parser
         raise unreadable(file, error) from error
 
 
 def _index(folder: Path) -> dict[str, str]:
-    """File name by tensor name."""
+    """File name by tensor name, from the index or the files. Raises UserError."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:

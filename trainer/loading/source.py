@@ -1,4 +1,4 @@
-"""Where the values of a model's parameters come from: its files, or a seed."""
+"""The weight source: values of a model's parameters from its files or from a seed."""
 
 import zlib
 from collections import deque
@@ -20,13 +20,13 @@ Request = tuple[str, int | None]
 
 
 class Source:
-    """Values by the model's own names, on the device, while its parameters are still on meta."""
+    """Values by parameter name, on the device, for a model on meta."""
 
     def __init__(self, backbone: BuiltModel, config: Config, device: torch.device):
         self.backbone, self.config, self.device = backbone, config, device
         self.model = backbone.model
         self.names = names_of_parameters(self.model)
-        """Every name of every parameter, by its id."""
+        """All names of each parameter by its id."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._known_as = {name: self.names[id(p)] for name, p in parameters.items()}
@@ -35,7 +35,7 @@ class Source:
             self.files = open_files(config, backbone, device)
 
     def in_turn(self, requests: Iterable[Request]) -> Iterator[Tensor]:
-        """The requested values one by one; while one is in use, the next is being read."""
+        """Iterate over the requested values, prefetching one."""
         begun: deque[Callable[[], Tensor]] = deque()
         for request in requests:
             begun.append(self._begin(*request))
@@ -45,7 +45,7 @@ class Source:
             yield begun.popleft()()
 
     def stored(self, name: str) -> Tensor | None:
-        """A buffer's or a head's tensor, if there are files and they hold it."""
+        """The tensor of a buffer or a head, or None where no file holds it."""
         if self.files is None:
             return None
         key = self.files.find(name, self.model.base_model_prefix)
@@ -64,25 +64,25 @@ class Source:
         return self.files.begin_expert(stack, expert, prefix, (experts, rows, columns))
 
     def _random(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Matrices normal with the model's own spread, vectors as a fresh model has them."""
+        """Matrices: normal with the model's `initializer_range`; biases 0, other vectors 1."""
         key = self.config.run.seed, zlib.crc32(name.encode())
         generator = seeds.generator(*key, device=self.device)
         if len(shape) == 1:
-            filler = 0.0 if name.endswith("bias") else 1.0
-            return torch.full(shape, filler, device=self.device)
-        spread = getattr(self.model.config, "initializer_range", 0.02)
+            value = 0.0 if name.endswith("bias") else 1.0
+            return torch.full(shape, value, device=self.device)
+        std = getattr(self.model.config, "initializer_range", 0.02)
         values = torch.empty(shape, dtype=self.backbone.dtype, device=self.device)
-        return values.normal_(0.0, spread, generator=generator)
+        return values.normal_(0.0, std, generator=generator)
 
 
 def open_files(config: Config, backbone: BuiltModel, device: torch.device) -> PretrainedFiles:
-    """The model's safetensors files."""
+    """The model's safetensors files. Raises UserError."""
     folder = resolve_folder(config.model.id, config.model.revision)
     return PretrainedFiles(folder, KeyMapping(backbone.model.config), device)
 
 
 def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """Every name of every parameter, by its id; a tied one has several."""
+    """All names of each parameter by its id; tied parameters have several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

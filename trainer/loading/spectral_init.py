@@ -1,7 +1,7 @@
-"""Spectral initialisation: a method's part taken out of the matrices, as singular components.
+"""Spectral initialisation: initial adapters from singular components of the matrices.
 
-A decomposition is computed by the rank that reads the matrix and handed to all others, so that they
-hold the same bits; it is cached on disk by the matrix's own digest.
+A decomposition is computed by the rank that reads the matrix and sent to all others, so that all
+hold the same bits; it is cached on disk by a digest of the matrix.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ _ROWS = 4096  # of them at a time, 32 MiB as 64-bit numbers
 
 
 class SpectralInit:
-    """What each unit starts with, and what is then left of its matrix."""
+    """Computes or loads each unit's initial adapter ΔW₀ and its residual W − ΔW₀."""
 
     def __init__(
         self,
@@ -45,27 +45,27 @@ class SpectralInit:
 
     @property
     def resumed(self) -> bool:
-        """Whether every unit's initial adapter is known from the run's file."""
+        """Whether the initial adapters come from the run's file."""
         return self._stored is not None
 
     def resume(self, units: Sequence[Unit]) -> None:
-        """Take the initial adapters of `units` from the run's file, if it has one. Raises
-        BadCheckpoint."""
+        """Take the initial adapters of `units` from the run's file, if there is one. Raises
+        BadCheckpoint where one is absent or of another shape."""
         if self._stored is not None:
             self.initial_adapters |= {
                 unit.name: initial_adapter_of(self._stored, unit) for unit in units
             }
 
     def residual(self, unit: Unit, weight: Tensor) -> Tensor:
-        """W − ΔW₀ (out, in), in float32 on W's device, of a unit's original matrix (out, in); ΔW₀
-        is computed unless it is known. Raises UserError for a matrix that has none."""
+        """W − ΔW₀ (out, in), in float32 on W's device, of a unit's original matrix (out, in).
+        Computes ΔW₀ unless it is known. Raises UserError where W cannot be decomposed."""
         if unit.name not in self.initial_adapters:
             self.initial_adapters[unit.name] = self._new[unit.name] = self._compute(unit, weight)
         adapter = self.initial_adapters[unit.name].adapter.copy().to(weight.device)
         return weight.float() - adapter.delta()
 
     def exchange(self) -> None:
-        """Make known to all ranks what each has computed; all call it together."""
+        """All-gather the initial adapters computed since the last call. Collective."""
         for part in self.world.gather(self._new):
             self.initial_adapters |= part
         self._new = {}
@@ -97,10 +97,10 @@ def _key(weight: Tensor, ranges: Sequence[range]) -> str:
 
 
 def _fingerprint(weight: Tensor) -> bytes:
-    """Two numbers a row of 32-bit words x, Σ w_i x_i mod 2⁶⁴ with fixed random w, on W's device.
+    """Two hashes per row of 32-bit words x, Σ w_i x_i mod 2⁶⁴ with fixed random w, on W's device.
 
-    SHA-256 of the matrix itself would take as long as a GPU takes to decompose it. Rows that differ
-    have the same two numbers with probability 2⁻⁶⁶, which is enough against accidents.
+    SHA-256 of the matrix itself would take as long as a GPU takes to decompose it. Different
+    rows collide with probability 2⁻⁶⁶, which suffices against accidents.
     """
     data = weight.detach().contiguous().flatten().view(torch.uint8)
     if len(data) % (4 * _WORDS):

@@ -31,19 +31,19 @@ from trainer.model.blocks import configure_compiler, hidden_state
 
 @dataclass(frozen=True)
 class BlockBytes:
-    """Figures of one block, for one micro-batch (bytes)."""
+    """Bytes of one block for one micro-batch."""
 
     saved: int
-    """Saved for backward without checkpointing, the block's input not counted."""
+    """Saved for backward without checkpointing, excluding the block's input."""
     forward: int
-    """Peak of forward without the input, `saved` included."""
+    """Peak of forward, excluding the input, including `saved`."""
     backward: int
-    """Peak of backward without the input and the output's gradient, `saved` included."""
+    """Peak of backward, excluding the input and the output's gradient, including `saved`."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A block, the arguments that the model calls it with, and its output."""
+    """A block, the arguments of a call by the model, and its output."""
 
     block: nn.Module
     args: tuple[Any, ...]
@@ -52,7 +52,7 @@ class Call:
 
 
 class Products:
-    """Temporaries of the adapted layers' operators, such as the dequantised W."""
+    """Temporary bytes of the adapted layers' operators, such as the dequantised W."""
 
     def __init__(self, layers: Iterable[nn.Module], dropout: bool):
         self._dropout = dropout
@@ -63,7 +63,8 @@ class Products:
         }
 
     def bytes_of(self, target: Any, tensors: list[Tensor]) -> int:
-        """Of one call of `target` with these arguments and results; 0 for other operators."""
+        """Temporary bytes of one call of `target` with these arguments and results; 0 for other
+        operators."""
         if not isinstance(target, OpOverload) or target.namespace != "rankcast":
             return 0
         name = target._schema.name
@@ -76,12 +77,12 @@ class Products:
         else:
             rows = x.numel() // x.shape[-1]
             needed = fmt.product_bytes(layer.matrix_shape, rows, x.dtype, backward=backward)
-        # The mask and the dropped input; in backward also the product that is dropped.
+        # Dropout: the mask and the dropped input; in backward also the product before dropout.
         return needed + self._dropout * (3 if backward else 2) * _nbytes(x)
 
 
 class Meter(TorchDispatchMode):
-    """Tracks the bytes of tensors created in this mode, until they are freed."""
+    """Counts the live bytes of tensors created in this mode, and their peak."""
 
     def __init__(self, known: Iterable[Any], products: Products):
         super().__init__()
@@ -118,7 +119,7 @@ class Meter(TorchDispatchMode):
 
 class WorstCase(TorchFunctionMode):
     """Every position has a loss, so that no shape depends on data. Attention runs without dropout:
-    a CPU kernel would save the mask, which a GPU's kernels redraw."""
+    a CPU kernel would save the mask, which GPU kernels regenerate."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -134,11 +135,11 @@ def _is_mask(index: Any) -> bool:
 
 
 def compiled(call: Call, products: Products) -> BlockBytes:
-    """Figures of a compiled block; call it under FakeTensorMode."""
+    """`BlockBytes` of a compiled block. Must run under FakeTensorMode."""
     forward, backward, outputs = _partitioned(call)
     made = list(forward.graph.output_node().args[0])  # type: ignore[arg-type]
     given = forward.graph.find_nodes(op="placeholder")
-    # The block's inputs, its weights and its output are counted elsewhere.
+    # The block's inputs, weights and output are counted elsewhere.
     foreign = _storages([*given, *made[:outputs]])
     saved = sum(size for key, size in _storages(made[outputs:]).items() if key not in foreign)
     inside = {node.name for node in made[outputs:]} - {node.name for node in given}
@@ -146,7 +147,7 @@ def compiled(call: Call, products: Products) -> BlockBytes:
 
 
 def eager(call: Call, products: Products) -> BlockBytes:
-    """Figures of an uncompiled block; call it under FakeTensorMode."""
+    """`BlockBytes` of an uncompiled block. Must run under FakeTensorMode."""
     flat, _ = tree_flatten((call.args, call.kwargs))
     weights = [*call.block.parameters(), *call.block.buffers()]
     args = (call.args[0].detach().requires_grad_(), *call.args[1:])
@@ -162,7 +163,8 @@ def eager(call: Call, products: Products) -> BlockBytes:
 
 
 def _partitioned(call: Call) -> tuple[fx.GraphModule, fx.GraphModule, int]:
-    """The block's forward and backward program, and the number of forward's own outputs."""
+    """The block's forward and backward graph, and the number of forward's results; its further
+    outputs are saved for backward."""
     configure_compiler()
     from functorch.compile import (
         aot_function,
@@ -172,14 +174,14 @@ def _partitioned(call: Call) -> tuple[fx.GraphModule, fx.GraphModule, int]:
     from torch._inductor.decomposition import select_decomp_table
 
     flat, spec = tree_flatten((call.args, call.kwargs))
-    places = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
+    indices = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
     layers = [m for m in call.block.modules() if isinstance(m, RegisteredLayer)]
     weights = dict(call.block.named_parameters()) | dict(call.block.named_buffers())
 
     def run(weights: Mapping[str, Tensor], handles: list[Tensor], tensors: list[Tensor]) -> Tensor:
         values = list(flat)
-        for place, tensor in zip(places, tensors, strict=True):
-            values[place] = tensor
+        for index, tensor in zip(indices, tensors, strict=True):
+            values[index] = tensor
         args, kwargs = tree_unflatten(values, spec)
         with _handles(layers, handles):
             # Called as a module, hooks included, as under torch.compile.
@@ -198,7 +200,7 @@ def _partitioned(call: Call) -> tuple[fx.GraphModule, fx.GraphModule, int]:
         return make_boxed_func(graph)
 
     handles = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in layers]
-    tensors = [flat[place].detach() for place in places]
+    tensors = [flat[index].detach() for index in indices]
     tensors[0].requires_grad_()
     aot_function(
         run, fw_compiler=unchanged, bw_compiler=unchanged, partition_fn=partition,
@@ -220,17 +222,17 @@ def _handles(layers: list[RegisteredLayer], handles: list[Tensor]) -> Iterator[N
 
 
 def _peak(module: fx.GraphModule, inside: set[str], products: Products) -> int:
-    """Peak bytes while a graph runs operator by operator; inputs count only if named in `inside`.
+    """Peak bytes of running a graph operator by operator; inputs count only if named in `inside`.
 
-    A pointwise operator that only pointwise operators read is fused into them: its result is never
-    materialised, and its arguments live until then.
+    A pointwise operator whose users are all pointwise is fused into them: its result is never
+    materialised, and its arguments live until the users run.
     """
     from torch._functorch.partitioners import get_default_op_list
 
     fusible = get_default_op_list().is_fusible
     nodes = list(module.graph.nodes)
     order = {node: index for index, node in enumerate(nodes)}
-    groups: dict[int, list[fx.Node]] = {}  # nodes by storage, the one that makes it first
+    groups: dict[int, list[fx.Node]] = {}  # nodes by storage, its creator first
     sizes: dict[int, int] = {}
     for node in nodes:
         for key, size in _storages([node]).items():
@@ -268,7 +270,7 @@ def _peak(module: fx.GraphModule, inside: set[str], products: Products) -> int:
 
 
 def _storages(nodes: Iterable[Any]) -> dict[int, int]:
-    """Bytes by storage of the nodes' values; views share their storage."""
+    """Bytes of the nodes' values by storage; views share one."""
     found = {}
     for node in nodes:
         for value in tree_leaves(node.meta.get("val")) if isinstance(node, fx.Node) else ():

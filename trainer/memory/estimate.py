@@ -1,7 +1,7 @@
-"""What a run takes of a GPU's memory, and whether it fits: from shapes, without GPU or weights.
+"""Predict a run's memory per GPU, and whether it fits, from shapes: without a GPU or weights.
 
-The backbone's bytes, those of adapters with gradients and moments, what a sharder gathers
-(`footprint.py`), and what a step adds to them (`fake_probe.py`).
+The sum of the backbone, adapters with gradients and moments, gather buffers (`footprint.py`), and
+the peak of a training step (`fake_probe.py`).
 """
 
 from dataclasses import dataclass, replace
@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from trainer.config.config import Config
-from trainer.config.engines import AUTO, engine_class, takes
+from trainer.config.engines import AUTO, takes
 from trainer.config.sections import EngineOptions
 from trainer.device_memory import GIB, readable
 from trainer.distributed.world import World
 from trainer.engine.base import compiles
-from trainer.engine.select import choose
+from trainer.engine.select import choose, engine_class
 from trainer.errors import UserError
 from trainer.memory.fake_probe import Probe, probe
 from trainer.model.blocks import check_unsharded_blocks
@@ -24,41 +24,41 @@ from trainer.model.hub import load_tokenizer
 from trainer.tasks.registry import TASKS
 
 CONTEXT = GIB
-"""Allowance for what a process holds on a GPU beside its tensors: the CUDA context, the code of
-kernels, libraries' handles. No counter of torch shows it."""
+"""Allowance for a process's GPU memory that is not tensors: the CUDA context, kernel code, library
+handles. torch's counters do not include it."""
 COLLECTIVES = GIB
-"""Allowance for NCCL's buffers, where there are several ranks."""
+"""Allowance for NCCL's buffers, with several ranks."""
 COPY_ENGINES = GIB // 2
-"""Allowance for a second communicator, whose all-gather is the copy engines'."""
+"""Allowance for the second communicator of copy-engine all-gathers."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Memory of one rank (bytes), and what the run would do."""
+    """Memory of one rank (bytes), and the plan of the run."""
 
     engine: str
     reason: str
     holds_gather_buffers: bool
-    """Whether what gathered blocks take stays allocated through the update."""
+    """Whether the buffers of gathered blocks stay allocated through the update."""
     gpus: int
     states: Estimate
     probe: Probe
     saved: int
-    """Blocks that keep their activations."""
+    """Number of blocks that save their activations on the GPU."""
     offloaded: int
-    """Blocks that move them to the host."""
+    """Number of blocks that offload them to the host."""
     unsharded: int
-    """Blocks whose weights stay whole from step to step, where others are gathered."""
+    """Number of blocks kept unsharded between steps."""
     memory: int
-    """The GPU's."""
+    """Of the GPU."""
     allowance: int
-    """For what no counter of torch shows."""
+    """For memory that torch's counters do not include."""
     sharded: dict[int, Estimate]
-    """What `states` would be split over so many GPUs, by number of GPUs."""
+    """`states` with the backbone sharded over more GPUs, by number of GPUs."""
 
     @property
     def phases(self) -> dict[str, int]:
-        """Peak of each phase of a step, as `torch.cuda.max_memory_allocated` would show it."""
+        """Peak bytes of each phase of a step, as `torch.cuda.max_memory_allocated` counts them."""
         backbone = self.states.backbone + self.unsharded * self.states.block
         base = backbone + self.states.gathered + self.states.held
         forward, backward = self.probe.peaks(self.saved, self.offloaded)
@@ -75,13 +75,13 @@ class Prediction:
         return self.peak + self.allowance <= self.memory
 
     def parts(self) -> dict[str, int]:
-        """What is held when most is; they add up to `peak`."""
+        """Contributions to `peak`, by name; they sum to it."""
         phase = max(self.phases, key=lambda name: self.phases[name])
         states, probe, saved = self.states, self.probe, self.probe.saved(self.saved)
         inputs = probe.inputs - max(0, self.offloaded - 1) * probe.input
         parts = {"backbone": states.backbone, "adapters, gradients, moments": states.held}
         if self.unsharded:
-            parts["blocks that stay whole"] = self.unsharded * states.block
+            parts["unsharded blocks"] = self.unsharded * states.block
         if phase == "update":
             rest = self.peak - sum(parts.values())
             return {**parts, "gathered layers and temporaries of the update": rest}
@@ -90,18 +90,18 @@ class Prediction:
             **parts,
             "gathered layers": states.gathered,
             "inputs of blocks": inputs,
-            "activations kept": saved,
+            "saved activations": saved,
             f"temporaries of {phase}": peak - inputs - saved,
         }
 
 
 def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Prediction:
-    """For `gpus` GPUs of `memory` bytes each, on all of `hosts` alike. Raises UserError where the
-    configuration, or this number of GPUs, cannot run."""
+    """The prediction for `gpus` GPUs of `memory` bytes each, spread evenly over `hosts`. Raises
+    UserError where the configuration, or this number of GPUs, cannot run."""
     if config.engine.device == "cpu":
         raise UserError("engine.device: cpu given; accepted: auto or cuda, the estimate is a GPU's")
     task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))
-    task.learn_labels(["0", "1"])  # how many there are hardly matters
+    task.learn_labels(["0", "1"])  # their number hardly matters
     device = torch.device("cuda")
     launcher = "torchrun" if gpus > 1 or config.engine.config else "none"
     ranks = range(gpus)
@@ -112,45 +112,45 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     engine.check(config)
     backbone = build(config, task, device)
     states = estimate(backbone, config, gpus, engine.spread, local_ranks=gpus // hosts)
-    more = {n: estimate(backbone, config, n, "split") for n in (2, 4, 8, 16, 32, 64)}
+    sharded = {n: estimate(backbone, config, n, "split") for n in (2, 4, 8, 16, 32, 64)}
     found = probe(backbone, config, task, compiled=compiles(config, engine, backbone, device))
     check_unsharded_blocks(config.engine, len(found.added))
     copies = takes(kind, "copy_engines") and gpus > hosts == 1
     copies = copies and bool(config.engine.copy_engines)
     allowance = CONTEXT + (COLLECTIVES if gpus > 1 else 0) + (COPY_ENGINES if copies else 0)
     budget = int(config.engine.memory_fraction * memory) - allowance
-    plan = _plan(config.engine, found, states, budget, fills=takes(kind, "unsharded_blocks"))
+    plan = _plan(config.engine, found, states, budget, can_unshard=takes(kind, "unsharded_blocks"))
     buffers = engine.holds_gather_buffers
-    return Prediction(kind, reason, buffers, gpus, states, found, *plan, memory, allowance, more)
+    return Prediction(kind, reason, buffers, gpus, states, found, *plan, memory, allowance, sharded)
 
 
 def _plan(
-    options: EngineOptions, probe: Probe, states: Estimate, budget: int, *, fills: bool
+    options: EngineOptions, probe: Probe, states: Estimate, budget: int, *, can_unshard: bool
 ) -> tuple[int, int, int]:
-    """Blocks that keep their activations, that move them, and that stay whole, as the options
-    say."""
+    """Numbers of blocks that save their activations, offload them, and stay unsharded."""
     unsharded = 0 if options.unsharded_blocks == "auto" else options.unsharded_blocks
     if options.activation_checkpointing != "auto":
         return 0 if options.activation_checkpointing else len(probe.added), 0, unsharded
     left = budget - states.backbone - unsharded * states.block - states.gathered - states.held
     saved, offloaded = probe.plan(left, int(options.activation_offload * GIB))
-    if fills and options.unsharded_blocks == "auto":
+    if can_unshard and options.unsharded_blocks == "auto":
         left -= max(*probe.peaks(saved, offloaded), states.update)
         unsharded = blocks_that_fit(len(probe.added), states.block, left)
     return saved, offloaded, unsharded
 
 
 def table(prediction: Prediction) -> str:
-    """For a person: parts, plan and verdict."""
+    """The prediction as text: contributions, plan and verdict."""
     p, blocks = prediction, len(prediction.probe.added)
     reason = f" ({p.reason})" if p.reason else ""
-    offloaded = f", {p.offloaded} move them to the host" * bool(p.offloaded)
-    again = ", the others compute them again" * (p.saved + p.offloaded < blocks)
-    unsharded = f"; the weights of {p.unsharded} stay whole" * bool(p.unsharded)
+    offloaded = f", {p.offloaded} offload them to the host" * bool(p.offloaded)
+    recomputed = ", the others recompute them" * (p.saved + p.offloaded < blocks)
+    unsharded = f"; {p.unsharded} stay unsharded" * bool(p.unsharded)
+    rest = offloaded + recomputed + unsharded
     lines = [
         f"engine          {p.engine}{reason}, {p.gpus} GPU(s)",
-        f"activations     {p.saved} of {blocks} blocks keep theirs{offloaded}{again}{unsharded}",
-        "memory a rank   when most is held",
+        f"activations     {p.saved} of {blocks} blocks keep theirs{rest}",
+        "memory per rank at its peak",
         *(f"  {name:<30}{readable(size):>14}" for name, size in p.parts().items()),
         f"  {'peak of tensors':<30}{readable(p.peak):>14}",
         f"  {'allowed for CUDA' + (' and NCCL' if p.gpus > 1 else ''):<30}"
@@ -161,7 +161,7 @@ def table(prediction: Prediction) -> str:
 
 
 def advice(prediction: Prediction) -> str:
-    """One line on what would make it fit."""
+    """One line: a change with which the run would fit."""
     if prediction.unsharded and replace(prediction, unsharded=0).fits:
         return "with engine.unsharded_blocks=auto it would"
     p = replace(prediction, saved=0, offloaded=0, unsharded=0)

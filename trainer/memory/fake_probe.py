@@ -1,8 +1,8 @@
-"""The planner's probe on fake tensors: what a forward and backward pass takes, from shapes alone.
+"""The planner's probe on fake tensors: memory of a forward and backward pass, from shapes alone.
 
-The task's own loss and its backward run with every block checkpointed. What a block keeps and needs
-comes from `block_trace.py`; embedding, loss head and all else outside the blocks are counted as
-they run. So nothing here knows an architecture.
+The task's own loss and its backward run with every block checkpointed. Blocks are replaced by the
+figures of `block_trace.py`; embedding, loss head and everything else outside the blocks are counted
+as they run. Nothing here depends on an architecture.
 """
 
 import logging
@@ -28,20 +28,20 @@ from trainer.tasks.base import Batch, Task
 
 @dataclass(frozen=True)
 class Probe:
-    """The planner's probe (bytes beside backbone and adapters), every block checkpointed."""
+    """Bytes in addition to backbone and adapters, with every block checkpointed."""
 
     inputs: int
-    """What the checkpointed blocks keep: their inputs."""
+    """Saved by the checkpointed blocks: their inputs."""
     forward: int
-    """Peak of forward and of the loss."""
+    """Peak of forward, the loss included."""
     backward: int
-    """Peak of backward, where one block at a time is computed again."""
+    """Peak of backward, which recomputes one block at a time."""
     added: tuple[int, ...]
-    """By block: what it adds where it keeps its activations."""
+    """Of each block: what saving its activations adds."""
 
     def plan(self, budget: int, room: int = 0) -> tuple[int, int]:
-        """How many blocks `activation_checkpointing: auto` lets keep their activations, and how
-        many it moves to `room` bytes of the host, if they travel fast enough."""
+        """Numbers of blocks that `activation_checkpointing: auto` lets save their activations, and
+        offload them to `room` bytes of the host, assuming that the copies are fast enough."""
         blocks, added = len(self.added), max(1, self.added[-1])
         most = min(room // (added + self.input), max(0, blocks - 2))
         needs = Needs(self.forward, self.backward, added, self.input, most)
@@ -50,25 +50,26 @@ class Probe:
 
     @property
     def input(self) -> int:
-        """Of one block."""
+        """Bytes of one block's input."""
         return self.inputs // len(self.added)
 
     def saved(self, count: int) -> int:
-        """Bytes that the last `count` blocks add."""
+        """Bytes added by the last `count` blocks if they save their activations."""
         return sum(self.added[len(self.added) - count :])
 
     def peaks(self, count: int, offloaded: int = 0) -> tuple[int, int]:
-        """Of forward and of backward, where the last `count` blocks keep their activations and
-        `moved` ones have theirs on the host, one on its way. The activations of the block that is
-        differentiated are in `backward` already."""
+        """Peak of forward and of backward, where the last `count` blocks save their activations and
+        `offloaded` ones have theirs on the host, one of them in flight. `backward` already includes
+        the activations of the block being differentiated."""
         held = self.saved(count) - max(0, offloaded - 1) * self.input
-        travelling, own = (self.added[-1] * bool(number) for number in (offloaded, count))
-        return self.forward + held + travelling, self.backward + held + travelling - own
+        in_flight, own = (self.added[-1] * bool(number) for number in (offloaded, count))
+        return self.forward + held + in_flight, self.backward + held + in_flight - own
 
 
 def probe(backbone: BuiltModel, config: Config, task: Task, *, compiled: bool) -> Probe:
     """Run the probe on micro-batches of `data.micro_batch_size` sequences of `data.max_length`
-    tokens. `backbone`, just built, is used up."""
+    tokens. Consumes `backbone`, which must be just built. Raises UserError where the model cannot
+    run on fake tensors."""
     for path, module in backbone.heads.items():
         set_module(backbone.model, path, TrainedModule(module))
     data = config.data
@@ -78,7 +79,7 @@ def probe(backbone: BuiltModel, config: Config, task: Task, *, compiled: bool) -
     products = Products(model.modules(), drops_input)
     blocks = [block for _, block in transformer_blocks(model)]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # what it says of a failure is long
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # its messages on a failure are long
     log.disabled, was_disabled = True, log.disabled
     try:
         with mode, WorstCase():
@@ -92,7 +93,7 @@ def probe(backbone: BuiltModel, config: Config, task: Task, *, compiled: bool) -
             return _run(task, backbone, batch, blocks, calls, figures, products)
     except UserError:
         raise
-    except Exception as error:  # a model's code may look at values, which fake tensors lack
+    except Exception as error:  # e.g. the model's code reads values, which fake tensors lack
         raise UserError(
             f"model.id: {config.model.id}: {type(model).__name__} does not run on shapes alone "
             f"({type(error).__name__}: {first_line(error)})"
@@ -102,7 +103,7 @@ def probe(backbone: BuiltModel, config: Config, task: Task, *, compiled: bool) -
 
 
 def _make_fake(model: nn.Module) -> None:
-    """Every parameter and buffer on the CPU, in shape only."""
+    """Replace every parameter and buffer by a fake one on the CPU."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -115,7 +116,7 @@ def _make_fake(model: nn.Module) -> None:
 
 
 def _key(block: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Blocks that are equal in it are one program."""
+    """A key that is equal for blocks that run the same program."""
     return (
         tuple((type(m).__name__, getattr(m, "weight_format", "")) for m in block.modules()),
         tuple((p.shape, p.dtype) for p in block.parameters()),
@@ -124,7 +125,7 @@ def _key(block: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def _calls(task: Task, model: nn.Module, batch: Batch, blocks: list[nn.Module]) -> dict[Any, Call]:
-    """One call of every program among the blocks."""
+    """One call of each distinct program among the blocks."""
     calls: dict[Any, Call] = {}
 
     def run(block: nn.Module, forward: Callable, args: Any, kwargs: Any) -> Any:
@@ -139,13 +140,13 @@ def _calls(task: Task, model: nn.Module, batch: Batch, blocks: list[nn.Module]) 
 
 
 class _Checkpointed(torch.autograd.Function):
-    """Stands in for a block: keeps its input, and needs for a moment what the block needs."""
+    """Replaces a block: saves its input, and registers the block's peaks with the meter."""
 
     @staticmethod
     def forward(ctx, x, like, figures: BlockBytes, meter: Meter):
         ctx.save_for_backward(x)
         ctx.figures, ctx.meter = figures, meter
-        # Without a graph a checkpointed block frees what it does not keep as it goes along.
+        # Without a graph, a checkpointed block frees its activations as it runs.
         meter.spike(figures.forward)
         return torch.empty_like(like)
 
@@ -204,7 +205,7 @@ def _run(
 
 
 def _with_blocks(blocks: list[nn.Module], run: Callable, step: Callable[[], Any]) -> Any:
-    """`step()`, in which `run(block, its forward, args, kwargs)` takes the place of every block."""
+    """`step()`, with every block's forward replaced by `run(block, forward, args, kwargs)`."""
     for block in blocks:
         _replace(block, run)
     try:

@@ -1,23 +1,24 @@
-"""How many blocks can keep their activations: measured on this machine, not guessed.
+"""Plan how many blocks keep, offload or recompute their activations, from measurements.
 
-A probe runs forward and backward on the largest micro-batch that the data can give, with every
-block checkpointed and with one that is not. With f the peak of forward and of the loss, b that of
-backward, both with every block checkpointed, and a what a block adds that keeps its activations, n
-such blocks need
+Probes run forward and backward on the largest micro-batch that the data can give, with every block
+checkpointed and with one that is not. Let f be the peak of forward and the loss, b that of
+backward, both with every block checkpointed, and a the bytes added by a block that keeps its
+activations. Then n such blocks need
 
     max(f + n a, b + (n − 1) a)
 
-bytes: while the last block is differentiated, all of them are held, and its own are in b already.
-Where activations may go to the host (`engine.activation_offload`), a third run says what s a block
-leaves free whose activations are there, input included, and how long they travel. With m such
-blocks, one of which is always on its way, it is
+bytes: the activations of all n are held while the last block is differentiated, and its own are
+part of b. With `engine.activation_offload`, a third probe measures s, the bytes freed by a block
+that offloads its activations, input included, and the time of their copy. With m such blocks, one
+of which is always in flight, a step needs
 
     max(f + (n + 1) a, b + max(n, 1) a) − (m − 1) s
 
-bytes, and of more than one block in (time to travel / time to run) the others would have to wait.
+bytes. At most one block in (time to copy / time to run a block) is offloaded, else copies would
+delay the step.
 
-What is left then lets blocks stay whole that would otherwise be gathered for each pass
-(`engine.unsharded_blocks`).
+The memory left then holds unsharded blocks (`engine.unsharded_blocks`), which are not gathered in
+each pass.
 """
 
 import time
@@ -35,29 +36,29 @@ from trainer.tasks.base import Batch, Example, Task
 
 @dataclass(frozen=True)
 class Needs:
-    """f, b, a and s of the module's formula (bytes), and the most blocks that may move theirs."""
+    """f, b, a and s of the module's formulas (bytes), and the most blocks that may offload."""
 
     forward: int
     backward: int
     added: int
-    spared: int = 0
+    freed: int = 0
     most: int = 0
 
     def peak(self, saved: int, offloaded: int = 0) -> int:
-        """Bytes at the worst moment of a step."""
-        travelling = bool(offloaded)
-        forward = self.forward + (saved + travelling) * self.added
-        backward = self.backward + (max(1, saved) - 1 + travelling) * self.added
-        return max(forward, backward) - max(0, offloaded - 1) * self.spared
+        """Peak bytes of a step."""
+        in_flight = bool(offloaded)
+        forward = self.forward + (saved + in_flight) * self.added
+        backward = self.backward + (max(1, saved) - 1 + in_flight) * self.added
+        return max(forward, backward) - max(0, offloaded - 1) * self.freed
 
     def saved(self, blocks: int, offloaded: int, budget: int) -> int:
-        """The most blocks beside `moved` ones that can keep their activations; -1 if that is too
-        much with none."""
+        """The most blocks that can keep their activations while `offloaded` others offload theirs;
+        -1 if `budget` does not suffice even for none."""
         counts = range(blocks - offloaded, -1, -1)
         return next((saved for saved in counts if self.peak(saved, offloaded) <= budget), -1)
 
     def offloaded(self, blocks: int, budget: int) -> int:
-        """The fewest blocks to move with which as few as can be are computed again."""
+        """The fewest blocks to offload with which the number of recomputed blocks is minimal."""
 
         def worth(offloaded: int) -> tuple[int, int]:
             saved = self.saved(blocks, offloaded, budget)
@@ -68,7 +69,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was decided, and from which figures (bytes, of the rank that has least room)."""
+    """The plan, and the bytes it is based on (of the rank with the least room)."""
 
     saved: int
     offloaded: int
@@ -76,25 +77,24 @@ class Plan:
     blocks: int
     peak: int
     budget: int
-    place: int
-    """On the host, of all blocks that are moved."""
+    host_bytes: int
+    """Of the buffers of all offloaded blocks."""
 
     def __str__(self) -> str:
-        offloaded = f", {self.offloaded} move them to the host ({readable(self.place)})" * bool(
-            self.offloaded
-        )
-        unsharded = f", {self.unsharded} stay whole" * bool(self.unsharded)
-        return (
-            f"{self.saved} of {self.blocks} blocks keep their activations{offloaded}{unsharded}, "
-            f"peak {readable(self.peak)} expected of {readable(self.budget)}"
-        )
+        parts = [f"{self.saved} of {self.blocks} blocks keep their activations"]
+        if self.offloaded:
+            parts.append(f"{self.offloaded} offload them to the host ({readable(self.host_bytes)})")
+        if self.unsharded:
+            parts.append(f"{self.unsharded} stay unsharded")
+        parts.append(f"expected peak {readable(self.peak)} of {readable(self.budget)}")
+        return ", ".join(parts)
 
 
 def make_plan(session: Session, size: int | None = None, batch: Batch | None = None) -> Plan | None:
-    """Measure and decide for micro-batches of `size` sequences (none: `data.micro_batch_size`), or
-    for `batch`, where `engine.activation_checkpointing` is `auto` on a GPU; the same on every rank.
-    What is left then is for `engine.unsharded_blocks`. RunFailed where not even checkpointing every
-    block fits."""
+    """Measure and apply a plan for micro-batches of `size` sequences (default
+    `data.micro_batch_size`), or for `batch`. None unless `engine.activation_checkpointing` is
+    `auto` and the device a GPU. Collective; the same plan on every rank. Raises RunFailed where a
+    step does not fit even with every block checkpointed."""
     options, device, world = session.config.engine, session.world.device, session.world
     if options.activation_checkpointing != "auto" or device.type != "cuda":
         return None
@@ -103,63 +103,66 @@ def make_plan(session: Session, size: int | None = None, batch: Batch | None = N
     longest = data.max_length if data.packing else int(session.train_data.lengths.max())
     batch = batch or largest_batch(session.task, data, longest, size or data.micro_batch_size)
     engine = session.engine
-    fills = options.unsharded_blocks == "auto" and engine.supports_unsharded_blocks
-    if fills:
+    plans_unsharded = options.unsharded_blocks == "auto" and engine.supports_unsharded_blocks
+    if plans_unsharded:
         engine.keep_unsharded(0)
-    needs, place = _measure(session, batch.to(device))
+    needs, buffer_bytes = _measure(session, batch.to(device))
     release(device)
     budget = allowance(device, options.memory_fraction)
     offloaded = min(world.gather(needs.offloaded(len(blocks), budget)))
     saved = max(0, min(world.gather(needs.saved(len(blocks), offloaded, budget))))
     with world.all_or_none():
-        blocks.keep(saved, offloaded, place)
+        blocks.keep(saved, offloaded, buffer_bytes)
     peak = needs.peak(saved, offloaded)
-    if fills:
+    if plans_unsharded:
         share = world.size if session.config.optim.shard_state else 1
         updating = held_bytes(device) + update_bytes(session.optimizer.numel, share)
         left = min(world.gather(budget - max(peak, updating)))
         engine.keep_unsharded(blocks_that_fit(len(blocks), engine.largest_block, left))
         peak += engine.unsharded_blocks * engine.largest_block
-    return Plan(
-        saved, offloaded, engine.unsharded_blocks, len(blocks), peak, budget, offloaded * place
-    )
+    host_bytes = offloaded * buffer_bytes
+    return Plan(saved, offloaded, engine.unsharded_blocks, len(blocks), peak, budget, host_bytes)
 
 
 def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:
-    """What blocks need, and the bytes on the host of one that is moved. Where not even one block
-    can keep its activations, a is more than there is. All ranks go through the same probes."""
+    """The needs, and the bytes of an offloaded block's host buffer. If not even one block can keep
+    its activations, a is the GPU's whole memory. All ranks run the same probes. Raises RunFailed
+    where not even checkpointing every block fits."""
     blocks, world = session.backbone.blocks, session.world
     blocks.keep(0)
-    _probe(session, batch)  # compiles
-    nothing = _probe(session, batch)
+    _probe(session, batch)  # the first run compiles
+    base = _probe(session, batch)
     with world.all_or_none():
-        if nothing is None:
+        if base is None:
             raise oom_error(session)
-    assert nothing is not None
+    assert base is not None
     blocks.keep(1)
     one = _probe(session, batch)
-    added = torch.cuda.mem_get_info(world.device)[1] if one is None else one.held - nothing.held
-    needs = Needs(nothing.forward, nothing.backward, max(1, added))
+    added = torch.cuda.mem_get_info(world.device)[1] if one is None else one.held - base.held
+    needs = Needs(base.forward, base.backward, max(1, added))
     room = int(session.config.engine.activation_offload * GIB)
     if room == 0 or not blocks.offloadable or world.any(one is None):
         return needs, 0
     with world.all_or_none():
         blocks.keep(0, 1, min(room, 2 * added))
-    away = _probe(session, batch)
-    if world.any(away is None or away.offloaded == 0):
+    off = _probe(session, batch)
+    if world.any(off is None or off.offloaded == 0):
         return needs, 0
-    assert away is not None
-    seconds, running = blocks.host.transfer_seconds(away.offloaded), nothing.seconds / len(blocks)
+    assert off is not None
+    copy_seconds = blocks.host.transfer_seconds(off.offloaded)
+    block_seconds = base.seconds / len(blocks)
     most = min(
-        room // away.offloaded, int(len(blocks) * running / seconds), len(blocks.offloadable)
+        room // off.offloaded,
+        int(len(blocks) * block_seconds / copy_seconds),
+        len(blocks.offloadable),
     )
-    return replace(needs, spared=nothing.held - away.held, most=most), away.offloaded
+    return replace(needs, freed=base.held - off.held, most=most), off.offloaded
 
 
 @dataclass(frozen=True)
 class _Probe:
-    """Bytes held after forward, peaks of forward and backward, bytes that went to the host; seconds
-    of forward."""
+    """Bytes held after forward, peaks of forward and backward, bytes offloaded; seconds of
+    forward."""
 
     held: int
     forward: int
@@ -169,7 +172,8 @@ class _Probe:
 
 
 def _probe(session: Session, batch: Batch) -> _Probe | None:
-    """One forward and backward pass; None where the memory does not suffice."""
+    """Measure one forward and backward pass. None where the memory does not suffice; RunFailed
+    instead if blocks are gathered by collectives."""
     device, blocks = session.world.device, session.backbone.blocks
     release(device)
     torch.cuda.synchronize(device)
@@ -184,7 +188,7 @@ def _probe(session: Session, batch: Batch) -> _Probe | None:
         offloaded = blocks.host.used
         session.engine.backward(loss)
     except torch.OutOfMemoryError as error:
-        if session.engine.collective_gather:  # the others wait for it in the middle of a block
+        if session.engine.collective_gather:  # the others are blocked in a gather
             raise oom_error(session) from error
         session.optimizer.zero_grad()
         return None
@@ -193,14 +197,14 @@ def _probe(session: Session, batch: Batch) -> _Probe | None:
 
 
 def reduce_plan(session: Session) -> str:
-    """After an out-of-memory error: let no block stay whole; then keep the activations of an eighth
-    of the blocks fewer; at last move none; and say so. RunFailed where that is not what was asked
-    for, or all are computed again already."""
+    """Reduce memory after an out-of-memory error: keep no block unsharded; next time, checkpoint an
+    eighth of the blocks more; at last, offload none. Returns a line for the log. Raises RunFailed
+    where the configuration rules that out, or all blocks are checkpointed already."""
     blocks, engine = session.backbone.blocks, session.engine
     if engine.unsharded_blocks and session.config.engine.unsharded_blocks == "auto":
         engine.keep_unsharded(0)
         release(session.world.device)
-        return "out of memory: no block stays whole from here"
+        return "out of memory: no block stays unsharded from here"
     auto, saved, offloaded = (
         session.config.engine.activation_checkpointing,
         blocks.saved,
@@ -214,7 +218,7 @@ def reduce_plan(session: Session) -> str:
 
 
 def oom_error(session: Session) -> RunFailed:
-    """What a user hears of memory that ran out for good."""
+    """The error for an out-of-memory condition that no plan avoids."""
     config, blocks = session.config, session.backbone.blocks
     if session.engine.unsharded_blocks:
         return RunFailed(
@@ -241,8 +245,8 @@ def oom_error(session: Session) -> RunFailed:
 
 
 def largest_batch(task: Task, data: DataOptions, length: int, size: int) -> Batch:
-    """A micro-batch of `size` sequences of `length` tokens, all learned; two documents each where
-    they are packed, since those need a mask."""
+    """A micro-batch of `size` sequences of `length` tokens, all with a loss; two documents per
+    sequence with packing, which then needs a mask."""
     lengths = [length // 2, length - length // 2] if data.packing else [length]
     token = int(task.pad_token_id == 0)  # any but padding
     typed = "token_type_ids" in task.tokenizer.model_input_names

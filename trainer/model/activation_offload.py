@@ -25,7 +25,7 @@ _ALIGNMENT = 64
 
 
 class _Reference(NamedTuple):
-    """What autograd keeps in place of an offloaded tensor: its block and its number there."""
+    """Saved by autograd in place of an offloaded tensor: its block and its index there."""
 
     block: int
     number: int
@@ -36,7 +36,7 @@ class _SavedTensors:
 
     def __init__(self) -> None:
         self.views: list[tuple[torch.Size, tuple[int, ...], torch.dtype, slice]] = []
-        self.leaving: list[Tensor] = []  # not to be freed before they were copied
+        self.leaving: list[Tensor] = []  # sources of copies in flight
         self.arrived: list[Tensor] = []
         self.numbers: dict[Any, int] = {}
 

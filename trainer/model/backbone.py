@@ -1,4 +1,4 @@
-"""A model with adapted layers, before its weights are there and after."""
+"""A model with adapted layers, before and after its weights are loaded."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class TrainedModule(nn.Module):
-    """A module that trains whole beside the adapters (a new head): float32, never sharded."""
+    """A fully trained module (a new head, a router): float32, never sharded."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
         self.inner = inner.float()
-        for name, parameter in inner.named_parameters():  # a router's balancing terms do not train
+        for name, parameter in inner.named_parameters():  # not a router's balancing bias
             parameter.requires_grad_(name.rpartition(".")[2] in ("weight", "bias"))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -29,40 +29,41 @@ class TrainedModule(nn.Module):
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model on the meta device whose linear layers are adapted layers: shapes, no bytes."""
+    """A model on the meta device whose linear layers are replaced by adapted layers."""
 
     model: "PreTrainedModel"
     dtype: torch.dtype
     units: Sequence[Unit]
     adapted_layers: Mapping[str, AdaptedLayer]
-    """Adapted layers by name; those of `units` are to take adapters."""
+    """Adapted layers by name; those of `units` take adapters."""
     heads: Mapping[str, nn.Module]
-    """The task's new modules and trained routers, by path; their parameters train whole."""
+    """The task's new modules and trained routers, by path; fully trained."""
     left_alone: Sequence[str] = ()
-    """Stacks of experts of a form that takes no adapters, by their path within a block."""
+    """Stacks of experts whose form does not support adapters, by their path within a block."""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """What it took to load a backbone."""
+    """Time and memory of loading a backbone."""
 
     seconds: float
     bytes_read: int
-    """Of tensors in files, by all ranks."""
-    shares: dict[str, float]
-    """Seconds in which this rank waited for files, split, packed, and shared with its host."""
+    """Of tensors in files, over all ranks."""
+    stages: dict[str, float]
+    """This rank's seconds of waiting for files, decomposing, packing, and exchanging tensors within
+    its host."""
     peak_host_bytes: int
-    """The most resident memory that any rank has had so far, loaded libraries included."""
+    """The largest peak of resident memory of any rank so far, libraries included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedBackbone(BuiltModel):
-    """The same model with its weights, in the engine's hands; `heads` are `TrainedModule`s."""
+    """The model with its weights, sharded by the engine; `heads` are `TrainedModule`s."""
 
     blocks: Blocks
-    """How the transformer blocks run."""
+    """Controls how the transformer blocks run."""
     digest: str
-    """Identity of config.json and weights."""
+    """Digest of config.json and weights."""
     quantization_error: float
     """‖W − Ŵ‖ / ‖W‖ over all quantised matrices (Frobenius)."""
     loading: Loading

@@ -1,9 +1,8 @@
-"""How the transformer blocks of a model run: compiled once for all of them; which of them keep what
-backward needs, which move it to the host, and which compute it again.
+"""Run the transformer blocks: compiled or not; saving, offloading or recomputing activations.
 
-All of it wraps a block's `forward` and stays inside the hooks by which sharders gather its
-parameters. Blocks of one class share one compiled program: what tells two of them apart (weights,
-adapters) is input to it or hidden from it (`adapters/layers/handles.py`).
+Each block's `forward` is wrapped, inside the hooks by which sharders gather its parameters. Blocks
+of one class share one compiled program: their differences (weights, adapters) are inputs of it or
+hidden from it (`adapters/layers/handles.py`).
 """
 
 from collections.abc import Callable
@@ -24,27 +23,27 @@ BACKEND = "inductor"
 
 
 def configure_compiler() -> None:
-    """Set torch.compile's global options: to be called before anything is compiled."""
+    """Set torch.compile's global options. Must be called before anything is compiled."""
     import torch._dynamo.config
     import torch._functorch.config
     import torch.fx.experimental._config
 
-    # Programs: with gradients and without, with a mask and without, one sequence or several. Past
-    # the limit blocks would silently run uncompiled.
+    # Programs differ by gradients, mask, and one sequence or several. Beyond the limit blocks would
+    # silently run uncompiled.
     torch._dynamo.config.recompile_limit = 64
-    # A sequence as long as the model is wide would be taken to be always so.
+    # Else a sequence length that happens to equal the hidden size is compiled as equal to it.
     torch.fx.experimental._config.use_duck_shape = False
     # Recompute every pointwise operation in backward, also where its result is an operator's input
-    # there: inputs of the projections are pointwise results of what is kept anyway. A block of 70B
-    # then keeps 0.73 instead of 1.06 GiB, for 0.2 ms of pointwise kernels.
+    # there: inputs of the projections are pointwise functions of tensors that are saved anyway. A
+    # block of 70B then saves 0.73 instead of 1.06 GiB, for 0.2 ms of pointwise kernels.
     torch._functorch.config.ban_recompute_materialized_backward = False
 
 
 class Blocks:
-    """Takes over the blocks of `model`, before they are sharded."""
+    """Wraps the blocks of `model`; must be made before they are sharded."""
 
     def __init__(self, model: nn.Module, device: torch.device, *, compiled: bool):
-        if compiled or device.type == "cuda":  # where weight formats compile kernels of their own
+        if compiled or device.type == "cuda":  # weight formats compile kernels on GPUs
             configure_compiler()
         self.host = HostMemory(device)
         self._blocks = [
@@ -57,51 +56,51 @@ class Blocks:
 
     @property
     def saved(self) -> int:
-        """How many blocks keep their activations for backward."""
+        """Number of blocks that keep their activations for backward."""
         return sum(not (block.checkpointed or block.offloaded) for block in self._blocks)
 
     @property
     def offloaded(self) -> int:
-        """How many let them wait on the host; what is left computes them again."""
+        """Number of blocks that offload them to the host; the others recompute them."""
         return sum(block.offloaded for block in self._blocks)
 
     @property
     def offloadable(self) -> range:
-        """Blocks that may move theirs: between the first that has a gradient, whose backward comes
-        last, and the last, whose backward comes at once."""
+        """Indices of the blocks that can offload: those after the first trained one, whose backward
+        runs last, and before the last, whose backward runs immediately."""
         first = next((block.index for block in self._blocks if block.trains), len(self))
         return range(first + 1, len(self) - 1)
 
-    def keep(self, count: int, offloaded: int = 0, place: int | None = None) -> None:
-        """Let `count` blocks keep their activations and `offloaded` of the offloadable ones move
-        them to host buffers of `place` bytes (None: the buffers that there are).
+    def keep(self, count: int, offloaded: int = 0, nbytes: int | None = None) -> None:
+        """Let `count` blocks keep their activations, `offloaded` ones offload them to host buffers
+        of `nbytes` each (None: the size of the present ones), and the others recompute them.
 
-        Offloaded blocks lie apart, so that their copies overlap with what runs in between. Of the
-        others the last keep theirs: backward comes to them first, and they are gone when the others
-        are computed again.
+        Offloading blocks are spread evenly, so that their copies overlap with the blocks in
+        between. Of the others the last keep theirs: backward reaches them first and frees their
+        activations before it recomputes others. Raises RunFailed where the host lacks the memory.
         """
         offloadable = self.offloadable[::-1]
-        away = {offloadable[index * len(offloadable) // offloaded] for index in range(offloaded)}
-        assert len(away) == offloaded
-        self.host.reserve(sorted(away), place)
-        others = [block for index, block in enumerate(self._blocks) if index not in away]
+        indices = {offloadable[index * len(offloadable) // offloaded] for index in range(offloaded)}
+        assert len(indices) == offloaded
+        self.host.reserve(sorted(indices), nbytes)
+        others = [block for index, block in enumerate(self._blocks) if index not in indices]
         for block in self._blocks:
-            block.offloaded, block.checkpointed = block.index in away, False
+            block.offloaded, block.checkpointed = block.index in indices, False
         for block in others[: len(others) - count]:
             block.checkpointed = True
 
 
 def check_unsharded_blocks(options: EngineOptions, count: int) -> None:
-    """Whether there are as many blocks (`count`) as are to stay whole."""
-    whole = options.unsharded_blocks
-    if whole != "auto" and whole > count:
+    """Raises UserError where `engine.unsharded_blocks` exceeds the number of blocks, `count`."""
+    asked = options.unsharded_blocks
+    if asked != "auto" and asked > count:
         raise UserError(
-            f"engine.unsharded_blocks: {whole} given; accepted: at most {count}, all there are"
+            f"engine.unsharded_blocks: {asked} given; accepted: at most {count}, all blocks"
         )
 
 
 class _Block:
-    """Stands in for a block's `forward`."""
+    """Wraps a block's `forward`."""
 
     def __init__(self, index: int, block: nn.Module, host: HostMemory, compiled: bool):
         self.index, self._block, self._host = index, block, host
@@ -110,13 +109,14 @@ class _Block:
             # Dynamic: sequences differ in length from one micro-batch to the next.
             self._forward = torch.compile(block.forward, dynamic=True, backend=BACKEND)
         self.checkpointed = self.offloaded = False
-        # Before any sharder's hooks: these release a block once its input has its gradient.
+        # Registered before any sharder's hooks, which release a block when the gradient of its
+        # input is ready.
         block.register_forward_pre_hook(self._begin_gradient)
         block.forward = self._run  # type: ignore[assignment,method-assign]
 
     def _begin_gradient(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """The first block that trains has an input with a gradient, as all after it: it is then the
-        same program, and treated alike by sharders."""
+        """Make the input of the first trained block require gradients, as in all blocks after it:
+        they then share a program, and sharders treat them alike."""
         hidden = args[0] if args else None
         if not isinstance(hidden, torch.Tensor) or not hidden.is_floating_point():
             return None
@@ -145,13 +145,13 @@ class _Block:
         return output
 
     def _held_anyway(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
-        """Storages that this block does not hold alone: what all blocks are given, and weights."""
+        """Storages that stay allocated in any case: arguments shared by all blocks, and weights."""
         shared = [t for t in tree_leaves((args[1:], kwargs)) if isinstance(t, torch.Tensor)]
         return {t.untyped_storage().data_ptr() for t in (*shared, *self._block.parameters())}
 
     @property
     def trains(self) -> bool:
-        """Whether it holds anything that trains."""
+        """Whether the block has an adapter or a trained router."""
         modules = self._block.modules()
         return any(isinstance(module, PackedLayer) and module.adapts for module in modules) or any(
             parameter.requires_grad
@@ -160,7 +160,7 @@ class _Block:
 
 
 def hidden_state(output: Any) -> torch.Tensor:
-    """The hidden states among what a block returns."""
+    """The hidden states in a block's output."""
     return output if isinstance(output, torch.Tensor) else output[0]
 
 

@@ -1,4 +1,4 @@
-"""The model without its weights: on the meta device, its linear layers made adapted layers."""
+"""Build a model on the meta device and replace its linear layers by adapted layers."""
 
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 
 def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
-    """The model on the meta device, its linear layers made adapted layers: shapes, no bytes."""
+    """The model on the meta device, without weights. Raises UserError where model, task and method
+    do not fit together."""
     options = config.model
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     model_config = load_model_config(folder, options)
@@ -36,7 +37,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
             model = task.auto_class.from_config(
                 model_config,
                 dtype=dtype,
-                # Given in any case: config.json may name code on the hub here, or in `auto_map`.
+                # Always given: config.json may name code on the hub here, or in `auto_map`.
                 attn_implementation=None if options.attention == "auto" else options.attention,
                 trust_remote_code=False,
             )
@@ -68,7 +69,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
 def _targets(
     model: nn.Module, method: MethodOptions, head: list[str], trained: list[str]
 ) -> list[str]:
-    """Paths of the linear layers that take adapters. Raises UserError naming what does not fit."""
+    """Paths of the linear layers that take adapters. Raises UserError naming those that cannot."""
     excluded = trained if method.include_head else [*head, *trained]
     try:
         targets = select_targets(linear_names(model, excluded), method.targets)

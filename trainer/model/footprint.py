@@ -1,4 +1,4 @@
-"""Bytes that the backbone and what trains on it take on each rank, without activations."""
+"""Bytes of the backbone, adapters and optimizer on each rank, without activations."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,30 +12,30 @@ from trainer.config.config import Config
 from trainer.model.backbone import BuiltModel
 
 Spread = Literal["whole", "split", "blocks"]
-"""How an engine spreads the backbone: every rank holds all of it; all of it is split over all
-ranks; the blocks' matrices are split over the ranks of a host, and the rest is whole everywhere."""
+"""How an engine distributes the backbone. "whole": replicated on every rank; "split": sharded over
+all ranks; "blocks": the blocks' matrices sharded over the ranks of a host, the rest replicated."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes a rank, without activations."""
+    """Bytes per rank, without activations."""
 
     backbone: int
-    """The rank's share of the frozen backbone, between steps."""
+    """The rank's part of the frozen backbone, between steps."""
     block: int
-    """The largest transformer block, whole; 0 where no block is gathered."""
+    """The largest transformer block, unsharded; 0 where no block is gathered."""
     gathered: int
-    """What a sharder gathers of it at a time: one block in use and one on its way, and the layers
-    outside the blocks where these are split too."""
+    """Peak of gathered parameters: one block in use and one prefetched, and the layers outside the
+    blocks where these are sharded too."""
     held: int
-    """Adapters and heads with gradients and two moments, float32; of the moments the rank's part,
-    where `optim.shard_state` splits them."""
+    """Adapters and heads with gradients and two moments, float32; with `optim.shard_state` only the
+    rank's shard of the moments."""
     update: int
-    """Temporaries of the optimizer's step, split likewise."""
+    """Temporaries of the optimizer's step, sharded likewise."""
 
     @property
     def trainable(self) -> int:
-        """What training the adapters and heads takes at most."""
+        """Peak bytes of the adapters and heads, their optimizer included."""
         return self.held + self.update
 
     @property
@@ -51,15 +51,15 @@ def estimate(
     *,
     local_ranks: int | None = None,
 ) -> Estimate:
-    """What `backbone` (built, not loaded) takes on each of `ranks` ranks, `local_ranks` of them on
-    a host (none: all)."""
+    """Bytes of `backbone` (built, not loaded) on each of `ranks` ranks, `local_ranks` of them per
+    host (None: all)."""
     blocks = [block for _, block in transformer_blocks(backbone.model)]
     sizes = [_frozen_bytes(block, backbone, adapted_only=spread == "blocks") for block in blocks]
-    whole = _frozen_bytes(backbone.model, backbone)
-    local_ranks, rest, largest = local_ranks or ranks, whole - sum(sizes), max(sizes, default=0)
+    full = _frozen_bytes(backbone.model, backbone)
+    local_ranks, rest, largest = local_ranks or ranks, full - sum(sizes), max(sizes, default=0)
     backbone_bytes, gathered = {
-        "whole": (whole, 0),
-        "split": (-(-whole // ranks), rest + 2 * largest if ranks > 1 else 0),
+        "whole": (full, 0),
+        "split": (-(-full // ranks), rest + 2 * largest if ranks > 1 else 0),
         "blocks": (rest - (-sum(sizes) // local_ranks), 2 * largest),
     }[spread]
     trained = trainable_parameters(backbone, config)
@@ -75,17 +75,17 @@ def estimate(
 
 
 def update_bytes(trained: int, share: int) -> int:
-    """Temporaries of the optimizer's step on so many parameters, split over `share` ranks."""
+    """Temporary bytes of the optimizer's step on `trained` scalars, sharded over `share` ranks."""
     return 4 * 3 * -(-trained // share)
 
 
-def blocks_that_fit(blocks: int, nbytes: int, left: int) -> int:
-    """How many of `blocks`, `nbytes` each, find room in what is left."""
-    return min(blocks, max(0, left) // nbytes) if nbytes else 0
+def blocks_that_fit(blocks: int, nbytes: int, available: int) -> int:
+    """How many of `blocks`, `nbytes` each, fit into `available` bytes."""
+    return min(blocks, max(0, available) // nbytes) if nbytes else 0
 
 
 def trainable_parameters(backbone: BuiltModel, config: Config) -> int:
-    """Scalars that a fixed-rank adapter on every unit and the task's heads train."""
+    """Number of trained scalars: fixed-rank adapters on every unit and the task's heads."""
     gates = int(METHODS[config.method.kind].gates == "learned")
     adapters = sum(
         config.method.components * (unit.in_features + unit.out_features + gates)
@@ -96,10 +96,9 @@ def trainable_parameters(backbone: BuiltModel, config: Config) -> int:
 
 
 def _frozen_bytes(module: nn.Module, backbone: BuiltModel, *, adapted_only: bool = False) -> int:
-    """Bytes of a module once loaded, or of its adapted layers' matrices; a tied parameter
-    counts once."""
-    places = backbone.adapted_layers.values()
-    packed = {id(place.weight): place.layer for place in places}
+    """Bytes of a module once loaded, or only of its adapted layers; tied parameters count once."""
+    adapted = backbone.adapted_layers.values()
+    packed = {id(layer.weight): layer.layer for layer in adapted}
     total = 0
     for parameter in module.parameters():
         layer = packed.get(id(parameter))

@@ -1,4 +1,4 @@
-"""A model's folder, configuration and tokenizer: local, or from the hub."""
+"""A model's folder, configuration and tokenizer, local or from the hub."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def resolve_folder(name: str, revision: str | None, *, with_weights: bool = True) -> Path:
-    """The local folder of a model: as given, or downloaded from the hub (safetensors only)."""
+    """The local folder of a model, downloaded from the hub if needed (safetensors only). Raises
+    UserError where there is none."""
     path = local(name)
     if path is not None and path.is_dir():
         return path
@@ -31,15 +32,14 @@ def resolve_folder(name: str, revision: str | None, *, with_weights: bool = True
                 ignore_patterns=["consolidated*", "original/*"],
             )
         )
-    except Exception as error:  # the hub client raises a score of types
+    except Exception as error:  # the hub client raises many types
         raise UserError(
-            f"model.id: {name}: neither a local folder nor a model that the hub gives "
-            f"({first_line(error)})"
+            f"model.id: {name}: neither a local folder nor a model on the hub ({first_line(error)})"
         ) from error
 
 
 def load_tokenizer(options: ModelOptions) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer, or the one that `model.tokenizer` names."""
+    """The model's tokenizer, or the one that `model.tokenizer` names. Raises UserError."""
     key = "model.id" if options.tokenizer is None else "model.tokenizer"
     revision = options.revision if options.tokenizer is None else None
     folder = resolve_folder(options.tokenizer or options.id, revision, with_weights=False)
@@ -47,12 +47,12 @@ def load_tokenizer(options: ModelOptions) -> "PreTrainedTokenizerBase":
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever the files lead to
+    except Exception as error:  # transformers raises many types on bad files
         raise UserError(f"{key}: {folder}: no usable tokenizer ({first_line(error)})") from error
 
 
 def load_model_config(folder: Path, options: ModelOptions) -> "PretrainedConfig":
-    """The model's configuration with `model.overrides` applied."""
+    """The model's configuration with `model.overrides` applied. Raises UserError."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
     try:
@@ -69,7 +69,7 @@ def load_model_config(folder: Path, options: ModelOptions) -> "PretrainedConfig"
     if not options.overrides:
         return config
     values = config.to_dict()
-    for key in options.overrides:  # by the model's name for it, or by transformers' common one
+    for key in options.overrides:  # the model's own names and transformers' common ones
         if key not in values and key not in config.attribute_map:
             raise UserError(f"model.overrides: {key}: not a key of {folder / 'config.json'}")
     values.pop("layer_types", None)  # derived from the number of layers

@@ -1,4 +1,4 @@
-"""The matrices of a model: made adapted layers, with their weight formats."""
+"""Replace a model's linear layers by adapted layers with their weight formats."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,9 @@ from trainer.model.backbone import set_module
 def install_adapted_layers(
     model: nn.Module, quantization: str, targets: list[str], unquantized: list[str]
 ) -> dict[str, AdaptedLayer]:
-    """Replace linear layers, those that take no adapter too: only an adapted layer keeps its matrix
-    out of what a compiled block saves for backward."""
+    """Replace linear layers, also those without adapters: only an adapted layer keeps its matrix
+    out of the tensors that a compiled block saves for backward. Returns them by path. Raises
+    UserError where a matrix cannot be quantised."""
     adapted_layers: dict[str, AdaptedLayer] = {}
     quantizable = dict.fromkeys(linear_names(model, unquantized))
     if quantization != "none":
@@ -36,7 +37,7 @@ def install_adapted_layers(
 
 
 def other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Large matrices in the blocks that are neither linear layers nor experts of a known form."""
+    """Large matrices in the blocks that are neither linear layers nor supported experts."""
     for path, block in transformer_blocks(model):
         for name, module in block.named_modules():
             if is_linear(module) or isinstance(module, nn.Embedding | RegisteredLayer):
@@ -47,7 +48,7 @@ def other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _refuse_other_matrices(model: nn.Module, quantization: str, unquantized: Sequence[str]) -> None:
-    """Never skipped silently: half a quantised model is not what was asked for."""
+    """Raises UserError rather than leave some matrices of the blocks unquantised."""
     for where, parameter in other_matrices(model):
         if where.rpartition(".")[0] not in unquantized:
             raise UserError(
@@ -58,7 +59,7 @@ def _refuse_other_matrices(model: nn.Module, quantization: str, unquantized: Seq
 
 
 def refuse_tied(model: nn.Module, method: MethodOptions, targets: list[str]) -> None:
-    """A matrix with two users cannot give a part of itself to one of them."""
+    """Raises UserError for tied matrices: spectral initialisation would change both modules."""
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for path in targets:
         if owners[id(layer_at(model, path).weight)] > 1:

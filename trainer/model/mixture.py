@@ -1,4 +1,4 @@
-"""What a mixture of experts has that other models have not: stacks, routers, gates."""
+"""Mixtures of experts: checks of their stacks, and their routers and gates."""
 
 import torch
 from torch import nn
@@ -8,12 +8,12 @@ from adapters.units import transformer_blocks
 from trainer.errors import UserError
 
 _ROW_BYTES = 16
-"""A row of an operand of torch's grouped product takes a multiple of so many."""
+"""Rows of the operands of torch's grouped GEMM are multiples of this."""
 
 
 def check_experts(model: nn.Module, dtype: torch.dtype) -> None:
-    """Raises UserError where a token's experts are more than there are, or the grouped product
-    (torch's) cannot take their rows."""
+    """Raises UserError where a token's experts exceed their number, or torch's grouped GEMM does
+    not support their shapes."""
     chosen = getattr(model.config, "num_experts_per_tok", None)
     for path, stack in model.named_modules():
         if not isinstance(stack, StackedLinear):
@@ -43,8 +43,8 @@ def left_alone(model: nn.Module) -> list[str]:
 
 
 def gates(model: nn.Module) -> list[tuple[str, int, int]]:
-    """(path, rows, experts) of what is beside a mixture's experts with a row of weights for each of
-    them, or one for a shared expert: too few for an adapter, and too delicate to quantise."""
+    """(path, rows, experts) of modules next to a mixture's experts with one row of weights per
+    expert, or one row for a shared expert: too small for an adapter, too sensitive to quantise."""
     found = []
     for path, module in model.named_modules():
         if isinstance(module, AdaptedExperts):
@@ -57,7 +57,7 @@ def gates(model: nn.Module) -> list[tuple[str, int, int]]:
 
 
 def routers(model: nn.Module) -> list[str]:
-    """Paths of what chooses the experts: the module beside them with one row of weights each."""
+    """Paths of the routers: gates with one row per expert. Raises UserError without any."""
     found = [path for path, rows, experts in gates(model) if rows == experts]
     if not found:
         raise UserError(

@@ -3,11 +3,10 @@
 import pytest
 
 from tests.helpers import quick_config
-from trainer.config.engines import engine_class
 from trainer.distributed.world import World
 from trainer.engine import copy_engine_gather, fsdp2
 from trainer.engine.peer import PeerEngine
-from trainer.engine.select import choose, make_engine
+from trainer.engine.select import choose, engine_class, make_engine
 from trainer.errors import UserError
 from trainer.model.build import build
 from trainer.model.footprint import estimate

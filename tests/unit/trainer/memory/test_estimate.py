@@ -131,7 +131,7 @@ def test_what_is_left_lets_blocks_stay_whole(kind):
     assert found.states.block == pytest.approx(block, rel=1e-4)
     assert found.peak <= room < found.peak + 1.05 * block
     assert sum(found.parts().values()) == found.peak
-    assert f"the weights of {found.unsharded} stay whole" in table(found)
+    assert f"; {found.unsharded} stay unsharded" in table(found)
     less = predict(load_config(LLAMA, [*bf16, "engine.unsharded_blocks=0"]), 4, H200)
     assert found.peak - less.peak == found.unsharded * found.states.block
     # Asked for, they come first.

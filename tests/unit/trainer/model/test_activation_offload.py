@@ -163,12 +163,12 @@ def test_places_are_kept_where_they_fit():
 def test_no_more_is_planned_than_fits_and_as_little_is_computed_again():
     """Against every plan there is."""
     blocks = 12
-    for forward, backward, spared, most, budget in [
+    for forward, backward, freed, most, budget in [
         (50, 60, 2, 5, 100), (60, 50, 2, 12, 100), (50, 57, 0, 3, 80), (50, 90, 3, 12, 95),
         (10, 20, 1, 0, 60), (50, 60, 2, 12, 1000), (200, 60, 2, 12, 100), (60, 70, 1, 5, 71),
         (60, 61, 1, 8, 62),
     ]:  # fmt: skip
-        needs = Needs(forward, backward, 7, spared, most)
+        needs = Needs(forward, backward, 7, freed, most)
         offloaded = needs.offloaded(blocks, budget)
         saved = needs.saved(blocks, offloaded, budget)
         plans = [

@@ -156,7 +156,7 @@ def test_blocks_stop_staying_whole_before_activations_are_given_up(tmp_path, mon
     counts = []
     monkeypatch.setattr(session.engine, "keep_unsharded", counts.append)
     session.engine.unsharded_blocks = 3
-    assert planner.reduce_plan(session) == "out of memory: no block stays whole from here"
+    assert planner.reduce_plan(session) == "out of memory: no block stays unsharded from here"
     assert counts == [0] and session.backbone.blocks.saved == 4
     object.__setattr__(session.config.engine, "unsharded_blocks", 3)  # as under peer
     with pytest.raises(RunFailed, match=r"engine.unsharded_blocks: 3 given, but .* fewer, or 0"):
