@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install install-dev quickstart test test-slurm test-all campaign lint clean
+.PHONY: install install-dev quickstart test test-slurm test-all faults campaign lint clean
 
 # torch first: whatever depends on it then finds it installed. deepspeed is a source package
 # whose build needs torch, so it is built against the one that is there.
@@ -31,13 +31,21 @@ install-dev: $(BIN)/.installed-dev
 quickstart: $(BIN)/.installed
 	deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml
 
-test: $(BIN)/.installed-dev lint
-	python -m pytest -q
+# Two test files at a time. The long ones, whose ranks wait for one another now and then, come first.
+SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+TESTS  := tests/world tests/launch tests/unit tests/gpu tests/slurm
 
-# What takes too long for every change: every engine with every method, save and resume between all
-# engines, thousands of hostile files. An hour or two on two cores.
+test: $(BIN)/.installed-dev lint
+	python -m pytest -q $(SPREAD) $(TESTS)
+
+# What takes too long for every change (CONTRIBUTING lists it): every engine with every method, save
+# and resume between all engines, thousands of hostile files. An hour or two on two cores.
 test-all: $(BIN)/.installed-dev lint
-	RANKCAST_ALL=1 python -m pytest -q
+	RANKCAST_ALL=1 python -m pytest -q $(SPREAD) $(TESTS)
+
+# Plants faults in copies of the project, one by one: which of them do the tests of `make test` catch?
+faults: $(BIN)/.installed-dev
+	python -m tests.campaigns.planted_faults
 
 # Breaks runs on purpose, then lets one run for 20,000 steps (docs/reliability.md). Needs root for
 # the file systems that it mounts.

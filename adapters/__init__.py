@@ -1,4 +1,4 @@
-"""Gated low-rank adapters and the methods that steer them.
+"""Gated low-rank adapters and the methods that train and adapt them.
 
-Nothing in this package knows of processes, engines or run folders; `trainer` builds on it.
+This package is independent of processes, engines and run folders; `trainer` builds on it.
 """

@@ -1,4 +1,4 @@
-"""The adapters of a model: placed, removed, resized, and what of them trains. No policy."""
+"""The adapters of a model: attach, remove, resize, and list their trainable tensors. No policy."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ from adapters.optimizer import Trainable
 from adapters.unit import Unit, stem
 
 Gates = Literal["constant", "learned", "observed"]
-"""Whether g has no gradient; is trained by the optimizer; or has a gradient that the method alone
-uses."""
+"""g has no gradient (`constant`), is trained by the optimizer (`learned`), or has a gradient that
+only the method uses (`observed`)."""
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,24 @@ class Training:
     """Probability."""
     dropout_on: Literal["hidden", "input"] = "hidden"
     learning_rate_ratios: Mapping[str, float] = field(default_factory=dict)
-    """By role (A, g, B), over the learning rate; 1 where none is given."""
+    """Factors of the learning rate by role (A, g, B); 1 where none is given."""
     decay_ratios: Mapping[str, float] = field(default_factory=dict)
-    """By role, over the weight decay."""
+    """Factors of the weight decay by role."""
     drops_change_only: bool = False
-    """Whether dropout spares what the adapter started as: a part of W."""
+    """Whether dropout applies only to the adapter's difference from its initial value, a part of
+    W."""
 
 
 class AdapterSet(Mapping[str, GatedAdapter]):
-    """The adapters by their unit's name, the same on every rank."""
+    """The adapters by unit name, replicated on every rank."""
 
     def __init__(self, seed: int, training: Training):
         self.seed = seed
         self.gates: Gates = training.gates
-        """May change when the method enters another phase; `place` and `resize` follow it."""
+        """May change when the method enters another phase; `set_adapter` and `resize` apply it."""
         self.units: list[Unit] = []
         self.layers: Mapping[str, AdaptedLayer] = {}
-        """Every unit's place in the model."""
+        """The adapted layer of every unit."""
         self.device = torch.device("cpu")
         self._training = training
         self._by_name: dict[str, GatedAdapter] = {}
@@ -60,25 +61,25 @@ class AdapterSet(Mapping[str, GatedAdapter]):
     def __len__(self) -> int:
         return len(self._by_name)
 
-    # --- which adapters there are ----------------------------------------------------------------
+    # --- attach, remove, resize ------------------------------------------------------------------
 
     def attach(
         self,
         units: Sequence[Unit],
         layers: Mapping[str, AdaptedLayer],
         device: torch.device,
-        start: Callable[[Unit], GatedAdapter],
+        initial: Callable[[Unit], GatedAdapter],
     ) -> None:
-        """Give every unit the adapter that it starts with."""
+        """Attach each unit's initial adapter to its layer."""
         self.units, self.layers, self.device = list(units), layers, device
         for unit in units:
-            self.place(unit, start(unit))
+            self.set_adapter(unit, initial(unit))
 
-    def place(self, unit: Unit, adapter: GatedAdapter) -> None:
-        """Put an adapter into its layer, instead of the one that is there."""
+    def set_adapter(self, unit: Unit, adapter: GatedAdapter) -> None:
+        """Attach an adapter to its unit's layer, replacing the present one."""
         layer, training = self.layers[unit.name], self._training
-        spares = training.drops_change_only and training.dropout > 0
-        initial = adapter.copy().to(self.device) if spares else None
+        needs_initial = training.drops_change_only and training.dropout > 0
+        initial = adapter.copy().to(self.device) if needs_initial else None
         adapter = adapter.to(self.device).requires_grad_(True)
         adapter.g.requires_grad_(self.gates != "constant")
         layer.adapter = self._by_name[unit.name] = adapter
@@ -89,13 +90,13 @@ class AdapterSet(Mapping[str, GatedAdapter]):
             layer.initial = initial
 
     def remove(self, name: str) -> None:
-        """Take a unit's adapter away for good."""
+        """Remove a unit's adapter permanently."""
         self.layers[name].adapter = None
         del self._by_name[name]
         self._mask_table = None
 
     def resize(self, ranks: Mapping[str, int]) -> bool:
-        """Make room for a checkpoint's adapters, given each one's R; True if tensors changed."""
+        """Allocate adapters of a checkpoint's shapes, given R by unit; True if tensors changed."""
         changed = False
         for unit in self.units:
             rank = ranks.get(unit.name)
@@ -106,12 +107,13 @@ class AdapterSet(Mapping[str, GatedAdapter]):
             if rank is None:
                 self.remove(unit.name)
             else:
-                self.place(unit, GatedAdapter.zeros(rank, unit.in_features, unit.out_features))
-        for adapter in self.values():  # as the phase that was loaded wants it
+                adapter = GatedAdapter.zeros(rank, unit.in_features, unit.out_features)
+                self.set_adapter(unit, adapter)
+        for adapter in self.values():  # the checkpoint may be of another phase
             adapter.g.requires_grad_(self.gates != "constant")
         return changed
 
-    # --- what of them trains ---------------------------------------------------------------------
+    # --- trainable tensors -----------------------------------------------------------------------
 
     @property
     def mask_table(self) -> MaskTable:
@@ -144,7 +146,7 @@ class AdapterSet(Mapping[str, GatedAdapter]):
         )
 
     def _token_counters(self) -> list[Trainable]:
-        """What counts the tokens of every expert; none for a matrix that sees all of them."""
+        """The observed parameters that count each expert's tokens; none for dense layers."""
         stacks = {
             stem(name): layer.token_counter[0]
             for name, layer in self.layers.items()
@@ -153,7 +155,7 @@ class AdapterSet(Mapping[str, GatedAdapter]):
         return [Trainable(f"{name}.tokens", p, observed=True) for name, p in stacks.items()]
 
     def active_parameters(self) -> int:
-        """Trained scalars whose component is active in this step."""
+        """Number of trained scalars whose component is active in this step."""
         if not self:
             return 0
         masks = self.mask_table.masks.cpu()
@@ -165,5 +167,5 @@ class AdapterSet(Mapping[str, GatedAdapter]):
         )
 
     def set_dropout_seed(self, step: int, micro_batch: int) -> None:
-        """Fix this micro-batch's dropout masks; `micro_batch` counts over all ranks."""
+        """Seed this micro-batch's dropout masks; `micro_batch` is its index over all ranks."""
         self._dropout_seed.fill_(seeds.mixed(self.seed, step, micro_batch))

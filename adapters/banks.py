@@ -1,18 +1,18 @@
-"""Which singular indices of a matrix LeLoRA's banks hold. Free of torch: options check them."""
+"""The singular indices of LeLoRA's banks. Does not import torch: options are checked with it."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 
 LOCATIONS = ("primary", "medium", "minor")
-"""Where in the spectrum a bank may lie: at its largest, middle or smallest singular values."""
+"""Locations of a bank in the spectrum: at the largest, middle or smallest singular values."""
 
 
 def bank(location: str, rank: int, d: int) -> range:
-    """LeLoRA's slice of `rank` singular indices at one of `LOCATIONS`, of d in all (§3.1).
+    """LeLoRA's `rank` consecutive singular indices of d at one of `LOCATIONS` (§3.1).
 
-    "minor" are the last ones (a choice: the paper leaves it open). Whether banks fit side by side
-    is for `largest_rank` to say; ValueError for another location.
+    "minor" is the last `rank` indices (a choice: the paper leaves it open). Banks may overlap; see
+    `largest_rank`. Raises ValueError for another location.
     """
     starts = {"primary": 0, "medium": d // 2, "minor": d - rank}
     if location not in starts:
@@ -21,7 +21,7 @@ def bank(location: str, rank: int, d: int) -> range:
 
 
 def largest_rank(locations: Sequence[str], d: int) -> int:
-    """The largest rank whose banks at `locations` do not overlap and lie within [0, d)."""
+    """The largest rank at which the banks of `locations` are disjoint and within [0, d)."""
 
     def too_large(rank: int) -> bool:
         return not fits([bank(location, rank, d) for location in locations], d)

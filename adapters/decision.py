@@ -1,14 +1,14 @@
-"""What rank 0 decided: plain data, the same for every rank, broadcast and recorded as it is.
+"""A decision of rank 0: plain data, broadcast to all ranks and recorded unchanged.
 
-A decision is told apart from another by its digest. Two engines that decide alike must have equal
-digests, although they sum gradients in another order, and any two decisions that differ must have
-different ones. So every figure is one of two kinds, which the method chooses by where it puts it:
+Decisions are compared by digest. Equal decisions of two engines must have equal digests, although
+the engines sum gradients in different orders, and different decisions must have different digests.
+So a method puts each value into one of two kinds of fields:
 
-- *decisions*: `ranks`, `locations`, `survivors` and everything in `extra`. The digest covers them
-  to the last digit, whatever keys a method uses.
-- *figures of record*: `scores`, numbers that rest on sums of floats, whose last digits differ
-  between engines. The digest covers which ones there are, of which units, and which are 0: a score
-  of 0 takes a unit out, its digits do not decide.
+- *decisions*: `ranks`, `locations`, `survivors` and everything in `extra`, with any keys. The
+  digest covers them to the last digit.
+- *scores*: numbers computed from sums of floats, whose last digits differ between engines. The
+  digest covers their names and units, and which of them are 0: a score of 0 removes a unit, the
+  digits decide nothing.
 """
 
 import hashlib
@@ -20,35 +20,35 @@ from dataclasses import dataclass, field
 from typing import Any
 
 RESERVED = frozenset({"step", "method", "digest", "scores", "summary"})
-"""Keys that a line of allocation.jsonl has beside those of the decision."""
+"""Keys of a line of allocation.jsonl that are not the decision's."""
 
 _TYPED = ("ranks", "locations", "survivors")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Everything is optional. Names are those of units, or what a method calls its groups
+    """All fields are optional. Names are those of units, or of a method's groups
     (`Method.decided`)."""
 
     ranks: Mapping[str, int] = field(default_factory=dict)
-    """Components that train from now on, by name."""
+    """Number of components that train from now on, by name."""
     locations: Mapping[str, str] = field(default_factory=dict)
-    """Which of `adapters.banks.LOCATIONS` they lie in, by name."""
+    """Their location, one of `adapters.banks.LOCATIONS`, by name."""
     survivors: list[str] | None = None
-    """The units that are kept, where the others are removed."""
+    """The units that keep their adapter; the others lose theirs. None: no removal."""
     scores: Mapping[str, float | Mapping[str, float]] = field(default_factory=dict)
-    """Figures of record by name: one number, or one for each unit."""
+    """Scores by name: one number, or one per unit."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Whatever else was decided, by the method's own keys: numbers, strings, lists, dictionaries
-    with strings as keys. All of it counts, so floats in it must be the same on every engine."""
+    """Other decisions under keys of the method's choice: numbers, strings, lists, dictionaries
+    with strings as keys. The digest covers all of it: floats must be equal on every engine."""
 
     def __post_init__(self) -> None:
         for key in (*self.scores, *self.extra):
             if key in RESERVED or key in _TYPED or (key in self.scores and key in self.extra):
-                raise ValueError(f"a decision's key {key!r}; accepted: a name of its own")
+                raise ValueError(f"a decision's key {key!r}; accepted: keys that are not in use")
 
     def digest(self) -> str:
-        """Digest of what was decided (see the module's docstring); comparable between runs."""
+        """Digest of the decision (see the module's docstring), comparable between runs."""
         parts: dict[str, Any] = self._parts() | {
             "scores": {name: _nonzero(score) for name, score in self.scores.items()},
             "extra": self.extra,
@@ -56,17 +56,16 @@ class Decision:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_plain(self) -> dict[str, Any]:
-        """As one flat dictionary: the keys of `scores` and `extra` beside the others, and under
-        `scores` the names of the former."""
+        """One flat dictionary: scores and extra under their own keys, the scores' names under
+        `scores`."""
         return self._parts() | {"scores": list(self.scores), **self.scores, **self.extra}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> "Decision":
-        """Inverse of `to_plain`; other keys of a record's line are left out. Raises ValueError for
+        """Inverse of `to_plain`; ignores the other keys of a recorded line. Raises ValueError for
         anything else.
 
-        Lines written before there was a list of scores have none: there, numbers by unit and
-        floats are the scores.
+        Lines of older versions have no list of scores: numbers by unit and floats are the scores.
         """
         rest = {k: v for k, v in plain.items() if k not in RESERVED and k not in _TYPED}
         names = plain.get("scores")
@@ -81,28 +80,28 @@ class Decision:
         )  # fmt: skip
 
     def summary(self) -> dict[str, str]:
-        """In words, by subject: how often each value was decided."""
-        told: dict[str, str] = {}
+        """In words, by subject: the number of times each value was decided."""
+        texts: dict[str, str] = {}
         if self.survivors is not None:
-            told["survivors"] = f"{len(self.survivors)} units"
+            texts["survivors"] = f"{len(self.survivors)} units"
         for name, score in self.scores.items():
             if isinstance(score, Mapping):
                 held = sum(value != 0 for value in score.values())
-                told[name] = f"{held} of {len(score)} are not zero"
+                texts[name] = f"{held} of {len(score)} are not zero"
             else:
-                told[name] = f"{score:.6g}"
+                texts[name] = f"{score:.6g}"
         for key, values in {"ranks": self.ranks, "locations": self.locations, **self.extra}.items():
             if isinstance(values, Mapping):
                 if values and all(isinstance(value, int | str) for value in values.values()):
                     counts = Counter(values.values()).items()
                     ordered = sorted(counts, key=lambda item: (isinstance(item[0], str), item[0]))
-                    told[key] = ", ".join(f"{value}: {count}" for value, count in ordered)
+                    texts[key] = ", ".join(f"{value}: {count}" for value, count in ordered)
             elif isinstance(values, int | float | str):
-                told[key] = str(values)
-        return told
+                texts[key] = str(values)
+        return texts
 
     def _parts(self) -> dict[str, Any]:
-        """Ranks, locations and survivors, where there are any."""
+        """Ranks, locations and survivors, where present."""
         parts: dict[str, Any] = {}
         if self.survivors is not None:
             parts["survivors"] = self.survivors
@@ -124,7 +123,7 @@ def _floats(name: str, score: Any) -> float | dict[str, float]:
         return float(score)
     if _by_name(score):
         return {unit: float(value) for unit, value in score.items()}
-    raise ValueError(f"{name} is no number; accepted: one, or one for each unit")
+    raise ValueError(f"{name} is not a number; accepted: one number, or one per unit")
 
 
 def _number(value: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Figures that a method declares of what it decides; `trainer/report/` draws them.
+"""Declarations of a method's figures, drawn by `trainer/report/`.
 
-Data only and free of torch: which numbers, how they are called, and the quantity they are.
-Ranks, locations and survivors of a `Decision` are drawn for every method without a word.
+Plain data without torch: keys, labels and quantities. The ranks, locations and survivors of a
+`Decision` are drawn for every method without a declaration.
 """
 
 from collections.abc import Mapping
@@ -10,34 +10,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Curves:
-    """Numbers over steps, one panel under another: {y axis: {line: key}}.
+    """Numbers over steps, in stacked panels: {y axis: {line: key}}.
 
-    A key is one of `Method.scalars`, or a number in the `scores` or `extra` of the decisions.
+    A key is one of `Method.scalars`, or of a number in `scores` or `extra` of the decisions.
     """
 
     name: str
-    """Of the file."""
+    """File name without suffix."""
     title: str
     panels: Mapping[str, Mapping[str, str]]
     signed: frozenset[str] = frozenset()
-    """Panels whose axis does not begin at 0."""
+    """Panels whose y axis does not start at 0."""
 
     @property
     def leading(self) -> str:
-        """The first key: without a value of it, nothing is drawn."""
+        """The first key; without values of it nothing is drawn."""
         return next(key for lines in self.panels.values() for key in lines.values())
 
 
 @dataclass(frozen=True)
 class UnitScores:
-    """A score of every unit (`Decision.scores`): the last one as bars, all of them over steps."""
+    """A score per unit (`Decision.scores`): the last values as bars, all of them over steps."""
 
     key: str
-    """In `scores`; the name of the file too."""
+    """Key in `scores`, and file name without suffix."""
     title: str
     symbol: str
     neutral: float = 0.0
-    """What a score starts at; differences from it are drawn."""
+    """Initial score; the difference from it is drawn."""
 
 
 Figure = Curves | UnitScores
@@ -50,4 +50,4 @@ BUDGET = Curves(
         "mean rank (components)": {"mean rank": "mean_rank"},
     },
 )
-"""Of methods that share a budget of components (AdaLoRA's schedule; La-LoRA's DCDPB, eq. 5)."""
+"""For methods with a global budget of components (AdaLoRA's schedule; La-LoRA's DCDPB, eq. 5)."""

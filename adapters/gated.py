@@ -1,4 +1,4 @@
-"""The gated adapter, the one parametrisation that every method of this project steers."""
+"""The gated adapter, the parametrisation that all methods share."""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from torch import Tensor, nn
 class GatedAdapter(nn.Module):
     """ΔW = Bᵀ diag(g) A over R components.
 
-    Shapes: `A` (R, in), `g` (R), `B` (R, out). B is stored transposed, so that component j is
-    row j of both matrices and any set of consecutive components is one contiguous slice.
-    `mask` (R, bool) says which components train; the others stay bit-identical through a step.
-    All three tensors are float32 whatever the backbone's dtype; the host casts them for its
-    products. `g` has gradients only where a method wants them.
+    Shapes: `A` (R, in), `g` (R), `B` (R, out). B is stored transposed: component j is row j of both
+    matrices, and consecutive components are one contiguous slice. `mask` (R, bool) selects the
+    components that train; the others stay bit-identical through a step. All three tensors are
+    float32 for any backbone dtype; the adapted layer casts them for its products. `g` has gradients
+    only if the method uses them.
     """
 
     mask: Tensor
@@ -30,13 +30,13 @@ class GatedAdapter(nn.Module):
 
     @classmethod
     def zeros(cls, rank: int, in_features: int, out_features: int) -> "GatedAdapter":
-        """R components of zeros, to be filled."""
+        """An adapter with R components, all zero."""
         return cls(
             torch.zeros(rank, in_features), torch.zeros(rank), torch.zeros(rank, out_features)
         )
 
     def copy(self) -> "GatedAdapter":
-        """The same tensors, not shared and not trained."""
+        """A copy of the tensors that does not train."""
         made = GatedAdapter(
             self.A.detach().clone(), self.g.detach().clone(), self.B.detach().clone()
         )
@@ -44,16 +44,16 @@ class GatedAdapter(nn.Module):
 
     @property
     def rank(self) -> int:
-        """R, the number of components held (active or not)."""
+        """R, the number of components, active or not."""
         return self.A.shape[0]
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """A, g and B for products in `dtype`, without a gradient."""
+        """A, g and B cast to `dtype` and detached."""
         return self.A.detach().to(dtype), self.g.detach().to(dtype), self.B.detach().to(dtype)
 
     @property
     def gate_gradient(self) -> Tensor:
-        """∂L/∂g (R), once there was a backward."""
+        """∂L/∂g (R); requires a preceding backward pass."""
         assert self.g.grad is not None
         return self.g.grad
 

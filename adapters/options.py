@@ -1,10 +1,10 @@
-"""The base of every section of the configuration: typed, strict, immutable."""
+"""Base class of the configuration's sections: typed, strict, immutable."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """Unknown keys and wrong types are refused; a field's docstring is its documentation."""
+    """Rejects unknown keys and wrong types; a field's docstring is its documentation."""
 
     model_config = ConfigDict(
         extra="forbid",

@@ -1,7 +1,7 @@
-"""From gated adapters to a plain LoRA that PEFT, vLLM and SGLang load, or into the weights.
+"""Export gated adapters as a plain LoRA for PEFT, vLLM and SGLang, or merge them into the weights.
 
-The gates are folded into B, so that alpha/r = 1 in every unit: a loader that drops PEFT's
-per-unit rank and alpha patterns (vLLM does) still gets the right product.
+The gates are folded into B, so that alpha/r = 1 in every unit: loaders that ignore PEFT's per-unit
+rank and alpha patterns, such as vLLM, still compute the right product.
 """
 
 import json
@@ -17,41 +17,41 @@ from adapters.gated import GatedAdapter
 from adapters.units import stem
 
 _FORMER_EXPERT = re.compile(r"\.(gate_proj|up_proj|down_proj)$")
-"""In a mixture PEFT takes modules of these names for experts as transformers 4 had them, and its
-`target_modules` for those of the stacks: dense ones (of a layer without experts, of a shared
-expert) are named by their parameter instead."""
+"""In a mixture PEFT treats `target_modules` of these names as the experts of transformers 4 and
+maps them to the stacks. Dense modules with these names (of a layer without experts, of a shared
+expert) are therefore listed as `target_parameters`."""
 
 
 def lora_factors(
     adapter: GatedAdapter, initial: GatedAdapter | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(lora_A (r, in), lora_B (out, r)) in float32 with ΔW = lora_B lora_A; g is in lora_B.
+    """(lora_A (r, in), lora_B (out, r)) in float32 with ΔW = lora_B lora_A; lora_B includes g.
 
-    Components whose gate is 0 are left out. Where the adapter started as `initial`, a part of W,
-    the update against W is a LoRA of twice as many components as were ever trained,
+    Components whose gate is 0 are omitted. If the adapter was initialised as `initial`, a part of
+    W, the update relative to W is a LoRA of twice as many components as have ever changed,
 
         B g A − B₀ g₀ A₀ = (B g − B₀ g₀) A + B₀ g₀ (A − A₀),
 
-    written so that small differences are not lost between large products at serving precision.
+    in this form because it does not lose small differences of large products at serving precision.
     """
     A, B = _folded(adapter)
     if initial is None:
-        kept = adapter.g.detach().cpu() != 0
-        return A[kept], B[kept].T.contiguous()
+        nonzero = adapter.g.detach().cpu() != 0
+        return A[nonzero], B[nonzero].T.contiguous()
     A0, B0 = _folded(initial)
-    touched = (A != A0).any(1) | (B != B0).any(1)
-    A, B, A0, B0 = A[touched], B[touched], A0[touched], B0[touched]
+    changed = (A != A0).any(1) | (B != B0).any(1)
+    A, B, A0, B0 = A[changed], B[changed], A0[changed], B0[changed]
     return torch.cat([A, A - A0]), torch.cat([B - B0, B0]).T.contiguous()
 
 
 def _folded(adapter: GatedAdapter) -> tuple[Tensor, Tensor]:
-    """A (R, in) and B (R, out) with the gates in B, on the CPU."""
+    """A (R, in) and g ∘ B (R, out), on the CPU."""
     return adapter.A.detach().cpu(), (adapter.B.detach() * adapter.g.detach().unsqueeze(1)).cpu()
 
 
 def compressed(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """(A (≤ rank, in), B (out, ≤ rank), ‖ΔW − BA‖² of what was cut off): the nearest product of
-    that rank, by Eckart–Young on the factors' QR decompositions."""
+    """(A (≤ rank, in), B (out, ≤ rank), squared error ‖ΔW − BA‖²): the nearest product of that
+    rank, by Eckart–Young on the factors' QR decompositions."""
     Qb, Rb = torch.linalg.qr(B.double())
     Qa, Ra = torch.linalg.qr(A.double().T)
     U, S, Vh = torch.linalg.svd(Rb @ Ra.T)
@@ -78,14 +78,15 @@ def export_adapter(
 ) -> float:
     """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
 
-    `adapters` by module path; `heads`: whole trained modules by path, each its parameters by name;
-    `task_type`: PEFT's name of the task, None where it has none; `model_class`: transformers' class
-    that loads the backbone; `labels`: outputs of its new head, where it has one; `initial`: the
-    parts of W that adapters started as. `experts`: how many there are in every stack of the model,
-    by its path; their adapters become one LoRA on that parameter (PEFT's `target_parameters`), as
-    wide as the widest of them.
-    A unit of rank 0 is left out (PEFT refuses it). `rank`: compress every unit to at most so much;
-    returns what that loses, ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.
+    `adapters` by module path; `heads`: fully trained modules by path, each its parameters by name;
+    `task_type`: PEFT's name of the task, None if it has none; `model_class`: transformers' class
+    that loads the backbone; `labels`: outputs of its new head, if any; `initial`: the parts of W
+    that adapters were initialised as; `experts`: number of experts by path of their stack. The
+    adapters of a stack become one LoRA on its parameter (PEFT's `target_parameters`), with the
+    largest of their ranks. Units of rank 0 are omitted, since PEFT rejects them.
+
+    `rank`: compress every unit to at most this rank. Returns the relative error of the compression,
+    ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.
     """
     heads, experts, initial = heads or {}, experts or {}, initial or {}
     tensors: dict[str, Tensor] = {}
@@ -147,9 +148,9 @@ def export_adapter(
 def stacked_factors(
     parts: Mapping[int, tuple[Tensor, Tensor]], experts: int
 ) -> tuple[Tensor, Tensor]:
-    """(A (r, in), B (out, r)) by expert as PEFT's pair for the whole stack: lora_A (E · r, in),
-    component by component within an expert, and lora_B (out, r · E), expert by expert within a
-    component. What an expert lacks is zero."""
+    """PEFT's factors of a stack from (A (r, in), B (out, r)) by expert: lora_A (E · r, in), with an
+    expert's components adjacent, and lora_B (out, r · E), with a component's experts adjacent.
+    Missing components are zero."""
     rank = max(A.shape[0] for A, _ in parts.values())
     one_A, one_B = next(iter(parts.values()))
     lora_A = torch.zeros(experts, rank, one_A.shape[1])
@@ -161,8 +162,8 @@ def stacked_factors(
 
 
 def _wrapped(name: str, stacks: Mapping[str, object]) -> str:
-    """Where PEFT keeps the pair of a parameter: it wraps a module once for every parameter that it
-    adapts, the first one innermost; `gate_up_proj` is registered before `down_proj`."""
+    """Module path of a parameter's LoRA in PEFT, which wraps a module once per adapted parameter,
+    the first one innermost; `gate_up_proj` is registered before `down_proj`."""
     module, _, parameter = name.rpartition(".")
     inner = parameter == "gate_up_proj" and f"{module}.down_proj" in stacks
     return f"{module}.base_layer" if inner else module
@@ -171,7 +172,7 @@ def _wrapped(name: str, stacks: Mapping[str, object]) -> str:
 def _peft_config(
     ranks: Mapping[str, int], modules: list[str], heads: list[str]
 ) -> dict[str, object]:
-    """LoraConfig as plain data. The commonest rank is `r`, others go to the patterns."""
+    """LoraConfig as plain data. `r` is the most frequent rank; others go to the patterns."""
     values = list(ranks.values())
     common = max(set(values), key=lambda rank: (values.count(rank), rank)) if values else 1
     others = {f"^{name}$".replace(".", r"\."): r for name, r in ranks.items() if r != common}
@@ -213,6 +214,6 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder")
 
 @torch.no_grad()
 def merged(weight: Tensor, adapter: GatedAdapter, initial: GatedAdapter | None = None) -> Tensor:
-    """W + ΔW − ΔW₀, summed in float32, in W's dtype."""
+    """W + ΔW − ΔW₀, summed in float32, cast to W's dtype."""
     delta = adapter.delta() if initial is None else adapter.delta() - initial.delta()
     return (weight.float() + delta.to(weight.device)).to(weight.dtype)

@@ -1,8 +1,8 @@
-"""Classes by name, each imported when it is looked up.
+"""Registry of classes by name, imported on lookup.
 
-A line names a class (`module:Class`, `.module` in the registry's own package), and that of its
-options where they can be imported without torch. A class whose file holds its `Options` too needs
-itself alone.
+An entry names a class (`module:Class`, `.module` relative to the registry's package), and the class
+of its options if that can be imported without torch. Otherwise the options are the attribute
+`Options` of the class.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -10,14 +10,14 @@ from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 Line = str | tuple[str, str]
-"""The class; or the class and its options."""
+"""The class, or the class and the class of its options."""
 
 T = TypeVar("T")  # the classes
 K = TypeVar("K")  # the classes of their options
 
 
 class Registry(MutableMapping[str, type[T]], Generic[T, K]):
-    """The classes; `options` has those of their options."""
+    """Mapping from names to classes; `options` maps names to the classes of their options."""
 
     def __init__(self, package: str, lines: Mapping[str, Line]):
         self._package = package
@@ -47,7 +47,7 @@ class Registry(MutableMapping[str, type[T]], Generic[T, K]):
     def __len__(self) -> int:
         return len(self._lines)
 
-    def __contains__(self, name: object) -> bool:  # the base class's would import
+    def __contains__(self, name: object) -> bool:  # the inherited one imports
         return name in self._lines
 
     def _imported(self, line: str) -> Any:

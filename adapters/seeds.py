@@ -1,6 +1,6 @@
 """Seeds from keys such as (run seed, step, unit).
 
-torch's CPU generator looks at 32 bits of its seed only, so a key is mixed, never shifted together.
+torch's CPU generator uses only 32 bits of its seed, so keys are hashed rather than packed.
 """
 
 import numpy as np
@@ -8,10 +8,10 @@ import torch
 
 
 def mixed(*key: int) -> int:
-    """A seed of 63 well-mixed bits for this key of numbers from 0 on."""
+    """A well-mixed 63-bit seed for a key of non-negative integers."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for this key."""
+    """A new generator seeded by this key."""
     return torch.Generator(device).manual_seed(mixed(*key))

@@ -1,4 +1,4 @@
-"""A unit's identity: one adapted matrix. Free of torch, so that records are read without it."""
+"""A unit: one adapted matrix. Does not import torch, so that run records can be read without it."""
 
 import re
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Unit:
-    """One 2-D matrix of the backbone that hosts one adapter.
+    """A 2-D matrix of the backbone with one adapter.
 
     `name` is the module's path in the model, `layer` the index of its transformer block (None
-    outside the blocks; encoder blocks are numbered before decoder blocks), `kind` its path within
-    the block, such as `self_attn.q_proj`: what makes matrices of different blocks comparable. An
-    expert's matrix is `mlp.experts.down_proj.3`, its kind `mlp.experts.down_proj`.
+    outside the blocks; encoder blocks come before decoder blocks), `kind` its path within the
+    block, such as `self_attn.q_proj`, equal for corresponding matrices of all blocks. An expert's
+    matrix is named `mlp.experts.down_proj.3`, its kind is `mlp.experts.down_proj`.
     """
 
     index: int
@@ -24,12 +24,12 @@ class Unit:
 
 
 def third(layer: int, blocks: int) -> str:
-    """Whether a block is in the front, middle or back third of all."""
+    """The third of all blocks that a block is in: front, middle or back."""
     return ("front", "middle", "back")[3 * layer // blocks]
 
 
 def by_kind_and_third(units: Sequence[Unit]) -> dict[str, list[int]]:
-    """Places among `units` of those of each matrix type, and of each third of the blocks."""
+    """Indices into `units`, by matrix type and by third of the blocks."""
     groups: dict[str, list[int]] = {}
     blocks = 1 + max((unit.layer for unit in units if unit.layer is not None), default=0)
     for index, unit in enumerate(units):
@@ -40,5 +40,5 @@ def by_kind_and_third(units: Sequence[Unit]) -> dict[str, list[int]]:
 
 
 def stem(name: str) -> str:
-    """A name without the number of an expert in a stack."""
+    """The name without the index of an expert in its stack."""
     return re.sub(r"(\bexperts\.\w+)\.\d+$", r"\1", name)

@@ -1,4 +1,4 @@
-"""Which matrices of a backbone host adapters, and their identity."""
+"""Select the matrices of a backbone that get adapters, and identify them as units."""
 
 import difflib
 import re
@@ -11,7 +11,7 @@ from adapters.unit import Unit, stem
 
 
 def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of every transformer block, in the order in which they run.
+    """(path, module) of every transformer block, in execution order.
 
     A block is an element of an outermost `ModuleList` that holds linear layers: `model.layers.3`,
     `bert.encoder.layer.0`. Lists inside a block (experts) are part of it.
@@ -25,51 +25,51 @@ def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes x Wᵀ + b and no more: some routers are an nn.Linear by name."""
+    """Whether a module computes exactly x Wᵀ + b: some routers subclass nn.Linear and do more."""
     return isinstance(module, nn.Linear) and (
         type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
     )
 
 
 def linear_names(model: nn.Module, heads: Sequence[str] = ()) -> list[str]:
-    """Names of all linear layers, stacked experts each by its own, except those at or below a path
-    in `heads`."""
+    """Names of all linear layers, one per expert in a stack, except those at or below a path in
+    `heads`."""
     names = []
     for path, module in model.named_modules():
         if any(path == head or path.startswith(head + ".") for head in heads):
             continue
         if isinstance(module, PackedLayer):
-            names += module.place_names(path)
+            names += module.layer_names(path)
         elif is_linear(module):
             names.append(path)
     return names
 
 
 def layer_at(model: nn.Module, name: str) -> nn.Linear | AdaptedLayer:
-    """The linear layer, or the place in a stack of experts, that `linear_names` calls so."""
+    """The linear layer, or the expert's layer in a stack, of a name from `linear_names`."""
     parent, _, last = name.rpartition(".")
     stack = model.get_submodule(parent)
     if isinstance(stack, PackedLayer):
-        return stack.places[int(last)]
+        return stack.adapted_layers[int(last)]
     layer = model.get_submodule(name)
     if isinstance(layer, PackedLayer):
-        return layer.places[None]
+        return layer.adapted_layers[None]
     assert isinstance(layer, nn.Linear)
     return layer
 
 
 def expert_counts(model: nn.Module) -> dict[str, int]:
-    """How many experts every stack has, by its path."""
+    """Number of experts of every stack, by path."""
     layers = ((path, m) for path, m in model.named_modules() if isinstance(m, PackedLayer))
-    return {path: len(layer.places) for path, layer in layers if None not in layer.places}
+    return {path: len(layer.adapted_layers) for path, layer in layers if layer.stacked}
 
 
 def select_targets(names: Sequence[str], targets: str | Sequence[str]) -> list[str]:
-    """The names that `targets` picks: `all-linear`, a regular expression, or a list of suffixes.
+    """The names that match `targets`: `all-linear`, a regular expression, or a list of suffixes.
 
-    As in PEFT a string is matched against the whole path, and a list entry against whole dotted
-    components at its end; one expert's matrix goes by its stack's name too. Raises ValueError
-    naming an entry that picks nothing.
+    As in PEFT a string must match the full path, and a list entry its last dotted components. An
+    expert's matrix also matches by its stack's name. Raises ValueError naming an entry that matches
+    nothing.
     """
     if targets == "all-linear":
         return list(names)
@@ -78,7 +78,7 @@ def select_targets(names: Sequence[str], targets: str | Sequence[str]) -> list[s
             pattern = re.compile(targets)
         except re.error as error:
             raise ValueError(
-                f"method.targets: {targets!r} is no regular expression ({error}); accepted: "
+                f"method.targets: {targets!r} is not a regular expression ({error}); accepted: "
                 "all-linear, a regular expression for the whole path, a list of suffixes"
             ) from error
         chosen = [n for n in names if pattern.fullmatch(n) or pattern.fullmatch(stem(n))]
@@ -92,7 +92,7 @@ def select_targets(names: Sequence[str], targets: str | Sequence[str]) -> list[s
 
 
 def make_units(model: nn.Module, names: Sequence[str]) -> list[Unit]:
-    """Units for the linear layers at `names`, in the order of the model."""
+    """One unit for each linear layer in `names`, in that order."""
     blocks = transformer_blocks(model)
     layer_of = {path: layer for layer, (path, _) in enumerate(blocks)}
     units = []

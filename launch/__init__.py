@@ -1,1 +1,1 @@
-"""The commands: each file is a script, and what `rankcast NAME` calls."""
+"""The commands: each file is a script and the implementation of `rankcast NAME`."""

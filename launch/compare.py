@@ -1,4 +1,4 @@
-"""Compare methods on one job: learning rates chosen on records left out, then several seeds.
+"""Compare methods on one task: choose learning rates on held-out records, then run several seeds.
 
 python launch/compare.py benchmarks/gsm8k.yaml OUT --workers 8
 """
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("comparison", type=Path, help="YAML file (see trainer/run/comparison.py)")
     parser.add_argument("out", type=Path, help="folder for runs, results.jsonl and table.md")
     parser.add_argument(
-        "--workers", type=at_least(1), default=1, help="runs at a time on this machine"
+        "--workers", type=at_least(1), default=1, help="concurrent runs on this machine"
     )
     arguments = parser.parse_args(argv)
     from trainer.run.comparison import compare, read_comparison, table

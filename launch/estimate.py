@@ -1,4 +1,4 @@
-"""Say what a run takes of a GPU's memory, and whether it fits: without GPU, weights or data.
+"""Estimate a run's memory per GPU and whether it fits, without GPU, weights or data.
 
 python launch/estimate.py configs/llama70b_random.yaml --gpus 2 [section.key=value ...]
 
@@ -18,10 +18,10 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = Parser(__doc__, prog)
     parser.add_argument("config", help="YAML file")
     parser.add_argument(
-        "--gpus", type=at_least(1), default=1, help="how many, on all hosts together"
+        "--gpus", type=at_least(1), default=1, help="number of GPUs, over all hosts"
     )
-    parser.add_argument("--hosts", type=at_least(1), default=1, help="that have as many GPUs each")
-    parser.add_argument("--memory", type=float, default=139.8, help="GiB of each (H200: 139.8)")
+    parser.add_argument("--hosts", type=at_least(1), default=1, help="hosts with equally many GPUs")
+    parser.add_argument("--memory", type=float, default=139.8, help="GiB per GPU (H200: 139.8)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(argv)
 
@@ -36,11 +36,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if not 0 < arguments.memory < 2**20:
         raise UserError(f"--memory: {arguments.memory} given; accepted: GiB of a GPU, above 0")
     from trainer.config.config import load_config
-    from trainer.device_memory import GIB
     from trainer.run.launch import configure_libraries
 
     configure_libraries()
     config = load_config(arguments.config, arguments.overrides)
+    from trainer.device_memory import GIB
     from trainer.memory.estimate import predict, table
 
     memory = int(arguments.memory * GIB)

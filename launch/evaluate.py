@@ -1,4 +1,4 @@
-"""Evaluate what a run trained, on any engine and on any data that fits its task.
+"""Evaluate a run's adapter, on any engine and on any data of its task's format.
 
 python launch/evaluate.py runs/NAME [data.eval=FILE ...]
 torchrun --nproc_per_node 2 launch/evaluate.py runs/NAME/checkpoints/step-00000100
@@ -27,9 +27,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from trainer.training.evaluation import evaluate_saved
 
     checkpoint, state = export.locate(arguments.source)
-    # The run's engine need not be this one's: adapters belong to none.
-    anywhere = ["engine.kind=auto", "engine.config=null"]
-    config = with_overrides(export.saved_config(state), [*anywhere, *arguments.overrides])
+    # Adapters are independent of the engine they were trained with.
+    any_engine = ["engine.kind=auto", "engine.config=null"]
+    config = with_overrides(export.saved_config(state), [*any_engine, *arguments.overrides])
     if config.data.eval is None:
         raise UserError("data.eval: null given; accepted: a file or a hub id to evaluate on")
     with join(config) as world:

@@ -1,13 +1,13 @@
-"""Export what a run trained.
+"""Export a run's adapter, or a merged model.
 
     python launch/export.py runs/NAME out/                     a LoRA for PEFT, vLLM, SGLang
     python launch/export.py runs/NAME out/ --rank 8            the same, compressed
-    python launch/export.py runs/NAME out/ --what merged       the backbone with the LoRA in it
-    python launch/export.py runs/NAME out/ --what backbone     the backbone as it was trained on
+    python launch/export.py runs/NAME out/ --what merged       the backbone with the LoRA merged
+    python launch/export.py runs/NAME out/ --what backbone     the backbone used in training
 
-A checkpoint folder serves in place of a run folder. After training on a quantised backbone,
-`merged` and `backbone` hold the dequantised matrices (`--base original`: the unquantised ones),
-and the export measures on the evaluation data what the adapter loses on the unquantised backbone.
+The source may also be a checkpoint folder. After training on a quantised backbone, `merged` and
+`backbone` contain the dequantised matrices (`--base original`: the unquantised ones), and the
+export measures on the evaluation data the loss of the adapter on the unquantised backbone.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser.add_argument("--no-measure", action="store_true", help="skip the evaluation")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="where data moved"
+        "overrides", nargs="*", metavar="section.key=value", help="such as new data paths"
     )
     return parser.parse_intermixed_args(argv)
 

@@ -1,15 +1,15 @@
 """Train, evaluate, export and watch low-rank adapters of sharded, quantised language models.
 
-    rankcast train      train as one YAML file says, on one process
-    rankcast evaluate   evaluate what a run trained
-    rankcast export     a LoRA for PEFT, or the merged model
-    rankcast estimate   memory that a run takes of a GPU, and whether it fits
+    rankcast train      train from a YAML configuration, on one process
+    rankcast evaluate   evaluate a run's adapter
+    rankcast export     export a LoRA for PEFT, or the merged model
+    rankcast estimate   estimate a run's memory per GPU and whether it fits
     rankcast report     draw figures of runs
-    rankcast watch      follow a run from its folder
-    rankcast compare    compare methods on one job
+    rankcast watch      monitor a run from its folder
+    rankcast compare    compare methods on one task
 
-`rankcast COMMAND --help` has the arguments. Several processes are started by torchrun or deepspeed,
-which take a script in place of the command: `torchrun --nproc_per_node 2 launch/train.py …`.
+`rankcast COMMAND --help` lists the arguments. For several processes use torchrun or deepspeed,
+which take the script instead of the command: `torchrun --nproc_per_node 2 launch/train.py …`.
 """
 
 import importlib
@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv[:1]).command
     with guarded():
         command = one_of("command", given, COMMANDS)
-        module = importlib.import_module(f"launch.{command}")
-        return module.main(argv[1:], f"rankcast {command}")
-    return 1  # `guarded` has ended the process
+        module = f"launch.{command}"
+        return importlib.import_module(module).main(argv[1:], f"rankcast {command}")
+    return 1  # not reached: `guarded` exits the process
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Draw figures from what runs wrote down, as PNG and SVG.
+"""Draw figures from the records of runs, as PNG and SVG.
 
-    python launch/report.py runs/NAME                  its own figures, into runs/NAME/figures
+    python launch/report.py runs/NAME                  figures of one run, in runs/NAME/figures
     python launch/report.py runs/A runs/B --out out/   figures that compare runs
 
-Loss; ranks by layer and by matrix type, locations, ω, budget, policy of a run; accuracy against
-active parameters and the stability of WeightLoRA's selection of several. What a run has no data
-for is not drawn. A run that is still going on can be drawn too.
+One run: loss, ranks by layer and matrix type, locations, ω, budget, policy. Several runs: accuracy
+against active parameters, stability of WeightLoRA's selection. Figures without data are omitted.
+Runs that are still in progress can be drawn too.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Train as one YAML file says.
+"""Train from a YAML configuration.
 
 python launch/train.py --config configs/quickstart.yaml [section.key=value ...]
 torchrun --nproc_per_node 2 launch/train.py --config ...
@@ -18,7 +18,7 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file")
     parser.add_argument("--print-config", action="store_true", help="print the resolved YAML")
     parser.add_argument(
-        "--dry-run", action="store_true", help="load shapes and data, train nothing"
+        "--dry-run", action="store_true", help="load shapes and data without training"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

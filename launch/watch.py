@@ -1,7 +1,7 @@
-"""Watch a run from its folder, on any machine that sees it.
+"""Monitor a run from its folder, on any machine that can read it.
 
-python launch/watch.py runs/NAME            a view that follows the run until it ends
-python launch/watch.py runs/NAME --once     one look; the exit code says how the run stands:
+python launch/watch.py runs/NAME            live view until the run ends
+python launch/watch.py runs/NAME --once     print once; the exit code is the state of the run:
                                             0 done, 75 interrupted (start it again), 1 failed,
                                             3 still running
 """
@@ -36,7 +36,7 @@ def watch(run: Path, once: bool) -> int:
     with Live(view(run), console=console, auto_refresh=False) as live:
         took = 0.0
         while exit_code(run) == EXIT_RUNNING:
-            time.sleep(max(1.0, 5 * took))  # long records take long to read
+            time.sleep(max(1.0, 5 * took))  # reading long records takes time
             began = time.monotonic()
             live.update(view(run), refresh=True)
             took = time.monotonic() - began

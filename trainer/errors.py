@@ -1,15 +1,15 @@
-"""Failures that a user can mend, and the exit codes they end in."""
+"""Errors that a user can fix, and the exit codes of the process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 EXIT_USAGE = 2
-"""The configuration, a file or the data is not usable; nothing was trained."""
+"""The configuration, a file or the data is not valid; nothing was trained."""
 EXIT_FAILED = 1
-"""The run began and could not go on; what was saved is intact."""
+"""The run failed after it began; what was saved is intact."""
 EXIT_REQUEUE = 75
-"""The run was asked to stop and saved: started again it goes on (EX_TEMPFAIL of sysexits.h)."""
+"""The run was asked to stop, and saved: restart it to resume (EX_TEMPFAIL of sysexits.h)."""
 
 
 _LONGEST = 1000  # characters of a message
@@ -18,44 +18,41 @@ _LONGEST = 1000  # characters of a message
 class UserError(ValueError):
     """One line naming the key or file, the value, and what is accepted.
 
-    Values come from files, so whatever they hold is made printable and short here.
+    Values come from files, so the message is made printable and truncated.
     """
 
     exit_code = EXIT_USAGE
 
     def __init__(self, message: str):
         line = " ".join(message.split())
-        if len(line) > _LONGEST:  # the key stands first, what is accepted last
+        if len(line) > _LONGEST:  # keep both ends: the key, and what is accepted
             line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, without the rest of its lines, unless the first one
-    only announces the second."""
+    """First line of another library's exception, with the second where the first ends in ":"."""
     first, *rest = str(error).strip().splitlines() or [repr(error)]
     return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
 class RunFailed(UserError):
-    """A run that began has to stop; the line names what is left to resume from."""
+    """A run that began must abort; the message names what it can resume from."""
 
     exit_code = EXIT_FAILED
 
 
 class BadCheckpoint(UserError):
-    """A checkpoint that cannot be used; the message says why."""
+    """A checkpoint that cannot be used; the message gives the reason."""
 
 
 @contextmanager
 def refuse_mismatch(source: Path) -> Iterator[None]:
-    """Turns whatever wrong tensors or values lead to into BadCheckpoint."""
+    """Raise BadCheckpoint for any error that mismatched tensors or values of `source` cause."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # a method's own state, say, is read by code that trusts it
+    except Exception as error:  # e.g. a method's load_state_dict, which trusts its input
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise BadCheckpoint(
-            f"{source}: not what a run of this configuration writes ({reason})"
-        ) from error
+        raise BadCheckpoint(f"{source}: does not match this configuration ({reason})") from error

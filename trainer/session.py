@@ -1,4 +1,4 @@
-"""A run's parts, put together in the one order in which they depend on each other."""
+"""`Session`: data, engine, backbone, method and optimizer of a run, built in dependency order."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Session:
-    """Everything that training, evaluation and export share."""
+    """The components that training, evaluation and export share."""
 
     config: Config
     world: World
@@ -42,21 +42,21 @@ class Session:
     train_data: TokenDataset
     eval_data: TokenDataset | None
     left_out: np.ndarray
-    """Indices of the training records that are not trained on."""
+    """Indices of the training records held out from training."""
     engine: Engine
     backbone: LoadedBackbone
     method: Method
     optimizer: MaskedAdamW
     watchdog: Watchdog
     initial_adapters: Mapping[str, InitialAdapter] | None
-    """Rank 0: what the method took out of the matrices, where it splits them."""
+    """Rank 0: initial adapters of a method with spectral initialisation, else None."""
 
     @property
     def model(self) -> nn.Module:
         return self.backbone.model
 
     def held_out(self) -> tuple[TokenDataset, np.ndarray]:
-        """The data to evaluate on, and which of its records."""
+        """(evaluation data set, indices of its records to evaluate on)."""
         if self.eval_data is not None:
             return self.eval_data, np.arange(len(self.eval_data))
         return self.train_data, self.left_out[: self.config.data.leave_out]
@@ -78,7 +78,8 @@ def _trainables(method: Method, backbone: LoadedBackbone) -> list[Trainable]:
 def open_data(
     config: Config, world: World
 ) -> tuple["PreTrainedTokenizerBase", Task, TokenDataset, TokenDataset | None]:
-    """Tokenizer, task and tokenised data; each node's first rank tokenises, the others follow."""
+    """Tokenizer, task and tokenised data. Local rank 0 tokenises, then the others read its cache.
+    Collective."""
     with world.all_or_none():
         tokenizer = load_tokenizer(config.model)
         task = TASKS[config.task.kind](config.task, tokenizer)
@@ -94,7 +95,8 @@ def open_data(
 
 
 def _leave_out(config: Config, records: int) -> np.ndarray:
-    """Records for evaluation and for the method's validation: the latter are the first of them."""
+    """Indices of the held-out training records; evaluation and the method's validation each use the
+    first of them. Raises UserError where none would be left to train on."""
     count = max(config.data.leave_out, config.method.validation_samples)
     if count >= records:
         key = (
@@ -118,12 +120,12 @@ def _prepare(data: DataOptions, task: Task) -> tuple[TokenDataset, TokenDataset 
 def open_session(
     config: Config, world: World, initial_adapters: Mapping[str, InitialAdapter] | None = None
 ) -> Session:
-    """Load data and backbone, shard it, attach the method's adapters. The same on every rank.
+    """Load data and backbone, shard it, attach the method's adapters. Collective.
 
-    `initial_adapters`: those of the run that is resumed, where its method splits matrices.
+    `initial_adapters`: of the resumed run, where its method uses spectral initialisation.
     """
     tokenizer, task, train_data, eval_data = open_data(config, world)
-    with world.all_or_none():  # what is wrong with the model shows without its weights
+    with world.all_or_none():  # fails before any weight is loaded
         check_backbone(config, task, world.device)
         left_out = _leave_out(config, len(train_data))
     engine = make_engine(config, world, task)

@@ -15,7 +15,7 @@ class SideStream:
         self._event: torch.cuda.Event | None = None
 
     def record_event(self) -> None:
-        """Work on the side stream depends on what was queued until here, and on nothing later."""
+        """Make work on the side stream depend on what is queued so far, and on nothing later."""
         if self._device.type == "cuda":
             self._event = torch.cuda.Event()
             self._event.record()

@@ -5,7 +5,7 @@ Activations are quantised on the fly with one scale per row, weights once with o
     y = (x̂ Ŵᵀ) ∘ (s_x s_Wᵀ)          dx = (d̂ Ŵ) ∘ s_d,  d = dy ∘ s_W
 
 The second product sums over the rows of W, so their scales are multiplied into dy before dy is
-quantised. cuBLAS wants the second factor column-major, so backward transposes the codes.
+quantised. cuBLAS requires a column-major second factor, so backward transposes the codes.
 """
 
 import functools

@@ -26,7 +26,7 @@ _BLOCK = 64  # weights that share one scale in the 4-bit formats, as in QLoRA
 
 
 LowRank = tuple[Tensor, Tensor]
-"""Two factors (T, R) and (R, n) of what an adapter adds."""
+"""Factors (T, R) and (R, n) of an adapter's output."""
 
 
 class WeightFormat(ABC):
@@ -270,7 +270,7 @@ class Float8(_CodesAndScales):
     ) -> int:
         if not float8.fits(dtype, shape):
             return super().product_bytes(shape, rows, dtype, backward=backward)
-        # Codes of the rows, and in backward W's own, transposed.
+        # Codes of the rows, and in backward the transposed codes of W.
         return rows * shape[0] + shape[0] * shape[1] if backward else rows * shape[1]
 
     def forward(

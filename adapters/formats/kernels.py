@@ -39,7 +39,7 @@ def _look_up(codes, scales, table, out, count, PER_SCALE: tl.constexpr, BYTES: t
 
 
 def encoded_rows(x: Tensor, columns: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x (T, n), times `columns` (n) where given, as float8 codes with a float32 scale a row (T, 1).
+    """x (T, n), times `columns` (n) if given, as float8 codes with a float32 scale per row (T, 1).
     A row of zeros, or one too small to be scaled, becomes codes of 0."""
     x = x.contiguous()
     rows, n = x.shape
@@ -63,7 +63,7 @@ def _encode_rows(
     if SCALED:
         values *= tl.load(columns + at, mask=at < n, other=0.0)
     scale = tl.maximum(tl.max(tl.abs(values)) / LARGEST, 1e-30)
-    # A NaN stays one: the step is then skipped, not trained on what it was clamped to.
+    # NaN is preserved, not clamped: the step is then skipped.
     values = tl.clamp(values / scale, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(codes + row * n + at, values.to(codes.dtype.element_ty), mask=at < n)
     tl.store(scales + row, scale)

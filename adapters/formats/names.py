@@ -1,4 +1,4 @@
-"""The names of the weight formats, for who must not import torch."""
+"""The names of the weight formats, importable without torch."""
 
 FORMAT_NAMES = ("none", "nf4", "fp4", "int8", "fp8")
 """The keys of `formats.FORMATS`."""

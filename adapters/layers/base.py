@@ -1,8 +1,8 @@
-"""What adapted layers have in common, be they one matrix or a stack of experts' matrices.
+"""Interfaces of adapted layers, for single matrices and for stacks of experts' matrices.
 
-A `PackedLayer` is the module that holds a frozen weight, of one matrix or of several, in its packed
-format. An `AdaptedLayer` is the place of one adapter in it: a linear layer is its own, a stack has
-one for every expert.
+A `PackedLayer` is the module that holds a frozen weight of one or several matrices in its packed
+format. An `AdaptedLayer` is one matrix of it and its adapter: a linear layer is both, a stack has
+one adapted layer per expert.
 """
 
 import math
@@ -18,11 +18,11 @@ from adapters.layers.handles import RegisteredLayer
 
 
 class Dropout:
-    """Dropout of an adapted layer with a reproducible mask.
+    """Dropout of an adapted layer with a deterministic mask.
 
-    The mask is drawn again in backward (and in a checkpointed recomputation) from
-    (seed of the micro-batch, unit), so it is never stored. `base_seed` is one 0-d int64 CPU
-    tensor that all units of a model share; the loop writes it before every micro-batch.
+    The mask is recomputed in backward (and under activation checkpointing) from the seed of the
+    micro-batch and the unit, and never stored. `base_seed` is a 0-d int64 CPU tensor shared by all
+    units of a model; the training loop writes it before every micro-batch.
     """
 
     def __init__(self, probability: float, on_input: bool, base_seed: Tensor, unit_index: int):
@@ -32,25 +32,25 @@ class Dropout:
         self.unit_index = unit_index
 
     def __call__(self, x: Tensor, paired: bool = False) -> Tensor:
-        """Inverted dropout. `paired`: the second half of the columns shares the first half's mask,
-        so that a difference is dropped as one."""
+        """Inverted dropout. `paired`: both halves of the columns get the same mask, so that a
+        difference is dropped jointly."""
         seed = int(self.base_seed) * 1_000_003 + self.unit_index
         generator = torch.Generator(device=x.device).manual_seed(seed & (2**63 - 1))
         drawn = x.chunk(2, dim=-1)[0] if paired else x
-        keep = torch.empty_like(drawn, memory_format=torch.contiguous_format)
-        kept = 1.0 - self.probability
-        keep.bernoulli_(kept, generator=generator).div_(kept)
-        return x * (torch.cat([keep, keep], dim=-1) if paired else keep)
+        mask = torch.empty_like(drawn, memory_format=torch.contiguous_format)
+        keep = 1.0 - self.probability
+        mask.bernoulli_(keep, generator=generator).div_(keep)
+        return x * (torch.cat([mask, mask], dim=-1) if paired else mask)
 
 
 class AdaptedLayer(Protocol):
-    """The place of one gated adapter."""
+    """A matrix with at most one gated adapter."""
 
     adapter: GatedAdapter | None
     dropout: Dropout | None
     initial: GatedAdapter | None
-    """The part of W that a spectral method handed to the adapter; where it is given, only the
-    adapter's difference from it is dropped."""
+    """The part of W that spectral initialisation moved into the adapter; dropout then applies only
+    to the adapter's difference from it."""
 
     @property
     def out_features(self) -> int: ...
@@ -60,16 +60,16 @@ class AdaptedLayer(Protocol):
 
     @property
     def weight(self) -> Tensor:
-        """The packed parameter that its matrix is in."""
+        """The packed parameter that contains the matrix."""
 
     @property
     def token_counter(self) -> tuple[nn.Parameter, int] | None:
-        """(a parameter whose gradient counts the tokens of every expert, this one's index); None
-        where every token passes through."""
+        """(parameter whose gradient counts the tokens of each expert, this expert's index); None if
+        the layer sees every token."""
 
     @property
     def layer(self) -> "PackedLayer":
-        """The module that holds its matrix."""
+        """The module that holds the matrix."""
 
 
 class PackedLayer(RegisteredLayer):
@@ -81,35 +81,40 @@ class PackedLayer(RegisteredLayer):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of W: (out, in), or (E, out, in)."""
+        """Shape of W: (out, in), or (E, out, in)."""
         raise NotImplementedError
 
     @property
-    def places(self) -> Mapping[int | None, AdaptedLayer]:
-        """The places of adapters by the number of their expert; one matrix has None for it."""
+    def adapted_layers(self) -> Mapping[int | None, AdaptedLayer]:
+        """The adapted layers by expert index; {None: layer} for a single matrix."""
         raise NotImplementedError
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it holds the matrices of several experts."""
+        return None not in self.adapted_layers
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(rows, columns) of what is packed: a stack as one matrix."""
+        """(rows, columns) of the packed matrix; a stack is one matrix of (E · out, in)."""
         *rows, columns = self.shape
         return math.prod(rows), columns
 
     @property
     def adapts(self) -> bool:
-        """Whether it holds an adapter."""
-        return any(place.adapter is not None for place in self.places.values())
+        """Whether any of its adapted layers has an adapter."""
+        return any(layer.adapter is not None for layer in self.adapted_layers.values())
 
-    def place_names(self, path: str) -> list[str]:
-        """Names of its places where the module's path is `path`."""
-        return [path if number is None else f"{path}.{number}" for number in self.places]
+    def layer_names(self, path: str) -> list[str]:
+        """Names of its adapted layers, given the module's path."""
+        return [path if index is None else f"{path}.{index}" for index in self.adapted_layers]
 
     def pack(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The packed form of a full W; the caller sets it as the parameter."""
+        """Pack the full W; the caller assigns the result to the parameter."""
         return FORMATS[self.weight_format].pack(weight.reshape(self.matrix_shape), dtype)
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
-        """W as the products see it; under a sharder only while it is unsharded."""
+        """The dequantised W; requires the parameter to be unsharded."""
         packed = self.weight.detach()
         fmt = FORMATS[self.weight_format]
         return fmt.unpack(packed, self.matrix_shape, dtype).view(self.shape)

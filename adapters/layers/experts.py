@@ -1,11 +1,12 @@
-"""The host of many adapters: stacked experts, every product over all of them at once.
+"""Stacked experts with one adapter each, computed by grouped products.
 
 With rows sorted by expert and e the expert of a row,
 
     z = x A_eᵀ          y = x W_eᵀ + (z ∘ g_e) B_e
 
-in grouped products (cuBLAS or CUTLASS on a GPU); no ΔW is ever formed. As in `linear.py` the frozen
-stack stays packed, is dequantised once in forward and once in backward, and the operator is opaque.
+in grouped GEMMs (cuBLAS or CUTLASS on a GPU); ΔW is never materialised. As in `linear.py` the
+frozen stack stays packed, is dequantised once in forward and once in backward, and the operator is
+opaque to autograd and torch.compile.
 """
 
 from collections.abc import Sequence
@@ -21,13 +22,13 @@ from adapters.layers.handles import add_gradients, layer_of
 from adapters.rounding import round_up
 
 _RANK_MULTIPLE = 8
-"""Grouped products want rows of 16 bytes; what is padded is zero and never trains."""
+"""Grouped GEMMs need rows of a multiple of 16 bytes; padding is zero and does not train."""
 
 
 class ExpertLayer:
-    """The place of one expert's adapter in a stack: what `AdaptedLinear` is to a single matrix.
+    """The adapted layer of one expert in a stack.
 
-    No module, so that a stack's adapters, replicated on every rank, are never seen by a sharder.
+    Not an nn.Module: sharders must not find the adapters, which are replicated on every rank.
     """
 
     def __init__(self, stack: "StackedLinear", index: int):
@@ -59,9 +60,9 @@ class ExpertLayer:
 
 
 class StackedLinear(PackedLayer):
-    """One projection of E experts: frozen `y = x W_eᵀ` in any weight format, E adapters at most.
+    """One projection of E experts: frozen `y = x W_eᵀ` in any weight format, at most E adapters.
 
-    `weight` holds the packed matrix of all experts' rows (E · out, in).
+    `weight` is the packed matrix (E · out, in) of all experts.
     """
 
     def __init__(self, weight: nn.Parameter, weight_format: str = "none"):
@@ -73,9 +74,10 @@ class StackedLinear(PackedLayer):
 
     @property
     def tokens(self) -> nn.Parameter:
-        """(E,), of no value; its gradient counts every expert's tokens that matter to the loss."""
+        """(E,); the values are unused, the gradient counts each expert's tokens that contribute to
+        the loss."""
         if "_tokens" not in self.__dict__:
-            # Past nn.Module's registration: it belongs to the adapters, not to the backbone.
+            # Not registered with nn.Module: it is no part of the backbone.
             zeros = torch.zeros(self.experts, device=self.weight.device)
             self.__dict__["_tokens"] = nn.Parameter(zeros)
         return self.__dict__["_tokens"]
@@ -86,31 +88,33 @@ class StackedLinear(PackedLayer):
         return self.experts, self.out_features, self.in_features
 
     @property
-    def places(self) -> dict[int | None, AdaptedLayer]:
+    def adapted_layers(self) -> dict[int | None, AdaptedLayer]:
         return {layer.index: layer for layer in self.layers}
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """(rows, in) sorted by expert, rows of expert e end before `offsets[e]` → (rows, out)."""
-        return hosted_experts(x, offsets, self.handle, self.out_features)
+        """(rows, in) → (rows, out). Rows are sorted by expert; `offsets[e]` is the end of expert
+        e's rows."""
+        return adapted_experts(x, offsets, self.handle, self.out_features)
 
     def low_rank(self, x: Tensor, offsets: Tensor) -> Tensor | None:
-        """(z ∘ g_e) B_e (rows, out) of rows x (rows, in); None without any adapter."""
+        """(z ∘ g_e) B_e (rows, out) for rows x (rows, in); None without adapters."""
         factors = self._factors(x.dtype)
         if factors is None:
             return None
         A, g, B = factors
         z = grouped(self._dropped_input(x), A.mT, offsets)
         y = grouped(self._dropped_hidden(z), gated(g, B), offsets)
-        spared = self._spared(x.dtype)
-        if spared is not None:
-            A0, g0, B0 = spared
+        undropped = self._undropped(x.dtype)
+        if undropped is not None:
+            A0, g0, B0 = undropped
             y += grouped(grouped(x, A0.mT, offsets), gated(g0, B0), offsets)
         return y
 
     def low_rank_backward(self, dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor | None:
-        """Adds the adapters' gradients and the experts' tokens to `.grad`; their part of dx.
+        """Adds the adapters' gradients and the experts' token counts to `.grad`. Returns the
+        adapters' contribution to dx, None without adapters.
 
-        As in `linear.py` for every expert's rows; with C = Σ sᵀ dy (R, out) dB = g ∘ C and
+        As in `linear.py` for every expert's rows; with C = sᵀ dy (R, out), dB = g ∘ C and
         dg = Σ C ∘ B.
         """
         factors = self._factors(x.dtype)
@@ -135,32 +139,33 @@ class StackedLinear(PackedLayer):
             for expert, layer in enumerate(self.layers)
             if layer.adapter is not None
         )
-        # Tokens that have no loss, padding among them, are not counted: their gradient is zero.
-        matters = torch.linalg.vector_norm(dy, ord=torch.inf, dim=1) != 0
+        # Tokens without a loss, such as padding, have a zero gradient and are not counted.
+        counted = torch.linalg.vector_norm(dy, ord=torch.inf, dim=1) != 0
         numbers = torch.arange(dy.shape[0], device=dy.device)
         expert_of = torch.searchsorted(offsets, numbers, right=True)
         counts = torch.zeros(self.experts, device=dy.device)
-        counts.index_add_(0, expert_of, matters.float())
+        counts.index_add_(0, expert_of, counted.float())
         add_gradients([(self.tokens, counts)])
         dx = self._dropped_input(grouped(dz, A, offsets))
-        spared = self._spared(x.dtype)
-        if spared is not None:
-            A0, g0, B0 = spared
+        undropped = self._undropped(x.dtype)
+        if undropped is not None:
+            A0, g0, B0 = undropped
             dx += grouped(grouped(dy, gated(g0, B0).mT, offsets), A0, offsets)
         return dx
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-        """A (E, R, in), g (E, R) and B (E, R, out): of drop(ΔW − ΔW₀) where ΔW₀ is spared."""
+        """A (E, R, in), g (E, R) and B (E, R, out) of ΔW, or of ΔW − ΔW₀ where dropout applies only
+        to this difference; None without adapters."""
         factors = self._stacked([layer.adapter for layer in self.layers], dtype)
-        spared = self._spared(dtype) if factors is not None else None
-        if factors is None or spared is None:
+        undropped = self._undropped(dtype) if factors is not None else None
+        if factors is None or undropped is None:
             return factors
         A, g, B = factors
-        A0, g0, B0 = spared
+        A0, g0, B0 = undropped
         return torch.cat([A, A0], 1), torch.cat([g, -g0], 1), torch.cat([B, B0], 1)
 
-    def _spared(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What a splitting method handed to the adapters, stacked, where there is dropout."""
+    def _undropped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The stacked factors of ΔW₀, the initial part of W; None without it or without dropout."""
         if self._dropout is None:
             return None
         ranks = [0 if layer.adapter is None else layer.adapter.rank for layer in self.layers]
@@ -185,8 +190,8 @@ class StackedLinear(PackedLayer):
     def _stacked(
         self, adapters: Sequence[GatedAdapter | None], dtype: torch.dtype, least: int = 0
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """A (E, R, in), g (E, R) and B (E, R, out), zero where an expert has no such component;
-        None without any. R is at least `least`."""
+        """A (E, R, in), g (E, R) and B (E, R, out), padded with zeros to R >= `least`; None without
+        components."""
         rank = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
         if rank == 0:
             return None
@@ -210,7 +215,7 @@ class StackedLinear(PackedLayer):
 
 
 class AdaptedExperts(nn.Module):
-    """The experts of a mixture: takes the place of transformers' module of stacked experts."""
+    """Replaces transformers' module of stacked experts in a mixture."""
 
     def __init__(self, experts: Any):
         super().__init__()
@@ -238,7 +243,7 @@ class AdaptedExperts(nn.Module):
         """hidden_states (T, H), top_k_index and top_k_weights (T, k) → (T, H)."""
         k = top_k_index.shape[1]
         sorted_experts, order = top_k_index.flatten().sort(stable=True)
-        # Neither this nor anything below waits for the device: no shape depends on the routing.
+        # Nothing here synchronises with the device: no shape depends on the routing.
         numbers = torch.arange(self.gate_up_proj.experts, device=order.device)
         offsets = torch.searchsorted(sorted_experts, numbers, right=True).int()
         inverse = order.argsort()
@@ -250,7 +255,7 @@ class AdaptedExperts(nn.Module):
 
 
 class _Dispatch(torch.autograd.Function):
-    """Each token once for every expert that it goes to, sorted by expert."""
+    """Copies each token to its k experts, sorted by expert."""
 
     @staticmethod
     def forward(ctx, x, order, inverse, k):
@@ -265,7 +270,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """The adjoint: the sum of what a token's experts made of it, in a fixed order."""
+    """Adjoint of `_Dispatch`: sums the outputs of a token's k experts in a fixed order."""
 
     @staticmethod
     def forward(ctx, y, order, inverse, k):
@@ -284,34 +289,34 @@ def _summed(rows: Tensor, inverse: Tensor, k: int) -> Tensor:
 
 
 def gated(g: Tensor, B: Tensor) -> Tensor:
-    """g ∘ B for stacks g (E, R) and B (E, R, out)."""
+    """g ∘ B of stacks g (E, R) and B (E, R, out)."""
     return B * g.unsqueeze(2)
 
 
 def grouped(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    """(rows, n) by (E, n, m) → (rows, m), or (n, rows) by (rows, m) → (E, n, m)."""
+    """Grouped GEMM: (rows, n) · (E, n, m) → (rows, m), or (n, rows) · (rows, m) → (E, n, m)."""
     return F.grouped_mm(a, b, offs=offsets)
 
 
-@torch.library.custom_op("rankcast::hosted_experts", mutates_args=())
-def hosted_experts(x: Tensor, offsets: Tensor, handle: Tensor, out_features: int) -> Tensor:
-    """(rows, in) → (rows, out)."""
+@torch.library.custom_op("rankcast::adapted_experts", mutates_args=())
+def adapted_experts(x: Tensor, offsets: Tensor, handle: Tensor, out_features: int) -> Tensor:
+    """Forward of `StackedLinear`: (rows, in) → (rows, out)."""
     stack: StackedLinear = layer_of(handle)
     y = grouped(x, stack.dequantised(x.dtype).mT, offsets)
     added = stack.low_rank(x, offsets)
     return y if added is None else y.add_(added)
 
 
-@hosted_experts.register_fake
+@adapted_experts.register_fake
 def _(x, offsets, handle, out_features):
     return x.new_empty(x.shape[0], out_features)
 
 
-@torch.library.custom_op("rankcast::hosted_experts_backward", mutates_args=())
-def hosted_experts_backward(
+@torch.library.custom_op("rankcast::adapted_experts_backward", mutates_args=())
+def adapted_experts_backward(
     dy: Tensor, x: Tensor, offsets: Tensor, handle: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dx (rows, in), and a 0 for the handle as in `linear.py`."""
+    """dx (rows, in) and a zero gradient for the handle."""
     stack: StackedLinear = layer_of(handle)
     dy = dy.contiguous()
     dx = grouped(dy, stack.dequantised(x.dtype), offsets)
@@ -319,7 +324,7 @@ def hosted_experts_backward(
     return dx if added is None else dx.add_(added), torch.zeros_like(handle)
 
 
-@hosted_experts_backward.register_fake
+@adapted_experts_backward.register_fake
 def _(dy, x, offsets, handle):
     return torch.empty_like(x), torch.empty_like(handle)
 
@@ -333,8 +338,8 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dy):
     if dy is None:
         return (None,) * 4
-    dx, nothing = hosted_experts_backward(dy, *ctx.saved_tensors)
+    dx, nothing = adapted_experts_backward(dy, *ctx.saved_tensors)
     return dx, None, nothing, None
 
 
-hosted_experts.register_autograd(_backward, setup_context=_save)
+adapted_experts.register_autograd(_backward, setup_context=_save)

@@ -21,10 +21,10 @@ from adapters.layers.handles import add_gradients, layer_of
 
 
 class AdaptedLinear(PackedLayer):
-    """Frozen `y = x Wᵀ + bias` in any weight format, with room for one gated adapter.
+    """Frozen `y = x Wᵀ + bias` in any weight format, with at most one gated adapter.
 
-    Takes the place of an `nn.Linear`. `weight` holds the packed matrix (see `formats.py`).
-    `adapter` is None or replicated on every rank; it is no submodule, so no sharder ever sees it.
+    Replaces an `nn.Linear`. `weight` holds the packed matrix (see `formats.py`).
+    `adapter` is None or replicated on every rank; it is not a submodule, so sharders never find it.
     """
 
     adapter: GatedAdapter | None
@@ -61,11 +61,11 @@ class AdaptedLinear(PackedLayer):
         return self
 
     @property
-    def places(self) -> "dict[int | None, AdaptedLayer]":
+    def adapted_layers(self) -> "dict[int | None, AdaptedLayer]":
         return {None: self}
 
     def forward(self, x: Tensor) -> Tensor:
-        return hosted_linear(x, self.handle, self.out_features)
+        return adapted_linear(x, self.handle, self.out_features)
 
     def low_rank(self, x: Tensor) -> LowRank | None:
         """The factors z ∘ g (T, R) and B (R, out) of the adapter's output for rows x (T, in);
@@ -75,8 +75,8 @@ class AdaptedLinear(PackedLayer):
             return None
         A, g, B = factors
         s = self._dropped_hidden(self._dropped_input(x) @ A.T) * g
-        if self._spared is not None:
-            A0, g0, B0 = self._spared.cast(x.dtype)
+        if self._undropped is not None:
+            A0, g0, B0 = self._undropped.cast(x.dtype)
             s, B = torch.cat([s, (x @ A0.T) * g0], 1), torch.cat([B, B0])
         return s, B
 
@@ -114,24 +114,24 @@ class AdaptedLinear(PackedLayer):
         if self.dropout is not None and self.training and self.dropout.on_input:
             dropped = self.dropout(dz @ A)
             dz, A = dz[:, :0], A[:0]
-        if self._spared is not None:
-            A0, g0, B0 = self._spared.cast(x.dtype)
+        if self._undropped is not None:
+            A0, g0, B0 = self._undropped.cast(x.dtype)
             dz, A = torch.cat([dz, (dy @ B0.T) * g0], 1), torch.cat([A, A0])
         return (dz, A) if A.shape[0] else None, dropped
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-        """A, g, B in `dtype`; drop(ΔW − ΔW₀) has the components of both."""
+        """A, g, B of ΔW, or of ΔW − ΔW₀ where dropout applies only to this difference."""
         adapter = self.adapter
         if adapter is None or adapter.rank == 0:
             return None
         A, g, B = adapter.cast(dtype)
-        if self._spared is not None:
-            A0, g0, B0 = self._spared.cast(dtype)
+        if self._undropped is not None:
+            A0, g0, B0 = self._undropped.cast(dtype)
             A, g, B = torch.cat([A, A0]), torch.cat([g, -g0]), torch.cat([B, B0])
         return A, g, B
 
     @property
-    def _spared(self) -> GatedAdapter | None:
+    def _undropped(self) -> GatedAdapter | None:
         return self.initial if self.dropout is not None and self.training else None
 
     def _dropped_input(self, x: Tensor) -> Tensor:
@@ -142,15 +142,15 @@ class AdaptedLinear(PackedLayer):
     def _dropped_hidden(self, z: Tensor) -> Tensor:
         if self.dropout is None or not self.training or self.dropout.on_input:
             return z
-        return self.dropout(z, paired=self._spared is not None)
+        return self.dropout(z, paired=self._undropped is not None)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, format={self.weight_format}"
 
 
-@torch.library.custom_op("rankcast::hosted_linear", mutates_args=())
-def hosted_linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
-    """(…, in) → (…, out)."""
+@torch.library.custom_op("rankcast::adapted_linear", mutates_args=())
+def adapted_linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
+    """Forward of `AdaptedLinear`: (…, in) → (…, out)."""
     layer: AdaptedLinear = layer_of(handle)
     rows = x.reshape(-1, x.shape[-1])
     y = FORMATS[layer.weight_format].forward(
@@ -159,16 +159,16 @@ def hosted_linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
     return y.view(*x.shape[:-1], out_features)
 
 
-@hosted_linear.register_fake
+@adapted_linear.register_fake
 def _(x, handle, out_features):
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-@torch.library.custom_op("rankcast::hosted_linear_backward", mutates_args=())
-def hosted_linear_backward(
+@torch.library.custom_op("rankcast::adapted_linear_backward", mutates_args=())
+def adapted_linear_backward(
     dy: Tensor, x: Tensor, handle: Tensor, need_x: bool
 ) -> tuple[Tensor, Tensor]:
-    """dx (…, in), empty where not needed; and a 0 as the handle's gradient, which keeps the
+    """dx (…, in), empty if not needed, and a zero gradient for the handle, which keeps the
     compiler from eliminating the call."""
     layer: AdaptedLinear = layer_of(handle)
     dy2, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -181,7 +181,7 @@ def hosted_linear_backward(
     return dx.view(x.shape), torch.zeros_like(handle)
 
 
-@hosted_linear_backward.register_fake
+@adapted_linear_backward.register_fake
 def _(dy, x, handle, need_x):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
     return dx, torch.empty_like(handle)
@@ -197,8 +197,8 @@ def _backward(ctx, dy):
     if dy is None:
         return None, None, None
     need_x = ctx.needs_input_grad[0]
-    dx, nothing = hosted_linear_backward(dy, *ctx.saved_tensors, need_x)
+    dx, nothing = adapted_linear_backward(dy, *ctx.saved_tensors, need_x)
     return dx if need_x else None, nothing, None
 
 
-hosted_linear.register_autograd(_backward, setup_context=_save)
+adapted_linear.register_autograd(_backward, setup_context=_save)

@@ -6,9 +6,9 @@ entry w of A, λ and B (globally summed gradient, before clipping):
     I(w) = |w ∂L/∂w|          Ī ← β₁ Ī + (1 − β₁) I          Ū ← β₂ Ū + (1 − β₂) |I − Ī|
 
 and component i of a unit scores S_i = s(λ_i) + mean_j s(A_ij) + mean_j s(B_ij), s = Ī Ū. Every
-`delta_t` steps the b(t) best components of all units keep their λ, the others' become 0 and may
-grow again; b falls from n · initial_rank to n · rank along a cubic. The last `tfinal` steps train
-with the final choice. Orthogonality of A and B is a penalty with the weight `orthogonality`.
+`delta_t` steps the b(t) best components of all units keep their λ; the others' λ are set to 0 and
+may grow again. b falls from n · initial_rank to n · rank along a cubic. The last `tfinal` steps
+train the final selection. Orthogonality of A and B is a penalty with weight `orthogonality`.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from adapters.optimizer import MaskedAdamW
 from adapters.unit import Unit
 
 _DIGITS = 6
-"""Scores are rounded to so many significant digits before they are sorted."""
+"""Significant digits to which scores are rounded before sorting."""
 
 
 class AdaLoRA(Method):
@@ -44,7 +44,7 @@ class AdaLoRA(Method):
         self._sensitivity: Tensor | None = None  # Ī, laid out as the optimizer's values
         self._uncertainty: Tensor | None = None  # Ū
         self._scores: Tensor | None = None  # S (n, R)
-        self._kept = 0  # components in use; 0 before the first pruning
+        self._kept = 0  # components kept in total; 0 before the first pruning
 
     def init_adapter(self, unit: Unit, generator: torch.Generator) -> GatedAdapter:
         rank = self.options.components
@@ -54,7 +54,7 @@ class AdaLoRA(Method):
 
     @property
     def learning_rate_ratios(self) -> Mapping[str, float]:
-        # An Adam step on g = λ α/r that moves λ as a step on λ itself would.
+        # With this factor an Adam step on g = λ α/r changes λ as a step on λ itself would.
         return {"g": self.options.alpha / self.options.rank}
 
     @property
@@ -62,7 +62,7 @@ class AdaLoRA(Method):
         return {role: 1.0 / ratio for role, ratio in self.learning_rate_ratios.items()}
 
     def budget(self, step: int) -> int:
-        """b(t): components of all units that are kept from step t on."""
+        """b(t): number of components that all units together keep from step t on."""
         first, last = self.options.schedule(self.steps)
         n = len(self.units)
         target, initial = n * self.options.rank, n * self.options.components
@@ -81,7 +81,7 @@ class AdaLoRA(Method):
         if self._sensitivity is None or self._uncertainty is None:
             self._sensitivity = torch.zeros_like(importance)
             self._uncertainty = torch.zeros_like(importance)
-        if bool(importance.isfinite().all()):  # else the step will be skipped
+        if bool(importance.isfinite().all()):  # otherwise the step will be skipped
             self._sensitivity.lerp_(importance, 1 - self.options.beta1)
             deviation = (importance - self._sensitivity).abs()
             self._uncertainty.lerp_(deviation, 1 - self.options.beta2)
@@ -92,8 +92,8 @@ class AdaLoRA(Method):
             self._scores = A / into.unsqueeze(1) + g + B / out.unsqueeze(1)
 
     def _add_penalty(self) -> None:
-        """Gradient of the orthogonality penalty, the same on every rank, after the reduction.
-        Matrices of one shape at once: one by one, hundreds would keep a GPU waiting."""
+        """Add the gradient of the orthogonality penalty, identical on every rank, to the reduced
+        gradients. Matrices of equal shape are batched to avoid hundreds of small kernels."""
         if self.options.orthogonality == 0:
             return
         matrices = [m for adapter in self.adapters.values() for m in (adapter.A, adapter.B)]
@@ -131,20 +131,20 @@ class AdaLoRA(Method):
         kept, R = decision.extra.get("kept"), self.options.components
         fit = isinstance(kept, dict) and all(_indices(kept.get(u.name), R) for u in self.units)
         if not (fit and isinstance(decision.extra.get("final"), bool)):
-            raise ValueError(f"without `final`, or without components below {R} of every unit")
+            raise ValueError(f"no `final`, or not for every unit a list of components below {R}")
 
     def apply(self, decision: Decision) -> bool:
         R = self.options.components
         by_unit = [decision.extra["kept"][unit.name] for unit in self.units]
         first = np.repeat(np.arange(len(by_unit)) * R, [len(components) for components in by_unit])
-        places = first + np.fromiter(chain.from_iterable(by_unit), dtype=np.int64)
+        indices = first + np.fromiter(chain.from_iterable(by_unit), dtype=np.int64)
         flags = np.zeros(len(by_unit) * R, dtype=bool)
-        flags[places] = True
+        flags[indices] = True
         kept = torch.from_numpy(flags)
         table = self.adapters.mask_table
         table.write_gates(table.gates * kept.to(self.adapters.device))
-        self._kept = len(places)
-        if decision.extra["final"]:  # what was pruned stays out
+        self._kept = len(indices)
+        if decision.extra["final"]:  # pruned components no longer train
             table.masks.copy_(kept)
         return False
 
@@ -169,12 +169,12 @@ class AdaLoRA(Method):
 
 
 def _indices(value: Any, R: int) -> bool:
-    """Whether it is a list of components."""
+    """Whether `value` is a list of component indices below R."""
     return isinstance(value, list) and all(type(j) is int and 0 <= j < R for j in value)
 
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
-    """Where the `count` largest entries are; of equal ones the first, NaN last."""
+    """Mask of the `count` largest entries; ties go to the first, NaN sorts last."""
     flat = np.where(np.isnan(scores), -np.inf, scores).ravel()
     least = np.partition(flat, -count)[-count]
     best = flat > least

@@ -1,9 +1,9 @@
-"""What a method must provide: a policy over the gates and masks of gated adapters.
+"""Base class of the methods: a policy over the masks and gates of gated adapters.
 
-A method is one file. It says how A, g and B start (`init_adapter`), and it may decide, on rank 0
-only, how masks, gates, ranks or survivors change (`decide`), from statistics that were reduced over
-all ranks (`observe`, `after_step`). Every rank then applies the same plain data (`apply`) to the
-adapters (`adapters/adapter_set.py`).
+A method is one file. It initialises A, g and B (`init_adapter`). It may also decide on rank 0 how
+masks, gates, ranks or survivors change (`decide`), from statistics reduced over all ranks
+(`observe`, `after_step`). All ranks then apply the broadcast decision (`apply`) to the adapters
+(`adapters/adapter_set.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,34 +26,35 @@ from adapters.unit import Unit
 
 Validate = Callable[[bool], float]
 """Mean loss on the validation records; with True also its gradient, summed over ranks, in the
-optimizer's buffer (the caller zeroes it). All ranks call it together."""
+optimizer's buffer (the caller zeroes it). Collective."""
 
 
 @dataclass(frozen=True)
 class InitialAdapter:
-    """What was taken out of a unit's W to become its adapter, and W's singular values."""
+    """The part of a unit's W that becomes its initial adapter, and all singular values of W."""
 
     adapter: GatedAdapter
     spectrum: Tensor
 
 
 class Method:
-    """A policy; its file defines `Options` and `init_adapter`, and what it decides."""
+    """A method. Subclasses define `Options`, `init_adapter` and, if they decide, `decide` and
+    `apply`."""
 
     Options: ClassVar[type[MethodOptions]]
     gates: ClassVar[Gates] = "constant"
-    """Whether g trains, or has a gradient that the method uses itself, at the start."""
+    """How g is treated at the start: constant, trained, or with a gradient for the method only."""
     decides: ClassVar[bool] = False
-    """Whether `decide` ever has anything to say."""
+    """Whether the method makes decisions."""
     decides_before: ClassVar[Literal["forward", "update"]] = "forward"
-    """What a decision changes: the step's forward pass; or only which components its update moves,
-    so that it may be made while the gradients are still being computed."""
+    """When a decision must be applied. `forward`: it changes the forward pass. `update`: it only
+    selects the components that the update changes, and may be made during forward and backward."""
     changes_structure: ClassVar[bool] = False
-    """Whether units are removed or change their R while training."""
+    """Whether units are removed or change their R during training."""
     splits_weight: ClassVar[bool] = False
-    """Whether adapters start as a part of W (`methods/spectral.py`)."""
+    """Whether adapters are initialised as a part of W (`methods/spectral.py`)."""
     figures: ClassVar[Sequence[Figure]] = ()
-    """What the report draws beside ranks, locations and survivors."""
+    """Figures of the report in addition to ranks, locations and survivors."""
 
     def __init__(self, options: Any, seed: int):
         self.options = options
@@ -74,13 +75,13 @@ class Method:
 
     @property
     def units(self) -> list[Unit]:
-        """All units, those without an adapter too."""
+        """All units, including those whose adapter was removed."""
         return self.adapters.units
 
-    # --- how a unit starts and trains ------------------------------------------------------------
+    # --- initialisation and training -------------------------------------------------------------
 
     def init_adapter(self, unit: Unit, generator: torch.Generator) -> GatedAdapter:
-        """The adapter that `unit` starts with, on the CPU; draws only from `generator`."""
+        """The initial adapter of `unit`, on the CPU; draws only from `generator`."""
         raise NotImplementedError
 
     def attach(
@@ -90,123 +91,127 @@ class Method:
         device: torch.device,
         initial_adapters: Mapping[str, InitialAdapter] | None = None,
     ) -> None:
-        """Give every unit its adapter, the same on every rank and for every world size.
+        """Attach the units' initial adapters, identical on every rank and for every world size.
 
-        `initial_adapters`: what was taken out of the matrices while they were loaded, for a method
-        that splits them.
+        `initial_adapters`: those that spectral initialisation made while loading, if
+        `splits_weight`.
         """
         self.adapters.attach(
             units, layers, device, lambda unit: self.init_adapter(unit, self.generator(unit))
         )
 
     def generator(self, unit: Unit, purpose: int = 0) -> torch.Generator:
-        """Draws for one unit, the same on every rank; another purpose gives other draws."""
+        """Generator for one unit and purpose, seeded identically on every rank."""
         return seeds.generator(self.seed, purpose, unit.index)
 
     @property
     def learning_rate_ratios(self) -> Mapping[str, float]:
-        """By role (A, g, B): over the learning rate, where it is not 1, by the options alone."""
+        """Factors of the learning rate by role (A, g, B), 1 if absent; depends on options only."""
         return {}
 
     @property
     def decay_ratios(self) -> Mapping[str, float]:
-        """By role: over the weight decay, where it is not 1."""
+        """Factors of the weight decay by role, 1 if absent."""
         return {}
 
     @property
     def no_bias_correction(self) -> bool:
-        """Whether a component's first steps are short (`adapters/optimizer.py`)."""
+        """Whether Adam's first moment is used uncorrected, which shortens a component's first steps
+        (`adapters/optimizer.py`)."""
         return False
 
     @property
     def micro_batch_size(self) -> int | None:
-        """Sequences per forward pass from now on, where the method frees memory for more."""
+        """New micro-batch size after the method has freed memory; None: unchanged."""
         return None
 
     # --- decisions -----------------------------------------------------------------------------
 
     def set_horizon(self, steps: int, rate: Callable[[int], float]) -> None:
-        """Before training: the run's length, and the learning rate of a step over its peak."""
+        """Set the number of steps and the schedule, learning rate of a step over its peak; called
+        before training."""
         self.steps, self._rate = steps, rate
 
     def on_train_begin(self, optimizer: MaskedAdamW, validate: Validate) -> None:
-        """Every rank, once, before the first step of a new run."""
+        """Called once before the first step of a new run, on every rank."""
 
     def due(self, step: int) -> bool:
-        """Whether rank 0 is asked in step `step`, before its update; the same on every rank."""
+        """Whether a decision is made in step `step`, before its update; equal on every rank."""
         return self.decides
 
     def decide(self, step: int) -> Decision | None:
-        """Rank 0, where `due`: what holds from the update of step `step` on, or already from its
-        forward pass (`decides_before`); None: nothing changes."""
+        """Rank 0, if `due`: the decision that holds from the forward pass or the update of step
+        `step` on (`decides_before`); None: no change."""
         raise NotImplementedError
 
     @property
     def decided(self) -> Sequence[str]:
-        """The names that the ranks of a decision have."""
+        """The names for which decisions have ranks."""
         return [unit.name for unit in self.units]
 
     def check_decision(self, decision: Decision) -> None:
-        """Raises ValueError where a recorded decision does not fit this run's options, or could not
-        be applied. Here: ranks, where there are any."""
+        """Raises ValueError if a recorded decision does not fit this run's units and options. The
+        base class checks ranks, if present."""
         if decision.ranks:
             self.check_ranks(decision)
 
     def check_ranks(self, decision: Decision) -> None:
-        """Raises ValueError unless every name has a rank of at most R."""
+        """Raises ValueError unless every name has a rank <= R."""
         for name in self.decided:
             if name not in decision.ranks:
-                raise ValueError(f"nothing about {name}; accepted: a run of the same units")
+                raise ValueError(
+                    f"no rank for {name}; accepted: decisions of a run with the same units"
+                )
         for name, rank in decision.ranks.items():
             if rank > self.options.components:
                 largest = self.options.components
                 raise ValueError(f"rank {rank} for {name}; accepted: at most {largest}")
 
     def apply(self, decision: Decision) -> bool:
-        """Every rank: carry it out; True if tensors were added, removed or resized."""
+        """Apply the decision, on every rank; True if tensors were added, removed or resized."""
         raise NotImplementedError
 
     def observe(self, step: int, optimizer: MaskedAdamW) -> None:
-        """Every rank, after the gradients were summed (unclipped) and before the update."""
+        """Called on every rank with reduced, unclipped gradients, before the update."""
 
     def after_step(
         self, step: int, optimizer: MaskedAdamW, *, skipped: bool, validate: Validate
     ) -> None:
-        """Every rank, after the update, or after it was skipped."""
+        """Called on every rank after the update, or after it was skipped."""
 
-    # --- what the log, `watch` and `report` show -------------------------------------------------
+    # --- log, `watch` and `report` ---------------------------------------------------------------
 
     def scalars(self) -> dict[str, float]:
-        """Rank 0: what the log shows of the method's state."""
+        """Rank 0: numbers for the log."""
         return {}
 
     def summary(self, decision: Decision) -> dict[str, str]:
-        """Rank 0: the decision in words, by subject; recorded with it and shown by `watch`."""
+        """Rank 0: the decision in words, by subject; recorded with it, shown by `watch`."""
         return decision.summary()
 
-    # --- what the trained adapter is used with ---------------------------------------------------
+    # --- evaluation and export -------------------------------------------------------------------
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """A context in which gates are those that the trained adapter is used with."""
+        """Context in which the adapters have their inference gates."""
         yield
 
     @classmethod
     def inference_gates(cls, options: Any, gates: Tensor) -> Tensor:
-        """Gates (R) that a trained unit is exported with."""
+        """The gates (R) with which a trained unit is exported."""
         return gates
 
     # --- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What every rank holds alike besides adapters and masks."""
+        """State that is replicated on every rank, without adapters and masks."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `state_dict`; called before adapters are resized and loaded."""
+        """Inverse of `state_dict`; called before the adapters are resized and loaded."""
 
     def decider_state(self) -> dict[str, Tensor]:
-        """What only rank 0 holds, for `decide`."""
+        """State of `decide`, held by rank 0 only."""
         return {}
 
     def load_decider_state(self, state: Mapping[str, Tensor]) -> None:

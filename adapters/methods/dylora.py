@@ -1,7 +1,7 @@
-"""DyLoRA (Valipour et al. 2023): one LoRA that works at every rank up to r.
+"""DyLoRA (Valipour et al. 2023): one LoRA usable at every rank up to r.
 
-Before each step b is drawn uniformly from 1 … r; forward uses the first b components, scaled by
-α/b, and either all of them train or only the b-th.
+Before each step b is drawn uniformly from 1 … r. The forward pass uses the first b components,
+scaled by α/b; either all of them train or only the b-th.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,8 @@
-"""La-LoRA: every layer's rank grows with its contribution, under a budget that grows with them.
+"""La-LoRA: ranks per layer by contribution, under a budget that grows with the norms.
 
-Layer i of L is transformer block i; its units share the rank r_i ∈ [1, r], starting at 1. Forward
-uses the first r_i components, scaled by α/r. After every update, with A_u, B_u cut to r_i:
+Layer i of L is transformer block i; its units share the rank r_i ∈ [1, r], initially 1. The
+forward pass uses the first r_i components, scaled by α/r. After every update, with A_u and B_u
+truncated to r_i:
 
     s_i   = (1/r_i) Σ_{u∈i} (‖B_u‖ + ‖A_u‖)                                    (7)
     IR_i  = (s_i − s_i^prev) / s_i^prev                                         (6)
@@ -9,11 +10,12 @@ uses the first r_i components, scaled by α/r. After every update, with A_u, B_u
     c_i   = Σ_{u∈i} (f_A ‖B_u‖ + f_B ‖A_u‖)                                     (9), f: (10)
     r_i   = softmax(c)_i · D                                                    (8)
 
-in Frobenius norms. Choices, each with the other reading as an option: f is the truncated norm over
-the full one, as the text says (`fidelity`; the printed eq. 10 is `previous_over_current`); eq. 9
-crosses A's fidelity with B's norm as printed; s^prev is taken at the new rank, so that a change of
-rank alone is no growth (`growth`). Eq. 8's reals become integers by largest remainder within
-[1, r]: Σ r_i = round(D) exactly; what a full layer cannot take goes to the others in proportion.
+in Frobenius norms. Choices, with the other readings as options: f is the truncated norm over the
+full norm, as in the text (`fidelity`; the printed eq. 10 is `previous_over_current`); eq. 9
+combines A's fidelity with B's norm as printed; s^prev is taken at the new rank, so that a change of
+rank alone does not count as growth (`growth`). Eq. 8 is rounded to integers in [1, r] by largest
+remainder, so that Σ r_i = round(D) exactly; the excess of a layer at r is distributed among the
+others in proportion.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,13 +36,13 @@ from adapters.optimizer import MaskedAdamW
 from adapters.unit import Unit
 
 _DECIMALS = 6
-"""Budget and shares are rounded to so many decimals before they are compared."""
+"""Decimals to which budget and shares are rounded before they are compared."""
 
 _FISHER_DECAY = 0.9
 
 
 class LaLoRA(Method):
-    """One rank a layer, decided after every update."""
+    """One rank per layer, decided after every update."""
 
     Options = LaLoRAOptions
     decides = True
@@ -48,14 +50,14 @@ class LaLoRA(Method):
 
     def __init__(self, options: Any, seed: int):
         super().__init__(options, seed)
-        self._squares: Tensor | None = None  # (n, 2, r): ‖A_j‖², ‖B_j‖² by unit, all ranks
-        self._fisher: Tensor | None = None  # (n, 2, r): averaged ‖∂L/∂A_j‖², ‖∂L/∂B_j‖²
+        self._squares: Tensor | None = None  # (n, 2, r): ‖A_j‖², ‖B_j‖² by unit; on all ranks
+        self._fisher: Tensor | None = None  # (n, 2, r): running mean of ‖∂L/∂A_j‖², ‖∂L/∂B_j‖²
         self._applied: Decision | None = None
         # Rank 0 only:
         self.ranks = np.zeros(0, dtype=np.int64)
         self.budget = 0.0  # D
         self._previous_s = np.zeros(0)
-        self._previous_squares = np.zeros(0)  # of the decision before
+        self._previous_squares = np.zeros(0)  # of the previous decision
         self._initial = np.zeros(0)  # ‖A_u‖² at the start
 
     def init_adapter(self, unit: Unit, generator: torch.Generator) -> GatedAdapter:
@@ -77,9 +79,9 @@ class LaLoRA(Method):
     ) -> None:
         super().attach(units, layers, device, initial_adapters)
         numbers = sorted({unit.layer for unit in units if unit.layer is not None})
-        place: dict[int | None, int] = {layer: index for index, layer in enumerate(numbers)}
+        position: dict[int | None, int] = {layer: index for index, layer in enumerate(numbers)}
         self.layers = numbers
-        self._layer_of = np.array([place[unit.layer] for unit in units])
+        self._layer_of = np.array([position[unit.layer] for unit in units])
 
     def on_train_begin(self, optimizer: MaskedAdamW, validate: Validate) -> None:
         self._squares = _squares(optimizer, optimizer.values)
@@ -108,7 +110,7 @@ class LaLoRA(Method):
     def decide(self, step: int) -> Decision:
         assert self._squares is not None
         squares, r, layers = self._squares.cpu().numpy(), self.options.rank, len(self.layers)
-        if not len(self.ranks):  # the first decision: what every unit starts with
+        if not len(self.ranks):  # the first decision: the initial ranks
             self.budget = float(r * layers if self.options.budget == "full" else layers)
             self._initial, self._previous_squares = squares[:, 0].sum(1), squares
             full = self.options.budget == "full"
@@ -132,7 +134,7 @@ class LaLoRA(Method):
         return Decision(ranks=ranks, scores={"budget": self.budget})
 
     def _norms(self, squares: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """‖A_u‖, ‖B_u‖ (n, 2) of each unit's first r_i components."""
+        """‖A_u‖, ‖B_u‖ (n, 2) over each unit's first r_i components."""
         kept = np.arange(squares.shape[2]) < ranks[self._layer_of][:, None]
         return np.sqrt((squares * kept[:, None, :]).sum(2))
 
@@ -145,11 +147,11 @@ class LaLoRA(Method):
         return self._by_layer(self._norms(squares, ranks).sum(1)) / ranks
 
     def contribution(self, squares: np.ndarray) -> np.ndarray:
-        """c (L), eq. 9 with eq. 10, or by Fisher information."""
+        """c (L) by eq. 9 and 10, or by Fisher information."""
         counts = self._by_layer(np.ones(len(self.units)))
         divisor = counts if self.options.contribution_scale == "mean" else 1.0
         if self.options.contribution == "fisher":
-            if self._fisher is None:  # no gradient yet
+            if self._fisher is None:  # no gradients yet
                 return np.zeros(len(self.layers))
             kept = self._norms(self._fisher.cpu().numpy(), self.ranks) ** 2
             c = self._by_layer(kept.sum(1)) / divisor
@@ -179,7 +181,7 @@ class LaLoRA(Method):
     def check_decision(self, decision: Decision) -> None:
         self.check_ranks(decision)
         if not isinstance(decision.scores.get("budget"), float):
-            raise ValueError("no budget; accepted: what lalora recorded")
+            raise ValueError("no budget; accepted: decisions recorded by lalora")
 
     def apply(self, decision: Decision) -> bool:
         ranks = [decision.ranks[str(unit.layer)] for unit in self.units]
@@ -222,16 +224,16 @@ class LaLoRA(Method):
 
 
 def _squares(optimizer: MaskedAdamW, flat: Tensor) -> Tensor:
-    """Σ of squares (n, 2, r) of every component's row of A and of B."""
+    """Squared norms (n, 2, r) of the components' rows of A and B."""
     return optimizer.by_component(flat * flat).double()
 
 
 def allocate(contribution: np.ndarray, budget: float, largest: int) -> np.ndarray:
-    """Integers r_i in [1, largest] with Σ r_i = round(budget), as near as can be to eq. 8.
+    """Integers r_i in [1, largest] with Σ r_i = round(budget), the nearest to eq. 8.
 
-    The real shares are clip(e^(c_i + τ), 1, largest), in proportion to softmax(c) wherever no
-    bound holds, with the one τ that spends the budget. Their whole parts are granted, and what is
-    left goes to the largest remainders; of equal ones to the lower layer.
+    Shares are clip(e^(c_i + τ), 1, largest), proportional to softmax(c) within the bounds, with τ
+    such that they sum to the budget. They are rounded down, and the rest goes to the largest
+    remainders; ties to the lower layer.
     """
     spent = float(np.clip(budget, len(contribution), largest * len(contribution)))
 
@@ -243,11 +245,11 @@ def allocate(contribution: np.ndarray, budget: float, largest: int) -> np.ndarra
     while low < (middle := (low + high) / 2) < high:  # bisection to the last bit
         low, high = (middle, high) if shares(middle).sum() < spent else (low, middle)
     real = np.round(shares(high), _DECIMALS)
-    whole = np.floor(real).astype(np.int64)
-    remainder = np.where(whole < largest, real - whole, -1.0)
-    extra = np.argsort(-remainder, kind="stable")[: round(spent) - int(whole.sum())]
-    whole[extra] += 1
-    return whole
+    ranks = np.floor(real).astype(np.int64)
+    remainder = np.where(ranks < largest, real - ranks, -1.0)
+    extra = np.argsort(-remainder, kind="stable")[: round(spent) - int(ranks.sum())]
+    ranks[extra] += 1
+    return ranks
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

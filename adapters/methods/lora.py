@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): ΔW = (α/r) B A, A Kaiming-uniform(√5), B = 0, everything trained.
+"""LoRA (Hu et al. 2021): ΔW = (α/r) B A, A Kaiming-uniform(√5), B = 0, all components trained.
 
 Two refinements are options: rsLoRA (Kalajdzievski 2023) scales by α/√r, LoRA+ (Hayou et al. 2024)
 gives B a higher learning rate than A.
@@ -17,14 +17,14 @@ from adapters.unit import Unit
 
 
 def fresh(unit: Unit, rank: int, gate: float, generator: torch.Generator) -> GatedAdapter:
-    """LoRA's start of one unit: A Kaiming-uniform(√5), B = 0, all gates alike."""
+    """LoRA's initialisation of a unit: A Kaiming-uniform(√5), B = 0, all gates equal to `gate`."""
     A = torch.empty(rank, unit.in_features)
     nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
     return GatedAdapter(A, torch.full((rank,), gate), torch.zeros(rank, unit.out_features))
 
 
 class LoRA(Method):
-    """Constant gates; nothing is decided."""
+    """Constant gates, no decisions."""
 
     Options = LoRAOptions
 

@@ -1,5 +1,6 @@
-"""The keys of the methods under `method:`, one class a method. Free of torch, so that a mistake in
-a configuration is told at once; `registry.py` says which class is whose."""
+"""Keys of the methods under `method:`, one class per method; `registry.py` maps names to classes.
+
+Does not import torch, so that mistakes in a configuration are reported at once."""
 
 import math
 from collections.abc import Sequence
@@ -12,49 +13,49 @@ from adapters.unit import Unit
 
 
 class MethodOptions(Section):
-    """The keys that every method takes."""
+    """Keys of all methods."""
 
     kind: str
     """Name of the method."""
     targets: str | list[str] = "all-linear"
-    """Which linear layers host adapters: `all-linear`, a regular expression, or suffixes."""
+    """Linear layers that get adapters: `all-linear`, a regular expression, or suffixes."""
     rank: int = Field(8, gt=0)
     """Components per unit, r."""
     alpha: float = Field(16.0, gt=0)
-    """Scale α; the update is multiplied by α/r (no effect on pissa, milora and lelora, whose gates
-    follow from the backbone)."""
+    """Scale α; the update is multiplied by α/r (no effect for pissa, milora and lelora, whose gates
+    come from the backbone)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping an element of z = x Aᵀ (or of x) in training."""
     dropout_on: Literal["hidden", "input"] = "hidden"
-    """Drop on the R-dimensional z (WeightLoRA, appendix) or on x (PEFT)."""
+    """Apply dropout to the R-dimensional z (WeightLoRA, appendix) or to x (PEFT)."""
     include_head: bool = False
-    """Let `all-linear` (and suffixes) reach the output head too."""
+    """Whether `all-linear` and suffixes include the output head."""
     train_router: bool = False
-    """Train the routers of a mixture of experts whole, beside the adapters."""
+    """Also train all parameters of the routers of a mixture of experts."""
     replay: str | None = None
-    """A run folder (or its allocation.jsonl) whose recorded decisions are applied instead of
-    deciding anew."""
+    """A run folder (or its allocation.jsonl) whose recorded decisions are applied instead of new
+    ones."""
 
     @property
     def components(self) -> int:
-        """R: components that a unit holds at the start."""
+        """R: initial number of components of a unit."""
         return self.rank
 
     @property
     def validation_samples(self) -> int:
-        """Training records that the method takes out of the data to judge its decisions by."""
+        """Number of training records that the method holds out to evaluate its decisions."""
         return 0
 
     def check_units(self, units: Sequence[Unit]) -> None:
-        """Raises ValueError, naming key and unit, where the options do not fit the units."""
+        """Raises ValueError, naming key and unit, if the options do not fit the units."""
         check_fits("method.rank", self.rank, units)
 
     def check_steps(self, steps: int) -> None:
-        """Raises ValueError, naming the key, where the options do not fit a run of `steps`."""
+        """Raises ValueError, naming the key, if the options do not fit a run of `steps` steps."""
 
 
 def check_fits(key: str, rank: int, units: Sequence[Unit]) -> None:
-    """Raises ValueError, naming `key` and the unit, where a matrix has no room for `rank`."""
+    """Raises ValueError, naming `key` and the unit, if `rank` exceeds a side of a matrix."""
     for unit in units:
         largest = min(unit.out_features, unit.in_features)
         if rank > largest:
@@ -72,7 +73,7 @@ class LoRAOptions(MethodOptions):
     rank_stabilized: bool = False
     """Scale by α/√r instead of α/r (rsLoRA)."""
     b_learning_rate_ratio: float = Field(1.0, gt=0)
-    """Learning rate of B over that of A (LoRA+; its paper recommends 16)."""
+    """Ratio of the learning rates of B and A (LoRA+; the paper recommends 16)."""
 
 
 class PiSSAOptions(MethodOptions):
@@ -117,20 +118,20 @@ class AdaLoRAOptions(MethodOptions):
     initial_rank: int | None = Field(None, gt=0)
     """Components per unit at the start; none: 1.5 · rank."""
     tinit: int | None = Field(None, ge=0)
-    """Steps before the first pruning; none: a tenth of the run."""
+    """Steps before the first pruning; none: a tenth of all steps."""
     tfinal: int | None = Field(None, ge=0)
-    """Steps at the end with a fixed choice; none: three tenths of the run."""
+    """Steps after the last pruning; none: three tenths of all steps."""
     delta_t: int = Field(10, gt=0)
     """Steps between two prunings."""
     beta1: float = Field(0.85, ge=0, lt=1)
-    """Decay of the sensitivity's average."""
+    """Decay β₁ of the moving average of the sensitivity."""
     beta2: float = Field(0.85, ge=0, lt=1)
-    """Decay of the uncertainty's average."""
+    """Decay β₂ of the moving average of the uncertainty."""
     orthogonality: float = Field(0.1, ge=0)
     """Weight of the orthogonality penalty."""
     penalty: Literal["norm", "squared"] = "norm"
-    """The mean over matrices of ‖A Aᵀ − I‖ (the authors' code, PEFT), or the sum of its squares
-    (paper, eq. 4)."""
+    """Mean over matrices of ‖A Aᵀ − I‖ (the authors' code, PEFT), or sum of its squares (paper,
+    eq. 4)."""
 
     @property
     def components(self) -> int:
@@ -151,7 +152,7 @@ class AdaLoRAOptions(MethodOptions):
         check_fits(key, self.components, units)
 
     def schedule(self, steps: int) -> tuple[int, int]:
-        """(tinit, steps − tfinal): between them the budget falls."""
+        """(tinit, steps − tfinal), the steps between which the budget falls."""
         first = self.tinit if self.tinit is not None else steps // 10
         final = self.tfinal if self.tfinal is not None else 3 * steps // 10
         return first, steps - final
@@ -166,26 +167,27 @@ class AdaLoRAOptions(MethodOptions):
 
 
 class LaLoRAOptions(MethodOptions):
-    """Options of `method.kind: lalora`; `rank` is the largest that a layer can reach, r."""
+    """Options of `method.kind: lalora`; `rank` is the largest rank of a layer, r."""
 
     kind: Literal["lalora"] = "lalora"
     """Name of the method."""
     gamma: float = Field(1.0, ge=0)
-    """Speed γ at which the budget follows the norms' growth."""
+    """Factor γ of the norms' growth in the growth of the budget (eq. 5)."""
     every: int = Field(1, gt=0)
     """Steps between two decisions."""
     fidelity: Literal[
         "truncated_over_full", "previous_over_current", "truncated_over_initial", "none"
     ] = "truncated_over_full"
-    """f in eq. 9: the text's ratio, the printed eq. 10, §5.2's wording, or 1 (Table 11)."""
+    """f in eq. 9: the ratio in the text, eq. 10 as printed, the wording of §5.2, or 1 (Table
+    11)."""
     growth: Literal["same_rank", "printed"] = "same_rank"
-    """Whether s^prev is taken at the rank that s has, or as printed."""
+    """Take s^prev at the rank of s, or as printed."""
     budget: Literal["gradual", "full"] = "gradual"
     """`full`: D = r L from the start (Table 10, without CAR)."""
     contribution: Literal["norm", "fisher"] = "norm"
     """c by eq. 9, or by squared gradients (Table 14)."""
     contribution_scale: Literal["sum", "mean"] = "sum"
-    """Whether c sums over a layer's units (printed), or averages."""
+    """Sum (as printed) or average c over a layer's units."""
 
     def check_units(self, units: Sequence[Unit]) -> None:
         super().check_units(units)
@@ -198,26 +200,26 @@ class LaLoRAOptions(MethodOptions):
 
 
 class AfterSelection(Section):
-    """What may change once adapters were removed."""
+    """Changes after the removal of adapters."""
 
     micro_batch_size: int | None = Field(None, gt=0)
-    """Sequences per forward pass from then on, since memory was freed; none: as before."""
+    """`data.micro_batch_size` after the removal of adapters has freed memory; none: unchanged."""
 
 
 class SelectionOptions(MethodOptions):
     """Keys of the methods that remove units."""
 
     keep: int | None = Field(None, gt=0)
-    """Units that survive, K; none: half of them, rounded down."""
+    """Number of units that survive, K; none: half of all units, rounded down."""
     after_selection: AfterSelection = Field(default_factory=AfterSelection)
-    """What changes once adapters were removed."""
+    """Changes after the removal of adapters."""
 
     def kept(self, units: int) -> int:
-        """K of n units."""
+        """K, given the number of units."""
         return self.keep if self.keep is not None else max(1, units // 2)
 
     def final_rank(self, units: int) -> int:
-        """Rank of a survivor."""
+        """Rank of a survivor, given the number of units."""
         return self.rank
 
     def check_units(self, units: Sequence[Unit]) -> None:
@@ -250,16 +252,16 @@ class OmegaOptions(SelectionOptions):
 
     warmup_steps: int | None = Field(None, gt=0)
     """Steps of phase 1, T; none: 0.5 % of all steps, rounded up. Only steps with a learning rate
-    above 0 count, and phase 1 goes on until something was thresholded."""
+    above 0 count, and phase 1 lasts at least until the first thresholding."""
     omega_learning_rate: float = Field(5.0, gt=0)
-    """η of the step on ω."""
+    """Learning rate η of ω."""
     omega_schedule: Literal["constant", "main"] = "constant"
-    """Whether η stays or follows the main learning-rate schedule (the authors' code)."""
+    """Keep η constant, or apply the main learning-rate schedule (the authors' code)."""
     score: Literal["magnitude", "signed"] = "magnitude"
-    """What H_K keeps: the largest |ω| (paper, appendix B) or the largest ω (the authors' code)."""
+    """H_K keeps the largest |ω| (paper, appendix B) or the largest ω (the authors' code)."""
 
     def warmup(self, steps: int) -> int:
-        """T of a run of `steps`."""
+        """T, given the number of steps."""
         return self.warmup_steps if self.warmup_steps is not None else math.ceil(0.005 * steps)
 
     def check_steps(self, steps: int) -> None:
@@ -283,10 +285,10 @@ class WeightLoRAPlusOptions(OmegaOptions):
     kind: Literal["weightlora_plus"] = "weightlora_plus"
     """Name of the method."""
     expand: Literal["reinit", "qr"] = "reinit"
-    """How survivors get their larger rank: drawn anew (paper), or (`qr`) what was learned kept,
-    with new rows of A orthogonal to it and new columns of B zero."""
+    """Expand survivors to their larger rank by redrawing A and B (paper), or (`qr`) by keeping the
+    learned components and adding rows of A orthogonal to them and zero columns of B."""
     rescale_alpha: bool = False
-    """Scale survivors by α over their own rank instead of the base rank r."""
+    """Scale survivors by α over their new rank instead of α/r."""
 
     def final_rank(self, units: int) -> int:
         return self.rank * (units // self.kept(units))

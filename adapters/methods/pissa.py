@@ -1,7 +1,7 @@
-"""PiSSA (Meng et al. 2024) and MiLoRA (Wang et al. 2024): LoRA that starts as a part of W.
+"""PiSSA (Meng et al. 2024) and MiLoRA (Wang et al. 2024): LoRA initialised as a part of W.
 
-The r largest (PiSSA) or smallest (MiLoRA) singular triplets leave the frozen matrix and become
-the adapter: A = √Σ Vᵀ, B = U √Σ, g = 1. Everything trains, nothing is decided.
+The r largest (PiSSA) or smallest (MiLoRA) singular triplets move from the frozen matrix to the
+adapter: A = √Σ Vᵀ, B = U √Σ, g = 1. All components train, without decisions.
 """
 
 from typing import ClassVar

@@ -1,7 +1,7 @@
-"""The methods by name; the one place that lists them.
+"""Registry of the methods by name.
 
-`METHODS[kind]` is the method, `OPTIONS[kind]` the class of its keys, imported without torch for the
-methods here. A method whose file holds its `Options` too needs its class alone:
+`METHODS[kind]` is the method's class, `OPTIONS[kind]` the class of its keys, which imports no torch
+for the methods here. A method whose class has an attribute `Options` needs only its class:
 `"mine": "my_package.mine:Mine"`.
 """
 
@@ -30,3 +30,6 @@ METHODS: "Registry[Method, MethodOptions]" = Registry(
 )
 
 OPTIONS = METHODS.options
+
+DEFAULT = "lora"
+"""The method of a configuration that names none."""

@@ -1,5 +1,5 @@
-"""Methods that start from singular components of W: the part that they take becomes the adapter,
-and the frozen matrix is what is left."""
+"""Base class of methods whose adapters are initialised from singular components of W, which are
+subtracted from the frozen matrix."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,18 +14,18 @@ from adapters.unit import Unit
 
 
 class SpectralMethod(Method):
-    """Says which singular triplets it takes (`ranges`) and what they become (`extract`)."""
+    """Subclasses select singular triplets (`ranges`) and turn them into an adapter (`extract`)."""
 
     splits_weight = True
     spectra: Mapping[str, Tensor]
     """All singular values of each unit's W."""
 
     def ranges(self, unit: Unit) -> list[range]:
-        """Indices of the singular triplets of W that `extract` takes (0: the largest)."""
+        """Indices of the singular triplets of W for `extract` (0: the largest)."""
         raise NotImplementedError
 
     def extract(self, unit: Unit, triplets: Triplets) -> GatedAdapter:
-        """The adapter made of these triplets; the frozen matrix becomes W − its ΔW."""
+        """The adapter made of these triplets; the frozen matrix becomes W − ΔW."""
         raise NotImplementedError
 
     def attach(

@@ -1,15 +1,15 @@
-"""WeightLoRA, WeightLoRA+ and their ablation RLoRA: which adapters are worth keeping.
+"""WeightLoRA, WeightLoRA+ and their ablation RLoRA: select K adapters, remove the others.
 
     W_u = W_u⁰ + ω_u (α/r) B_u A_u                            (1)
     min over ‖ω‖₀ ≤ K of min over {A, B} of L                 (2)
 
-Phase 1, T warm-up steps, every unit active: A and B by the optimizer, ω by StoIHT,
+Phase 1, T warm-up steps with all units: A and B are updated by the optimizer, ω by StoIHT,
 
     ω ← H_K(ω − η g_ω),        g_ω = ∂L/∂ω
 
 where H_K keeps the K entries of largest magnitude and zeroes the rest. Phase 2: units with ω > 0
-survive, with A redrawn and B = 0, and ω no longer multiplies; the others are removed, tensors and
-optimizer state freed. WeightLoRA+ gives each survivor the rank r ⌊n/K⌋, so that Σ r_u ≤ n r.
+survive, with A redrawn, B = 0 and without the factor ω; the others are removed, and their tensors
+and optimizer state freed. WeightLoRA+ gives each survivor the rank r ⌊n/K⌋, so that Σ r_u ≤ n r.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,15 +37,15 @@ from adapters.optimizer import MaskedAdamW
 from adapters.unit import Unit
 
 _NO_GRADIENT = 1e-10
-"""‖g_ω‖ up to which nothing is thresholded: B = 0 in the first step, so that g_ω = 0."""
+"""Largest ‖g_ω‖ without thresholding: in the first step B = 0, hence g_ω = 0."""
 
 _PRECISION = 2.0**-20
-"""A step of ω is rounded to this part of its largest entry, so that what the order of summation
-leaves in the last bits decides nothing."""
+"""A step of ω is rounded to this fraction of its largest entry, so that the order of summation does
+not affect decisions."""
 
 
 class RLoRA(Method):
-    """K units kept at random, before the first step; the others removed."""
+    """Keeps K random units before the first step and removes the others."""
 
     Options: ClassVar[type[MethodOptions]] = RLoRAOptions
     decides = True
@@ -89,21 +89,21 @@ class RLoRA(Method):
 
     def _check_scores(self, decision: Decision) -> None:
         if not decision.survivors:
-            raise ValueError("no survivors; accepted: what rlora recorded")
+            raise ValueError("no survivors; accepted: decisions recorded by rlora")
 
     def apply(self, decision: Decision) -> bool:
-        """Removal: the only change of structure in a run."""
+        """Remove and redraw adapters: the only structural change in a run."""
         self._enter_phase_2()
         for unit in self.units:
             if unit.name in decision.ranks:
                 survivor = self._survivor(unit, decision.ranks[unit.name], decision)
-                self.adapters.place(unit, survivor)
+                self.adapters.set_adapter(unit, survivor)
             else:
                 self.adapters.remove(unit.name)
         return True
 
     def _enter_phase_2(self) -> None:
-        """From here on gates are constants."""
+        """Make gates constant."""
         self.selected, self.adapters.gates = True, "constant"
 
     def _survivor(self, unit: Unit, rank: int, decision: Decision) -> GatedAdapter:
@@ -123,7 +123,7 @@ class RLoRA(Method):
 
 
 class WeightLoRA(RLoRA):
-    """Units survive by their importance weights ω."""
+    """Selects units by their importance weights ω."""
 
     Options: ClassVar[type[MethodOptions]] = WeightLoRAOptions
     gates = "observed"  # in phase 1
@@ -131,10 +131,10 @@ class WeightLoRA(RLoRA):
 
     def __init__(self, options: Any, seed: int):
         super().__init__(options, seed)
-        self._gradient: Tensor | None = None  # g_ω (n) of the last step, until it is used
-        self._omega: list[float] = []  # as applied last
+        self._gradient: Tensor | None = None  # g_ω (n) of the last step, until used
+        self._omega: list[float] = []  # of the last applied decision
         # Rank 0 only:
-        self._offset = np.zeros(0)  # ω − 1 (n), float64: digits that ω itself would lose
+        self._offset = np.zeros(0)  # ω − 1 (n), float64: more digits than ω
         self._counted = 0  # warm-up steps so far
         self._thresholded = False
 
@@ -149,7 +149,7 @@ class WeightLoRA(RLoRA):
         self._offset = np.zeros(len(self.units))
 
     def observe(self, step: int, optimizer: MaskedAdamW) -> None:
-        """g_ω,u = (α/r) Σ_j ∂L/∂g_j, over all ranks."""
+        """g_ω,u = (α/r) Σ_j ∂L/∂g_j, reduced over all ranks."""
         if not self.selected:
             gates = torch.stack([adapter.gate_gradient for adapter in self.adapters.values()])
             self._gradient = gates.double().sum(1) * self.scale
@@ -182,16 +182,19 @@ class WeightLoRA(RLoRA):
         omega = decision.scores.get("omega")
         for unit in self.units:
             if not isinstance(omega, Mapping) or unit.name not in omega:
-                raise ValueError(f"no omega of {unit.name}; accepted: a run of the same units")
+                raise ValueError(
+                    f"no omega of {unit.name}; accepted: decisions of a run with the same units"
+                )
 
     def summary(self, decision: Decision) -> dict[str, str]:
-        """ω until something was selected, then the survivors."""
-        told = decision.summary()
-        omega = told.pop("omega")
-        return told if decision.survivors is not None else {"ω": omega, **told}
+        """ω before the selection, then the survivors."""
+        texts = decision.summary()
+        omega = texts.pop("omega")
+        return texts if decision.survivors is not None else {"ω": omega, **texts}
 
     def _stoiht(self, gradient: np.ndarray, rate: float) -> list[str]:
-        """ω ← H_K(ω − η g_ω); the units of equal score on both sides of the border, if any."""
+        """ω ← H_K(ω − η g_ω). Returns the units whose scores tie at the K-th place, if any were
+        zeroed."""
         if np.linalg.norm(gradient) <= _NO_GRADIENT:
             return []
         main = self.options.omega_schedule == "main"
@@ -201,12 +204,12 @@ class WeightLoRA(RLoRA):
             unit = 2.0 ** np.floor(np.log2(largest * _PRECISION))
             change = np.round(change / unit) * unit
         offset = self._offset - change
-        # |ω| − 1 from ω − 1, without the digits that 1 would swallow
+        # |ω| − 1 computed from ω − 1, which loses no digits
         score = np.where(offset < -1, -2 - offset, offset)
         if self.options.score == "signed":
             score = offset.copy()
         keep = self.options.kept(len(offset))
-        order = np.argsort(-score, kind="stable")  # equal scores: the lower unit first
+        order = np.argsort(-score, kind="stable")  # ties: lower unit first
         offset[order[keep:]] = -1.0
         self._offset, self._thresholded = offset, True
         border = score[order[keep - 1]]
@@ -253,7 +256,7 @@ class WeightLoRA(RLoRA):
 
 
 class WeightLoRAPlus(WeightLoRA):
-    """Survivors share the rank of those that were removed."""
+    """Redistributes the ranks of the removed units to the survivors."""
 
     Options = WeightLoRAPlusOptions
 
@@ -264,7 +267,7 @@ class WeightLoRAPlus(WeightLoRA):
             return drawn
         learned = self.adapters[unit.name].copy().to("cpu")
         held = learned.rank
-        # The update stays ω (α/r) B A: ω and the change of scale go into B.
+        # ΔW stays ω (α/r) B A: ω and the change of scale are folded into B.
         factor = _omega(decision)[unit.name] * self.scale / gate
         A, B = drawn.A.detach().clone(), drawn.B.detach().clone()
         A[:held], B[:held] = learned.A.detach(), learned.B.detach() * factor

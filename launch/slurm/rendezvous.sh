@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Who this task is and where all of them meet, from SLURM's own variables. task.sh sources it; by
-# itself it is all that plain srun needs:
+# Rank variables and rendezvous address from SLURM's variables. task.sh sources it; plain srun needs
+# nothing else:
 #   srun bash -c '. launch/slurm/rendezvous.sh; exec python launch/train.py --config ...'
 MASTER_ADDR=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)
-# A port of the job's own, as jobs may share a node; below the ports that the kernel hands out.
+# A port derived from the job id, as jobs may share a node; below the kernel's ephemeral ports.
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 RANK=$SLURM_PROCID
 WORLD_SIZE=$SLURM_NTASKS

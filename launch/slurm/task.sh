@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What srun starts for job.sh: one a node with torchrun and deepspeed, one a GPU with python.
+# Started by srun for job.sh: one task per node with torchrun and deepspeed, one per GPU with python.
 # Usage: task.sh torchrun|deepspeed|python SCRIPT [ARGUMENT ...]
 set -euo pipefail
 source launch/slurm/rendezvous.sh
 
-# The signal before the time limit goes to every process of the step. The trainer handles it, but
-# torchrun's agent and deepspeed's runner die of it while their workers are saving. A signal that is
-# ignored here stays ignored in every program started here, until it installs a handler.
+# SLURM signals every process of the step before the time limit. The trainer handles the signal, but
+# it would kill torchrun's agent and deepspeed's runner while their workers save. Child processes
+# inherit the ignored signal until they install a handler.
 trap '' USR1
-# What torchrun gives its workers to save when it is told to end (SIGTERM) before it kills them.
+# Seconds between torchrun's SIGTERM and SIGKILL to its workers, for saving.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 
 launcher=$1
@@ -26,7 +26,7 @@ deepspeed)
     hosts=$(mktemp)
     trap 'rm -f "$hosts"' EXIT
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$PROCESSES/" >"$hosts"
-    # --no_ssh: srun has started us on every node already.
+    # --no_ssh: srun has already started this script on every node.
     deepspeed --no_ssh --hostfile "$hosts" --node_rank "$SLURM_NODEID" \
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@"
     ;;

@@ -222,7 +222,7 @@ def test_a_policy_that_is_recorded_learns_as_one_that_is_not(credit, network):
 
     for recorded in (True, False):
         ours, draws[recorded] = policy(), []
-        ours._descend._recorded = ours._look._recorded = recorded
+        ours._descend._enabled = ours._evaluate._enabled = recorded
         for step in range(8):
             if step == 5:
                 state = {name: value.clone() for name, value in ours.state_dict().items()}

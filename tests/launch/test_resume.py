@@ -86,9 +86,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(engine, tmp_path):
     for successor, processes, tolerance in PAIRS[engine]:
         name = f"resumed-{successor}-{processes}"
         shutil.copytree(runs / "killed", runs / name)
-        # The first one as a user would; in `make test-all` the others too.
-        launched = ALL or (successor, processes) == PAIRS[engine][0][:2]
-        resumed = train(tmp_path, name, successor, processes, method, launched=launched)
+        resumed = train(tmp_path, name, successor, processes, method, launched=ALL)
         assert len(resumed) == STEPS
         worst = max(abs(a - b) / a for a, b in zip(uninterrupted, resumed, strict=True))
         assert worst <= tolerance, f"{successor} after a kill at step {step} (saved: {saved})"

@@ -33,11 +33,11 @@ PAIRS = [  # every variant on one engine in turn; on all of them in `make test-a
     for engine in ENGINES
     if ALL or engine == ENGINES[number % len(ENGINES)]
 ]
-KEPT = [
-    (fmt, engine)
-    for number, fmt in enumerate(["none", "nf4"])
-    for engine in (ENGINES if ALL else ENGINES[1 + number :: 2])
-]
+KEPT = (
+    [(fmt, engine) for fmt in ("none", "nf4") for engine in ENGINES]
+    if ALL
+    else [("none", "deepspeed"), ("nf4", "fsdp2")]
+)
 
 
 def configuration(tmp, variant: str, engine: str, *changes: str) -> Config:

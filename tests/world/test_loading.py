@@ -77,7 +77,7 @@ def regions(tmp, model: str) -> list[tuple[str, int, int]]:
     ("model", "variant", "engine"),
     [
         *PAIRS,
-        *product(MODELS, ON_TWO_HOSTS, ["layers"]),
+        *product(MODELS, ON_TWO_HOSTS, ["hosts"]),
     ],
 )
 def test_each_byte_is_read_once_and_all_have_what_one_process_has(loads, model, variant, engine):
@@ -86,7 +86,7 @@ def test_each_byte_is_read_once_and_all_have_what_one_process_has(loads, model, 
     ranks, alone = ok(results[name]), expected[f"{model}-{variant}"]
     whole = regions(tmp, model)
     assert sorted(map(tuple, alone["pieces"])) == whole
-    if engine == "layers":
+    if engine == "hosts":
         assert all(sorted(map(tuple, rank["pieces"])) == whole for rank in ranks)
     else:
         assert sorted(tuple(piece) for rank in ranks for piece in rank["pieces"]) == whole

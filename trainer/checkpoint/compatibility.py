@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the run that a configuration describes, and what may change."""
+"""Whether a checkpoint can resume a configuration: keys that must agree, keys that may change."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,24 +23,24 @@ _MUST_AGREE = {
     ),
     "run": ("seed",),
 }
-"""Keys without which a resumed run would not be the same run (None: the whole section)."""
+"""Keys that must be equal for a resumed run to be the same run (None: the entire section)."""
 
 _MAY_CHANGE = {"model": ("dtype", "attention"), "optim": None, "run": ("steps", "epochs")}
-"""Keys that a user may change on purpose, and should see that they did."""
+"""Keys that a user may change on purpose; a change is logged."""
 
 
 def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> None:
-    """Raises BadCheckpoint, naming the key, where a run of `config` would not be the same run."""
+    """Raises BadCheckpoint, naming the key, where `config` differs in a key that must agree."""
     now = config.model_dump(mode="json")
     for key, old, new in _differences(state["config"], now, _MUST_AGREE):
         raise BadCheckpoint(
             f"{key}: {new!r} given, but {checkpoint} was made with {old!r}; "
-            "accepted: the same, or another run.name to start anew"
+            "accepted: the same, or another run.name for a new run"
         )
 
 
 def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
-    """Raises BadCheckpoint where backbone or training data are others."""
+    """Raises BadCheckpoint where backbone or training data differ from the checkpoint's."""
     if state["backbone"] != session.backbone.digest:
         raise BadCheckpoint(
             f"{checkpoint}: was made on another backbone "
@@ -49,14 +49,14 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
         )
     if state["data"] != session.train_data.key:
         raise BadCheckpoint(
-            f"data.train: {session.config.data.train} does not hold the records (or they are not "
-            f"read in the way) that {checkpoint} was made with; accepted: the same, or another "
-            "run.name to start anew"
+            f"data.train: {session.config.data.train} does not hold the records (or not the same "
+            f"tokens of them) that {checkpoint} was made with; accepted: the same, or another "
+            "run.name for a new run"
         )
 
 
 def changes(state: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a resumed run does otherwise than the run that it goes on from."""
+    """Changed keys of a resumed run, as `key old -> new`."""
     return [
         f"{key} {old!r} -> {new!r}"
         for key, old, new in _differences(state["config"], now, _MAY_CHANGE)

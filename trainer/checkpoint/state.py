@@ -1,7 +1,7 @@
-"""What a checkpoint holds of a session, and putting it back, on any engine and number of ranks.
+"""A session's state as named tensors, and restoring it on any engine and number of ranks.
 
-Adapters, masks, heads, optimizer, method state and every rank's random generators; never the frozen
-backbone. What the files look like stands in `store.py`.
+Adapters, masks, heads, optimizer, method state and every rank's RNG states; never the frozen
+backbone. `store.py` describes the files.
 """
 
 from collections.abc import Mapping
@@ -24,15 +24,15 @@ from trainer.session import Session
 
 
 def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> Progress:
-    """Put a checkpoint's state into a session that was opened with the same configuration.
+    """Load a checkpoint into a session opened with the same configuration. Raises BadCheckpoint.
 
-    Each rank on its own: a new optimizer, split or not, has no moments that it would gather.
+    Not collective: a new optimizer, sharded or not, has no moments to gather.
     """
     check_same_run(session, checkpoint, state)
     stored = read_tensors(checkpoint)
     load_trained(session, checkpoint, stored)
     with refuse_mismatch(checkpoint):
-        _check_fit(session, checkpoint, stored, "optimizer/")
+        _check_tensors(session, checkpoint, stored, "optimizer/")
         session.optimizer.load_state_dict(_unflatten(stored, "optimizer/"))
         if session.world.is_main:
             session.method.load_decider_state(_below(stored, "decider/"))
@@ -42,7 +42,7 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
 
 
 def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) -> None:
-    """Structure, adapters, masks and heads, without what only training needs."""
+    """Load adapters (resized to the stored ranks), masks and heads, but no training state."""
     method = session.method
     with refuse_mismatch(checkpoint):
         method.load_state_dict(_below(stored, "method/"))
@@ -55,14 +55,17 @@ def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
                 }
             )
             session.optimizer.rebind_parameters(session.trainables())
-        for name, tensor in _check_fit(session, checkpoint, stored, "adapter/", "head/").items():
+        for name, tensor in _check_tensors(
+            session, checkpoint, stored, "adapter/", "head/"
+        ).items():
             tensor.data.copy_(stored[name])
 
 
-def _check_fit(
+def _check_tensors(
     session: Session, checkpoint: Path, stored: dict[str, Tensor], *groups: str
 ) -> dict[str, Tensor]:
-    """The session's tensors of some groups, once the stored ones have their names and shapes."""
+    """The session's tensors of some groups. Raises BadCheckpoint where the stored names, shapes or
+    dtypes differ."""
     wanted = {n: t for n, t in session_tensors(session).items() if n.startswith(groups)}
     held = {n: t for n, t in stored.items() if n.startswith(groups)}
     for name in sorted(wanted.keys() | held.keys()):
@@ -76,8 +79,8 @@ def _check_fit(
 
 
 def session_tensors(session: Session) -> dict[str, Tensor]:
-    """Everything that every rank holds alike, by name, and rank 0's own of the method. The moments
-    are whole, so all ranks call it together once a step was made (`optim.shard_state`)."""
+    """Replicated tensors by name, and on rank 0 the state by which the method decides. All-gathers
+    sharded moments (`optim.shard_state`), so collective once a step was made."""
     tensors: dict[str, Tensor] = {}
     for name, adapter in session.method.adapters.items():
         for role in ("A", "g", "B", "mask"):
@@ -99,7 +102,7 @@ def session_tensors(session: Session) -> dict[str, Tensor]:
 def read_initial_adapters(
     checkpoint: Path, state: Mapping[str, Any]
 ) -> dict[str, InitialAdapter] | None:
-    """What the run of a checkpoint started from, where its method splits matrices."""
+    """Initial adapters of a checkpoint's run; None without spectral initialisation."""
     digest = state.get("initial")
     return (
         None
@@ -122,7 +125,7 @@ def _unflatten(stored: dict[str, Tensor], prefix: str) -> dict[str, dict[str, Te
 
 
 def random_state(session: Session) -> dict[str, Tensor]:
-    """This rank's generators; each rank adds its own."""
+    """RNG states of this rank; each rank saves its own."""
     world = session.world
     states = {f"random/{world.rank}/cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
@@ -131,7 +134,7 @@ def random_state(session: Session) -> dict[str, Tensor]:
 
 
 def _restore_random_state(session: Session, stored: dict[str, Tensor], step: int) -> None:
-    """This rank's generators; a rank that did not exist then starts its own from (seed, step)."""
+    """Restore this rank's RNG states; a rank without any is seeded by (seed, step, rank)."""
     world = session.world
     cpu = stored.get(f"random/{world.rank}/cpu")
     cuda = stored.get(f"random/{world.rank}/cuda")

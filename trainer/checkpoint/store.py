@@ -1,12 +1,12 @@
-"""A checkpoint as files: complete or not, intact or damaged, kept or cleared away.
+"""Checkpoint folders: layout, search, verification and removal.
 
     checkpoints/step-00000100/
         state.json                    step, loader position, configuration, backbone's digest …
         shard-*.safetensors           tensors, written by all ranks in parallel
         manifest.json                 size and SHA-256 of every other file; written last
 
-Written into a hidden folder that is renamed when complete: what has the final name is whole.
-Tensors are in safetensors and the rest is JSON: loading executes nothing.
+Written into a hidden folder that is renamed when complete: a folder of the final name is complete.
+Tensors are safetensors and the rest is JSON: loading executes no code.
 """
 
 import json
@@ -37,7 +37,7 @@ Counts = dict[str, Annotated[int, Field(ge=0, lt=_MOST)]]
 
 
 class _State(Section):
-    """state.json; what its parts mean is said where they are written and read."""
+    """Schema of state.json, written by `CheckpointWriter`."""
 
     format: int
     step: int = Field(ge=0, lt=_MOST)
@@ -53,7 +53,7 @@ class _State(Section):
 
 
 def check_complete(folder: Path, names: Iterable[str], ranks: int) -> None:
-    """Every rank's tensors must have arrived where rank 0 sees them."""
+    """Raises OSError where rank 0 does not see the tensors of every rank."""
     written = {
         key
         for file in folder.glob("*.safetensors")
@@ -79,7 +79,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """The checkpoint's state.json, once every file has its recorded size and SHA-256."""
+    """Check every file's size and SHA-256; returns state.json. Raises BadCheckpoint."""
     try:
         manifest = parse_json((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         held = {file.name for file in checkpoint.glob("*.safetensors")}
@@ -117,7 +117,7 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
 
 def find(resume: str, folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """(checkpoint to resume from, its state, remarks on newer ones that are damaged)."""
+    """(checkpoint to resume from, its state, remarks on damaged newer ones)."""
     if resume == "never":
         return None, {}, []
     if resume != "auto":
@@ -132,16 +132,17 @@ def find(resume: str, folder: Path) -> tuple[Path | None, dict[str, Any], list[s
     if remarks:
         raise BadCheckpoint(
             f"run.resume: auto found no undamaged checkpoint in {folder} ({remarks[0]}); "
-            "accepted: run.resume=PATH of a good one, or another run.name to start anew"
+            "accepted: run.resume=PATH of a good one, or another run.name for a new run"
         )
     return None, {}, []
 
 
 def clear_the_way(folder: Path, step: int, resume: str) -> list[str]:
-    """Before going on from `step`: set damaged newer checkpoints aside, refuse to bury good ones.
+    """Before resuming from `step`, quarantine damaged newer checkpoints. Returns remarks; raises
+    BadCheckpoint rather than overwrite good ones.
 
-    Retention counts by step: a newer checkpoint that is damaged, or of a run that took another
-    way, would otherwise push out the ones that this run is about to write.
+    Retention keeps the highest steps: a newer checkpoint that is damaged, or of a diverged run,
+    would push out those that this run writes.
     """
     remarks = []
     for newer in complete(folder):
@@ -150,13 +151,13 @@ def clear_the_way(folder: Path, step: int, resume: str) -> list[str]:
         try:
             verify(newer)
         except BadCheckpoint:
-            aside = newer.with_name(f"damaged-{newer.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            newer.rename(aside)
-            remarks.append(f"{newer.name} is damaged; moved to {aside}")
+            quarantine = newer.with_name(f"damaged-{newer.name}")
+            shutil.rmtree(quarantine, ignore_errors=True)
+            newer.rename(quarantine)
+            remarks.append(f"{newer.name} is damaged; moved to {quarantine}")
             continue
         raise BadCheckpoint(
-            f"run.resume: {resume} is older than {newer}, which going on from it would overwrite; "
+            f"run.resume: {resume} is older than {newer}, which resuming from it would overwrite; "
             "accepted: another run.name, or delete the newer checkpoints first"
         )
     return remarks
@@ -172,6 +173,7 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def write_manifest(folder: Path) -> None:
+    """Sync every file to disk, then record its size and SHA-256."""
     manifest = {}
     for file in sorted(folder.iterdir()):
         sync(file)
@@ -182,6 +184,6 @@ def write_manifest(folder: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what a killed run had begun to write."""
+    """Delete a checkpoint that a killed run left incomplete."""
     if folder.name.endswith(PARTIAL):
         shutil.rmtree(folder, ignore_errors=True)

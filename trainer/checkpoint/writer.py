@@ -1,4 +1,4 @@
-"""Writing checkpoints: a snapshot at a step boundary, written in the background by all ranks."""
+"""Checkpoint writer: a snapshot at a step boundary, written by all ranks in the background."""
 
 import concurrent.futures
 import dataclasses
@@ -27,7 +27,7 @@ from trainer.session import Session
 
 
 class CheckpointWriter:
-    """Saves a session, in the background where asked for, and keeps the newest few."""
+    """Saves a session, asynchronously if configured, and keeps the newest checkpoints."""
 
     def __init__(
         self, session: Session, loader: Loader, folder: Path, initial_digest: str | None = None
@@ -41,7 +41,7 @@ class CheckpointWriter:
         self._pending_step = 0
 
     def save(self, progress: Progress) -> None:
-        """Snapshot now; write now or in the background. All ranks call it at the same step."""
+        """Snapshot to host memory, then write, in the background if asynchronous. Collective."""
         self.wait()
         tensors = {
             name: tensor.detach().to("cpu", copy=True)
@@ -55,12 +55,12 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether what was to be written in the background could not be."""
+        """Whether a background write has failed."""
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
     def wait(self) -> None:
-        """Until what is being written is complete. Raises RunFailed where it could not be."""
+        """Wait for the pending write. Raises RunFailed where it failed. Collective."""
         pending, self._pending = self._pending, None
         if self.session.world.gather(pending is None)[0]:
             return
@@ -76,12 +76,12 @@ class CheckpointWriter:
                 ) from error
 
     def close(self) -> None:
-        """Finish what is being written, then let the thread go."""
+        """Wait for the pending write, then end the thread. Collective."""
         self.wait()
         self._thread.shutdown()
 
     def _open(self, partial: Path) -> None:
-        """Make the folder; where one rank cannot, none goes on to wait for it."""
+        """Create the folder on rank 0. Raises OSError on all ranks where that fails."""
         world, problem = self.session.world, None
         try:
             if world.is_main:
@@ -94,8 +94,8 @@ class CheckpointWriter:
             raise OSError(problem)
 
     def _write(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """In the background: all ranks write tensors, rank 0 adds the rest and renames."""
-        # Late: it takes half a second to import, which need not be before the first step.
+        """Background thread: all ranks write tensors, rank 0 adds the other files and renames."""
+        # Imported lazily: half a second that would delay the first step.
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
@@ -142,7 +142,7 @@ class CheckpointWriter:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The reason at the bottom of what torch.distributed.checkpoint wraps, in one line."""
+    """First line of the innermost error that torch.distributed.checkpoint wraps."""
     failures = getattr(error, "failures", None)
     if failures:
         inner = next(iter(failures.values()))[0]

@@ -1,4 +1,4 @@
-"""Old names of keys: accepted for one release, with a note."""
+"""Renamed keys: the old names are accepted for one release, with a note."""
 
 import os
 import sys
@@ -8,14 +8,14 @@ from typing import Any
 from trainer.errors import UserError
 
 RENAMED = {"engine.whole_blocks": "engine.unsharded_blocks"}
-"""`section.key` by its old name."""
+"""Current `section.key` by old name."""
 
-_told: set[str] = set()  # in this process
+_noted: set[str] = set()  # old names reported by this process
 
 
 def rename_keys(raw: dict[str, Any]) -> list[str]:
-    """Replace old keys in a configuration's sections, in place; returns those that were found.
-    Raises UserError where a key is given by both names."""
+    """Rename old keys in a configuration's sections in place; returns the old names found. Raises
+    UserError if a key is given by both names."""
     found = []
     for old, new in RENAMED.items():
         (section, old_key), (_, new_key) = old.split("."), new.split(".")
@@ -29,8 +29,8 @@ def rename_keys(raw: dict[str, Any]) -> list[str]:
 
 
 def rename_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(`section.key=value` overrides with the new names, the old names that were found). Raises
-    UserError where a key is given by both names."""
+    """(`section.key=value` overrides with new names, the old names found). Raises UserError if a
+    key is given by both names."""
     keys = [override.partition("=")[0] for override in overrides]
     found = [old for old in RENAMED if old in keys]
     for old in found:
@@ -43,13 +43,13 @@ def rename_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return renamed, found
 
 
-def tell(found: Iterable[str]) -> None:
-    """One line for each old name, once in a process, by rank 0."""
+def note_renamed(found: Iterable[str]) -> None:
+    """Print one line per old name, once per process, on rank 0."""
     for old in found:
-        if old not in _told and os.environ.get("RANK", "0") == "0":
-            line = f"note: {old} is now {RENAMED[old]}; the old name goes with the next release"
+        if old not in _noted and os.environ.get("RANK", "0") == "0":
+            line = f"note: {old} is now {RENAMED[old]}; the old name is removed in the next release"
             print(line, file=sys.stderr, flush=True)
-        _told.add(old)
+        _noted.add(old)
 
 
 def _given_twice(old: str) -> UserError:

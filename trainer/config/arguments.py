@@ -1,4 +1,4 @@
-"""Command lines: a wrong argument is one line, before anything is read or measured."""
+"""Command-line parser and argument types; errors are one line, before any work starts."""
 
 import os
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
@@ -10,11 +10,10 @@ from trainer import __version__
 
 
 class Parser(ArgumentParser):
-    """argparse's, whose mistakes look like all others (`failures.report`): one line, by
-    rank 0, exit code 2."""
+    """ArgumentParser with errors as in `failures.report`: one line, on rank 0, exit code 2."""
 
     def __init__(self, description: str | None, prog: str | None = None):
-        """`prog`: what the command is called; None: the script's name."""
+        """`prog`: name of the command; None: the script's name."""
         super().__init__(
             prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter
         )
@@ -26,7 +25,7 @@ class Parser(ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A whole number, `least` (not below 0) or more."""
+    """Argument type: an integer >= `least`, which must not be negative."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -37,7 +36,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def counts(text: str) -> list[int]:
-    """Whole numbers, 1 or more, by comma, each once."""
+    """Argument type: distinct positive integers, separated by commas."""
     found = text.split(",") if text else []
     if not all(part.isdecimal() and int(part) > 0 for part in found):
         raise ArgumentTypeError(f"{text} given; accepted, by comma: whole numbers, 1 or more")
@@ -48,7 +47,7 @@ def counts(text: str) -> list[int]:
 
 
 def among(names: Collection[str]) -> Callable[[str], list[str]]:
-    """Some of `names`, by comma."""
+    """Argument type: some of `names`, separated by commas."""
 
     def parse(text: str) -> list[str]:
         found = text.split(",")
@@ -60,7 +59,7 @@ def among(names: Collection[str]) -> Callable[[str], list[str]]:
 
 
 def new_file(text: str) -> Path:
-    """A file that can be written: in a folder that exists, itself none."""
+    """Argument type: a path for a file, in an existing folder and not itself a folder."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ArgumentTypeError(f"{text} given; accepted: a file in a folder that exists")

@@ -2,8 +2,8 @@
 
     python launch/train.py --config run.yaml optim.learning_rate=1e-3 method.rank=16
 
-An unknown key, a wrong type or an impossible combination is a `UserError` of one line that names
-the key, what was given and what is accepted.
+An unknown key, a wrong type or an invalid combination raises a `UserError` of one line that names
+the key, the value given and the values accepted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,11 @@ from typing import Any
 from pydantic import SerializeAsAny, model_validator
 
 from adapters.methods.options import MethodOptions
+from adapters.methods.registry import DEFAULT as DEFAULT_METHOD
 from adapters.methods.registry import METHODS
 from adapters.methods.registry import OPTIONS as METHOD_OPTIONS
 from adapters.options import Section
-from trainer.config.aliases import rename_keys, rename_overrides, tell
+from trainer.config.aliases import note_renamed, rename_keys, rename_overrides
 from trainer.config.sections import (
     CheckpointOptions,
     DataOptions,
@@ -30,11 +31,12 @@ from trainer.config.validation import names_of, one_of, unknown_key, validate
 from trainer.config.yaml import dump_yaml, parse_yaml
 from trainer.errors import UserError
 from trainer.tasks.options import TaskOptions
+from trainer.tasks.registry import DEFAULT as DEFAULT_TASK
 from trainer.tasks.registry import OPTIONS as TASK_OPTIONS
 
 
 class Config(Section):
-    """All of a run's configuration."""
+    """The configuration of a run."""
 
     run: RunOptions
     model: ModelOptions
@@ -91,12 +93,13 @@ class Config(Section):
         return Path(self.run.dir) / self.run.name
 
     def to_yaml(self) -> str:
-        """The resolved configuration; `load_config` reads it back to the same."""
+        """The resolved configuration as YAML; `load_config` reads it back unchanged."""
         return dump_yaml(self.model_dump())
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read `path`, apply `section.key=value` overrides in order (the last one wins), check."""
+    """Read `path`, apply `section.key=value` overrides in order (the last wins) and validate.
+    Raises UserError."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -112,7 +115,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"--config {path}: {given}; accepted: the sections {names_of(Config)}")
     found = rename_keys(raw)
     _apply_overrides(raw, overrides)
-    tell(found)
+    note_renamed(found)
     run = raw.get("run")
     if run is None or (isinstance(run, dict) and not run.get("name")):
         raw["run"] = {**(run or {}), "name": path.stem}
@@ -120,14 +123,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """`config` with `section.key=value` overrides applied, checked again."""
+    """`config` with `section.key=value` overrides applied and validated. Raises UserError."""
     raw = config.model_dump(mode="json")
     _apply_overrides(raw, overrides)
     return parse_config(raw)
 
 
 def parse_config(raw: Mapping[str, Any]) -> Config:
-    """Check a nested dictionary. Raises UserError with the first thing that is wrong."""
+    """Validate a nested dictionary. Raises UserError with the first error."""
     for key in raw:
         if key not in Config.model_fields:
             raise UserError(unknown_key(str(key), [], Config))
@@ -142,12 +145,12 @@ def parse_config(raw: Mapping[str, Any]) -> Config:
 
 
 def _section_type(name: str, annotation: Any, value: Mapping[str, Any]) -> type[Section]:
-    """The class of a section; `method` and `task` depend on their `kind`."""
+    """The class of a section; those of `method` and `task` depend on `kind`."""
     if name == "method":
-        kind = value.get("kind", "lora")
+        kind = value.get("kind", DEFAULT_METHOD)
         return METHOD_OPTIONS[one_of("method.kind", kind, METHOD_OPTIONS)]
     if name == "task":
-        kind = value.get("kind", "causal_lm")
+        kind = value.get("kind", DEFAULT_TASK)
         return TASK_OPTIONS[one_of("task.kind", kind, TASK_OPTIONS)]
     return annotation
 
@@ -156,7 +159,7 @@ def _apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
     overrides, found = rename_overrides(overrides)
     for override in overrides:
         _apply_override(raw, override)
-    tell(found)
+    note_renamed(found)
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -174,7 +177,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             inner = section[part] = {}
         if not isinstance(inner, dict):
             raise UserError(
-                f"override {override!r}: {part} is no section; accepted: section.key=value"
+                f"override {override!r}: {part} is not a section; accepted: section.key=value"
             )
         section = inner
     section[path[-1]] = parse_yaml(text, f"override {override!r}")

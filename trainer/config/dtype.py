@@ -1,4 +1,4 @@
-"""The dtype that a run computes in."""
+"""The compute dtype of a run."""
 
 import torch
 

@@ -1,7 +1,7 @@
-"""The engines by name; the one place that lists them.
+"""Registry of the engines by name.
 
-Without torch: what the configuration has to know of an engine stands in its line here, and its
-class is imported when it is used.
+Does not import torch: an entry has all that the configuration needs, and the engine's class is
+imported on use.
 """
 
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """An engine's class, and what the configuration must know before it is imported."""
+    """An engine's class, and its properties that the configuration needs without importing it."""
 
     engine: str
     """`module:Class`."""
     options: tuple[str, ...] = ()
-    """The keys of `engine:` that only some engines take, of those that this one does: `config`,
-    `copy_engines`, `unsharded_blocks`."""
+    """Engine-specific keys of `engine:` that this engine supports: `config`, `copy_engines`,
+    `unsharded_blocks`."""
     one_process: bool = False
-    """It is made for one process, and needs no launcher."""
+    """Runs in one process without a launcher."""
 
 
 ENGINES = {
@@ -36,15 +36,15 @@ AUTO = {
     "blocks": "peer",
     "split": "fsdp2",
 }
-"""What `engine.kind: auto` takes: by the launcher, by a key, by how the backbone is spread over the
-ranks (`Spread`)."""
+"""Choice of `engine.kind: auto` by launcher, by key, and by the distribution of the backbone over
+the ranks (`Spread`)."""
 
 
 def takes(kind: str, option: str) -> bool:
-    """Whether an engine takes a key of `engine:` that only some do."""
+    """Whether an engine supports an engine-specific key of `engine:`."""
     return option in ENGINES[kind].options
 
 
-def that_take(option: str) -> str:
-    """The names of the engines that take such a key: `peer or fsdp2`."""
+def engines_with(option: str) -> str:
+    """The names of the engines that support such a key: `peer or fsdp2`."""
     return " or ".join(kind for kind in ENGINES if takes(kind, option))

@@ -1,6 +1,7 @@
-"""The sections of a configuration: every key with its type, default and meaning.
+"""The sections of the configuration: every key with its type, default and meaning.
 
-`method` and `task` are their implementations' own (`adapters/methods`, `trainer/tasks/options.py`).
+`method` and `task` are defined by their implementations (`adapters/methods`,
+`trainer/tasks/options.py`).
 """
 
 from typing import Literal
@@ -9,57 +10,58 @@ from pydantic import Field, model_validator
 
 from adapters.formats.names import FORMAT_NAMES
 from adapters.options import Section
-from trainer.config.engines import ENGINES, takes, that_take
+from trainer.config.engines import ENGINES, engines_with, takes
 from trainer.config.validation import one_of
 
-_PATH = r"^[^\x00]*$"  # the system raises on others
+_PATH = r"^[^\x00]*$"  # file systems raise on NUL
 
 
 class RunOptions(Section):
-    """What is run, where its folder is, how long it lasts."""
+    """Name, folder, length and evaluation of a run."""
 
     name: str = Field("", pattern=r"^(\.?[A-Za-z0-9_-][A-Za-z0-9._-]*)?$", max_length=200)
-    """Name of the run's folder; empty: the name of the configuration file."""
+    """Name of the run folder; empty: the name of the configuration file."""
     dir: str = Field("runs", pattern=_PATH)
-    """Folder that holds the run folders."""
+    """Parent of the run folders."""
     seed: int = Field(0, ge=0, lt=2**20)
-    """Seed of the adapters' start, the order of the data and dropout."""
+    """Seed of the initial adapters, the order of the data and dropout."""
     steps: int | None = Field(None, gt=0)
-    """Optimizer steps to train for; excludes `epochs`."""
+    """Optimizer steps; excludes `epochs`."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the training data; 1 where neither is given."""
+    """Passes over the training data; 1 if neither is given."""
     eval_every: int = Field(0, ge=0)
-    """Evaluate every so many steps; 0: after the last step only."""
+    """Steps between two evaluations; 0: only after the last step."""
     eval_at_start: bool = False
-    """Evaluate before the first step too."""
+    """Also evaluate before the first step."""
     max_hours: float | None = Field(None, gt=0)
-    """Save and stop after so many hours, with exit code 75: started again the run goes on."""
+    """Hours after which the run saves and stops with exit code 75; the next start resumes it."""
     slurm_margin: float = Field(120.0, ge=0)
-    """In a SLURM job: do the same so many seconds before its time limit (SLURM_JOB_END_TIME); long
-    enough for a step and a checkpoint."""
+    """In a SLURM job: seconds before its time limit (SLURM_JOB_END_TIME) at which the run saves and
+    stops likewise; must suffice for a step and a checkpoint."""
     resume: str = "auto"
-    """`auto` (the newest good checkpoint of this run, if any), `never`, or a checkpoint's path."""
+    """`auto` (the newest intact checkpoint of this run, if any), `never`, or the path of a
+    checkpoint."""
 
 
 class ModelOptions(Section):
     """The frozen backbone."""
 
     id: str
-    """A local folder, or a hub id (`owner/name`)."""
+    """Local folder or hub id (`owner/name`)."""
     revision: str | None = None
     """Commit or tag of a hub id."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer, where it is not the model's."""
+    """Folder or hub id of the tokenizer, if it is not the model's."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of activations and unquantised weights; auto: bfloat16 on a GPU, float32 on a CPU
-    (most CPUs emulate bfloat16 products, several times slower)."""
+    (most CPUs emulate bfloat16 matrix products, several times slower)."""
     quantization: str = "none"
     """Format of the frozen linear weights: none, nf4, fp4, int8 or fp8."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention kernel; auto: transformers' own choice for the architecture. flash_attention_2
-    needs the `flash-attn` extra and a GPU."""
+    """Attention kernel; auto: transformers' default for the architecture. flash_attention_2
+    requires the `flash-attn` extra and a GPU."""
     weights: Literal["pretrained", "random"] = "pretrained"
-    """`random` needs no weight files, only config.json: for benchmarks and tests."""
+    """`random` initialises from config.json without weight files, for benchmarks and tests."""
     overrides: dict[str, int | float | str | bool] = {}
     """Keys of the model's config.json to replace, such as num_hidden_layers."""
 
@@ -75,17 +77,17 @@ class ModelOptions(Section):
 
 
 LEFT_OUT = "left_out"
-"""`data.eval`: evaluate on the training records that were left out."""
+"""`data.eval`: evaluate on the held-out training records."""
 
 
 class DataOptions(Section):
-    """Records, and how they become batches."""
+    """Records, tokenisation and batches."""
 
     train: str
-    """A file (.json, .jsonl, .csv, .tsv, .parquet, .txt) or a hub id."""
+    """Training data: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt) or a hub id."""
     eval: str | None = None
-    """The same for held-out data, or `left_out`: the training records that `leave_out` takes
-    out; none: no evaluation."""
+    """Evaluation data: a file or hub id as for `train`, or `left_out`, the training records held
+    out by `leave_out`; none: no evaluation."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     revision: str | None = None
@@ -97,44 +99,44 @@ class DataOptions(Section):
     format: Literal["auto", "prompt_completion", "alpaca", "messages", "text", "classification"] = (
         "auto"
     )
-    """What a record holds; auto: by its columns."""
+    """Format of the records; auto: inferred from the columns."""
     prompt: str = "prompt"
-    """Column, or template such as `"{question}\\n"`, of the part that is given."""
+    """Column, or template such as `"{question}\\n"`, of the prompt."""
     completion: str = "completion"
-    """Column, or template, of the part that is learned."""
+    """Column, or template, of the completion."""
     text: str | list[str] = "text"
-    """Text column of `text`; one or two text columns of `classification`."""
+    """Text column of format `text`; one or two text columns of `classification`."""
     messages: str = "messages"
-    """Column of `messages`: a list of {role, content}."""
+    """Column of format `messages`: a list of {role, content}."""
     label: str = "label"
-    """Label column of `classification`."""
+    """Label column of format `classification`."""
     columns: list[str] | None = None
-    """Column names of a csv or tsv file without a header line."""
+    """Column names of csv and tsv files without a header line."""
     quoting: Literal["standard", "none"] = "standard"
-    """Whether quotation marks in csv and tsv delimit fields."""
+    """Whether quotation marks delimit fields in csv and tsv files."""
     max_length: int = Field(1024, gt=1)
-    """Longest sequence, in tokens."""
+    """Maximum sequence length in tokens."""
     on_long_record: Literal["truncate", "drop", "stop"] = "truncate"
-    """What happens to a longer record. One whose prompt alone is too long is a bad record."""
+    """Handling of longer records. A record whose prompt alone is too long is a bad record."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """A record that cannot be used: stop with file, line and reason, or count it and go on."""
+    """Handling of invalid records: stop with file, line and reason, or skip and count them."""
     train_records: int | None = Field(None, gt=0)
-    """Use the first so many training records."""
+    """Use only this many training records, the first ones."""
     eval_records: int | None = Field(None, gt=0)
-    """Use the first so many evaluation records."""
+    """Use only this many evaluation records, the first ones."""
     packing: bool = False
-    """Fill sequences with several records; none attends to another."""
+    """Pack several records into a sequence, without attention between them."""
     shuffle: bool = True
-    """Draw a new order for each epoch from (seed, epoch)."""
+    """Shuffle each epoch with a generator seeded by (seed, epoch)."""
     batch_size: int = Field(16, gt=0)
-    """Sequences per optimizer step, over all ranks."""
+    """Sequences per optimizer step, summed over all ranks."""
     micro_batch_size: int = Field(4, gt=0)
-    """Sequences per forward pass of a rank. Gradients are accumulated over as many as needed."""
+    """Sequences per forward pass of a rank; gradients are accumulated up to `batch_size`."""
     leave_out: int = Field(0, ge=0)
-    """Training records drawn by the seed and left out of training. Methods that validate take
-    theirs out anyway, so give the same number to the methods that they are compared with."""
+    """Number of training records held out, drawn by the seed. Methods with validation hold out
+    theirs anyway; set the same number for methods compared with them."""
     cache: str | None = Field(None, pattern=_PATH)
-    """Folder for tokenised data; none: `rankcast` in the user's cache folder."""
+    """Cache folder of tokenised data; none: `rankcast` in the user's cache folder."""
 
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":
@@ -165,19 +167,20 @@ class OptimOptions(Section):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay λ."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls to 0 after the warm-up (`constant`: it does not)."""
+    """Decay of the learning rate to 0 after the warm-up (`constant`: none)."""
     warmup_steps: int | None = Field(None, ge=0)
     """Steps of linear warm-up; excludes `warmup_ratio`."""
     warmup_ratio: float | None = Field(None, ge=0, le=1)
-    """Warm-up as a share of all steps."""
+    """Warm-up as a fraction of all steps."""
     max_grad_norm: float | None = Field(1.0, gt=0)
-    """Clip the gradient's global norm; null: never."""
+    """Maximum global norm to which gradients are clipped; null: no clipping."""
     shard_state: bool = False
-    """Split the moments of AdamW over the ranks: each updates its part of the trained values, which
-    are then gathered. The same values to the last bit, in less memory; nothing on one process."""
+    """Shard the moments of AdamW over the ranks: each updates its shard of the trained values,
+    which are then all-gathered. Saves memory; values are identical to the last bit. No effect on
+    one process."""
     max_skipped_steps: int = Field(5, gt=0)
-    """Stop after so many steps in a row whose loss or gradient is not finite (or after all of a run
-    that has fewer)."""
+    """Abort after this many consecutive steps with a non-finite loss or gradient (or after all
+    steps of a shorter run)."""
 
     @model_validator(mode="after")
     def _check(self) -> "OptimOptions":
@@ -191,42 +194,39 @@ class OptimOptions(Section):
 
 
 class EngineOptions(Section):
-    """How the work is spread over processes."""
+    """Distribution over processes, and memory."""
 
     kind: str = "auto"
     """An engine (single, ddp, peer, fsdp2, deepspeed), or auto: deepspeed under the deepspeed
-    launcher (or with `config`); under torchrun ddp where the whole backbone fits on every GPU and
-    leaves room, peer where it does so spread over those of a host, if they can read each other's
-    memory, else fsdp2; single alone. The choice and its reason are printed."""
+    launcher or with `config`; single on one process; under torchrun ddp if a replica of the
+    backbone fits on every GPU with room to train, peer if it fits sharded over the GPUs of a host
+    with peer access, else fsdp2. The choice and its reason are printed."""
     config: str | None = None
-    """A DeepSpeed JSON of your own; its `auto` values are filled in."""
+    """Path of a DeepSpeed JSON; its `auto` values are filled in."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one."""
+    """auto: the GPU if there is one."""
     activation_checkpointing: Literal["auto"] | bool = "auto"
-    """Compute activations again in backward instead of keeping them: in every block (true), in none
-    (false), or in as few as `memory_fraction` allows, measured before the first step (auto; on a
-    CPU none)."""
+    """Recompute activations in backward instead of saving them: in every block (true), in none
+    (false), or in as few as `memory_fraction` allows, measured before the first step (auto; none on
+    a CPU)."""
     memory_fraction: float = Field(0.92, gt=0, le=1)
-    """Share of a GPU's memory that `activation_checkpointing: auto` plans to use."""
+    """Fraction of a GPU's memory that `activation_checkpointing: auto` plans to use."""
     activation_offload: float = Field(0.0, ge=0)
-    """GiB of the host's memory, a rank, to which `activation_checkpointing: auto` may move
-    activations that the GPU has no room for, as many as travel while other blocks run. They are
-    page-locked."""
+    """GiB of pinned host memory per rank to which `activation_checkpointing: auto` may offload
+    activations that do not fit on the GPU, as many as are copied while other blocks compute."""
     unsharded_blocks: Literal["auto"] | int = "auto"
-    """Transformer blocks whose weights stay whole on every rank from step to step, where they would
-    be gathered anew for each pass (fsdp2, peer): so many, or (auto) as many as `memory_fraction`
-    has room for once `activation_checkpointing: auto` has planned; without that, and on a CPU,
-    none."""
+    """fsdp2, peer: number of transformer blocks whose weights stay unsharded on every rank instead
+    of being all-gathered in each pass. auto: as many as fit into `memory_fraction` after
+    `activation_checkpointing: auto` has planned; none without it, or on a CPU."""
     copy_engines: Literal["auto"] | bool = "auto"
-    """fsdp2: NCCL gathers blocks by the GPUs' copy engines, not by a kernel that takes a part of
-    the GPU from the products. auto: with NCCL 2.28, on one host whose GPUs reach each other's
-    memory."""
+    """fsdp2: NCCL all-gathers blocks with the GPUs' copy engines, which leaves the SMs to the
+    GEMMs. auto: with NCCL 2.28, on one host whose GPUs have peer access."""
     compile: Literal["auto"] | bool = "auto"
-    """Compile the transformer blocks, once for all of them. auto: on a GPU, unless the engine is
-    deepspeed and the blocks hold what compiling would keep gathered (a trained router, large
-    matrices that are no linear layer's)."""
+    """Compile the transformer blocks; all of them share one program. auto: on a GPU, unless the
+    engine is deepspeed and the blocks have parameters that a compiled program would keep unsharded
+    (a trained router, large matrices outside linear layers)."""
     timeout: float = Field(600.0, gt=0, lt=2**31)
-    """Seconds after which a collective that some rank never joined is given up."""
+    """Seconds after which a collective fails if a rank has not joined it."""
 
     @model_validator(mode="after")
     def _check(self) -> "EngineOptions":
@@ -234,7 +234,7 @@ class EngineOptions(Section):
         if self.config is not None and not self._takes("config", auto=True):
             raise ValueError(
                 f"engine.config: given with engine.kind={self.kind}; accepted: with "
-                f"{that_take('config')} only"
+                f"{engines_with('config')} only"
             )
         if self.activation_offload and self.activation_checkpointing != "auto":
             raise ValueError(
@@ -245,7 +245,7 @@ class EngineOptions(Section):
         if self.copy_engines is True and not self._takes("copy_engines"):
             raise ValueError(
                 f"engine.copy_engines: true given with engine.kind={self.kind}; accepted: auto "
-                f"or false, or engine.kind={that_take('copy_engines')}"
+                f"or false, or engine.kind={engines_with('copy_engines')}"
             )
         if self.unsharded_blocks != "auto" and self.unsharded_blocks < 0:
             raise ValueError(
@@ -256,35 +256,35 @@ class EngineOptions(Section):
             raise ValueError(
                 f"engine.unsharded_blocks: {self.unsharded_blocks} given with "
                 f"engine.kind={self.kind}; accepted: auto or 0, or "
-                f"engine.kind={that_take('unsharded_blocks')}"
+                f"engine.kind={engines_with('unsharded_blocks')}"
             )
         return self
 
     def _takes(self, option: str, *, auto: bool = False) -> bool:
-        """Whether the engine takes this key; `auto`: what `kind: auto` does."""
+        """Whether the engine supports this key; `auto`: the result for `kind: auto`."""
         return auto if self.kind == "auto" else takes(self.kind, option)
 
 
 class LogOptions(Section):
-    """What is written down while training."""
+    """Records of a run and progress output."""
 
     every: int = Field(10, gt=0)
-    """Log every so many steps."""
+    """Steps between two log lines."""
     tensorboard: bool = True
-    """Write TensorBoard event files into the run folder; at most 10,000 points a curve."""
+    """Write TensorBoard event files to the run folder, at most 10,000 points per curve."""
     decisions_mib: float = Field(64.0, gt=0)
-    """Size at which allocation.jsonl is closed and compressed; the newest 32 closed parts are kept.
-    A run whose first parts are gone can be drawn, not replayed."""
+    """Size in MiB at which allocation.jsonl is rotated and compressed; the newest 32 rotated parts
+    are kept. A run without its first parts can be drawn, but not replayed."""
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
     """auto: a bar on a terminal, else plain lines."""
 
 
 class CheckpointOptions(Section):
-    """When the run is saved, and what is kept."""
+    """Interval and number of checkpoints."""
 
     every: int = Field(0, ge=0)
-    """Save every so many steps; 0: after the last step only."""
+    """Steps between two checkpoints; 0: only after the last step."""
     keep: int = Field(3, gt=0)
-    """Complete checkpoints to keep; older ones are deleted."""
+    """Number of complete checkpoints to keep; older ones are deleted."""
     asynchronous: bool = True
-    """Write in the background while training goes on."""
+    """Write in the background during training."""

@@ -1,4 +1,4 @@
-"""pydantic's errors as one line: the key, what was given, what is accepted, the nearest match."""
+"""Format pydantic's errors as one line: key, value given, values accepted, nearest match."""
 
 import difflib
 import re
@@ -16,8 +16,8 @@ from trainer.errors import UserError
 
 
 def validate(prefix: str, value: Any, kind: type[Section]) -> Any:
-    """`value` as a `kind`, whose keys stand under `prefix`. Raises UserError with the first thing
-    that is wrong."""
+    """Validate `value` as a section `kind`; `prefix` precedes its keys in messages. Raises
+    UserError with the first error."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -25,15 +25,15 @@ def validate(prefix: str, value: Any, kind: type[Section]) -> Any:
 
 
 def _explain(prefix: str, error: ErrorDetails, kind: type[BaseModel]) -> str:
-    """One line for pydantic's first complaint."""
+    """One line for pydantic's first error."""
     path = [str(part) for part in error["loc"]]
     if error["type"] == "value_error":
-        return str(error["ctx"]["error"])  # our own validators name the key themselves
+        return str(error["ctx"]["error"])  # our validators name the key
     while len(path) > 1 and (inner := _section_of(kind, path[0])) is not None:
         prefix, kind, path = f"{prefix}.{path[0]}".lstrip("."), inner, path[1:]
     if error["type"] == "extra_forbidden":
         return unknown_key(path[-1], [prefix, *path[:-1]], kind)
-    # Members of a union appear in the location ("eval.str"); only keys are of interest.
+    # Members of a union appear in the location ("eval.str"); keep only keys.
     fields = [part for part in path if part in kind.model_fields or part.isdigit()] or path
     key = ".".join(part for part in (prefix, *fields) if part)
     if error["type"] == "missing":
@@ -45,27 +45,27 @@ def _explain(prefix: str, error: ErrorDetails, kind: type[BaseModel]) -> str:
 
 
 def _section_of(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The class of a section within a section."""
+    """The class of a nested section; None for other fields."""
     field = kind.model_fields.get(name)
     annotation = None if field is None else field.annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
 def _accepted(kind: type[BaseModel], path: list[str], message: str = "") -> str:
-    """What a field takes: pydantic's own words for bounds and choices, else its type."""
+    """Values accepted by a field: pydantic's message for bounds and choices, else its type."""
     stated = re.sub(r"^Input should be (a valid )?", "", message)
-    field = kind.model_fields.get(path[0]) if path else None  # no path: a key that is no text
+    field = kind.model_fields.get(path[0]) if path else None  # no path: a key that is not a string
     if field is None or (
         stated
         and not message.startswith("Input should be a valid")
-        and not _mixed(field.annotation)  # then the message is about one of its members
+        and not _mixed(field.annotation)  # then the message is about one member only
     ):
         return stated
     return type_name(field.annotation)
 
 
 def _mixed(annotation: Any) -> bool:
-    """Whether words stand beside values of another type, as in `auto or true or false`."""
+    """Whether a union mixes literals with other types, as in `auto or true or false`."""
     members = [part for part in typing.get_args(annotation) if part is not type(None)]
     words = [typing.get_origin(part) is Literal for part in members]
     return any(words) and not all(words)
@@ -104,15 +104,15 @@ def names_of(kind: type[BaseModel]) -> str:
 
 
 def one_of(key: str, value: Any, known: Collection[str]) -> str:
-    """`value`, one of the names. Raises UserError where it is none."""
+    """`value` if it is one of the names in `known`; raises UserError otherwise."""
     if isinstance(value, str) and value in known:
         return value
     raise UserError(f"{key}: {value!r} given; accepted: {', '.join(known)}{_nearest(value, known)}")
 
 
 def local(name: str | Path, key: str = "") -> Path | None:
-    """The file or folder of this name; None where there is none. Raises UserError, naming `key`,
-    where the system refuses to look: a name that is too long, a folder that is closed to us."""
+    """The path of an existing file or folder, else None. Raises UserError naming `key` on system
+    errors: a name that is too long, a folder without permission."""
     try:
         return Path(name) if Path(name).exists() else None
     except OSError as error:

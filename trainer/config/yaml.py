@@ -8,13 +8,13 @@ import yaml
 
 from trainer.errors import UserError, first_line
 
-_DEEPEST = 100
+_MAX_DEPTH = 100
 """Maximum nesting depth of a document."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with 1.2's floats (`1e-3` is a number), no key given twice, integers of 64 bits, and no
-    aliases (a few lines of them stand for more values than memory holds)."""
+    """SafeLoader with the floats of YAML 1.2 (`1e-3` is a number), without duplicate keys, integers
+    beyond 64 bits or aliases (nested aliases expand to more values than memory holds)."""
 
     _depth = 0
 
@@ -25,9 +25,9 @@ class _Loader(yaml.SafeLoader):
                 None, None, f"alias *{event.anchor}; accepted: written out", event.start_mark
             )
         self._depth += 1
-        if self._depth > _DEEPEST:  # its scanner takes time that grows with the square
+        if self._depth > _MAX_DEPTH:  # the scanner is quadratic in the depth
             raise yaml.composer.ComposerError(
-                None, None, f"nested deeper than {_DEEPEST} levels", self.peek_event().start_mark
+                None, None, f"nested deeper than {_MAX_DEPTH} levels", self.peek_event().start_mark
             )
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around the strings that `_Loader` would read as numbers; writes no aliases."""
+    """Quotes strings that `_Loader` would read as numbers; writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -74,9 +74,10 @@ for _side in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML. Raises UserError naming `where` and the line."""
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except Exception as error:  # its constructors raise whatever a wrong value leads to
+    except Exception as error:  # constructors raise arbitrary exceptions for invalid values
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or first_line(error)
@@ -84,18 +85,18 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """YAML that `parse_yaml` reads back to the same."""
+    """YAML that `parse_yaml` reads back unchanged."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Raises ValueError where the text is broken, or nested deeper than `_DEEPEST` levels."""
+    """Parse JSON. Raises ValueError if it is invalid or nested deeper than `_MAX_DEPTH` levels."""
     try:
         value = json.loads(text)
     except RecursionError as error:
-        raise ValueError(f"nested deeper than {_DEEPEST} levels") from error
+        raise ValueError(f"nested deeper than {_MAX_DEPTH} levels") from error
     level = [value]
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         level = [
             inner
             for outer in level
@@ -104,4 +105,4 @@ def parse_json(text: str | bytes) -> Any:
         ]
         if not level:
             return value
-    raise ValueError(f"nested deeper than {_DEEPEST} levels")
+    raise ValueError(f"nested deeper than {_MAX_DEPTH} levels")

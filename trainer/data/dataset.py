@@ -1,7 +1,6 @@
-"""Records tokenised once, kept as an Arrow file, and shared by the ranks of a node.
+"""Tokenised records, cached as a memory-mapped Arrow file that the ranks of a node share.
 
-`prepare` returns a `TokenDataset` that is memory-mapped.
-What cannot be used is reported as file, line and reason.
+Records that cannot be used are reported with file, line and reason.
 """
 
 import dataclasses
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _CHUNK = 1000  # records tokenised in one call
-_VERSION = 1  # of the cached form; raise it when `Example` or an encoding changes
+_VERSION = 1  # of the cached file; raise it when `Example` or an encoding changes
 
 
 @functools.cache
 def _schema() -> "pa.Schema":
-    """The columns of the cached form."""
+    """The columns of the cached file."""
     import pyarrow as pa
 
     return pa.schema(
@@ -51,7 +50,7 @@ def _schema() -> "pa.Schema":
 
 @dataclasses.dataclass
 class Counts:
-    """What became of the records of one source."""
+    """Numbers of records of one source, by outcome, and of their tokens."""
 
     records: int = 0
     used: int = 0
@@ -72,8 +71,8 @@ class TokenDataset:
 
     def __init__(self, table: "pa.Table", counts: Counts, key: str = ""):
         self.counts = counts
-        self.key = key  # identity of the records and of how they were tokenised
-        # By chunk, as they lie in the file: joining the chunks would copy them into memory.
+        self.key = key  # digest of the records and of how they were tokenised
+        # By chunk, as in the file: joining the chunks would copy them into memory.
         chunks = [chunk for chunk in table.to_batches() if len(chunk)]
         self._first = np.cumsum([0, *(len(chunk) for chunk in chunks)])
         self._chunks = [
@@ -107,7 +106,7 @@ class TokenDataset:
 
 
 def read_labels(source: str, split: str, options: DataOptions) -> list[str | float]:
-    """The raw labels of a classification source; bad records end the run or are left out."""
+    """The raw labels of a classification source. Bad records raise UserError or are skipped."""
     labels = []
     for line, row in read_rows(source, split, options, options.train_records):
         try:
@@ -132,7 +131,8 @@ def _stop(source: str, line: int, reason: object) -> UserError:
 def prepare(
     source: str, split: str, limit: int | None, options: DataOptions, task: Task
 ) -> TokenDataset:
-    """Tokenise `source`, or take it from the cache. Call it on one rank of a node first."""
+    """Tokenise `source`, or read it from the cache. Call it on one rank of each node first. Raises
+    UserError."""
     key = _cache_key(source, split, limit, options, task)
     folder = cache_root(options) / key
     if local(folder / "counts.json", "data.cache") is None:
@@ -162,7 +162,7 @@ def prepare(
         if table.schema != _schema():
             raise ValueError(f"columns {', '.join(table.schema.names)}")
         return TokenDataset(table, counts, key)
-    except Exception as error:  # whatever a disk that failed, or a stranger, has left there
+    except Exception as error:  # a damaged file, or another program's
         raise UserError(
             f"data.cache: {folder}: damaged ({first_line(error)}); accepted: delete that folder"
         ) from error
@@ -194,7 +194,7 @@ def _encode_chunk(
     task: Task,
     counts: Counts,
 ) -> Iterator[Example]:
-    """The usable examples of some rows; everything else is counted, or ends the run."""
+    """The usable examples of a chunk of rows; the others are counted or raise UserError."""
     records: list[Record | BadRecord] = []
     for _, row in chunk:
         try:
@@ -230,14 +230,14 @@ def _encode_chunk(
 
 
 def cache_root(options: DataOptions) -> Path:
-    """Folder of what can be made again: tokenised data, decompositions."""
+    """Cache folder: tokenised data, matrix decompositions."""
     if options.cache is not None:
         return Path(options.cache)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankcast"
 
 
 def _cache_key(source: str, split: str, limit: int | None, options: DataOptions, task: Task) -> str:
-    """Everything that the tokenised form depends on, and nothing that only batching does."""
+    """Digest of everything that tokenisation depends on; options of batching are excluded."""
     path = local(source)
     content = (
         _sha256(path) if path and path.is_file() else f"{options.subset} {options.revision} {split}"

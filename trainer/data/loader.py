@@ -1,9 +1,9 @@
-"""From tokenised records to micro-batches: order, packing, and a position that can be resumed.
+"""Micro-batches of tokenised records: order, packing, and a resumable position.
 
-An epoch is a sequence of *sequences* (one record, or several packed), the same for every world
-size. An optimizer step takes the next `batch_size` of them, cuts them into micro-batches of
-`micro_batch_size`, and deals micro-batch j to rank j mod world size. So micro-batches do not
-depend on the number of ranks; a rank left without one in a round runs an empty one, since all
+An epoch is a list of *sequences* (one record, or several packed), the same for every world size. An
+optimizer step takes the next `batch_size` of them, splits them into micro-batches of
+`micro_batch_size`, and assigns micro-batch j to rank j mod world size. So micro-batches do not
+depend on the number of ranks. A rank without one in the last round runs an empty one, since all
 ranks must run the same number of forward passes.
 """
 
@@ -19,20 +19,20 @@ from trainer.tasks.base import Batch, Task
 
 @dataclass
 class Step:
-    """The micro-batches of one rank for one optimizer step, and what the whole step holds."""
+    """One rank's micro-batches of an optimizer step, and figures of the global batch."""
 
     micro_batches: list[tuple[int, Batch]]
-    """(index over all ranks, batch) pairs."""
+    """(global index, batch) pairs."""
     weight: int
     """Terms of the summed loss over all ranks: the divisor of the mean."""
     tokens: int
-    """Tokens over all ranks, padding left out."""
+    """Tokens over all ranks, without padding."""
     epoch: float
     """Passes over the data after this step."""
 
 
 class Loader:
-    """Endless optimizer steps from the position that `load_state_dict` set (else the start)."""
+    """Endless iterator of optimizer steps, from the position set by `load_state_dict` (else 0)."""
 
     def __init__(
         self, data: TokenDataset, task: Task, options: DataOptions, seed: int, rank: int,
@@ -42,7 +42,7 @@ class Loader:
         self._records = np.setdiff1d(np.arange(len(data)), left_out)
         self.data, self.task, self.options = data, task, options
         self.seed, self.rank, self.world = seed, rank, world
-        self.epoch, self.offset = 0, 0  # next sequence to be taken
+        self.epoch, self.offset = 0, 0  # of the next sequence
         self._order: tuple[int, list[np.ndarray]] | None = None
 
     def sequences(self, epoch: int) -> list[np.ndarray]:
@@ -59,7 +59,7 @@ class Loader:
         return self._order[1]
 
     def steps_for(self, epochs: float) -> int:
-        """Optimizer steps that see `epochs` epochs; the last one may reach into the next epoch."""
+        """Number of optimizer steps of `epochs` epochs; the last may extend into the next epoch."""
         whole = sum(len(self.sequences(epoch)) for epoch in range(int(epochs)))
         part = epochs - int(epochs)
         # Rounded first: 1.1 epochs of 50 sequences are 55, not a little more.
@@ -80,8 +80,8 @@ class Loader:
             self.offset += len(more)
             if self.offset == len(sequences):
                 self.epoch, self.offset = self.epoch + 1, 0
-        # Neighbours in length share a micro-batch, so that less of it is padding. The step's sum
-        # is the same in any order.
+        # Sorted by length, so that micro-batches hold less padding. The step's sum is the same in
+        # any order.
         taken.sort(key=lambda packed: int(self.data.lengths[packed].sum()))
         records = np.concatenate(taken)
         return Step(
@@ -96,11 +96,11 @@ class Loader:
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, int]:
-        """The next sequence to be taken: independent of rank and world size."""
+        """Position of the next sequence; independent of rank and world size."""
         return {"epoch": self.epoch, "offset": self.offset}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises ValueError where these data have no such position."""
+        """Raises ValueError where these data lack the position."""
         self.epoch, self.offset = state["epoch"], state["offset"]
         if not 0 <= self.offset < len(self.sequences(self.epoch)):
             raise ValueError(
@@ -116,7 +116,8 @@ def assign_micro_batches(
     rank: int,
     world: int,
 ) -> Iterator[tuple[int, Batch]]:
-    """(index, micro-batch) of one rank; every rank gets the same number, the last may be empty."""
+    """(global index, micro-batch) of one rank; all ranks have the same number, the last may be
+    empty."""
     starts = range(0, len(sequences), micro_batch_size)
     for first in range(0, len(starts), world):
         index = first + rank
@@ -130,7 +131,7 @@ def assign_micro_batches(
 
 
 def pack(order: np.ndarray, lengths: np.ndarray, max_length: int) -> list[np.ndarray]:
-    """Fill sequences of at most `max_length` tokens with records, in the order given."""
+    """Pack records, in the order given, into sequences of at most `max_length` tokens."""
     sequences, start, used = [], 0, 0
     for position, length in enumerate(lengths[order]):
         if used + length > max_length and position > start:
@@ -143,6 +144,6 @@ def pack(order: np.ndarray, lengths: np.ndarray, max_length: int) -> list[np.nda
 
 
 def left_out(records: int, count: int, seed: int) -> np.ndarray:
-    """`count` of `records` indices, drawn once by the seed: the same for every world size, and the
-    first ones of a larger draw."""
+    """Draw `count` of `records` indices by `seed`: independent of the world size, and a prefix of
+    every larger draw."""
     return np.random.default_rng([seed, 0x1EF7]).permutation(records)[:count]

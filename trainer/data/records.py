@@ -1,4 +1,4 @@
-"""Records as they are found: files and hub data sets, row by row, brought to one form.
+"""Reads files and hub data sets row by row, and converts the rows to `Record`s.
 
 A row that cannot be used is a `BadRecord` with the reason; a file that cannot be read is a
 `UserError`.
@@ -59,9 +59,9 @@ def detect_format(row: dict, options: DataOptions, task: Task) -> str:
 
 
 def to_record(row: dict, kind: str, options: DataOptions, tokenizer: Any) -> Record:
-    """One row in the project's one form. Raises BadRecord with the reason."""
+    """Convert a row to a `Record`. Raises BadRecord with the reason."""
     record = _record(row, kind, options, tokenizer)
-    try:  # JSON can hold half of a surrogate pair, which no tokenizer takes
+    try:  # JSON can hold lone surrogates, which no tokenizer accepts
         "".join([str(record.label), *(text for text, _ in record.segments)]).encode()
     except UnicodeEncodeError as error:
         raise BadRecord(f"no Unicode text ({error.reason})") from error
@@ -100,7 +100,9 @@ def _chat(row: dict, column: str, tokenizer: Any) -> list[tuple[str, bool]]:
         opened = _render(tokenizer, messages[:index], True)
         closed = _render(tokenizer, messages[: index + 1], False)
         if not opened.startswith(done) or not closed.startswith(opened):
-            raise BadRecord("the chat template rewrites earlier turns; their loss cannot be told")
+            raise BadRecord(
+                "the chat template rewrites earlier turns: learned tokens are ambiguous"
+            )
         segments += [(opened[len(done) :], False), (closed[len(opened) :], True)]
         done = closed
     if not segments:
@@ -113,7 +115,7 @@ def _render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except Exception as error:  # a template raises whatever its author chose
+    except Exception as error:  # templates raise errors of any type
         reason = " ".join(str(error).split()) or repr(error)
         raise BadRecord(f"the chat template refuses it: {reason}") from error
 
@@ -121,7 +123,7 @@ def _render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -
 def read_rows(
     source: str, split: str, options: DataOptions, limit: int | None
 ) -> Iterator[tuple[int, dict | BadRecord]]:
-    """(line or record number from 1, row or what is wrong with it) of a file or a hub data set."""
+    """(line or record number from 1, row or BadRecord) of a file or a hub data set."""
     return itertools.islice(_all_rows(source, split, options), limit)
 
 
@@ -158,7 +160,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, with or without a byte order mark."""
     line = 0
     try:
-        with path.open("rb") as file:  # decoded by line: a text file decodes far ahead of it
+        with path.open("rb") as file:  # decoded by line: text mode decodes far ahead
             for line, raw in enumerate(file, 1):
                 yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -219,7 +221,7 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
     try:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=_BATCH):
             yield from batch.to_pylist()
-    except Exception as error:  # of Arrow's own types, and of Python's for values it cannot hold
+    except Exception as error:  # Arrow's types, and Python's for unsupported values
         raise UserError(f"{path}: no parquet file ({first_line(error)})") from error
 
 
@@ -228,7 +230,7 @@ def _hub_rows(source: str, split: str, options: DataOptions) -> Iterable[dict]:
 
     try:
         return datasets.load_dataset(source, options.subset, split=split, revision=options.revision)
-    except Exception as error:  # the hub client raises a score of types
+    except Exception as error:  # the hub client raises many types
         raise UserError(
             f"{source}: neither a local file nor a data set that the hub gives "
             f"({first_line(error)})"

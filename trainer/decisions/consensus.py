@@ -1,4 +1,4 @@
-"""Decide on rank 0, broadcast, apply everywhere, verify that everyone holds the same."""
+"""Decide on rank 0, broadcast, apply on all ranks, compare digests of masks and gates."""
 
 import hashlib
 from collections.abc import Mapping
@@ -16,7 +16,8 @@ from trainer.errors import RunFailed
 def decide_and_apply(
     method: Method, step: int, world: World, replay: Replay | None = None
 ) -> tuple[Decision | None, bool]:
-    """(what rank 0 decided for this step, whether tensors changed).
+    """(rank 0's decision for this step or None, whether tensors were added, removed or resized).
+    Collective.
 
     Raises RunFailed, on every rank, where a rank's masks and gates then differ from rank 0's.
     """
@@ -30,11 +31,11 @@ def decide_and_apply(
         decision = Decision.from_plain(with_names(message, names))
         changed = method.apply(decision)
         digests.append(state_digest(method))
-    strays = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if strays:  # every rank has seen the same digests
+    differ = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if differ:  # the same on every rank
         with world.all_or_none():
             raise RunFailed(
-                f"step {step}: masks and gates of rank {', '.join(map(str, strays))} differ from "
+                f"step {step}: masks and gates of rank {', '.join(map(str, differ))} differ from "
                 "rank 0's after applying the same decision; the run stops"
             )
     return decision, changed
@@ -53,8 +54,8 @@ def _decide(method: Method, step: int, replay: Replay | None) -> dict[str, Any] 
 
 
 def without_names(plain: Mapping[str, Any] | None, names: list[str]) -> list[Any] | None:
-    """[(key, whether it says something of each of `names`, what)]: names, which all ranks know,
-    would be most of what is sent."""
+    """A decision as the message [(key, by_name, value)]: a value by name (`by_name`) is sent as a
+    list in the order of `names`, which all ranks know and which would be most of the message."""
     if plain is None:
         return None
     message = []
@@ -65,7 +66,7 @@ def without_names(plain: Mapping[str, Any] | None, names: list[str]) -> list[Any
 
 
 def with_names(message: list[Any], names: list[str]) -> dict[str, Any]:
-    """Inverse of `without_names`."""
+    """The decision of a message; inverse of `without_names`."""
     return {
         key: dict(zip(names, value, strict=True)) if by_name else value
         for key, by_name, value in message
@@ -73,7 +74,7 @@ def with_names(message: list[Any], names: list[str]) -> dict[str, Any]:
 
 
 def state_digest(method: Method) -> str:
-    """Digest of every unit's name, mask and gates."""
+    """SHA-256 of every unit's name, mask and gates."""
     digest = hashlib.sha256("\n".join(method.adapters).encode())
     if method.adapters:
         table = method.adapters.mask_table

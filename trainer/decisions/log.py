@@ -1,4 +1,4 @@
-"""allocation.jsonl: every decision of a run, one object a line."""
+"""allocation.jsonl: every decision of a run, one object per line."""
 
 import gzip
 import json
@@ -11,12 +11,12 @@ from trainer.files import DECISION_PARTS, DECISIONS, replacing
 from trainer.records.jsonl import keep_lines, read_objects
 
 _KEPT_PARTS = 32
-"""With 64 MiB a part, 2 GiB of decisions before compression."""
+"""Rotated parts to keep; of 64 MiB each, 2 GiB before compression."""
 
 
 def record(step: int, method: Method, decision: Decision) -> dict[str, Any]:
-    """A line of the file: the decision's own keys, flat, between what tells it from others and, in
-    the words of its method, what it says."""
+    """A line of the file: step, method and digest, the decision's own keys (flat), and the method's
+    summary of it."""
     return {
         "step": step,
         "method": method.options.kind,
@@ -27,10 +27,10 @@ def record(step: int, method: Method, decision: Decision) -> dict[str, Any]:
 
 
 class AllocationLog:
-    """Rank 0's record of decisions; a resumed run goes on in the same file.
+    """Rank 0's log of decisions; a resumed run appends to the same file.
 
-    When the file reaches `limit` bytes it is closed and compressed, as
-    `allocation-<first step>-<last step>.jsonl.gz`, and only the newest `_KEPT_PARTS` of those stay.
+    At `limit` bytes the file is rotated: compressed into a part
+    `allocation-<first step>-<last step>.jsonl.gz`. The newest `_KEPT_PARTS` parts are kept.
     """
 
     def __init__(self, folder: Path, method: Method, start: int, limit: int = 64 * 2**20):
@@ -40,7 +40,7 @@ class AllocationLog:
         self._size = self._stream.tell()
 
     def write(self, step: int, decision: Decision) -> None:
-        """One decision, made before optimizer step `step`."""
+        """Append a decision, made before optimizer step `step`."""
         text = json.dumps(record(step, self.method, decision)) + "\n"
         if self._size and self._size + len(text) > self._limit:
             self._close_part()
@@ -52,7 +52,7 @@ class AllocationLog:
         self._stream.close()
 
     def _close_part(self) -> None:
-        """Compress what was written so far, and begin anew."""
+        """Rotate: compress the current file into a part and open an empty one."""
         self._stream.close()
         current = self.folder / DECISIONS
         lines = current.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -69,16 +69,16 @@ class AllocationLog:
         self._stream, self._size = current.open("a", encoding="utf-8"), 0
 
     def _cut(self, start: int) -> None:
-        """Drop decisions from step `start` on: they belong to steps that will be done again."""
+        """Drop decisions from step `start` on: a resumed run repeats these steps."""
         current, last = self.folder / DECISIONS, -1
         for part in sorted(self.folder.glob(DECISION_PARTS), reverse=True):
             first, last = (int(step) for step in part.name.split(".")[0].split("-")[1:])
             if last < start:
                 break
-            if first < start:  # goes on in the middle of this one
+            if first < start:  # `start` lies inside this part
                 lines = "".join(json.dumps(line) + "\n" for line in read_objects(part))
                 current.write_text(lines, encoding="utf-8")
             part.unlink()
             last = -1
-        # Up to `last` a crash may have left here what a part holds.
+        # A crash during rotation may have left lines here that the newest part holds too.
         keep_lines(current, lambda line: last < line["step"] < start)

@@ -1,4 +1,4 @@
-"""Decisions that another run recorded, applied in place of deciding anew."""
+"""Replay of another run's recorded decisions, in place of the method's own."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from trainer.records.jsonl import decision_files, open_decisions
 
 
 class _Recorded(Section):
-    """What is the same in a line of every method; `Decision.from_plain` looks at the rest."""
+    """Keys common to the lines of all methods; `Decision.from_plain` validates the rest."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -34,9 +34,8 @@ class _Recorded(Section):
 
 
 def former_digest(line: Mapping[str, Any]) -> str:
-    """The digest of a line that was written before decisions were digested whole: of these keys
-    alone. Such lines are verified by the rule that they were written by, since a digest computed
-    anew would find no damage in them."""
+    """Digest of a line by the former rule, over these keys only. Lines of older runs are verified
+    by it: replacing the digest in them would hide damage."""
     parts = {k: line[k] for k in ("ranks", "locations", "survivors", "kept") if k in line}
     if isinstance(line.get("omega"), dict):
         parts["omega"] = {name: omega != 0 for name, omega in line["omega"].items()}
@@ -44,7 +43,7 @@ def former_digest(line: Mapping[str, Any]) -> str:
 
 
 class Replay:
-    """Decisions that another run recorded, by step (rank 0)."""
+    """Rank 0: recorded decisions of another run by step. Raises UserError where they do not fit."""
 
     def __init__(self, path: Path, method: Method, first: int, steps: int):
         self.path = path / DECISIONS if path.is_dir() else path
@@ -84,7 +83,7 @@ class Replay:
                 raise self._refused(f"names {min(strange)}, which is no unit of this run")
 
     def _check_length(self, method: Method, first: int, steps: int) -> None:
-        """There must be decisions up to the last step that wants one (none after a selection)."""
+        """Refuse a record that ends before the last due step; after a selection none is needed."""
         due = [step for step in range(first, steps) if method.due(step)]
         oldest = min(self._by_step, default=0)
         if self._in_parts and due and oldest > due[0]:
@@ -96,7 +95,7 @@ class Replay:
             self.decide(due[-1])
 
     def decide(self, step: int) -> Decision | None:
-        """What was decided before `step`; None: nothing."""
+        """The decision recorded before `step`, or None."""
         if step > max(self._by_step, default=-1):
             raise self._refused(f"holds no decision for step {step}; accepted: a longer run")
         return self._by_step.get(step)

@@ -1,6 +1,6 @@
-"""How a failure ends a process: one line, by the rank that knows, and an exit code.
+"""Ends a process on failure: one error line, from the rank that failed, and an exit code.
 
-Without torch, so that a mistake in a configuration is told before torch is imported.
+Imports no torch, so that a configuration error is reported before torch is imported.
 """
 
 import os
@@ -15,14 +15,14 @@ from contextlib import contextmanager, suppress
 from trainer.errors import EXIT_FAILED, EXIT_REQUEUE, UserError, first_line
 
 _CONNECTION = "gloo|NCCL|TCPStore|pair closure|Connection (closed|reset)|Broken pipe"
-"""How a collective complains that another rank is not there."""
+"""Errors that collectives raise when a peer is gone."""
 
 _GRACE = 5.0
-"""Seconds in which every rank that still works notices that another one does not."""
+"""Seconds within which every live rank notices the loss of another."""
 
 
 class FailedElsewhere(UserError):
-    """Another rank failed and has said why; this one only leaves."""
+    """Another rank failed and reports why; this one exits silently, with the same code."""
 
     def __init__(self, exit_code: int):
         super().__init__("another rank failed")
@@ -30,33 +30,33 @@ class FailedElsewhere(UserError):
 
 
 def exit_code(error: BaseException) -> int:
-    """The code in which a failure ends the process."""
+    """Exit code of the process for `error`."""
     return error.exit_code if isinstance(error, UserError) else EXIT_FAILED
 
 
 def _missing() -> tuple[list[int], bool]:
-    """(ranks that do not notice within seconds that the run has broken off: those that are gone or
-    stalled; whether this rank is the lowest of the others)."""
+    """(ranks that are dead or stalled, as they set no flag in the store within `_GRACE`; whether
+    this rank is the lowest live one)."""
     import torch.distributed as dist
 
     rank, others = dist.get_rank(), set(range(dist.get_world_size())) - {dist.get_rank()}
     noticed: set[int] = set()
-    answers = threading.Event()
+    responds = threading.Event()
 
-    def ask() -> None:
+    def poll() -> None:
         store = dist.distributed_c10d._get_default_store()
-        with suppress(RuntimeError):  # the store's process has left
+        with suppress(RuntimeError):  # the store's process is gone
             store.set(f"noticed/{rank}", "")
             while noticed != others:
                 noticed.update(r for r in others - noticed if store.check([f"noticed/{r}"]))
-                answers.set()
+                responds.set()
                 time.sleep(0.1)
 
-    # In the background: where rank 0 keeps the store and is itself stalled, it answers nobody.
-    thread = threading.Thread(target=ask, daemon=True)
+    # In a thread: the store does not respond where it is in rank 0 and rank 0 is stalled.
+    thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     thread.join(_GRACE)
-    missing = others - noticed if answers.is_set() else {0}
+    missing = others - noticed if responds.is_set() else {0}
     return sorted(missing), rank == min({rank, *others} - missing)
 
 
@@ -66,19 +66,19 @@ def _in_process_group() -> bool:
 
 
 def report_lost(reason: str) -> None:
-    """Say once which ranks are gone or stand still; where none is, each says what it waited for."""
+    """Print once which ranks are dead or stalled; if none is, every rank prints its `reason`."""
     import torch.distributed as dist
 
-    missing, spokesman = _missing()
+    missing, is_lowest = _missing()
     rank = dist.get_rank()
     who = f" [rank {rank}]" if rank > 0 else ""
-    lost = f"rank {', '.join(map(str, missing))}" if missing else "another rank, though all answer"
-    if spokesman or not missing:
+    lost = f"rank {', '.join(map(str, missing))}" if missing else "another rank, though all respond"
+    if is_lowest or not missing:
         print(f"error:{who} lost {lost} ({reason})", file=sys.stderr, flush=True)
 
 
 def report(error: BaseException) -> None:
-    """Print a failure where a person sees it: one line, or a traceback where it is our mistake."""
+    """Print a failure to stderr: one line for a UserError or a lost rank, a traceback for a bug."""
     if isinstance(error, FailedElsewhere):
         return
     rank = int(os.environ.get("RANK", "0"))
@@ -97,11 +97,11 @@ def report(error: BaseException) -> None:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """End the process on any failure: one line, a non-zero exit code, nobody waited for."""
+    """Exit on any failure, with a report and a non-zero code, without waiting for other ranks."""
     try:
         yield
     except Exception as error:
         report(error)
         sys.stdout.flush()
-        # Not sys.exit, and no farewell to the process group: both may wait for ranks that are gone.
+        # Not sys.exit, and no destroy_process_group: both may wait for ranks that are gone.
         os._exit(exit_code(error))

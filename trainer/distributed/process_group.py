@@ -1,4 +1,4 @@
-"""Join the processes that the launcher started, and leave them."""
+"""Joins and leaves the process group of the ranks that the launcher started."""
 
 import datetime
 import os
@@ -15,51 +15,56 @@ from trainer.errors import RunFailed, UserError, first_line
 
 
 def start(device: str = "auto", timeout: float = 600.0) -> World:
-    """Join the process group that the launcher described in the environment, if it did."""
+    """Join the process group that the launcher's environment variables describe, if any."""
     use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_gpu and not torch.cuda.is_available():
         raise UserError("engine.device: 'cuda' given, but no GPU is visible; accepted: auto, cpu")
     if use_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"{local_rank + 1} processes on a host with {torch.cuda.device_count()} GPUs; "
+            f"{local_rank + 1} processes on a node with {torch.cuda.device_count()} GPUs; "
             "accepted: one process per GPU, or engine.device=cpu"
         )
-    place = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    own_device = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(own_device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return World(device=place, gpu_bytes=_memory(place))
+        return World(device=own_device, gpu_bytes=_memory(own_device))
     configure_rank()
-    patience = datetime.timedelta(seconds=timeout)
-    # NCCL ends the process without a word: the hosts, who meet at every step, notice first.
-    longer = patience + datetime.timedelta(seconds=60 if use_gpu else 0)
+    gloo_timeout = datetime.timedelta(seconds=timeout)
+    # NCCL aborts the process without a message: gloo, which is used at every step, times out first.
+    default_timeout = gloo_timeout + datetime.timedelta(seconds=60 if use_gpu else 0)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if use_gpu else "gloo",
-            timeout=longer,
-            device_id=place if use_gpu else None,
-            **_meeting_point(patience),
+            timeout=default_timeout,
+            device_id=own_device if use_gpu else None,
+            **_rendezvous(gloo_timeout),
         )
     except RuntimeError as error:
         raise RunFailed(
             f"the {os.environ['WORLD_SIZE']} processes of this run did not find each other at "
             f"{_address()} within {timeout:g} s, engine.timeout ({first_line(error)})"
         ) from error
-    met: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(met, (socket.gethostname(), _memory(place), _reads_others(place)))
-    nodes = _nodes([host for host, *_ in met])
-    groups = [dist.new_group(list(r), timeout=longer) for r in nodes] if len(nodes) > 1 else [None]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    own = socket.gethostname(), _memory(own_device), _has_peer_access(own_device)
+    dist.all_gather_object(gathered, own)
+    nodes = _nodes([host for host, *_ in gathered])
+    groups = (
+        [dist.new_group(list(r), timeout=default_timeout) for r in nodes]
+        if len(nodes) > 1
+        else [None]
+    )
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         local_rank=local_rank,
-        device=place,
+        device=own_device,
         launcher="deepspeed" if "CROSS_RANK" in os.environ else "torchrun",
-        control=dist.new_group(backend="gloo", timeout=patience) if use_gpu else None,
-        saving=dist.new_group(backend="gloo", timeout=patience),
-        gpu_bytes=min(memory for _, memory, _ in met),
-        peers=all(reads for *_, reads in met),
+        control=dist.new_group(backend="gloo", timeout=gloo_timeout) if use_gpu else None,
+        saving=dist.new_group(backend="gloo", timeout=gloo_timeout),
+        gpu_bytes=min(memory for _, memory, _ in gathered),
+        peers=all(has_access for *_, has_access in gathered),
         nodes=nodes,
         local_group=next(
             group for group, ranks in zip(groups, nodes, strict=True) if dist.get_rank() in ranks
@@ -68,26 +73,27 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
 
 
 def configure_rank() -> None:
-    """Set what is global to one of several processes: torch's threads, gloo's and NCCL's network
-    interface. Before the group is made."""
+    """Process-wide settings of a rank: torch's threads, gloo's and NCCL's network interface. Call
+    before the process group is created."""
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if "OMP_NUM_THREADS" not in os.environ:
-        # Threads of several processes on the same cores wait for each other, by the millisecond.
+        # Oversubscribed cores stall the threads of a process for milliseconds.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     if local_ranks == int(os.environ["WORLD_SIZE"]) and Path("/sys/class/net/lo").exists():
-        for library in ("GLOO", "NCCL"):  # one host: nobody outside needs to hear of it
+        for library in ("GLOO", "NCCL"):  # a single node
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
 
 
 def _memory(device: torch.device) -> int:
+    """Bytes of GPU memory; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def _reads_others(device: torch.device) -> bool:
-    """Whether this GPU can read the memory of every other one of its host."""
+def _has_peer_access(device: torch.device) -> bool:
+    """Whether this GPU has peer access to every other one of its node."""
     others = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     return all(
         torch.cuda.can_device_access_peer(device, other)
@@ -97,17 +103,20 @@ def _reads_others(device: torch.device) -> bool:
 
 
 def _nodes(hosts: list[str]) -> tuple[tuple[int, ...], ...]:
-    """The ranks of every host, hosts in order of their lowest rank; `hosts`: each rank's."""
+    """Ranks of each node, nodes in order of their lowest rank; `hosts`: hostname of each rank."""
     return tuple(
         tuple(rank for rank, name in enumerate(hosts) if name == host)
         for host in dict.fromkeys(hosts)
     )
 
 
-def _meeting_point(patience: datetime.timedelta) -> dict[str, Any]:
-    """How the processes find each other: as the launcher says. Where rank 0 keeps the store and all
-    come by the loopback interface, it listens there alone; torch's own listens to everyone."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher keeps it
+def _rendezvous(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Arguments of `init_process_group` for the rendezvous; {} for torch's default.
+
+    If MASTER_ADDR is a loopback address, rank 0's store listens on loopback only; torch's default
+    store listens on all interfaces.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher holds the store
         return {}
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -116,12 +125,12 @@ def _meeting_point(patience: datetime.timedelta) -> dict[str, Any]:
         listener = socket.create_server((host, port)) if os.environ["RANK"] == "0" else None
     except (OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"MASTER_ADDR:MASTER_PORT: {_address()}: {error}; accepted: rank 0's host and a port "
-            "of it that is free"
+            f"MASTER_ADDR:MASTER_PORT: {_address()}: {error}; accepted: rank 0's host and "
+            "a free port on it"
         ) from error
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     descriptor = None if listener is None else listener.detach()
-    store = dist.TCPStore(host, port, size, rank == 0, patience, master_listen_fd=descriptor)
+    store = dist.TCPStore(host, port, size, rank == 0, timeout, master_listen_fd=descriptor)
     return {"store": store, "rank": rank, "world_size": size}
 
 
@@ -133,12 +142,12 @@ _before_leaving: list[Callable[[], None]] = []
 
 
 def before_leaving(action: Callable[[], None]) -> None:
-    """Have `action` done while this process is still in its group, by `stop`."""
+    """Register `action` to run in `stop`, before the process group is destroyed."""
     _before_leaving.append(action)
 
 
 def stop() -> None:
-    """Leave the process group once everyone is done."""
+    """Barrier, run the `before_leaving` actions, destroy the process group. Collective."""
     if dist.is_initialized():
         dist.barrier()
         while _before_leaving:

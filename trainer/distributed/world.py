@@ -1,6 +1,6 @@
-"""This process among all of the run's: what ranks tell each other, and failing together.
+"""`World`: a rank's place among the others, collectives on small objects, collective failure.
 
-Besides `process_group.py`, the engines and the checkpoint writer, the only module that calls
+Apart from `process_group.py`, the engines and the checkpoint writer, the only module that calls
 `torch.distributed`.
 """
 
@@ -18,7 +18,7 @@ from trainer.distributed.failures import FailedElsewhere, exit_code
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of the run's."""
+    """This rank, the layout of all ranks, and their process groups."""
 
     rank: int = 0
     size: int = 1
@@ -27,17 +27,17 @@ class World:
     launcher: str = "none"
     """`deepspeed`, `torchrun` (or another that sets RANK and WORLD_SIZE), or `none`."""
     control: Any = None
-    """A gloo group for plain data, where the default group is NCCL's."""
+    """gloo group for objects, where the default group is NCCL's."""
     saving: Any = None
-    """A gloo group of the checkpoint writer's own, since it works in the background."""
+    """gloo group of the checkpoint writer, which runs in a background thread."""
     gpu_bytes: int = 0
     """Memory of the smallest rank's GPU; 0 on CPUs."""
     nodes: tuple[tuple[int, ...], ...] = ((0,),)
-    """The ranks of every host."""
+    """Ranks of each node."""
     peers: bool = True
-    """Whether the ranks of every host can read each other's memory (on CPUs they can)."""
+    """Whether the GPUs of each node have access to each other's memory (True on CPUs)."""
     local_group: Any = None
-    """The group of this host's ranks; None for the default group, where there is one host."""
+    """Process group of this node's ranks; None, the default group, on a single node."""
 
     @property
     def is_main(self) -> bool:
@@ -45,11 +45,11 @@ class World:
 
     @property
     def node(self) -> int:
-        """Index of this rank's host in `nodes`."""
+        """Index of this rank's node in `nodes`."""
         return next(i for i, ranks in enumerate(self.nodes) if self.rank in ranks)
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
-        """Everyone's value, in order of rank, on every rank. For small plain data."""
+        """All-gather a small picklable value: those of all ranks, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -57,7 +57,7 @@ class World:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value on every rank."""
+        """Broadcast a small picklable value from rank 0."""
         if self.size == 1:
             return value
         box = [value]
@@ -65,8 +65,8 @@ class World:
         return box[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank. It meets on the hosts: a rank that never comes shows
-        here, before the others wait for it on their GPUs."""
+        """Whether the flag is set on any rank. Over gloo: a lost rank shows here, before the others
+        wait for it on their GPUs."""
         if self.size == 1:
             return flag
         flags = torch.tensor([int(flag)])
@@ -74,81 +74,82 @@ class World:
         return bool(flags)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over all ranks, in place."""
+        """All-reduce (sum) a tensor in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather_parts_(self, flat: torch.Tensor) -> None:
-        """Fill in a flat tensor of `size` equal parts, of which each rank has its own, in place."""
+        """All-gather a flat tensor of `size` equal shards in place; each rank provides its own."""
         dist.all_gather_into_tensor(flat, flat.view(self.size, -1)[self.rank])
 
     def share_(self, tensor: torch.Tensor, source: int) -> None:
-        """Overwrite a contiguous tensor on every rank of this host with that of rank `source`, one
-        of them. Bits arrive as they are, whatever the dtype."""
+        """Broadcast a contiguous tensor in place from rank `source` to the ranks of its node;
+        bit-exact in any dtype."""
         if len(self.nodes[self.node]) > 1:
             dist.broadcast(tensor.view(-1).view(torch.uint8), source, group=self.local_group)
 
     @contextmanager
     def all_or_none(self) -> Iterator[list[Any]]:
         """Run a stage without collectives inside; if it fails on one rank, it fails on all.
+        Collective.
 
         The lowest failing rank raises its own error, the others `FailedElsewhere`, so that one
-        line is printed and nobody is left waiting in a collective. What the stage puts into the
-        list that it is given, one value of plain data, is then replaced by everyone's, in order
-        of rank.
+        line is printed and no rank hangs in a collective. A value (plain data) that the stage
+        appends to the yielded list is all-gathered: the list then holds those of all ranks, in
+        rank order.
         """
         failure: BaseException | None = None
-        told: list[Any] = []
+        shared: list[Any] = []
         try:
-            yield told
-        except Exception as error:  # handed on below, on every rank
+            yield shared
+        except Exception as error:  # re-raised below, on every rank
             failure = error
         code = None if failure is None else exit_code(failure)
-        codes, values = zip(*self._gather_messages([code, told]), strict=True)
+        codes, values = zip(*self._gather_messages([code, shared]), strict=True)
         failed = [rank for rank, code in enumerate(codes) if code is not None]
         if failed:
             if failed[0] == self.rank and failure is not None:
                 raise failure
             raise FailedElsewhere(codes[failed[0]]) from failure
-        told[:] = [value for values_of_rank in values for value in values_of_rank]
+        shared[:] = [value for values_of_rank in values for value in values_of_rank]
 
-    def on_rank0(self, question: Callable[[], Any]) -> Any:
-        """What `question` returns on rank 0, plain data, on every rank; if it fails there, it fails
-        on all."""
-        answer, failure = None, None
+    def on_rank0(self, function: Callable[[], Any]) -> Any:
+        """Run `function` on rank 0 and broadcast its result (plain data); if it fails, it fails on
+        all ranks. Collective."""
+        result, failure = None, None
         if self.is_main:
             try:
-                answer = question()
-            except Exception as error:  # likewise
+                result = function()
+            except Exception as error:  # re-raised below
                 failure = error
         code = None if failure is None else exit_code(failure)
-        answer, code = self._broadcast_message([answer, code])
+        result, code = self._broadcast_message([result, code])
         if failure is not None:
             raise failure
         if code is not None:
             raise FailedElsewhere(code)
-        return answer
+        return result
 
     def _gather_messages(self, value: Any) -> list[Any]:
-        """Everyone's, in order of rank."""
+        """All-gather a message; those of all ranks, in rank order."""
         if self.size == 1:
             return [value]
 
-        def exchange_buffers(own: torch.Tensor) -> torch.Tensor:
-            all_of_them = own.new_empty(self.size, len(own))
-            dist.all_gather(list(all_of_them), own, group=self.control)
-            return all_of_them
+        def exchange_buffers(buffer: torch.Tensor) -> torch.Tensor:
+            gathered = buffer.new_empty(self.size, len(buffer))
+            dist.all_gather(list(gathered), buffer, group=self.control)
+            return gathered
 
         return object_exchange.exchange(value, exchange_buffers, object_exchange.DIGEST_BYTES)
 
     def _broadcast_message(self, value: Any) -> Any:
-        """Rank 0's."""
+        """Broadcast rank 0's message."""
         if self.size == 1:
             return value
 
-        def exchange_buffers(own: torch.Tensor) -> torch.Tensor:
-            dist.broadcast(own, src=0, group=self.control)
-            return own.unsqueeze(0)
+        def exchange_buffers(buffer: torch.Tensor) -> torch.Tensor:
+            dist.broadcast(buffer, src=0, group=self.control)
+            return buffer.unsqueeze(0)
 
         return object_exchange.exchange(value, exchange_buffers, object_exchange.MESSAGE_BYTES)[0]

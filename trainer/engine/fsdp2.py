@@ -10,8 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from adapters.layers.experts import StackedLinear
-from adapters.layers.linear import AdaptedLinear
+from adapters.layers.base import PackedLayer
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.engine import copy_engine_gather
@@ -57,7 +56,7 @@ class FSDP2Engine(Engine):
 
     def shard_block(self, block: nn.Module) -> None:
         for module in block.modules():
-            if isinstance(module, AdaptedLinear | StackedLinear) and module.weight_format != "none":
+            if isinstance(module, PackedLayer) and module.weight_format != "none":
                 # On a GPU the gather copies bfloat16 via float32, which canonicalises NaNs and
                 # would corrupt packed bytes that look like one. float32 is copied unchanged, and
                 # `unpack` reads bytes only.

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters.layers.experts import StackedLinear
-from adapters.layers.linear import AdaptedLinear
+from adapters.layers.base import PackedLayer
 from adapters.rounding import round_up
 from trainer.config.config import Config
+from trainer.config.engines import AUTO
 from trainer.distributed.world import World
 from trainer.engine.base import Engine, backbone_parameters
 from trainer.engine.peer_memory import open_peer_memory, possible
@@ -35,7 +35,7 @@ _ALIGNMENT = 512  # bytes, of every matrix and of every shard
 class _Matrix:
     """Location of a layer's packed weight in the flat buffer of its block."""
 
-    layer: AdaptedLinear | StackedLinear
+    layer: PackedLayer
     start: int
     shape: torch.Size
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class _Block:
         self._matrices: list[_Matrix] = []
         end = 0
         for layer in block.modules():
-            if isinstance(layer, AdaptedLinear | StackedLinear):
+            if isinstance(layer, PackedLayer):
                 weight = layer.weight
                 self._matrices.append(_Matrix(layer, end, weight.shape, weight.dtype))
                 end = round_up(end + self._matrices[-1].nbytes, _ALIGNMENT)
@@ -139,7 +139,7 @@ class PeerEngine(Engine):
         if not world.peers:
             raise UserError(
                 "engine.kind: peer given, but the GPUs of a host cannot read each other's memory; "
-                "accepted: fsdp2 or deepspeed"
+                f"accepted: auto or {AUTO['split']}"
             )
         on_gpu = world.device.type == "cuda"
         self._stream = torch.cuda.Stream(world.device, priority=-1) if on_gpu else None

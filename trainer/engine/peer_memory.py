@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
+from trainer.config.engines import AUTO
 from trainer.device_memory import count_outside
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, first_line
@@ -48,7 +49,7 @@ def open_peer_memory(nbytes: int, world: World) -> list[Tensor]:
     if problems:
         raise RunFailed(
             f"engine.kind: peer: the ranks of a host cannot share memory ({problems[0]}); "
-            "accepted: fsdp2 or deepspeed"
+            f"accepted: auto or {AUTO['split']}"
         ) from failure
     return tensors
 

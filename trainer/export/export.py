@@ -1,4 +1,4 @@
-"""From a run or a checkpoint to something that others load: a PEFT folder, or a whole model."""
+"""Export of a run or checkpoint as a PEFT folder or a full model."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -41,10 +41,10 @@ def export_run(
 ) -> str:
     """Write `what` (`adapter`, `merged` or `backbone`) of a run or checkpoint to `out`.
 
-    `base`: whether a quantised backbone's matrices are written as `trained`, dequantised, or as in
-    the `original` files. `rank`: compress the adapter to it. Returns remarks: what the adapter
-    loses without quantisation ("" where the backbone was not quantised, or `measure` is off) and
-    by compression.
+    `base`: take a quantised backbone's matrices as `trained` (dequantised) or from the `original`
+    files. `rank`: compress the adapter to it. Returns remarks: the held-out loss without
+    quantisation ("" where the backbone was not quantised, or `measure` is off) and the error of the
+    compression. Raises UserError.
     """
     if rank is not None and rank < 1:
         raise UserError(f"--rank: {rank} given; accepted: 1 or more")
@@ -69,7 +69,7 @@ def export_run(
 
 
 def locate(path: Path) -> tuple[Path, dict[str, Any]]:
-    """(checkpoint, its state) for a run folder (its newest) or a checkpoint folder, verified."""
+    """(checkpoint, its state) of a run folder (the newest) or a checkpoint folder, verified."""
     if (path / "manifest.json").is_file():
         return path, store.verify(path)
     checkpoint, state, _ = store.find("auto", path / CHECKPOINTS)
@@ -87,7 +87,7 @@ def saved_config(state: Mapping[str, Any]) -> Config:
 
 
 def saved_adapters(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, GatedAdapter]:
-    """Adapters by unit name from a checkpoint's tensors, with the gates that they are used with."""
+    """Adapters by unit name from a checkpoint's tensors, with their inference gates."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("adapter/"):
@@ -101,13 +101,13 @@ def saved_adapters(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, G
 
 
 def saved_initial(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, GatedAdapter]:
-    """The parts of W that adapters started as; empty where the method takes none."""
+    """Initial adapters by unit name; empty without spectral initialisation."""
     initial_adapters = read_initial_adapters(checkpoint, state) or {}
     return {name: initial.adapter for name, initial in initial_adapters.items()}
 
 
 def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Whole trained modules by their path in the model, each its parameters by name."""
+    """Parameters by name of the modules trained in full, by module path."""
     heads: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("head/"):
@@ -117,11 +117,11 @@ def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def cost_of_dequantising(config: Config, world: World, checkpoint: Path) -> str:
-    """What the adapter loses on the unquantised backbone, measured on the evaluation data."""
+    """Remark on the held-out loss of the adapter on the quantised and the unquantised backbone."""
     if config.data.eval is None:
         return (
-            f"Trained on the {config.model.quantization} backbone. What the adapter loses on the "
-            "unquantised one was not measured: the run has no data.eval."
+            f"Trained on the {config.model.quantization} backbone. The loss on the unquantised "
+            "one was not measured: the run has no data.eval."
         )
     engine = config.engine.model_copy(update={"kind": AUTO["one process"], "config": None})
     plain = config.model.model_copy(update={"quantization": "none"})
@@ -145,8 +145,8 @@ def write_adapter(
     note: str = "",
     rank: int | None = None,
 ) -> float:
-    """A PEFT folder from a checkpoint; of the backbone no weights are needed. Returns what
-    compressing the adapter to `rank` loses (relative, 0 without it)."""
+    """Write a PEFT folder from a checkpoint, without loading the backbone's weights. Returns the
+    relative error of compressing the adapter to `rank` (0 without it)."""
     config, tensors = saved_config(state), store.read_tensors(checkpoint)
     task = TASKS[config.task.kind]
     with refuse_mismatch(checkpoint):
@@ -170,8 +170,8 @@ def write_adapter(
 def _experts(
     config: Config, state: Mapping[str, Any], adapters: Mapping[str, GatedAdapter]
 ) -> dict[str, int]:
-    """How many experts every stack of the model has; where no stack hosts an adapter, a model that
-    is not here any more is taken for one without."""
+    """Number of experts of every stack. A model that is no longer available counts as one without
+    experts, provided that no stack has adapters."""
     try:
         return expert_counts(_built(config, state, torch.device("cpu"))[0].model)
     except UserError:
@@ -183,7 +183,7 @@ def _experts(
 def _built(
     config: Config, state: Mapping[str, Any], device: torch.device
 ) -> tuple[BuiltModel, Task]:
-    """The model without its weights, and the task, of a checkpoint."""
+    """The model, without its weights, and the task of a checkpoint."""
     tokenizer = load_tokenizer(config.model)
     task = TASKS[config.task.kind](config.task, tokenizer)
     task.load_labels_state(state["labels"])
@@ -199,10 +199,10 @@ def write_model(
     dequantised: bool,
     device: torch.device,
 ) -> None:
-    """A model folder that `from_pretrained` loads, one tensor (or stack) in memory at a time.
+    """Write a model folder for `from_pretrained`, with one tensor (or stack) in memory at a time.
 
-    `with_adapter`: every host's W + ΔW. `dequantised`: W as the adapter was trained on it,
-    through quantisation and back; else W as it is in the pretrained files.
+    `with_adapter`: W + ΔW in adapted layers. `dequantised`: W quantised and dequantised, as in
+    training; else W of the pretrained files. Raises UserError where a merge is not possible.
     """
     config, tensors = saved_config(state), store.read_tensors(checkpoint)
     if config.model.weights == "random":

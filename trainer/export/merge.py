@@ -1,4 +1,4 @@
-"""The tensors of a model with its adapters merged in, in the layout of the files it came from."""
+"""Merge adapters into a model's tensors, in the layout of its pretrained files."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,10 +20,10 @@ _SHARD_BYTES = 4 * 2**30
 
 
 class Merger:
-    """Reads a model tensor by tensor and adds to each what was trained.
+    """Reads a model tensor by tensor and merges adapters and trained heads.
 
-    `backbone` is built but not loaded; `initial` are the parts of W that adapters started as;
-    `dequantised`: W as the adapter was trained on it, through quantisation and back.
+    `backbone`: built, but not loaded. `initial`: initial adapters of the spectral initialisation.
+    `dequantised`: W quantised and dequantised, as in training; else W of the files.
     """
 
     def __init__(
@@ -45,17 +45,17 @@ class Merger:
             for name, tensor in head.items()
         }
         self._prefix = self.model.base_model_prefix
-        self._layout = KeyMapping(self.model.config)
-        self._files = PretrainedFiles(folder, self._layout)
+        self._key_mapping = KeyMapping(self.model.config)
+        self._files = PretrainedFiles(folder, self._key_mapping)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, value on the CPU) of everything that the model's files are to hold."""
+        """(name, value on the CPU) of every tensor of the merged model's files."""
         for name, parameter in self.model.named_parameters():
             path, _, attribute = name.rpartition(".")
             owner = self.model.get_submodule(path)
             if name in self._trained:
                 yield self._published(name), self._trained[name].to(self.dtype)
-            elif isinstance(owner, PackedLayer) and None not in owner.places:
+            elif isinstance(owner, PackedLayer) and owner.stacked:
                 yield from self._stack(path, owner)
             else:
                 key = self._files.check([name], self._prefix, tuple(parameter.shape))
@@ -65,23 +65,23 @@ class Merger:
                 yield self._published(name), value.cpu().contiguous()
         for name, _ in self.model.named_buffers():
             key = self._files.find(name, self._prefix) or ""
-            if key:  # what is computed is not kept in files
+            if key:  # computed buffers are not in the files
                 yield self._published(name), self._files.read(key).contiguous()
 
     def _stack(self, path: str, stack: PackedLayer) -> Iterator[tuple[str, Tensor]]:
-        """A stack, expert by expert where the files have it so."""
-        numbers = range(len(stack.places))
+        """A stack of experts, as one tensor or expert by expert, as in the files."""
+        numbers = range(len(stack.adapted_layers))
         read = (self._files.read_expert(path, e, self._prefix, stack.shape) for e in numbers)
         value = torch.stack([matrix.to(self.device, self.dtype) for matrix in read])
-        value = self._final(stack, stack.place_names(path), value).cpu()
+        value = self._final(stack, stack.layer_names(path), value).cpu()
         keys = [self._files.check_expert(path, e, self._prefix, stack.shape) for e in numbers]
-        if keys[0] == keys[-1]:  # the files hold it whole
+        if keys[0] == keys[-1]:  # a single tensor in the files
             yield path, value
             return
         for parts, matrix in zip(keys, value, strict=True):
             for key, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
-                whole = key.startswith(f"{self._prefix}.")  # a bare backbone's files lack it
-                yield key if whole else f"{self._prefix}.{key}", rows.contiguous()
+                prefixed = key.startswith(f"{self._prefix}.")  # not in a bare base model's files
+                yield key if prefixed else f"{self._prefix}.{key}", rows.contiguous()
 
     def _final(self, layer: PackedLayer, units: Sequence[str], value: Tensor) -> Tensor:
         """W + ΔW − ΔW₀ (units, out, in)."""
@@ -94,28 +94,27 @@ class Merger:
         return value
 
     def _published(self, name: str) -> str:
-        """What the files call a parameter, if they call it by another of its names."""
+        """The parameter's key in the files, if that is one of its aliases; else its name."""
         key = self._files.find(name, self._prefix)
-        return key if key is not None and key in self._layout.names(name) else name
+        return key if key is not None and key in self._key_mapping.names(name) else name
 
 
 def _as_trained(
     layer: PackedLayer, weight: Tensor, initial: Sequence[GatedAdapter | None]
 ) -> Tensor:
-    """W (matrices, out, in) as the adapters saw it: without the parts that the method took out
-    through the weight format and back, and those parts."""
+    """W (matrices, out, in) as trained on: W − ΔW₀ quantised and dequantised, plus ΔW₀."""
     dtype = weight.dtype
-    taken = [0 if s is None else s.copy().to(weight.device).delta() for s in initial]
-    kept = torch.stack([(w.float() - t).to(dtype) for w, t in zip(weight, taken, strict=True)])
-    packed = layer.pack(kept, dtype)
+    deltas = [0 if s is None else s.copy().to(weight.device).delta() for s in initial]
+    residual = torch.stack([(w.float() - t).to(dtype) for w, t in zip(weight, deltas, strict=True)])
+    packed = layer.pack(residual, dtype)
     layer.weight = nn.Parameter(packed, requires_grad=False)
-    kept = layer.dequantised(dtype).view_as(weight)
-    layer.weight = nn.Parameter(kept.to("meta"), requires_grad=False)
-    return torch.stack([(w.float() + t).to(dtype) for w, t in zip(kept, taken, strict=True)])
+    residual = layer.dequantised(dtype).view_as(weight)
+    layer.weight = nn.Parameter(residual.to("meta"), requires_grad=False)
+    return torch.stack([(w.float() + t).to(dtype) for w, t in zip(residual, deltas, strict=True)])
 
 
 def write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:
-    """Safetensors files of at most 4 GiB, with transformers' index."""
+    """Write safetensors files of at most 4 GiB, with transformers' index."""
     shard: dict[str, Tensor] = {}
     weight_map: dict[str, str] = {}
     size = total = 0
@@ -138,7 +137,8 @@ def write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:
 
 
 def refuse_tied_targets(backbone: BuiltModel, adapters: Mapping[str, GatedAdapter]) -> None:
-    """A shared matrix cannot take one user's update: the other would get it too."""
+    """Raises UserError where an adapted layer shares W with the input embedding: the merge would
+    change the embedding too."""
     embedding = backbone.model.get_input_embeddings().weight
     for path, layer in backbone.adapted_layers.items():
         if path in adapters and layer.weight is embedding:

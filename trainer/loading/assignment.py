@@ -32,7 +32,7 @@ class ParamTask:
     @property
     def requests(self) -> list[Request]:
         matrix = self.matrix
-        return [(self.name, number) for number in (matrix.places if matrix else [None])]
+        return [(self.name, number) for number in (matrix.adapted_layers if matrix else [None])]
 
     @property
     def matrix(self) -> PackedLayer | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from adapters.layers.experts import StackedLinear
+from adapters.layers.base import PackedLayer
 from adapters.units import transformer_blocks
 from trainer.config.config import Config
 from trainer.device_memory import release, trim
@@ -139,10 +139,10 @@ def check_backbone(config: Config, task: Task, device: torch.device) -> None:
         if heads and name.startswith(heads):
             continue
         owner = backbone.model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(owner, StackedLinear):
+        if not (isinstance(owner, PackedLayer) and owner.stacked):
             files.check(names[id(parameter)], prefix, tuple(parameter.shape))
             continue
-        for expert in range(owner.experts):
+        for expert in range(len(owner.adapted_layers)):
             files.check_expert(name.removesuffix(".weight"), expert, prefix, owner.shape)
 
 

@@ -87,14 +87,14 @@ class Materializer:
     def _full(self, task: ParamTask) -> Tensor:
         """The frozen value of a parameter, not yet packed; a stack is read expert by expert."""
         matrix = task.matrix
-        if matrix is None or None in matrix.places:
+        if matrix is None or not matrix.stacked:
             return self._frozen_part(next(iter(task.units), None))
         # Assembled on the device: host memory never holds more than one expert's matrix.
         full = torch.empty(matrix.shape, dtype=self._dtype, device=self._world.device)
         units: dict[int | None, Unit] = {
             int(unit.name.rpartition(".")[2]): unit for unit in task.units
         }
-        for index, expert in enumerate(matrix.places):
+        for index, expert in enumerate(matrix.adapted_layers):
             full[index] = self._frozen_part(units.get(expert))
         return full
 

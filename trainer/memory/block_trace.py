@@ -24,9 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from adapters.formats.formats import FORMATS
-from adapters.layers.experts import StackedLinear
+from adapters.layers.base import PackedLayer
 from adapters.layers.handles import RegisteredLayer
-from adapters.layers.linear import AdaptedLinear
 from trainer.model.blocks import configure_compiler, hidden_state
 
 
@@ -58,9 +57,9 @@ class Products:
     def __init__(self, layers: Iterable[nn.Module], dropout: bool):
         self._dropout = dropout
         self._matrices = {
-            (isinstance(layer, StackedLinear), layer.out_features, layer.in_features): layer
+            (layer.stacked, *layer.shape[-2:]): layer
             for layer in layers
-            if isinstance(layer, AdaptedLinear | StackedLinear)
+            if isinstance(layer, PackedLayer)
         }
 
     def bytes_of(self, target: Any, tensors: list[Tensor]) -> int:

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from adapters.layers.experts import ExpertLayer
 from adapters.layers.handles import RegisteredLayer
 from adapters.layers.linear import AdaptedLinear
 from adapters.methods.base import MethodOptions
@@ -27,14 +26,13 @@ def install_adapted_layers(
     for path in dict.fromkeys([*quantizable, *targets]):
         layer = layer_at(model, path)
         weight_format = quantization if path in quantizable else "none"
-        if isinstance(layer, ExpertLayer):
-            layer.stack.weight_format = weight_format
+        if isinstance(layer, nn.Linear):
+            adapted = AdaptedLinear(layer, weight_format)
+            set_module(model, path, adapted)
+            adapted_layers[path] = adapted
+        else:  # a place in a stack of experts
+            layer.layer.weight_format = weight_format
             adapted_layers[path] = layer
-            continue
-        assert isinstance(layer, nn.Linear)
-        layer = AdaptedLinear(layer, weight_format)
-        set_module(model, path, layer)
-        adapted_layers[path] = layer
     return adapted_layers
 
 

@@ -1,9 +1,9 @@
-"""heartbeat.json: what a run is doing, for people and monitors outside. Rank 0 writes it.
+"""heartbeat.json: the state of a run, for users and monitoring. Written by rank 0.
 
     {"state": "running", "step": 120, "steps": 2000, "time": 1790000000.0, "loss": 1.93, …}
 
-`state` is starting, running, evaluating, done, interrupted (start it again and it goes on) or
-failed. A process that was killed leaves what it did, and a `time` that no longer changes.
+`state` is starting, running, evaluating, done, interrupted (restart to resume) or failed. A killed
+process leaves its last state, and a `time` that no longer changes.
 """
 
 import contextlib
@@ -20,13 +20,13 @@ from trainer.files import HEARTBEAT, write_text
 
 EXIT_RUNNING = 3
 EXIT_CODES = {"done": 0, "interrupted": EXIT_REQUEUE, "failed": EXIT_FAILED}
-"""What `launch/watch.py RUN --once` ends in, by state; `EXIT_RUNNING` in every other."""
+"""Exit codes of `launch/watch.py RUN --once` by state; `EXIT_RUNNING` for all other states."""
 
-_EVERY = 1.0  # seconds at least between two beats
+_EVERY = 1.0  # minimum seconds between two writes by `beat`
 
 
 class Heartbeat:
-    """Writes the file, whole or not at all; a full disk never stops a run here."""
+    """Writes the file atomically. Ignores I/O errors, so that a full disk does not stop the run."""
 
     def __init__(self, folder: Path):
         self._file, self._last = folder / HEARTBEAT, 0.0
@@ -38,18 +38,18 @@ class Heartbeat:
             self._values["slurm_job"] = os.environ["SLURM_JOB_ID"]
 
     def beat(self, **values: Any) -> None:
-        """A step was done: `values` replace those of the same name. Written once a second."""
+        """After a step: update `values`. The file is written at most once a second."""
         self._values |= {"state": "running", **values}
         if time.monotonic() - self._last >= _EVERY:
             self.write()
 
     def tell(self, state: str, **values: Any) -> None:
-        """Something else than steps goes on, and may take long."""
+        """Enter a phase other than training steps, such as an evaluation."""
         self._values |= {"state": state, **values}
         self.write()
 
     def end(self, state: str, reason: str = "") -> None:
-        """The last word of this process."""
+        """Write the final state; `reason`: of a failure or interruption."""
         self._values |= {"state": state, **({"reason": reason} if reason else {})}
         self.write()
 
@@ -61,7 +61,7 @@ class Heartbeat:
 
 
 def read_heartbeat(folder: Path) -> dict[str, Any]:
-    """What the file says; {} where there is none, or none that can be read."""
+    """Contents of the file; {} where it is missing or not readable."""
     try:
         values = parse_json((folder / HEARTBEAT).read_text(encoding="utf-8"))
     except (OSError, ValueError):

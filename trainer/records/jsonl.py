@@ -1,4 +1,4 @@
-"""The records of a run folder, one JSON object a line; reading them needs no torch and no model.
+"""JSONL records of a run folder, one object per line; imports no torch.
 
 metrics.jsonl        a logged step or an evaluation
 allocation.jsonl     a decision; older ones in allocation-<first step>-<last step>.jsonl.gz
@@ -17,9 +17,9 @@ from trainer.files import DECISION_PARTS, DECISIONS, write_text
 
 
 def read_objects(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl one by one, for files larger than memory; none where it is absent.
+    """Iterate over the objects of a .jsonl without loading it; none where the file is missing.
 
-    A last line cut short by a crash is left out; anything else that is no object with a `step`
+    A last line truncated by a crash is skipped; any other line that is not an object with a `step`
     raises UserError.
     """
     if not file.exists():
@@ -36,7 +36,7 @@ def read_objects(file: Path) -> Iterator[dict[str, Any]]:
                 if not isinstance(value, dict) or not isinstance(value.get("step"), int):
                     raise UserError(
                         f"{file} line {number}: no JSON object with a step; "
-                        "accepted: what a run wrote"
+                        "accepted: a file that a run wrote"
                     )
                 yield value
     except OSError as error:
@@ -51,19 +51,19 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def keep_lines(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the other lines: a killed run logged more than what it resumes from."""
+    """Drop lines that are not `wanted`: a killed run logged steps after its last checkpoint."""
     kept = [line for line in read_objects(file) if wanted(line)]
     write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def decision_files(folder: Path) -> list[Path]:
-    """The files of a run's decisions, oldest first: closed parts, then the one being written."""
+    """Decision files of a run, oldest first: rotated parts, then the current file."""
     current = folder / DECISIONS
     return [*sorted(folder.glob(DECISION_PARTS)), *([current] if current.exists() else [])]
 
 
 def open_decisions(file: Path) -> IO[str]:
-    """A file of decisions as text, compressed or not."""
+    """Open a decision file as text, compressed or not."""
     if file.suffix == ".gz":
         return gzip.open(file, "rt", encoding="utf-8")
     return file.open(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, and progress on the terminal."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, and progress on the terminal."""
 
 import json
 import math
@@ -19,7 +19,7 @@ _BOARD_POINTS = 10_000
 
 
 class MetricsWriter:
-    """Rank 0's log of one run; a resumed run goes on in the same files."""
+    """Rank 0's metrics of a run; a resumed run appends to the same files."""
 
     def __init__(
         self, config: Config, folder: Path, steps: int, progress: Progress, heartbeat: Heartbeat
@@ -47,7 +47,7 @@ class MetricsWriter:
             self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line: a logged step, or an evaluation."""
+        """Write a logged step or an evaluation as one line."""
         finite = {k: None if _is_nan(v) else v for k, v in values.items()}
         self._stream.write(json.dumps(finite) + "\n")
         self._stream.flush()
@@ -64,7 +64,7 @@ class MetricsWriter:
         self._show(values)
 
     def advance(self, step: int, loss: float, *, skipped: bool) -> None:
-        """One step was done."""
+        """Report a finished step."""
         if skipped:
             self.say(f"step {step}: loss or gradient not finite, step skipped")
         self.heartbeat.beat(step=step, loss=None if _is_nan(loss) else loss)
@@ -72,7 +72,7 @@ class MetricsWriter:
             self._bar.update(1)
 
     def say(self, line: str) -> None:
-        """A line for the person who watches, above the bar."""
+        """Print a line on the terminal, above the progress bar."""
         if self._progress == "none":
             return
         if self._bar is not None:
@@ -95,7 +95,7 @@ class MetricsWriter:
             self.say(f"step {step}/{self._steps}  {figures}")
         elif self._bar is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.4f}")
-        elif step > self._plain_after:  # about twenty lines a run, however long it is
+        elif step > self._plain_after:  # about twenty lines per run
             self._plain_after = step - 1 + max(1, self._steps // 20)
             self.say(
                 f"step {step}/{self._steps}  loss {values['loss']:.4f}  "
@@ -105,7 +105,7 @@ class MetricsWriter:
 
 
 def _belongs(line: dict[str, Any], progress: Progress) -> bool:
-    """Whether a line is of what was done until then, and not of what will be done again."""
+    """Whether a line was logged up to `progress`; later steps are repeated after a resume."""
     return line["step"] <= (progress.evaluated if "eval_loss" in line else progress.step)
 
 

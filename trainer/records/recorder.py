@@ -1,4 +1,4 @@
-"""What the loop tells of a run; rank 0 writes it down, other ranks are silent."""
+"""`Recorder`: output of the training loop; only rank 0 writes any."""
 
 from typing import Any, Protocol
 
@@ -6,38 +6,38 @@ from trainer.records.metrics import MetricsWriter
 
 
 class DecisionLog(Protocol):
-    """Where decisions are written, one after the other."""
+    """Sink of decisions."""
 
     def write(self, step: int, decision: Any) -> None:
-        """One decision, made before optimizer step `step`."""
+        """Append a decision, made before optimizer step `step`."""
 
     def close(self) -> None: ...
 
 
 class Recorder(Protocol):
-    """The same calls on every rank."""
+    """Called alike on every rank."""
 
     def say(self, line: str) -> None:
-        """A line for the person who watches."""
+        """Print a line on the terminal."""
 
     def write(self, values: dict[str, Any]) -> None:
-        """A logged step, or an evaluation."""
+        """Write a logged step or an evaluation."""
 
     def advance(self, step: int, loss: float, *, skipped: bool) -> None:
-        """One step was done."""
+        """Report a finished step."""
 
     def decided(self, step: int, decision: Any) -> None:
-        """A decision (None: there was none) before optimizer step `step`."""
+        """Record a decision (None: none was made) before optimizer step `step`."""
 
     def tell(self, state: str) -> None:
-        """Something other than steps goes on, and may take long."""
+        """Enter a phase other than training steps, such as an evaluation."""
 
     def close(self) -> None:
-        """Nothing more is written."""
+        """Close the files."""
 
 
 class SilentRecorder:
-    """Of ranks that write nothing."""
+    """Writes nothing: for ranks other than 0."""
 
     def say(self, line: str) -> None: ...
     def write(self, values: dict[str, Any]) -> None: ...
@@ -48,8 +48,8 @@ class SilentRecorder:
 
 
 class RunRecorder:
-    """Rank 0's: metrics, the terminal and the heartbeat, and decisions where the method makes any
-    (`decisions`)."""
+    """Rank 0's recorder: metrics, terminal, heartbeat and, where the method makes decisions, their
+    log (`decisions`)."""
 
     def __init__(self, metrics: MetricsWriter, decisions: DecisionLog | None):
         self._metrics, self._decisions = metrics, decisions

@@ -1,7 +1,7 @@
-"""What a run decided (units.json, allocation.jsonl), read back by unit and step. Needs neither
+"""History of a run's decisions (units.json, allocation.jsonl) by unit and step. Imports neither
 torch nor matplotlib.
 
-A decision holds until the next one, so every mean over time weighs it by the steps it held.
+A decision holds until the next one, so means over time weight it by the steps it held.
 """
 
 import re
@@ -21,30 +21,30 @@ from trainer.errors import UserError
 from trainer.records.jsonl import decision_files, read_objects
 
 Groups = Mapping[str, Sequence[int]]
-"""Indices of units by the label of what they have in common."""
+"""Indices of units by the label of their group."""
 
 
 @dataclass
 class Track:
-    """One value a unit and decision: `rows[i]` (units) holds from `steps[i]` to `steps[i + 1]`."""
+    """A value per unit and decision: `rows[i]` (units) holds from `steps[i]` to `steps[i + 1]`."""
 
     steps: list[int] = field(default_factory=list)
     rows: list[np.ndarray] = field(default_factory=list)
 
     def add(self, step: int, row: np.ndarray) -> None:
-        while self.steps and self.steps[-1] >= step:  # a resumed run decided them again
+        while self.steps and self.steps[-1] >= step:  # repeated by a resumed run
             self.steps.pop(), self.rows.pop()
         self.steps.append(step)
         self.rows.append(row)
 
     def held(self, start: float, end: int) -> np.ndarray:
-        """Steps between `start` and `end` for which each decision held (decisions)."""
+        """Number of steps between `start` and `end` that each decision held (decisions)."""
         return np.diff(np.clip([*self.steps, end], start, end))
 
     def spans(self, groups: Groups, end: int, most: int) -> tuple[np.ndarray, np.ndarray]:
         """Edges (columns + 1) in steps, and means (groups, columns) between them.
 
-        A column is a decision; or, of more than `most`, one of as many equal spans of steps.
+        A column is a decision; with more than `most`, it is one of `most` equal spans of steps.
         """
         edges = np.array([*self.steps, end], dtype=float)
         weights = np.zeros((len(self.rows[0]), len(groups)))
@@ -72,22 +72,22 @@ class Allocation:
     ranks: Track = field(default_factory=Track)
     locations: Track = field(default_factory=Track)
     scores: dict[str, Track] = field(default_factory=dict)
-    """By name, those that every unit has."""
+    """Scores of every unit, by name."""
     numbers: dict[str, Track] = field(default_factory=dict)
-    """Other scores and numbers of decisions by name: one value each instead of one a unit."""
+    """Other scores and numbers of decisions by name: one value each, not one per unit."""
     survivors: frozenset[str] | None = None
     end: int = 0
 
     @cached_property
     def names(self) -> set[str]:
-        """What a decision may name: units, layers, `all`."""
+        """Names that a decision may use: units, layers, `all`."""
         return {"all", *(u.name for u in self.units), *(str(u.layer) for u in self.units)}
 
 
 def read_allocation(folder: Path, rank: float, end: int) -> Allocation | None:
-    """The decisions recorded in a run folder; None where there are none.
+    """The decisions recorded in a run folder; None where there are none. Raises UserError.
 
-    `rank` is what units have until survivors are chosen, `end` the last step that was logged.
+    `rank`: rank of the units until survivors are selected. `end`: last logged step.
     """
     allocation: Allocation | None = None
     for file in decision_files(folder):
@@ -112,14 +112,16 @@ def read_units(file: Path) -> list[Unit]:
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; allocation.jsonl needs it") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: not a list of units; accepted: what a run wrote") from error
+        raise UserError(
+            f"{file}: not a list of units; accepted: a file that a run wrote"
+        ) from error
     if not units:
-        raise UserError(f"{file}: no unit in it; accepted: what a run wrote")
+        raise UserError(f"{file}: no unit in it; accepted: a file that a run wrote")
     return units
 
 
 def _take(allocation: Allocation, step: int, decision: Decision, rank: float) -> None:
-    """Enter one line of allocation.jsonl."""
+    """Add the decision of one line of allocation.jsonl."""
     units = allocation.units
     scores = {key: v for key, v in decision.scores.items() if isinstance(v, Mapping)}
     numbers = {key: v for key, v in decision.scores.items() if isinstance(v, float)}
@@ -134,7 +136,9 @@ def _take(allocation: Allocation, step: int, decision: Decision, rank: float) ->
         allocation.ranks.add(0, _row(units, {"all": rank}))
     if decision.survivors is not None:
         allocation.survivors = frozenset(decision.survivors)
-        ranks = dict.fromkeys(allocation.survivors, rank)  # unless the line says more, below
+        ranks = dict.fromkeys(
+            allocation.survivors, rank
+        )  # overridden below by ranks in the decision
         allocation.ranks.add(step, _row(units, ranks))
     if decision.ranks:
         allocation.ranks.add(step, _row(units, decision.ranks))
@@ -151,13 +155,13 @@ def _take(allocation: Allocation, step: int, decision: Decision, rank: float) ->
 
 
 def _row(units: Sequence[Unit], values: Mapping[str, float], absent: float = 0.0) -> np.ndarray:
-    """Values by unit, by layer or for `all`, as one value a unit."""
+    """Values by unit, by layer or for `all`, as one value per unit (units)."""
     common = values.get("all", absent)
     return np.array([values.get(u.name, values.get(str(u.layer), common)) for u in units], float)
 
 
 def by_layer(units: Sequence[Unit]) -> dict[str, list[int]]:
-    """Units of each transformer block; those outside the blocks come last, as `other`."""
+    """Units of each transformer block; those outside the blocks last, as `other`."""
     layers: dict[str, list[int]] = {}
     for unit in sorted(units, key=lambda u: (u.layer is None, u.layer or 0)):
         layers.setdefault("other" if unit.layer is None else str(unit.layer), []).append(unit.index)
@@ -191,12 +195,12 @@ def by_third(units: Sequence[Unit]) -> dict[str, list[int]]:
 
 
 def parts(allocation: Allocation) -> dict[str, Groups]:
-    """Units by matrix type and by third of the layers, where there are any."""
+    """Groupings of the units that are not empty: by matrix type, by third of the layers."""
     found = {
         "matrix type": by_type(allocation.units),
         "third of layers": by_third(allocation.units),
     }
-    return {what: groups for what, groups in found.items() if groups}
+    return {title: groups for title, groups in found.items() if groups}
 
 
 def location_shares(allocation: Allocation, groups: Groups) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Figures of what a run decided."""
+"""Figures of a run's decisions."""
 
 from collections.abc import Sequence
 
@@ -20,8 +20,8 @@ from trainer.report.allocation_history import (
 
 HEAT_MAP_SPANS = 240
 LINE_SPANS = 30
-"""Figures show at most so many spans of steps; more decisions are averaged. Lines need fewer:
-LeLoRA draws its ranks, and the noise of a dozen curves hides where they go."""
+"""Maximum number of spans of steps in a figure; more decisions are averaged. Lines need fewer:
+LeLoRA samples its ranks, and the noise of a dozen curves would hide their trend."""
 
 
 def draw_ranks(allocation: Allocation, name: str) -> Figure:
@@ -33,12 +33,12 @@ def draw_ranks(allocation: Allocation, name: str) -> Figure:
     axes = figure.subplots()
     top = max(1.0, float(np.nanmax(means, initial=0)))
     rows = np.arange(len(layers) + 1) - 0.5
-    # One image inside the SVG: as vectors, 80 layers make a file that viewers choke on.
+    # Rasterised in the SVG: as vectors, 80 layers make a file too large for viewers.
     mesh = axes.pcolormesh(edges, rows, means, vmin=0, vmax=top, rasterized=True)
     figure.colorbar(mesh, label="rank (components)", aspect=4 * height)
     labels = list(layers)
     ticks = list(range(0, len(labels), -(-len(labels) // 32)))
-    if labels[-1] == "other":  # always named, and not crowded by the layer above it
+    if labels[-1] == "other":  # always labelled, clear of the label above it
         ticks = [tick for tick in ticks if tick < len(labels) - len(labels) // 32 - 1]
         ticks.append(len(labels) - 1)
     axes.set_yticks(ticks, [labels[tick] for tick in ticks])
@@ -52,7 +52,7 @@ def draw_ranks_by_type(allocation: Allocation, name: str) -> Figure:
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     shown = parts(allocation)
     every = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    for axes, (what, groups) in zip(every, shown.items(), strict=True):
+    for axes, (title, groups) in zip(every, shown.items(), strict=True):
         edges, means = allocation.ranks.spans(groups, allocation.end, LINE_SPANS)
         for index, (label, values) in enumerate(zip(groups, means, strict=True)):
             # Styles differ too: groups that share their rank lie on top of one another.
@@ -60,7 +60,7 @@ def draw_ranks_by_type(allocation: Allocation, name: str) -> Figure:
             axes.stairs(
                 values, edges, baseline=None, label=label, color=f"C{index % 10}", ls=style, lw=1.5
             )
-        axes.set(xlabel="optimizer step", title=f"by {what}", xlim=(edges[0], edges[-1]))
+        axes.set(xlabel="optimizer step", title=f"by {title}", xlim=(edges[0], edges[-1]))
         axes.grid(alpha=0.3)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     every[0].set_ylabel("mean rank (components)")
@@ -75,7 +75,7 @@ def draw_locations(allocation: Allocation, name: str) -> Figure:
     sizes = [len(groups) for groups in shown.values()]
     figure = Figure(figsize=(8, 2 + 0.32 * sum(sizes)), layout="constrained")
     every = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=sizes)[:, 0]
-    for axes, (what, groups) in zip(every, shown.items(), strict=True):
+    for axes, (title, groups) in zip(every, shown.items(), strict=True):
         shares = location_shares(allocation, groups)
         left = np.zeros(len(groups))
         for index, location in enumerate(LOCATIONS):
@@ -84,7 +84,7 @@ def draw_locations(allocation: Allocation, name: str) -> Figure:
         for row in np.flatnonzero(left == 0):
             axes.text(0.5, row, "rank 0 throughout", ha="center", va="center", color="grey")
         axes.set_yticks(range(len(groups)), list(groups))
-        axes.set(ylabel=what, xlim=(0, 1))
+        axes.set(ylabel=title, xlim=(0, 1))
         axes.invert_yaxis()
     every[-1].xaxis.set_major_formatter(PercentFormatter(1))
     every[-1].set_xlabel("share of the steps with rank above 0")
@@ -96,11 +96,10 @@ def draw_locations(allocation: Allocation, name: str) -> Figure:
 
 
 def draw_scores(allocation: Allocation, declared: UnitScores, name: str) -> Figure:
-    """A score at its last record by unit, and on the way there by step: the difference from what
-    it started at.
+    """Difference of a score from its neutral value: by unit at the last record, and over steps.
 
-    A unit whose score was set to 0 is ticked, and its line ends: beside its difference, the spread
-    of the others would not be seen.
+    A unit whose score was set to 0 has a tick instead, and its line ends: its difference would
+    compress the scale of the others.
     """
     track, units, symbol = allocation.scores[declared.key], allocation.units, declared.symbol
     steps, scores = track.steps, np.stack(track.rows)
@@ -133,16 +132,14 @@ def draw_scores(allocation: Allocation, declared: UnitScores, name: str) -> Figu
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     _name_units(top, units)
     top.set_title(f"at step {steps[-1]}, the last recorded")
-    bottom.set(
-        xlabel="optimizer step", title=f"on the way there; lines end where {symbol} was set to 0"
-    )
+    bottom.set(xlabel="optimizer step", title=f"over steps; lines end where {symbol} was set to 0")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(f"{declared.title} of the units of {name}")
     return figure
 
 
 def _name_units(axes: Axes, units: Sequence[Unit]) -> None:
-    """Ticks at the units of a bar chart: each one's name, or where layers begin if many."""
+    """Label the units of a bar chart: by name, or if there are many, the first of each layer."""
     axes.set_xlim(-1, len(units))
     if len(units) <= 64:
         types = {index: label for label, group in by_type(units).items() for index in group}

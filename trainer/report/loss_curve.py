@@ -1,4 +1,4 @@
-"""Figures from a run's metrics."""
+"""Loss curves from the metrics of runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +35,7 @@ def draw_loss(runs: Sequence[Path], target: Path) -> Path:
     axes.grid(alpha=0.3)
     if axes.has_data() and len(runs) <= 4:
         axes.legend()
-    elif axes.has_data():  # beside the plot, which many names would cover
+    elif axes.has_data():  # outside the plot, which many names would cover
         figure.set_size_inches(10, max(4, 0.35 * len(runs)))
         figure.legend(loc="outside right upper", fontsize="x-small")
     target.parent.mkdir(parents=True, exist_ok=True)

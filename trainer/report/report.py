@@ -1,4 +1,4 @@
-"""Figures of one finished or broken-off run, and of several compared."""
+"""Figures of one run, finished or interrupted, and comparisons of several."""
 
 import json
 import re
@@ -34,12 +34,12 @@ SCORES = {
     "eval_pearson": "held-out Pearson correlation",
     "eval_loss": "held-out loss (nats per learned token or record)",
 }
-"""What runs are compared by: what most of them have, of equals the first."""
+"""Scores to compare runs by: the one that most of them have, on a tie the first."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says. `name` tells the run from the others of a report."""
+    """Contents of a run folder. `name` is unique within a report."""
 
     folder: Path
     name: str
@@ -48,12 +48,12 @@ class Run:
     allocation: Allocation | None
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of a scalar, without those that were not finite."""
+        """(steps, values) of a scalar, without non-finite values."""
         found = [(e["step"], e[key]) for e in self.metrics if isinstance(e.get(key), int | float)]
         return [step for step, _ in found], [value for _, value in found]
 
     def numbers(self, key: str) -> tuple[list[int], list[float]]:
-        """(steps, values) of one of the method's scalars, or else of a number in its decisions."""
+        """(steps, values) of one of the method's scalars, else of a number in its decisions."""
         found = self.series(f"method/{key}")
         if not found[0] and self.allocation is not None and key in self.allocation.numbers:
             track = self.allocation.numbers[key]
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def declared(self) -> Sequence[Declared]:
-        """The figures that the run's method declares; none for a method that is not known here."""
+        """The figures that the run's method declares; none for an unknown method."""
         kind = self.config["method"].get("kind")
         return METHODS[kind].figures if isinstance(kind, str) and kind in METHODS else ()
 
@@ -73,7 +73,7 @@ class Run:
         return float(np.mean(values)) if values else float("nan")
 
     def score(self, key: str) -> float | None:
-        """A metric of the last evaluation; None where it has none, or none that is finite."""
+        """A metric of the last evaluation; None where it is missing or not finite."""
         last: Mapping = next((e for e in reversed(self.metrics) if "eval_loss" in e), {})
         return last.get(key)
 
@@ -100,14 +100,14 @@ def read_run(folder: Path) -> Run:
 
 
 def report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
-    """Draw what the runs have data for into `out`, as PNG and SVG; returns the PNGs.
+    """Draw all figures that the runs have data for into `out`, as PNG and SVG; returns the PNGs.
 
     One run: its own figures, by default into its folder. Several: figures that compare them.
     """
     folders = list({folder.resolve(): folder for folder in folders}.values())
     if out is None and len(folders) > 1:
         raise UserError(f"--out: not given with {len(folders)} runs; accepted: a folder")
-    runs = _told_apart([read_run(folder) for folder in folders])
+    runs = _with_unique_names([read_run(folder) for folder in folders])
     out = out or folders[0] / "figures"
     written = []
     try:
@@ -127,8 +127,8 @@ def report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
     return written
 
 
-def _told_apart(runs: Sequence[Run]) -> list[Run]:
-    """The runs, with their parent's name before the name where that alone is not unique."""
+def _with_unique_names(runs: Sequence[Run]) -> list[Run]:
+    """The runs, with the parent folder's name as a prefix where names are not unique."""
     names = [run.name for run in runs]
     return [
         replace(run, name=f"{run.folder.parent.name}/{run.name}")
@@ -139,7 +139,7 @@ def _told_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def run_figures(run: Run) -> Iterator[tuple[str, Figure]]:
-    """(file name, figure) for whatever a single run has data for."""
+    """(file name, figure) of everything that a single run has data for."""
     allocation = run.allocation
     if allocation is not None and allocation.ranks.steps:
         yield "ranks", draw_ranks(allocation, run.name)
@@ -155,7 +155,7 @@ def run_figures(run: Run) -> Iterator[tuple[str, Figure]]:
 
 
 def comparisons(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
-    """(file name, figure) for whatever several runs can be compared by."""
+    """(file name, figure) of every comparison that several runs have data for."""
     measured = [run for run in runs if run.active_parameters > 0]
     scored = {key: [run for run in measured if run.score(key) is not None] for key in SCORES}
     best = max(SCORES, key=lambda key: len(scored[key]))
@@ -167,7 +167,7 @@ def comparisons(runs: Sequence[Run]) -> Iterator[tuple[str, Figure]]:
 
 
 def draw_curves(run: Run, declared: Curves) -> Figure:
-    """Numbers over steps, as a method declares them."""
+    """Scalars over steps, as a method declares them."""
     drawn = {}
     for ylabel, keys in declared.panels.items():
         series = {label: run.numbers(key) for label, key in keys.items()}
@@ -191,7 +191,7 @@ def draw_curves(run: Run, declared: Curves) -> Figure:
 
 
 def same_but_seed(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs in groups of equal configuration, but for seed, name and folder."""
+    """Groups of runs with equal configuration, except for seed, name and folder."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         rest = {k: v for k, v in run.config["run"].items() if k not in ("seed", "name", "dir")}
@@ -201,9 +201,9 @@ def same_but_seed(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def draw_accuracy_vs_parameters(runs: Sequence[Run], score: str) -> Figure:
-    """`score` at the end against the mean of active parameters, one point a configuration.
+    """`score` at the end against mean active parameters, one point per configuration.
 
-    Runs that differ by seed only are one point, with their standard deviation.
+    Runs that differ only by seed are one point, with their standard deviation.
     """
     groups = same_but_seed(runs)
     figure = Figure(figsize=(9, max(4.5, 1.5 + 0.25 * len(groups))), layout="constrained")
@@ -236,7 +236,7 @@ def _group_name(group: Sequence[Run]) -> str:
 
 
 def survivors(run: Run) -> frozenset[str] | None:
-    """Names of the units that WeightLoRA kept; None where nothing was selected (yet)."""
+    """Names of the units that a selection (WeightLoRA) kept; None if there was none (yet)."""
     return run.allocation.survivors if run.allocation is not None else None
 
 
@@ -246,7 +246,7 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
 
 
 def draw_stability(runs: Sequence[Run]) -> Figure:
-    """How alike the survivors of every two runs are (WeightLoRA Fig. 5)."""
+    """Pairwise similarity of the runs' survivors (WeightLoRA Fig. 5)."""
     chosen = [survivors(run) or frozenset() for run in runs]
     matrix = np.array([[jaccard(a, b) for b in chosen] for a in chosen])
     size = min(max(4.0, 1.5 + 0.45 * len(runs)), 12)

@@ -1,4 +1,4 @@
-"""A run's state as a person wants to see it, read from the files of its folder alone."""
+"""Terminal view of a run's state, from the files of its folder only."""
 
 import os
 import time
@@ -26,7 +26,7 @@ _TAIL = 2**20  # bytes: more than one decision of 10,000 units
 
 
 def exit_code(folder: Path) -> int:
-    """By the run's state: 0 done, 75 interrupted, 1 failed, 3 still running."""
+    """Exit code by the run's state: 0 done, 75 interrupted, 1 failed, 3 still running."""
     return EXIT_CODES.get(_heartbeat(folder)["state"], EXIT_RUNNING)
 
 
@@ -38,7 +38,9 @@ def view(folder: Path) -> RenderableType:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{folder}: not what a run wrote ({error!r}); accepted: a run") from error
+        raise UserError(
+            f"{folder}: not a run folder ({error!r}); accepted: a run folder"
+        ) from error
 
 
 def _view(folder: Path, beat: dict[str, Any]) -> RenderableType:
@@ -79,21 +81,20 @@ def _view(folder: Path, beat: dict[str, Any]) -> RenderableType:
 
 
 def allocation(folder: Path) -> list[tuple[str, str]]:
-    """The newest decision in the words of its method; [] where it decides nothing, or has not
-    yet."""
+    """(name, value) rows that summarise the newest decision; [] where there is none (yet)."""
     line = _last_object(folder / DECISIONS)
     if not line:
         return []
     decision = Decision.from_plain(line)
-    told = line.get("summary", decision.summary())  # older runs recorded none
-    rows = [(str(subject), str(words)) for subject, words in told.items()]
+    summary = line.get("summary", decision.summary())  # older runs recorded none
+    rows = [(str(name), str(value)) for name, value in summary.items()]
     if len(decision.ranks) > 1:
         rows.append(("by layer", sparkline(_by_layer(folder, decision.ranks))))
     return [*rows, ("decided", f"before step {line['step']}")]
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """The values as a row of bars from their least to their largest, thinned to `width`."""
+    """The values as a row of bars, scaled to minimum and maximum, subsampled to `width`."""
     if not values:
         return ""
     stride = max(1, len(values) / width)
@@ -114,10 +115,10 @@ def _heartbeat(folder: Path) -> dict[str, Any]:
 def _state(beat: dict[str, Any]) -> str:
     silent = time.time() - beat["time"]
     if beat["state"] not in EXIT_CODES:
-        # Loading and evaluations write nothing while they go on.
+        # Loading and evaluation do not update the heartbeat.
         patience = 60 + 3 * beat.get("step_seconds", 60) if beat["state"] == "running" else 3600
         if silent > patience:
-            return f"{beat['state']}, but without a sign of life for {_duration(silent)}"
+            return f"{beat['state']}, but no heartbeat for {_duration(silent)}"
         left = (beat["steps"] - beat["step"]) * beat.get("step_seconds", 0)
         return f"{beat['state']}, {_duration(left)} to go" if left else beat["state"]
     return f"{beat['state']} {_duration(silent)} ago" + (
@@ -142,7 +143,7 @@ def _by_layer(folder: Path, ranks: Mapping[str, int]) -> list[float]:
     if all(name.isdigit() for name in ranks):
         return [ranks[name] for name in sorted(ranks, key=int)]
     layers: dict[int, list[int]] = {}
-    with suppress(OSError, ValueError, KeyError, TypeError):  # being written just now
+    with suppress(OSError, ValueError, KeyError, TypeError):  # being written
         for unit in parse_json((folder / "units.json").read_text(encoding="utf-8")):
             if unit["layer"] is not None:
                 layers.setdefault(unit["layer"], []).append(ranks.get(unit["name"], 0))
@@ -150,7 +151,7 @@ def _by_layer(folder: Path, ranks: Mapping[str, int]) -> list[float]:
 
 
 def _last_object(file: Path) -> dict[str, Any]:
-    """The last whole line of a JSONL file, without reading what comes before."""
+    """The last complete line of a JSONL file, read from its end."""
     if not file.exists():
         return {}
     with file.open("rb") as stream:
@@ -159,7 +160,7 @@ def _last_object(file: Path) -> dict[str, Any]:
     for line in reversed(lines):
         try:
             value = parse_json(line)
-        except ValueError:  # being written just now
+        except ValueError:  # being written
             continue
         return value if isinstance(value, dict) else {}
     return {}

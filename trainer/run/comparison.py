@@ -1,20 +1,20 @@
-"""Several methods on one job: learning rates chosen apart, then seeds, then one table.
+"""Comparison of methods: learning-rate selection per method, runs over seeds, one table.
 
 A comparison is a YAML file:
 
     base: configs/gsm8k_lora.yaml          # a run's configuration
     overrides: [run.steps=300]             # for every run
     score: eval_loss                       # a loss (less is better), or a metric (more is better)
-    learning_rates: [1e-3, 2e-3, 4e-3]     # every method chooses among these …
-    selection: [run.seed=100, data.leave_out=300, data.eval=left_out]   # … in runs of their own
+    learning_rates: [1e-3, 2e-3, 4e-3]     # grid searched for every method
+    selection: [run.seed=100, data.leave_out=300, data.eval=left_out]   # overrides of the search
     seeds: [0, 1, 2]
     methods:
       lora: []
       lelora: [method.kind=lelora]
 
-Runs are independent, so many share a machine. What is done is kept in `results.jsonl` beside a
-digest of the run's whole configuration: a comparison that was stopped or changed goes on from
-there, with the runs that failed, were cut off or are new.
+Runs are independent, and several run at a time. `results.jsonl` holds each result with a digest of
+the run's configuration: a comparison that was stopped or changed repeats only the runs that failed,
+were interrupted or are new.
 """
 
 import hashlib
@@ -37,13 +37,14 @@ from trainer.config.validation import validate
 from trainer.config.yaml import parse_json, parse_yaml
 from trainer.distributed.world import World
 from trainer.errors import UserError
+from trainer.files import METRICS
 from trainer.records.jsonl import read_metrics
 
 Result = dict[str, Any]
 
 
 class Comparison(Section):
-    """What is compared (see the module's docstring)."""
+    """Keys of a comparison's file (see the module's docstring)."""
 
     base: str
     overrides: list[str] = []
@@ -55,7 +56,7 @@ class Comparison(Section):
 
 
 def read_comparison(path: Path) -> Comparison:
-    """Read and check a comparison's file."""
+    """Read and validate a comparison's file. Raises UserError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -69,23 +70,23 @@ def read_comparison(path: Path) -> Comparison:
 def compare(
     comparison: Comparison, out: Path, workers: int, say: Callable[[str], None] = print
 ) -> list[Result]:
-    """Run what is not done yet; returns this comparison's results (their table: OUT/table.md)."""
+    """Run all jobs without a result; returns all results and writes their table, OUT/table.md."""
     out.mkdir(parents=True, exist_ok=True)
-    kept = out / "results.jsonl"
+    results_file = out / "results.jsonl"
     rates = comparison.learning_rates
     results: list[Result] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _prepare_worker, (context.Value("i", 0),)) as pool:
         if len(rates) > 1:
             jobs = [_job(comparison, out, m, rate) for rate in rates for m in comparison.methods]
-            results += _work(pool, jobs, kept, say)
+            results += _work(pool, jobs, results_file, say)
         chosen = {method: choose(results, method, comparison) for method in comparison.methods}
         jobs = [
             _job(comparison, out, method, chosen[method], seed)
             for seed in comparison.seeds
             for method in comparison.methods
         ]
-        results += _work(pool, jobs, kept, say)
+        results += _work(pool, jobs, results_file, say)
     (out / "table.md").write_text(table(comparison, results), encoding="utf-8")
     return results
 
@@ -107,7 +108,7 @@ def less_is_better(score: str) -> bool:
 
 
 def table(comparison: Comparison, results: Sequence[Result]) -> str:
-    """Markdown: every method's score over the seeds, and what it trained."""
+    """Markdown table: every method's score over the seeds, learning rate and parameters."""
     score = comparison.score
     lines = [
         f"| method | {score} | learning rate | trainable | mean active | runs |",
@@ -133,7 +134,7 @@ def table(comparison: Comparison, results: Sequence[Result]) -> str:
 def _job(
     comparison: Comparison, out: Path, method: str, rate: float, seed: int | None = None
 ) -> tuple[Result, Config]:
-    """(what identifies a run, its configuration); without a seed, a selection run."""
+    """(identity, configuration) of a run; without a seed, of a selection run."""
     part = "select" if seed is None else f"seed{seed}"
     chosen = comparison.selection if seed is None else [f"run.seed={seed}"]
     overrides = [
@@ -141,7 +142,7 @@ def _job(
         f"optim.learning_rate={rate!r}", f"run.dir={out / 'runs'}", "run.resume=never",
     ]  # fmt: skip
     config = load_config(comparison.base, overrides)
-    # Without the folder: results may move with it.
+    # Without the folder, so that results can be moved.
     text = config.model_dump_json(exclude={"run": {"dir", "name"}})
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     config = with_overrides(
@@ -150,8 +151,8 @@ def _job(
     return {"method": method, "learning_rate": rate, "seed": seed, "config": digest}, config
 
 
-def _kept_results(file: Path) -> list[Result]:
-    """What earlier calls wrote; a line that was cut short stands for a run to be done again."""
+def _stored_results(file: Path) -> list[Result]:
+    """Results of earlier calls; truncated lines are skipped, so that their runs are repeated."""
     results = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         with suppress(ValueError):
@@ -162,11 +163,11 @@ def _kept_results(file: Path) -> list[Result]:
 def _work(
     pool: ProcessPoolExecutor,
     jobs: Sequence[tuple[Result, Config]],
-    kept: Path,
+    results_file: Path,
     say: Callable[[str], None],
 ) -> list[Result]:
-    """Results of all jobs; those that ended well before are not run again."""
-    done = [result for result in _kept_results(kept) if "error" not in result]
+    """Results of all jobs; those that succeeded before are not repeated."""
+    done = [result for result in _stored_results(results_file) if "error" not in result]
     results = []
     futures = []
     for identity, config in jobs:
@@ -178,45 +179,45 @@ def _work(
     for future in as_completed(futures):
         result = future.result()
         results.append(result)
-        with kept.open("a", encoding="utf-8") as stream:
+        with results_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(result) + "\n")
         say(json.dumps(result))
     return results
 
 
-_place = torch.device("cpu")
+_device = torch.device("cpu")
 
 
 def _prepare_worker(count: Any) -> None:
-    """Give a worker its device: GPUs in turn, or one thread of the CPU."""
-    global _place
+    """Assign a worker's device: GPUs round-robin, or one CPU thread."""
+    global _device
     with count.get_lock():
         index = count.value
         count.value += 1
     torch.set_num_threads(1)
     if torch.cuda.is_available():
-        _place = torch.device("cuda", index % torch.cuda.device_count())
-        torch.cuda.set_device(_place)
+        _device = torch.device("cuda", index % torch.cuda.device_count())
+        torch.cuda.set_device(_device)
 
 
 def _run(identity: Result, config: Config) -> Result:
-    """One run from start to end, in a worker; a failure is a result too."""
+    """One run from start to end, in a worker; a failure is returned as a result."""
     from trainer.run.run import run
 
     try:
-        if config.run_folder.exists():  # cut off, or failed
+        if config.run_folder.exists():  # interrupted or failed
             shutil.rmtree(config.run_folder)
-        run(config, World(device=_place))
+        run(config, World(device=_device))
         return {**identity, "run": config.run.name, **summary(config.run_folder)}
-    except Exception as error:  # the other runs go on; the table says what is missing
+    except Exception as error:  # the other runs continue; the table counts the runs
         return {**identity, "error": f"{type(error).__name__}: {error}",
                 "where": traceback.format_exc(limit=-3)}  # fmt: skip
 
 
 def summary(folder: Path) -> Result:
-    """Last scores of a finished run, averages over its logged steps, and what its method's scalars
-    were at the end (those of single groups of units left out)."""
-    lines = read_metrics(folder / "metrics.jsonl")
+    """Last scores of a finished run, averages over its logged steps, and the method's last scalars
+    (without those of groups of units)."""
+    lines = read_metrics(folder / METRICS)
     steps = [line for line in lines if "active_parameters" in line]
     scores: Result = next((line for line in reversed(lines) if "eval_loss" in line), {})
     result = {k: v for k, v in scores.items() if k.startswith("eval_")}

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, what is written into it, and how the run ended. Rank 0's."""
+"""The run folder: its lock, description and records, and how the run ended. Rank 0 only."""
 
 import json
 from contextlib import suppress
@@ -21,8 +21,9 @@ from trainer.training.stop_request import Interrupted
 
 
 class RunFolder:
-    """As a context: however the run ends, the heartbeat says so, files are closed, others may have
-    the folder. Other ranks hold one too, and leave it alone."""
+    """Context manager: on exit writes the final heartbeat, closes the records, releases the lock.
+
+    Other ranks enter it too, but neither lock nor write it."""
 
     def __init__(self, path: Path):
         self.path, self.lock = path, Lock(path)
@@ -30,18 +31,18 @@ class RunFolder:
         self._heartbeat: Heartbeat | None = None
 
     def take(self) -> None:
-        """Keep others off the folder, if there is one yet. Raises UserError where one is on it."""
+        """Lock the folder, if it exists. Raises UserError where another run holds the lock."""
         if local(self.path, "run.dir") is not None:
             self.lock.acquire()
 
     def begin(self) -> None:
-        """The run is going to change the folder, which is there: say so."""
+        """Write the first heartbeat, before anything else in an existing folder."""
         if self.lock.held:
             self._heartbeat = Heartbeat(self.path)
             self._heartbeat.write()
 
     def make(self) -> None:
-        """Where there was none there is one now, and it is ours."""
+        """Create and lock the folder, if it did not exist. Raises UserError where that fails."""
         if self.lock.held:
             return
         try:
@@ -61,8 +62,8 @@ class RunFolder:
         return self.path / CHECKPOINTS
 
     def describe(self, session: Session, initial_digest: str | None) -> str | None:
-        """What the run is: configuration, units, initial adapters. Returns the SHA-256 of these,
-        which is `initial_digest` where a resumed run has them already."""
+        """Write configuration, units and initial adapters. Returns the SHA-256 of the initial
+        adapters; `initial_digest`: that of a resumed run, which has them already."""
         config, units = session.config, session.method.units
         try:
             self.checkpoints.mkdir(exist_ok=True)
@@ -80,7 +81,7 @@ class RunFolder:
         return initial_digest
 
     def record(self, session: Session, steps: int, progress: Progress) -> None:
-        """Open what the run writes from here on."""
+        """Open the records: metrics, heartbeat and decisions."""
         assert self._heartbeat is not None
         config, decisions = session.config, None
         if session.method.decides:
@@ -94,7 +95,7 @@ class RunFolder:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         failure = error
-        if isinstance(error, OSError):  # of a record; the checkpoint writer has its own words
+        if isinstance(error, OSError):  # of a record; the checkpoint writer raises RunFailed
             failure = RunFailed(
                 f"{error.filename or self.path}: {error.strerror or error}; last good checkpoint: "
                 f"{store.newest(self.checkpoints) or 'none'}"
@@ -104,7 +105,7 @@ class RunFolder:
         elif self._heartbeat is not None:
             stopped = isinstance(failure, Interrupted)
             self._heartbeat.end("interrupted" if stopped else "failed", str(failure))
-        with suppress(OSError):  # what could not be written has been said
+        with suppress(OSError):  # already reported
             self.recorder.close()
         self.lock.release()
         if failure is not None and failure is not error:

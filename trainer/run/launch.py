@@ -1,6 +1,6 @@
-"""What every entry point does first and last: configuration, processes, one error line.
+"""Setup and teardown of every entry point: configuration, process group, one error line.
 
-torch is imported once the configuration is accepted.
+torch is imported only after the configuration is accepted.
 """
 
 import os
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def configure_libraries() -> None:
-    """Settings of the environment that libraries read when they are imported."""
+    """Set environment variables that libraries read at import."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @contextmanager
 def launched(path: str, overrides: Sequence[str]) -> Iterator[tuple[Config, "World"]]:
-    """The agreed configuration and this process's place among the ranks.
+    """Yields the configuration, the same on all ranks, and the World.
 
-    A user's mistake is one `error:` line, printed once, and a non-zero exit code on every rank.
+    A UserError is one `error:` line, printed once, and a non-zero exit code on every rank.
     """
     configure_libraries()
     with guarded():
@@ -46,7 +46,7 @@ def launched(path: str, overrides: Sequence[str]) -> Iterator[tuple[Config, "Wor
 
 @contextmanager
 def join(config: Config | None, failure: UserError | None = None) -> Iterator["World"]:
-    """Join the other processes; go on only if all of them have the same configuration."""
+    """Join the process group. Raises UserError where the ranks' configurations differ."""
     from trainer.distributed import process_group
 
     engine = config.engine if config is not None else None

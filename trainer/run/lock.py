@@ -1,7 +1,7 @@
-"""A run folder belongs to one run at a time.
+"""Lock of a run folder, held by one run at a time.
 
-The lock is the operating system's, on a file of the folder: it ends with the process that holds it,
-however that ends, and nothing stale is left to clean up.
+An flock on a file of the folder: the operating system releases it when the process ends, so no
+stale lock is left to clean up.
 """
 
 import fcntl
@@ -22,14 +22,14 @@ class Lock:
         self._file = folder / LOCK
         self._stream: IO[str] | None = None
         self.note = ""
-        """What the user should know of it."""
+        """A warning for the user, where the file system has no locks."""
 
     @property
     def held(self) -> bool:
         return self._stream is not None
 
     def acquire(self) -> None:
-        """Raises UserError where another run has the folder."""
+        """Raises UserError where another run holds the lock."""
         try:
             stream = self._file.open("a+", encoding="utf-8")
         except OSError as error:
@@ -47,11 +47,11 @@ class Lock:
         except OSError as error:
             self.note = (
                 f"{self._file.parent} is on a file system without locks ({error.strerror}): "
-                "nothing keeps a second run off it"
+                "a second run in it is not refused"
             )
         self._stream = stream
         if not self.note:
-            with suppress(OSError):  # a full disk: the lock holds all the same
+            with suppress(OSError):  # a full disk: the lock is held regardless
                 stream.truncate(0)
                 stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 stream.flush()

@@ -1,4 +1,4 @@
-"""One whole run: open, resume, train, export, and leave a folder that explains itself."""
+"""A run from start to end: open the session, resume, train, export, complete the run folder."""
 
 import shutil
 from collections.abc import Iterator
@@ -42,9 +42,9 @@ from trainer.training.validation import make_validate
 
 
 def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
-    """Train as configured and leave the run folder complete.
+    """Train as configured and complete the run folder. Collective.
 
-    `stop` is asked at every step; Interrupted is raised once the run is saved.
+    `stop` is polled at every step; Interrupted is raised once the run is saved.
     """
     with RunFolder(config.run_folder) as folder:
         _run(config, world, stop or StopRequest(config.run), folder)
@@ -90,7 +90,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
 
 
 def dry_run(config: Config, world: World) -> str:
-    """What the run would be: data, units, parameters, memory; nothing is trained or written."""
+    """Description of the run: data, units, parameters, memory. Trains and writes nothing."""
     _, task, train_data, eval_data = open_data(config, world)
     with world.all_or_none():
         backbone = build(config, task, world.device)
@@ -122,10 +122,10 @@ def dry_run(config: Config, world: World) -> str:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a run begins."""
+    """Where a run starts: at a checkpoint or at step 0."""
 
     checkpoint: Path | None
-    """What it goes on from; None: it begins."""
+    """To resume from; None: start at step 0."""
     state: dict[str, Any]
     """The checkpoint's state.json."""
     remarks: list[str]
@@ -133,7 +133,7 @@ class _Start:
 
 
 def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
-    """As rank 0 sees it. A finished or begun run is never overwritten by accident."""
+    """The checkpoint that rank 0 finds. Refuses to overwrite a run (UserError). Collective."""
     found = _Start(None, {}, [])
     with world.all_or_none():
         if world.is_main:
@@ -156,7 +156,7 @@ def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
 
 
 def _set_horizon(session: Session, steps: int) -> None:
-    """Tell the method how long the run is. Raises UserError where its options do not fit."""
+    """Set the method's horizon. Raises UserError where its options do not fit `steps`."""
     optim, method = session.config.optim, session.method
     try:
         method.options.check_steps(steps)
@@ -166,7 +166,7 @@ def _set_horizon(session: Session, steps: int) -> None:
 
 
 def _introduction(session: Session, steps: int, note: str) -> list[str]:
-    """What the run is, for the person who watches; `note`: of the lock."""
+    """Lines that describe the run on the terminal; `note`: the lock's."""
     config, data = session.config, session.config.data
     engine, world = session.engine, session.world
     eval_data = session.eval_data
@@ -174,11 +174,11 @@ def _introduction(session: Session, steps: int, note: str) -> list[str]:
     return [
         *([f"note      {note}"] if note else []),
         *(
-            f"note      {key}: {name} is what the hub has today; {fixed} keeps it the same"
+            f"note      {key}: {name} is not pinned to a revision; {fixed} pins it"
             for key, name, fixed in _unpinned(config)
         ),
         *(
-            [f"note      no adapters on {', '.join(alone)}: stacks of another form"]
+            [f"note      no adapters on {', '.join(alone)}: unsupported layout of experts"]
             if alone
             else []
         ),
@@ -197,7 +197,7 @@ def _introduction(session: Session, steps: int, note: str) -> list[str]:
 
 
 def _resumption(start: _Start, config: Config) -> list[str]:
-    """What the run goes on from, and what it does otherwise from there."""
+    """Lines on the resumed checkpoint: damaged ones, its origin, changed keys."""
     lines = [f"damaged   {remark}" for remark in start.remarks]
     if start.checkpoint is not None:
         state = start.state
@@ -223,7 +223,7 @@ def _loading(figures: Loading) -> str:
 
 
 def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
-    """(key, hub id, what would fix it) of what the hub may give in another version next time."""
+    """(key, hub id, what pins it) of models and data sets from the hub without a fixed revision."""
     model, data = config.model, config.data
     for key, name, revision, fixed in (
         ("model.id", model.id, model.revision, "model.revision=COMMIT"),
@@ -236,7 +236,7 @@ def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
 
 
 def _finish(session: Session, folder: Path, steps: int) -> None:
-    """Export, draw, describe; rank 0 only, since adapters are whole on every rank."""
+    """Export the adapter, draw the loss, write README.md. Rank 0 only: adapters are replicated."""
     adapter = folder / ADAPTER
     unfinished = folder / ".adapter.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -274,8 +274,8 @@ def _export(session: Session, folder: Path) -> str:
     if config.model.quantization != "none":
         note = (
             f"Trained on the {config.model.quantization} backbone, whose matrices differ from the "
-            f"unquantised ones by {session.backbone.quantization_error:.2%} (Frobenius). What that "
-            "costs on held-out data: `python launch/export.py RUN OUT`."
+            f"unquantised ones by {session.backbone.quantization_error:.2%} (Frobenius). `python "
+            "launch/export.py RUN OUT` measures the effect on held-out data."
         )
     with session.method.inference():
         export_adapter(
@@ -305,9 +305,9 @@ def _readme(config: Config, summary: str, note: str) -> str:
 |---|---|
 | `config.yaml` | the resolved configuration |
 | `units.json` | the adapted matrices |
-| `metrics.jsonl` | one object a logged step or evaluation |
-| `heartbeat.json` | how the run stands, for `launch/watch.py` and monitors |
-| `tensorboard/` | the same for `tensorboard --logdir` |
+| `metrics.jsonl` | one object per logged step or evaluation |
+| `heartbeat.json` | state of the run, for `launch/watch.py` and monitoring |
+| `tensorboard/` | the metrics, for `tensorboard --logdir` |
 | `checkpoints/` | resumable on any engine and number of ranks |
 | `adapter/` | a LoRA that `peft.PeftModel.from_pretrained` loads |
 | `figures/` | the loss curve |

@@ -1,4 +1,4 @@
-"""Next-token prediction, with the loss on the completion only (or on everything)."""
+"""Next-token prediction, with the loss on the completion only (or on all tokens)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,10 +22,10 @@ class CausalLM(Task):
     peft_task_type = "CAUSAL_LM"
 
     def configure(self, config: PretrainedConfig) -> None:
-        if getattr(config, "is_decoder", None) is False:  # encoders carry it; decoders do not
+        if getattr(config, "is_decoder", None) is False:  # only encoders have it
             raise UserError(
-                f"task.kind: causal_lm given, but {config.model_type} is an encoder, whose tokens "
-                "see what they are to predict; accepted: sequence_classification"
+                f"task.kind: causal_lm given, but {config.model_type} is an encoder, which "
+                "attends to the tokens to predict; accepted: a decoder, or another task.kind"
             )
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
@@ -52,7 +52,7 @@ class CausalLM(Task):
             ids.append(eos)
             learned.append(1)
         if learned:
-            learned[0] = 0  # nothing precedes the first token, so nothing predicts it
+            learned[0] = 0  # the first token is not predicted
         if not any(learned):
             return "no token to learn: the completion is empty"
         truncated = len(ids) > max_length
@@ -67,20 +67,20 @@ class CausalLM(Task):
         ids, positions, targets = [], [], []
         for packed in sequences:
             row = [token for example in packed for token in example.input_ids]
-            place = [i for example in packed for i in range(len(example.input_ids))]
+            position = [i for example in packed for i in range(len(example.input_ids))]
             target = [
                 token if is_learned and not empty else IGNORED
                 for example in packed
                 for token, is_learned in zip(example.input_ids, example.loss_mask, strict=True)
             ]
             ids.append(pad(row, width, self.pad_token_id))
-            positions.append(place + list(range(width - len(row))))  # padding: one more document
+            positions.append(position + list(range(width - len(row))))  # padding: one more document
             targets.append(pad(target, width, IGNORED))
         inputs = {"input_ids": torch.tensor(ids)}
         if any(len(packed) > 1 for packed in sequences):
-            # Positions that start again at 0 are what keeps documents from seeing one another:
-            # transformers builds the block-diagonal mask from them. Unpacked rows need no mask at
-            # all, since padding stands on the right of everything that a causal model looks at.
+            # Positions restart at 0 in every document, from which transformers builds the
+            # block-diagonal mask. Unpacked rows need no mask: padding is on the right, and a causal
+            # model does not attend to it.
             inputs["position_ids"] = torch.tensor(positions)
         weight = 0 if empty else sum(example.weight for packed in sequences for example in packed)
         tokens = 0 if empty else sum(len(e.input_ids) for packed in sequences for e in packed)
@@ -94,7 +94,7 @@ class CausalLM(Task):
             with loss_inside(head, learned, targets[learned]):
                 return model(**batch.inputs, use_cache=False).logits, None
         logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
-        # Selected first: float32 logits only where there is a loss.
+        # Selected before the cast: float32 logits only where there is a loss.
         loss = F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
         return loss, None
 

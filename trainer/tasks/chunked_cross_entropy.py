@@ -1,9 +1,9 @@
-"""Cross entropy of an output head without its logits ever being whole.
+"""Cross entropy of an output head in chunks of rows, without materialising all logits.
 
-The logits of 4096 tokens over 128,256 words are 1 GiB in bfloat16, and cross entropy works on
-float32 copies of twice that size. Here the head is applied to a few rows at a time, and since it is
-frozen, a row's gradient p W − W_target is known as soon as its loss is: forward keeps that (as
-large as the hidden states), and backward uses neither the head's weight nor the logits.
+The logits of 4096 tokens over a vocabulary of 128,256 are 1 GiB in bfloat16, and cross entropy
+works on float32 copies of twice that size. Here the head is applied to a chunk of rows at a time.
+As it is frozen, forward already computes the gradient p W − W_target of a row and saves it (as
+large as the hidden states); backward uses neither the head's weight nor the logits.
 """
 
 import functools
@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK = 2**27
-"""Logits at a time: 512 MiB in float32."""
+"""Logits per chunk: 512 MiB in float32."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy of x Wᵀ + b; x (rows, in), W (words, in), targets (rows)."""
+    """Summed cross entropy of x Wᵀ + b; x (rows, in), W (vocabulary, in), targets (rows)."""
 
     @staticmethod
     def forward(
@@ -52,18 +52,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def loss_head(model: nn.Module) -> nn.Linear | None:
-    """The model's output head, where the loss may be computed inside it: a frozen linear layer
-    whose output the model hands on as it is."""
+    """The model's output head if the loss can be computed inside it: a frozen linear layer whose
+    output the model returns unchanged. Else None."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear) or any(p.requires_grad for p in head.parameters()):
         return None
-    return head if _hands_on(type(model).forward) else None
+    return head if _returns_head_output(type(model).forward) else None
 
 
 @functools.cache
-def _hands_on(forward: Callable[..., Any]) -> bool:
-    """Whether the logits of a model with this `forward` are what its head gives: by its source, as
-    no attribute says it (Gemma 2 caps them, Granite and Cohere scale them)."""
+def _returns_head_output(forward: Callable[..., Any]) -> bool:
+    """Whether a model's `forward` returns the head's output as its logits. Read from its source, as
+    no attribute has it (Gemma 2 caps the logits, Granite and Cohere scale them)."""
     source = inspect.getsource(inspect.unwrap(forward))
     made = re.findall(r"^\s*logits = (.*)$", source, re.MULTILINE)
     return len(made) == 1 and re.fullmatch(r"self\.lm_head\(hidden_states.*\)", made[0]) is not None
@@ -71,9 +71,9 @@ def _hands_on(forward: Callable[..., Any]) -> bool:
 
 @contextmanager
 def loss_inside(head: nn.Linear, learned: Tensor, targets: Tensor) -> Iterator[None]:
-    """Within it the head gives, in place of logits, the summed loss of the `learned` positions
-    (batch, length − 1); `targets` are theirs. It runs where the model calls it, so a sharder has
-    gathered its weight."""
+    """Within this context the head returns, in place of logits, the summed loss of the `learned`
+    positions (batch, length − 1) with these `targets`. It runs where the model calls the head, when
+    a sharder has gathered its weight."""
 
     def forward(hidden: Tensor) -> Tensor:
         rows = hidden[:, :-1][learned]

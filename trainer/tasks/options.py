@@ -1,4 +1,4 @@
-"""The keys under `task:`, and what the configuration must know of a task; without torch."""
+"""The keys under `task:`, and what a task declares to the configuration; imports no torch."""
 
 from typing import ClassVar, Literal
 
@@ -6,15 +6,15 @@ from adapters.options import Section
 
 
 class TaskOptions(Section):
-    """The keys that every task takes, and what it declares of its data."""
+    """The keys that every task accepts, and what it declares about its data."""
 
     needs_labels: ClassVar[bool] = False
-    """Records carry labels, which the task sees (`learn_labels`) before anything is encoded."""
+    """Records have labels, which the task receives (`learn_labels`) before anything is encoded."""
     supports_packing: ClassVar[bool] = True
     """Several records may share a sequence (`data.packing`)."""
     data_formats: ClassVar[tuple[str, ...]]
-    """The values of `data.format` whose records it takes. Where there is one, `auto` is that one;
-    else `auto` looks at the columns."""
+    """The values of `data.format` that it accepts. With a single one, `auto` means it; else
+    `auto` looks at the columns."""
 
     kind: str
     """Name of the task."""

@@ -1,7 +1,7 @@
-"""The tasks by name; the one place that lists them.
+"""Registry of tasks by name, the only list of them.
 
-`TASKS[kind]` is the task, `OPTIONS[kind]` the class of its keys, imported without torch for the
-tasks here. A task whose file holds its `Options` too needs its class alone.
+`TASKS[kind]` is the task, `OPTIONS[kind]` the class of its keys, which imports no torch for the
+tasks here. A task that defines its `Options` in its own file is registered by its class alone.
 """
 
 from typing import TYPE_CHECKING
@@ -24,3 +24,6 @@ TASKS: "Registry[Task, TaskOptions]" = Registry(
 )
 
 OPTIONS = TASKS.options
+
+DEFAULT = "causal_lm"
+"""The task of a configuration that names none."""

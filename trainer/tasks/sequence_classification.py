@@ -1,4 +1,4 @@
-"""Classify one text or a pair, or predict a number for it; the new head trains whole."""
+"""Classify one text or a pair, or predict a number for it; the new head is trained in full."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from trainer.tasks.options import SequenceClassificationOptions
 
 
 class SequenceClassification(Task):
-    """A head on a backbone that sees one or two texts."""
+    """Classification or regression of one or two texts, by a new head."""
 
     Options = SequenceClassificationOptions
     auto_class = AutoModelForSequenceClassification
@@ -53,7 +53,7 @@ class SequenceClassification(Task):
             config.label2id = {name: index for index, name in enumerate(self.labels)}
         if config.pad_token_id is None:
             config.pad_token_id = self.pad_token_id
-        self.pad_token_id = config.pad_token_id  # the model looks for its own to find the end
+        self.pad_token_id = config.pad_token_id  # by which the model finds the last token
 
     def trained_modules(self, model: nn.Module) -> list[str]:
         backbone = model.base_model_prefix
@@ -72,7 +72,7 @@ class SequenceClassification(Task):
             label = self._label(record.label)
         except ValueError as error:
             return str(error)
-        if self.tokenizer.sep_token is None:  # no separator of its own: a new line
+        if self.tokenizer.sep_token is None:  # separated by a newline
             texts = ["\n".join(texts)]
         encoded = self.tokenizer(*texts)
         truncated = len(encoded["input_ids"]) > max_length
@@ -114,7 +114,7 @@ class SequenceClassification(Task):
         return Batch(inputs, targets, 0 if empty else len(examples), tokens)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        # Decoders would keep keys and values, and a block that is computed again would add its own.
+        # A decoder would fill a KV cache, to which a recomputed block would append again.
         decoder = (
             {"use_cache": False} if "use_cache" in signature(type(model).forward).parameters else {}
         )
@@ -149,6 +149,6 @@ class SequenceClassification(Task):
 
 
 def _sort_key(name: str) -> tuple[bool, int, str]:
-    """Integers by value, then all other names; no two names are equal in it."""
+    """Integers by value, then all other names; a total order."""
     is_integer = re.fullmatch(r"-?[0-9]{1,18}", name) is not None
     return not is_integer, int(name) if is_integer else 0, name

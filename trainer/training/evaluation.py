@@ -1,4 +1,4 @@
-"""Loss and metrics on held-out data, the same whatever the number of ranks."""
+"""Loss and metrics on held-out data, independent of the number of ranks."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ from trainer.session import Session, open_session
 
 @torch.no_grad()
 def evaluate(session: Session) -> dict[str, float]:
-    """Mean loss per learned token (or record) over all evaluation data, and the task's metrics."""
+    """Mean loss per learned token (or record) on the evaluation data, and the task's metrics.
+    Collective."""
     data, records = session.held_out()
     with session.method.inference():
         parts = _forward(session, data, records)
@@ -34,8 +35,8 @@ def evaluate(session: Session) -> dict[str, float]:
 def mean_loss(
     session: Session, data: TokenDataset, records: np.ndarray, *, gradients: bool = False
 ) -> float:
-    """Mean loss on some records; `gradients`: also its gradient, summed over ranks, added to the
-    optimizer's buffer. All ranks call it together, and run the same number of forwards."""
+    """Mean loss on some records; `gradients`: also accumulate its gradient in the optimizer's
+    buffer, summed over ranks. Collective; all ranks run the same number of forward passes."""
     weight = int(data.weights[records].sum())
     parts = _forward(session, data, records, weight if gradients else None)
     if gradients:
@@ -45,7 +46,7 @@ def mean_loss(
 
 @dataclass(frozen=True, order=True)
 class _Part:
-    """What one micro-batch adds; ordered by its index over all ranks."""
+    """Results of one micro-batch; ordered by its global index."""
 
     index: int
     loss: float
@@ -57,8 +58,9 @@ class _Part:
 def _forward(
     session: Session, data: TokenDataset, records: np.ndarray, weight: int | None = None
 ) -> list[_Part]:
-    """Every rank's parts in order, without dropout; with `weight` also gradients of the loss over
-    it. Micro-batches and the order of their sums do not depend on how many ranks share the work."""
+    """Results of all ranks' micro-batches by global index, without dropout; with `weight`, also
+    gradients of loss / weight. Micro-batches and the order of sums do not depend on the number of
+    ranks."""
     world, task = session.world, session.task
     parts = []
     was_training = session.model.training

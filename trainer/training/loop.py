@@ -1,6 +1,5 @@
-"""The loop over optimizer steps: train, log, evaluate, save, until the end or until asked to stop.
-
-What a step does stands in `step.py`.
+"""Training loop: optimizer steps (`step.py`), logging, evaluation and checkpoints, until the last
+step or a stop request.
 """
 
 import time
@@ -24,7 +23,7 @@ from trainer.training.stop_request import Interrupted, StopRequest
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop works on."""
+    """Components of the training loop."""
 
     training: Training
     writer: CheckpointWriter
@@ -36,18 +35,18 @@ class Run:
         return self.training.session
 
     def asked_to_stop(self) -> bool:
-        """Whether any rank was; all ranks call it together."""
+        """Whether any rank has a stop request. Collective."""
         return self.session.world.any(self.stop.reason is not None)
 
     def must_stop(self) -> bool:
-        """The same, or a checkpoint could not be written: that is reported with the next one, so
-        make that now."""
+        """Whether any rank has a stop request or a failed checkpoint write, which the next save
+        reports. Collective."""
         return self.session.world.any(self.stop.reason is not None or self.writer.failed)
 
 
 def train(run: Run) -> None:
-    """Train from `run.progress` to the last step. Raises Interrupted, on every rank, once what was
-    trained until `run.stop` is saved."""
+    """Train from `run.progress` to the last step. Raises Interrupted, on every rank, once the state
+    at a stop request is saved. Collective."""
     training, progress, config = run.training, run.progress, run.session.config
     with run.session.watchdog:
         stopping = run.asked_to_stop()
@@ -87,20 +86,21 @@ class Clock:
         self.started, self.tokens, self.steps = time.perf_counter(), 0, 0
 
     def count(self, tokens: int) -> None:
-        """A step was done."""
+        """Count a finished step."""
         self.tokens += tokens
         self.steps += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What goes on inside takes no time."""
+        """Time spent inside is not counted."""
         began = time.perf_counter()
         yield
         self.started += time.perf_counter() - began
 
 
 def _begin(run: Run) -> None:
-    """What comes before the first step, and the evaluation that a stopped run was to make."""
+    """Evaluate and call `on_train_begin` before the first step; on resume, make up for a missed
+    evaluation."""
     options, progress = run.session.config.run, run.progress
     if progress.step == 0:
         if options.eval_at_start:
@@ -120,10 +120,10 @@ def _evaluate(run: Run) -> None:
 
 
 def _log(run: Run, done: StepDone, clock: Clock) -> None:
-    """One line of metrics, from figures of all ranks."""
+    """Write one line of metrics. Collective."""
     session = run.session
     figures = _figures(session, run.progress, clock)
-    if session.world.is_main:  # of whose method alone the scalars are
+    if session.world.is_main:  # whose method alone has scalars
         run.training.recorder.write(
             {
                 "step": run.progress.step,
@@ -138,7 +138,7 @@ def _log(run: Run, done: StepDone, clock: Clock) -> None:
 
 
 def _figures(session: Session, progress: Progress, clock: Clock) -> dict[str, Any]:
-    """Speed, memory and sizes, for the log. All ranks call it together."""
+    """Speed, memory and parameter counts for the log. Collective."""
     peaks = session.world.gather(round(peak_gib(session.world.device), 3))
     seconds = time.perf_counter() - clock.started
     heads = sum(p.numel() for head in session.backbone.heads.values() for p in head.parameters())
@@ -154,18 +154,18 @@ def _figures(session: Session, progress: Progress, clock: Clock) -> dict[str, An
 
 
 def _leave(run: Run) -> None:
-    """All ranks, asked to stop: once what is being written is complete."""
+    """Raise Interrupted on all ranks, once the pending checkpoint is written. Collective."""
     run.writer.wait()
     reasons = [reason for reason in run.session.world.gather(run.stop.reason) if reason]
     with run.session.world.all_or_none():
         raise Interrupted(
             f"{reasons[0]}: stopped after step {run.progress.step}; last checkpoint: "
-            f"{newest(run.writer.folder) or 'none'}; started again the run goes on"
+            f"{newest(run.writer.folder) or 'none'}; restart to resume"
         )
 
 
 def _give_up(run: Run) -> None:
-    """All ranks: abort after too many steps in a row that were not finite."""
+    """Abort after too many consecutive non-finite steps. Collective."""
     run.writer.wait()
     with run.session.world.all_or_none():
         raise RunFailed(
@@ -176,7 +176,7 @@ def _give_up(run: Run) -> None:
 
 
 def total_steps(session: Session, loader: Loader) -> int:
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the run, those before a resume included."""
     run = session.config.run
     return run.steps if run.steps is not None else loader.steps_for(run.epochs or 1.0)
 

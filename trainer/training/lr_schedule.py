@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: nothing to save, nothing to resume."""
+"""Learning-rate schedule: a function of the step, without state to checkpoint."""
 
 import math
 
@@ -20,7 +20,7 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
 
 
 def warmup_steps(options: OptimOptions, steps: int) -> int:
-    """Warm-up in steps, from either way of giving it."""
+    """Warm-up steps, from `warmup_steps` or `warmup_ratio`."""
     if options.warmup_steps is not None:
         return options.warmup_steps
     # Rounded first: 0.07 * 100 is a little more than 7 in floating point.

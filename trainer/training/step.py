@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class Batches(Protocol):
-    """Where steps come from: the loader, or a benchmark's own."""
+    """Source of steps: the loader, or a benchmark's generator."""
 
     micro_batch_size: int
 
@@ -36,36 +36,36 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """What the steps of a run share."""
+    """Components that the steps of a run share."""
 
     session: Session
     batches: Batches
     steps: int
-    """Of the whole run: the learning rate's schedule ends with it."""
+    """Length of the run, at which the learning-rate schedule ends."""
     validate: Validate
     recorder: Recorder = SilentRecorder()  # noqa: RUF009 (it has no state)
     replay: Replay | None = None
-    """Rank 0: decisions of another run in place of the method's own."""
+    """Rank 0: recorded decisions to apply in place of the method's own."""
 
 
 @dataclass(frozen=True)
 class StepDone:
-    """What a step did."""
+    """Result of a step."""
 
     update: Update
     tokens: int
-    """Of the global batch, padding left out."""
+    """Tokens of the global batch, without padding."""
     epoch: float
     meanwhile: Any
-    """What `meanwhile` returned."""
+    """Result of the `meanwhile` callback."""
 
 
 def train_step(
     training: Training, step: int, meanwhile: Callable[[], Any] = lambda: None
 ) -> StepDone:
-    """Optimizer step `step` (from 0). All ranks call it together.
+    """Optimizer step `step` (from 0). Collective.
 
-    `meanwhile` is called before the update, while a GPU is still busy with the gradients.
+    `meanwhile` is called before the update, while the GPU still computes gradients.
     """
     session = training.session
     method, optimizer, optim = session.method, session.optimizer, session.config.optim
@@ -86,8 +86,8 @@ def train_step(
 def gradients_and_decision(
     method: Method, decide: Callable[[], Any], gradients: Callable[[], T]
 ) -> T:
-    """The first half of a step: `decide` stands where the method wants it, before the forward pass
-    or, while a GPU is still busy with the gradients, before the update."""
+    """First half of a step. `decide` runs before the forward pass or, while the GPU still computes
+    gradients, before the update (`method.decides_before`)."""
     if method.decides_before == "forward":
         decide()
     found = gradients()
@@ -103,7 +103,7 @@ def observed_update(
     update: Callable[[], Update],
     validate: Validate,
 ) -> Update:
-    """The second half, from gradients that were reduced over all ranks."""
+    """Second half of a step, on gradients reduced over all ranks."""
     method.observe(step, optimizer)
     done = update()
     method.after_step(step, optimizer, skipped=done.skipped, validate=validate)
@@ -111,7 +111,7 @@ def observed_update(
 
 
 def _decide(training: Training, step: int) -> None:
-    """What holds from this step on: decided, applied, recorded."""
+    """Decide, apply and record what holds from this step on."""
     session = training.session
     decision, changed = consensus.decide_and_apply(
         session.method, step, session.world, training.replay
@@ -122,7 +122,7 @@ def _decide(training: Training, step: int) -> None:
 
 
 def _rebind(training: Training, step: int) -> None:
-    """After adapters were removed or resized: the optimizer's buffers too, memory given back."""
+    """Rebind the optimizer's buffers after adapters were removed or resized, and free memory."""
     session = training.session
     device, before = session.world.device, held_bytes(session.world.device)
     session.optimizer.rebind_parameters(session.trainables())
@@ -136,8 +136,8 @@ def _rebind(training: Training, step: int) -> None:
 
 
 def _gradients(training: Training, step: int) -> tuple[Step, torch.Tensor]:
-    """The step's batch, in micro-batches as large as the method wants them, and this rank's part of
-    its mean loss; the gradients are in the optimizer's buffer."""
+    """(the step's batch, this rank's part of its mean loss); the gradients are in the optimizer's
+    buffer. The method may change the micro-batch size."""
     session, batches = training.session, training.batches
     size = session.method.micro_batch_size or session.config.data.micro_batch_size
     if size != batches.micro_batch_size:
@@ -148,17 +148,17 @@ def _gradients(training: Training, step: int) -> tuple[Step, torch.Tensor]:
 
 
 def _accumulate_within_memory(training: Training, batch: Step, step: int) -> torch.Tensor:
-    """As `accumulate`; where the memory does not suffice, again with fewer activations kept."""
+    """`accumulate`, repeated with fewer saved activations when out of memory. Collective."""
     session = training.session
     while True:
         loss = None
         try:
             loss = accumulate(session, batch, step)
         except torch.OutOfMemoryError as error:
-            if session.engine.collective_gather:  # the others wait in the middle of a block
+            if session.engine.collective_gather:  # the others wait in a block's all-gather
                 raise planner.oom_error(session) from error
-        lacking = not session.engine.collective_gather and session.world.any(loss is None)
-        if loss is not None and not lacking:
+        out_of_memory = not session.engine.collective_gather and session.world.any(loss is None)
+        if loss is not None and not out_of_memory:
             return loss
         session.optimizer.zero_grad()
         with session.world.all_or_none():
@@ -167,16 +167,15 @@ def _accumulate_within_memory(training: Training, batch: Step, step: int) -> tor
 
 
 def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
-    """Gradients of this rank's micro-batches; returns its part of the mean loss.
+    """Forward and backward of this rank's micro-batches; returns its part of the mean loss.
 
-    Every term is divided by the number of terms in the whole step, over all ranks: the sum of all
-    parts is then the mean over learned tokens, however they are spread.
+    The loss is divided by the number of loss terms of the global batch, so that the sum over ranks
+    is the mean over learned tokens, however they are distributed.
     """
     total = torch.zeros((), dtype=torch.float64, device=session.world.device)
     for index, micro_batch in batch.micro_batches:
         session.watchdog.alive(f"micro-batch {index} of step {step + 1}")
-        # Dropout, the adapters' and the backbone's own, depends on the micro-batch and not on who
-        # runs it.
+        # Dropout (adapters and backbone) depends on the micro-batch, not on the rank that runs it.
         session.method.adapters.set_dropout_seed(step, index)
         torch.manual_seed(seeds.mixed(session.config.run.seed, step, index))
         loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
@@ -187,6 +186,6 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
 
 
 def say_plan(recorder: Recorder, plan: planner.Plan | None) -> None:
-    """What was planned for the GPU's memory, if anything was."""
+    """Log the plan for the GPU's memory, if there is one."""
     if plan is not None:
         recorder.say(f"memory    {plan}")

@@ -1,8 +1,7 @@
-"""Asked to stop, by a signal or by the clock.
+"""Stop requests, by a signal or a time limit.
 
-SIGTERM, SIGUSR1 and SIGINT only leave a note; the loop asks all ranks for it at every step, saves,
-and the process ends in `EXIT_REQUEUE`: started again, the run goes on. Ctrl-C a second time leaves
-at once.
+SIGTERM, SIGUSR1 and SIGINT set a flag. The loop all-reduces it at every step, saves, and the
+process exits with `EXIT_REQUEUE`: restart to resume. A second Ctrl-C exits at once.
 """
 
 import os
@@ -17,23 +16,23 @@ from trainer.config.sections import RunOptions
 from trainer.errors import EXIT_REQUEUE, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_SAME_PRESS = 1.0  # seconds: a terminal and a launcher may both pass one Ctrl-C on
+_SAME_PRESS = 1.0  # seconds: terminal and launcher may both forward one Ctrl-C
 
 
 class Interrupted(UserError):
-    """The run was asked to stop, and saved; started again it goes on."""
+    """The run was asked to stop, and has saved: restart to resume."""
 
     exit_code = EXIT_REQUEUE
 
 
 class StopRequest:
-    """Whether this process was asked to stop. As a context it listens to `SIGNALS`."""
+    """Stop request of this process. As a context manager, handles `SIGNALS`."""
 
     def __init__(self, options: RunOptions):
         self._reason: str | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._wakeup: socket.socket | None = None
-        # (moment of the monotonic clock, which nobody sets back; what ends then)
+        # (deadline on the monotonic clock, which is never set back; reason)
         self._deadlines: list[tuple[float, str]] = []
         if options.max_hours is not None:
             end = time.monotonic() + options.max_hours * 3600
@@ -45,19 +44,22 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """Who or what asked this process to stop; None: nobody did."""
+        """The signal or time limit that asked this process to stop, or None."""
         if self._reason is None:
             now = time.monotonic()
-            self._reason = next((what for end, what in self._deadlines if now >= end), None)
+            self._reason = next((reason for end, reason in self._deadlines if now >= end), None)
         return self._reason
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # only there can it listen
-            self._before = {name: signal.signal(name, self._note) for name in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # others cannot
+            self._before = {name: signal.signal(name, self._on_signal) for name in SIGNALS}
             ours, self._wakeup = socket.socketpair()
             self._wakeup.setblocking(False)
             signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=_count, args=(ours,), daemon=True, name="signals").start()
+            thread = threading.Thread(
+                target=_watch_interrupts, args=(ours,), daemon=True, name="signals"
+            )
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -67,13 +69,13 @@ class StopRequest:
             signal.set_wakeup_fd(-1)
             self._wakeup.close()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._reason = self._reason or signal.Signals(number).name
 
 
-def _count(signals: socket.socket) -> None:
-    """Leave at the second Ctrl-C. In a thread: Python tells the main one of signals only once it is
-    back from whatever library it waits in."""
+def _watch_interrupts(signals: socket.socket) -> None:
+    """Exit at the second Ctrl-C. In a thread: Python handles signals in the main thread only after
+    a blocking library call returns."""
     first: float | None = None
     with signals:
         while number := signals.recv(1):

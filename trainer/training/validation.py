@@ -1,4 +1,4 @@
-"""Records taken out of the training data, and the loss on them that methods decide by."""
+"""Validation loss on held-out training records, by which methods decide."""
 
 import torch
 
@@ -8,8 +8,8 @@ from trainer.training.evaluation import mean_loss
 
 
 def make_validate(session: Session) -> Validate:
-    """The callable that a method gets: loss (with True also its gradient) on the first of the
-    records left out. Dropout is off, so the figure belongs to the adapters alone."""
+    """The method's `validate(gradients)`: loss, with True also its gradient, on the first
+    `validation_samples` held-out records. Dropout is off: the loss depends on the adapters only."""
     count = session.config.method.validation_samples
     records = session.left_out[:count]
 

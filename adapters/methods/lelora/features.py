@@ -1,4 +1,4 @@
-"""ξ: what LeLoRA's policy sees of a unit, beside layer and matrix type (paper, section 3.2)."""
+"""ξ: the policy's numeric inputs, in addition to layer and matrix type (paper, section 3.2)."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from adapters.spectral import resample
 
 
 class Features:
-    """Numbers (n, F) of n units: log1p of W's norm, the spectrum resampled and over σ₁, and with
-    `features: current` the banks' gates over σ₁, which the norm follows.
+    """Features (n, F) of n units: log1p of W's norm, the resampled spectrum divided by σ₁, and with
+    `features: current` the banks' gates divided by σ₁, which then also enter the norm.
 
-    `spectra` are all singular values of each W, `held` the indices of those in its banks.
+    `spectra`: all singular values of each W; `held`: the indices of those in its banks.
     """
 
     def __init__(
@@ -34,13 +34,13 @@ class Features:
         largest = torch.stack([spectrum[0].clamp(min=1e-30) for spectrum in spectra])
         self._curves, self._energy = torch.stack(curves).to(device), energy.to(device)
         self._largest = largest.to(device)
-        self._replayed = GraphReplay(self._of, enabled=device.type == "cuda")
+        self._replay = GraphReplay(self._compute, enabled=device.type == "cuda")
 
     def __call__(self, gates: Tensor) -> Tensor:
-        """(n, F) float32, from the banks' gates (nR) end to end; the next call overwrites it."""
-        return self._replayed(gates)[0]
+        """(n, F) float32, from the gates (nR) of all units; overwritten by the next call."""
+        return self._replay(gates)[0]
 
-    def _of(self, gates: Tensor) -> tuple[Tensor]:
+    def _compute(self, gates: Tensor) -> tuple[Tensor]:
         energy, parts = self._energy, [self._curves]
         if self._current:
             gates = gates.double().view(len(energy), -1)

@@ -1,24 +1,24 @@
-"""LeLoRA: a policy chooses, by reinforcement learning, which singular components of W train.
+"""LeLoRA: a policy learns by reinforcement which singular components of W to train.
 
-Before training every unit's W gives up the r_max largest (primary), middle (medium) and smallest
-(minor) singular triplets; they become the components of its adapter, A = Vᵀ, g = Σ, B = U, and
+Before training, the r_max largest (primary), middle (medium) and smallest (minor) singular triplets
+of every unit's W become the components of its adapter, A = Vᵀ, g = Σ, B = U:
 
     W = (W − Σ_banks U Σ Vᵀ) + Σ_banks U Σ Vᵀ,
 
-the first part frozen (and only then quantised). At iteration t
+of which the first term is frozen and, after the subtraction, quantised. At iteration t
 
     1. rank 0 draws (r, s) for every unit from p(· | ξ; Ω); r components of bank s train,
-    2. θ ← one optimizer step, in which only they move                                     (6)
-    3. L₁: loss of the updated model on validation records, L₂ = L₁ − L₁ of the iteration before,
+    2. θ ← one optimizer step, which changes only these components                         (6)
+    3. L₁: loss of the updated model on validation records, L₂ = L₁ − L₁ of the last iteration,
        R = L₁ + α L₂                                                                       (7)–(9)
     4. Ω ← Ω − η₂ (R − b) (1/n) Σ_u ∇ log p(a_u | ξ_u; Ω)                                 (10)
 
-All components take part in the forward pass all the time. Beyond the paper, rewards of a unit's
-own. `credit: attributed`: R_u = ⟨∇_{θ_u} L, Δθ_u⟩, the first-order change of the loss that its
-update caused. `credit: counterfactual`, the default: since backward gives the gradient of every
-component, trained or not, every action of a unit is judged in every step (`_promised`). With
-`signal: next_batch` L is the next training batch's: its gradient is computed anyway, so the policy
-costs no extra pass.
+The forward pass always uses all components. Beyond the paper, rewards can be per unit.
+`credit: attributed`: R_u = ⟨∇_{θ_u} L, Δθ_u⟩, the first-order change of the loss due to the unit's
+update. `credit: counterfactual`, the default: since backward computes the gradient of every
+component, trained or not, every action of a unit gets a reward in every step
+(`_counterfactual_rewards`). With `signal: next_batch` L is the loss of the next training batch,
+whose gradient is computed anyway: the policy needs no extra pass.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ _REWARD = "reward (change of loss, lower is better)"
 
 
 class LeLoRA(SpectralMethod):
-    """Three singular banks a unit, of which one slice trains."""
+    """Up to three singular banks per unit, of which one slice trains."""
 
     Options = LeLoRAOptions
     gates = "learned"
@@ -72,18 +72,18 @@ class LeLoRA(SpectralMethod):
 
     def __init__(self, options: Any, seed: int):
         super().__init__(options, seed)
-        self._before: Tensor | None = None  # θ, or its gradient, when the draw in force began
-        self._saw_tokens: Tensor | None = None  # (n), of experts: whether they saw tokens then
-        self._spoiled = False  # a step under that draw was skipped
-        self._reward: Tensor | None = None  # (n) or (1), until `decide` takes it
-        self._last_loss = float("nan")  # L₁ of the draw before
+        self._before: Tensor | None = None  # θ, or its gradient, at the current draw
+        self._saw_tokens: Tensor | None = None  # (n): whether experts saw tokens then
+        self._spoiled = False  # a step since that draw was skipped
+        self._reward: Tensor | None = None  # (1), (n) or (n, |R|, |S|), for `decide`
+        self._last_loss = float("nan")  # L₁ of the previous draw
         self._touched = torch.zeros(0, 0, dtype=torch.bool)  # (n, R): ever trained
         self._policy: Reinforce | None = None  # rank 0
         self._features: Features | None = None  # rank 0
-        self._drawn: dict[str, Any] = {}  # what the log describes
+        self._drawn: dict[str, Any] = {}  # the current draw, for the log
         actions = list(product(options.dimensions, options.locations))
         self._row_of = {action: row for row, action in enumerate(actions)}
-        self._masks = np.zeros((len(actions), options.components), dtype=bool)  # each action's
+        self._masks = np.zeros((len(actions), options.components), dtype=bool)  # of each action
         for action, row in self._row_of.items():
             self._masks[row, self.trained(*action)] = True
 
@@ -110,7 +110,8 @@ class LeLoRA(SpectralMethod):
         self._side_stream = SideStream(device)
 
     def trained(self, rank: int, location: str) -> slice:
-        """Components that (r, s) trains: the first r of a bank, of `minor` the last r."""
+        """Components that the action (r, s) trains: the first r of a bank, of `minor` the
+        last r."""
         largest = self.options.rank
         start = self.options.locations.index(location) * largest
         first = start + largest - rank if location == "minor" else start
@@ -130,7 +131,7 @@ class LeLoRA(SpectralMethod):
             return
         policy = self.options.policy
         if not policy.validates and self._before is not None:
-            self._reward = self._local(optimizer)
+            self._reward = self._unit_rewards(optimizer)
         self._before, self._spoiled = None, False
         self._saw_tokens = optimizer.units_that_saw_tokens()
         if policy.credit == "attributed":
@@ -141,10 +142,13 @@ class LeLoRA(SpectralMethod):
     def after_step(
         self, step: int, optimizer: MaskedAdamW, *, skipped: bool, validate: Validate
     ) -> None:
-        self._judge(step, optimizer, skipped, validate)
+        self._compute_reward(step, optimizer, skipped, validate)
         self._side_stream.record_event()
 
-    def _judge(self, step: int, optimizer: MaskedAdamW, skipped: bool, validate: Validate) -> None:
+    def _compute_reward(
+        self, step: int, optimizer: MaskedAdamW, skipped: bool, validate: Validate
+    ) -> None:
+        """The reward from validation records, at the end of a draw."""
         if not self._learns:
             return
         self._spoiled |= skipped
@@ -152,30 +156,30 @@ class LeLoRA(SpectralMethod):
         if not (policy.validates and self.due(step + 1)):
             return
         if policy.credit == "global":
-            self._reward = self._global(validate)
+            self._reward = self._global_reward(validate)
         else:
             validate(True)
-            self._reward = self._local(optimizer)
+            self._reward = self._unit_rewards(optimizer)
             optimizer.zero_grad()
 
     @property
     def _learns(self) -> bool:
         return self.options.policy.mode == "learned" and self.options.replay is None
 
-    def _local(self, optimizer: MaskedAdamW) -> Tensor:
-        """Each unit's own reward (n), or each of its actions' (n, |R|, |S|), from the summed,
-        unclipped gradient of all components; NaN for an expert that saw no token, and for all after
-        a step that was skipped."""
+    def _unit_rewards(self, optimizer: MaskedAdamW) -> Tensor:
+        """Rewards by unit (n), or by unit and action (n, |R|, |S|), from the reduced, unclipped
+        gradient of all components. NaN for experts that saw no tokens, and for all units after a
+        skipped step."""
         assert self._before is not None
         gradient = optimizer.trained_gradients
         saw_tokens, known = optimizer.units_that_saw_tokens(), self._saw_tokens
         if self.options.policy.credit == "attributed":
             change = optimizer.values - self._before
             reward = _sums(optimizer, gradient * change).sum((1, 2))
-            if known is not None:  # perhaps it saw some in a later step under the same draw
+            if known is not None:  # it may have seen tokens in a later step of the same draw
                 known = known | (_sums(optimizer, change.abs()).sum((1, 2)) > 0)
         else:
-            reward = self._promised(optimizer, self._before, gradient)
+            reward = self._counterfactual_rewards(optimizer, self._before, gradient)
         if self._spoiled:
             return reward * float("nan")
         if saw_tokens is None or known is None:
@@ -184,11 +188,13 @@ class LeLoRA(SpectralMethod):
             ~(known & saw_tokens).view(-1, *[1] * (reward.dim() - 1)), torch.nan
         )
 
-    def _promised(self, optimizer: MaskedAdamW, earlier: Tensor, later: Tensor) -> Tensor:
-        """R_u(r, s) = −Σ_{j in slice} Σ_{A, g, B} ⟨G_j, G′_j⟩ / rms(G_j), (n, |R|, |S|): what a
-        step of unit size along one batch's gradient does to another batch's loss, to first order.
+    def _counterfactual_rewards(
+        self, optimizer: MaskedAdamW, earlier: Tensor, later: Tensor
+    ) -> Tensor:
+        """R_u(r, s) = −Σ_{j in slice} Σ_{A, g, B} ⟨G_j, G′_j⟩ / rms(G_j), (n, |R|, |S|): the
+        first-order change of one batch's loss by a unit step along another batch's gradient.
 
-        The batches are independent, so the noise of neither looks like progress."""
+        The batches are independent, so gradient noise does not appear as progress."""
         dots = _sums(optimizer, earlier * later)
         squares = _sums(optimizer, earlier * earlier)
         sizes = torch.tensor([[u.in_features, 1, u.out_features] for u in self.units])
@@ -200,8 +206,8 @@ class LeLoRA(SpectralMethod):
         ]
         return torch.stack(table, 1)
 
-    def _global(self, validate: Validate) -> Tensor:
-        """R = L₁ + α L₂, (1)."""
+    def _global_reward(self, validate: Validate) -> Tensor:
+        """R = L₁ + α L₂, (1,)."""
         l1 = validate(False)
         l2 = l1 - self._last_loss
         self._last_loss = l1
@@ -212,30 +218,31 @@ class LeLoRA(SpectralMethod):
     # --- decisions, on rank 0 ------------------------------------------------------------------
 
     def decide(self, step: int) -> Decision:
-        with self._side_stream.run():  # a policy needs no more than the last update
-            policy = self._the_policy()
+        with self._side_stream.run():  # the policy depends only on the last update
+            policy = self._get_policy()
             if self._reward is not None:
                 policy.learn(self._reward)
             ranks, locations = (drawn.tolist() for drawn in policy.draw(step, self.features()))
-        dimensions, places = self.options.dimensions, self.options.locations
+        dimensions, banks = self.options.dimensions, self.options.locations
         names = [unit.name for unit in self.units]
         return Decision(
             ranks={name: dimensions[i] for name, i in zip(names, ranks, strict=True)},
-            locations={name: places[i] for name, i in zip(names, locations, strict=True)},
+            locations={name: banks[i] for name, i in zip(names, locations, strict=True)},
         )
 
     def features(self) -> Tensor:
-        """ξ (n, F), of the gates as they are; the next call overwrites it."""
+        """ξ (n, F) of the current gates; overwritten by the next call."""
         if self._features is None:
             spectra = [self.spectra[unit.name] for unit in self.units]
             held = [[i for r in self.ranges(unit) for i in r] for unit in self.units]
             self._features = Features(self.options.policy, spectra, held, self.adapters.device)
         return self._features(self.adapters.mask_table.gates)
 
-    def _the_policy(self) -> Reinforce:
+    def _get_policy(self) -> Reinforce:
+        """The policy, built on first use on rank 0."""
         if self._policy is None:
-            own = self.options.policy.expert_embedding
-            kind_of = [u.kind + u.name.removeprefix(stem(u.name)) if own else u.kind
+            per_expert = self.options.policy.expert_embedding
+            kind_of = [u.kind + u.name.removeprefix(stem(u.name)) if per_expert else u.kind
                        for u in self.units]  # fmt: skip
             kinds = sorted(set(kind_of))
             deepest = max((unit.layer for unit in self.units if unit.layer is not None), default=-1)
@@ -258,11 +265,11 @@ class LeLoRA(SpectralMethod):
     def check_decision(self, decision: Decision) -> None:
         self.check_ranks(decision)
         for unit in self.units:
-            rank, place = decision.ranks[unit.name], decision.locations.get(unit.name)
+            rank, location = decision.ranks[unit.name], decision.locations.get(unit.name)
             if rank not in self.options.dimensions:
                 raise ValueError(f"rank {rank}; accepted: {self.options.dimensions}")
-            if place not in self.options.locations:
-                raise ValueError(f"{place}; accepted: {', '.join(self.options.locations)}")
+            if location not in self.options.locations:
+                raise ValueError(f"{location}; accepted: {', '.join(self.options.locations)}")
 
     def apply(self, decision: Decision) -> bool:
         names = [unit.name for unit in self.units]
@@ -270,14 +277,14 @@ class LeLoRA(SpectralMethod):
         locations = list(map(decision.locations.__getitem__, names))
         rows = [self._row_of[action] for action in zip(ranks, locations, strict=True)]
         mask = torch.from_numpy(self._masks[rows])
-        self._reward = None  # rank 0 has taken it
+        self._reward = None  # consumed by rank 0
         self._touched |= mask
         self._drawn = {"ranks": ranks, "locations": locations}
         self.adapters.mask_table.masks.copy_(mask.flatten())
         return False
 
     def scalars(self) -> dict[str, float]:
-        """Fig. 3 and Table 4: mean dimension and shares of the locations, by type and third."""
+        """Fig. 3 and Table 4: mean rank and share of each location, by type and third."""
         if not self._drawn:
             return {}
         ranks, locations = self._drawn["ranks"], self._drawn["locations"]
@@ -323,9 +330,9 @@ class LeLoRA(SpectralMethod):
 
     def load_decider_state(self, state: Mapping[str, Tensor]) -> None:
         if state:
-            self._the_policy().load_state_dict(state)
+            self._get_policy().load_state_dict(state)
 
 
 def _sums(optimizer: MaskedAdamW, flat: Tensor) -> Tensor:
-    """Over each component's row of A, its g, and its row of B: (n, 3, R), in float64."""
+    """Sums over each component's row of A, its g and its row of B: (n, 3, R) float64."""
     return optimizer.by_component(flat).double()

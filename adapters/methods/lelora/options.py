@@ -1,4 +1,4 @@
-"""LeLoRA's keys under `method:` and `method.policy:`. Free of torch."""
+"""LeLoRA's keys under `method:` and `method.policy:`. Does not import torch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -16,57 +16,57 @@ _ONLY_WITH = {
     "baseline": ("attributed", "global"),
     "idle_location": ("attributed", "global"),
 }
-"""Keys of the policy that mean something with some credits only."""
+"""Keys of the policy that have an effect only with these values of `credit`."""
 
 
 class PolicyOptions(Section):
     """Keys under `method.policy`."""
 
     mode: Literal["learned", "uniform", "frozen"] = "learned"
-    """Learn; or draw uniformly; or draw from the policy as it was initialised."""
+    """Learn the policy, draw uniformly, or draw from the initial policy."""
     rank_weights: list[float] | None = None
-    """mode=uniform: relative frequency of each of `method.ranks`; none: all alike."""
+    """mode=uniform: relative frequency of each of `method.ranks`; none: equal."""
     network: Literal["mlp", "resnet", "tabnet"] = "mlp"
     """Backbone of the policy network (LeLoRA, tables 13 and 14)."""
     learning_rate: float = Field(3e-3, gt=0)
     """η₂ (paper: 1e-3)."""
     optimizer: Literal["adam", "sgd"] = "adam"
-    """`sgd` is eq. 10 to the letter."""
+    """Optimizer of the policy; `sgd` is eq. 10 as printed."""
     credit: Literal["counterfactual", "attributed", "global"] = "counterfactual"
-    """A reward for every action of a unit, the first-order change of the loss that its components
-    promise, trained or not; or one a unit, the change that its own update caused; or one for all,
-    R = L₁ + α L₂ (paper)."""
+    """Rewards: one per action of a unit, the first-order change of the loss by a step on its
+    components, trained or not (counterfactual); one per unit, the change due to its update
+    (attributed); or one for all units, R = L₁ + α L₂ (global; paper)."""
     signal: Literal["auto", "validation", "next_batch"] = "auto"
-    """Loss that the reward is about: on records taken out of the training data, or on the next
-    training batch, whose gradient is computed anyway. auto: validation where credit=global."""
+    """Loss of the reward: on records held out from the training data, or on the next training
+    batch, whose gradient is computed anyway. auto: validation if credit=global, else next_batch."""
     alpha: float = Field(0.8, ge=0)
     """α in R = L₁ + α L₂, with credit=global."""
     loss: Literal["both", "l1", "l2"] = "both"
     """Terms of R, with credit=global."""
     baseline: Literal["mean", "trend"] = "mean"
-    """b: mean of the earlier rewards, or their linear trend carried on. Rewards of every action
-    need none."""
+    """Baseline b: mean of the earlier rewards, or their linear trend, extrapolated. Not used with
+    credit=counterfactual."""
     baseline_window: int = Field(20, gt=0)
-    """Earlier rewards that b looks at; with credit=counterfactual, rewards that are averaged."""
+    """Number of earlier rewards for b; with credit=counterfactual, of rewards to average."""
     advantage: Literal["normalised", "raw"] = "normalised"
-    """R − b, or that over the spread of the earlier rewards (with credit=counterfactual: R, or
-    that over the unit's largest)."""
+    """raw: R − b; normalised: divided by the standard deviation of the earlier rewards. With
+    credit=counterfactual: R, or R divided by the unit's largest |R|."""
     entropy: float = Field(0.1, ge=0)
     """Weight of an entropy bonus."""
     cost: float = Field(0.0, ge=0)
-    """Price added to a unit's reward for every parameter that it trains."""
+    """Price per trained parameter, added to a unit's reward."""
     validation_samples: int = Field(32, gt=0)
-    """Training records taken out to validate on, with signal=validation."""
+    """Number of training records held out for validation, with signal=validation."""
     every: int = Field(1, gt=0)
-    """Steps for which a draw holds."""
+    """Steps between two draws."""
     features: Literal["current", "initial"] = "current"
-    """Whether the network also sees the banks' singular values as they are by now."""
+    """current: the current singular values of the banks are inputs of the policy too."""
     spectrum_points: int = Field(256, gt=1)
-    """Points to which a unit's singular values are resampled."""
+    """Number of points to which a unit's spectrum is resampled."""
     expert_embedding: bool = False
-    """Give every expert's matrix type an embedding of its own; else those of a stack share one."""
+    """One embedding per expert's matrix type, instead of one per stack."""
     idle_location: bool = False
-    """Keep log p of the location where rank 0 was drawn, though it had no effect (paper)."""
+    """Include log p of the location where rank 0 was drawn, although it had no effect (paper)."""
 
     @model_validator(mode="after")
     def _check(self) -> "PolicyOptions":
@@ -97,7 +97,7 @@ class PolicyOptions(Section):
 
     @property
     def validates(self) -> bool:
-        """Whether rewards come from validation records."""
+        """Whether rewards are computed on validation records."""
         return self.mode == "learned" and (self.credit == "global" or self.signal == "validation")
 
 
@@ -110,20 +110,20 @@ class LeLoRAOptions(MethodOptions):
     kind: Literal["lelora"] = "lelora"
     """Name of the method."""
     ranks: list[int] | None = Field(None, min_length=1)
-    """Effective dimensions to choose from, R; `rank` is then its largest. none: 0, 2, 4, 8, … up
-    to `rank`."""
+    """Ranks to choose from, R; `rank` is then the largest of them. none: 0, 2, 4, 8, … up to
+    `rank`."""
     locations: list[Location] = Field(["primary", "medium", "minor"], min_length=1)
     """Banks to choose from."""
     wake: Literal["gradual", "at_once"] = "gradual"
-    """First steps of a component: as long as Adam's momentum has grown, or all of the learning
-    rate at once, noise of one batch included (paper)."""
+    """First steps of a component. gradual: without Adam's bias correction of the momentum, hence
+    small; at_once: with it, a full step along one batch's gradient (paper)."""
     policy: PolicyOptions = Field(default_factory=PolicyOptions)
     """The policy and how it learns."""
 
     @model_validator(mode="before")
     @classmethod
     def _largest(cls, given: Any) -> Any:
-        """`rank` follows from `ranks`, unless it is given too."""
+        """`rank` defaults to the largest of `ranks`."""
         ranks = given.get("ranks") if isinstance(given, Mapping) else None
         if isinstance(ranks, list) and all(type(r) is int for r in ranks) and max(ranks, default=0):
             return {"rank": max(ranks), **given}
@@ -156,7 +156,7 @@ class LeLoRAOptions(MethodOptions):
 
     @property
     def dimensions(self) -> list[int]:
-        """R, the effective dimensions to choose from."""
+        """R, the ranks to choose from."""
         if self.ranks is not None:
             return self.ranks
         return [0, *(2**k for k in range(1, self.rank.bit_length()) if 2**k < self.rank), self.rank]

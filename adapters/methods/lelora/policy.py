@@ -1,11 +1,11 @@
-"""LeLoRA's policy p(a | ξ; Ω): which rank r and which slice s a unit trains next.
+"""LeLoRA's policy network p(a | ξ; Ω) over the rank r and the location s of a unit.
 
-One network, shared by all units, maps a unit's layer index, its matrix type and its numbers (norm,
+One network, shared by all units, maps a unit's layer index, matrix type and features (norm,
 spectrum) to two softmax distributions, over ranks and over locations (paper, section 3.2 and
 appendix B). Its backbone is one of the three of Tables 13 and 14.
 
-Choice: LayerNorm stands wherever a backbone's paper has BatchNorm, so a unit's probabilities do
-not depend on which other units share its batch.
+Choice: LayerNorm replaces the BatchNorm of a backbone's paper, so that a unit's probabilities do
+not depend on the other units of the batch.
 """
 
 import math
@@ -16,24 +16,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 NETWORKS = ("mlp", "resnet", "tabnet")
-"""The backbones that `PolicyNetwork` knows."""
+"""The backbones of `PolicyNetwork`."""
 
 _EMBEDDING = 200  # dimensions, for the layer index and for the matrix type
-_WIDTHS = (1024, 256, 64)  # hidden layers; the heads read the last
-_HEAD_SCALE = 0.01  # of the Kaiming bound, see `PolicyNetwork`
+_WIDTHS = (1024, 256, 64)  # hidden layers; the last is the heads' input
+_HEAD_SCALE = 0.01  # factor of the Kaiming bound, see `PolicyNetwork`
 _STEPS = 3  # TabNet's decision steps
-_RELAXATION = 1.3  # TabNet's γ: at 1, a column fully used in one step is out of the later ones
-_SHARPNESS = 0.1  # gain of the norm before each mask, at the start, see `_TabNet`
-_ROUNDING = 10**6  # `sample` sees probabilities in these parts
+_RELAXATION = 1.3  # TabNet's γ; at 1, a column fully used in one step is unavailable in later ones
+_SHARPNESS = 0.1  # initial gain of the norm before each mask, see `_TabNet`
+_ROUNDING = 10**6  # `sample` rounds probabilities to multiples of its inverse
 
 
 class PolicyNetwork(nn.Module):
     """p(a | ξ; Ω) with backbone `network`, one of `NETWORKS`; float32, built on the CPU.
 
     Linear weights are Kaiming-uniform and biases 0; embeddings are N(0, 1), the variance that
-    Kaiming's gain expects. All are drawn from a generator seeded by `seed`; the global random
-    state is left alone. Choice: the two heads' weights are 0.01 of Kaiming's, so that the policy
-    starts next to uniform (it would start at 50 to 90 % of the greatest entropy, by luck).
+    Kaiming's gain assumes. All are drawn from a generator seeded by `seed`, without changing the
+    global random state. Choice: the two heads' weights are scaled by 0.01, so that the initial
+    policy is close to uniform (otherwise its entropy is 50 to 90 % of the maximum, by chance).
 
     Raises ValueError for an unknown `network`.
     """
@@ -52,7 +52,7 @@ class PolicyNetwork(nn.Module):
         super().__init__()
         if network not in NETWORKS:
             raise ValueError(f"policy network {network!r} is none of {', '.join(NETWORKS)}")
-        # Constructors draw their own initial values: those, and the draws, are thrown away.
+        # The constructors' initial values, and their change of the random state, are discarded.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             self.layer = nn.Embedding(layers, _EMBEDDING)
             self.kind = nn.Embedding(kinds, _EMBEDDING)
@@ -93,8 +93,8 @@ def log_probability(
 ) -> Tensor:
     """log p(a | ξ) of the drawn indices `rank` and `location`, (n,) int64 each: (n,), in nats.
 
-    log p_r + log p_s where `location_counts`, (n,) bool, is True, and log p_r alone elsewhere:
-    where r = 0 was drawn, s had no effect and deserves neither credit nor blame.
+    log p_r + log p_s where `location_counts`, (n,) bool, is True, and log p_r elsewhere: if r = 0
+    was drawn, s had no effect and gets no credit.
     """
     log_r = rank_logits.log_softmax(-1).gather(-1, rank[:, None]).squeeze(-1)
     log_s = location_logits.log_softmax(-1).gather(-1, location[:, None]).squeeze(-1)
@@ -105,13 +105,13 @@ def sample(probabilities: Tensor, draws: Tensor) -> Tensor:
     """Inverse CDF: one index per row of `probabilities` (n, m), on any device; (n,) int64, CPU.
 
     `draws` are n numbers in [0, 1), float64. Probabilities are rounded to 1e-6 and renormalised,
-    in integers, so that two devices which differ in the last bits hardly ever draw differently.
+    in integers, so that devices that differ in the last bits almost always draw the same index.
     An index whose rounded probability is 0 is never drawn.
 
     Raises ValueError for other shapes, for draws outside [0, 1), and for rows that are negative,
     not finite or all zero.
     """
-    # numpy's: for so few numbers torch's threads would take longer to wake than to count.
+    # numpy: at this size the overhead of torch's threads exceeds the computation.
     p = probabilities.detach().to("cpu", torch.float64).numpy()
     u = draws.to("cpu", torch.float64).numpy()
     if p.ndim != 2 or u.shape != p.shape[:1]:
@@ -126,17 +126,17 @@ def sample(probabilities: Tensor, draws: Tensor) -> Tensor:
         raise ValueError("a row of probabilities is zero")
     # draw < 1 keeps draw × total below total in float64 too, hence the index below m.
     threshold = (u[:, None] * total).astype(np.int64)
-    return torch.from_numpy((cumulative <= threshold).sum(-1))  # for so few faster than a search
+    return torch.from_numpy((cumulative <= threshold).sum(-1))  # at this size faster than a search
 
 
 def sparsemax(scores: Tensor) -> Tensor:
-    """The point of the simplex nearest to each row of `scores` (n, m): (n, m), mostly zeros.
+    """Euclidean projection of each row of `scores` (n, m) onto the simplex: (n, m), sparse.
 
-    max(z − τ, 0) with the τ that makes it sum to 1 (Martins & Astudillo 2016), found by dropping
-    what lies below the support's own τ until nothing does (Michelot 1986). This needs sums only,
-    which are deterministic on CUDA where the usual cumulative sum of the sorted row is not.
+    max(z − τ, 0) with τ such that it sums to 1 (Martins & Astudillo 2016), by removing entries
+    below the support's τ until none are (Michelot 1986). This uses only sums, which are
+    deterministic on CUDA, unlike the usual cumulative sum of the sorted row.
     """
-    scores = scores - scores.detach().amax(-1, keepdim=True)  # then τ < 0: the largest stays
+    scores = scores - scores.detach().amax(-1, keepdim=True)  # so τ < 0: the largest remains
     support = torch.ones_like(scores, dtype=torch.bool)
     while True:
         threshold = (scores.where(support, 0.0).sum(-1, True) - 1) / support.sum(-1, True)
@@ -147,13 +147,13 @@ def sparsemax(scores: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """−Σ p log p, in nats, of every row (n, m): (n,)."""
+    """−Σ p log p in nats of each row of `logits` (n, m): (n,)."""
     logs = logits.log_softmax(-1)
     return -(logs.exp() * logs).sum(-1)
 
 
 def _body(network: str, inputs: int) -> nn.Module:
-    """(n, inputs) to (n, 64)."""
+    """The network's backbone, (n, inputs) → (n, 64)."""
     if network == "tabnet":
         return _TabNet(inputs)
     stages: list[nn.Module] = []
@@ -168,8 +168,8 @@ def _body(network: str, inputs: int) -> nn.Module:
 class _ResidualBlock(nn.Module):
     """x + Linear(ReLU(Linear(Norm(x)))): (n, width) to (n, width) (Gorishniy et al. 2021, 3.2).
 
-    Choice: the paper's ResNet-32 convolves images; a unit's numbers form none, so `resnet` is
-    the tabular one, a block after each of the MLP's hidden layers, and no dropout.
+    Choice: the paper's ResNet-32 is convolutional, for images; `resnet` is the tabular ResNet, one
+    block after each of the MLP's hidden layers, without dropout.
     """
 
     def __init__(self, width: int):
@@ -185,14 +185,14 @@ class _ResidualBlock(nn.Module):
 class _TabNet(nn.Module):
     """TabNet's encoder (Arik & Pfister 2021): (n, inputs) to (n, 64).
 
-    Each step reads the columns that its sparse mask lets through,
+    Each step selects columns by a sparse mask,
 
         M[i] = sparsemax(P[i−1] · h_i(a[i−1]))      P[i] = Π_{j ≤ i} (γ − M[j])
         d[i], a[i] = f_i(M[i] · x)                  output = Σ_i ReLU(d[i])
 
-    Choices: no norm on the input, whose columns come scaled; no sparsity loss; the norm inside
-    h_i starts with a gain of 0.1. At 1, a mask picks about 4 of 700 columns before it has learned
-    which, and often keeps to them; at 0.1 it starts with about 25.
+    Choices: no norm of the input, whose columns are scaled already; no sparsity loss; the norm in
+    h_i has an initial gain of 0.1. At 1, an untrained mask selects about 4 of 700 columns and often
+    stays with them; at 0.1 it selects about 25.
     """
 
     def __init__(self, inputs: int):
@@ -213,7 +213,7 @@ class _TabNet(nn.Module):
         return output
 
     def _transform(self, x: Tensor, step: int) -> tuple[Tensor, ...]:
-        """f_i: two gated layers that all steps share, two of its own; √½ keeps the variance."""
+        """f_i: two gated layers shared by all steps, two of this step; √½ keeps the variance."""
         first, *others = (*self.shared, *self.own[2 * step : 2 * step + 2])
         x = first(x)
         for layer in others:
@@ -222,7 +222,7 @@ class _TabNet(nn.Module):
 
 
 def _gated(inputs: int, width: int) -> nn.Sequential:
-    """(n, inputs) to (n, width). The bias keeps the norm from hiding a lone column's size."""
+    """(n, inputs) to (n, width). Without the bias, the norm would cancel a lone column's scale."""
     return nn.Sequential(nn.Linear(inputs, 2 * width), nn.LayerNorm(2 * width), nn.GLU())
 
 

@@ -1,15 +1,15 @@
-"""REINFORCE over (rank, location) of every unit: LeLoRA's policy, how it draws and how it learns.
+"""REINFORCE over the actions (rank, location) of all units: drawing from the policy and learning.
 
     a_u ~ p(· | ξ_u; Ω)        Ω ← Ω − η₂ (1/n) Σ_u (R_u − b_u) ∇_Ω log p(a_u | ξ_u; Ω)      (10)
 
-R is a loss, lower is better. Eq. 9's R_i is one number for all units (`credit: global`) or the
-unit's own (`attributed`); b averages earlier R only, so that the first sample, which has none,
-teaches nothing. Where every action's reward is known and not only the drawn one's
-(`counterfactual`), the sum over actions takes the place of the sample, without its variance:
+R is a loss: lower is better. R is one number for all units (`credit: global`, eq. 9) or one per
+unit (`attributed`); b averages only earlier rewards, so the first sample is not learned from. If
+the rewards of all actions are known (`counterfactual`), the expectation over actions replaces the
+sample and its variance:
 
     Ω ← Ω − η₂ (1/n) Σ_u ∇_Ω Σ_a p(a | ξ_u; Ω) R_u(a)
 
-Everything here lives on rank 0.
+All of this runs on rank 0.
 """
 
 from collections import deque
@@ -27,24 +27,24 @@ from adapters.methods.lelora.policy import PolicyNetwork, entropy, log_probabili
 from adapters.methods.lelora.window import SlidingWindow
 
 _PRECISION = 2.0**16
-"""Rewards are rounded to so many parts of the next power of two."""
+"""Rewards are rounded to multiples of the next power of two divided by this."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A sample whose reward is still to come, with the Ω and the inputs that it was drawn from."""
+    """A sample without its reward yet, with the Ω and the features it was drawn from."""
 
-    weights: Tensor  # end to end
+    weights: Tensor  # concatenated
     features: Tensor
     ranks: Tensor
     locations: Tensor
 
 
 class Reinforce:
-    """The policy of all units: n rows of layer, matrix type and features.
+    """The policy of n units and its learning rule.
 
-    `ranks` is the set R, `locations` the number of locations, `sizes` (n) the parameters that one
-    component of a unit has.
+    `layer` and `kind`: (n,) indices; `features`: number of features F; `ranks`: the set R;
+    `locations`: number of locations; `sizes` (n,): parameters of one component of each unit.
     """
 
     def __init__(
@@ -72,24 +72,25 @@ class Reinforce:
         fused = device.type == "cuda"
         self._optimizer = make(self.network.parameters(), lr=options.learning_rate, fused=fused)
         self._parameters = dict(self.network.named_parameters())
-        # TabNet looks at values to know when it is done: its operations cannot be recorded.
-        recorded = fused and options.network != "tabnet"
-        descend = self._descend_table if options.credit == "counterfactual" else self._descend_drawn
-        self._descend = GraphReplay(descend, recorded)
-        self._look = GraphReplay(self._probabilities, recorded)
+        # TabNet's control flow depends on values: it cannot be captured in a CUDA graph.
+        captured = fused and options.network != "tabnet"
+        counterfactual = options.credit == "counterfactual"
+        descend = self._descend_expected if counterfactual else self._descend_sampled
+        self._descend = GraphReplay(descend, captured)
+        self._evaluate = GraphReplay(self._probabilities, captured)
         self._earlier: SlidingWindow | None = None  # rewards
         self._draws: deque[Draw] = deque()
-        self._figures: dict[str, Callable[[], Tensor]] = {}  # computed where the log asks
+        self._figures: dict[str, Callable[[], Tensor]] = {}  # evaluated on access only
 
     @property
     def scalars(self) -> dict[str, float]:
-        """What the log shows."""
+        """Numbers for the log."""
         return {name: float(figure()) for name, figure in self._figures.items()}
 
     def draw(self, step: int, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices into R and into the locations, (n) each on the CPU, for `step`.
+        """Draw the actions of `step`: indices into R and into the locations, (n,) each on the CPU.
 
-        Depends on (seed, step), Ω and `features` (n, F) only.
+        Depends only on (seed, step), Ω and `features` (n, F).
         """
         n = len(self._layer)
         self._generator.manual_seed(seeds.mixed(self.seed, step))
@@ -103,18 +104,18 @@ class Reinforce:
         return ranks, locations
 
     def _copied(self) -> Tensor:
-        """Ω end to end: what is differentiated later must not have moved meanwhile."""
+        """A copy of Ω, concatenated: `learn` differentiates at the Ω of the draw."""
         return torch.cat([p.detach().view(-1) for p in self._parameters.values()])
 
     @torch.no_grad()
     def probabilities(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """p of every rank (n, |R|) and of every location (n, |S|), by today's Ω; on the CPU."""
+        """p of every rank (n, |R|) and location (n, |S|) under the current Ω, on the CPU."""
         n = len(self._layer)
         if self.options.mode == "uniform":
             weights = torch.tensor(self.options.rank_weights or [1.0] * len(self._ranks))
             ranks, locations = weights.repeat(n, 1), torch.ones(n, self._locations)
             return ranks / ranks.sum(1, keepdim=True), locations / self._locations
-        both, rank_logits, location_logits = self._look(features)
+        both, rank_logits, location_logits = self._evaluate(features)
         self._figures |= {
             "entropy_rank": lambda: entropy(rank_logits).mean(),
             "entropy_location": lambda: entropy(location_logits).mean(),
@@ -123,15 +124,15 @@ class Reinforce:
         return ranks, locations
 
     def _probabilities(self, features: Tensor) -> tuple[Tensor, ...]:
-        """p of ranks and locations side by side, for one transfer; their logits."""
+        """p of ranks and locations, concatenated for one transfer, and their logits."""
         logits = self._logits(self._parameters, features)
         return torch.cat([part.softmax(1) for part in logits], 1), *logits
 
     def learn(self, reward: Tensor) -> None:
-        """One step on Ω with the reward of the oldest draw that still lacks its own.
+        """One step on Ω with the reward of the oldest pending draw.
 
-        (1): one for all; (n): each unit's own; (n, |R|, |S|): each action's. A unit whose reward is
-        not finite learns nothing from this draw, and its baseline stays.
+        Shape (1,): one reward for all units; (n,): per unit; (n, |R|, |S|): per unit and action.
+        Units with a non-finite reward contribute no gradient, and their baseline stays unchanged.
         """
         draw = self._draws.popleft()
         reward = reward.double().to(self._layer.device)
@@ -149,12 +150,12 @@ class Reinforce:
             self._descend(draw.features, draw.weights, reward)
         else:
             reward = self._priced(_rounded(reward), draw.ranks)
-            self._learn_drawn(draw, reward, self._earlier.all)
+            self._learn_sampled(draw, reward, self._earlier.all)
             self._earlier.push_(reward)
         self._earlier.counted()
 
-    def _learn_drawn(self, draw: Draw, reward: Tensor, earlier: Tensor) -> None:
-        """With b and spread of the earlier rewards only."""
+    def _learn_sampled(self, draw: Draw, reward: Tensor, earlier: Tensor) -> None:
+        """Learn from the drawn actions; b and the spread are those of the earlier rewards."""
         self._figures["reward"] = reward.nanmean
         if len(earlier) == 0:
             return
@@ -164,12 +165,13 @@ class Reinforce:
         spread = _spread(earlier) if normalised else torch.ones_like(reward)
         if spread is not None:
             advantage = (reward - baseline) / spread.clamp(min=1e-300)
-            if normalised:  # where nothing varies yet nothing is learned, and no outlier rules
+            if normalised:  # 0 while the earlier rewards are constant; outliers are clipped
                 advantage = advantage.where(spread > 0, 0.0).clamp(-3.0, 3.0)
             self._update(draw, advantage.nan_to_num())
 
     def _priced(self, reward: Tensor, drawn: Tensor | None = None) -> Tensor:
-        """`drawn`: indices into R (n); none where the rewards are every action's."""
+        """Rewards plus the price of the trained parameters. `drawn`: indices into R (n,); None if
+        the rewards are those of all actions."""
         if self.options.cost == 0:
             return reward
         if drawn is None:
@@ -178,7 +180,7 @@ class Reinforce:
         return reward + (price if len(reward) > 1 else price.sum(0, keepdim=True))
 
     def _baseline(self, earlier: Tensor) -> Tensor:
-        """b from the earlier rewards only."""
+        """b, the mean or the extrapolated trend of the earlier rewards."""
         mean = earlier.nanmean(0)
         if self.options.baseline == "mean":
             return mean
@@ -190,43 +192,45 @@ class Reinforce:
         return torch.where(known.sum(0) < 3, mean, mean + slope * (len(earlier) - middle))
 
     def _update(self, draw: Draw, advantage: Tensor) -> None:
-        """Eq. 10 at the Ω that drew; the optimizer moves today's Ω."""
+        """Eq. 10: the gradient at the Ω of the draw, the step on the current Ω."""
         ranks, locations = (part.to(advantage.device) for part in (draw.ranks, draw.locations))
         counts = (self._ranks[ranks] > 0) | self.options.idle_location
         self._descend(draw.features, draw.weights, advantage, ranks, locations, counts)
 
-    def _descend_drawn(
+    def _descend_sampled(
         self, features: Tensor, flat: Tensor, advantage: Tensor, ranks: Tensor, locations: Tensor,
         counts: Tensor,
     ) -> Sequence[Tensor]:  # fmt: skip
-        """(1/n) Σ_u (R_u − b_u) log p(a_u)"""
-        weights, rank_logits, location_logits = self._again(flat, features)
+        """One step on (1/n) Σ_u (R_u − b_u) log p(a_u)."""
+        weights, rank_logits, location_logits = self._recompute(flat, features)
         log_p = log_probability(
             rank_logits, location_logits, ranks, locations, location_counts=counts
         )
         loss = (advantage.to(log_p) * log_p).mean()
-        return self._move(weights, loss, rank_logits, location_logits)
+        return self._optimizer_step(weights, loss, rank_logits, location_logits)
 
-    def _descend_table(self, features: Tensor, flat: Tensor, reward: Tensor) -> Sequence[Tensor]:
-        """(1/n) Σ_u Σ_a p(a) R_u(a), with R averaged over the window, over its largest entry where
-        `normalised`."""
+    def _descend_expected(self, features: Tensor, flat: Tensor, reward: Tensor) -> Sequence[Tensor]:
+        """One step on (1/n) Σ_u Σ_a p(a) R_u(a), with R averaged over the window and, if
+        `normalised`, divided by its largest entry."""
         assert self._earlier is not None
         self._earlier.push_(self._priced(_rounded(reward)))
         mean = self._earlier.padded.nanmean(0).nan_to_num()
         if self.options.advantage == "normalised":
             mean = mean / mean.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
-        weights, rank_logits, location_logits = self._again(flat, features)
+        weights, rank_logits, location_logits = self._recompute(flat, features)
         both = rank_logits.softmax(1).unsqueeze(2) * location_logits.softmax(1).unsqueeze(1)
         expected = (both * mean.to(both)).sum((1, 2)).where(_known(reward), 0.0)
-        return self._move(weights, expected.mean(), rank_logits, location_logits)
+        return self._optimizer_step(weights, expected.mean(), rank_logits, location_logits)
 
-    def _again(self, flat: Tensor, features: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The Ω that drew and its logits, differentiable."""
+    def _recompute(
+        self, flat: Tensor, features: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The Ω of a draw and its logits, differentiable."""
         weights = {name: w.requires_grad_() for name, w in self._parts(flat.detach()).items()}
         return weights, *self._logits(weights, features)
 
     def _parts(self, flat: Tensor) -> dict[str, Tensor]:
-        """Ω's parameters, of their values end to end."""
+        """Ω's parameters as views of their concatenated values."""
         parts = flat.split([p.numel() for p in self._parameters.values()])
         named = zip(self._parameters.items(), parts, strict=True)
         return {name: part.view_as(parameter) for (name, parameter), part in named}
@@ -235,24 +239,25 @@ class Reinforce:
         inputs = self._layer, self._kind, features
         return functional_call(self.network, dict(weights), inputs)
 
-    def _move(
+    def _optimizer_step(
         self, weights: dict[str, Tensor], loss: Tensor, rank_logits: Tensor, location_logits: Tensor
     ) -> Sequence[Tensor]:
-        """One step of the optimizer on Ω along the gradient at `weights`."""
+        """One optimizer step on Ω with the gradient of `loss` (minus the entropy bonus) at
+        `weights`."""
         if self.options.entropy:
             both = entropy(rank_logits) + entropy(location_logits)
             loss = loss - self.options.entropy * both.mean()
         gradients = torch.autograd.grad(loss, list(weights.values()))
         for parameter, gradient in zip(self._parameters.values(), gradients, strict=True):
             parameter.grad = gradient
-        if self.options.optimizer == "adam":  # refuses to be recorded without; warns if it is not
+        if self.options.optimizer == "adam":  # required under capture; warns otherwise
             capturing = loss.is_cuda and torch.cuda.is_current_stream_capturing()
             self._optimizer.param_groups[0]["capturable"] = capturing
         self._optimizer.step()
         return ()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Ω, its optimizer, earlier rewards, and the draws that still lack their reward."""
+        """Ω, its optimizer, the earlier rewards and the pending draws."""
         state = {f"network.{name}": p.detach() for name, p in self._parameters.items()}
         for index, moments in self._optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{index}.{part}": tensor for part, tensor in moments.items()}
@@ -276,7 +281,7 @@ class Reinforce:
             int(index): dict(parts) for index, parts in _nested(state, "optimizer.").items()
         }
         self._optimizer.load_state_dict(optimizer)
-        self._descend.forget()  # moments and rewards lie elsewhere now
+        self._descend.forget()  # moments and rewards were reallocated
         if "earlier" in state:
             self._earlier = SlidingWindow(self.options.baseline_window, state["earlier"].to(device))
         for _, parts in sorted(_nested(state, "draw.").items(), key=lambda item: int(item[0])):
@@ -288,13 +293,13 @@ class Reinforce:
 
 
 def _known(reward: Tensor) -> Tensor:
-    """Units (n) whose rewards are finite."""
+    """(n,) bool: the units whose rewards are all finite."""
     return reward.isfinite().view(len(reward), -1).all(1)
 
 
 def _spread(earlier: Tensor) -> Tensor | None:
-    """Standard deviation of the earlier rewards, 0 for a unit with fewer than two; None while
-    nobody has them."""
+    """Standard deviation of the earlier rewards, 0 for a unit with fewer than two; None if no unit
+    has two."""
     if len(earlier) < 2:
         return None
     squares = (earlier - earlier.nanmean(0)).square().nansum(0)
@@ -302,15 +307,15 @@ def _spread(earlier: Tensor) -> Tensor | None:
 
 
 def _rounded(reward: Tensor) -> Tensor:
-    """To 16 significant bits, so that the order of a reduction decides nothing; NaN where a unit's
-    are not all finite."""
+    """Round to 16 significant bits, so that results do not depend on the order of reductions; NaN
+    for units whose rewards are not all finite."""
     known = _known(reward).view(-1, *[1] * (reward.dim() - 1))
     mantissa, exponent = torch.frexp(reward.where(known, torch.nan))
     return torch.ldexp(torch.round(mantissa * _PRECISION) / _PRECISION, exponent)
 
 
 def _nested(state: Mapping[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
-    """`prefix` index `.` name → by index, by name."""
+    """Entries named `<prefix><index>.<name>`, nested as {index: {name: tensor}}."""
     nested: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         if name.startswith(prefix):

@@ -1,11 +1,11 @@
-"""A sliding window over tensors of one shape, kept in one fixed buffer."""
+"""A sliding window over tensors of one shape, in one fixed buffer."""
 
 import torch
 from torch import Tensor
 
 
 class SlidingWindow:
-    """The newest `size` tensors, float64, on the device of `earlier` (m, …): the initial content,
+    """The newest `size` tensors, float64, on the device of the initial content `earlier` (m, …),
     newest last."""
 
     def __init__(self, size: int, earlier: Tensor):
@@ -21,7 +21,7 @@ class SlidingWindow:
 
     @property
     def all(self) -> Tensor:
-        """(m, …), the newest last."""
+        """(m, …), newest last."""
         return self.padded[len(self.padded) - self.count :]
 
     def push_(self, newest: Tensor) -> None:

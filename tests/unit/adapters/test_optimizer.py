@@ -204,3 +204,39 @@ def test_counters_decide_which_tensors_saw_tokens_and_keep_no_old_buffer():
     assert same == [True, False, False]
     optimizer.rebind_parameters([Trainable("third", third)])
     assert tokens.grad is None and optimizer.saw_tokens() is None
+
+
+def units_and_a_head(R=(3, 3), counters=()):
+    """Two units' A, g, B and a head's weight."""
+    shapes = [(R[0], 5), (R[0],), (R[0], 4), (R[1], 7), (R[1],), (R[1], 2), (6, 9)]
+    tensors = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    roles = [*"AgBAgB", None]
+    of_unit = [None, *counters] if counters else [None] * 3
+    return tensors, [
+        Trainable(f"t{i}", tensor, role=role, token_counter=of_unit[i // 3 + 1] if role else None)
+        for i, (tensor, role) in enumerate(zip(tensors, roles, strict=True))
+    ]
+
+
+def test_sums_by_component_are_of_units_and_roles_alone():
+    tensors, held = units_and_a_head()
+    optimizer = MaskedAdamW(held, learning_rate=1e-2)
+    expected = torch.stack([t.detach().reshape(3, -1).sum(1) for t in tensors[:6]]).view(2, 3, 3)
+    torch.testing.assert_close(optimizer.by_component(optimizer.values), expected)
+    assert optimizer.units_that_saw_tokens() is None
+    without_g = MaskedAdamW([t for t in held if t.role != "g"], learning_rate=1e-2)
+    torch.testing.assert_close(without_g.by_component(without_g.values), expected[:, [0, 2]])
+
+
+def test_units_of_different_rank_have_no_common_shape():
+    optimizer = MaskedAdamW(units_and_a_head((3, 2))[1], learning_rate=1e-2)
+    with pytest.raises(AssertionError, match="different R"):
+        optimizer.by_component(optimizer.values)
+
+
+def test_units_that_saw_tokens():
+    tokens = nn.Parameter(torch.zeros(2))
+    _, held = units_and_a_head(counters=[(tokens, 0), (tokens, 1)])
+    optimizer = MaskedAdamW([*held, Trainable("tokens", tokens, observed=True)], learning_rate=0.1)
+    tokens.grad.copy_(torch.tensor([0.0, 4.0]))
+    assert optimizer.units_that_saw_tokens().tolist() == [False, True]

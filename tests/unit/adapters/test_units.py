@@ -40,7 +40,7 @@ def test_regular_expressions_match_the_whole_path(llama):
     ]
     with pytest.raises(ValueError, match="matches no linear layer"):
         select_targets(names, "q_proj")
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="is not a regular expression"):
         select_targets(names, "(")
 
 

@@ -7,6 +7,7 @@ import torch
 
 from adapters.formats import formats
 from adapters.formats.formats import FORMATS
+from adapters.formats.names import FORMAT_NAMES
 
 SHAPES = [(64, 128), (96, 40), (7, 65), (1, 3)]  # in and out of step with blocks of 64
 
@@ -101,3 +102,7 @@ def test_bits_survive_a_copy_and_a_cast_to_their_own_dtype(name):
     packed = FORMATS[name].pack(matrix((64, 64)).bfloat16(), torch.bfloat16)
     copied = packed.to(torch.bfloat16).clone()
     assert torch.equal(copied.view(torch.uint8), packed.view(torch.uint8))
+
+
+def test_the_configuration_knows_every_format():
+    assert tuple(FORMATS) == FORMAT_NAMES

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapters.decision import Decision
 from adapters.formats.formats import FORMATS
 from adapters.gated import GatedAdapter
-from adapters.layers.experts import AdaptedExperts, StackedLinear, hosted_experts
+from adapters.layers.experts import AdaptedExperts, StackedLinear, adapted_experts
 from adapters.layers.linear import Dropout
 from adapters.units import linear_names, make_units, select_targets
 from tests.helpers import losses, quick_config, save_mixture, save_random_model
@@ -102,7 +102,7 @@ def test_the_operator_keeps_its_promises_to_autograd_and_the_compiler(ranks):
     stack, _ = stack_of("nf4", ranks)
     offsets = offsets_of(ROUTINGS["some get none"])
     x = torch.randn(32, IN, requires_grad=True)
-    torch.library.opcheck(hosted_experts, (x, offsets, stack.handle, OUT))
+    torch.library.opcheck(adapted_experts, (x, offsets, stack.handle, OUT))
 
 
 def test_tokens_without_a_loss_are_not_counted():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from adapters.gated import GatedAdapter
-from adapters.layers.linear import AdaptedLinear, Dropout, hosted_linear
+from adapters.layers.linear import AdaptedLinear, Dropout, adapted_linear
 
 
 def host(fmt="none", bias=True, out=48, inp=64, rank=4, dtype=torch.float32, seed=0, learn=True):
@@ -167,7 +167,7 @@ def test_the_operator_is_opaque_to_torch_compile():
     for ours, theirs in zip(gradients(compiled, layer, x), gradients(layer, layer, x), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
     torch.library.opcheck(
-        hosted_linear,
+        adapted_linear,
         (x.requires_grad_(True), layer.handle, 48),
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 from unittest.mock import patch
 
@@ -17,11 +18,20 @@ from trainer.errors import RunFailed, UserError
 from trainer.run.run import run
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run of six steps, with checkpoints at 2, 4 and 6."""
+    tmp = tmp_path_factory.mktemp("finished")
+    with patch("trainer.run.run.draw_loss"):
+        run(quick_config(tmp, "run.steps=6", "checkpoint.every=2"), World())
+    return tmp
+
+
 @pytest.fixture
-def saved(tmp_path):
-    """A finished run of six steps with checkpoints at 2, 4 and 6."""
+def saved(finished, tmp_path):
+    """A copy of that run which a test may damage, and its folder."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     config = quick_config(tmp_path, "run.steps=6", "checkpoint.every=2")
-    run(config, World())
     return tmp_path, config.run_folder
 
 

@@ -17,12 +17,14 @@ from trainer.run.run import run
 from trainer.training.evaluation import evaluate_saved
 
 TEXT = "model: {id: some/model}\ndata: {train: t.jsonl}\nengine: {kind: fsdp2%s}\n"
-NOTE = "note: engine.whole_blocks is now engine.unsharded_blocks; the old name goes with the next"
+NOTE = (
+    "note: engine.whole_blocks is now engine.unsharded_blocks; the old name is removed in the next"
+)
 
 
 @pytest.fixture(autouse=True)
 def untold(monkeypatch):
-    monkeypatch.setattr(aliases, "_told", set())
+    monkeypatch.setattr(aliases, "_noted", set())
 
 
 def file(tmp_path, more):

@@ -402,7 +402,7 @@ def test_nested_overrides(tmp_path: Path) -> None:
         (".seed=5", ["'.seed=5'", "section.key=value"]),
         ("run.=5", ["'run.=5'", "section.key=value"]),
         ("run..seed=5", ["'run..seed=5'", "section.key=value"]),
-        ("model.id.x=5", ["'model.id.x=5'", "id is no section", "section.key=value"]),
+        ("model.id.x=5", ["'model.id.x=5'", "id is not a section", "section.key=value"]),
         ("run.seed=[1", ["'run.seed=[1'", "not valid YAML"]),
         ("run.seed={a: 1, a: 2}", ["'a' is given twice"]),
         ("run.stepz=5", ["run.stepz: unknown key", "did you mean 'steps'?"]),

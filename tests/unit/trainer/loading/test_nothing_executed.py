@@ -50,7 +50,7 @@ MODULES = {
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.hub.load",
          "importlib.import_module", "runpy.run_path", "yaml.unsafe_load", "yaml.full_load",
          "torch.jit.load", "torch.package.PackageImporter"}  # fmt: skip
-KNOWN = ("importlib.import_module(module)",)  # of the table of engines
+KNOWN = ("importlib.import_module(module)",)  # of the registries and of the commands
 REMOTE = {
     "AutoConfig.from_pretrained",
     "AutoTokenizer.from_pretrained",

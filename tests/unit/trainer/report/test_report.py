@@ -378,7 +378,7 @@ def test_jaccard_and_stability(tmp_path):
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     runs = [read_run(write_run(tmp_path / parent / "run", "lora")) for parent in ("a", "b")]
-    assert [run.name for run in reports._told_apart(runs)] == ["a/run", "b/run"]
+    assert [run.name for run in reports._with_unique_names(runs)] == ["a/run", "b/run"]
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
@@ -441,7 +441,9 @@ def test_command(root, tmp_path, monkeypatch, capsys):
     script = str(root / "launch/report.py")
     monkeypatch.setattr(os, "_exit", sys.exit)  # what a failure ends in; this process goes on
     monkeypatch.setattr(sys, "argv", [script, str(folders[0])])
-    runpy.run_path(script, run_name="__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    assert ended.value.code == 0
     assert capsys.readouterr().out.split() == [str(folders[0] / "figures/loss.png")]
     monkeypatch.setattr(sys, "argv", [script, *map(str, folders)])
     with pytest.raises(SystemExit) as ended:

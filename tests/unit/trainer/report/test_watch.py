@@ -57,7 +57,7 @@ def test_a_run_that_was_killed_shows_no_sign_of_life(tmp_path):
     Heartbeat(tmp_path).beat(steps=10, step=3)
     beat = json.loads((tmp_path / "heartbeat.json").read_text())
     (tmp_path / "heartbeat.json").write_text(json.dumps({**beat, "time": time.time() - 7200}))
-    assert "without a sign of life for 2.0 h" in shown(tmp_path)
+    assert "no heartbeat for 2.0 h" in shown(tmp_path)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

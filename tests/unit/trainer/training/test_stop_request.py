@@ -80,7 +80,7 @@ def ask_at(step: int):
 
     def accumulate(session, batch, index):
         if index == step:
-            stop._note(signal.SIGUSR1, None)
+            stop._on_signal(signal.SIGUSR1, None)
         return honest(session, batch, index)
 
     return stop, patch.object(training_step, "accumulate", accumulate)
@@ -115,7 +115,7 @@ def test_a_run_asked_in_its_last_step_simply_ends(tmp_path):
 
 def test_a_run_asked_before_its_first_step_saves_nothing(tmp_path):
     stop, _ = ask_at(-1)
-    stop._note(signal.SIGTERM, None)
+    stop._on_signal(signal.SIGTERM, None)
     with pytest.raises(Interrupted, match="after step 0; last checkpoint: none"):
         run(quick_config(tmp_path, "run.name=early"), World(), stop)
 

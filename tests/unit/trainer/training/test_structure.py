@@ -137,13 +137,13 @@ def test_weightlora_plus_shares_out_the_ranks(keep, rank, small, tmp_path):
     )  # fmt: skip
     train_only(World(), config.model_dump())
     selection = json.loads((config.run_folder / "allocation.jsonl").read_text().splitlines()[-1])
-    assert set(selection.ranks.values()) == {rank}
-    survivors = len(selection.survivors)
+    assert set(selection["ranks"].values()) == {rank}
+    survivors = len(selection["survivors"])
     assert 0 < survivors <= keep
     sizes = {u["name"]: u["in_features"] + u["out_features"] for u in units(config)}
     last = lines(config.run_folder)[-1]
     assert last["method/rank_left_over"] == 14 * 8 - survivors * rank
-    trained = sum(rank * sizes[name] for name in selection.survivors)
+    trained = sum(rank * sizes[name] for name in selection["survivors"])
     assert last["trainable_parameters"] == last["active_parameters"] == trained
     assert lines(config.run_folder)[0]["trainable_parameters"] == 8 * sum(sizes.values())
 
@@ -240,7 +240,7 @@ def test_every_seed_step_and_micro_batch_drops_its_own():
         host.adapter = GatedAdapter(
             torch.ones(256, 256).triu(), torch.ones(256), torch.ones(256, 8)
         )
-        host.dropout = Dropout(0.5, True, method._dropout_seed, 0)
+        host.dropout = Dropout(0.5, True, method.adapters._dropout_seed, 0)
         host.train()
         for step, micro_batch in places:
             method.adapters.set_dropout_seed(step, micro_batch)
