@@ -87,8 +87,7 @@ FAULTS = [
     ),
     Fault(
         "deepspeed silently becomes ddp", "trainer/engine/select.py",
-        'return config.engine.kind, ""',
-        'return config.engine.kind.replace("deepspeed", "ddp"), ""',
+        'return asked, ""', 'return asked.replace("deepspeed", "ddp"), ""',
         (ENGINES,),
     ),
     Fault(
@@ -103,7 +102,7 @@ FAULTS = [
         (ENGINES,),
     ),
     Fault(
-        "dropout is the same in every micro-batch", "adapters/methods/base.py",
+        "dropout is the same in every micro-batch", "adapters/adapter_set.py",
         "self._dropout_seed.fill_(seeds.mixed(self.seed, step, micro_batch))",
         "self._dropout_seed.fill_(seeds.mixed(self.seed, step, 0))",
         (f"{METHOD_TESTS}/test_lora.py", "tests/unit/trainer/training/test_structure.py"),
@@ -122,7 +121,7 @@ FAULTS = [
         ("tests/unit/trainer/data/test_loader.py", CHECKPOINT),
     ),
     Fault(
-        "each rank takes its own mean over tokens", "trainer/training/loop.py",
+        "each rank takes its own mean over tokens", "trainer/training/step.py",
         "loss = loss / batch.weight",
         "loss = loss / max(1, sum(part.weight for _, part in batch.micro_batches))",
         (ENGINES,),
@@ -145,8 +144,8 @@ FAULTS = [
         (f"{METHOD_TESTS}/test_lalora.py", "tests/unit/trainer/training", METHODS),
     ),
     Fault(
-        "a replay takes a record whose digest differs", "trainer/decisions/log.py",
-        'if decision.get("digest") != decision_digest(decision):', "if False:",
+        "a replay takes a record whose digest differs", "trainer/decisions/replay.py",
+        'if line["digest"] != digest:', "if False:",
         (METHODS,),
     ),
     Fault(

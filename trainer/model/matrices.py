@@ -30,7 +30,7 @@ def install_adapted_layers(
             adapted = AdaptedLinear(layer, weight_format)
             set_module(model, path, adapted)
             adapted_layers[path] = adapted
-        else:  # a place in a stack of experts
+        else:  # an expert in a stack
             layer.layer.weight_format = weight_format
             adapted_layers[path] = layer
     return adapted_layers

@@ -20,8 +20,9 @@ torch.set_num_threads(1)
 from trainer.config.config import parse_config
 from trainer.distributed.world import World
 from trainer.engine.single import SingleEngine
-from trainer.loading.load import load
-from trainer.model.build import build, load_tokenizer
+from trainer.loading.load import load_backbone
+from trainer.model.build import build
+from trainer.model.hub import load_tokenizer
 from trainer.tasks.registry import TASKS
 
 def anonymous():  # resident and private: pages of mapped files come and go as the kernel likes
@@ -31,6 +32,7 @@ def anonymous():  # resident and private: pages of mapped files come and go as t
 
 config = parse_config(json.loads(Path(sys.argv[1]).read_text()))
 task = TASKS["causal_lm"](config.task, load_tokenizer(config.model))
+import bitsandbytes  # imported late by the formats: not counted as the model's memory
 build(config, task, torch.device("cpu"))
 before, peak, done = anonymous(), 0, False
 def watch():
@@ -40,7 +42,7 @@ def watch():
         time.sleep(0.001)
 thread = threading.Thread(target=watch)
 thread.start()
-loaded = load(config, task, SingleEngine(config, World()), World())
+loaded = load_backbone(config, task, SingleEngine(config, World()), World())
 done = True
 thread.join()
 held = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
