@@ -158,12 +158,12 @@ FAULTS = [
         "an evaluation leaves a record out", "trainer/training/evaluation.py",
         "parts = _forward(session, data, records)\n",
         "parts = _forward(session, data, records[:-1])\n",
-        ("tests/unit/trainer/training", "tests/unit/trainer/tasks", "tests/unit/trainer/export"),
+        ("tests/unit/trainer/training/test_evaluation.py",),
     ),
     Fault(
         "a larger survivor keeps the smaller one's alpha/r", "adapters/methods/weightlora.py",
-        "return fresh(unit, rank, self.scale, self.generator(unit, purpose=1))",
-        "return fresh(unit, rank, self.options.alpha / rank, self.generator(unit, purpose=1))",
+        "gate = self.options.alpha / (rank if self.options.rescale_alpha else self.options.rank)",
+        "gate = self.options.alpha / self.options.rank",
         (f"{METHOD_TESTS}/test_weightlora.py",),
     ),
     Fault(

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 
 from tests.helpers import ROOT, SERVER, environment, error_lines, free_port, losses, quick_config
+from trainer.checkpoint.store import newest
 from trainer.config.sections import RunOptions
 from trainer.distributed.world import World
 from trainer.errors import EXIT_REQUEUE, UserError
@@ -98,6 +99,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path):
         with patched, pytest.raises(Interrupted, match=f"stopped after step {step + 1}") as caught:
             run(config("asked"), World(), stop)
         assert caught.value.exit_code == EXIT_REQUEUE == 75
+        saved = newest(tmp_path / "runs/asked/checkpoints")  # else it would begin anew, and agree
+        assert saved.name == f"step-{step + 1:08d}" and str(saved) in str(caught.value)
         assert read_heartbeat(tmp_path / "runs/asked")["state"] == "interrupted"
     run(config("asked"), World())
     assert losses(tmp_path / "runs/asked") == losses(tmp_path / "runs/whole")
