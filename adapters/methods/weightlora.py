@@ -260,6 +260,15 @@ class WeightLoRAPlus(WeightLoRA):
 
     Options = WeightLoRAPlusOptions
 
+    def check_decision(self, decision: Decision) -> None:
+        super().check_decision(decision)
+        for name, rank in decision.ranks.items():
+            if self.options.expand == "qr" and rank < self.options.rank:
+                raise ValueError(
+                    f"rank {rank} for {name}; accepted with method.expand=qr: at least "
+                    f"{self.options.rank}, method.rank"
+                )
+
     def _survivor(self, unit: Unit, rank: int, decision: Decision) -> GatedAdapter:
         gate = self.options.alpha / (rank if self.options.rescale_alpha else self.options.rank)
         drawn = fresh(unit, rank, gate, self.generator(unit, purpose=1))

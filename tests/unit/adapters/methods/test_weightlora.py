@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from adapters.decision import Decision
 from tests.unit.adapters.methods.harness import (
     AdamW,
     Bench,
@@ -533,3 +534,17 @@ def test_stoiht_recovers_a_sparse_regression(seed):
     np.testing.assert_allclose(omega, w, atol=1e-3)
     positive = [bench.units[index].name for index in np.flatnonzero(w > 0)]
     assert bench.decisions[-1].survivors == positive == list(bench.adapters)
+
+
+def test_a_recorded_rank_below_what_a_survivor_has_learned_is_refused():
+    """`expand: qr` keeps the r learned components; a smaller rank has no room for them."""
+    for expand, accepted in (("qr", False), ("reinit", True)):
+        bench = bench_of("weightlora_plus", warmup_steps=1, keep=2, expand=expand)
+        omega = {unit.name: 1.0 for unit in bench.units}
+        name = bench.units[0].name
+        recorded = Decision(survivors=[name], ranks={name: RANK - 1}, scores={"omega": omega})
+        if accepted:
+            bench.method.check_decision(recorded)
+        else:
+            with pytest.raises(ValueError, match=f"rank {RANK - 1} for {name}; accepted"):
+                bench.method.check_decision(recorded)
