@@ -57,6 +57,21 @@ def test_a_method_decides_where_it_says(tmp_path, monkeypatch, kind, expected):
     assert torch.isfinite(torch.tensor(done.update.loss))
 
 
+def test_a_method_observes_gradients_before_they_are_clipped(tmp_path):
+    """Summed over the ranks, as they are; what follows scales them for the update alone."""
+    observed = {}
+    for limit in ("null", "1e-3"):
+        session = open_session(quick_config(tmp_path, f"optim.max_grad_norm={limit}"), World())
+        session.method.observe = lambda step, optimizer, limit=limit: observed.update(
+            {limit: optimizer.gradients.clone()}
+        )
+        training = Training(session, make_loader(session, World()), 4, make_validate(session))
+        done = train_step(training, 0)
+        assert done.update.grad_norm == pytest.approx(float(observed[limit].norm()), rel=1e-5)
+    assert torch.equal(observed["null"], observed["1e-3"])
+    assert float(observed["null"].norm()) > 1e-2, "nothing would be clipped"
+
+
 SETTINGS = """
 import torch.fx.experimental._config as shapes
 import trainer.model.blocks as blocks
