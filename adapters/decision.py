@@ -28,7 +28,7 @@ _TYPED = ("ranks", "locations", "survivors")
 @dataclass(frozen=True)
 class Decision:
     """All fields are optional. Names are those of units, or of a method's groups
-    (`Method.decided`)."""
+    (`Method.decided`: block numbers, or `all`)."""
 
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Number of components that train from now on, by name."""
@@ -96,7 +96,7 @@ class Decision:
                     counts = Counter(values.values()).items()
                     ordered = sorted(counts, key=lambda item: (isinstance(item[0], str), item[0]))
                     texts[key] = ", ".join(f"{value}: {count}" for value, count in ordered)
-            elif isinstance(values, int | float | str):
+            elif isinstance(values, int | float | str) and type(values) is not bool:
                 texts[key] = str(values)
         return texts
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapters.gated import GatedAdapter
-from adapters.units import stem
+from adapters.unit import stem
 
 _FORMER_EXPERT = re.compile(r"\.(gate_proj|up_proj|down_proj)$")
 """In a mixture PEFT treats `target_modules` of these names as the experts of transformers 4 and
@@ -67,8 +67,8 @@ def export_adapter(
     *,
     base_model: str,
     revision: str | None = None,
-    task_type: str | None = "CAUSAL_LM",
-    model_class: str = "AutoModelForCausalLM",
+    task_type: str | None,
+    model_class: str,
     heads: Mapping[str, Mapping[str, Tensor]] | None = None,
     labels: int | None = None,
     note: str = "",

@@ -308,7 +308,7 @@ def report(
         disk = "unknown" if f.share_from_disk is None else f"{f.share_from_disk:.0%}"
         stages = " | ".join(
             f"{f.stages[stage]:.1f}" if stage in f.stages else ""
-            for stage in ("reading", "splitting", "packing", "sharing")
+            for stage in ("reading", "decomposing", "packing", "exchanging")
         )
         gpu = "" if f.gpu_gib is None else f"{f.gpu_gib:.1f}"
         speed = f"{f.seconds:.1f} | {f.share_read:.2f} | {f.gb_per_second:.2f} | {disk}"

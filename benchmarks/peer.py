@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from adapters.units import stem
+from adapters.unit import stem
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.errors import UserError

@@ -23,7 +23,7 @@ import torch
 
 from adapters import banks, spectral
 from adapters.methods.registry import METHODS
-from adapters.units import Unit
+from adapters.unit import Unit
 from benchmarks.throughput import built
 from trainer.config.arguments import Parser, at_least, new_file
 from trainer.config.config import Config

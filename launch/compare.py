@@ -1,6 +1,6 @@
 """Compare methods on one task: choose learning rates on held-out records, then run several seeds.
 
-python launch/compare.py benchmarks/gsm8k.yaml OUT --workers 8
+rankcast compare benchmarks/gsm8k.yaml OUT --workers 8
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Estimate a run's memory per GPU and whether it fits, without GPU, weights or data.
 
-python launch/estimate.py configs/llama70b_random.yaml --gpus 2 [section.key=value ...]
+rankcast estimate configs/llama70b_random.yaml --gpus 2 [section.key=value ...]
 
 Exit code 0: it fits; 1: it does not.
 """

@@ -1,6 +1,6 @@
 """Evaluate a run's adapter, on any engine and on any data of its task's format.
 
-python launch/evaluate.py runs/NAME [data.eval=FILE ...]
+rankcast evaluate runs/NAME [data.eval=FILE ...]
 torchrun --nproc_per_node 2 launch/evaluate.py runs/NAME/checkpoints/step-00000100
 """
 
@@ -21,15 +21,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
-    from trainer.config.config import with_overrides
+    from trainer.config.config import on_engine, with_overrides
     from trainer.export import export
-    from trainer.run.launch import join
+    from trainer.run.launch import configure_libraries, join
     from trainer.training.evaluation import evaluate_saved
 
+    configure_libraries()
     checkpoint, state = export.locate(arguments.source)
     # Adapters are independent of the engine they were trained with.
-    any_engine = ["engine.kind=auto", "engine.config=null"]
-    config = with_overrides(export.saved_config(state), [*any_engine, *arguments.overrides])
+    config = with_overrides(on_engine(export.saved_config(state), "auto"), arguments.overrides)
     if config.data.eval is None:
         raise UserError("data.eval: null given; accepted: a file or a hub id to evaluate on")
     with join(config) as world:

@@ -1,9 +1,9 @@
 """Export a run's adapter, or a merged model.
 
-    python launch/export.py runs/NAME out/                     a LoRA for PEFT, vLLM, SGLang
-    python launch/export.py runs/NAME out/ --rank 8            the same, compressed
-    python launch/export.py runs/NAME out/ --what merged       the backbone with the LoRA merged
-    python launch/export.py runs/NAME out/ --what backbone     the backbone used in training
+    rankcast export runs/NAME out/                     a LoRA for PEFT, vLLM, SGLang
+    rankcast export runs/NAME out/ --rank 8            the same, compressed
+    rankcast export runs/NAME out/ --what merged       the backbone with the LoRA merged
+    rankcast export runs/NAME out/ --what backbone     the backbone used in training
 
 The source may also be a checkpoint folder. After training on a quantised backbone, `merged` and
 `backbone` contain the dequantised matrices (`--base original`: the unquantised ones), and the
@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse(argv, prog)
     from trainer.distributed import process_group
     from trainer.export.export import export_run
+    from trainer.run.launch import configure_libraries
 
+    configure_libraries()
     note = export_run(
         arguments.source,
         arguments.out,

@@ -1,7 +1,7 @@
 """Draw figures from the records of runs, as PNG and SVG.
 
-    python launch/report.py runs/NAME                  figures of one run, in runs/NAME/figures
-    python launch/report.py runs/A runs/B --out out/   figures that compare runs
+    rankcast report runs/NAME                  figures of one run, in runs/NAME/figures
+    rankcast report runs/A runs/B --out out/   figures that compare runs
 
 One run: loss, ranks by layer and matrix type, locations, ω, budget, policy. Several runs: accuracy
 against active parameters, stability of WeightLoRA's selection. Figures without data are omitted.

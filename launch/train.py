@@ -1,6 +1,6 @@
 """Train from a YAML configuration.
 
-python launch/train.py --config configs/quickstart.yaml [section.key=value ...]
+rankcast train --config configs/quickstart.yaml [section.key=value ...]
 torchrun --nproc_per_node 2 launch/train.py --config ...
 deepspeed --num_gpus 2 launch/train.py --config ...
 srun bash -c '. launch/slurm/rendezvous.sh; exec python launch/train.py --config ...'

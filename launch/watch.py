@@ -1,9 +1,9 @@
 """Monitor a run from its folder, on any machine that can read it.
 
-python launch/watch.py runs/NAME            live view until the run ends
-python launch/watch.py runs/NAME --once     print once; the exit code is the state of the run:
-                                            0 done, 75 interrupted (start it again), 1 failed,
-                                            3 still running
+rankcast watch runs/NAME            live view until the run ends
+rankcast watch runs/NAME --once     print once; the exit code is the state of the run:
+                                    0 done, 75 interrupted (start it again), 1 failed,
+                                    3 still running
 """
 
 import sys

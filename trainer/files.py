@@ -10,7 +10,7 @@ from pathlib import Path
 METRICS = "metrics.jsonl"
 """A line for every logged step and every evaluation."""
 DECISIONS = "allocation.jsonl"
-"""A line for every decision; closed segments of it are `DECISION_PARTS`."""
+"""A line for every decision; rotated parts of it are `DECISION_PARTS`."""
 DECISION_PARTS = "allocation-[0-9]*-[0-9]*.jsonl.gz"
 HEARTBEAT = "heartbeat.json"
 LOCK = ".lock"

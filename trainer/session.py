@@ -131,7 +131,8 @@ def open_session(
     engine = make_engine(config, world, task)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     spectral_init = None
-    if isinstance(method, SpectralMethod):
+    if method.splits_weight:
+        assert isinstance(method, SpectralMethod)
         spectra = cache_root(config.data) / "spectra"
         spectral_init = SpectralInit(method, world, spectra, initial_adapters)
     backbone = load_backbone(config, task, engine, world, spectral_init)

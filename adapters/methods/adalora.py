@@ -131,7 +131,10 @@ class AdaLoRA(Method):
         kept, R = decision.extra.get("kept"), self.options.components
         fit = isinstance(kept, dict) and all(_indices(kept.get(u.name), R) for u in self.units)
         if not (fit and isinstance(decision.extra.get("final"), bool)):
-            raise ValueError(f"no `final`, or not for every unit a list of components below {R}")
+            raise ValueError(
+                f"no `final`, or no list of components below {R} for every unit; accepted: "
+                "decisions recorded by adalora"
+            )
 
     def apply(self, decision: Decision) -> bool:
         R = self.options.components

@@ -176,6 +176,7 @@ class WeightLoRA(RLoRA):
             decision = Decision()
         names = [unit.name for unit in self.units]
         omega = dict(zip(names, (1 + self._offset).tolist(), strict=True))
+        # Steps of ω are rounded (`_PRECISION`): ties, as survivors, are the same on every engine.
         return replace(decision, scores={"omega": omega}, extra={"ties": ties} if ties else {})
 
     def _check_scores(self, decision: Decision) -> None:

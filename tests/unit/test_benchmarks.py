@@ -64,7 +64,7 @@ def test_loading_writes_a_checkpoint_and_reads_it_once(tmp_path, config, process
         loaded = passes[f"load, {state}"]
         assert loaded["share_read"] == 1.0 and loaded["bytes_read"] == data["bytes"]
         assert len(loaded["host_gib"]) == processes
-        assert ("splitting" in loaded["stages"]) == (processes == 2)
+        assert ("decomposing" in loaded["stages"]) == (processes == 2)
     # As published: transformers finds every tensor under the name that it expects.
     _, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]

@@ -18,6 +18,7 @@ from adapters.methods.registry import METHODS
 from adapters.methods.registry import OPTIONS as METHOD_OPTIONS
 from adapters.options import Section
 from trainer.config.aliases import note_renamed, rename_keys, rename_overrides
+from trainer.config.engines import ENGINES
 from trainer.config.sections import (
     CheckpointOptions,
     DataOptions,
@@ -126,6 +127,16 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """`config` with `section.key=value` overrides applied and validated. Raises UserError."""
     raw = config.model_dump(mode="json")
     _apply_overrides(raw, overrides)
+    return parse_config(raw)
+
+
+def on_engine(config: Config, kind: str) -> Config:
+    """`config` on another engine: the keys of `engine:` that only some engines take get their
+    defaults, since they were given for the engine that was recorded."""
+    raw = config.model_dump(mode="json")
+    for key in {option for entry in ENGINES.values() for option in entry.options}:
+        raw["engine"][key] = EngineOptions.model_fields[key].default
+    raw["engine"]["kind"] = kind
     return parse_config(raw)
 
 

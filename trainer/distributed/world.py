@@ -1,6 +1,6 @@
 """`World`: a rank's place among the others, collectives on small objects, collective failure.
 
-Apart from `process_group.py`, the engines and the checkpoint writer, the only module that calls
+Besides it only `process_group.py`, `failures.py`, the engines and the checkpoint writer call
 `torch.distributed`.
 """
 

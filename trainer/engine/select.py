@@ -80,13 +80,15 @@ def choose(config: Config, world: World, task: Task) -> tuple[str, str]:
         return AUTO["whole"], f"{found}at most {_STATES:.0%} of a GPU"
     found += f"more than {_STATES:.0%} of a GPU"
     if local_ranks == 1:
-        return AUTO["split"], f"{found}, and a host has only one"
+        return AUTO["split"], f"{found}, and each host has one GPU"
     if not world.peers:
-        return AUTO["split"], f"{found}, and those of a host cannot read each other's memory"
+        return AUTO["split"], f"{found}, and the GPUs of a host have no peer access"
     part = estimate(backbone, config, world.size, "blocks", local_ranks=local_ranks).total
     if part > room:
-        return AUTO["split"], f"{found}, and spread over those of a host still {readable(part)}"
-    return AUTO["blocks"], f"{found}, and spread over those of a host {readable(part)}"
+        return AUTO[
+            "split"
+        ], f"{found}; sharded over the GPUs of a host it still takes {readable(part)}"
+    return AUTO["blocks"], f"{found}; sharded over the GPUs of a host it takes {readable(part)}"
 
 
 def _those_for(*, one_process: bool) -> str:

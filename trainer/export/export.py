@@ -11,16 +11,18 @@ from torch import Tensor
 from adapters.gated import GatedAdapter
 from adapters.methods.registry import METHODS
 from adapters.peft_export import export_adapter
-from adapters.units import expert_counts, stem
+from adapters.unit import stem
+from adapters.units import expert_counts
 from trainer.checkpoint import store
 from trainer.checkpoint.state import read_initial_adapters
-from trainer.config.config import Config, parse_config, with_overrides
+from trainer.config.config import Config, on_engine, parse_config, with_overrides
 from trainer.config.engines import AUTO
 from trainer.distributed.world import World
 from trainer.errors import UserError, refuse_mismatch
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
 from trainer.files import CHECKPOINTS
 from trainer.model.backbone import BuiltModel
+from trainer.model.blocks import configure_compiler
 from trainer.model.build import build
 from trainer.model.hub import load_tokenizer, resolve_folder
 from trainer.tasks.base import Task
@@ -123,12 +125,10 @@ def cost_of_dequantising(config: Config, world: World, checkpoint: Path) -> str:
             f"Trained on the {config.model.quantization} backbone. The loss on the unquantised "
             "one was not measured: the run has no data.eval."
         )
-    engine = config.engine.model_copy(update={"kind": AUTO["one process"], "config": None})
+    config = on_engine(config, AUTO["one process"])
     plain = config.model.model_copy(update={"quantization": "none"})
     losses = [
-        evaluate_saved(
-            config.model_copy(update={"model": model, "engine": engine}), world, checkpoint
-        )["eval_loss"]
+        evaluate_saved(config.model_copy(update={"model": model}), world, checkpoint)["eval_loss"]
         for model in (config.model, plain)
     ]
     return (
@@ -162,7 +162,7 @@ def write_adapter(
         task_type=task.peft_task_type,
         model_class=task.auto_class.__name__,
         heads=heads,
-        labels=(len(state["labels"].get("labels", ())) or 1) if heads else None,
+        labels=task.head_outputs(state["labels"]),
         note=note,
     )
 
@@ -213,6 +213,8 @@ def write_model(
         adapters = saved_adapters(config, tensors) if with_adapter else {}
     initial = saved_initial(checkpoint, state)
     refuse_tied_targets(backbone, adapters)
+    if device.type == "cuda":  # weight formats compile kernels
+        configure_compiler()
     out.mkdir(parents=True, exist_ok=True)
     folder = resolve_folder(config.model.id, config.model.revision)
     merger = Merger(

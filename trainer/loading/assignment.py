@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from adapters.formats.formats import FORMATS
 from adapters.layers.base import PackedLayer
 from adapters.spectral import cost
-from adapters.units import Unit, stem
+from adapters.unit import Unit, stem
 from trainer.distributed.world import World
 from trainer.loading.source import Request
 from trainer.model.backbone import BuiltModel

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter
-from adapters.units import Unit
+from adapters.unit import Unit
 from trainer.errors import BadCheckpoint, UserError, refuse_mismatch
 from trainer.files import INITIAL, replacing, sha256
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapters.formats.formats import FORMATS
 from adapters.layers.base import PackedLayer
-from adapters.units import Unit
+from adapters.unit import Unit
 from trainer.distributed.world import World
 from trainer.loading.assignment import ParamTask, assign
 from trainer.loading.source import Source
@@ -49,7 +49,7 @@ class Materializer:
         with self._world.all_or_none():
             self._pack(group, deferred=False)
         if self._spectral_init is not None:
-            with self._timed("sharing"):
+            with self._timed("exchanging"):
                 self._spectral_init.exchange()
             with self._world.all_or_none():
                 self._pack(group, deferred=True)
@@ -57,7 +57,7 @@ class Materializer:
     def assign_to_model(self, task: ParamTask) -> None:
         """Broadcast a packed parameter within the host and assign it to the model. Collective."""
         value = self._packed.pop(task, None)
-        with self._timed("sharing"):
+        with self._timed("exchanging"):
             if value is None:
                 value = task.empty(self._dtype, self._world.device)
             self._world.share_(value, task.reader)
@@ -104,7 +104,7 @@ class Materializer:
             full = next(self._values)
         if self._spectral_init is None or unit is None:
             return full
-        with self._timed("splitting"):
+        with self._timed("decomposing"):
             return self._spectral_init.residual(unit, full)
 
     def _value(self, task: ParamTask, full: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from adapters import seeds
 from adapters.methods.base import InitialAdapter
 from adapters.methods.spectral import SpectralMethod
 from adapters.spectral import Triplets, singular_triplets
-from adapters.units import Unit
+from adapters.unit import Unit
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.loading.initial_adapters import initial_adapter_of, save_tensors

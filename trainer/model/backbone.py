@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from adapters.units import AdaptedLayer, Unit
+from adapters.layers.base import AdaptedLayer
+from adapters.unit import Unit
 from trainer.model.blocks import Blocks
 
 if TYPE_CHECKING:

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from adapters.layers.base import AdaptedLayer
 from adapters.layers.handles import RegisteredLayer
 from adapters.layers.linear import AdaptedLinear
-from adapters.methods.base import MethodOptions
-from adapters.units import AdaptedLayer, is_linear, layer_at, linear_names, transformer_blocks
+from adapters.methods.options import MethodOptions
+from adapters.units import is_linear, layer_at, linear_names, transformer_blocks
 from trainer.errors import UserError
 from trainer.model.backbone import set_module
 

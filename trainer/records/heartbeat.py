@@ -20,7 +20,7 @@ from trainer.files import HEARTBEAT, write_text
 
 EXIT_RUNNING = 3
 EXIT_CODES = {"done": 0, "interrupted": EXIT_REQUEUE, "failed": EXIT_FAILED}
-"""Exit codes of `launch/watch.py RUN --once` by state; `EXIT_RUNNING` for all other states."""
+"""Exit codes of `rankcast watch RUN --once` by state; `EXIT_RUNNING` for all other states."""
 
 _EVERY = 1.0  # minimum seconds between two writes by `beat`
 

@@ -18,6 +18,7 @@ from adapters.decision import Decision
 from adapters.unit import Unit, third
 from trainer.config.yaml import parse_json
 from trainer.errors import UserError
+from trainer.files import UNITS
 from trainer.records.jsonl import decision_files, read_objects
 
 Groups = Mapping[str, Sequence[int]]
@@ -92,7 +93,7 @@ def read_allocation(folder: Path, rank: float, end: int) -> Allocation | None:
     allocation: Allocation | None = None
     for file in decision_files(folder):
         for number, line in enumerate(read_objects(file), 1):
-            allocation = allocation or Allocation(read_units(folder / "units.json"), end=end)
+            allocation = allocation or Allocation(read_units(folder / UNITS), end=end)
             try:
                 _take(allocation, line["step"], Decision.from_plain(line), rank)
             except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.files import METRICS
 from trainer.records.jsonl import read_metrics
 
 
@@ -15,7 +16,7 @@ def draw_loss(runs: Sequence[Path], target: Path) -> Path:
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for run in runs:
-        lines = read_metrics(run / "metrics.jsonl")
+        lines = read_metrics(run / METRICS)
         trained = [(e["step"], e["loss"]) for e in lines if e.get("loss") is not None]
         evaluated = [(e["step"], e["eval_loss"]) for e in lines if e.get("eval_loss") is not None]
         name = "" if len(runs) == 1 else f"{run.name}: "

@@ -17,7 +17,7 @@ from adapters.methods.registry import METHODS
 from trainer.config.aliases import rename_keys
 from trainer.config.yaml import parse_yaml
 from trainer.errors import UserError
-from trainer.files import METRICS
+from trainer.files import CONFIG, FIGURES, METRICS
 from trainer.records.jsonl import read_metrics
 from trainer.report.allocation_history import Allocation, read_allocation
 from trainer.report.allocation_plots import (
@@ -80,7 +80,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Read a run folder. Raises UserError naming what is missing or broken in it."""
-    file = folder / "config.yaml"
+    file = folder / CONFIG
     if not file.is_file():
         problem = "no config.yaml in it" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {problem}; accepted: a run folder")
@@ -108,7 +108,7 @@ def report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
     if out is None and len(folders) > 1:
         raise UserError(f"--out: not given with {len(folders)} runs; accepted: a folder")
     runs = _with_unique_names([read_run(folder) for folder in folders])
-    out = out or folders[0] / "figures"
+    out = out or folders[0] / FIGURES
     written = []
     try:
         if any(run.series(key)[0] for run in runs for key in ("loss", "eval_loss")):

@@ -16,7 +16,7 @@ from rich.text import Text
 from adapters.decision import Decision
 from trainer.config.yaml import parse_json
 from trainer.errors import UserError
-from trainer.files import DECISIONS, METRICS
+from trainer.files import DECISIONS, METRICS, UNITS
 from trainer.records.heartbeat import EXIT_CODES, EXIT_RUNNING, read_heartbeat
 from trainer.records.jsonl import read_metrics
 
@@ -144,7 +144,7 @@ def _by_layer(folder: Path, ranks: Mapping[str, int]) -> list[float]:
         return [ranks[name] for name in sorted(ranks, key=int)]
     layers: dict[int, list[int]] = {}
     with suppress(OSError, ValueError, KeyError, TypeError):  # being written
-        for unit in parse_json((folder / "units.json").read_text(encoding="utf-8")):
+        for unit in parse_json((folder / UNITS).read_text(encoding="utf-8")):
             if unit["layer"] is not None:
                 layers.setdefault(unit["layer"], []).append(ranks.get(unit["name"], 0))
     return [sum(layers[layer]) / len(layers[layer]) for layer in sorted(layers)]

@@ -27,18 +27,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from pydantic_core import to_json
 
 from adapters.options import Section
+from trainer.config.aliases import with_old_names
 from trainer.config.config import Config, load_config, with_overrides
 from trainer.config.validation import validate
 from trainer.config.yaml import parse_json, parse_yaml
-from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.files import METRICS
 from trainer.records.jsonl import read_metrics
+
+if TYPE_CHECKING:
+    import torch
 
 Result = dict[str, Any]
 
@@ -143,8 +146,8 @@ def _job(
     ]  # fmt: skip
     config = load_config(comparison.base, overrides)
     # Without the folder, so that results can be moved.
-    text = config.model_dump_json(exclude={"run": {"dir", "name"}})
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    known_as = with_old_names(config.model_dump(mode="json", exclude={"run": {"dir", "name"}}))
+    digest = hashlib.sha256(to_json(known_as)).hexdigest()[:16]
     config = with_overrides(
         config, [f"run.name={method.replace(' ', '-')}-{rate:g}-{part}-{digest[:6]}"]
     )
@@ -185,29 +188,39 @@ def _work(
     return results
 
 
-_device = torch.device("cpu")
+_index = 0
+"""Of this worker."""
 
 
 def _prepare_worker(count: Any) -> None:
-    """Assign a worker's device: GPUs round-robin, or one CPU thread."""
-    global _device
+    """Number a worker."""
+    global _index
     with count.get_lock():
-        index = count.value
+        _index = count.value
         count.value += 1
+
+
+def _worker_device() -> "torch.device":
+    """The device of this worker's runs: GPUs round-robin, or one CPU thread."""
+    import torch  # late: a mistake in the comparison's file is reported before
+
     torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        _device = torch.device("cuda", index % torch.cuda.device_count())
-        torch.cuda.set_device(_device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", _index % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def _run(identity: Result, config: Config) -> Result:
     """One run from start to end, in a worker; a failure is returned as a result."""
+    from trainer.distributed.world import World
     from trainer.run.run import run
 
     try:
         if config.run_folder.exists():  # interrupted or failed
             shutil.rmtree(config.run_folder)
-        run(config, World(device=_device))
+        run(config, World(device=_worker_device()))
         return {**identity, "run": config.run.name, **summary(config.run_folder)}
     except Exception as error:  # the other runs continue; the table counts the runs
         return {**identity, "error": f"{type(error).__name__}: {error}",

@@ -84,10 +84,10 @@ class RunFolder:
         """Open the records: metrics, heartbeat and decisions."""
         assert self._heartbeat is not None
         config, decisions = session.config, None
+        metrics = MetricsWriter(config, self.path, steps, progress, self._heartbeat)
         if session.method.decides:
             limit = int(config.log.decisions_mib * 2**20)
             decisions = AllocationLog(self.path, session.method, progress.step, limit)
-        metrics = MetricsWriter(config, self.path, steps, progress, self._heartbeat)
         self.recorder = RunRecorder(metrics, decisions)
 
     def __enter__(self) -> "RunFolder":

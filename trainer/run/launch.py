@@ -1,4 +1,4 @@
-"""Setup and teardown of every entry point: configuration, process group, one error line.
+"""Setup and teardown of training and evaluation: configuration, process group, one error line.
 
 torch is imported only after the configuration is accepted.
 """

@@ -111,7 +111,7 @@ def dry_run(config: Config, world: World) -> str:
         f"units               {len(backbone.units)}",
         *(f"                    {len(names)} x {kind}" for kind, names in by_kind.items()),
         f"trainable           {trainable_parameters(backbone, config):,} parameters",
-        "memory a rank       without activations (launch/estimate.py has them)",
+        "memory per rank     without activations (`rankcast estimate` has them)",
         f"  backbone          {readable(needs.backbone)}",
         f"  gathered layers   {readable(needs.gathered)}",
         f"  trainable state   {readable(needs.trainable)}",
@@ -187,7 +187,7 @@ def _introduction(session: Session, steps: int, note: str) -> list[str]:
         *([f"          eval {eval_data.counts}"] if eval_data is not None else []),
         f"backbone  {type(session.model).__name__}, {session.backbone.dtype}, "
         f"{config.model.quantization}, "
-        f"{readable(engine.local_bytes(session.model))} a rank",
+        f"{readable(engine.local_bytes(session.model))} per rank",
         _loading(session.backbone.loading),
         f"engine    {_engine(engine)}, {world.size} rank(s), {world.device}",
         f"method    {config.method.kind}, rank {config.method.rank}, "
@@ -218,7 +218,7 @@ def _engine(engine: Engine) -> str:
 def _loading(figures: Loading) -> str:
     return (
         f"          loaded in {figures.seconds:.1f} s, {readable(figures.bytes_read)} read, "
-        f"host memory at most {readable(figures.peak_host_bytes)} a rank"
+        f"host memory at most {readable(figures.peak_host_bytes)} per rank"
     )
 
 
@@ -289,7 +289,7 @@ def _export(session: Session, folder: Path) -> str:
             task_type=session.task.peft_task_type,
             model_class=session.task.auto_class.__name__,
             heads=heads,
-            labels=session.backbone.model.config.num_labels if heads else None,
+            labels=session.task.head_outputs(session.task.labels_state()),
             experts=expert_counts(session.model),
             note=note,
         )
@@ -305,8 +305,10 @@ def _readme(config: Config, summary: str, note: str) -> str:
 |---|---|
 | `config.yaml` | the resolved configuration |
 | `units.json` | the adapted matrices |
+| `allocation.jsonl` | the decisions of an adaptive method |
+| `initial.safetensors` | initial adapters (LeLoRA, PiSSA, MiLoRA); checkpoints need it |
 | `metrics.jsonl` | one object per logged step or evaluation |
-| `heartbeat.json` | state of the run, for `launch/watch.py` and monitoring |
+| `heartbeat.json` | state of the run, for `rankcast watch` and monitoring |
 | `tensorboard/` | the metrics, for `tensorboard --logdir` |
 | `checkpoints/` | resumable on any engine and number of ranks |
 | `adapter/` | a LoRA that `peft.PeftModel.from_pretrained` loads |

@@ -4,7 +4,7 @@ A task is one file; loader and loop use this interface only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -83,12 +83,18 @@ class Task(ABC):
     def learn_labels(self, labels: Sequence[str | float]) -> None:  # noqa: B027
         """Receive the training labels, once, before anything is encoded."""
 
-    def labels_state(self) -> dict[str, Any]:
-        """Result of `learn_labels` as plain data, saved in checkpoints."""
+    def labels_state(self) -> dict[str, list[str]]:
+        """Result of `learn_labels`, saved in checkpoints."""
         return {}
 
-    def load_labels_state(self, state: dict[str, Any]) -> None:  # noqa: B027
+    def load_labels_state(self, state: dict[str, list[str]]) -> None:  # noqa: B027
         """Inverse of `labels_state`, in place of `learn_labels`."""
+
+    @classmethod
+    def head_outputs(cls, labels_state: Mapping[str, list[str]]) -> int | None:
+        """Outputs of the new head, which whoever loads the backbone has to give as `num_labels`;
+        None without a new head."""
+        return None
 
     def configure(self, config: "PretrainedConfig") -> None:  # noqa: B027
         """Set the task's fields of the model's configuration (number of labels, padding token)."""

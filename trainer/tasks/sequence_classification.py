@@ -1,7 +1,7 @@
 """Classify one text or a pair, or predict a number for it; the new head is trained in full."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -38,11 +38,15 @@ class SequenceClassification(Task):
                 "accepted: two or more, or task.problem=regression"
             )
 
-    def labels_state(self) -> dict[str, Any]:
+    def labels_state(self) -> dict[str, list[str]]:
         return {} if self.is_regression else {"labels": self.labels}
 
-    def load_labels_state(self, state: dict[str, Any]) -> None:
+    def load_labels_state(self, state: dict[str, list[str]]) -> None:
         self.labels = state.get("labels", [])
+
+    @classmethod
+    def head_outputs(cls, labels_state: Mapping[str, list[str]]) -> int:
+        return len(labels_state.get("labels", ())) or 1  # regression
 
     def configure(self, config: PretrainedConfig) -> None:
         config.problem_type = "regression" if self.is_regression else "single_label_classification"

@@ -267,9 +267,14 @@ class LeLoRA(SpectralMethod):
         for unit in self.units:
             rank, location = decision.ranks[unit.name], decision.locations.get(unit.name)
             if rank not in self.options.dimensions:
-                raise ValueError(f"rank {rank}; accepted: {self.options.dimensions}")
+                raise ValueError(
+                    f"rank {rank} for {unit.name}; accepted: {self.options.dimensions}"
+                )
             if location not in self.options.locations:
-                raise ValueError(f"{location}; accepted: {', '.join(self.options.locations)}")
+                raise ValueError(
+                    f"location {location} for {unit.name}; accepted: "
+                    f"{', '.join(self.options.locations)}"
+                )
 
     def apply(self, decision: Decision) -> bool:
         names = [unit.name for unit in self.units]
@@ -312,6 +317,7 @@ class LeLoRA(SpectralMethod):
             "spoiled": torch.tensor(self._spoiled),
             "last_loss": torch.tensor(self._last_loss, dtype=torch.float64),
         }
+        # "reached": the key in checkpoints since before the attribute had its name.
         held = {"before": self._before, "reached": self._saw_tokens, "reward": self._reward}
         return state | {name: tensor for name, tensor in held.items() if tensor is not None}
 

@@ -401,6 +401,9 @@ def test_routers_train_beside_the_adapters_and_are_exported(tmp_path):
         trained = stored[f"head/model.layers.{layer}.mlp.gate/inner.weight"]
         before = original[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
         assert 1e-3 < (trained - before).abs().max() < 0.1
+    export_run(config.run_folder, tmp_path / "again", World())
+    for adapter in (config.run_folder / "adapter", tmp_path / "again"):
+        assert "num_labels" not in (adapter / "README.md").read_text()  # a router is no new head
     export_run(config.run_folder, tmp_path / "merged", World(), what="merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(merged.model.layers[1].mlp.gate.weight.data, trained)

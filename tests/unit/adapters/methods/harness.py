@@ -18,7 +18,7 @@ from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.registry import METHODS
 from adapters.optimizer import MaskedAdamW
 from adapters.spectral import singular_triplets
-from adapters.units import Unit
+from adapters.unit import Unit
 from trainer.engine.base import Update
 from trainer.training.step import gradients_and_decision, observed_update
 

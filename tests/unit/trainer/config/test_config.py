@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config.config import Config, load_config, parse_config, with_overrides
+from tests.helpers import QUICKSTART
+from trainer.config.config import Config, load_config, on_engine, parse_config, with_overrides
 from trainer.errors import UserError
 
 MINIMAL: dict[str, Any] = {"model": {"id": "some/model"}, "data": {"train": "train.jsonl"}}
@@ -463,3 +464,19 @@ def test_yaml_names_every_key() -> None:
     assert list(written) == list(Config.model_fields)
     assert written["method"]["rank"] == 8
     assert written["task"]["loss_on"] == "completion"
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("fsdp2", "engine.unsharded_blocks=2"), ("fsdp2", "engine.copy_engines=true"),
+     ("deepspeed", "engine.config=configs/deepspeed/zero3.json")],
+)  # fmt: skip
+def test_on_another_engine_its_own_keys_are_left_behind(kind, given):
+    """A run is evaluated and exported on any engine, whichever recorded it."""
+    recorded = load_config(QUICKSTART, [f"engine.kind={kind}", given, "engine.timeout=77"])
+    for other in ("auto", "single"):
+        config = on_engine(recorded, other)
+        assert config.engine.kind == other and config.engine.timeout == 77
+        assert config.engine.unsharded_blocks == config.engine.copy_engines == "auto"
+        assert config.engine.config is None
+        assert config.model_copy(update={"engine": recorded.engine}) == recorded

@@ -98,6 +98,8 @@ def test_classifier_head_travels_with_the_adapter(tmp_path):
     logits = through_peft(plain, config.run_folder / "adapter")
     assert torch.allclose(logits, trained_logits(config), atol=1e-4)
     assert "num_labels=3" in (config.run_folder / "adapter/README.md").read_text()
+    export_run(config.run_folder, tmp_path / "again", World())
+    assert "num_labels=3" in (tmp_path / "again/README.md").read_text()
 
 
 def test_every_unit_has_alpha_over_r_of_one_and_empty_ones_are_left_out(tmp_path):
@@ -107,7 +109,13 @@ def test_every_unit_has_alpha_over_r_of_one_and_empty_ones_are_left_out(tmp_path
         )
         for i, r in enumerate((4, 4, 2, 0))
     }
-    export_adapter(tmp_path / "a", adapters, base_model=str(TINY))
+    export_adapter(
+        tmp_path / "a",
+        adapters,
+        base_model=str(TINY),
+        task_type="CAUSAL_LM",
+        model_class="AutoModelForCausalLM",
+    )
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4
     assert config["rank_pattern"] == config["alpha_pattern"]

@@ -14,7 +14,7 @@ from PIL import Image
 from adapters.banks import LOCATIONS
 from adapters.figures import BUDGET
 from adapters.methods.registry import METHODS
-from adapters.units import Unit
+from adapters.unit import Unit
 from trainer.errors import UserError
 from trainer.report import allocation_history, allocation_plots
 from trainer.report import report as reports

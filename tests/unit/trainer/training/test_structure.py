@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from adapters.gated import GatedAdapter
 from adapters.layers.linear import AdaptedLinear, Dropout
 from adapters.methods.registry import METHODS
-from adapters.units import Unit
+from adapters.unit import Unit
 from tests.helpers import ROOT, losses, quick_config, save_random_model
 from tests.world.cases import ok, run_cases
 from tests.world.worker import cut_run, drive, train_only, validation
