@@ -43,7 +43,7 @@ class Heartbeat:
         if time.monotonic() - self._last >= _EVERY:
             self.write()
 
-    def tell(self, state: str, **values: Any) -> None:
+    def set_state(self, state: str, **values: Any) -> None:
         """Enter a phase other than training steps, such as an evaluation."""
         self._values |= {"state": state, **values}
         self.write()

@@ -37,7 +37,7 @@ class MetricsWriter:
             if start == 0:
                 self._board.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
         self.heartbeat = heartbeat
-        heartbeat.tell("starting", step=start, steps=steps)
+        heartbeat.set_state("starting", step=start, steps=steps)
         self._steps, self._plain_after = steps, start
         self._bar: tqdm | None = None
         self._progress = config.log.progress
@@ -66,12 +66,12 @@ class MetricsWriter:
     def advance(self, step: int, loss: float, *, skipped: bool) -> None:
         """Report a finished step."""
         if skipped:
-            self.say(f"step {step}: loss or gradient not finite, step skipped")
+            self.log_line(f"step {step}: loss or gradient not finite, step skipped")
         self.heartbeat.beat(step=step, loss=None if _is_nan(loss) else loss)
         if self._bar is not None:
             self._bar.update(1)
 
-    def say(self, line: str) -> None:
+    def log_line(self, line: str) -> None:
         """Print a line on the terminal, above the progress bar."""
         if self._progress == "none":
             return
@@ -92,12 +92,12 @@ class MetricsWriter:
         evaluated = {k: v for k, v in values.items() if k.startswith("eval_")}
         if evaluated:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in evaluated.items())
-            self.say(f"step {step}/{self._steps}  {figures}")
+            self.log_line(f"step {step}/{self._steps}  {figures}")
         elif self._bar is not None:
             self._bar.set_postfix_str(f"loss {values['loss']:.4f}")
         elif step > self._plain_after:  # about twenty lines per run
             self._plain_after = step - 1 + max(1, self._steps // 20)
-            self.say(
+            self.log_line(
                 f"step {step}/{self._steps}  loss {values['loss']:.4f}  "
                 f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3f}  "
                 f"{values['tokens_per_second']:.0f} tokens/s  {values['peak_memory_gib']:.2f} GiB"

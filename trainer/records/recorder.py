@@ -17,7 +17,7 @@ class DecisionLog(Protocol):
 class Recorder(Protocol):
     """Called alike on every rank."""
 
-    def say(self, line: str) -> None:
+    def log_line(self, line: str) -> None:
         """Print a line on the terminal."""
 
     def write(self, values: dict[str, Any]) -> None:
@@ -29,7 +29,7 @@ class Recorder(Protocol):
     def decided(self, step: int, decision: Any) -> None:
         """Record a decision (None: none was made) before optimizer step `step`."""
 
-    def tell(self, state: str) -> None:
+    def set_state(self, state: str) -> None:
         """Enter a phase other than training steps, such as an evaluation."""
 
     def close(self) -> None:
@@ -39,11 +39,11 @@ class Recorder(Protocol):
 class SilentRecorder:
     """Writes nothing: for ranks other than 0."""
 
-    def say(self, line: str) -> None: ...
+    def log_line(self, line: str) -> None: ...
     def write(self, values: dict[str, Any]) -> None: ...
     def advance(self, step: int, loss: float, *, skipped: bool) -> None: ...
     def decided(self, step: int, decision: Any) -> None: ...
-    def tell(self, state: str) -> None: ...
+    def set_state(self, state: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -53,8 +53,8 @@ class RunRecorder:
 
     def __init__(self, metrics: MetricsWriter, decisions: DecisionLog | None):
         self._metrics, self._decisions = metrics, decisions
-        self.say, self.write, self.advance = metrics.say, metrics.write, metrics.advance
-        self.tell = metrics.heartbeat.tell
+        self.log_line, self.write, self.advance = metrics.log_line, metrics.write, metrics.advance
+        self.set_state = metrics.heartbeat.set_state
 
     def decided(self, step: int, decision: Any) -> None:
         if self._decisions is not None and decision is not None:

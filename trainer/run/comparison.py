@@ -71,7 +71,7 @@ def read_comparison(path: Path) -> Comparison:
 
 
 def compare(
-    comparison: Comparison, out: Path, workers: int, say: Callable[[str], None] = print
+    comparison: Comparison, out: Path, workers: int, report_line: Callable[[str], None] = print
 ) -> list[Result]:
     """Run all jobs without a result; returns all results and writes their table, OUT/table.md."""
     out.mkdir(parents=True, exist_ok=True)
@@ -82,14 +82,14 @@ def compare(
     with ProcessPoolExecutor(workers, context, _prepare_worker, (context.Value("i", 0),)) as pool:
         if len(rates) > 1:
             jobs = [_job(comparison, out, m, rate) for rate in rates for m in comparison.methods]
-            results += _work(pool, jobs, results_file, say)
+            results += _work(pool, jobs, results_file, report_line)
         chosen = {method: choose(results, method, comparison) for method in comparison.methods}
         jobs = [
             _job(comparison, out, method, chosen[method], seed)
             for seed in comparison.seeds
             for method in comparison.methods
         ]
-        results += _work(pool, jobs, results_file, say)
+        results += _work(pool, jobs, results_file, report_line)
     (out / "table.md").write_text(table(comparison, results), encoding="utf-8")
     return results
 
@@ -167,7 +167,7 @@ def _work(
     pool: ProcessPoolExecutor,
     jobs: Sequence[tuple[Result, Config]],
     results_file: Path,
-    say: Callable[[str], None],
+    report_line: Callable[[str], None],
 ) -> list[Result]:
     """Results of all jobs; those that succeeded before are not repeated."""
     done = [result for result in _stored_results(results_file) if "error" not in result]
@@ -184,7 +184,7 @@ def _work(
         results.append(result)
         with results_file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(result) + "\n")
-        say(json.dumps(result))
+        report_line(json.dumps(result))
     return results
 
 

@@ -36,7 +36,7 @@ from trainer.run.folder import RunFolder
 from trainer.session import Session, open_data, open_session
 from trainer.training.loop import Run, make_loader, total_steps, train
 from trainer.training.lr_schedule import learning_rate
-from trainer.training.step import Training, say_plan
+from trainer.training.step import Training, log_plan
 from trainer.training.stop_request import StopRequest
 from trainer.training.validation import make_validate
 
@@ -77,8 +77,8 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
             initial_digest = folder.describe(session, initial_digest)
             folder.record(session, steps, progress)
     for line in (*_introduction(session, steps, folder.lock.note), *_resumption(start, config)):
-        folder.recorder.say(line)
-    say_plan(folder.recorder, plan)
+        folder.recorder.log_line(line)
+    log_plan(folder.recorder, plan)
     training = Training(session, loader, steps, make_validate(session), folder.recorder, replay)
     writer = CheckpointWriter(session, loader, folder.checkpoints, initial_digest)
     train(Run(training, writer, progress, stop))

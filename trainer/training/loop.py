@@ -113,7 +113,7 @@ def _begin(run: Run) -> None:
 def _evaluate(run: Run) -> None:
     if run.session.config.data.eval is None:
         return
-    run.training.recorder.tell("evaluating")
+    run.training.recorder.set_state("evaluating")
     scores = evaluate(run.session)
     run.progress.evaluated = run.progress.step
     run.training.recorder.write({"step": run.progress.step, **scores})

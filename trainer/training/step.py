@@ -128,7 +128,7 @@ def _rebind(training: Training, step: int) -> None:
     session.optimizer.rebind_parameters(session.trainables())
     release(device)
     adapters = session.method.adapters.values()
-    training.recorder.say(
+    training.recorder.log_line(
         f"step {step}: {len(adapters)} of {len(session.method.units)} units kept, rank "
         f"{max((adapter.rank for adapter in adapters), default=0)}, memory "
         f"{readable(before)} -> {readable(held_bytes(device))}"
@@ -142,7 +142,7 @@ def _gradients(training: Training, step: int) -> tuple[Step, torch.Tensor]:
     size = session.method.micro_batch_size or session.config.data.micro_batch_size
     if size != batches.micro_batch_size:
         batches.micro_batch_size = size
-        say_plan(training.recorder, planner.make_plan(session, size))
+        log_plan(training.recorder, planner.make_plan(session, size))
     batch = batches.next_step()
     return batch, _accumulate_within_memory(training, batch, step)
 
@@ -163,7 +163,7 @@ def _accumulate_within_memory(training: Training, batch: Step, step: int) -> tor
         session.optimizer.zero_grad()
         with session.world.all_or_none():
             remark = planner.reduce_plan(session)
-        training.recorder.say(f"step {step + 1}: {remark}")
+        training.recorder.log_line(f"step {step + 1}: {remark}")
 
 
 def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
@@ -185,7 +185,7 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
     return total
 
 
-def say_plan(recorder: Recorder, plan: planner.Plan | None) -> None:
+def log_plan(recorder: Recorder, plan: planner.Plan | None) -> None:
     """Log the plan for the GPU's memory, if there is one."""
     if plan is not None:
-        recorder.say(f"memory    {plan}")
+        recorder.log_line(f"memory    {plan}")

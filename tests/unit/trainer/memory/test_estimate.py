@@ -87,7 +87,7 @@ def test_auto_chooses_the_engine_that_a_run_would(tmp_path):
     found = small(tmp_path, *deep, gpus=2, memory=memory)
     assert found.engine == "peer" and "more than 60%" in found.reason
     found = predict(quick_config(tmp_path, *deep), 2, memory, hosts=2)
-    assert found.engine == "fsdp2" and "a host has only one" in found.reason
+    assert found.engine == "fsdp2" and "each host has one GPU" in found.reason
     with pytest.raises(UserError, match=r"engine.kind: single given with 2 processes"):
         small(tmp_path, "engine.kind=single", gpus=2)
 
