@@ -56,7 +56,8 @@ def whole(folder) -> Callable[..., list[float]]:
 def write_config(folder: Path, name: str, steps: int = STEPS, *overrides: str) -> str:
     config = quick_config(
         folder, f"run.steps={steps}", f"run.name={name}", "engine.kind=auto", "engine.device=cpu",
-        "run.slurm_margin=10", "model.quantization=nf4", "data.eval=null", *overrides,
+        "run.slurm_margin=10", "model.quantization=nf4", "data.eval=null", "log.progress=plain",
+        *overrides,
     )  # fmt: skip
     file = folder / f"{name}.yaml"
     file.write_text(config.to_yaml())
