@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from adapters.layers.experts import AdaptedExperts
+from adapters.layers.expert_modules import AdaptedExperts
 from adapters.methods.options import MethodOptions
 from adapters.methods.registry import METHODS
 from adapters.units import linear_names, make_units, select_targets

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from adapters.layers.experts import AdaptedExperts, StackedLinear
+from adapters.layers.expert_modules import AdaptedExperts
+from adapters.layers.experts import StackedLinear
 from adapters.units import transformer_blocks
 from trainer.errors import UserError
 
@@ -48,7 +49,7 @@ def gates(model: nn.Module) -> list[tuple[str, int, int]]:
     found = []
     for path, module in model.named_modules():
         if isinstance(module, AdaptedExperts):
-            block, experts = path.rpartition(".")[0], module.gate_up_proj.experts
+            block, experts = path.rpartition(".")[0], module.experts
             for name, child in model.get_submodule(block).named_children():
                 weight = getattr(child, "weight", None)
                 if isinstance(weight, nn.Parameter) and weight.shape[0] in (1, experts):

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adapters.decision import Decision
 from adapters.formats.formats import FORMATS
 from adapters.gated import GatedAdapter
-from adapters.layers.experts import AdaptedExperts, StackedLinear, adapted_experts
+from adapters.layers.expert_modules import AdaptedExperts
+from adapters.layers.experts import StackedLinear, adapted_experts
 from adapters.layers.linear import Dropout
 from adapters.units import linear_names, make_units, select_targets
 from tests.helpers import losses, quick_config, save_mixture, save_random_model
