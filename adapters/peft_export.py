@@ -75,6 +75,7 @@ def export_adapter(
     initial: Mapping[str, GatedAdapter] | None = None,
     rank: int | None = None,
     experts: Mapping[str, int] | None = None,
+    fan_in_fan_out: bool = False,
 ) -> float:
     """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
 
@@ -83,7 +84,8 @@ def export_adapter(
     that loads the backbone; `labels`: outputs of its new head, if any; `initial`: the parts of W
     that adapters were initialised as; `experts`: number of experts by path of their stack. The
     adapters of a stack become one LoRA on its parameter (PEFT's `target_parameters`), with the
-    largest of their ranks. Units of rank 0 are omitted, since PEFT rejects them.
+    largest of their ranks; `fan_in_fan_out`: adapted modules hold (in, out), as `Conv1D` does (PEFT
+    corrects it per module). Units of rank 0 are omitted, since PEFT rejects them.
 
     `rank`: compress every unit to at most this rank. Returns the relative error of the compression,
     ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.
@@ -127,6 +129,7 @@ def export_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = _peft_config(ranks, sorted(modules), sorted(heads))
+    config["fan_in_fan_out"] = fan_in_fan_out
     if parameters:
         config["target_parameters"] = sorted(parameters)
     config |= {
@@ -187,7 +190,6 @@ def _peft_config(
         "modules_to_save": heads or None,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
     }
 
 

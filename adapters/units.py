@@ -25,10 +25,17 @@ def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes exactly x Wᵀ + b: some routers subclass nn.Linear and do more."""
+    """Whether an `nn.Linear` computes exactly x Wᵀ + b: some routers subclass nn.Linear and do more."""
     return isinstance(module, nn.Linear) and (
         type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
     )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' `Conv1D` (GPT-2): x W + b with W (in, out)."""
+    from transformers.pytorch_utils import Conv1D  # not at the top: it takes seconds
+
+    return isinstance(module, Conv1D) and type(module).forward is Conv1D.forward
 
 
 def linear_names(model: nn.Module, heads: Sequence[str] = ()) -> list[str]:

@@ -128,10 +128,7 @@ class AdaptedExperts(nn.Module):
         assert form is not None
         self.form = form
         for name in form.stacks:
-            stack = getattr(experts, name)
-            if form.transposed:
-                stack = nn.Parameter(stack.data.mT.contiguous(), requires_grad=False)
-            setattr(self, name, StackedLinear(stack, stored_transposed=form.transposed))
+            setattr(self, name, StackedLinear(getattr(experts, name), transposed=form.transposed))
         for name in form.biases:
             self.register_parameter(name, getattr(experts, name))
         for name, child in experts.named_children():

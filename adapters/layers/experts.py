@@ -61,15 +61,17 @@ class ExpertLayer:
 class StackedLinear(PackedLayer):
     """One projection of E experts: frozen `y = x W_eᵀ` in any weight format, at most E adapters.
 
-    `weight` is the packed matrix (E · out, in) of all experts. `stored_transposed`: files hold the
-    stack as (E, in, out).
+    `weight` is the packed matrix (E · out, in) of all experts.
     """
 
     def __init__(
-        self, weight: nn.Parameter, weight_format: str = "none", *, stored_transposed: bool = False
+        self, weight: nn.Parameter, weight_format: str = "none", *, transposed: bool = False
     ):
+        """`weight` (E, out, in), or (E, in, out) if `transposed`."""
         super().__init__()
-        self.stored_transposed = stored_transposed
+        self.transposed = transposed
+        if transposed:
+            weight = nn.Parameter(weight.detach().mT.contiguous(), weight.requires_grad)
         self.experts, self.out_features, self.in_features = weight.shape
         self.weight_format = weight_format
         self.weight = weight

@@ -23,7 +23,8 @@ from adapters.layers.handles import add_gradients, layer_of
 class AdaptedLinear(PackedLayer):
     """Frozen `y = x Wᵀ + bias` in any weight format, with at most one gated adapter.
 
-    Replaces an `nn.Linear`. `weight` holds the packed matrix (see `formats.py`).
+    Replaces an `nn.Linear`, or a `Conv1D` of transformers (GPT-2), which computes the same with W
+    transposed. `weight` holds the packed matrix (see `formats.py`).
     `adapter` is None or replicated on every rank; it is not a submodule, so sharders never find it.
     """
 
@@ -33,11 +34,18 @@ class AdaptedLinear(PackedLayer):
     """The part of W that spectral initialisation moved into the adapter; dropout then applies only
     to the adapter's difference from it."""
 
-    def __init__(self, linear: nn.Linear, weight_format: str):
+    def __init__(self, linear: nn.Module, weight_format: str, *, transposed: bool = False):
+        """`linear` has a weight of shape (out, in), (in, out) if `transposed`, and a bias or
+        None."""
         super().__init__()
-        self.out_features, self.in_features = linear.out_features, linear.in_features
+        weight = linear.weight
+        assert isinstance(weight, nn.Parameter)
+        self.transposed = transposed
+        if transposed:
+            weight = nn.Parameter(weight.detach().mT.contiguous(), weight.requires_grad)
+        self.out_features, self.in_features = weight.shape
         self.weight_format = weight_format
-        self.weight = linear.weight
+        self.weight = weight
         self.bias = linear.bias
         self.adapter = self.dropout = self.initial = None
 

@@ -151,10 +151,12 @@ def write_adapter(
     task = TASKS[config.task.kind]
     with refuse_mismatch(checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
+    experts, fan_in_fan_out = _layout(config, state, adapters)
     return export_adapter(
         out,
         adapters,
-        experts=_experts(config, state, adapters),
+        experts=experts,
+        fan_in_fan_out=fan_in_fan_out,
         initial=saved_initial(checkpoint, state),
         rank=rank,
         base_model=config.model.id,
@@ -167,17 +169,20 @@ def write_adapter(
     )
 
 
-def _experts(
+def _layout(
     config: Config, state: Mapping[str, Any], adapters: Mapping[str, GatedAdapter]
-) -> dict[str, int]:
-    """Number of experts of every stack. A model that is no longer available counts as one without
-    experts, provided that no stack has adapters."""
+) -> tuple[dict[str, int], bool]:
+    """Number of experts of every stack, and whether adapted modules hold (in, out). A model that is
+    no longer available counts as one without either, provided that no stack has adapters."""
     try:
-        return expert_counts(_built(config, state, torch.device("cpu"))[0].model)
+        backbone, _ = _built(config, state, torch.device("cpu"))
     except UserError:
         if any(stem(name) != name for name in adapters):
             raise
-        return {}
+        return {}, False
+    layers = [backbone.adapted_layers[name].layer for name in adapters]
+    transposed = any(layer.transposed and not layer.stacked for layer in layers)
+    return expert_counts(backbone.model), transposed
 
 
 def _built(

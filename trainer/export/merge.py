@@ -58,10 +58,13 @@ class Merger:
             elif isinstance(owner, PackedLayer) and owner.stacked:
                 yield from self._stack(path, owner)
             else:
-                key = self._files.check([name], self._prefix, tuple(parameter.shape))
+                matrix = owner if isinstance(owner, PackedLayer) and attribute == "weight" else None
+                shape = tuple(parameter.shape) if matrix is None else matrix.stored_shape
+                key = self._files.check([name], self._prefix, shape)
                 value = self._files.read(key).to(self.device, self.dtype)
-                if isinstance(owner, PackedLayer) and attribute == "weight":
-                    value = self._final(owner, [path], value.unsqueeze(0))[0]
+                if matrix is not None:
+                    full = matrix.reoriented(value).unsqueeze(0)
+                    value = matrix.reoriented(self._final(matrix, [path], full)[0])
                 yield self._published(name), value.cpu().contiguous()
         for name, _ in self.model.named_buffers():
             key = self._files.find(name, self._prefix) or ""
@@ -71,10 +74,20 @@ class Merger:
     def _stack(self, path: str, stack: PackedLayer) -> Iterator[tuple[str, Tensor]]:
         """A stack of experts, as one tensor or expert by expert, as in the files."""
         numbers = range(len(stack.adapted_layers))
-        read = (self._files.read_expert(path, e, self._prefix, stack.shape) for e in numbers)
-        value = torch.stack([matrix.to(self.device, self.dtype) for matrix in read])
-        value = self._final(stack, stack.layer_names(path), value).cpu()
-        keys = [self._files.check_expert(path, e, self._prefix, stack.shape) for e in numbers]
+        shape, turned = stack.stored_shape, stack.transposed
+        read = (
+            self._files.read_expert(path, e, self._prefix, shape, transposed=turned)
+            for e in numbers
+        )
+        value = torch.stack([
+            stack.reoriented(matrix.to(self.device, self.dtype)) for matrix in read
+        ])  # fmt: skip
+        value = self._final(stack, stack.layer_names(path), value)
+        value = stack.reoriented(value).cpu()
+        keys = [
+            self._files.check_expert(path, e, self._prefix, shape, transposed=turned)
+            for e in numbers
+        ]
         if keys[0] == keys[-1]:  # a single tensor in the files
             yield path, value
             return

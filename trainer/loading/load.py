@@ -139,11 +139,16 @@ def check_backbone(config: Config, task: Task, device: torch.device) -> None:
         if heads and name.startswith(heads):
             continue
         owner = backbone.model.get_submodule(name.rpartition(".")[0])
-        if not (isinstance(owner, PackedLayer) and owner.stacked):
-            files.check(names[id(parameter)], prefix, tuple(parameter.shape))
+        matrix = owner if isinstance(owner, PackedLayer) and parameter is owner.weight else None
+        if matrix is None or not matrix.stacked:
+            shape = tuple(parameter.shape) if matrix is None else matrix.stored_shape
+            files.check(names[id(parameter)], prefix, shape)
             continue
-        for expert in range(len(owner.adapted_layers)):
-            files.check_expert(name.removesuffix(".weight"), expert, prefix, owner.shape)
+        for expert in range(len(matrix.adapted_layers)):
+            files.check_expert(
+                name.removesuffix(".weight"), expert, prefix, matrix.stored_shape,
+                transposed=matrix.transposed,
+            )  # fmt: skip
 
 
 def _fill_head(source: Source, path: str, module: nn.Module) -> None:

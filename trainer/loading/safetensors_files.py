@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainer.config.yaml import parse_json
 from trainer.errors import UserError
+from trainer.loading import mxfp4
 from trainer.loading.async_reader import Reader, read_into, unreadable
 from trainer.loading.key_mapping import KeyMapping
 
@@ -102,9 +103,15 @@ class PretrainedFiles:
         """Start to read a tensor. Returns a function that waits for it and returns it."""
         return self._begin(self._location(key))
 
-    def check(self, names: list[str], base_prefix: str, shape: tuple[int, ...]) -> str:
+    def check(
+        self,
+        names: list[str],
+        base_prefix: str,
+        shape: tuple[int, ...],
+        kinds: tuple[str, ...] = ("F32", "F16", "BF16"),
+    ) -> str:
         """The key of a parameter with these `names` (several if tied). Raises UserError where it is
-        absent, of another shape, or of an unsupported dtype (prequantised files would load as
+        absent, of another shape, or of a dtype not in `kinds` (prequantised files would load as
         noise)."""
         keys = (self.find(name, base_prefix) for name in names)
         key = next((key for key in keys if key is not None), None)
@@ -117,38 +124,70 @@ class PretrainedFiles:
             raise UserError(
                 f"model.id: {self.folder}: {key} is {stored.shape}, config.json makes it {shape}"
             )
-        if stored.kind not in ("F32", "F16", "BF16"):
+        if stored.kind not in kinds:
+            accepted = " or ".join(str(_DTYPES[kind]).removeprefix("torch.") for kind in kinds)
             raise UserError(
-                f"model.id: {self.folder}: {key} is stored as {stored.kind}; "
-                "accepted: float32, float16 or bfloat16"
+                f"model.id: {self.folder}: {key} is stored as {stored.kind}; accepted: {accepted}"
             )
         return key
 
     def check_expert(
-        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, ...]
+        self,
+        stack: str,
+        expert: int,
+        base_prefix: str,
+        shape: tuple[int, ...],
+        *,
+        transposed: bool = False,
     ) -> list[str]:
         """The keys of the matrices whose concatenation by rows is one expert (out, in) of `stack`,
-        of `shape` (E, out, in); or the key of the stack. Raises UserError as `check` does."""
+        of `shape` (E, out, in); or the key of the stack, (E, in, out) if `transposed`; or the two
+        keys of a stack in MXFP4. Raises UserError as `check` does."""
         stored = self.find(stack, base_prefix)
+        if stored is None and self.holds_mxfp4(stack, base_prefix):
+            packed = mxfp4.packed_shapes(shape, transposed=transposed)
+            return [
+                self.check([f"{stack}{ending}"], base_prefix, of_it, ("U8",))
+                for ending, of_it in packed.items()
+            ]
         parts = self._key_mapping.expert_parts(stack, expert)
-        if stored is not None or not parts:
+        if stored is not None or transposed or not parts:
             return [self.check([stack], base_prefix, shape)]
         rows = shape[1] // len(parts)
         return [self.check(names, base_prefix, (rows, shape[2])) for names in parts]
 
+    def holds_mxfp4(self, stack: str, base_prefix: str) -> bool:
+        """Whether a stack of experts is stored in MXFP4."""
+        return self.find(f"{stack}{mxfp4.BLOCKS}", base_prefix) is not None
+
     def read_expert(
-        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, ...]
+        self,
+        stack: str,
+        expert: int,
+        base_prefix: str,
+        shape: tuple[int, ...],
+        *,
+        transposed: bool = False,
     ) -> Tensor:
-        """One expert's matrix (out, in)."""
-        return self.begin_expert(stack, expert, base_prefix, shape)()
+        """One expert's matrix (out, in), or (in, out) if `transposed`."""
+        return self.begin_expert(stack, expert, base_prefix, shape, transposed=transposed)()
 
     def begin_expert(
-        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, ...]
+        self,
+        stack: str,
+        expert: int,
+        base_prefix: str,
+        shape: tuple[int, ...],
+        *,
+        transposed: bool = False,
     ) -> Callable[[], Tensor]:
-        """Start to read one expert's matrix (out, in). Returns a function as `begin` does."""
-        locations = [
-            self._location(key) for key in self.check_expert(stack, expert, base_prefix, shape)
-        ]
+        """Start to read one expert's matrix, as `read_expert`. Returns a function as `begin`
+        does."""
+        keys = self.check_expert(stack, expert, base_prefix, shape, transposed=transposed)
+        locations = [self._location(key) for key in keys]
+        if locations[0].kind == "U8":
+            blocks, scales = (self._begin(location.row(expert)) for location in locations)
+            return lambda: mxfp4.unpack(blocks(), scales(), transposed=transposed)
         if len(locations[0].shape) == 3:
             return self._begin(locations[0].row(expert))
         parts = [self._begin(location) for location in locations]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters import seeds
+from adapters.layers.base import PackedLayer
 from trainer.config.config import Config
 from trainer.loading.key_mapping import KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
@@ -30,6 +31,11 @@ class Source:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._known_as = {name: self.names[id(p)] for name, p in parameters.items()}
+        self._matrices = {
+            f"{path}.weight": module
+            for path, module in self.model.named_modules()
+            if isinstance(module, PackedLayer)
+        }
         self.files: PretrainedFiles | None = None
         if config.model.weights == "pretrained":
             self.files = open_files(config, backbone, device)
@@ -57,11 +63,17 @@ class Source:
             if expert is None:
                 return partial(self._random, name, shape)
             return partial(self._random, f"{name}.{expert}", shape[1:])
+        matrix = self._matrices.get(name)
+        if matrix is not None:
+            shape = matrix.stored_shape
         if expert is None:
-            return self.files.begin(self.files.check(self._known_as[name], prefix, shape))
-        experts, rows, columns = shape
-        stack = name.removesuffix(".weight")
-        return self.files.begin_expert(stack, expert, prefix, (experts, rows, columns))
+            wait = self.files.begin(self.files.check(self._known_as[name], prefix, shape))
+        else:
+            wait = self.files.begin_expert(
+                name.removesuffix(".weight"), expert, prefix, shape,
+                transposed=matrix is not None and matrix.transposed,
+            )  # fmt: skip
+        return wait if matrix is None else lambda: matrix.reoriented(wait())
 
     def _random(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Matrices: normal with the model's `initializer_range`; biases 0, other vectors 1."""

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from adapters.layers.expert_modules import AdaptedExperts
+from adapters.layers.linear import AdaptedLinear
 from adapters.methods.options import MethodOptions
 from adapters.methods.registry import METHODS
-from adapters.units import linear_names, make_units, select_targets
+from adapters.units import is_conv1d, linear_names, make_units, select_targets
 from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
@@ -50,6 +51,8 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     for path, module in list(model.named_modules()):
         if AdaptedExperts.fits(module):
             set_module(model, path, AdaptedExperts(module))
+        elif is_conv1d(module):
+            set_module(model, path, AdaptedLinear(module, "none", transposed=True))
     check_experts(model, dtype)
     _check_vocabulary(task.tokenizer, model, options)
     trained = task.trained_modules(model)
