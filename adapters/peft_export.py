@@ -6,7 +6,7 @@ rank and alpha patterns, such as vLLM, still compute the right product.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -75,6 +75,7 @@ def export_adapter(
     initial: Mapping[str, GatedAdapter] | None = None,
     rank: int | None = None,
     experts: Mapping[str, int] | None = None,
+    swapped: Collection[str] = (),
     fan_in_fan_out: bool = False,
 ) -> float:
     """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
@@ -84,8 +85,8 @@ def export_adapter(
     that loads the backbone; `labels`: outputs of its new head, if any; `initial`: the parts of W
     that adapters were initialised as; `experts`: number of experts by path of their stack. The
     adapters of a stack become one LoRA on its parameter (PEFT's `target_parameters`), with the
-    largest of their ranks; `fan_in_fan_out`: adapted modules hold (in, out), as `Conv1D` does (PEFT
-    corrects it per module). Units of rank 0 are omitted, since PEFT rejects them.
+    largest of their ranks; `swapped`: stacks that PEFT takes for transposed ones; `fan_in_fan_out`:
+    adapted modules hold (in, out), as `Conv1D` does (PEFT corrects it per module). Units of rank 0 are omitted, since PEFT rejects them.
 
     `rank`: compress every unit to at most this rank. Returns the relative error of the compression,
     ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.
@@ -118,7 +119,7 @@ def export_adapter(
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
     for name, parts in stacks.items():
         parameters.append(name)
-        A, B = stacked_factors(parts, experts[name])
+        A, B = stacked_factors(parts, experts[name], swapped=name in swapped)
         ranks[name] = A.shape[0] // experts[name]
         path = _wrapped(name, stacks)
         tensors[f"base_model.model.{path}.lora_A.weight"] = A
@@ -149,11 +150,13 @@ def export_adapter(
 
 
 def stacked_factors(
-    parts: Mapping[int, tuple[Tensor, Tensor]], experts: int
+    parts: Mapping[int, tuple[Tensor, Tensor]], experts: int, *, swapped: bool = False
 ) -> tuple[Tensor, Tensor]:
     """PEFT's factors of a stack from (A (r, in), B (out, r)) by expert: lora_A (E · r, in), with an
     expert's components adjacent, and lora_B (out, r · E), with a component's experts adjacent.
-    Missing components are zero."""
+    Missing components are zero. `swapped`: of the transposed stack, ΔWᵀ = Aᵀ Bᵀ."""
+    if swapped:
+        parts = {expert: (B.T, A.T) for expert, (A, B) in parts.items()}
     rank = max(A.shape[0] for A, _ in parts.values())
     one_A, one_B = next(iter(parts.values()))
     lora_A = torch.zeros(experts, rank, one_A.shape[1])
@@ -166,9 +169,9 @@ def stacked_factors(
 
 def _wrapped(name: str, stacks: Mapping[str, object]) -> str:
     """Module path of a parameter's LoRA in PEFT, which wraps a module once per adapted parameter,
-    the first one innermost; `gate_up_proj` is registered before `down_proj`."""
+    the first one innermost; `down_proj` is registered last."""
     module, _, parameter = name.rpartition(".")
-    inner = parameter == "gate_up_proj" and f"{module}.down_proj" in stacks
+    inner = parameter != "down_proj" and f"{module}.down_proj" in stacks
     return f"{module}.base_layer" if inner else module
 
 

@@ -149,8 +149,9 @@ class AdaptedExperts(nn.Module):
         return self.down_proj.experts
 
     @property
-    def folded_transposed(self) -> bool:
-        """Whether PEFT takes the stacks, stored as (E, in, out), for (E, out, in)."""
+    def swapped(self) -> bool:
+        """Whether PEFT takes the stacks, (E, in, out), for (E, out, in): it asks the module's
+        `is_transposed`, which Llama 4's lacks."""
         return self.form.transposed and not getattr(self._own, "is_transposed", False)
 
     def forward(
@@ -203,6 +204,16 @@ class AdaptedExperts(nn.Module):
         if self.form.biased:
             y = y + getattr(self, self.form.biases[1])[expert_of].to(y.dtype)
         return y
+
+
+def swapped_stacks(model: nn.Module) -> set[str]:
+    """Paths of the stacks that PEFT takes for transposed ones."""
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, AdaptedExperts) and module.swapped
+        for name in module.form.stacks
+    }
 
 
 class _Dispatch(torch.autograd.Function):

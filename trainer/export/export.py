@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adapters.gated import GatedAdapter
+from adapters.layers.expert_modules import swapped_stacks
 from adapters.methods.registry import METHODS
 from adapters.peft_export import export_adapter
 from adapters.unit import stem
@@ -151,11 +152,12 @@ def write_adapter(
     task = TASKS[config.task.kind]
     with refuse_mismatch(checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
-    experts, fan_in_fan_out = _layout(config, state, adapters)
+    experts, swapped, fan_in_fan_out = _layout(config, state, adapters)
     return export_adapter(
         out,
         adapters,
         experts=experts,
+        swapped=swapped,
         fan_in_fan_out=fan_in_fan_out,
         initial=saved_initial(checkpoint, state),
         rank=rank,
@@ -171,18 +173,19 @@ def write_adapter(
 
 def _layout(
     config: Config, state: Mapping[str, Any], adapters: Mapping[str, GatedAdapter]
-) -> tuple[dict[str, int], bool]:
-    """Number of experts of every stack, and whether adapted modules hold (in, out). A model that is
-    no longer available counts as one without either, provided that no stack has adapters."""
+) -> tuple[dict[str, int], set[str], bool]:
+    """Number of experts of every stack, stacks that PEFT takes for transposed ones, and whether
+    adapted modules hold (in, out). A model that is no longer available counts as one without them,
+    provided that no stack has adapters."""
     try:
         backbone, _ = _built(config, state, torch.device("cpu"))
     except UserError:
         if any(stem(name) != name for name in adapters):
             raise
-        return {}, False
+        return {}, set(), False
     layers = [backbone.adapted_layers[name].layer for name in adapters]
     transposed = any(layer.transposed and not layer.stacked for layer in layers)
-    return expert_counts(backbone.model), transposed
+    return expert_counts(backbone.model), swapped_stacks(backbone.model), transposed
 
 
 def _built(

@@ -227,4 +227,5 @@ def _figures(source: Source, materializer: Materializer, world: World, started: 
         bytes_read=sum(read for read, _ in counts),
         stages=dict(materializer.seconds),
         peak_host_bytes=max(resident for _, resident in counts),
+        mxfp4=source.files is not None and source.files.mxfp4,
     )

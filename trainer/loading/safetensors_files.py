@@ -71,6 +71,15 @@ class PretrainedFiles:
         """Bytes of tensors read so far, excluding the digest's samples."""
         return self._reader.bytes_read
 
+    @property
+    def mxfp4(self) -> bool:
+        """Whether any stack of experts is stored in MXFP4."""
+        return any(
+            f"{key.removesuffix(mxfp4.BLOCKS)}{mxfp4.SCALES}" in self._file_of
+            for key in self._file_of
+            if key.endswith(mxfp4.BLOCKS)
+        )
+
     def find(self, name: str, base_prefix: str) -> str | None:
         """The key under which the files hold parameter `name`, or None.
 

@@ -55,6 +55,8 @@ class Loading:
     its host."""
     peak_host_bytes: int
     """The largest peak of resident memory of any rank so far, libraries included."""
+    mxfp4: bool = False
+    """Whether files hold experts in MXFP4."""
 
 
 @dataclass(frozen=True, kw_only=True)

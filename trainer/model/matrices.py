@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from adapters.layers.base import AdaptedLayer
+from adapters.layers.expert_modules import AdaptedExperts
 from adapters.layers.handles import RegisteredLayer
 from adapters.layers.linear import AdaptedLinear
 from adapters.methods.options import MethodOptions
@@ -42,6 +43,8 @@ def other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for path, block in transformer_blocks(model):
         for name, module in block.named_modules():
             if is_linear(module) or isinstance(module, nn.Embedding | RegisteredLayer):
+                continue
+            if isinstance(module, AdaptedExperts):  # biases per expert
                 continue
             for attribute, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() > 1 and parameter.numel() > 1 << 20:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from adapters import seeds
+from adapters.layers.expert_modules import swapped_stacks
 from adapters.peft_export import export_adapter
 from adapters.units import expert_counts
 from trainer.checkpoint.compatibility import changes, check_options
@@ -182,6 +183,11 @@ def _introduction(session: Session, steps: int, note: str) -> list[str]:
             if alone
             else []
         ),
+        *(
+            ["note      weights are stored as MXFP4, read as bfloat16"]
+            if session.backbone.loading.mxfp4
+            else []
+        ),
         f"run       {config.run_folder}",
         f"data      train {session.train_data.counts}",
         *([f"          eval {eval_data.counts}"] if eval_data is not None else []),
@@ -291,6 +297,7 @@ def _export(session: Session, folder: Path) -> str:
             heads=heads,
             labels=session.task.head_outputs(session.task.labels_state()),
             experts=expert_counts(session.model),
+            swapped=swapped_stacks(session.model),
             note=note,
         )
     return note
