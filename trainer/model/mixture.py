@@ -2,11 +2,13 @@
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from adapters.layers.expert_modules import AdaptedExperts
 from adapters.layers.experts import StackedLinear
 from adapters.units import transformer_blocks
 from trainer.errors import UserError
+from trainer.model.matrices import other_matrices
 
 _ROW_BYTES = 16
 """Rows of the operands of torch's grouped GEMM are multiples of this."""
@@ -33,14 +35,19 @@ def check_experts(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def left_alone(model: nn.Module) -> list[str]:
-    """Stacked parameters of the blocks that belong to no adapted layer."""
-    return sorted({
-        name
-        for _, block in transformer_blocks(model)
-        for name, parameter in block.named_parameters()
-        if parameter.dim() == 3
-        and not isinstance(block.get_submodule(name.rpartition(".")[0]), StackedLinear)
-    })  # fmt: skip
+    """Stacked parameters of the blocks, and other large matrices, that belong to no adapted layer;
+    routers aside."""
+    beside_experts = {path for path, _, _ in gates(model)}
+    large = {name for name, _ in other_matrices(model)}
+    large = {name for name in large if name.rpartition(".")[0] not in beside_experts}
+    found = set()
+    for path, block in transformer_blocks(model):
+        for name, parameter in block.named_parameters():
+            owner = block.get_submodule(name.rpartition(".")[0])
+            stacked = parameter.dim() == 3 and not isinstance(owner, StackedLinear | _ConvNd)
+            if stacked or f"{path}.{name}" in large:
+                found.add(name)
+    return sorted(found)
 
 
 def gates(model: nn.Module) -> list[tuple[str, int, int]]:
