@@ -62,7 +62,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     head = output_head(model)
     beside_experts = [path for path, _, _ in gates(model)]
     unquantized = [*head, *trained, *beside_experts]
-    read -= set(unquantized)
+    read -= {*trained, *beside_experts}
     excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
     targets = choose_targets(model, config.method, excluded, read)
     alone = _left_alone(

@@ -59,7 +59,7 @@ def _refuse_other_matrices(model: nn.Module, quantization: str, unquantized: Seq
         if where.rpartition(".")[0] not in unquantized:
             raise UserError(
                 f"model.quantization: {quantization!r} given, but {where} "
-                f"{tuple(parameter.shape)} is no matrix of a linear layer that the model calls, and "
+                f"{tuple(parameter.shape)} is no matrix of a linear layer that the model calls and "
                 "would stay unquantised; accepted for this model: none"
             )
 

@@ -38,7 +38,9 @@ def left_alone(model: nn.Module) -> list[str]:
         for _, block in transformer_blocks(model)
         for name, parameter in block.named_parameters()
         if parameter.dim() == 3
-        and not isinstance(block.get_submodule(name.rpartition(".")[0]), StackedLinear)
+        and not isinstance(
+            block.get_submodule(name.rpartition(".")[0]), StackedLinear | nn.modules.conv._ConvNd
+        )
     })  # fmt: skip
 
 

@@ -4,10 +4,10 @@ Mamba's `dt_proj` is one: the block multiplies by `self.dt_proj.weight`, so an a
 would have no effect and no gradient, and a packed weight has another shape. No attribute tells; as
 `chunked_cross_entropy.py` does, this reads the source, of the classes of a model's modules.
 
-A read counts unless it is in a branch that this model does not take: its condition is evaluated from
-the module's plain attributes and its configuration, with optional arguments (caches, precomputed
-queries; not masks) at their default. What cannot be evaluated counts, such as a branch that needs
-certain kernels: a run has the same units on every machine.
+A read counts unless it is in a branch that this model does not take: its condition is evaluated
+from the module's plain attributes and its configuration, with optional arguments (caches,
+precomputed queries; not masks) at their default. What cannot be evaluated counts, such as a branch
+that needs certain kernels: a run has the same units on every machine.
 """
 
 import ast
