@@ -1,9 +1,12 @@
 """Select the matrices of a backbone that get adapters, and identify them as units."""
 
+import copy
 import difflib
 import re
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from adapters.layers.base import AdaptedLayer, PackedLayer
@@ -25,10 +28,34 @@ def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an `nn.Linear` computes exactly x Wᵀ + b: some routers subclass nn.Linear and do more."""
-    return isinstance(module, nn.Linear) and (
-        type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
-    )
+    """Whether an `nn.Linear` computes exactly x Wᵀ + b from its parameters: some routers subclass
+    nn.Linear and do more, and `torch.nn.utils` computes a weight from others."""
+    if not isinstance(module, nn.Linear) or set(module._parameters) != {"weight", "bias"}:
+        return False
+    if module._forward_pre_hooks or module._forward_hooks or len(module._modules):
+        return False
+    return type(module).forward is nn.Linear.forward or _computes_product(module)
+
+
+@torch.no_grad()
+def _computes_product(module: nn.Linear) -> bool:
+    """Whether a forward of its own (Falcon's) gives x Wᵀ + b: tried on a small matrix, in training
+    and evaluation."""
+    probe = copy.copy(module)
+    weight = torch.arange(15.0, device="cpu").sin().view(5, 3)
+    bias = None if module.bias is None else torch.arange(5.0, device="cpu").cos()
+    probe._parameters = {
+        "weight": nn.Parameter(weight),
+        "bias": None if bias is None else nn.Parameter(bias),
+    }
+    probe.in_features, probe.out_features = 3, 5
+    x = torch.arange(24.0, device="cpu").cos().view(2, 4, 3)
+    expected = F.linear(x, weight, bias)
+    try:
+        found = [probe.train(mode)(x) for mode in (True, False)]
+        return all(y.shape == expected.shape and torch.allclose(y, expected) for y in found)
+    except Exception:  # it expects another shape, or gives several values
+        return False
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -164,7 +164,9 @@ def adapted_linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
     y = FORMATS[layer.weight_format].forward(
         rows, layer.weight, layer.matrix_shape, layer.bias, layer.low_rank(rows)
     )
-    return y.view(*x.shape[:-1], out_features)
+    # Not `view`: autograd refuses to let a model add in place to an operator's output that is one
+    # (Falcon, Llama 4 and DeBERTa do). Nothing else holds `y`.
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], out_features])
 
 
 @adapted_linear.register_fake

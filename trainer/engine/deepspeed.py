@@ -56,7 +56,7 @@ class DeepSpeedEngine(Engine):
             return "method.train_router=true"
         # A compiled program saves its inputs for backward, gathered parameters among them.
         other = next(other_matrices(backbone.model), None)
-        return None if other is None else f"{other[0]}, which is no linear layer's"
+        return None if other is None else f"{other[0]}, which is no adapted layer's"
 
     def shard(self, model: nn.Module) -> None:
         import deepspeed

@@ -29,6 +29,17 @@ class TrainedModule(nn.Module):
 
 
 @dataclass(frozen=True)
+class LeftAlone:
+    """Matrices without adapters, by their paths within a block, and the reason."""
+
+    paths: Sequence[str]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"no adapters on {', '.join(self.paths)}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class BuiltModel:
     """A model on the meta device whose linear layers are replaced by adapted layers."""
 
@@ -39,8 +50,9 @@ class BuiltModel:
     """Adapted layers by name; those of `units` take adapters."""
     heads: Mapping[str, nn.Module]
     """The task's new modules and trained routers, by path; fully trained."""
-    left_alone: Sequence[str] = ()
-    """Stacks of experts whose form does not support adapters, by their path within a block."""
+    left_alone: Sequence[LeftAlone] = ()
+    """Matrices that get no adapter although `all-linear` names them, or that keep their own layer
+    and stay unquantised."""
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ from torch import nn
 
 from adapters.layers.expert_modules import AdaptedExperts
 from adapters.layers.linear import AdaptedLinear
-from adapters.methods.options import MethodOptions
-from adapters.methods.registry import METHODS
-from adapters.units import is_conv1d, linear_names, make_units, select_targets
+from adapters.units import is_conv1d, is_linear, make_units
 from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
-from trainer.model.backbone import BuiltModel, set_module
+from trainer.model.backbone import BuiltModel, LeftAlone, set_module
 from trainer.model.hub import load_model_config, resolve_folder
-from trainer.model.matrices import install_adapted_layers, refuse_tied
+from trainer.model.matrices import install_adapted_layers
 from trainer.model.mixture import check_experts, gates, left_alone, routers
+from trainer.model.targets import choose_targets, output_head, within_blocks
+from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -48,53 +48,54 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
         ) from error
     model.requires_grad_(False)
     model.eval()
+    read = layers_read(model)
     for path, module in list(model.named_modules()):
         if AdaptedExperts.fits(module):
             set_module(model, path, AdaptedExperts(module))
-        elif is_conv1d(module):
+        elif is_conv1d(module) and path not in read:
             set_module(model, path, AdaptedLinear(module, "none", transposed=True))
     check_experts(model, dtype)
     _check_vocabulary(task.tokenizer, model, options)
     trained = task.trained_modules(model)
     if config.method.train_router:
         trained += routers(model)
-    head = _output_head(model)
+    head = output_head(model)
     beside_experts = [path for path, _, _ in gates(model)]
-    targets = _targets(model, config.method, head, [*trained, *beside_experts])
+    unquantized = [*head, *trained, *beside_experts]
+    read -= {*trained, *beside_experts}
+    excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
+    targets = choose_targets(model, config.method, excluded, read)
+    alone = _left_alone(
+        model, targets.too_small, read, beside_experts,
+        everything=config.method.targets == "all-linear",
+    )  # fmt: skip
     adapted_layers = install_adapted_layers(
-        model, options.quantization, targets, [*head, *trained, *beside_experts]
+        model, options.quantization, targets.chosen, unquantized, read
     )
     heads = {path: model.get_submodule(path) for path in trained}
-    alone = left_alone(model) if config.method.targets == "all-linear" else []
-    return BuiltModel(model, dtype, make_units(model, targets), adapted_layers, heads, alone)
+    units = make_units(model, targets.chosen)
+    return BuiltModel(model, dtype, units, adapted_layers, heads, alone)
 
 
-def _targets(
-    model: nn.Module, method: MethodOptions, head: list[str], trained: list[str]
-) -> list[str]:
-    """Paths of the linear layers that take adapters. Raises UserError naming those that cannot."""
-    excluded = trained if method.include_head else [*head, *trained]
-    try:
-        targets = select_targets(linear_names(model, excluded), method.targets)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if not targets:
-        raise UserError(
-            f"method.targets: {method.targets!r} picks no linear layer of {type(model).__name__}; "
-            "accepted: a model whose projections are nn.Linear, and at least one of them"
-        )
-    try:
-        method.check_units(make_units(model, targets))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if METHODS[method.kind].splits_weight:
-        refuse_tied(model, method, targets)
-    return targets
-
-
-def _output_head(model: "PreTrainedModel") -> list[str]:
-    head = model.get_output_embeddings()
-    return [path for path, module in model.named_modules() if head is not None and module is head]
+def _left_alone(
+    model: nn.Module, too_small: list[str], read: set[str], gates: list[str], *, everything: bool
+) -> list[LeftAlone]:
+    """What gets no adapter (where `everything` was to get one) or keeps its own forward."""
+    linear = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and p not in read]
+    others = [p for p in linear if not is_linear(model.get_submodule(p))]
+    kinds = [
+        ("the model reads its weight itself, which stays unquantised", sorted(read)),
+        ("a forward pass of its own, and unquantised", [p for p in others if p not in gates]),
+    ]
+    if everything:
+        kinds += [
+            ("smaller than the rank", too_small),
+            ("a router or gate of experts", [p for p in gates if p in linear]),
+            ("unsupported layout of experts", left_alone(model)),
+        ]
+    return [
+        LeftAlone(tuple(within_blocks(model, paths)), reason) for reason, paths in kinds if paths
+    ]
 
 
 def _check_vocabulary(

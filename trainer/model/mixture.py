@@ -35,11 +35,15 @@ def check_experts(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def left_alone(model: nn.Module) -> list[str]:
-    """Stacked parameters of the blocks, and other large matrices, that belong to no adapted layer;
-    routers aside."""
+    """Stacked parameters of the blocks, and other large matrices, that belong to no linear or
+    adapted layer; routers aside."""
     beside_experts = {path for path, _, _ in gates(model)}
-    large = {name for name, _ in other_matrices(model)}
-    large = {name for name in large if name.rpartition(".")[0] not in beside_experts}
+    large = {
+        name
+        for name, _ in other_matrices(model)
+        if (owner := name.rpartition(".")[0]) not in beside_experts
+        and not isinstance(model.get_submodule(owner), nn.Linear)
+    }
     found = set()
     for path, block in transformer_blocks(model):
         for name, parameter in block.named_parameters():

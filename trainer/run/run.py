@@ -111,6 +111,7 @@ def dry_run(config: Config, world: World) -> str:
         f"{config.model.quantization}",
         f"units               {len(backbone.units)}",
         *(f"                    {len(names)} x {kind}" for kind, names in by_kind.items()),
+        *(f"                    {left}" for left in backbone.left_alone),
         f"trainable           {trainable_parameters(backbone, config):,} parameters",
         "memory per rank     without activations (`rankcast estimate` has them)",
         f"  backbone          {readable(needs.backbone)}",
@@ -171,18 +172,13 @@ def _introduction(session: Session, steps: int, note: str) -> list[str]:
     config, data = session.config, session.config.data
     engine, world = session.engine, session.world
     eval_data = session.eval_data
-    alone = session.backbone.left_alone
     return [
         *([f"note      {note}"] if note else []),
         *(
             f"note      {key}: {name} is not pinned to a revision; {fixed} pins it"
             for key, name, fixed in _unpinned(config)
         ),
-        *(
-            [f"note      no adapters on {', '.join(alone)}: unsupported layout of experts"]
-            if alone
-            else []
-        ),
+        *(f"note      {left}" for left in session.backbone.left_alone),
         *(
             ["note      weights are stored as MXFP4, read as bfloat16"]
             if session.backbone.loading.mxfp4
