@@ -1,7 +1,7 @@
 """A model with adapted layers, before and after its weights are loaded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +41,11 @@ class BuiltModel:
     """The task's new modules and trained routers, by path; fully trained."""
     left_alone: Sequence[str] = ()
     """Stacks of experts whose form does not support adapters, by their path within a block."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parameters and persistent buffers as transformers names them, before layers were replaced;
+    parameters on meta."""
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
+    """Initial values of the small parameters that are neither weights nor biases."""
 
 
 @dataclass(frozen=True)

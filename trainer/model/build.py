@@ -16,6 +16,7 @@ from trainer.errors import UserError, first_line
 from trainer.model.backbone import BuiltModel, set_module
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers, refuse_tied
+from trainer.model.meta import on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.tasks.base import Task
 
@@ -33,7 +34,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     task.configure(model_config)
     dtype = compute_dtype(options, device)
     try:
-        with torch.device("meta"):
+        with on_meta(config.run.seed) as initial_values:
             model = task.auto_class.from_config(
                 model_config,
                 dtype=dtype,
@@ -41,10 +42,12 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
                 attn_implementation=None if options.attention == "auto" else options.attention,
                 trust_remote_code=False,
             )
+            initial = initial_values(model)
     except Exception as error:  # a model's constructor raises whatever its shapes lead to
         raise UserError(
             f"model.id: {folder} with model.attention={options.attention}: {first_line(error)}"
         ) from error
+    tensors = model.state_dict()
     model.requires_grad_(False)
     model.eval()
     for path, module in list(model.named_modules()):
@@ -63,7 +66,8 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     )
     heads = {path: model.get_submodule(path) for path in trained}
     alone = left_alone(model) if config.method.targets == "all-linear" else []
-    return BuiltModel(model, dtype, make_units(model, targets), adapted_layers, heads, alone)
+    units = make_units(model, targets)
+    return BuiltModel(model, dtype, units, adapted_layers, heads, alone, tensors, initial)
 
 
 def _targets(
