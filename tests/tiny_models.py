@@ -104,8 +104,13 @@ _ZAMBA = {
     "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2,
     "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * HEAD_DIM,
 }  # fmt: skip
+_SWA = {
+    "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 32,
+    "swa_kv_lora_rank": 32, "swa_head_dim": 2 * HEAD_DIM, "swa_qk_nope_head_dim": HEAD_DIM,
+    "swa_v_head_dim": HEAD_DIM,
+}  # fmt: skip
 _INDEXER = {
-    "indexer_n_heads": HEADS, "indexer_kv_heads": KV_HEADS, "indexer_head_dim": HEAD_DIM,
+    "indexer_n_heads": HEADS, "indexer_kv_heads": 1, "indexer_head_dim": HEAD_DIM,
     "indexer_budget": WINDOW, "indexer_compress_ratio": 4, "output_gate_type": "sigmoid",
 }  # fmt: skip
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -117,6 +122,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note": {"text_config": _SWA},
+    "dots3_note_text": _SWA,
+    "gemma4": {"text_config": {"global_head_dim": 2 * HEAD_DIM}},
+    "gemma4_text": {"global_head_dim": 2 * HEAD_DIM},
+    "gemma4_unified": {"text_config": {"global_head_dim": 2 * HEAD_DIM}},
+    "gemma4_unified_text": {"global_head_dim": 2 * HEAD_DIM},
     "gemma3n_text": _KV_SHARED,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -131,7 +142,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False},
     "t5": {"decoder_start_token_id": PAD},
-    "xlstm": {"mode": "train_with_padding"},
     "xmod": {"default_language": "en_XX"},
     "zamba": _ZAMBA,
     "zamba2": {**_ZAMBA, "hybrid_layer_ids": [1, 3]},
