@@ -86,7 +86,8 @@ def export_adapter(
     that adapters were initialised as; `experts`: number of experts by path of their stack. The
     adapters of a stack become one LoRA on its parameter (PEFT's `target_parameters`), with the
     largest of their ranks; `swapped`: stacks that PEFT takes for transposed ones; `fan_in_fan_out`:
-    adapted modules hold (in, out), as `Conv1D` does (PEFT corrects it per module). Units of rank 0 are omitted, since PEFT rejects them.
+    adapted modules hold (in, out), as `Conv1D` does (PEFT corrects it per module). Units of rank 0
+    are omitted, since PEFT rejects them.
 
     `rank`: compress every unit to at most this rank. Returns the relative error of the compression,
     ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.

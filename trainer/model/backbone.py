@@ -1,7 +1,7 @@
 """A model with adapted layers, before and after its weights are loaded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +53,11 @@ class BuiltModel:
     left_alone: Sequence[LeftAlone] = ()
     """Matrices that get no adapter although `all-linear` names them, or that keep their own layer
     and stay unquantised."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parameters and persistent buffers as transformers names them, before layers were replaced;
+    parameters on meta."""
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
+    """Initial values of the small parameters that are neither weights nor biases."""
 
 
 @dataclass(frozen=True)

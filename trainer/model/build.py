@@ -15,6 +15,7 @@ from trainer.errors import UserError, first_line
 from trainer.model.backbone import BuiltModel, LeftAlone, set_module
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
+from trainer.model.meta import on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.targets import choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
@@ -34,7 +35,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     task.configure(model_config)
     dtype = compute_dtype(options, device)
     try:
-        with torch.device("meta"):
+        with on_meta(config.run.seed) as initial_values:
             model = task.auto_class.from_config(
                 model_config,
                 dtype=dtype,
@@ -42,10 +43,12 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
                 attn_implementation=None if options.attention == "auto" else options.attention,
                 trust_remote_code=False,
             )
+            initial = initial_values(model)
     except Exception as error:  # a model's constructor raises whatever its shapes lead to
         raise UserError(
             f"model.id: {folder} with model.attention={options.attention}: {first_line(error)}"
         ) from error
+    tensors = model.state_dict()
     model.requires_grad_(False)
     model.eval()
     read = layers_read(model)
@@ -74,7 +77,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     )
     heads = {path: model.get_submodule(path) for path in trained}
     units = make_units(model, targets.chosen)
-    return BuiltModel(model, dtype, units, adapted_layers, heads, alone)
+    return BuiltModel(model, dtype, units, adapted_layers, heads, alone, tensors, initial)
 
 
 def _left_alone(

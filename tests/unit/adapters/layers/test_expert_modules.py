@@ -11,10 +11,10 @@ from torch.func import functional_call
 from adapters.gated import GatedAdapter
 from adapters.layers.expert_modules import AdaptedExperts, experts_form
 
-E, H, I, T, RANK = 4, 32, 48, 24, 3
+E, H, WIDTH, T, RANK = 4, 32, 48, 24, 3
 CONFIG = SimpleNamespace(
-    hidden_size=H, moe_hidden_size=H, intermediate_size=I, moe_intermediate_size=I,
-    expert_ffn_hidden_size=I, ffn_hidden_size=I, moe_latent_size=None, num_local_experts=E,
+    hidden_size=H, moe_hidden_size=H, intermediate_size=WIDTH, moe_intermediate_size=WIDTH,
+    expert_ffn_hidden_size=WIDTH, ffn_hidden_size=WIDTH, moe_latent_size=None, num_local_experts=E,
     num_experts=E, n_routed_experts=E, moe_num_experts=E, zero_expert_num=1, n_shared_experts=E,
     num_experts_per_tok=2, hidden_act="silu", mlp_hidden_act="relu2", swiglu_alpha=1.702,
     swiglu_limit=0.5, post_norm_eps=1e-5, ffn_act_fn={"name": "silu"},
