@@ -16,7 +16,7 @@ from trainer.errors import UserError, first_line
 from trainer.model.backbone import BuiltModel, set_module
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers, refuse_tied
-from trainer.model.meta import on_meta
+from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.tasks.base import Task
 
@@ -64,6 +64,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     adapted_layers = install_adapted_layers(
         model, options.quantization, targets, [*head, *trained, *beside_experts]
     )
+    keep_float32(model, dtype)
     heads = {path: model.get_submodule(path) for path in trained}
     alone = left_alone(model) if config.method.targets == "all-linear" else []
     units = make_units(model, targets)
@@ -101,9 +102,10 @@ def _output_head(model: "PreTrainedModel") -> list[str]:
 def _check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", options: ModelOptions
 ) -> None:
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    size = embedding.num_embeddings
+    try:
+        size = model.get_input_embeddings().weight.shape[0]
+    except NotImplementedError:  # no table: characters are hashed
+        return
     if len(tokenizer) > size:
         raise UserError(
             f"model.tokenizer: {options.tokenizer or options.id} has {len(tokenizer)} tokens; "
