@@ -82,7 +82,7 @@ class Source:
             if not torch.equal(value, stored := self.stored(name)):  # type: ignore[arg-type]
                 raise UserError(
                     f"model.id: {self.config.model.id}: {first} and {name} differ, but "
-                    "config.json ties them; accepted: equal ones, or tie_word_embeddings: false there"
+                    "config.json ties them; accepted: equal ones, or no tie_word_embeddings"
                 )
             del stored
         return value
