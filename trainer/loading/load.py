@@ -30,7 +30,7 @@ from trainer.model.backbone import BuiltModel, LoadedBackbone, Loading, TrainedM
 from trainer.model.blocks import Blocks, check_unsharded_blocks
 from trainer.model.build import build
 from trainer.model.hub import resolve_folder
-from trainer.model.meta import is_unset, keeps_float32
+from trainer.model.meta import is_unset
 from trainer.tasks.base import Task
 
 
@@ -170,19 +170,16 @@ def _fill_buffers(source: Source) -> None:
     """Move the buffers to the device, persistent ones with their values from the files. Raises
     UserError naming one of another shape, or without values."""
     model, moved = source.model, dict[Tensor, Tensor]()
-    exact = keeps_float32(model, source.backbone.dtype)
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer not in moved:
                 full = f"{path}.{name}" if path else name
                 persistent = name not in module._non_persistent_buffers_set
-                moved[buffer] = _buffer(source, full, buffer, persistent, exact(full))
+                moved[buffer] = _buffer(source, full, buffer, persistent)
             setattr(module, name, moved[buffer])
 
 
-def _buffer(source: Source, name: str, buffer: Tensor, persistent: bool, exact: bool) -> Tensor:
-    # A router's balancing bias, whose rounding would change the routing.
-    dtype = torch.float32 if exact and buffer.is_floating_point() else buffer.dtype
+def _buffer(source: Source, name: str, buffer: Tensor, persistent: bool) -> Tensor:
     stored = source.stored(name) if persistent else None
     if stored is not None:
         if stored.shape != buffer.shape:
@@ -190,13 +187,13 @@ def _buffer(source: Source, name: str, buffer: Tensor, persistent: bool, exact: 
                 f"model.id: {source.config.model.id}: {name} is {tuple(stored.shape)}, "
                 f"config.json makes it {tuple(buffer.shape)}"
             )
-        return stored.to(source.device, dtype)
+        return stored.to(source.device, buffer.dtype)
     if is_unset(buffer):
         raise UserError(
             f"model.id: {source.config.model.id}: no values for {name}: no file holds it, and "
             f"{type(source.model).__name__} does not compute it"
         )
-    return buffer.to(source.device, dtype)
+    return buffer.to(source.device)
 
 
 def _digest(source: Source) -> str:

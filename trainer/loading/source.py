@@ -103,8 +103,7 @@ class Source:
             if not torch.equal(value, stored := self.stored(name)):  # type: ignore[arg-type]
                 raise UserError(
                     f"model.id: {self.config.model.id}: {first} and {name} differ, but "
-                    "config.json ties them; accepted: equal ones, or "
-                    "model.overrides.tie_word_embeddings=false"
+                    "config.json ties them; accepted: equal ones, or no tie_word_embeddings"
                 )
             del stored
         return value

@@ -15,7 +15,7 @@ from trainer.errors import UserError, first_line
 from trainer.model.backbone import BuiltModel, LeftAlone, set_module
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
-from trainer.model.meta import on_meta
+from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.targets import choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
@@ -75,6 +75,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     adapted_layers = install_adapted_layers(
         model, options.quantization, targets.chosen, unquantized, read
     )
+    keep_float32(model, dtype)
     heads = {path: model.get_submodule(path) for path in trained}
     units = make_units(model, targets.chosen)
     return BuiltModel(model, dtype, units, adapted_layers, heads, alone, tensors, initial)
@@ -104,9 +105,10 @@ def _left_alone(
 def _check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", options: ModelOptions
 ) -> None:
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    size = embedding.num_embeddings
+    try:
+        size = model.get_input_embeddings().weight.shape[0]
+    except NotImplementedError:  # no table: characters are hashed
+        return
     if len(tokenizer) > size:
         raise UserError(
             f"model.tokenizer: {options.tokenizer or options.id} has {len(tokenizer)} tokens; "

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adapters.layers.base import PackedLayer
+
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
@@ -22,12 +24,12 @@ _SMALL = 1 << 20
 
 
 @contextmanager
-def on_meta(seed: int) -> Iterator[Callable[[nn.Module], dict[str, Tensor]]]:
+def on_meta(seed: int) -> Iterator[Callable[["PreTrainedModel"], dict[str, Tensor]]]:
     """Parameters of models that are made inside are on meta, their buffers on the CPU.
 
-    The function that it yields moves the rest of a model's parameters to meta and returns the
-    initial values of the small ones that are neither `weight` nor `bias` (decays, sinks, scales of
-    layers), by name. They are the same for the same `seed`.
+    The function that it yields finishes a model: it moves the rest of its parameters to meta and
+    returns the initial values of the small ones that are neither `weight` nor `bias` (decays,
+    sinks, scales of layers), by name. They are the same for the same `seed`.
     """
     register = nn.Module.register_parameter
 
@@ -56,13 +58,34 @@ def is_unset(value: Tensor) -> bool:
     return bool((ends.isnan() if isinstance(mark, float) else ends == mark).any())
 
 
-def keeps_float32(model: "PreTrainedModel", dtype: torch.dtype) -> Callable[[str], bool]:
-    """Whether transformers keeps a tensor of this name in float32 beside others of `dtype`."""
+def keep_float32(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Make the parameters on meta, and persistent buffers, float32 that transformers loads as such
+    beside others of `dtype` (a router's bias, sinks): rounding would change routing and decays.
+
+    Matrices of adapted layers stay in `dtype`, in which these compute.
+    """
     plan = model._get_dtype_plan(dtype)
-    patterns = [
-        pattern.replace("*", ".*") for pattern, kept in plan.items() if kept == torch.float32
-    ]
-    return lambda name: any(re.search(pattern, name) for pattern in patterns)
+    patterns = [name.replace("*", ".*") for name, kept in plan.items() if kept == torch.float32]
+    made: dict[Tensor, Tensor] = {}
+
+    def exact(name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or not any(re.search(p, name) for p in patterns):
+            return tensor
+        if tensor not in made:  # tied ones stay tied
+            exact = tensor.detach().float()
+            kept = isinstance(tensor, nn.Parameter)
+            made[tensor] = nn.Parameter(exact, tensor.requires_grad) if kept else exact
+        return made[tensor]
+
+    for path, module in model.named_modules():
+        if isinstance(module, PackedLayer):
+            continue
+        start = f"{path}." if path else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, exact(start + name, parameter))
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                setattr(module, name, exact(start + name, buffer))
 
 
 def _is_special(name: str, parameter: Tensor) -> bool:
@@ -76,7 +99,12 @@ def _to_meta(parameter: nn.Parameter) -> nn.Parameter:
     return moved
 
 
-def _take_values(model: nn.Module) -> dict[str, Tensor]:
+def _take_values(model: "PreTrainedModel") -> dict[str, Tensor]:
+    # Once more, out of the constructor's context: as after `from_pretrained`, buffers are computed
+    # with torch's default dtype, not the model's.
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    model.initialize_weights()
     values: dict[str, Tensor] = {}
     moved: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
