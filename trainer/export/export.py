@@ -12,7 +12,7 @@ from adapters.gated import GatedAdapter
 from adapters.methods.registry import METHODS
 from adapters.peft_export import export_adapter
 from adapters.unit import stem
-from adapters.units import expert_counts
+from adapters.units import expert_counts, fan_in_fan_out
 from trainer.checkpoint import store
 from trainer.checkpoint.state import read_initial_adapters
 from trainer.config.config import Config, on_engine, parse_config, with_overrides
@@ -151,12 +151,12 @@ def write_adapter(
     task = TASKS[config.task.kind]
     with refuse_mismatch(checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
-    experts, fan_in_fan_out = _layout(config, state, adapters)
+    experts, transposed = _layout(config, state, adapters)
     return export_adapter(
         out,
         adapters,
         experts=experts,
-        fan_in_fan_out=fan_in_fan_out,
+        fan_in_fan_out=transposed,
         initial=saved_initial(checkpoint, state),
         rank=rank,
         base_model=config.model.id,
@@ -180,9 +180,8 @@ def _layout(
         if any(stem(name) != name for name in adapters):
             raise
         return {}, False
-    layers = [backbone.adapted_layers[name].layer for name in adapters]
-    transposed = any(layer.transposed and not layer.stacked for layer in layers)
-    return expert_counts(backbone.model), transposed
+    layers = [backbone.adapted_layers[name] for name in adapters]
+    return expert_counts(backbone.model), fan_in_fan_out(layers)
 
 
 def _built(

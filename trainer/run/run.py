@@ -10,7 +10,7 @@ import torch
 
 from adapters import seeds
 from adapters.peft_export import export_adapter
-from adapters.units import expert_counts
+from adapters.units import expert_counts, fan_in_fan_out
 from trainer.checkpoint.compatibility import changes, check_options
 from trainer.checkpoint.state import read_initial_adapters, restore
 from trainer.checkpoint.store import clear_the_way, find, verify
@@ -287,6 +287,9 @@ def _export(session: Session, folder: Path) -> str:
             heads=heads,
             labels=session.task.head_outputs(session.task.labels_state()),
             experts=expert_counts(session.model),
+            fan_in_fan_out=fan_in_fan_out(
+                session.backbone.adapted_layers[unit.name] for unit in session.backbone.units
+            ),
             note=note,
         )
     return note
