@@ -3,7 +3,7 @@
 import copy
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,12 @@ def expert_counts(model: nn.Module) -> dict[str, int]:
     """Number of experts of every stack, by path."""
     layers = ((path, m) for path, m in model.named_modules() if isinstance(m, PackedLayer))
     return {path: len(layer.adapted_layers) for path, layer in layers if layer.stacked}
+
+
+def fan_in_fan_out(layers: Iterable[AdaptedLayer]) -> bool:
+    """PEFT's key of this name: whether adapted modules hold (in, out), as `Conv1D` does. It is one
+    key for all; where modules differ, PEFT corrects it for each."""
+    return any(layer.layer.transposed and not layer.layer.stacked for layer in layers)
 
 
 def select_targets(names: Sequence[str], targets: str | Sequence[str]) -> list[str]:

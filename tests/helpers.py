@@ -54,7 +54,7 @@ def _random_model(model_type: str, auto: Any, seed: int, changes: str) -> tuple[
     folder = Path(tempfile.mkdtemp(prefix="rankcast-model-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     settings = {**SMALL, **json.loads(changes)}
-    if model_type in ("bert", "roberta"):
+    if model_type in ("bert", "roberta", "falcon"):
         settings.pop("head_dim"), settings.pop("num_key_value_heads")
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)

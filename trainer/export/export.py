@@ -13,7 +13,7 @@ from adapters.layers.expert_modules import swapped_stacks
 from adapters.methods.registry import METHODS
 from adapters.peft_export import export_adapter
 from adapters.unit import stem
-from adapters.units import expert_counts
+from adapters.units import expert_counts, fan_in_fan_out
 from trainer.checkpoint import store
 from trainer.checkpoint.state import read_initial_adapters
 from trainer.config.config import Config, on_engine, parse_config, with_overrides
@@ -152,13 +152,13 @@ def write_adapter(
     task = TASKS[config.task.kind]
     with refuse_mismatch(checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
-    experts, swapped, fan_in_fan_out = _layout(config, state, adapters)
+    experts, swapped, transposed = _layout(config, state, adapters)
     return export_adapter(
         out,
         adapters,
         experts=experts,
         swapped=swapped,
-        fan_in_fan_out=fan_in_fan_out,
+        fan_in_fan_out=transposed,
         initial=saved_initial(checkpoint, state),
         rank=rank,
         base_model=config.model.id,
@@ -183,9 +183,9 @@ def _layout(
         if any(stem(name) != name for name in adapters):
             raise
         return {}, set(), False
-    layers = [backbone.adapted_layers[name].layer for name in adapters]
-    transposed = any(layer.transposed and not layer.stacked for layer in layers)
-    return expert_counts(backbone.model), swapped_stacks(backbone.model), transposed
+    layers = [backbone.adapted_layers[name] for name in adapters]
+    model = backbone.model
+    return expert_counts(model), swapped_stacks(model), fan_in_fan_out(layers)
 
 
 def _built(

@@ -5,6 +5,7 @@ Buffers hold values that no file has (rotary frequencies, position ids, masks). 
 CPU, and only parameters are on meta.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 _SMALL = 1 << 20
 """Numbers in a parameter whose initial values are kept."""
+_HUGE = 1 << 26
+"""Numbers in a tensor that is no computed buffer: a causal mask of 8192 tokens has as many."""
 
 
 @contextmanager
@@ -120,12 +123,16 @@ def _take_values(model: "PreTrainedModel") -> dict[str, Tensor]:
 
 class _MarkEmpty(TorchDispatchMode):
     """Marks the first and the last number of what `torch.empty` returns, so that a tensor that
-    nobody filled is found. Filling it whole would touch the memory of every parameter."""
+    nobody filled is found. Filling it whole would touch the memory of every parameter. Huge tensors
+    are made on meta at once: a stack of experts may be larger than the host's memory."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Tensor:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func.overloadpacket in _FACTORIES and math.prod(args[0]) > _HUGE:
+            kwargs = {**kwargs, "device": torch.device("meta"), "pin_memory": False}
+        result = func(*args, **kwargs)
         if func.overloadpacket in _EMPTY and not result.is_meta and result.numel():
             mark = _mark(result.dtype)
             if mark is not None:
@@ -134,6 +141,10 @@ class _MarkEmpty(TorchDispatchMode):
         return result
 
 
+_FACTORIES = {
+    torch.ops.aten.empty, torch.ops.aten.zeros, torch.ops.aten.ones, torch.ops.aten.full,
+    torch.ops.aten.rand, torch.ops.aten.randn,
+}  # fmt: skip
 _EMPTY = {
     torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided,
     torch.ops.aten.empty_permuted, torch.ops.aten.new_empty, torch.ops.aten.new_empty_strided,

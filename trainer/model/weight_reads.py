@@ -67,6 +67,8 @@ def weights_read(module: nn.Module) -> set[Path]:
     """Paths, relative to `module`, of the modules below it whose weight its methods read; `*` is
     an element of a list."""
     methods = _methods(type(module))
+    if not any(method.reads_weights for method in methods.values()):
+        return set()
     called_inside = {name for method in methods.values() for name in method.mentions}
     waiting = [
         name
@@ -89,6 +91,7 @@ class _Method:
     mentions: frozenset[str]
     """Attributes of the module that it uses."""
     reads_weights: bool
+    """Whether it names the weight of another module at all."""
 
 
 @functools.cache
@@ -102,7 +105,7 @@ def _methods(cls: type[nn.Module]) -> dict[str, _Method]:
             if isinstance(statement, _Function) and statement.name not in methods:
                 nodes = [n for n in ast.walk(statement) if isinstance(n, ast.Attribute)]
                 mentions = frozenset(n.attr for n in nodes if _is_self(n.value))
-                reads = any(n.attr == "weight" for n in nodes)
+                reads = any(n.attr == "weight" and not _is_self(n.value) for n in nodes)
                 methods[statement.name] = _Method(statement, mentions, reads)
     return methods
 

@@ -11,7 +11,7 @@ import torch
 from adapters import seeds
 from adapters.layers.expert_modules import swapped_stacks
 from adapters.peft_export import export_adapter
-from adapters.units import expert_counts
+from adapters.units import expert_counts, fan_in_fan_out
 from trainer.checkpoint.compatibility import changes, check_options
 from trainer.checkpoint.state import read_initial_adapters, restore
 from trainer.checkpoint.store import clear_the_way, find, verify
@@ -294,6 +294,9 @@ def _export(session: Session, folder: Path) -> str:
             labels=session.task.head_outputs(session.task.labels_state()),
             experts=expert_counts(session.model),
             swapped=swapped_stacks(session.model),
+            fan_in_fan_out=fan_in_fan_out(
+                session.backbone.adapted_layers[unit.name] for unit in session.backbone.units
+            ),
             note=note,
         )
     return note
