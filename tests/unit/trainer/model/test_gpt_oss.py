@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from adapters.formats.formats import FORMATS
-from tests.helpers import losses, quick_config, save_random_model
+from tests.gpt_oss import save_gpt_oss, save_mxfp4
+from tests.helpers import losses, quick_config
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import export_run
@@ -18,15 +19,7 @@ from trainer.loading.mxfp4 import unpack
 from trainer.run.run import run
 from trainer.session import open_session
 
-EXPERTS = 4
 ADAPTED = ["method.targets=all-linear", "method.rank=4"]
-
-
-def save_gpt_oss(folder):
-    return save_random_model(
-        folder, "gpt_oss", AutoModelForCausalLM, num_local_experts=EXPERTS, num_experts_per_tok=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 150000.0},
-    )  # fmt: skip
 
 
 def ids():
@@ -40,36 +33,6 @@ def loaded(folder, dtype=torch.float32):
 def logits(model):
     with torch.no_grad():
         return model(ids()).logits
-
-
-def packed(folder, out):
-    """The model's folder with random FP4 values in place of its stacks, as OpenAI publishes them;
-    and the same folder with the values themselves."""
-    generator = torch.Generator().manual_seed(1)
-    stored, plain = {}, {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            stored[name] = plain[name] = tensor
-            continue
-        experts, columns, rows = tensor.shape
-        blocks = torch.randint(
-            0, 256, (experts, rows, columns // 32, 16), dtype=torch.uint8, generator=generator
-        )
-        scales = torch.randint(
-            120, 126, blocks.shape[:-1], dtype=torch.uint8, generator=generator
-        )  # fmt: skip
-        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-        plain[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-    for path, tensors in ((out, stored), (folder, plain)):
-        path.mkdir(exist_ok=True)
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    for file in folder.iterdir():
-        if file.suffix != ".safetensors":
-            (out / file.name).write_bytes(file.read_bytes())
-    config = json.loads((out / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (out / "config.json").write_text(json.dumps(config))
-    return out
 
 
 def test_fp4_blocks_are_unpacked_as_transformers_does():
@@ -144,7 +107,7 @@ def test_sinks_are_respected_or_the_attention_refused(tmp_path):
 
 def test_mxfp4_files_train_as_the_values_they_hold(tmp_path, capsys):
     plain = save_gpt_oss(tmp_path / "plain")
-    folder = packed(plain, tmp_path / "packed")
+    folder = save_mxfp4(plain, tmp_path / "packed")
     config = quick_config(
         tmp_path, f"model.id={folder}", *ADAPTED, "run.steps=2", "checkpoint.every=2",
         "optim.learning_rate=1e-2", "log.progress=plain",
@@ -159,7 +122,7 @@ def test_mxfp4_files_train_as_the_values_they_hold(tmp_path, capsys):
 
 def test_mxfp4_files_are_packed_again_by_the_run_s_format(tmp_path):
     plain = save_gpt_oss(tmp_path / "plain")
-    folder = packed(plain, tmp_path / "packed")
+    folder = save_mxfp4(plain, tmp_path / "packed")
     sessions = [
         open_session(
             quick_config(tmp_path, f"model.id={where}", *ADAPTED, "model.quantization=nf4"), World()
@@ -171,7 +134,7 @@ def test_mxfp4_files_are_packed_again_by_the_run_s_format(tmp_path):
 
 
 def test_other_prequantised_files_are_refused(tmp_path):
-    folder = packed(save_gpt_oss(tmp_path / "plain"), tmp_path / "packed")
+    folder = save_mxfp4(save_gpt_oss(tmp_path / "plain"), tmp_path / "packed")
     stored = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.experts.down_proj_scales"
     for changed, message in (
