@@ -95,7 +95,7 @@ class _Method:
 
 
 @functools.cache
-def _methods(cls: type[nn.Module]) -> dict[str, _Method]:
+def _methods(cls: type) -> dict[str, _Method]:
     """The methods of a class by name, inherited ones too, but for those of nn.Module."""
     methods: dict[str, _Method] = {}
     for base in cls.__mro__:
