@@ -17,6 +17,7 @@ from trainer.model.backbone import BuiltModel, set_module
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers, refuse_tied
 from trainer.model.mixture import check_experts, gates, left_alone, routers
+from trainer.model.packing import check_packing
 from trainer.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
         ) from error
     model.requires_grad_(False)
     model.eval()
+    if config.data.packing:
+        check_packing(model)
     for path, module in list(model.named_modules()):
         if AdaptedExperts.fits(module):
             set_module(model, path, AdaptedExperts(module))
