@@ -54,18 +54,33 @@ class Documents:
         return separated
 
 
-_current: ContextVar[Documents | None] = ContextVar("documents", default=None)
+@dataclass
+class _Scope:
+    """A context's documents, and whether any mask was built for them."""
+
+    documents: Documents
+    built: bool = False
+
+
+_current: ContextVar[_Scope | None] = ContextVar("documents", default=None)
 
 
 @contextmanager
 def kept_apart(documents: Documents) -> Iterator[None]:
-    """Within this context, in this thread, masks separate the documents of each row."""
+    """Within this context, in this thread, masks separate the documents of each row. Raises
+    UserError at its end where the model ran in it without asking transformers for a mask."""
+    scope = _Scope(documents)
     with _EXCHANGE:
-        token = _current.set(documents)
+        token = _current.set(scope)
         try:
             yield
         finally:
             _current.reset(token)
+    if not scope.built:
+        raise UserError(
+            "data.packing: true given, but the model makes its attention masks by itself, in which "
+            "the documents of a row see each other; accepted: false"
+        )
 
 
 class _Exchange:
@@ -81,7 +96,7 @@ class _Exchange:
         with self._lock:
             self._contexts += 1
             if self._contexts == 1:
-                self._originals = dict(AttentionMaskInterface._global_mapping)
+                self._originals = {**AttentionMaskInterface._global_mapping}
                 for name, original in self._originals.items():
                     AttentionMaskInterface.register(name, _separated(name, original))
                 masking_utils.find_packed_sequence_indices = _infer_documents
@@ -107,9 +122,10 @@ def _separated(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """`original`, transformers' mask function of the attention `name`, for separate documents."""
 
     def build(*, mask_function: MaskFunction, **arguments: Any) -> Any:
-        documents = _current.get()
-        if documents is None:
+        scope = _current.get()
+        if scope is None:
             return original(mask_function=mask_function, **arguments)
+        scope.built, documents = True, scope.documents
         rows, length = documents.index.shape
         if is_flash_attention_requested(requested_attention_implementation=name):
             # flash-attn takes no mask. transformers calls it by documents, which it infers from
