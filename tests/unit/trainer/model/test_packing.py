@@ -21,7 +21,7 @@ CARRYING: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("linear_attention", HALF),
     "mamba": ("linear_attention", {}),
     "rwkv": ("a recurrent state", {"attention_hidden_size": 32}),
-    "recurrent_gemma": ("linear_attention", {"lru_width": 32}),
+    "recurrent_gemma": ("linear_attention|Conv1d", {"lru_width": 32}),
 }  # fmt: skip
 
 
