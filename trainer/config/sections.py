@@ -125,7 +125,8 @@ class DataOptions(Section):
     eval_records: int | None = Field(None, gt=0)
     """Use only this many evaluation records, the first ones."""
     packing: bool = False
-    """Pack several records into a sequence, without attention between them."""
+    """Pack several records into a sequence, without attention between them. Refused for models
+    with layers that carry state along it (recurrent, convolutional, linear attention)."""
     shuffle: bool = True
     """Shuffle each epoch with a generator seeded by (seed, epoch)."""
     batch_size: int = Field(16, gt=0)

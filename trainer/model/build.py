@@ -17,6 +17,7 @@ from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
+from trainer.model.packing import check_packing
 from trainer.model.targets import choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
@@ -52,6 +53,8 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     model.requires_grad_(False)
     model.eval()
     read = layers_read(model)
+    if config.data.packing:
+        check_packing(model)
     for path, module in list(model.named_modules()):
         if AdaptedExperts.fits(module):
             set_module(model, path, AdaptedExperts(module))

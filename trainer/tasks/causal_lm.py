@@ -1,7 +1,10 @@
 """Next-token prediction, with the loss on the completion only (or on all tokens)."""
 
+import functools
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from trainer.errors import UserError
 from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
+from trainer.tasks.documents import Documents, kept_apart
 from trainer.tasks.options import CausalLMOptions
 
 
@@ -78,9 +82,8 @@ class CausalLM(Task):
             targets.append(pad(target, width, IGNORED))
         inputs = {"input_ids": torch.tensor(ids)}
         if any(len(packed) > 1 for packed in sequences):
-            # Positions restart at 0 in every document, from which transformers builds the
-            # block-diagonal mask. Unpacked rows need no mask: padding is on the right, and a causal
-            # model does not attend to it.
+            # Positions restart at 0 in every document, by which `loss` keeps them apart. Unpacked
+            # rows need no mask: padding is on the right, and a causal model does not attend to it.
             inputs["position_ids"] = torch.tensor(positions)
         weight = 0 if empty else sum(example.weight for packed in sequences for example in packed)
         tokens = 0 if empty else sum(len(e.input_ids) for packed in sequences for e in packed)
@@ -92,11 +95,28 @@ class CausalLM(Task):
         head = loss_head(model)
         if head is not None:
             with loss_inside(head, learned, targets[learned]):
-                return model(**batch.inputs, use_cache=False).logits, None
-        logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
+                return _logits(model, batch), None
+        logits = _logits(model, batch)[:, :-1]
         # Selected before the cast: float32 logits only where there is a loss.
         loss = F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
         return loss, None
 
     def scores_of_loss(self, loss: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(loss, 700.0))}
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's logits (rows, length, vocabulary), the documents of packed rows kept apart."""
+    inputs = dict(batch.inputs)
+    positions = inputs.get("position_ids")
+    if positions is None:
+        return model(**inputs, use_cache=False).logits
+    if not _takes_positions(type(model).forward):  # e.g. ALiBi, which depends on distances only
+        del inputs["position_ids"]
+    with kept_apart(Documents.of(positions)):
+        return model(**inputs, use_cache=False).logits
+
+
+@functools.cache
+def _takes_positions(forward: Callable[..., Any]) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters
