@@ -22,6 +22,7 @@ Span = tuple[int, int]
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _PROBE = "Xq7"
+_FEW = 3  # turns that are rendered one by one
 
 
 def chats(row: dict, options: DataOptions, tokenizer: Any) -> list[Segments]:
@@ -68,11 +69,14 @@ class Chat:
             if len(marks) != len(assistants):
                 return None
             of_turn = dict(zip(assistants, marks, strict=True))
-            spans = [of_turn[turn] for turn in turns]
-            pairs = zip(turns, spans, strict=True)
-            if any(self._missing(turn, _cut(text, span), thoughts=True) for turn, span in pairs):
+            marked = [(turn, of_turn[turn]) for turn in turns]
+            if any(self._missing(turn, _cut(text, span), thoughts=True) for turn, span in marked):
                 return None
-            return text, spans
+            return text, [span for _, span in marked]
+        if len(turns) > _FEW:
+            found = self._by_first_turn(turns, text)
+            if found is not None:
+                return text, found
         spans: list[Span] = []
         for turn in turns:
             closed, _ = self._render(turn + 1)
@@ -82,6 +86,39 @@ class Chat:
             spans.append((start, len(closed)))
             self._check(turn, _cut(text, spans[-1]))
         return text, spans
+
+    def _by_first_turn(self, turns: list[int], text: str) -> list[Span] | None:
+        """The spans of many turns without a rendering for each: every assistant turn has to look as
+        the first one, with its own content, and the generation prompt must occur nowhere else. None
+        where that does not hold."""
+        assistants = [i for i in range(turns[-1] + 1) if _is_assistant(self.messages[i])]
+        if assistants[0] == 0 or any(len(_own(self.messages[i], True)) > 1 for i in assistants):
+            return None
+        contents = [_own(self.messages[i])[0][1] for i in assistants]
+        before, closed = (self._render(assistants[0] + done)[0] for done in (0, 1))
+        start, content = self._start(assistants[0]), contents[0].strip()
+        header = closed[len(before) : start]
+        if not (header and content and closed.startswith(before)):
+            return None
+        lead, own, tail = closed[start:].partition(contents[0])
+        if not own:
+            lead, own, tail = closed[start:].partition(content)
+        # Whether history stays as it is, is seen at the first turn and at the last but one.
+        kept = [closed, self._render(assistants[-2] + 1)[0]]
+        if not own or not all(map(text.startswith, kept)) or text.count(header) != len(assistants):
+            return None
+        spans, at = {}, len(before)
+        for index, content in zip(assistants, contents, strict=True):
+            for form in (content, content.strip()):
+                whole = header + lead + form + tail
+                found = text.find(whole, at)
+                if found >= 0:
+                    break
+            else:
+                return None
+            at = found + len(whole)
+            spans[index] = (found + len(header), at)
+        return [spans[index] for index in turns]
 
     def alone(self, turn: int) -> tuple[str, list[Span]]:
         """The conversation up to a turn, and the spans of that turn."""
@@ -109,12 +146,18 @@ class Chat:
                     f"{self.column}[{turn}]: the chat template rewrites earlier turns when this "
                     "one is added: learned tokens are ambiguous"
                 )
-        own = [text for _, text in _own(self.messages[turn], thoughts=True) if text.strip()]
-        found = [closed.find(text.strip(), before) for text in own]
-        starts = [start for start in found if start >= 0]
-        if not turn and not starts:
+        probed = self._probed(turn).find(_PROBE, before)  # own text may look like a header
+        if not turn and probed < 0:
             raise BadRecord(f"{self.column}[0]: the chat template does not show where it begins")
-        return min([*starts, shared])
+        return shared if probed < 0 else min(probed, shared)
+
+    def _probed(self, turn: int) -> str:
+        """The rendering that a turn would end if all that it says were the probe."""
+        message = {key: value for key, value in self.messages[turn].items() if key != "tool_calls"}
+        in_parts = isinstance(message.get("content"), list)
+        message |= {"content": _PROBE} | {key: _PROBE for key in _REASONING if key in message}
+        other = [*self.messages[:turn], _as_parts(message) if in_parts else message]
+        return _apply(self.tokenizer, self.template, other, self.tools, False)[0]
 
     def _check(self, turn: int, learned: str) -> None:
         what = self._missing(turn, learned)
@@ -152,10 +195,11 @@ def _apply(
     marked: bool = False,
 ) -> tuple[str, list[Span]]:  # fmt: skip
     """As `apply_chat_template`, which does not give the marked spans of the text."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
 
+    render: Any = chat_template_utils.render_jinja_template  # annotated otherwise than it is
     try:
-        texts, marks = render_jinja_template(
+        texts, marks = render(
             [messages],
             tools=tools,
             chat_template=template,

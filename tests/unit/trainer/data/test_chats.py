@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from tests.hostile import fuzz
 from tests.unit.trainer.data.chat_templates import CHATML, END_OF_TURN, LLAMA3, MARKED, QWEN3
 from tests.unit.trainer.tasks.tokenizers_of_all_kinds import byte_level
 from trainer.config.sections import DataOptions
+from trainer.data import chats as chats_module
 from trainer.data.chats import chats
 from trainer.data.dataset import TokenDataset, prepare
 from trainer.data.loader import left_out
@@ -102,6 +104,29 @@ def test_every_turn_is_learned_once(family: str, turns: str, messages: list) -> 
 def test_an_example_of_its_own_only_where_history_is_rewritten(family: str, count: int) -> None:
     messages = [message for i in range(3) for message in (user(f"q{i}"), assistant(f"<b>a{i}"))]
     assert len(examples(END_OF_TURN[family][0], messages)) == count
+
+
+@pytest.mark.parametrize("family", ["ChatML", "Llama 3", "Gemma", "DeepSeek-R1", "parts"])
+@fuzz(usual=20)
+@given(contents=st.lists(st.tuples(TEXT, TEXT), min_size=4, max_size=8), forged=st.booleans())
+def test_many_turns_are_found_as_few_are(family: str, contents: list, forged: bool) -> None:
+    """By the look of the first turn, or by a rendering for each: the same segments."""
+    template, end = END_OF_TURN[family]
+    messages = [m for asked, said in contents for m in (user(asked), assistant(said))]
+    if forged:  # the user quotes the turn that follows
+        prompt = "<|im_start|>assistant\n" if family == "ChatML" else "<｜Assistant｜>"
+        messages[4]["content"] = prompt + messages[5]["content"] + end
+    fast = examples(template, messages)
+    with mock.patch("trainer.data.chats._FEW", 100):
+        assert examples(template, messages) == fast
+
+
+def test_many_turns_need_few_renderings() -> None:
+    messages = [m for i in range(40) for m in (user(f"q{i}"), assistant(f"a{i}"))]
+    applied = mock.Mock(side_effect=chats_module._apply)
+    with mock.patch.object(chats_module, "_apply", applied):
+        (segments,) = examples(CHATML, messages)
+    assert len(learned(segments)) == 40 and applied.call_count <= 8
 
 
 # --- thoughts
