@@ -42,7 +42,7 @@ class Session:
     train_data: TokenDataset
     eval_data: TokenDataset | None
     left_out: np.ndarray
-    """Indices of the training records held out from training."""
+    """Indices of the training examples held out from training, record by record."""
     engine: Engine
     backbone: LoadedBackbone
     method: Method
@@ -56,10 +56,11 @@ class Session:
         return self.backbone.model
 
     def held_out(self) -> tuple[TokenDataset, np.ndarray]:
-        """(evaluation data set, indices of its records to evaluate on)."""
+        """(evaluation data set, indices of its examples to evaluate on)."""
         if self.eval_data is not None:
             return self.eval_data, np.arange(len(self.eval_data))
-        return self.train_data, self.left_out[: self.config.data.leave_out]
+        count = self.config.data.leave_out
+        return self.train_data, self.train_data.first_records(self.left_out, count)
 
     def trainables(self) -> list[Trainable]:
         """Adapters first, then the parameters of new heads."""
@@ -94,10 +95,11 @@ def open_data(
     return tokenizer, task, *prepared
 
 
-def _leave_out(config: Config, records: int) -> np.ndarray:
-    """Indices of the held-out training records; evaluation and the method's validation each use the
-    first of them. Raises UserError where none would be left to train on."""
+def _leave_out(config: Config, data: TokenDataset) -> np.ndarray:
+    """Examples of the held-out training records; evaluation and the method's validation each use
+    the first records of them. Raises UserError where none would be left to train on."""
     count = max(config.data.leave_out, config.method.validation_samples)
+    records = data.counts.used
     if count >= records:
         key = (
             "data.leave_out"
@@ -107,7 +109,7 @@ def _leave_out(config: Config, records: int) -> np.ndarray:
         raise UserError(
             f"{key}: {count} given; accepted: fewer than {records}, the training records"
         )
-    return left_out(records, count, config.run.seed)
+    return left_out(data, count, config.run.seed)
 
 
 def _prepare(data: DataOptions, task: Task) -> tuple[TokenDataset, TokenDataset | None]:
@@ -127,7 +129,7 @@ def open_session(
     tokenizer, task, train_data, eval_data = open_data(config, world)
     with world.all_or_none():  # fails before any weight is loaded
         check_backbone(config, task, world.device)
-        left_out = _leave_out(config, len(train_data))
+        left_out = _leave_out(config, train_data)
     engine = make_engine(config, world, task)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     spectral_init = None

@@ -107,7 +107,19 @@ class DataOptions(Section):
     text: str | list[str] = "text"
     """Text column of format `text`; one or two text columns of `classification`."""
     messages: str = "messages"
-    """Column of format `messages`: a list of {role, content}."""
+    """Column of format `messages`: a list of {role, content}. Assistant turns are learned, except
+    those with `train: false` or `weight: 0`."""
+    tools: str = "tools"
+    """Column of the tools that the chat template is given: a list of JSON schemas, or its text."""
+    turns: Literal["auto", "all", "last"] = "auto"
+    """Assistant turns that are learned. auto: those that the chat template marks by
+    `{% generation %}`, else all; all: whatever it marks; last: the last one. Where the template
+    rewrites earlier turns, each turn is an example with the conversation up to it."""
+    add_bos: Literal["auto"] | bool = "auto"
+    """Put the begin token before a text; auto: where the tokenizer does. Chats: as the template."""
+    add_eos: Literal["auto"] | bool = "auto"
+    """Put the end token after a text, and learn it; auto: where there is one. Never doubled. Chats:
+    as the template."""
     label: str = "label"
     """Label column of format `classification`."""
     columns: list[str] | None = None

@@ -6,7 +6,7 @@ A task is one file; loader and loop use this interface only.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 IGNORED = -100
 """Target of a position without loss, as in torch's cross entropy."""
 
+Switch = bool | Literal["auto"]
+
 
 @dataclass
 class Record:
@@ -30,8 +32,10 @@ class Record:
 
     segments: list[tuple[str, bool]]
     label: str | float | None = None
-    special_tokens: bool = True
-    """Whether the tokenizer's begin and end tokens are added (a chat template has its own)."""
+    add_bos: Switch = "auto"
+    add_eos: Switch = "auto"
+    """Whether begin and end tokens are added; auto: as the tokenizer does it, and an end token
+    always. A chat template has its own."""
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
 from trainer.tasks.documents import Documents, kept_apart
 from trainer.tasks.options import CausalLMOptions
+from trainer.tasks.tokenisation import special_tokens, surrounded, tokenise
 
 
 class CausalLM(Task):
@@ -33,28 +34,16 @@ class CausalLM(Task):
             )
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
-        pieces = [text for record in records for text, _ in record.segments]
-        if not pieces:  # the tokenizer refuses an empty list
-            return []
-        tokenised = iter(self.tokenizer(pieces, add_special_tokens=False)["input_ids"])
-        return [self._encode(record, tokenised, max_length) for record in records]
+        tokenised = tokenise(self.tokenizer, [record.segments for record in records])
+        special = functools.cache(functools.partial(special_tokens, self.tokenizer))
+        return [
+            self._encode(*surrounded(*tokens, *special(record.add_bos, record.add_eos)), max_length)
+            for record, tokens in zip(records, tokenised, strict=True)
+        ]
 
-    def _encode(
-        self, record: Record, tokenised: Iterator[list[int]], max_length: int
-    ) -> Example | str:
-        learn_all = self.options.loss_on == "all"
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids: list[int] = []
-        learned: list[int] = []
-        if record.special_tokens and bos is not None:
-            ids, learned = [bos], [0]
-        for _, is_learned in record.segments:
-            piece = next(tokenised)
-            ids += piece
-            learned += [int(is_learned or learn_all)] * len(piece)
-        if record.special_tokens and eos is not None:
-            ids.append(eos)
-            learned.append(1)
+    def _encode(self, ids: list[int], learned: list[int], max_length: int) -> Example | str:
+        if self.options.loss_on == "all":
+            learned = [1] * len(ids)
         if learned:
             learned[0] = 0  # the first token is not predicted
         if not any(learned):
