@@ -39,6 +39,7 @@ from trainer.training.lr_schedule import learning_rate
 from trainer.training.step import Training, log_plan
 from trainer.training.stop_request import StopRequest
 from trainer.training.validation import make_validate
+from trainer.verification.verify import verify
 
 
 def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
@@ -65,6 +66,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     if start.checkpoint is not None:
         with world.all_or_none():
             progress = restore(session, loader, start.checkpoint, start.state)
+    verified = _verify(session, resumed=start.checkpoint is not None)
     plan = make_plan(session)
     steps = total_steps(session, loader)
     replay, initial_digest = None, start.state.get("initial")
@@ -78,6 +80,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
             folder.record(session, steps, progress)
     for line in (*_introduction(session, steps, folder.lock.note), *_resumption(start, config)):
         folder.recorder.log_line(line)
+    folder.recorder.log_line(verified)
     log_plan(folder.recorder, plan)
     training = Training(session, loader, steps, make_validate(session), folder.recorder, replay)
     writer = CheckpointWriter(session, loader, folder.checkpoints, initial_digest)
@@ -153,6 +156,14 @@ def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
         if found.checkpoint is not None and not world.is_main:
             verify(found.checkpoint)
     return found
+
+
+def _verify(session: Session, *, resumed: bool) -> str:
+    """Verify the session as `run.verify` says; a line for the log. Collective."""
+    mode = session.config.run.verify
+    if mode == "off" or (resumed and mode == "auto"):
+        return f"verified  {'no (run.verify: off)' if mode == 'off' else 'before the first step'}"
+    return verify(session)
 
 
 def _set_horizon(session: Session, steps: int) -> None:
