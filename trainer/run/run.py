@@ -39,7 +39,7 @@ from trainer.training.lr_schedule import learning_rate
 from trainer.training.step import Training, log_plan
 from trainer.training.stop_request import StopRequest
 from trainer.training.validation import make_validate
-from trainer.verification.verify import verify
+from trainer.verification.verify import verify_session
 
 
 def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
@@ -163,7 +163,7 @@ def _verify(session: Session, *, resumed: bool) -> str:
     mode = session.config.run.verify
     if mode == "off" or (resumed and mode == "auto"):
         return f"verified  {'no (run.verify: off)' if mode == 'off' else 'before the first step'}"
-    return verify(session)
+    return verify_session(session)
 
 
 def _set_horizon(session: Session, steps: int) -> None:

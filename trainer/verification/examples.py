@@ -1,5 +1,6 @@
 """The records of a proof, and what their tokens must not be."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -75,4 +76,4 @@ def check_tokens(session: Session) -> None:
 
 
 def _twice_in_a_row(ids: Sequence[int], token: int) -> bool:
-    return any(a == b == token for a, b in zip(ids, ids[1:], strict=False))
+    return any(a == b == token for a, b in itertools.pairwise(ids))

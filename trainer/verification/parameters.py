@@ -56,8 +56,9 @@ def _parameter_faults(session: Session, name: str, parameter: nn.Parameter) -> I
         yield f"{name}: was never loaded or initialised"
         return
     owner = session.model.get_submodule(name.rpartition(".")[0])
-    packed = isinstance(owner, PackedLayer) and parameter is owner.weight
-    value = owner.dequantised(session.backbone.dtype) if packed else parameter
+    value = parameter
+    if isinstance(owner, PackedLayer) and parameter is owner.weight:
+        value = owner.dequantised(session.backbone.dtype).view(owner.matrix_shape)
     if not value.is_floating_point():
         return
     found = probe(value)
@@ -74,16 +75,24 @@ def _parameter_faults(session: Session, name: str, parameter: nn.Parameter) -> I
             "(Frobenius): its scales are wrong"
         )
     expected = torch.tensor(loaded, dtype=torch.float64, device=found.device)
-    changed = difference(found, expected)
-    if not changed <= _SAME:
-        groups = len(expected)
-        far = (found - expected).abs() > _SAME * expected.abs().max()
-        rows = -(-(value.shape[0] if value.dim() == 2 else value.numel()) // groups)
-        first = int(far.nonzero()[0]) * rows if len(found) == groups and bool(far.any()) else 0
+    if not difference(found, expected) <= _SAME:
         yield (
-            f"{name}: what {session.engine.kind} gathers is not what was loaded: {int(far.sum())} "
-            f"of {groups} groups of rows differ, the first at row {first}"
+            f"{name}: what {session.engine.kind} gathers is not what was loaded"
+            f"{_first_rows(found, expected, value)}"
         )
+
+
+def _first_rows(found: Tensor, expected: Tensor, value: Tensor) -> str:
+    """Where two probes of `value` part."""
+    if found.shape != expected.shape:
+        return f": its shape is {tuple(value.shape)}"
+    far = (found - expected).abs() > _SAME * expected.abs().max()
+    rows = -(-value.shape[0] // len(found)) if value.dim() else 1
+    groups = far.nonzero().flatten().tolist() or [0]
+    return (
+        f": {len(groups)} of {len(found)} groups of {rows} row(s) differ, from row "
+        f"{groups[0] * rows} on"
+    )
 
 
 def _operator_faults(session: Session, path: str, layer: PackedLayer) -> Iterator[str]:

@@ -15,7 +15,7 @@ from trainer.verification.parameters import check_gathered
 from trainer.verification.reference import Reference
 
 
-def verify(session: Session) -> str:
+def verify_session(session: Session) -> str:
     """Check tokens, parameters, adapters' operators, buffers and the forward pass on the run's own
     records. Returns a line for the log. Leaves no trace: random generators, adapters and optimizer
     are as before. Collective. Raises UserError naming the module and the cause."""
@@ -32,8 +32,8 @@ def verify(session: Session) -> str:
     lengths = " and ".join(str(len(example.input_ids)) for example in proof)
     together = "packed" if session.config.data.packing else "padded"
     return (
-        f"verified  {len(session.backbone.probes)} tensors as loaded, {len(session.method.adapters)} "
-        f"adapters' operators, buffers, and the forward pass of {lengths} tokens {together} "
+        f"verified  {len(session.backbone.probes)} tensors as loaded, "
+        f"{len(session.method.adapters)} adapters' operators, buffers, and the forward pass of {lengths} tokens {together} "
         f"against {type(session.model).__name__} of transformers, in "
         f"{time.perf_counter() - started:.1f} s"
     )
