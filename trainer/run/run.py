@@ -39,6 +39,7 @@ from trainer.training.lr_schedule import learning_rate
 from trainer.training.step import Training, log_plan
 from trainer.training.stop_request import StopRequest
 from trainer.training.validation import make_validate
+from trainer.verification.first_steps import FirstSteps
 from trainer.verification.verify import verify_session
 
 
@@ -66,7 +67,10 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     if start.checkpoint is not None:
         with world.all_or_none():
             progress = restore(session, loader, start.checkpoint, start.state)
-    verified = _verify(session, resumed=start.checkpoint is not None)
+    proves = config.run.verify == "full" or (
+        config.run.verify == "auto" and start.checkpoint is None
+    )
+    verified = verify_session(session) if proves else _not_verified(config)
     plan = make_plan(session)
     steps = total_steps(session, loader)
     replay, initial_digest = None, start.state.get("initial")
@@ -82,7 +86,10 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         folder.recorder.log_line(line)
     folder.recorder.log_line(verified)
     log_plan(folder.recorder, plan)
-    training = Training(session, loader, steps, make_validate(session), folder.recorder, replay)
+    first_steps = FirstSteps(session, folder.recorder) if proves else None
+    training = Training(
+        session, loader, steps, make_validate(session), folder.recorder, replay, first_steps
+    )
     writer = CheckpointWriter(session, loader, folder.checkpoints, initial_digest)
     train(Run(training, writer, progress, stop))
     writer.close()
@@ -158,12 +165,9 @@ def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
     return found
 
 
-def _verify(session: Session, *, resumed: bool) -> str:
-    """Verify the session as `run.verify` says; a line for the log. Collective."""
-    mode = session.config.run.verify
-    if mode == "off" or (resumed and mode == "auto"):
-        return f"verified  {'no (run.verify: off)' if mode == 'off' else 'before the first step'}"
-    return verify_session(session)
+def _not_verified(config: Config) -> str:
+    resumed = "when the run began: resumed on the same backbone"
+    return f"verified  {'no: run.verify=off' if config.run.verify == 'off' else resumed}"
 
 
 def _set_horizon(session: Session, steps: int) -> None:

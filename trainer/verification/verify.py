@@ -21,7 +21,7 @@ def verify_session(session: Session) -> str:
     are as before. Collective. Raises UserError naming the module and the cause."""
     started = time.perf_counter()
     world = session.world
-    with _same_random_numbers(world.device):
+    with _same_random_numbers(world.device), _without_dropout(session):
         with world.all_or_none():
             check_tokens(session)
             reference = Reference(session)
@@ -33,8 +33,8 @@ def verify_session(session: Session) -> str:
     together = "packed" if session.config.data.packing else "padded"
     return (
         f"verified  {len(session.backbone.probes)} tensors as loaded, "
-        f"{len(session.method.adapters)} adapters' operators, buffers, and the forward pass of {lengths} tokens {together} "
-        f"against {type(session.model).__name__} of transformers, in "
+        f"{len(session.method.adapters)} adapters' operators, buffers, and the forward pass of "
+        f"{lengths} tokens {together} against {type(session.model).__name__} of transformers, in "
         f"{time.perf_counter() - started:.1f} s"
     )
 
@@ -56,3 +56,13 @@ def _same_random_numbers(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield
+
+
+@contextmanager
+def _without_dropout(session: Session) -> Iterator[None]:
+    was_training = session.model.training
+    session.model.eval()
+    try:
+        yield
+    finally:
+        session.model.train(was_training)
