@@ -13,7 +13,8 @@ def check_buffers(session: Session, reference: Reference) -> str | None:
     doubtful = {}
     for name, expected in reference.buffers():
         owner, _, attribute = name.rpartition(".")
-        found = getattr(submodule(session.model, owner), attribute, None)
+        module, _ = submodule(session.model, owner)
+        found = getattr(module, attribute, None)
         if not isinstance(found, Tensor) or found.is_meta:
             return f"{name}: a buffer that was never filled"
         if not _same(found, expected):

@@ -32,14 +32,15 @@ def examples(session: Session) -> list[Example]:
 
 
 def cut(example: Example, length: int) -> Example:
-    """The first `length` tokens of a record."""
-    ids = list(example.input_ids[:length])
+    """A record cut to at most `length` tokens; the last one, by which some models pool, stays."""
+    kept = [*range(min(length, len(example.input_ids)) - 1), -1]
+    ids = [example.input_ids[index] for index in kept]
     learned = [0, *[1] * (len(ids) - 1)] if len(example.loss_mask) else ()
     return replace(
         example,
         input_ids=ids,
         loss_mask=learned,
-        token_type_ids=list(example.token_type_ids[:length]),
+        token_type_ids=[example.token_type_ids[i] for i in kept] if example.token_type_ids else (),
         weight=max(1, sum(learned)),
     )
 

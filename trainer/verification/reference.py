@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adapters.layers.base import PackedLayer
 from adapters.units import transformer_blocks
-from trainer.loading.source import open_files
+from trainer.loading.source import Source
 from trainer.model.backbone import TrainedModule
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.session import Session
@@ -44,20 +44,18 @@ class Reference:
         paths = [path for path, _ in transformer_blocks(session.model)]
         self.blocks = {path: self.model.get_submodule(path) for path in paths}
         self._inside = tuple(f"{path}." for path in paths)
+        self._large = self._embeddings_and_head()
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(name, value) of its buffers, persistent ones from the files."""
-        session, config = self.session, self.session.config
-        files = None
-        if config.model.weights == "pretrained":
-            files = open_files(config, session.backbone, session.world.device)
+        session = self.session
+        source = Source(session.backbone, session.config, session.world.device)
         for name, buffer in list(self.model.named_buffers()):
             owner, _, attribute = name.rpartition(".")
-            module = self.model.get_submodule(owner)
-            if files is not None and attribute not in module._non_persistent_buffers_set:
-                key = files.find(name, self.model.base_model_prefix)
-                if key is not None:
-                    buffer.copy_(files.read(key))
+            if attribute not in self.model.get_submodule(owner)._non_persistent_buffers_set:
+                stored = source.stored(name)
+                if stored is not None and stored.shape == buffer.shape:
+                    buffer.copy_(stored)
             yield name, buffer
 
     @torch.no_grad()
@@ -99,10 +97,11 @@ class Reference:
     @contextmanager
     def _filled(self, names: list[str], dtype: torch.dtype) -> Iterator[None]:
         """Context in which these parameters have the values of the run's model, in `dtype`."""
+        own = self.session.backbone.dtype
         for name in names:
-            shape = tuple(self._empty[name].shape)
-            large = isinstance(self._owner(name), nn.Embedding) or name in self._head
-            value = plain_value(self.session.model, name, shape, None if large else dtype)
+            keeps = name in self._large or dtype == own
+            value = plain_value(self.session.model, name, own if keeps else dtype, keeps=keeps)
+            assert value.shape == self._empty[name].shape, name
             self._set(name, nn.Parameter(value, requires_grad=False))
         try:
             yield
@@ -116,16 +115,16 @@ class Reference:
     def _set(self, name: str, parameter: nn.Parameter) -> None:
         self._owner(name)._parameters[name.rpartition(".")[2]] = parameter
 
-    @property
-    def _head(self) -> set[str]:
-        """Names of the output head's parameters: as large as the embedding, they keep their dtype
-        instead of being copied."""
+    def _embeddings_and_head(self) -> set[str]:
+        """Names of the parameters of embeddings and the output head outside the blocks: too large
+        to be copied, they keep their dtype."""
         head = self.model.get_output_embeddings()
         return {
             f"{path}.{name}"
             for path, module in self.model.named_modules()
-            if head is not None and module is head
+            if isinstance(module, nn.Embedding) or (head is not None and module is head)
             for name in module._parameters
+            if not path.startswith(self._inside)
         }
 
 
@@ -143,6 +142,10 @@ def plain_model(session: Session) -> "PreTrainedModel":
             attn_implementation=None if options.attention == "auto" else options.attention,
             trust_remote_code=False,
         )
+    # As after `from_pretrained`, buffers are computed in torch's default dtype, not the model's.
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    model.initialize_weights()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
@@ -168,21 +171,20 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def plain_value(
-    model: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype | None
-) -> Tensor:
+def plain_value(model: nn.Module, name: str, dtype: torch.dtype, *, keeps: bool) -> Tensor:
     """The value of the plain model's parameter `name` in the run's model, which must be unsharded:
-    dequantised, as the files orient it, in `dtype` (None: its own)."""
+    dequantised in `dtype`, and as the files orient it. `keeps`: parameters that are no matrices of
+    adapted layers keep their dtype (a router's bias may be float32 beside bfloat16)."""
     owner, _, attribute = name.rpartition(".")
-    module = submodule(model, owner)
+    module, trained = submodule(model, owner)
     held = getattr(module, attribute)
     layer = module if attribute == "weight" else None
     if isinstance(held, PackedLayer):  # a stack of experts, which the plain model holds itself
         layer = held
     if not isinstance(layer, PackedLayer):
-        return held.detach() if dtype is None else held.detach().to(dtype)
-    value = layer.dequantised(dtype or layer.weight.dtype)
-    return value if tuple(value.shape) == shape and not _turned(layer) else value.mT
+        return held.detach() if keeps and not trained else held.detach().to(dtype)
+    value = layer.dequantised(dtype)
+    return value.mT if _turned(layer) else value
 
 
 def _turned(layer: PackedLayer) -> bool:
@@ -190,16 +192,15 @@ def _turned(layer: PackedLayer) -> bool:
     return getattr(layer, "transposed", False) or getattr(layer, "stored_transposed", False)
 
 
-def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The run's module in the place of the plain model's, inside the wrapper of a trained one."""
-    module = model
+def submodule(model: nn.Module, path: str) -> tuple[nn.Module, bool]:
+    """The run's module in the place of the plain model's, and whether it is inside the wrapper of a
+    trained one, which computes in float32."""
+    module, trained = model, False
     for part in path.split(".") if path else ():
-        module = _inner(getattr(_inner(module), part))
-    return _inner(module)
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    return module.inner if isinstance(module, TrainedModule) else module
+        module = getattr(module, part)
+        if isinstance(module, TrainedModule):
+            module, trained = module.inner, True
+    return module, trained
 
 
 @contextmanager
