@@ -162,6 +162,7 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, parameter)
         if parameter is not None and not parameter.is_meta:
             kept = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            kept._is_hf_initialized = True  # type: ignore[attr-defined]  # nothing to initialise
             module._parameters[name] = kept
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
