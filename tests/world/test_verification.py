@@ -19,7 +19,9 @@ def proofs(tmp_path_factory):
     mixture = save_mixture(tmp / "mixtral", "mixtral")
 
     def case(engine: str, *overrides: str, **fault) -> tuple[str, dict]:
-        config = quick_config(tmp, f"engine.kind={engine}", "data.packing=true", *overrides)
+        config = quick_config(
+            tmp, "run.verify=auto", f"engine.kind={engine}", "data.packing=true", *overrides
+        )
         return "verified", {"config": config.model_dump(), **fault}
 
     cases = {

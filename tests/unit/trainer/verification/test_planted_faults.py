@@ -23,7 +23,7 @@ from trainer.verification.verify import verify_session
 
 
 def opened(tmp_path, *overrides: str) -> Session:
-    return open_session(quick_config(tmp_path, *overrides), World())
+    return open_session(quick_config(tmp_path, "run.verify=auto", *overrides), World())
 
 
 def fault(session: Session) -> str:
@@ -55,11 +55,11 @@ def test_positions_that_do_not_restart_let_records_see_each_other(tmp_path, monk
 @pytest.mark.parametrize("model_type", ["bloom", "rwkv"])
 def test_a_model_whose_packing_leaks_is_refused_and_trains_without(tmp_path, model_type):
     folder = save_random_model(tmp_path / "model", model_type, AutoModelForCausalLM)
-    leaking = quick_config(tmp_path, f"model.id={folder}", "data.packing=true")
+    leaking = quick_config(tmp_path, "run.verify=auto", f"model.id={folder}", "data.packing=true")
     with pytest.raises(UserError, match=r"data\.packing: true given"):
         run(leaking, World())
     assert not leaking.run_folder.exists(), "nothing was trained"
-    run(quick_config(tmp_path, f"model.id={folder}", "run.steps=1"), World())
+    run(quick_config(tmp_path, "run.verify=auto", f"model.id={folder}", "run.steps=1"), World())
 
 
 def test_a_mask_that_shows_the_future(tmp_path):
@@ -197,7 +197,7 @@ def test_an_adapter_without_gradient_ends_the_run(tmp_path, monkeypatch):
     with pytest.raises(
         RunFailed, match=r"layers\.0\.mlp\.gate_proj, .* and 5 more: no gradient"
     ) as e:
-        run(quick_config(tmp_path), World())
+        run(quick_config(tmp_path, "run.verify=auto"), World())
     assert "its adapter has no effect" in str(e.value) and "method.targets" in str(e.value)
 
 
@@ -213,7 +213,7 @@ def test_a_weight_that_is_read_directly(tmp_path, monkeypatch):
     try:
         monkeypatch.setattr(LlamaMLP, "forward", forward)
         with pytest.raises(RunFailed, match=r"up_proj.*LlamaMLP reads the layer's weight itself"):
-            run(quick_config(tmp_path), World())
+            run(quick_config(tmp_path, "run.verify=auto"), World())
     finally:
         forward.__globals__["__name__"] = __name__
 
@@ -231,7 +231,7 @@ def test_an_update_that_does_not_reach_an_adapter(tmp_path, monkeypatch):
 
     monkeypatch.setattr(MaskedAdamW, "_update", partly)
     with pytest.raises(RunFailed, match=r"layers\.2\.self_attn\.k_proj: B is still exactly 0"):
-        run(quick_config(tmp_path), World())
+        run(quick_config(tmp_path, "run.verify=auto"), World())
 
 
 def test_layers_that_no_record_reaches_are_only_noted(tmp_path, capsys):
@@ -241,7 +241,10 @@ def test_layers_that_no_record_reaches_are_only_noted(tmp_path, capsys):
         decoder_attention_heads=4, decoder_ffn_dim=64, encoder_layers=1, encoder_attention_heads=4,
         encoder_ffn_dim=64, is_decoder=True,
     )  # fmt: skip
-    run(quick_config(tmp_path, f"model.id={folder}", "log.progress=plain"), World())
+    run(
+        quick_config(tmp_path, "run.verify=auto", f"model.id={folder}", "log.progress=plain"),
+        World(),
+    )
     said = capsys.readouterr().out
     assert re.search(r"note +adapters without effect: .*encoder_attn\.k_proj.* never called", said)
 

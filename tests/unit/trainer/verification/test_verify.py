@@ -21,7 +21,12 @@ FORMATS = ["none", "nf4", "int8"]
 def test_sound_runs_pass_in_every_format(tmp_path, kind):
     for weight_format in FORMATS:
         session = open_session(
-            quick_config(tmp_path, f"method.kind={kind}", f"model.quantization={weight_format}"),
+            quick_config(
+                tmp_path,
+                "run.verify=auto",
+                f"method.kind={kind}",
+                f"model.quantization={weight_format}",
+            ),
             World(),
         )
         assert verify_session(session).startswith("verified  38 tensors as loaded, 28 adapters'")
@@ -34,7 +39,9 @@ def test_sound_models_pass_packed(tmp_path, model_type, dtype):
     kind = () if model_type == "mixtral" else (AutoModelForCausalLM,)
     folder = save(tmp_path / "model", model_type, *kind)
     overrides = f"model.id={folder}", "data.packing=true", f"model.dtype={dtype}"
-    said = verify_session(open_session(quick_config(tmp_path, *overrides), World()))
+    said = verify_session(
+        open_session(quick_config(tmp_path, "run.verify=auto", *overrides), World())
+    )
     assert re.search(r"64 and 42 tokens packed against \w+ForCausalLM of transf", said)
 
 
@@ -55,7 +62,7 @@ def test_losses_do_not_depend_on_the_proof(tmp_path, kind):
 
 
 def test_a_proof_leaves_the_session_as_it_was(tmp_path):
-    session = open_session(quick_config(tmp_path, "method.dropout=0.1"), World())
+    session = open_session(quick_config(tmp_path, "run.verify=auto", "method.dropout=0.1"), World())
     before = torch.get_rng_state(), session.optimizer.values.clone(), session.model.training
     adapters = {
         name: session.method.adapters.layers[name].adapter for name in session.method.adapters
@@ -78,7 +85,10 @@ def test_one_line_says_what_was_verified(tmp_path, capsys):
         (("run.steps=6", "run.verify=full"), "38 tensors as loaded, .*"),
         (("run.steps=8", "run.verify=off"), "no: run.verify=off"),
     ):
-        run(quick_config(tmp_path, "optim.schedule=constant", shown, *overrides), World())
+        run(
+            quick_config(tmp_path, "run.verify=auto", "optim.schedule=constant", shown, *overrides),
+            World(),
+        )
         lines = capsys.readouterr().out.splitlines()
         (line,) = [line for line in lines if line.startswith("verified")]
         assert re.fullmatch(f"verified  {said}", line)
