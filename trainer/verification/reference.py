@@ -58,6 +58,11 @@ class Reference:
                     buffer.copy_(stored)
             yield name, buffer
 
+    def block_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of its largest block."""
+        blocks = (block.parameters() for block in self.blocks.values())
+        return max((sum(p.numel() for p in block) * dtype.itemsize for block in blocks), default=0)
+
     @torch.no_grad()
     def run(self, inputs: dict[str, Tensor], dtype: torch.dtype, inside: str | None = None) -> Pass:
         """A forward pass in `dtype`; `inside`: the block whose modules' calls are recorded too.

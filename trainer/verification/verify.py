@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from trainer.errors import UserError
+from trainer.errors import UserError, first_line
 from trainer.session import Session
 from trainer.verification.buffers import check_buffers
 from trainer.verification.examples import check_tokens, examples
@@ -26,23 +26,36 @@ def verify_session(session: Session) -> str:
             check_tokens(session)
             reference = Reference(session)
             proof = examples(session)
+            remarks: list[str] = []
         _agree(session, check_gathered)
         _agree(session, lambda session: check_buffers(session, reference))
-        _agree(session, lambda session: check_forward(session, reference, proof))
+        _agree(session, lambda session: check_forward(session, reference, proof, remarks))
     lengths = " and ".join(str(len(example.input_ids)) for example in proof)
     together = "packed" if session.config.data.packing else "padded"
-    return (
-        f"verified  {len(session.backbone.probes)} tensors as loaded, "
-        f"{len(session.method.adapters)} adapters' operators, buffers, and the forward pass of "
-        f"{lengths} tokens {together} against {type(session.model).__name__} of transformers, in "
-        f"{time.perf_counter() - started:.1f} s"
-    )
+    seconds = time.perf_counter() - started
+    parts = [
+        f"{len(session.backbone.probes)} tensors as loaded, {len(session.method.adapters)} "
+        f"adapters' operators, buffers, and the forward pass of {lengths} tokens {together} "
+        f"against {type(session.model).__name__} of transformers, in {seconds:.1f} s",
+        *remarks,
+    ]
+    return f"verified  {'; '.join(parts)}"
 
 
 def _agree(session: Session, check: Callable[[Session], str | None]) -> None:
     """Run a check, which may be collective, and fail on every rank if it fails on one."""
-    fault = check(session)
+    fault, refusal = None, None
+    try:
+        fault = check(session)
+    except UserError as error:  # on every rank; one of them reports it
+        refusal = error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model's forward raises whatever its records lead to
+        fault = f"{type(session.model).__name__} cannot compute these records: {first_line(error)}"
     with session.world.all_or_none():
+        if refusal is not None:
+            raise refusal
         if fault is not None:
             raise UserError(
                 f"{fault}; a fault of this program or of a library it uses: nothing was trained "
