@@ -81,7 +81,7 @@ def quick_config(tmp: Path, *overrides: str) -> Config:
             "run.eval_every=0", "run.eval_at_start=false", "log.every=1", "log.progress=none",
             "log.tensorboard=false", "data.train_records=64", "data.eval_records=16",
             "data.batch_size=8", "data.micro_batch_size=2", "checkpoint.every=0",
-            "model.quantization=none", *overrides,
+            "model.quantization=none", "run.verify=off", *overrides,
         ],
     )  # fmt: skip
 

@@ -25,7 +25,8 @@ LEVELS = [
     "trainer.errors", "trainer.files", "trainer.device_memory", "trainer.distributed",
     "trainer.tasks", "trainer.config", "trainer.records", "trainer.data", "trainer.model",
     "trainer.engine", "trainer.decisions", "trainer.report", "trainer.loading",
-    "trainer.session", "trainer.checkpoint", "trainer.memory", "trainer.training",
+    "trainer.session", "trainer.checkpoint", "trainer.memory", "trainer.verification",
+    "trainer.training",
     "trainer.export", "trainer.run",
     "launch",
 ]  # fmt: skip

@@ -6,7 +6,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from adapters.formats.names import FORMAT_NAMES
 from adapters.options import Section
@@ -41,6 +41,16 @@ class RunOptions(Section):
     resume: str = "auto"
     """`auto` (the newest intact checkpoint of this run, if any), `never`, or the path of a
     checkpoint."""
+    verify: Literal["auto", "off", "full"] = "auto"
+    """Proof before the first step, in seconds, that the loaded, quantised, sharded model computes
+    what the unmodified one computes on the run's own records, and after the first steps that every
+    adapter trains. `auto`: on two records of at most 64 tokens, for every new run; `full`: on
+    records of full length, also for resumed runs."""
+
+    @field_validator("verify", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads `off` as false
 
 
 class ModelOptions(Section):

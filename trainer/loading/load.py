@@ -70,6 +70,7 @@ def load_backbone(
         blocks=blocks,
         digest=digest,
         quantization_error=materializer.quantization_error(),
+        probes=materializer.probes(),
         loading=_figures(source, materializer, world, started),
     )
     unsharded = config.engine.unsharded_blocks

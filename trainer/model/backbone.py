@@ -86,6 +86,9 @@ class LoadedBackbone(BuiltModel):
     """Digest of config.json and weights."""
     quantization_error: float
     """‖W − Ŵ‖ / ‖W‖ over all quantised matrices (Frobenius)."""
+    probes: Mapping[str, tuple[list[float], float]]
+    """By parameter, what `trainer/loading/probes.py` noted of its value; empty with `run.verify:
+    off`."""
     loading: Loading
 
 

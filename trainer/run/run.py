@@ -40,6 +40,8 @@ from trainer.training.lr_schedule import learning_rate
 from trainer.training.step import Training, log_plan
 from trainer.training.stop_request import StopRequest
 from trainer.training.validation import make_validate
+from trainer.verification.first_steps import FirstSteps
+from trainer.verification.verify import verify_session
 
 
 def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
@@ -66,6 +68,10 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     if start.checkpoint is not None:
         with world.all_or_none():
             progress = restore(session, loader, start.checkpoint, start.state)
+    proves = config.run.verify == "full" or (
+        config.run.verify == "auto" and start.checkpoint is None
+    )
+    verified = verify_session(session) if proves else _not_verified(config)
     plan = make_plan(session)
     steps = total_steps(session, loader)
     replay, initial_digest = None, start.state.get("initial")
@@ -79,8 +85,12 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
             folder.record(session, steps, progress)
     for line in (*_introduction(session, steps, folder.lock.note), *_resumption(start, config)):
         folder.recorder.log_line(line)
+    folder.recorder.log_line(verified)
     log_plan(folder.recorder, plan)
-    training = Training(session, loader, steps, make_validate(session), folder.recorder, replay)
+    first_steps = FirstSteps(session, folder.recorder) if proves else None
+    training = Training(
+        session, loader, steps, make_validate(session), folder.recorder, replay, first_steps
+    )
     writer = CheckpointWriter(session, loader, folder.checkpoints, initial_digest)
     train(Run(training, writer, progress, stop))
     writer.close()
@@ -155,6 +165,11 @@ def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
         if found.checkpoint is not None and not world.is_main:
             verify(found.checkpoint)
     return found
+
+
+def _not_verified(config: Config) -> str:
+    resumed = "when the run began: resumed on the same backbone"
+    return f"verified  {'no: run.verify=off' if config.run.verify == 'off' else resumed}"
 
 
 def _set_horizon(session: Session, steps: int) -> None:
