@@ -249,6 +249,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             settings[name] = HEAD_DIM
         elif name in SPREAD and isinstance(value, float):
             settings[name] = SPREAD[name]
+        elif "drop" in name and isinstance(value, float):
+            settings[name] = 0.0  # so that training and evaluation compute the same
         elif name == "rope_parameters" and value:
             settings[name] = _rope(value)
         elif isinstance(value, int) and not isinstance(value, bool):
