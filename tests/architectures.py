@@ -47,6 +47,7 @@ SIGNS_ABOVE = 1e-4
 """Signs are compared where |gradient| is above this share of the matrix' largest."""
 RANKS = 1e-4
 """Largest relative difference of a step's loss between two ranks and one process."""
+ENGINES = {"fsdp2": "fsdp2", "ZeRO-3": "deepspeed"}
 PACKED_ERROR = {"nf4": (0.03, 0.2), "int8": (0.001, 0.03)}
 """Bounds of ‖W − Ŵ‖ / ‖W‖: that the matrices are quantised, and well."""
 
@@ -208,14 +209,11 @@ def check_int8(case: Case) -> None:
 
 def check_packing(case: Case) -> None:
     """Records packed into one row give the sum of their losses, or packing is refused."""
-    changes = ["data.packing=true"] if case.part == CAUSAL else []
-    session, model = _opened(case.config("packing", *changes)), case.plain()
-    _copy_heads(session, model)
+    session, model = _opened(case.config("packing", "data.packing=true")), case.plain()
     examples = _examples(session)
     half = len(examples) // 2
-    rows = [examples[:half], examples[half:]] if changes else [[one] for one in examples]
     with torch.no_grad():
-        batch = session.task.collate(rows)
+        batch = session.task.collate([examples[:half], examples[half:]])
         found = float(session.task.loss(session.model, batch)[0]) / batch.weight
     _same("packed loss", found, _reference(case, model, examples))
 
@@ -224,6 +222,25 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "train": check_train, "loss": check_loss, "signs": check_signs, "nf4": check_nf4,
     "int8": check_int8, "export": check_export, "merged": check_merged, "packing": check_packing,
 }  # fmt: skip
+
+
+def ranks_outcome(case: Case, engine: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The outcome of a run of two ranks, from what each of them returned (tests/world/worker.py):
+    the losses of every step are those of one process."""
+    failed = [result for result in results if "error" in result]
+    failed.sort(key=lambda result: result["error"] == "FailedElsewhere")
+    status, message = "ok", ""
+    if failed:
+        refused = failed[0]["error"] in ("UserError", "FailedElsewhere")
+        status, message = "refused" if refused else "crashed", failed[0]["message"]
+        message = message if refused else f"{failed[0]['error']}: {message}"
+    else:
+        alone, spread = (losses(case.config(n).run_folder) for n in ("trained", engine))
+        if len(spread) != STEPS or any(
+            not abs(a - b) <= RANKS * a for a, b in zip(alone, spread, strict=True)
+        ):
+            status, message = "wrong", f"losses {spread}, of one process {alone}"
+    return _outcome(status, message, max(result.get("seconds", 0.0) for result in results))
 
 
 def _check_format(case: Case, weight_format: str) -> None:
@@ -361,8 +378,12 @@ def outcome(check: Callable[[], None]) -> dict[str, Any]:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}:{frame.lineno}"
         status, message = "crashed", f"{type(error).__name__}: {error} ({where})"
-    seconds = round(time.perf_counter() - started, 2)
-    return {"status": status, "message": " ".join(message.split())[:600], "seconds": seconds}
+    return _outcome(status, message, time.perf_counter() - started)
+
+
+def _outcome(status: str, message: str, seconds: float) -> dict[str, Any]:
+    message = " ".join(message.split())[:600]
+    return {"status": status, "message": message, "seconds": round(seconds, 2)}
 
 
 def run_checks(case: Case, names: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
