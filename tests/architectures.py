@@ -14,19 +14,28 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import peft
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from adapters.unit import stem
 from adapters.units import expert_counts
 from tests.helpers import losses, quick_config
+from tests.references import (
+    LOSS,
+    Wrong,
+    check_gradient,
+    check_same,
+    record_loss,
+    reference_loss,
+    with_peft,
+)
 from tests.tiny_models import CAUSAL, PARTS, save_tiny
 from trainer.checkpoint import store
 from trainer.checkpoint.state import load_trained
@@ -39,12 +48,6 @@ from trainer.session import Session, open_session
 from trainer.tasks.base import Example
 
 STEPS = 3
-LOSS = 1e-5
-"""Largest |difference| of losses over max(1, loss), in float32."""
-GRADIENT = 1e-3
-"""Largest ‖difference‖ / ‖reference‖ of one matrix' gradient."""
-SIGNS_ABOVE = 1e-4
-"""Signs are compared where |gradient| is above this share of the matrix' largest."""
 RANKS = 1e-4
 """Largest relative difference of a step's loss between two ranks and one process."""
 ENGINES = {"fsdp2": "fsdp2", "ZeRO-3": "deepspeed"}
@@ -59,10 +62,6 @@ TEXTS = [  # 8 to 24 tokens each
 ]  # fmt: skip
 
 
-class Wrong(AssertionError):
-    """The project's result is not the reference's."""
-
-
 @dataclass
 class Case:
     """A tiny model in `folder`/model and its records."""
@@ -70,7 +69,7 @@ class Case:
     name: str
     part: str
     folder: Path
-    notes: list[str] = field(default_factory=list)
+    _trained: tuple[float, list[Example]] | None = None
 
     def __post_init__(self) -> None:
         if not self.model.exists():
@@ -107,6 +106,13 @@ class Case:
             _run(config)
         return config
 
+    def trained_loss(self) -> tuple[float, list[Example]]:
+        """The mean loss of that run's checkpoint, and its records."""
+        if self._trained is None:
+            session = _restored(self.trained())
+            self._trained = _loss(session), _examples(session)
+        return self._trained
+
     def plain(self, folder: Path | None = None) -> PreTrainedModel:
         """transformers' own model."""
         auto = PARTS[self.part][1]
@@ -132,11 +138,20 @@ def check_train(case: Case) -> None:
 
 
 def check_loss(case: Case) -> None:
-    """The loss before the first step is transformers' own, on every record alone."""
+    """The loss before the first step is that of transformers' own model on every record alone; and
+    what is trained to predict a token does not see it."""
     session = _opened(case.config("loss"))
     ours, model = _loss(session), case.plain()
     _copy_heads(session, model)
-    _same("loss", ours, _reference(case, model, _examples(session)))
+    examples = _examples(session)
+    check_same("loss", ours, reference_loss(case.part, model, examples))
+    if case.part == CAUSAL:
+        ids = torch.tensor([examples[0].input_ids])
+        changed = torch.cat([ids[:, :-1], ids[:, -1:] - 1], 1)
+        with torch.no_grad():
+            before, after = (model(input_ids=i, use_cache=False).logits for i in (ids, changed))
+        if not torch.allclose(before[:, :-1], after[:, :-1], atol=1e-4):
+            raise Wrong("the model sees the tokens that it is to predict, and was not refused")
 
 
 def check_signs(case: Case) -> None:
@@ -155,46 +170,45 @@ def check_signs(case: Case) -> None:
         adapter.B.data.copy_(torch.randn(adapter.B.shape, generator=generator) * 0.02)
     session.optimizer.zero_grad()
     _backward(session)
-    wrapped = _with_peft(model, dense)
+    wrapped = with_peft(model, dense)
     for stack in stacks:
         model.get_parameter(stack).requires_grad_(True)
     examples = _examples(session)
     total = sum(example.weight for example in examples)
     for example in examples:
-        (_record_loss(case, model, example) / total).backward()
+        (record_loss(case.part, model, example) / total).backward()
     for name, adapter in dense.items():
         layer: Any = wrapped.base_model.model.get_submodule(name)
-        _same_gradient(f"{name}.A", adapter.A.grad, layer.lora_A["default"].weight.grad)
-        _same_gradient(f"{name}.B", adapter.B.grad, layer.lora_B["default"].weight.grad, True)
+        check_gradient(f"{name}.A", adapter.A.grad, layer.lora_A["default"].weight.grad)
+        check_gradient(f"{name}.B", adapter.B.grad, layer.lora_B["default"].weight.grad, True)
     for name, adapter in adapters.items():
         if name in dense:
             continue
         whole = model.get_parameter(stem(name)).grad[int(name.rpartition(".")[2])]
         G = whole if whole.shape == (adapter.B.shape[1], adapter.A.shape[1]) else whole.T
         expected = adapter.g.detach()[:, None] * (adapter.A.detach() @ G.T)
-        _same_gradient(f"{name}.B", adapter.B.grad, expected)
+        check_gradient(f"{name}.B", adapter.B.grad, expected)
 
 
 def check_export(case: Case) -> None:
     """The exported adapter gives the trained loss in PEFT."""
-    config = case.trained()
-    ours, before = _trained_loss(config), case.plain()
-    model = peft.PeftModel.from_pretrained(case.plain(), config.run_folder / "adapter").eval()
-    examples = _examples(_opened(config))
-    _same("loss in PEFT", ours, _reference(case, model, examples))
-    if abs(ours - _reference(case, before, examples)) <= 10 * LOSS:
+    ours, examples = case.trained_loss()
+    plain = case.plain()
+    before = reference_loss(case.part, plain, examples)
+    model = peft.PeftModel.from_pretrained(plain, case.trained().run_folder / "adapter").eval()
+    check_same("loss in PEFT", ours, reference_loss(case.part, model, examples))
+    if abs(ours - before) <= 10 * LOSS:
         raise Wrong("training changed nothing")
 
 
 def check_merged(case: Case) -> None:
     """transformers' own model of the merged folder gives the trained loss."""
-    config = case.trained()
+    ours, examples = case.trained_loss()
     out = case.folder / "merged"
-    export_run(config.run_folder, out, World(), what="merged", measure=False)
-    _same(
-        "loss of the merged model", _trained_loss(config),
-        _reference(case, case.plain(out), _examples(_opened(config))),
-    )  # fmt: skip
+    export_run(case.trained().run_folder, out, World(), what="merged", measure=False)
+    check_same(
+        "loss of the merged model", ours, reference_loss(case.part, case.plain(out), examples)
+    )
 
 
 def check_nf4(case: Case) -> None:
@@ -215,7 +229,7 @@ def check_packing(case: Case) -> None:
     with torch.no_grad():
         batch = session.task.collate([examples[:half], examples[half:]])
         found = float(session.task.loss(session.model, batch)[0]) / batch.weight
-    _same("packed loss", found, _reference(case, model, examples))
+    check_same("packed loss", found, reference_loss(case.part, model, examples))
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {
@@ -246,15 +260,14 @@ def ranks_outcome(case: Case, engine: str, results: list[dict[str, Any]]) -> dic
 def _check_format(case: Case, weight_format: str) -> None:
     config = case.config(weight_format, f"model.quantization={weight_format}")
     _run(config)
-    ours = _trained_loss(config)
-    session = _opened(config)
+    session = _restored(config)
     low, high = PACKED_ERROR[weight_format]
     if not low <= session.backbone.quantization_error <= high:
         raise Wrong(f"‖W − Ŵ‖ / ‖W‖ is {session.backbone.quantization_error:.4f}")
     out = case.folder / f"{weight_format}-backbone"
     export_run(config.run_folder, out, World(), what="backbone", measure=False)
     model = peft.PeftModel.from_pretrained(case.plain(out), config.run_folder / "adapter")
-    _same("loss", ours, _reference(case, model.eval(), _examples(session)))
+    check_same("loss", _loss(session), reference_loss(case.part, model.eval(), _examples(session)))
 
 
 # --- both sides -----------------------------------------------------------------------------------
@@ -287,33 +300,13 @@ def _backward(session: Session) -> None:
     (session.task.loss(session.model, batch)[0] / batch.weight).backward()
 
 
-def _trained_loss(config: Config) -> float:
+def _restored(config: Config) -> Session:
+    """The run's last checkpoint."""
     session = _opened(config)
     newest = store.newest(config.run_folder / "checkpoints")
     load_trained(session, newest, store.read_tensors(newest))
     session.model.eval()
-    return _loss(session)
-
-
-def _reference(case: Case, model: nn.Module, examples: list[Example]) -> float:
-    """The mean loss by transformers, of one record after the other."""
-    with torch.no_grad():
-        total = sum(float(_record_loss(case, model, example)) for example in examples)
-    return total / sum(example.weight for example in examples)
-
-
-def _record_loss(case: Case, model: nn.Module, example: Example) -> Tensor:
-    """The summed loss of one record, by transformers' own `loss`."""
-    ids = torch.tensor([example.input_ids])
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if case.part == CAUSAL:
-        learned = torch.tensor([example.loss_mask]).bool()
-        inputs |= {"labels": torch.where(learned, ids, -100), "use_cache": False}
-    else:
-        inputs["labels"] = torch.tensor([int(example.label)])
-        if example.token_type_ids:
-            inputs["token_type_ids"] = torch.tensor([example.token_type_ids])
-    return model(**inputs).loss * example.weight
+    return session
 
 
 def _copy_heads(session: Session, model: nn.Module) -> None:
@@ -321,40 +314,6 @@ def _copy_heads(session: Session, model: nn.Module) -> None:
     for path, head in session.backbone.heads.items():
         values = {k.removeprefix("inner."): v for k, v in head.state_dict().items()}
         model.get_submodule(path).load_state_dict(values)
-
-
-def _with_peft(model: PreTrainedModel, adapters: dict[str, Any]) -> peft.PeftModel:
-    """PEFT's LoRA on the same layers, with the same A, B and scale."""
-    first = next(iter(adapters.values()))
-    scale = float(first.g[0]) * first.rank
-    config = peft.LoraConfig(
-        r=first.rank, lora_alpha=scale, target_modules=list(adapters), lora_dropout=0.0
-    )
-    wrapped = peft.get_peft_model(model, config).eval()
-    for name, adapter in adapters.items():
-        layer: Any = wrapped.base_model.model.get_submodule(name)
-        layer.lora_A["default"].weight.data.copy_(adapter.A.detach())
-        layer.lora_B["default"].weight.data.copy_(adapter.B.detach().T)
-    return wrapped
-
-
-def _same(what: str, ours: float, reference: float) -> None:
-    if not abs(ours - reference) <= LOSS * max(1.0, abs(reference)):
-        raise Wrong(f"{what} {ours:.7f}, reference {reference:.7f}")
-
-
-def _same_gradient(
-    name: str, ours: Tensor | None, reference: Tensor | None, transposed: bool = False
-) -> None:
-    if ours is None or reference is None:
-        raise Wrong(f"{name}: no gradient" + (" in PEFT" if ours is not None else ""))
-    reference = reference.T if transposed else reference
-    large = reference.abs() > SIGNS_ABOVE * reference.abs().max()
-    agree = (ours.sign() == reference.sign())[large]
-    error = float((ours - reference).norm() / reference.norm().clamp_min(1e-12))
-    if not bool(agree.all()) or not error <= GRADIENT:
-        share = float(agree.float().mean()) if agree.numel() else 1.0
-        raise Wrong(f"gradient of {name}: {share:.1%} of the signs, relative error {error:.1e}")
 
 
 def _finite(value: float | None) -> bool:
