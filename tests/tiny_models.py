@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -201,9 +202,16 @@ def tiny_model(name: str, part: str = CAUSAL, seed: int = 0, **changes: Any) -> 
 
 
 def save_tiny(folder: Path, name: str, part: str = CAUSAL, **changes: Any) -> Path:
-    """A tiny model with the quickstart's tokenizer, as transformers saves it."""
+    """A tiny model with the quickstart's tokenizer, as transformers saves it. To classify, texts
+    end in </s>, by which some models find what to classify."""
     tiny_model(name, part, **changes).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    if part == CLASSIFICATION:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> $B </s>",
+            special_tokens=[("<s>", BOS), ("</s>", EOS)],
+        )  # fmt: skip
+    tokenizer.save_pretrained(folder)
     return folder
 
 
