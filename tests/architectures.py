@@ -222,8 +222,10 @@ def check_int8(case: Case) -> None:
 
 
 def check_packing(case: Case) -> None:
-    """Records packed into one row give the sum of their losses, or packing is refused."""
-    session, model = _opened(case.config("packing", "data.packing=true")), case.plain()
+    """Records packed into one row give the sum of their losses, or a run is refused."""
+    config = case.config("packing", "data.packing=true")
+    _run(config)
+    session, model = _opened(config), case.plain()
     examples = _examples(session)
     half = len(examples) // 2
     with torch.no_grad():

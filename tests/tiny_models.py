@@ -183,6 +183,8 @@ def tiny_config(name: str, part: str = CAUSAL, **changes: Any) -> PreTrainedConf
         settings = _merged(_shrunk(defaults), own)
         if part == CAUSAL and getattr(defaults, "is_decoder", None) is False:
             settings["is_decoder"] = True
+        if part == CLASSIFICATION:
+            settings["num_labels"] = 2
         return kind(**settings)
 
 
