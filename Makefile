@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install install-dev quickstart test test-slurm test-all faults campaign lint clean
+.PHONY: install install-dev quickstart test test-slurm test-all faults campaign architectures lint clean
 
 # torch first: whatever depends on it then finds it installed. deepspeed is a source package
 # whose build needs torch, so it is built against the one that is there.
@@ -52,6 +52,11 @@ faults: $(BIN)/.installed-dev
 campaign: $(BIN)/.installed-dev
 	python -m tests.campaigns.faults build/faults
 	python -m tests.campaigns.long_run build/long_run
+
+# Every architecture of the installed transformers, tiny, against transformers and PEFT; rewrites the
+# table in docs/models.md. About half an hour on two cores, and resumed where it was stopped.
+architectures: $(BIN)/.installed-dev
+	python -m tests.campaigns.architectures build/architectures --table docs/models.md
 
 # About ten minutes. SLURM comes from Debian's packages unless it is installed, runs from a temporary
 # folder, and is stopped again.

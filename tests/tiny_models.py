@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -182,6 +183,8 @@ def tiny_config(name: str, part: str = CAUSAL, **changes: Any) -> PreTrainedConf
         settings = _merged(_shrunk(defaults), own)
         if part == CAUSAL and getattr(defaults, "is_decoder", None) is False:
             settings["is_decoder"] = True
+        if part == CLASSIFICATION:
+            settings["num_labels"] = 2
         return kind(**settings)
 
 
@@ -201,9 +204,16 @@ def tiny_model(name: str, part: str = CAUSAL, seed: int = 0, **changes: Any) -> 
 
 
 def save_tiny(folder: Path, name: str, part: str = CAUSAL, **changes: Any) -> Path:
-    """A tiny model with the quickstart's tokenizer, as transformers saves it."""
+    """A tiny model with the quickstart's tokenizer, as transformers saves it. To classify, texts
+    end in </s>, by which some models find what to classify."""
     tiny_model(name, part, **changes).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    if part == CLASSIFICATION:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> $B </s>",
+            special_tokens=[("<s>", BOS), ("</s>", EOS)],
+        )  # fmt: skip
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -249,6 +259,8 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             settings[name] = HEAD_DIM
         elif name in SPREAD and isinstance(value, float):
             settings[name] = SPREAD[name]
+        elif "drop" in name and isinstance(value, float):
+            settings[name] = 0.0  # so that training and evaluation compute the same
         elif name == "rope_parameters" and value:
             settings[name] = _rope(value)
         elif isinstance(value, int) and not isinstance(value, bool):

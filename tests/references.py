@@ -1,0 +1,83 @@
+"""What transformers and PEFT compute for a record, and how near the project has to be."""
+
+from collections.abc import Sequence
+from typing import Any
+from unittest.mock import patch
+
+import peft
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tests.tiny_models import CAUSAL
+from trainer.tasks.base import Example
+
+LOSS = 1e-5
+"""Largest |difference| of losses over max(1, loss), in float32."""
+GRADIENT = 1e-3
+"""Largest ‖difference‖ / ‖reference‖ of one matrix' gradient."""
+SIGNS_ABOVE = 1e-4
+"""Signs are compared where |gradient| is above this share of the matrix' largest."""
+
+
+class Wrong(AssertionError):
+    """The project's result is not the reference's."""
+
+
+def reference_loss(part: str, model: nn.Module, examples: Sequence[Example]) -> float:
+    """The mean loss by transformers, of one record after the other."""
+    with torch.no_grad():
+        total = sum(float(record_loss(part, model, example)) for example in examples)
+    return total / sum(example.weight for example in examples)
+
+
+def record_loss(part: str, model: nn.Module, example: Example) -> Tensor:
+    """The summed loss of one record: the cross entropy of transformers' logits."""
+    ids = torch.tensor([example.input_ids])
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if part == CAUSAL:  # some classes' own `loss` does not shift the labels
+        learned = torch.tensor(example.loss_mask[1:]).bool()
+        logits = model(**inputs, use_cache=False).logits[0, :-1]
+        return F.cross_entropy(logits[learned], ids[0, 1:][learned], reduction="sum")
+    if example.token_type_ids:
+        inputs["token_type_ids"] = torch.tensor([example.token_type_ids])
+    return F.cross_entropy(model(**inputs).logits, torch.tensor([int(example.label)]))
+
+
+def with_peft(model: PreTrainedModel, adapters: dict[str, Any]) -> peft.PeftModel:
+    """PEFT's LoRA on the same layers, with the same A, B and scale."""
+    first = next(iter(adapters.values()))
+    scale = float(first.g[0]) * first.rank
+    config = peft.LoraConfig(
+        r=first.rank, lora_alpha=scale, target_modules=list(adapters), lora_dropout=0.0
+    )
+    # In a mixture PEFT would take dense layers' names, such as `gate_proj`, for experts'.
+    with patch("peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers"):
+        wrapped = peft.get_peft_model(model, config).eval()
+    for name, adapter in adapters.items():
+        layer: Any = wrapped.base_model.model.get_submodule(name)
+        layer.lora_A["default"].weight.data.copy_(adapter.A.detach())
+        layer.lora_B["default"].weight.data.copy_(adapter.B.detach().T)
+    return wrapped
+
+
+def check_same(what: str, ours: float, reference: float) -> None:
+    if not abs(ours - reference) <= LOSS * max(1.0, abs(reference)):
+        raise Wrong(f"{what} {ours:.7f}, reference {reference:.7f}")
+
+
+def check_gradient(
+    name: str, ours: Tensor | None, reference: Tensor | None, transposed: bool = False
+) -> None:
+    if ours is None or reference is None:
+        if any(grad is not None and grad.any() for grad in (ours, reference)):
+            raise Wrong(f"{name}: no gradient" + (" in PEFT" if reference is None else ""))
+        return  # the loss does not depend on it
+    reference = reference.T if transposed else reference
+    large = reference.abs() > SIGNS_ABOVE * reference.abs().max()
+    agree = (ours.sign() == reference.sign())[large]
+    error = float((ours - reference).norm() / reference.norm().clamp_min(1e-12))
+    if not bool(agree.all()) or not error <= GRADIENT:
+        share = float(agree.float().mean()) if agree.numel() else 1.0
+        raise Wrong(f"gradient of {name}: {share:.1%} of the signs, relative error {error:.1e}")

@@ -1,0 +1,80 @@
+"""Architectures of transformers against transformers itself and PEFT: a sample, or all of them.
+
+`docs/models.md` has the table of all, which the campaign makes (`make architectures`).
+"""
+
+import pytest
+
+from tests.architectures import CHECKS, ENGINES, Case, ranks_outcome
+from tests.helpers import thorough
+from tests.tiny_models import CAUSAL, CLASSIFICATION
+from tests.world.cases import run_cases
+
+SAMPLE = {
+    "falcon": CAUSAL,  # adds in place to what a projection returns
+    "bloom": CAUSAL,  # ALiBi
+    "gpt2": CAUSAL,  # Conv1D, learned positions
+    "gpt_neox": CAUSAL,
+    "opt": CAUSAL,
+    "gpt_oss": CAUSAL,  # experts with biases, sinks
+    "deepseek_v3": CAUSAL,  # latent attention, shared and routed experts
+    "llama4_text": CAUSAL,  # transposed experts
+    "gemma3": CAUSAL,  # inside a multimodal model
+    "gemma3n_text": CAUSAL,  # tiny auxiliary matrices, keys shared by layers
+    "qwen3_next": CAUSAL,  # linear attention
+    "mamba": CAUSAL,  # a projection whose weight is read directly
+    "granitemoehybrid": CAUSAL,
+    "phi3": CAUSAL,
+    "zamba2": CAUSAL,  # blocks that share their weights
+    "deberta": CLASSIFICATION,
+    "distilbert": CLASSIFICATION,
+    "longformer": CLASSIFICATION,
+    "modernbert": CLASSIFICATION,
+    "t5": CLASSIFICATION,  # encoder and decoder
+}
+ON_TWO_RANKS = ["gemma3", "granitemoehybrid", "mamba", "t5"]
+FAST = ["train", "loss", "signs", "export"]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> dict[str, Case]:
+    folder = tmp_path_factory.mktemp("architectures")
+    return {name: Case(name, part, folder / name) for name, part in SAMPLE.items()}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_losses_gradients_and_export_are_those_of_transformers_and_peft(cases, name):
+    for check in FAST:
+        CHECKS[check](cases[name])
+
+
+@pytest.fixture(scope="module")
+def ranks(cases, tmp_path_factory) -> dict[str, list]:
+    for name in ON_TWO_RANKS:
+        cases[name].trained()
+    runs = {
+        f"{name}-{engine}": (
+            "train",
+            cases[name].config(engine, f"engine.kind={kind}").model_dump(),
+        )
+        for name in ON_TWO_RANKS
+        for engine, kind in ENGINES.items()
+    }
+    return run_cases(tmp_path_factory.mktemp("ranks") / "work", runs)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ON_TWO_RANKS)
+def test_two_ranks_train_as_one(cases, ranks, name, engine):
+    found = ranks_outcome(cases[name], engine, ranks[f"{name}-{engine}"])
+    assert found["status"] == "ok", found["message"]
+
+
+@thorough
+def test_every_architecture_is_right_or_refused(tmp_path):
+    from tests.campaigns.architectures import chosen, read, run_all, verdict
+
+    run_all(tmp_path, chosen(None, None), jobs=2, with_ranks=True)
+    found = {key: verdict(outcomes) for key, outcomes in read(tmp_path).items()}
+    assert {key: word for key, word in found.items() if word in ("wrong", "crashed")} == {}
+    assert list(found.values()).count("clean") >= 110
