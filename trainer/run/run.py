@@ -24,6 +24,7 @@ from trainer.distributed.world import World
 from trainer.engine.base import Engine
 from trainer.engine.select import make_engine
 from trainer.errors import UserError
+from trainer.export.expert_layouts import chosen_layouts
 from trainer.files import ADAPTER, FIGURES, METRICS
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading
@@ -291,6 +292,7 @@ def _export(session: Session, folder: Path) -> str:
             heads=heads,
             labels=session.task.head_outputs(session.task.labels_state()),
             experts=expert_counts(session.model),
+            layouts=chosen_layouts(session.backbone.model),
             note=note,
         )
     return note
