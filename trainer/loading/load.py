@@ -125,12 +125,12 @@ def in_groups(model: nn.Module, world: World) -> list[list[tuple[str, nn.Module]
     return [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
 
-def check_backbone(config: Config, task: Task, device: torch.device) -> None:
-    """Build the model and check the names and shapes of its files, without reading weights. Raises
-    UserError."""
+def check_backbone(config: Config, task: Task, device: torch.device) -> BuiltModel:
+    """Build the model and check the names and shapes of its files, without reading weights. Returns
+    it, still without weights. Raises UserError."""
     backbone = build(config, task, device)
     if config.model.weights == "random":
-        return
+        return backbone
     files = open_files(config, backbone, device)
     heads = tuple(f"{path}." for path in task.trained_modules(backbone.model))
     names = names_of_parameters(backbone.model)
@@ -144,6 +144,7 @@ def check_backbone(config: Config, task: Task, device: torch.device) -> None:
             continue
         for expert in range(len(owner.adapted_layers)):
             files.check_expert(name.removesuffix(".weight"), expert, prefix, owner.shape)
+    return backbone
 
 
 def _fill_head(source: Source, path: str, module: nn.Module) -> None:

@@ -45,6 +45,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
         raise UserError(
             f"model.id: {folder} with model.attention={options.attention}: {first_line(error)}"
         ) from error
+    task.check_model(model)
     model.requires_grad_(False)
     model.eval()
     for path, module in list(model.named_modules()):
