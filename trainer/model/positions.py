@@ -25,20 +25,28 @@ def longest_text(model: "PreTrainedModel") -> int | None:
 def _tables(model: nn.Module) -> Iterator[tuple[int, int]]:
     """(rows, positions that texts can use) of every table."""
     for path, module in model.named_modules():
-        padding, weight = getattr(module, "padding_idx", None), getattr(module, "weight", None)
-        embeds = isinstance(module, nn.Embedding) or padding is not None
-        if _of_positions(path) and embeds and weight is not None:
-            rows = weight.shape[0]
+        if _embeds_positions(path, module):
+            rows = module.weight.shape[0]
             # Numbers start behind that of padding (RoBERTa) or at a fixed offset (BART, OPT).
-            first = getattr(module, "offset", 0) if padding is None else padding + 1
-            yield rows, rows - first
+            padding = getattr(module, "padding_idx", None)
+            yield rows, rows - (getattr(module, "offset", 0) if padding is None else padding + 1)
+        embeds = any(_embeds_positions(name, child) for name, child in module.named_children())
         grows = hasattr(module, "make_weights")  # as transformers' sinusoidal tables do
         for name, buffer in module.named_buffers(recurse=False):
-            numbers = buffer.shape[:1] == (1,)  # position_ids: cut or made anew where too short
-            if _of_positions(f"{path}.{name}") and buffer.dim() == 2 and not (grows or numbers):
+            if not _of_positions(f"{path}.{name}") or buffer.dim() != 2 or grows:
+                continue
+            if buffer.shape[0] > 1:
                 yield buffer.shape[0], buffer.shape[0]
+            elif embeds:  # (1, positions): the numbers to look up; unused by rotary models
+                yield buffer.shape[1], buffer.shape[1]
         if isinstance(length := getattr(module, "max_seq_length", None), int):
             yield length, length  # what MPT's attention builds its biases for
+
+
+def _embeds_positions(path: str, module: nn.Module) -> bool:
+    embeds = isinstance(module, nn.Embedding) or hasattr(module, "padding_idx")
+    has_rows = isinstance(getattr(module, "weight", None), nn.Parameter)
+    return embeds and has_rows and _of_positions(path)
 
 
 def _of_positions(path: str) -> bool:
