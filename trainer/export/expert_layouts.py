@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING
 from adapters.expert_export import ExpertLayout
 from adapters.layers.base import PackedLayer
 from trainer.errors import UserError
-from trainer.loading.key_mapping import KeyMapping
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
+
+_PATTERN = frozenset("^$()[]|+?{}")
+"""Marks a regular expression, not a name."""
+_MERGES = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+_CONVERTED = ("gate_up_proj", "down_proj")
+"""The stacks whose experts PEFT converts while it loads."""
 
 
 def chosen_layouts(
@@ -28,18 +33,42 @@ def chosen_layouts(
 
 
 def expert_layouts(model: "PreTrainedModel") -> dict[str, ExpertLayout]:
-    """The layout of every stack whose experts the files hold one by one, by the stack's path."""
-    mapping = KeyMapping(model.config)
+    """The layout of every stack whose experts the files hold one by one, by the stack's path, from
+    transformers' table of conversions."""
+    merged, renamed = _conversions(model.config.model_type)
     layouts = {}
     for path, layer in model.named_modules():
         if not (isinstance(layer, PackedLayer) and layer.stacked):
             continue
+        target = next((target for target in merged if path.endswith(target)), None)
+        if target is None:
+            continue
+        start = path.removesuffix(target)
+        for source, new in reversed(renamed):  # such as Mixtral's `block_sparse_moe`
+            start = f"{start}.".replace(new, source).removesuffix(".")
         experts, out_features, in_features = layer.shape
         names = [
-            # The last alias is the name in the files, such as Mixtral's `block_sparse_moe`.
-            [aliases[-1].removesuffix(".weight") for aliases in mapping.expert_parts(path, expert)]
+            [start + part.replace("*", str(expert)) for part in merged[target]]
             for expert in range(experts)
         ]
-        if names[0]:
-            layouts[path] = ExpertLayout(out_features, in_features, names)
+        layouts[path] = ExpertLayout(out_features, in_features, names)
     return layouts
+
+
+def _conversions(model_type: str) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
+    """(the modules `….*.w1` that are stacked, by stack; renamings (in the files, in memory))."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    merged: dict[str, list[str]] = {}
+    renamed = []
+    for conversion in get_checkpoint_conversion_mapping(model_type) or []:
+        sources = [source.replace("\\.", ".") for source in conversion.source_patterns]
+        targets = [target.replace("\\.", ".") for target in conversion.target_patterns]
+        steps = [type(step).__name__ for step in getattr(conversion, "operations", [])]
+        if len(targets) != 1 or _PATTERN & set("".join([*sources, *targets])):
+            continue
+        if steps in _MERGES and targets[0].endswith(_CONVERTED):
+            merged[targets[0]] = [source.removesuffix(".weight") for source in sources]
+        elif not steps and len(sources) == 1:
+            renamed.append((sources[0], targets[0]))
+    return merged, renamed
