@@ -36,12 +36,13 @@ def expert_layouts(model: "PreTrainedModel") -> dict[str, ExpertLayout]:
     """The layout of every stack whose experts the files hold one by one, by the stack's path, from
     transformers' table of conversions."""
     merged, renamed = _conversions(model.config.model_type)
-    layouts = {}
+    layouts, others = {}, set()
     for path, layer in model.named_modules():
         if not (isinstance(layer, PackedLayer) and layer.stacked):
             continue
         target = next((target for target in merged if path.endswith(target)), None)
         if target is None:
+            others.add(path.rpartition(".")[0])
             continue
         start = path.removesuffix(target)
         for source, new in reversed(renamed):  # such as Mixtral's `block_sparse_moe`
@@ -52,7 +53,9 @@ def expert_layouts(model: "PreTrainedModel") -> dict[str, ExpertLayout]:
             for expert in range(experts)
         ]
         layouts[path] = ExpertLayout(out_features, in_features, names)
-    return layouts
+    return {  # a mixture as a whole, or not at all
+        path: layout for path, layout in layouts.items() if path.rpartition(".")[0] not in others
+    }
 
 
 def _conversions(model_type: str) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
