@@ -24,10 +24,12 @@ from trainer.loading.load import check_backbone, load_backbone
 from trainer.loading.spectral_init import SpectralInit
 from trainer.model.backbone import LoadedBackbone
 from trainer.model.hub import load_tokenizer
+from trainer.model.positions import longest_text
 from trainer.tasks.base import Task
 from trainer.tasks.registry import TASKS
 
 if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
@@ -95,7 +97,7 @@ def open_data(
     return tokenizer, task, *prepared
 
 
-def _leave_out(config: Config, data: TokenDataset) -> np.ndarray:
+def leave_out(config: Config, data: TokenDataset) -> np.ndarray:
     """Examples of the held-out training records; evaluation and the method's validation each use
     the first records of them. Raises UserError where none would be left to train on."""
     count = max(config.data.leave_out, config.method.validation_samples)
@@ -110,6 +112,31 @@ def _leave_out(config: Config, data: TokenDataset) -> np.ndarray:
             f"{key}: {count} given; accepted: fewer than {records}, the training records"
         )
     return left_out(data, count, config.run.seed)
+
+
+def refuse_longer(
+    model: "PreTrainedModel",
+    options: DataOptions,
+    train_data: TokenDataset,
+    eval_data: TokenDataset | None,
+) -> None:
+    """Raises UserError where a record, or a row of packed ones, is longer than the model's position
+    table."""
+    limit = longest_text(model)
+    if limit is None:
+        return
+    for data in (train_data, eval_data):
+        if data is None:
+            continue
+        row = int(data.lengths.max())
+        if options.packing:  # rows of documents are cut like one text by some of these models
+            row = max(row, min(options.max_length, int(data.lengths.sum())))
+        if row > limit:
+            raise UserError(
+                f"data.max_length: {options.max_length} given, and the data has texts of {row} "
+                f"tokens, but {type(model).__name__} has positions for {limit}; accepted: at most "
+                f"{limit}"
+            )
 
 
 def _prepare(data: DataOptions, task: Task) -> tuple[TokenDataset, TokenDataset | None]:
@@ -128,8 +155,9 @@ def open_session(
     """
     tokenizer, task, train_data, eval_data = open_data(config, world)
     with world.all_or_none():  # fails before any weight is loaded
-        check_backbone(config, task, world.device)
-        left_out = _leave_out(config, train_data)
+        built = check_backbone(config, task, world.device)
+        left_out = leave_out(config, train_data)
+        refuse_longer(built.model, config.data, train_data, eval_data)
     engine = make_engine(config, world, task)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     spectral_init = None

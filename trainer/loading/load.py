@@ -122,12 +122,12 @@ def in_groups(model: nn.Module, world: World) -> list[list[tuple[str, nn.Module]
     return [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
 
-def check_backbone(config: Config, task: Task, device: torch.device) -> None:
-    """Build the model and check the names and shapes of its files, without reading weights. Raises
-    UserError."""
+def check_backbone(config: Config, task: Task, device: torch.device) -> BuiltModel:
+    """Build the model and check the names and shapes of its files, without reading weights. Returns
+    it, still without weights. Raises UserError."""
     backbone = build(config, task, device)
     if config.model.weights == "random":
-        return
+        return backbone
     source = Source(backbone, config, device)
     heads = tuple(f"{path}." for path in task.trained_modules(backbone.model))
     for name, parameter in backbone.model.named_parameters():
@@ -136,6 +136,7 @@ def check_backbone(config: Config, task: Task, device: torch.device) -> None:
         owner = backbone.model.get_submodule(name.rpartition(".")[0])
         for expert in ParamTask(name, parameter, owner, []).requests:
             source.check(*expert)
+    return backbone
 
 
 def _fill_head(source: Source, path: str, module: nn.Module) -> None:

@@ -49,6 +49,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
         raise UserError(
             f"model.id: {folder} with model.attention={options.attention}: {first_line(error)}"
         ) from error
+    task.check_model(model)
     tensors = model.state_dict()
     model.requires_grad_(False)
     model.eval()

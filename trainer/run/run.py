@@ -19,12 +19,14 @@ from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.config import Config
 from trainer.config.sections import LEFT_OUT
 from trainer.config.validation import local
+from trainer.data.loader import Loader
 from trainer.decisions.replay import Replay
 from trainer.device_memory import peak_gib, readable
 from trainer.distributed.world import World
 from trainer.engine.base import Engine
 from trainer.engine.select import make_engine
 from trainer.errors import UserError
+from trainer.export.expert_layouts import chosen_layouts
 from trainer.files import ADAPTER, FIGURES, METRICS
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading
@@ -34,7 +36,8 @@ from trainer.records.jsonl import read_metrics
 from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
 from trainer.run.folder import RunFolder
-from trainer.session import Session, open_data, open_session
+from trainer.run.remarks import on_batch, on_length
+from trainer.session import Session, leave_out, open_data, open_session, refuse_longer
 from trainer.training.loop import Run, make_loader, total_steps, train
 from trainer.training.lr_schedule import learning_rate
 from trainer.training.step import Training, log_plan
@@ -83,7 +86,12 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
             folder.make()
             initial_digest = folder.describe(session, initial_digest)
             folder.record(session, steps, progress)
-    for line in (*_introduction(session, steps, folder.lock.note), *_resumption(start, config)):
+    notes = [
+        *([folder.lock.note] if folder.lock.note else []),
+        *on_batch(config.data, len(loader.sequences(0))),
+        *on_length(session.backbone.model, session.train_data, session.eval_data),
+    ]
+    for line in (*_introduction(session, steps, notes), *_resumption(start, config)):
         folder.recorder.log_line(line)
     folder.recorder.log_line(verified)
     log_plan(folder.recorder, plan)
@@ -105,6 +113,13 @@ def dry_run(config: Config, world: World) -> str:
     _, task, train_data, eval_data = open_data(config, world)
     with world.all_or_none():
         backbone = build(config, task, world.device)
+        refuse_longer(backbone.model, config.data, train_data, eval_data)
+        left_out = leave_out(config, train_data)
+    loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out)
+    notes = [
+        *on_batch(config.data, len(loader.sequences(0))),
+        *on_length(backbone.model, train_data, eval_data),
+    ]
     engine = make_engine(config, world, task)
     needs = estimate(
         backbone, config, world.size, engine.spread, local_ranks=len(world.nodes[world.node])
@@ -128,6 +143,7 @@ def dry_run(config: Config, world: World) -> str:
         f"  gathered layers   {readable(needs.gathered)}",
         f"  trainable state   {readable(needs.trainable)}",
         f"  total             {readable(needs.total)}",
+        *(f"note                {note}" for note in notes),
     ]
     return "\n".join(lines)
 
@@ -182,13 +198,13 @@ def _set_horizon(session: Session, steps: int) -> None:
     method.set_horizon(steps, lambda step: learning_rate(optim, step, steps) / optim.learning_rate)
 
 
-def _introduction(session: Session, steps: int, note: str) -> list[str]:
-    """Lines that describe the run on the terminal; `note`: the lock's."""
+def _introduction(session: Session, steps: int, notes: list[str]) -> list[str]:
+    """Lines that describe the run on the terminal; `notes`: what else is to be said."""
     config, data = session.config, session.config.data
     engine, world = session.engine, session.world
     eval_data = session.eval_data
     return [
-        *([f"note      {note}"] if note else []),
+        *(f"note      {note}" for note in notes),
         *(
             f"note      {key}: {name} is not pinned to a revision; {fixed} pins it"
             for key, name, fixed in _unpinned(config)
@@ -312,6 +328,7 @@ def _export(session: Session, folder: Path) -> str:
             fan_in_fan_out=fan_in_fan_out(
                 session.backbone.adapted_layers[unit.name] for unit in session.backbone.units
             ),
+            layouts=chosen_layouts(session.backbone.model),
             note=note,
         )
     return note

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.tasks.options import TaskOptions
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
 """Target of a position without loss, as in torch's cross entropy."""
@@ -102,6 +102,9 @@ class Task(ABC):
 
     def configure(self, config: "PretrainedConfig") -> None:  # noqa: B027
         """Set the task's fields of the model's configuration (number of labels, padding token)."""
+
+    def check_model(self, model: "PreTrainedModel") -> None:  # noqa: B027
+        """Raises UserError where the model, built on the meta device, cannot serve the task."""
 
     def trained_modules(self, model: nn.Module) -> list[str]:
         """Paths of modules trained in full in addition to the adapters (a new head)."""

@@ -4,19 +4,23 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 from trainer.errors import UserError
 from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
+from trainer.tasks.causality import attends_ahead
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
 from trainer.tasks.documents import Documents, kept_apart
 from trainer.tasks.options import CausalLMOptions
 from trainer.tasks.tokenisation import special_tokens, surrounded, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CausalLM(Task):
@@ -26,11 +30,11 @@ class CausalLM(Task):
     auto_class = AutoModelForCausalLM
     peft_task_type = "CAUSAL_LM"
 
-    def configure(self, config: PretrainedConfig) -> None:
-        if getattr(config, "is_decoder", None) is False:  # only encoders have it
+    def check_model(self, model: "PreTrainedModel") -> None:
+        if attends_ahead(model):
             raise UserError(
-                f"task.kind: causal_lm given, but {config.model_type} is an encoder, which "
-                "attends to the tokens to predict; accepted: a decoder, or another task.kind"
+                f"task.kind: causal_lm given, but {type(model).__name__} is built as an encoder, "
+                "which attends to the tokens to predict; accepted: a decoder, or another task.kind"
             )
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
