@@ -115,7 +115,7 @@ class Source:
             return self.backbone.initial[name].to(self.device)
         key = self.config.run.seed, zlib.crc32(name.encode())
         generator = seeds.generator(*key, device=self.device)
-        if len(shape) == 1:
+        if len(shape) == 1 or name.endswith("bias"):  # experts' biases are a matrix
             value = 0.0 if name.endswith("bias") else 1.0
             return torch.full(shape, value, device=self.device)
         std = getattr(self.model.config, "initializer_range", 0.02)

@@ -48,6 +48,8 @@ def made(name: str) -> nn.Module:
         pytest.skip(f"transformers has no {module}")
     torch.manual_seed(0)
     experts = getattr(home, kind)(CONFIG)
+    if hasattr(experts, "fc1"):
+        pytest.skip(f"{module} has experts of another form in this transformers")
     for parameter in experts.parameters():
         nn.init.normal_(parameter, std=0.2)
     return experts
@@ -116,7 +118,7 @@ def test_llama_4_s_experts_get_all_rows_and_count_the_chosen_ones():
     block = made("llama4.Llama4TextMoe")
     block.shared_expert = None
     ours, tensors = adapted(block.experts)
-    assert ours.swapped and not AdaptedExperts(made("aria.AriaExperts")).swapped
+    assert ours.swapped and not AdaptedExperts(made("gpt_oss.GptOssExperts")).swapped
     x = torch.randn(T, H, requires_grad=True)
     scores, _ = block.router(x.detach())
     rows = (x.repeat(E, 1) * scores.T.reshape(-1, 1)).detach().requires_grad_(True)
