@@ -8,7 +8,7 @@ components that the method has masked, and experts that saw no token.
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,10 +57,8 @@ class FirstSteps:
             name for name, is_reached in zip(names, reached, strict=True) if is_reached
         }
         active = [
-            [adapters[name].B.grad * adapters[name].mask.unsqueeze(1)]
-            if adapters[name].B.grad is not None
-            else []
-            for name in names
+            [adapter.B.grad * adapter.mask.unsqueeze(1)] if adapter.B.grad is not None else []
+            for adapter in adapters.values()
         ]
         moving = _any_nonzero(active)
         self._moving = [name for name, moves in zip(names, moving, strict=True) if moves]
@@ -183,12 +181,12 @@ _OWN = ("adapters", "trainer", "torch", "deepspeed")
 
 
 @contextmanager
-def _watched(layers: dict[str, nn.Module], readers: dict[str, str]) -> Iterator[None]:
+def _watched(layers: Mapping[str, nn.Module], readers: dict[str, str]) -> Iterator[None]:
     """Context that notes which other modules read the layers' `weight`."""
     names = {id(layer): name for name, layer in layers.items()}
     classes = {id(layer): type(layer) for layer in layers.values()}
 
-    def watching(cls: type) -> type:
+    def watching(cls: Any) -> type:
         def read(layer: Any, attribute: str) -> Any:
             if attribute == "weight":
                 frame = sys._getframe(1)

@@ -56,7 +56,7 @@ def _parameter_faults(session: Session, name: str, parameter: nn.Parameter) -> I
         yield f"{name}: was never loaded or initialised"
         return
     owner = session.model.get_submodule(name.rpartition(".")[0])
-    value = parameter
+    value: Tensor = parameter
     if isinstance(owner, PackedLayer) and parameter is owner.weight:
         value = owner.dequantised(session.backbone.dtype).view(owner.matrix_shape)
     if not value.is_floating_point():

@@ -163,12 +163,12 @@ def _parameters_on_meta() -> Iterator[None]:
     anything fills them. Buffers are computed as usual."""
     register = nn.Module.register_parameter
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:
-            kept = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and not param.is_meta:
+            kept = nn.Parameter(param.detach().to("meta"), param.requires_grad)
             kept._is_hf_initialized = True  # type: ignore[attr-defined]  # nothing to initialise
-            module._parameters[name] = kept
+            self._parameters[name] = kept
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
     try:
