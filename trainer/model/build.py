@@ -12,7 +12,7 @@ from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
-from trainer.model.backbone import BuiltModel, LeftAlone, set_module
+from trainer.model.backbone import BuiltModel, LeftAlone, input_embedding, set_module
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
@@ -109,11 +109,9 @@ def _left_alone(
 def _check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", options: ModelOptions
 ) -> None:
-    try:
-        table = model.get_input_embeddings().weight
-    except NotImplementedError:  # no table: characters are hashed
+    table = input_embedding(model)
+    if table is None:
         return
-    assert isinstance(table, torch.Tensor)
     size = table.shape[0]
     if len(tokenizer) > size:
         raise UserError(
