@@ -66,9 +66,9 @@ class Merger:
                     value = matrix.reoriented(self._final(matrix, [path], full)[0])
                 yield self._published(name), value.cpu().contiguous()
         for name, _ in self.model.named_buffers():
-            key = self._files.find(name)
-            if key is not None:  # computed buffers are not in the files
-                yield self._published(name), self._files.read(key).contiguous()
+            stored = self._files.find(name)
+            if stored is not None:  # computed buffers are not in the files
+                yield self._published(name), self._files.read(stored).contiguous()
 
     def _stack(self, path: str, stack: PackedLayer) -> Iterator[tuple[str, Tensor]]:
         """A stack of experts, as one tensor or expert by expert, as in the files."""

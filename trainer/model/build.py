@@ -106,9 +106,11 @@ def _check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", options: ModelOptions
 ) -> None:
     try:
-        size = model.get_input_embeddings().weight.shape[0]
+        table = model.get_input_embeddings().weight
     except NotImplementedError:  # no table: characters are hashed
         return
+    assert isinstance(table, torch.Tensor)
+    size = table.shape[0]
     if len(tokenizer) > size:
         raise UserError(
             f"model.tokenizer: {options.tokenizer or options.id} has {len(tokenizer)} tokens; "
