@@ -38,15 +38,16 @@ class AdaptedLinear(PackedLayer):
         """`linear` has a weight of shape (out, in), (in, out) if `transposed`, and a bias or
         None."""
         super().__init__()
-        weight = linear.weight
+        weight, bias = linear.weight, linear.bias
         assert isinstance(weight, nn.Parameter)
+        assert bias is None or isinstance(bias, nn.Parameter)
         self.transposed = transposed
         if transposed:
             weight = nn.Parameter(weight.detach().mT.contiguous(), weight.requires_grad)
         self.out_features, self.in_features = weight.shape
         self.weight_format = weight_format
         self.weight = weight
-        self.bias = linear.bias
+        self.bias = bias
         self.adapter = self.dropout = self.initial = None
 
     def __setattr__(self, name: str, value: Any) -> None:

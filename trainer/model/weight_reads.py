@@ -66,7 +66,8 @@ def layers_read(model: nn.Module) -> set[str]:
 def weights_read(module: nn.Module) -> set[Path]:
     """Paths, relative to `module`, of the modules below it whose weight its methods read; `*` is
     an element of a list."""
-    methods = _methods(type(module))
+    cls: type = type(module)
+    methods = _methods(cls)
     if not any(method.reads_weights for method in methods.values()):
         return set()
     called_inside = {name for method in methods.values() for name in method.mentions}
@@ -95,7 +96,7 @@ class _Method:
 
 
 @functools.cache
-def _methods(cls: type[nn.Module]) -> dict[str, _Method]:
+def _methods(cls: type) -> dict[str, _Method]:
     """The methods of a class by name, inherited ones too, but for those of nn.Module."""
     methods: dict[str, _Method] = {}
     for base in cls.__mro__:
