@@ -124,6 +124,7 @@ class AdaptedExperts(nn.Module):
 
     _own: Any
     down_proj: StackedLinear
+    post_expert_norm: nn.Module
 
     def __init__(self, experts: Any):
         super().__init__()
