@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import peft
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapters.unit import stem
@@ -30,10 +30,10 @@ from tests.helpers import losses, quick_config
 from tests.references import (
     LOSS,
     Wrong,
-    check_gradient,
+    check_gradients,
     check_same,
-    record_loss,
     reference_loss,
+    summed_loss,
     with_peft,
 )
 from tests.tiny_models import CAUSAL, PARTS, save_tiny
@@ -174,20 +174,21 @@ def check_signs(case: Case) -> None:
     for stack in stacks:
         model.get_parameter(stack).requires_grad_(True)
     examples = _examples(session)
-    total = sum(example.weight for example in examples)
-    for example in examples:
-        (record_loss(case.part, model, example) / total).backward()
+    (summed_loss(case.part, model, examples) / sum(e.weight for e in examples)).backward()
+    found: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     for name, adapter in dense.items():
         layer: Any = wrapped.base_model.model.get_submodule(name)
-        check_gradient(f"{name}.A", adapter.A.grad, layer.lora_A["default"].weight.grad)
-        check_gradient(f"{name}.B", adapter.B.grad, layer.lora_B["default"].weight.grad, True)
+        A, B = layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
+        found[f"{name}.A"] = adapter.A.grad, A
+        found[f"{name}.B"] = adapter.B.grad, None if B is None else B.T
     for name, adapter in adapters.items():
         if name in dense:
             continue
         whole = model.get_parameter(stem(name)).grad[int(name.rpartition(".")[2])]
         G = whole if whole.shape == (adapter.B.shape[1], adapter.A.shape[1]) else whole.T
         expected = adapter.g.detach()[:, None] * (adapter.A.detach() @ G.T)
-        check_gradient(f"{name}.B", adapter.B.grad, expected)
+        found[f"{name}.B"] = adapter.B.grad, expected
+    check_gradients(found)
 
 
 def check_export(case: Case) -> None:
