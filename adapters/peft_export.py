@@ -6,13 +6,14 @@ rank and alpha patterns, such as vLLM, still compute the right product.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapters.expert_export import ExpertLayout, Factors, padded, per_expert_factors
 from adapters.gated import GatedAdapter
 from adapters.unit import stem
 
@@ -20,6 +21,17 @@ _FORMER_EXPERT = re.compile(r"\.(gate_proj|up_proj|down_proj)$")
 """In a mixture PEFT treats `target_modules` of these names as the experts of transformers 4 and
 maps them to the stacks. Dense modules with these names (of a layer without experts, of a shared
 expert) are therefore listed as `target_parameters`."""
+
+_PER_EXPERT = """The experts' factors have the names of the published files, as vLLM and SGLang
+read them; PEFT (0.21 or later, with transformers 5) converts them while it loads.
+
+    vllm serve MODEL --enable-lora --max-lora-rank {0} --lora-modules NAME=FOLDER
+
+{0}, the largest rank in adapter_config.json, or more. SGLang needs `--lora-target-modules all`
+and one rank for all matrices (`rankcast export --same-rank`)."""
+_STACKED = """The experts' factors are stacked as PEFT's `target_parameters`, which PEFT loads.
+Servers that want every expert by itself refuse or drop them: `rankcast export --experts per_expert`
+where the model's files hold every expert by itself, or serve the merged model."""
 
 
 def lora_factors(
@@ -74,83 +86,141 @@ def export_adapter(
     note: str = "",
     initial: Mapping[str, GatedAdapter] | None = None,
     rank: int | None = None,
+    same_rank: bool = False,
     experts: Mapping[str, int] | None = None,
+    swapped: Collection[str] = (),
+    fan_in_fan_out: bool = False,
+    layouts: Mapping[str, ExpertLayout] | None = None,
 ) -> float:
     """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
 
     `adapters` by module path; `heads`: fully trained modules by path, each its parameters by name;
     `task_type`: PEFT's name of the task, None if it has none; `model_class`: transformers' class
     that loads the backbone; `labels`: outputs of its new head, if any; `initial`: the parts of W
-    that adapters were initialised as; `experts`: number of experts by path of their stack. The
-    adapters of a stack become one LoRA on its parameter (PEFT's `target_parameters`), with the
-    largest of their ranks. Units of rank 0 are omitted, since PEFT rejects them.
+    that adapters were initialised as; `experts`: number of experts by path of their stack. Stacks
+    in `layouts` are written expert by expert (`per_expert_factors`); the adapters of any other
+    become one LoRA on its parameter (PEFT's `target_parameters`), with the largest of their ranks;
+    `swapped`: stacks that PEFT takes for transposed ones; `fan_in_fan_out`: adapted modules hold
+    (in, out), as `Conv1D` does (PEFT corrects it per module). Units of rank 0 are omitted, since
+    PEFT rejects them.
 
-    `rank`: compress every unit to at most this rank. Returns the relative error of the compression,
+    `rank`: compress every unit to at most this rank. `same_rank`: pad all units with zeros to the
+    largest rank, empty ones too. Returns the relative error of the compression,
     ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.
     """
-    heads, experts, initial = heads or {}, experts or {}, initial or {}
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    stacks: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
-    modules, parameters = [], []
-    lost = whole = 0.0
-    for name, adapter in adapters.items():
-        A, B = lora_factors(adapter, initial.get(name))
-        if A.shape[0] == 0:
-            continue
-        if rank is not None:
-            whole += float((A @ A.T).double().mul((B.T @ B).double()).sum())  # ‖BA‖²
-            if A.shape[0] > rank:
-                A, B, cut = compressed(A, B, rank)
-                lost += cut
+    heads, experts = heads or {}, experts or {}
+    units, error = _factors(adapters, initial or {}, rank)
+    if same_rank:
+        largest = max((A.shape[0] for A, _ in units.values()), default=0)
+        units = {name: padded(factors, largest) for name, factors in units.items()}
+    units = {name: (A, B) for name, (A, B) in units.items() if A.shape[0]}
+    lora = _Lora()
+    stacks: dict[str, dict[int, Factors]] = {}
+    for name, factors in units.items():
         if stem(name) in experts:
-            stacks.setdefault(stem(name), {})[int(name.rpartition(".")[2])] = (A, B)
-            continue
-        if experts and _FORMER_EXPERT.search(name):
-            parameters.append(f"{name}.weight")
-            ranks[f"{name}.weight"] = A.shape[0]
+            stacks.setdefault(stem(name), {})[int(name.rpartition(".")[2])] = factors
         else:
-            modules.append(name)
-            ranks[name] = A.shape[0]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B
-    for name, parts in stacks.items():
-        parameters.append(name)
-        A, B = stacked_factors(parts, experts[name])
-        ranks[name] = A.shape[0] // experts[name]
-        path = _wrapped(name, stacks)
-        tensors[f"base_model.model.{path}.lora_A.weight"] = A
-        tensors[f"base_model.model.{path}.lora_B.weight"] = B
+            lora.add_linear(name, factors, as_parameter=bool(experts))
+    served = lora.add_experts(stacks, experts, layouts or {}, swapped)
     for path, head in heads.items():
         for name, value in head.items():
-            tensors[f"base_model.model.{path}.{name}"] = value.cpu().contiguous()
+            lora.tensors[f"base_model.model.{path}.{name}"] = value.cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = _peft_config(ranks, sorted(modules), sorted(heads))
-    if parameters:
-        config["target_parameters"] = sorted(parameters)
+    save_file(lora.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = _peft_config(lora.ranks, lora.joined, sorted(lora.modules), sorted(heads))
+    config["fan_in_fan_out"] = fan_in_fan_out
+    if lora.parameters:
+        config["target_parameters"] = sorted(lora.parameters)
     config |= {
         "base_model_name_or_path": base_model,
         "revision": revision,
         "task_type": task_type,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    error = (lost / whole) ** 0.5 if whole else 0.0
+    notes = [note, served]
     if rank is not None:
-        note = (
-            f"{note}\n\nCompressed to rank {rank}: relative error {error:.2%} (Frobenius).".strip()
-        )
-    readme = _readme(base_model, model_class, labels, note)
+        notes.append(f"Compressed to rank {rank}: relative error {error:.2%} (Frobenius).")
+    readme = _readme(base_model, model_class, labels, "\n\n".join(filter(None, notes)))
     (folder / "README.md").write_text(readme, encoding="utf-8")
     return error
 
 
+def _factors(
+    adapters: Mapping[str, GatedAdapter], initial: Mapping[str, GatedAdapter], rank: int | None
+) -> tuple[dict[str, Factors], float]:
+    """(factors by unit, relative error of compressing them to `rank`)."""
+    units: dict[str, Factors] = {}
+    lost = whole = 0.0
+    for name, adapter in adapters.items():
+        A, B = lora_factors(adapter, initial.get(name))
+        if rank is not None:
+            whole += float((A @ A.T).double().mul((B.T @ B).double()).sum())  # ‖BA‖²
+            if A.shape[0] > rank:
+                A, B, cut = compressed(A, B, rank)
+                lost += cut
+        units[name] = (A, B)
+    return units, (lost / whole) ** 0.5 if whole else 0.0
+
+
+class _Lora:
+    """Tensors, ranks and targets of a PEFT folder."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.ranks: dict[str, int] = {}
+        """By PEFT's name of the adapted module or parameter."""
+        self.joined: set[str] = set()
+        """Those that PEFT joins from several factors, whose ranks add up."""
+        self.modules: list[str] = []
+        self.parameters: list[str] = []
+
+    def add_linear(self, name: str, factors: Factors, *, as_parameter: bool) -> None:
+        """A linear layer; `as_parameter`: one of a mixture (`_FORMER_EXPERT`)."""
+        if as_parameter and _FORMER_EXPERT.search(name):
+            self.parameters.append(f"{name}.weight")
+            self.ranks[f"{name}.weight"] = factors[0].shape[0]
+        else:
+            self.modules.append(name)
+            self.ranks[name] = factors[0].shape[0]
+        self._put(name, factors)
+
+    def add_experts(
+        self,
+        stacks: Mapping[str, Mapping[int, Factors]],
+        experts: Mapping[str, int],
+        layouts: Mapping[str, ExpertLayout],
+        swapped: Collection[str],
+    ) -> str:
+        """Stacks of experts. Returns a note on what loads them, "" without any."""
+        matrices, ranks = per_expert_factors(stacks, layouts)
+        for module, factors in matrices.items():
+            self._put(module, factors)
+        self.ranks |= ranks
+        self.joined |= {path for path in ranks if len(layouts[path].names[0]) > 1}
+        self.parameters += ranks
+        stacked = {name: parts for name, parts in stacks.items() if name not in layouts}
+        for name, parts in stacked.items():
+            self.parameters.append(name)
+            A, B = stacked_factors(parts, experts[name], swapped=name in swapped)
+            self.ranks[name] = A.shape[0] // experts[name]
+            self._put(_wrapped(name, stacked), (A, B))
+        if stacked:
+            return _STACKED
+        return _PER_EXPERT.format(max(self.ranks.values())) if ranks else ""
+
+    def _put(self, path: str, factors: Factors) -> None:
+        self.tensors[f"base_model.model.{path}.lora_A.weight"] = factors[0].contiguous()
+        self.tensors[f"base_model.model.{path}.lora_B.weight"] = factors[1].contiguous()
+
+
 def stacked_factors(
-    parts: Mapping[int, tuple[Tensor, Tensor]], experts: int
+    parts: Mapping[int, tuple[Tensor, Tensor]], experts: int, *, swapped: bool = False
 ) -> tuple[Tensor, Tensor]:
     """PEFT's factors of a stack from (A (r, in), B (out, r)) by expert: lora_A (E · r, in), with an
     expert's components adjacent, and lora_B (out, r · E), with a component's experts adjacent.
-    Missing components are zero."""
+    Missing components are zero. `swapped`: of the transposed stack, ΔWᵀ = Aᵀ Bᵀ."""
+    if swapped:
+        parts = {expert: (B.T, A.T) for expert, (A, B) in parts.items()}
     rank = max(A.shape[0] for A, _ in parts.values())
     one_A, one_B = next(iter(parts.values()))
     lora_A = torch.zeros(experts, rank, one_A.shape[1])
@@ -163,17 +233,18 @@ def stacked_factors(
 
 def _wrapped(name: str, stacks: Mapping[str, object]) -> str:
     """Module path of a parameter's LoRA in PEFT, which wraps a module once per adapted parameter,
-    the first one innermost; `gate_up_proj` is registered before `down_proj`."""
+    the first one innermost; `down_proj` is registered last."""
     module, _, parameter = name.rpartition(".")
-    inner = parameter == "gate_up_proj" and f"{module}.down_proj" in stacks
+    inner = parameter != "down_proj" and f"{module}.down_proj" in stacks
     return f"{module}.base_layer" if inner else module
 
 
 def _peft_config(
-    ranks: Mapping[str, int], modules: list[str], heads: list[str]
+    ranks: Mapping[str, int], joined: Collection[str], modules: list[str], heads: list[str]
 ) -> dict[str, object]:
-    """LoraConfig as plain data. `r` is the most frequent rank; others go to the patterns."""
-    values = list(ranks.values())
+    """LoraConfig as plain data. `r` is the most frequent rank of the file's factors; others go to
+    the patterns."""
+    values = [rank for name, rank in ranks.items() if name not in joined]
     common = max(set(values), key=lambda rank: (values.count(rank), rank)) if values else 1
     others = {f"^{name}$".replace(".", r"\."): r for name, r in ranks.items() if r != common}
     return {
@@ -187,7 +258,6 @@ def _peft_config(
         "modules_to_save": heads or None,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
     }
 
 

@@ -1,9 +1,12 @@
 """Select the matrices of a backbone that get adapters, and identify them as units."""
 
+import copy
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from adapters.layers.base import AdaptedLayer, PackedLayer
@@ -25,10 +28,41 @@ def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes exactly x Wᵀ + b: some routers subclass nn.Linear and do more."""
-    return isinstance(module, nn.Linear) and (
-        type(module).forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
-    )
+    """Whether an `nn.Linear` computes exactly x Wᵀ + b from its parameters: some routers subclass
+    nn.Linear and do more, and `torch.nn.utils` computes a weight from others."""
+    if not isinstance(module, nn.Linear) or set(module._parameters) != {"weight", "bias"}:
+        return False
+    if module._forward_pre_hooks or module._forward_hooks or len(module._modules):
+        return False
+    return type(module).forward is nn.Linear.forward or _computes_product(module)
+
+
+@torch.no_grad()
+def _computes_product(module: nn.Linear) -> bool:
+    """Whether a forward of its own (Falcon's) gives x Wᵀ + b: tried on a small matrix, in training
+    and evaluation."""
+    probe = copy.copy(module)
+    weight = torch.arange(15.0, device="cpu").sin().view(5, 3)
+    bias = None if module.bias is None else torch.arange(5.0, device="cpu").cos()
+    probe._parameters = {
+        "weight": nn.Parameter(weight),
+        "bias": None if bias is None else nn.Parameter(bias),
+    }
+    probe.in_features, probe.out_features = 3, 5
+    x = torch.arange(24.0, device="cpu").cos().view(2, 4, 3)
+    expected = F.linear(x, weight, bias)
+    try:
+        found = [probe.train(mode)(x) for mode in (True, False)]
+        return all(y.shape == expected.shape and torch.allclose(y, expected) for y in found)
+    except Exception:  # it expects another shape, or gives several values
+        return False
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' `Conv1D` (GPT-2): x W + b with W (in, out)."""
+    from transformers.pytorch_utils import Conv1D  # not at the top: it takes seconds
+
+    return isinstance(module, Conv1D) and type(module).forward is Conv1D.forward
 
 
 def linear_names(model: nn.Module, heads: Sequence[str] = ()) -> list[str]:
@@ -62,6 +96,12 @@ def expert_counts(model: nn.Module) -> dict[str, int]:
     """Number of experts of every stack, by path."""
     layers = ((path, m) for path, m in model.named_modules() if isinstance(m, PackedLayer))
     return {path: len(layer.adapted_layers) for path, layer in layers if layer.stacked}
+
+
+def fan_in_fan_out(layers: Iterable[AdaptedLayer]) -> bool:
+    """PEFT's key of this name: whether adapted modules hold (in, out), as `Conv1D` does. It is one
+    key for all; where modules differ, PEFT corrects it for each."""
+    return any(layer.layer.transposed and not layer.layer.stacked for layer in layers)
 
 
 def select_targets(names: Sequence[str], targets: str | Sequence[str]) -> list[str]:

@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from adapters.formats.formats import FORMATS
-from adapters.layers.experts import StackedLinear
 from adapters.methods.registry import METHODS
 from adapters.units import transformer_blocks
 from benchmarks.throughput import built
@@ -44,7 +43,6 @@ from trainer.engine.select import make_engine
 from trainer.errors import UserError
 from trainer.export.merge import write_shards
 from trainer.loading.async_reader import read_into
-from trainer.loading.key_mapping import KeyMapping
 from trainer.loading.load import load_backbone
 from trainer.loading.spectral_init import SpectralInit
 from trainer.model.backbone import BuiltModel
@@ -146,22 +144,15 @@ def write(model: BuiltModel, folder: Path, device: torch.device) -> None:
 
 def random_tensors(model: BuiltModel, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """(name as published, value)."""
-    key_mapping = KeyMapping(model.model.config)
+    from transformers.core_model_loading import revert_weight_conversion
 
-    def drawn(*shape: int) -> Tensor:
-        values = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        return (values.normal_(0, 0.02) if len(shape) > 1 else values.fill_(1)).cpu()
-
-    for name, parameter in model.model.named_parameters():
-        path = name.removesuffix(".weight")
-        stack = model.model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(stack, StackedLinear):
-            yield key_mapping.names(name)[-1], drawn(*parameter.shape)
+    for name, tensor in model.tensors.items():
+        if name in model.model.all_tied_weights_keys:
             continue
-        for expert in range(stack.experts):
-            parts = key_mapping.expert_parts(path, expert)
-            for names in parts:
-                yield names[-1], drawn(stack.out_features // len(parts), stack.in_features)
+        values = torch.empty(tensor.shape, dtype=torch.bfloat16, device=device)
+        values = (values.normal_(0, 0.02) if tensor.dim() > 1 else values.fill_(1)).cpu()
+        published = revert_weight_conversion(model.model, {name: values})
+        yield from ((key, value.clone()) for key, value in published.items())
 
 
 def tensor_bytes(folder: Path) -> int:

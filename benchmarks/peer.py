@@ -94,12 +94,8 @@ def _random_model(shapes, quantization: str, device: torch.device) -> PreTrained
                     else _random(parameter.shape, device)
                 )
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
-        buffers = [name for name, b in module.named_buffers(recurse=False) if b.is_meta]
-        for name in buffers:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if buffers:
-            with torch.no_grad(), device:
-                model._init_weights(module)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     model.tie_weights()
     return model
 

@@ -2,6 +2,7 @@
 
     rankcast export runs/NAME out/                     a LoRA for PEFT, vLLM, SGLang
     rankcast export runs/NAME out/ --rank 8            the same, compressed
+    rankcast export runs/NAME out/ --experts stacked   experts in PEFT's own layout alone
     rankcast export runs/NAME out/ --what merged       the backbone with the LoRA merged
     rankcast export runs/NAME out/ --what backbone     the backbone used in training
 
@@ -26,6 +27,15 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser.add_argument("--what", choices=("adapter", "merged", "backbone"), default="adapter")
     parser.add_argument("--base", choices=("trained", "original"), default="trained")
     parser.add_argument("--rank", type=int, help="compress the adapter; the error is reported")
+    parser.add_argument(
+        "--same-rank", action="store_true", help="pad all matrices to one rank, for SGLang"
+    )
+    parser.add_argument(
+        "--experts",
+        choices=("per_expert", "stacked"),
+        help="layout of experts' adapters: for vLLM, SGLang and PEFT (default where the model's "
+        "files hold every expert by itself), or for PEFT alone",
+    )
     parser.add_argument("--no-measure", action="store_true", help="skip the evaluation")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
@@ -49,6 +59,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         base=arguments.base,
         measure=not arguments.no_measure,
         rank=arguments.rank,
+        same_rank=arguments.same_rank,
+        experts=arguments.experts,
         overrides=arguments.overrides,
     )
     print(

@@ -46,6 +46,10 @@ class BadCheckpoint(UserError):
     """A checkpoint that cannot be used; the message gives the reason."""
 
 
+class BadRecord(ValueError):
+    """A record that cannot be used; the message is the reason."""
+
+
 @contextmanager
 def refuse_mismatch(source: Path) -> Iterator[None]:
     """Raise BadCheckpoint for any error that mismatched tensors or values of `source` cause."""

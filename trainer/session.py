@@ -24,10 +24,12 @@ from trainer.loading.load import check_backbone, load_backbone
 from trainer.loading.spectral_init import SpectralInit
 from trainer.model.backbone import LoadedBackbone
 from trainer.model.hub import load_tokenizer
+from trainer.model.positions import longest_text
 from trainer.tasks.base import Task
 from trainer.tasks.registry import TASKS
 
 if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
@@ -42,7 +44,7 @@ class Session:
     train_data: TokenDataset
     eval_data: TokenDataset | None
     left_out: np.ndarray
-    """Indices of the training records held out from training."""
+    """Indices of the training examples held out from training, record by record."""
     engine: Engine
     backbone: LoadedBackbone
     method: Method
@@ -56,10 +58,11 @@ class Session:
         return self.backbone.model
 
     def held_out(self) -> tuple[TokenDataset, np.ndarray]:
-        """(evaluation data set, indices of its records to evaluate on)."""
+        """(evaluation data set, indices of its examples to evaluate on)."""
         if self.eval_data is not None:
             return self.eval_data, np.arange(len(self.eval_data))
-        return self.train_data, self.left_out[: self.config.data.leave_out]
+        count = self.config.data.leave_out
+        return self.train_data, self.train_data.first_records(self.left_out, count)
 
     def trainables(self) -> list[Trainable]:
         """Adapters first, then the parameters of new heads."""
@@ -94,10 +97,11 @@ def open_data(
     return tokenizer, task, *prepared
 
 
-def _leave_out(config: Config, records: int) -> np.ndarray:
-    """Indices of the held-out training records; evaluation and the method's validation each use the
-    first of them. Raises UserError where none would be left to train on."""
+def leave_out(config: Config, data: TokenDataset) -> np.ndarray:
+    """Examples of the held-out training records; evaluation and the method's validation each use
+    the first records of them. Raises UserError where none would be left to train on."""
     count = max(config.data.leave_out, config.method.validation_samples)
+    records = data.counts.used
     if count >= records:
         key = (
             "data.leave_out"
@@ -107,7 +111,32 @@ def _leave_out(config: Config, records: int) -> np.ndarray:
         raise UserError(
             f"{key}: {count} given; accepted: fewer than {records}, the training records"
         )
-    return left_out(records, count, config.run.seed)
+    return left_out(data, count, config.run.seed)
+
+
+def refuse_longer(
+    model: "PreTrainedModel",
+    options: DataOptions,
+    train_data: TokenDataset,
+    eval_data: TokenDataset | None,
+) -> None:
+    """Raises UserError where a record, or a row of packed ones, is longer than the model's position
+    table."""
+    limit = longest_text(model)
+    if limit is None:
+        return
+    for data in (train_data, eval_data):
+        if data is None:
+            continue
+        row = int(data.lengths.max())
+        if options.packing:  # rows of documents are cut like one text by some of these models
+            row = max(row, min(options.max_length, int(data.lengths.sum())))
+        if row > limit:
+            raise UserError(
+                f"data.max_length: {options.max_length} given, and the data has texts of {row} "
+                f"tokens, but {type(model).__name__} has positions for {limit}; accepted: at most "
+                f"{limit}"
+            )
 
 
 def _prepare(data: DataOptions, task: Task) -> tuple[TokenDataset, TokenDataset | None]:
@@ -126,8 +155,9 @@ def open_session(
     """
     tokenizer, task, train_data, eval_data = open_data(config, world)
     with world.all_or_none():  # fails before any weight is loaded
-        check_backbone(config, task, world.device)
-        left_out = _leave_out(config, len(train_data))
+        built = check_backbone(config, task, world.device)
+        left_out = leave_out(config, train_data)
+        refuse_longer(built.model, config.data, train_data, eval_data)
     engine = make_engine(config, world, task)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     spectral_init = None

@@ -20,7 +20,7 @@ _MULTIPLE = 16  # cuBLAS: rows and columns of W must be multiples of 16
 
 def has_products(x: Tensor, shape: tuple[int, int]) -> bool:
     """Whether x Wᵀ with W of `shape` runs in float8; elsewhere W is dequantised."""
-    return x.is_cuda and _capable(x.device) and fits(x.dtype, shape)
+    return capable(x.device) and fits(x.dtype, shape)
 
 
 def fits(dtype: torch.dtype, shape: tuple[int, int]) -> bool:
@@ -29,8 +29,9 @@ def fits(dtype: torch.dtype, shape: tuple[int, int]) -> bool:
 
 
 @functools.cache
-def _capable(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def capable(device: torch.device) -> bool:
+    """Whether a device has float8 products."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def forward_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:

@@ -46,6 +46,10 @@ class WeightFormat(ABC):
     def unpack(self, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Dequantise to (out, in) in `dtype`."""
 
+    def product_error(self, device: torch.device) -> float:
+        """Relative error of a product on `device` beyond rounding it to its dtype, about."""
+        return 0.0
+
     def unpacked_bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Bytes of the dequantised copy of W that exists during a product."""
         return shape[0] * shape[1] * dtype.itemsize
@@ -264,6 +268,10 @@ class Float8(_CodesAndScales):
     ) -> Tensor:
         function = _by_row_compiled() if codes.is_cuda else _by_row
         return function(codes.view(float8.E4M3).view(shape), scales, dtype)
+
+    def product_error(self, device: torch.device) -> float:
+        # Activations are rounded to 3 bits of mantissa: 2⁻⁴/√3.
+        return 0.036 if float8.capable(device) else 0.0
 
     def product_bytes(
         self, shape: tuple[int, int], rows: int, dtype: torch.dtype, *, backward: bool

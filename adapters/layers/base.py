@@ -78,11 +78,24 @@ class PackedLayer(RegisteredLayer):
     weight: Tensor
     """The packed parameter."""
     weight_format: str
+    transposed: bool = False
+    """Whether the pretrained files hold its matrices as (in, out), as GPT-2's `Conv1D` does. The
+    layer itself holds (out, in)."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of W: (out, in), or (E, out, in)."""
         raise NotImplementedError
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of W in the pretrained files."""
+        *experts, rows, columns = self.shape
+        return (*experts, columns, rows) if self.transposed else self.shape
+
+    def reoriented(self, weight: Tensor) -> Tensor:
+        """W (…, out, in) from the files' orientation, or the files' from W's (contiguous)."""
+        return weight.mT.contiguous() if self.transposed else weight
 
     @property
     def adapted_layers(self) -> Mapping[int | None, AdaptedLayer]:

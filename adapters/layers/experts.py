@@ -6,11 +6,10 @@ With rows sorted by expert and e the expert of a row,
 
 in grouped GEMMs (cuBLAS or CUTLASS on a GPU); ΔW is never materialised. As in `linear.py` the
 frozen stack stays packed, is dequantised once in forward and once in backward, and the operator is
-opaque to autograd and torch.compile.
+opaque to autograd and torch.compile. `expert_modules.py` makes stacks of a model's experts.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,8 +64,14 @@ class StackedLinear(PackedLayer):
     `weight` is the packed matrix (E · out, in) of all experts.
     """
 
-    def __init__(self, weight: nn.Parameter, weight_format: str = "none"):
+    def __init__(
+        self, weight: nn.Parameter, weight_format: str = "none", *, transposed: bool = False
+    ):
+        """`weight` (E, out, in), or (E, in, out) if `transposed`."""
         super().__init__()
+        self.transposed = transposed
+        if transposed:
+            weight = nn.Parameter(weight.detach().mT.contiguous(), weight.requires_grad)
         self.experts, self.out_features, self.in_features = weight.shape
         self.weight_format = weight_format
         self.weight = weight
@@ -212,80 +217,6 @@ class StackedLinear(PackedLayer):
             f"experts={self.experts}, in={self.in_features}, out={self.out_features}, "
             f"format={self.weight_format}"
         )
-
-
-class AdaptedExperts(nn.Module):
-    """Replaces transformers' module of stacked experts in a mixture."""
-
-    def __init__(self, experts: Any):
-        super().__init__()
-        self.gate_up_proj = StackedLinear(experts.gate_up_proj)
-        self.down_proj = StackedLinear(experts.down_proj)
-        self.act_fn = experts.act_fn
-
-    @staticmethod
-    def fits(module: nn.Module) -> bool:
-        """Whether `module` computes down(act(gate) · up) on stacks (E, out, in) without biases."""
-        gate = getattr(type(module), "_apply_gate", None)
-        return (
-            isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
-            and isinstance(getattr(module, "down_proj", None), nn.Parameter)
-            and hasattr(module, "act_fn")
-            and getattr(module, "has_gate", False)
-            and not getattr(module, "has_bias", True)
-            and not getattr(module, "is_transposed", True)
-            and getattr(module, "is_concatenated", True)
-            and not getattr(module, "has_post_expert_norm", False)
-            and getattr(gate, "__name__", "_default_apply_gate") == "_default_apply_gate"
-        )
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states (T, H), top_k_index and top_k_weights (T, k) → (T, H)."""
-        k = top_k_index.shape[1]
-        sorted_experts, order = top_k_index.flatten().sort(stable=True)
-        # Nothing here synchronises with the device: no shape depends on the routing.
-        numbers = torch.arange(self.gate_up_proj.experts, device=order.device)
-        offsets = torch.searchsorted(sorted_experts, numbers, right=True).int()
-        inverse = order.argsort()
-        x = _Dispatch.apply(hidden_states, order, inverse, k)
-        gate, up = self.gate_up_proj(x, offsets).chunk(2, dim=-1)
-        y = self.down_proj(self.act_fn(gate) * up, offsets)
-        y = (y * top_k_weights.flatten()[order].unsqueeze(1)).to(hidden_states.dtype)
-        return _Combine.apply(y, order, inverse, k)
-
-
-class _Dispatch(torch.autograd.Function):
-    """Copies each token to its k experts, sorted by expert."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse, k):
-        ctx.save_for_backward(inverse)
-        ctx.k = k
-        return x[order // k]
-
-    @staticmethod
-    def backward(ctx, dy):
-        (inverse,) = ctx.saved_tensors
-        return _summed(dy, inverse, ctx.k), None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    """Adjoint of `_Dispatch`: sums the outputs of a token's k experts in a fixed order."""
-
-    @staticmethod
-    def forward(ctx, y, order, inverse, k):
-        ctx.save_for_backward(order)
-        ctx.k = k
-        return _summed(y, inverse, k)
-
-    @staticmethod
-    def backward(ctx, dx):
-        (order,) = ctx.saved_tensors
-        return dx[order // ctx.k], None, None, None
-
-
-def _summed(rows: Tensor, inverse: Tensor, k: int) -> Tensor:
-    return rows[inverse].view(-1, k, rows.shape[-1]).sum(1)
 
 
 def gated(g: Tensor, B: Tensor) -> Tensor:

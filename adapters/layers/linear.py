@@ -23,7 +23,8 @@ from adapters.layers.handles import add_gradients, layer_of
 class AdaptedLinear(PackedLayer):
     """Frozen `y = x Wᵀ + bias` in any weight format, with at most one gated adapter.
 
-    Replaces an `nn.Linear`. `weight` holds the packed matrix (see `formats.py`).
+    Replaces an `nn.Linear`, or a `Conv1D` of transformers (GPT-2), which computes the same with W
+    transposed. `weight` holds the packed matrix (see `formats.py`).
     `adapter` is None or replicated on every rank; it is not a submodule, so sharders never find it.
     """
 
@@ -33,12 +34,20 @@ class AdaptedLinear(PackedLayer):
     """The part of W that spectral initialisation moved into the adapter; dropout then applies only
     to the adapter's difference from it."""
 
-    def __init__(self, linear: nn.Linear, weight_format: str):
+    def __init__(self, linear: nn.Module, weight_format: str, *, transposed: bool = False):
+        """`linear` has a weight of shape (out, in), (in, out) if `transposed`, and a bias or
+        None."""
         super().__init__()
-        self.out_features, self.in_features = linear.out_features, linear.in_features
+        weight, bias = linear.weight, linear.bias
+        assert isinstance(weight, nn.Parameter)
+        assert bias is None or isinstance(bias, nn.Parameter)
+        self.transposed = transposed
+        if transposed:
+            weight = nn.Parameter(weight.detach().mT.contiguous(), weight.requires_grad)
+        self.out_features, self.in_features = weight.shape
         self.weight_format = weight_format
-        self.weight = linear.weight
-        self.bias = linear.bias
+        self.weight = weight
+        self.bias = bias
         self.adapter = self.dropout = self.initial = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -156,7 +165,9 @@ def adapted_linear(x: Tensor, handle: Tensor, out_features: int) -> Tensor:
     y = FORMATS[layer.weight_format].forward(
         rows, layer.weight, layer.matrix_shape, layer.bias, layer.low_rank(rows)
     )
-    return y.view(*x.shape[:-1], out_features)
+    # Not `view`: autograd refuses to let a model add in place to an operator's output that is one
+    # (Falcon, Llama 4 and DeBERTa do). Nothing else holds `y`.
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], out_features])
 
 
 @adapted_linear.register_fake

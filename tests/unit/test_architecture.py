@@ -20,12 +20,13 @@ LEVELS = [
     "adapters.unit", "adapters.banks", "adapters.decision", "adapters.figures",
     "adapters.gated", "adapters.cuda", "adapters.formats", "adapters.mask_table",
     "adapters.optimizer", "adapters.spectral", "adapters.layers", "adapters.adapter_set",
-    "adapters.units", "adapters.peft_export", "adapters.methods",
+    "adapters.units", "adapters.expert_export", "adapters.peft_export", "adapters.methods",
     # trainer
     "trainer.errors", "trainer.files", "trainer.device_memory", "trainer.distributed",
     "trainer.tasks", "trainer.config", "trainer.records", "trainer.data", "trainer.model",
     "trainer.engine", "trainer.decisions", "trainer.report", "trainer.loading",
-    "trainer.session", "trainer.checkpoint", "trainer.memory", "trainer.training",
+    "trainer.session", "trainer.checkpoint", "trainer.memory", "trainer.verification",
+    "trainer.training",
     "trainer.export", "trainer.run",
     "launch",
 ]  # fmt: skip

@@ -37,6 +37,8 @@ from trainer.distributed import failures, process_group
 from trainer.distributed.world import World
 from trainer.engine.peer_memory import open_peer_memory
 from trainer.loading import async_reader
+from trainer.loading.assignment import ParamTask
+from trainer.loading.materialize import Materializer
 from trainer.memory.planner import make_plan
 from trainer.run.run import run
 from trainer.session import Session, open_session
@@ -44,6 +46,7 @@ from trainer.training.evaluation import evaluate_saved
 from trainer.training.loop import make_loader
 from trainer.training.step import Training, accumulate, train_step
 from trainer.training.validation import make_validate
+from trainer.verification.verify import verify_session
 
 MIB = 2**20
 
@@ -247,6 +250,24 @@ def loaded(world: World, argument: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def verified(world: World, argument: dict[str, Any]) -> str:
+    """The proof's line. `shifted`: rank 0 is one row off in its copy of this matrix; `garbage`: rank
+    1 has other rotary frequencies."""
+    honest = Materializer.assign_to_model
+
+    def assign(materializer: Materializer, task: ParamTask) -> None:
+        honest(materializer, task)
+        if task.name == argument.get("shifted") and world.rank == 0:
+            weight = task.owner.weight.data
+            weight.copy_(weight.view(task.owner.shape[0], -1).roll(1, 0).view_as(weight))
+
+    with patch.object(Materializer, "assign_to_model", assign):
+        session = open_session(parse_config(argument["config"]), world)
+    if "garbage" in argument and world.rank == 1:
+        session.model.model.rotary_emb.inv_freq.mul_(1.5)
+    return verify_session(session)
+
+
 def train_only(world: World, config: dict[str, Any]) -> dict[str, Any]:
     """A whole run but for the export and the figures at its end."""
     with patch("trainer.run.run._finish"):
@@ -393,6 +414,7 @@ CASES = {
     "unsharded_blocks": unsharded_blocks,
     "planned": planned,
     "loaded": loaded,
+    "verified": verified,
     "train_only": train_only,
     "resume": resume,
     "desynchronised": desynchronised,

@@ -6,7 +6,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from adapters.formats.names import FORMAT_NAMES
 from adapters.options import Section
@@ -41,6 +41,16 @@ class RunOptions(Section):
     resume: str = "auto"
     """`auto` (the newest intact checkpoint of this run, if any), `never`, or the path of a
     checkpoint."""
+    verify: Literal["auto", "off", "full"] = "auto"
+    """Proof before the first step, in seconds, that the loaded, quantised, sharded model computes
+    what the unmodified one computes on the run's own records, and after the first steps that every
+    adapter trains. `auto`: on two records of at most 64 tokens, for every new run; `full`: on
+    records of full length, also for resumed runs."""
+
+    @field_validator("verify", mode="before")
+    @classmethod
+    def _off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads `off` as false
 
 
 class ModelOptions(Section):
@@ -107,7 +117,19 @@ class DataOptions(Section):
     text: str | list[str] = "text"
     """Text column of format `text`; one or two text columns of `classification`."""
     messages: str = "messages"
-    """Column of format `messages`: a list of {role, content}."""
+    """Column of format `messages`: a list of {role, content}. Assistant turns are learned, except
+    those with `train: false` or `weight: 0`."""
+    tools: str = "tools"
+    """Column of the tools that the chat template is given: a list of JSON schemas, or its text."""
+    turns: Literal["auto", "all", "last"] = "auto"
+    """Assistant turns that are learned. auto: those that the chat template marks by
+    `{% generation %}`, else all; all: whatever it marks; last: the last one. Where the template
+    rewrites earlier turns, each turn is an example with the conversation up to it."""
+    add_bos: Literal["auto"] | bool = "auto"
+    """Put the begin token before a text; auto: where the tokenizer does. Chats: as the template."""
+    add_eos: Literal["auto"] | bool = "auto"
+    """Put the end token after a text, and learn it; auto: where there is one. Never doubled. Chats:
+    as the template."""
     label: str = "label"
     """Label column of format `classification`."""
     columns: list[str] | None = None
@@ -125,7 +147,8 @@ class DataOptions(Section):
     eval_records: int | None = Field(None, gt=0)
     """Use only this many evaluation records, the first ones."""
     packing: bool = False
-    """Pack several records into a sequence, without attention between them."""
+    """Pack several records into a sequence, without attention between them. Refused for models
+    with layers that carry state along it (recurrent, convolutional, linear attention)."""
     shuffle: bool = True
     """Shuffle each epoch with a generator seeded by (seed, epoch)."""
     batch_size: int = Field(16, gt=0)

@@ -20,8 +20,8 @@ import numpy as np
 from trainer.config.sections import DataOptions
 from trainer.config.validation import local
 from trainer.config.yaml import parse_json
-from trainer.data.records import BadRecord, detect_format, read_rows, to_record
-from trainer.errors import UserError, first_line
+from trainer.data.records import detect_format, read_rows, to_records
+from trainer.errors import BadRecord, UserError, first_line
 from trainer.files import sha256
 from trainer.tasks.base import Example, Record, Task
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _CHUNK = 1000  # records tokenised in one call
-_VERSION = 1  # of the cached file; raise it when `Example` or an encoding changes
+_VERSION = 2  # of the cached file; raise it when `Example` or an encoding changes
 
 
 @functools.cache
@@ -44,30 +44,34 @@ def _schema() -> "pa.Schema":
             "token_type_ids": pa.list_(pa.int8()),
             "label": pa.float64(),
             "weight": pa.int32(),
+            "record": pa.int32(),
         }
     )
 
 
 @dataclasses.dataclass
 class Counts:
-    """Numbers of records of one source, by outcome, and of their tokens."""
+    """Numbers of records (rows) of one source, by outcome, and of the examples and tokens made of
+    them."""
 
     records: int = 0
     used: int = 0
+    examples: int = 0
     truncated: int = 0
     dropped: int = 0
     bad: int = 0
     tokens: int = 0
 
     def __str__(self) -> str:
+        examples = f"{self.examples} examples, " if self.examples != self.used else ""
         return (
-            f"{self.used} of {self.records} records, {self.tokens} tokens "
+            f"{self.used} of {self.records} records, {examples}{self.tokens} tokens "
             f"({self.truncated} truncated, {self.dropped} dropped, {self.bad} bad)"
         )
 
 
 class TokenDataset:
-    """Tokenised records, memory-mapped."""
+    """Tokenised records, memory-mapped: examples, of which a record gives one or several."""
 
     def __init__(self, table: "pa.Table", counts: Counts, key: str = ""):
         self.counts = counts
@@ -85,6 +89,7 @@ class TokenDataset:
         self.lengths = np.concatenate([np.diff(lists["input_ids"][0]) for lists in self._chunks])
         self.weights = table.column("weight").to_numpy()
         self.labels = table.column("label").to_numpy()
+        self.records = table.column("record").to_numpy()  # of each example; ascending, from 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -97,6 +102,11 @@ class TokenDataset:
             label=float(self.labels[index]),
             weight=int(self.weights[index]),
         )
+
+    def first_records(self, examples: np.ndarray, count: int) -> np.ndarray:
+        """Those of `examples`, given record by record, that belong to the first `count` records."""
+        is_next = np.diff(self.records[examples], prepend=-1) != 0
+        return examples[np.cumsum(is_next) <= count]
 
     def _list(self, name: str, index: int) -> list[int]:
         chunk = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -112,13 +122,13 @@ def read_labels(source: str, split: str, options: DataOptions) -> list[str | flo
         try:
             if isinstance(row, BadRecord):
                 raise row
-            label = to_record(row, "classification", options, None).label
+            (record,) = to_records(row, "classification", options, None)
         except BadRecord as reason:
             if options.on_bad_record == "stop":
                 raise _stop(source, line, reason) from reason
             continue
-        assert label is not None
-        labels.append(label)
+        assert record.label is not None
+        labels.append(record.label)
     if not labels:
         raise UserError(f"{source}: no usable record; accepted: at least one")
     return labels
@@ -178,7 +188,12 @@ def _tokenise(
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         while chunk := list(itertools.islice(rows, _CHUNK)):
             kept = list(_encode_chunk(source, chunk, options, task, counts))
-            columns = {name: [getattr(example, name) for example in kept] for name in schema.names}
+            columns: dict[str, list] = {
+                name: [getattr(example, name) for _, example in kept]
+                for name in schema.names
+                if name != "record"
+            }
+            columns["record"] = [record for record, _ in kept]
             writer.write_batch(pa.record_batch(columns, schema=schema))
     if counts.records == 0:
         raise UserError(f"{source}: no records; accepted: at least one")
@@ -193,28 +208,32 @@ def _encode_chunk(
     options: DataOptions,
     task: Task,
     counts: Counts,
-) -> Iterator[Example]:
-    """The usable examples of a chunk of rows; the others are counted or raise UserError."""
-    records: list[Record | BadRecord] = []
+) -> Iterator[tuple[int, Example]]:
+    """(number among the used records, example) of a chunk of rows; records that cannot be used are
+    counted or raise UserError."""
+    rows: list[list[Record] | BadRecord] = []
     for _, row in chunk:
         try:
             if isinstance(row, BadRecord):
                 raise row
-            records.append(
-                to_record(row, detect_format(row, options, task), options, task.tokenizer)
-            )
+            rows.append(to_records(row, detect_format(row, options, task), options, task.tokenizer))
         except BadRecord as reason:
-            records.append(reason)
-    encoded = iter(task.encode([r for r in records if isinstance(r, Record)], options.max_length))
-    for (line, _), record in zip(chunk, records, strict=True):
+            rows.append(reason)
+    usable = [record for row in rows if isinstance(row, list) for record in row]
+    encoded = iter(task.encode(usable, options.max_length))
+    for (line, _), found in zip(chunk, rows, strict=True):
         counts.records += 1
-        example = str(record) if isinstance(record, BadRecord) else next(encoded)
-        if isinstance(example, str):
+        examples: list[Example | str] = (
+            [str(found)] if isinstance(found, BadRecord) else [next(encoded) for _ in found]
+        )
+        kept = [example for example in examples if isinstance(example, Example)]
+        if not kept:
             if options.on_bad_record == "stop":
-                raise _stop(source, line, example)
+                raise _stop(source, line, examples[0])
             counts.bad += 1
             continue
-        if example.truncated:
+        # A turn whose conversation fills max_length is cut off, as it is from a single example.
+        if len(kept) < len(examples) or any(example.truncated for example in kept):
             if options.on_long_record == "stop":
                 raise UserError(
                     f"{source}:{line}: longer than data.max_length ({options.max_length} tokens); "
@@ -224,9 +243,11 @@ def _encode_chunk(
                 counts.dropped += 1
                 continue
             counts.truncated += 1
+        for example in kept:
+            yield counts.used, example
         counts.used += 1
-        counts.tokens += len(example.input_ids)
-        yield example
+        counts.examples += len(kept)
+        counts.tokens += sum(len(example.input_ids) for example in kept)
 
 
 def cache_root(options: DataOptions) -> Path:

@@ -143,7 +143,12 @@ def pack(order: np.ndarray, lengths: np.ndarray, max_length: int) -> list[np.nda
     return sequences
 
 
-def left_out(records: int, count: int, seed: int) -> np.ndarray:
-    """Draw `count` of `records` indices by `seed`: independent of the world size, and a prefix of
-    every larger draw."""
-    return np.random.default_rng([seed, 0x1EF7]).permutation(records)[:count]
+def left_out(data: TokenDataset, count: int, seed: int) -> np.ndarray:
+    """The examples of `count` records drawn by `seed`, record by record: independent of the world
+    size, and a prefix of those of every larger draw."""
+    records = int(data.records[-1]) + 1
+    drawn = np.random.default_rng([seed, 0x1EF7]).permutation(records)[:count]
+    first = np.searchsorted(data.records, drawn)
+    last = np.searchsorted(data.records, drawn, side="right")
+    ranges = [np.arange(a, b) for a, b in zip(first, last, strict=True)]
+    return np.concatenate([np.arange(0), *ranges])

@@ -1,4 +1,5 @@
-"""Reads files and hub data sets row by row, and converts the rows to `Record`s.
+"""Reads files and hub data sets row by row, and converts the rows to `Record`s: one per row, or
+several where the turns of a conversation have to be learned apart.
 
 A row that cannot be used is a `BadRecord` with the reason; a file that cannot be read is a
 `UserError`.
@@ -14,7 +15,8 @@ from typing import Any, Literal
 
 from trainer.config.sections import DataOptions
 from trainer.config.validation import local
-from trainer.errors import UserError, first_line
+from trainer.data.chats import chats, no_column
+from trainer.errors import BadRecord, UserError, first_line
 from trainer.tasks.base import Record, Task
 
 _BATCH = 1000  # rows read at a time from a parquet file
@@ -37,10 +39,6 @@ _ALPACA_WITH_INPUT = (
 )
 
 
-class BadRecord(ValueError):
-    """A record that cannot be used; the message is the reason."""
-
-
 def detect_format(row: dict, options: DataOptions, task: Task) -> str:
     """The format of a record: as configured, else by the task and the record's columns."""
     if options.format != "auto":
@@ -58,66 +56,37 @@ def detect_format(row: dict, options: DataOptions, task: Task) -> str:
     return "prompt_completion"
 
 
-def to_record(row: dict, kind: str, options: DataOptions, tokenizer: Any) -> Record:
-    """Convert a row to a `Record`. Raises BadRecord with the reason."""
-    record = _record(row, kind, options, tokenizer)
+def to_records(row: dict, kind: str, options: DataOptions, tokenizer: Any) -> list[Record]:
+    """Convert a row to `Record`s. Raises BadRecord with the reason."""
+    if kind == "messages":
+        found = [
+            Record(segments, add_bos=False, add_eos=False)
+            for segments in chats(row, options, tokenizer)
+        ]
+    else:
+        found = [_record(row, kind, options)]
     try:  # JSON can hold lone surrogates, which no tokenizer accepts
-        "".join([str(record.label), *(text for text, _ in record.segments)]).encode()
+        for record in found:
+            "".join([str(record.label), *(text for text, _ in record.segments)]).encode()
     except UnicodeEncodeError as error:
         raise BadRecord(f"no Unicode text ({error.reason})") from error
-    return record
+    return found
 
 
-def _record(row: dict, kind: str, options: DataOptions, tokenizer: Any) -> Record:
+def _record(row: dict, kind: str, options: DataOptions) -> Record:
     if kind == "classification":
         columns = [options.text] if isinstance(options.text, str) else options.text
         texts = [(_text(row, column), False) for column in columns]
         return Record(texts, label=_text(row, options.label))
     if kind == "alpaca":
         prompt = _ALPACA_WITH_INPUT if row.get("input") else _ALPACA
-        return Record([(_fill(prompt, row), False), (_text(row, "output"), True)])
-    if kind == "text":
+        segments = [(_fill(prompt, row), False), (_text(row, "output"), True)]
+    elif kind == "text":
         column = options.text if isinstance(options.text, str) else options.text[0]
-        return Record([(_text(row, column), True)])
-    if kind == "messages":
-        return Record(_chat(row, options.messages, tokenizer), special_tokens=False)
-    return Record([(_part(options.prompt, row), False), (_part(options.completion, row), True)])
-
-
-def _chat(row: dict, column: str, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Segments of a conversation as the chat template renders it; assistant turns are learned."""
-    messages = row.get(column)
-    if not isinstance(messages, list) or not messages:
-        raise BadRecord(_no_column(column, row) if column not in row else f"{column}: no messages")
-    if not getattr(tokenizer, "chat_template", None):
-        raise BadRecord("the tokenizer has no chat template; accepted: a model that has one")
-    done, segments = "", []
-    for index, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise BadRecord(f"{column}[{index}]: no message with role and content")
-        if message["role"] != "assistant":
-            continue
-        opened = _render(tokenizer, messages[:index], True)
-        closed = _render(tokenizer, messages[: index + 1], False)
-        if not opened.startswith(done) or not closed.startswith(opened):
-            raise BadRecord(
-                "the chat template rewrites earlier turns: learned tokens are ambiguous"
-            )
-        segments += [(opened[len(done) :], False), (closed[len(opened) :], True)]
-        done = closed
-    if not segments:
-        raise BadRecord(f"{column}: no assistant message")
-    return segments
-
-
-def _render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # templates raise errors of any type
-        reason = " ".join(str(error).split()) or repr(error)
-        raise BadRecord(f"the chat template refuses it: {reason}") from error
+        segments = [(_text(row, column), True)]
+    else:
+        segments = [(_part(options.prompt, row), False), (_part(options.completion, row), True)]
+    return Record(segments, add_bos=options.add_bos, add_eos=options.add_eos)
 
 
 def read_rows(
@@ -260,11 +229,7 @@ def _fill(template: str, row: dict) -> str:
 def _text(row: dict, column: str) -> str:
     value = row.get(column)
     if value is None:
-        raise BadRecord(_no_column(column, row) if column not in row else f"{column} is null")
+        raise BadRecord(no_column(column, row) if column not in row else f"{column} is null")
     if not isinstance(value, str | int | float):
         raise BadRecord(f"{column} holds a {type(value).__name__}; accepted: text")
     return str(value)
-
-
-def _no_column(column: str, row: dict) -> str:
-    return f"no column {column!r}; there are {', '.join(map(str, row)) or 'none'}"

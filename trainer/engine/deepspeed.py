@@ -56,7 +56,7 @@ class DeepSpeedEngine(Engine):
             return "method.train_router=true"
         # A compiled program saves its inputs for backward, gathered parameters among them.
         other = next(other_matrices(backbone.model), None)
-        return None if other is None else f"{other[0]}, which is no linear layer's"
+        return None if other is None else f"{other[0]}, which is no adapted layer's"
 
     def shard(self, model: nn.Module) -> None:
         import deepspeed
@@ -69,6 +69,8 @@ class DeepSpeedEngine(Engine):
             if self.world.device.type == "cuda":
                 block.register_forward_pre_hook(pace.keep)
                 block.register_full_backward_pre_hook(pace.keep)
+        blocks = (block for _, block in transformer_blocks(model))
+        self._in_blocks = {id(p) for block in blocks for p in block.parameters()}
         self._engine, *_ = deepspeed.initialize(model=model, config=self._sized())
 
     def _sized(self) -> dict[str, Any]:
@@ -78,7 +80,9 @@ class DeepSpeedEngine(Engine):
     def unsharded(self, module: nn.Module) -> Iterator[None]:
         import deepspeed
 
-        frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+        # Of the model only what lies outside the blocks: all of them together need not fit.
+        apart = self._in_blocks if module is self._engine.module else set()
+        frozen = [p for p in module.parameters() if not p.requires_grad and id(p) not in apart]
         with deepspeed.zero.GatheredParameters(frozen):
             yield
 

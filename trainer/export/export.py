@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from adapters.gated import GatedAdapter
+from adapters.layers.expert_modules import swapped_stacks
 from adapters.methods.registry import METHODS
 from adapters.peft_export import export_adapter
 from adapters.unit import stem
-from adapters.units import expert_counts
+from adapters.units import expert_counts, fan_in_fan_out
 from trainer.checkpoint import store
 from trainer.checkpoint.state import read_initial_adapters
 from trainer.config.config import Config, on_engine, parse_config, with_overrides
 from trainer.config.engines import AUTO
 from trainer.distributed.world import World
 from trainer.errors import UserError, refuse_mismatch
+from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
 from trainer.files import CHECKPOINTS
 from trainer.model.backbone import BuiltModel
@@ -39,12 +41,16 @@ def export_run(
     base: str = "trained",
     measure: bool = True,
     rank: int | None = None,
+    same_rank: bool = False,
+    experts: str | None = None,
     overrides: Sequence[str] = (),
 ) -> str:
     """Write `what` (`adapter`, `merged` or `backbone`) of a run or checkpoint to `out`.
 
     `base`: take a quantised backbone's matrices as `trained` (dequantised) or from the `original`
-    files. `rank`: compress the adapter to it. Returns remarks: the held-out loss without
+    files. `rank`: compress the adapter to it. `same_rank`: pad all
+    its matrices to one rank. `experts`: their layout in the adapter, `per_expert` or
+    `stacked`; None: the first where the model has it. Returns remarks: the held-out loss without
     quantisation ("" where the backbone was not quantised, or `measure` is off) and the error of the
     compression. Raises UserError.
     """
@@ -59,7 +65,9 @@ def export_run(
     if config.model.quantization != "none" and measure:
         note = cost_of_dequantising(config, world, checkpoint)
     if what == "adapter":
-        error = write_adapter(checkpoint, state, out, note, rank)
+        error = write_adapter(
+            checkpoint, state, out, note, rank=rank, same_rank=same_rank, experts=experts
+        )
         if rank is not None:
             note = f"{note}\nCompressed to rank {rank}: relative error {error:.2%}.".strip()
     else:
@@ -143,20 +151,31 @@ def write_adapter(
     state: Mapping[str, Any],
     out: Path,
     note: str = "",
+    *,
     rank: int | None = None,
+    same_rank: bool = False,
+    experts: str | None = None,
 ) -> float:
     """Write a PEFT folder from a checkpoint, without loading the backbone's weights. Returns the
-    relative error of compressing the adapter to `rank` (0 without it)."""
+    relative error of compressing the adapter to `rank` (0 without it). `same_rank`,
+    `experts`: as in `export_run`."""
     config, tensors = saved_config(state), store.read_tensors(checkpoint)
     task = TASKS[config.task.kind]
     with refuse_mismatch(checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
+    built = _layout_of(config, state, adapters)
+    model = None if built is None else built.model
     return export_adapter(
         out,
         adapters,
-        experts=_experts(config, state, adapters),
+        experts={} if model is None else expert_counts(model),
+        layouts={} if model is None else chosen_layouts(model, experts),
+        swapped=set() if model is None else swapped_stacks(model),
+        fan_in_fan_out=built is not None
+        and fan_in_fan_out(built.adapted_layers[name] for name in adapters),
         initial=saved_initial(checkpoint, state),
         rank=rank,
+        same_rank=same_rank,
         base_model=config.model.id,
         revision=config.model.revision,
         task_type=task.peft_task_type,
@@ -167,17 +186,17 @@ def write_adapter(
     )
 
 
-def _experts(
+def _layout_of(
     config: Config, state: Mapping[str, Any], adapters: Mapping[str, GatedAdapter]
-) -> dict[str, int]:
-    """Number of experts of every stack. A model that is no longer available counts as one without
-    experts, provided that no stack has adapters."""
+) -> BuiltModel | None:
+    """The model without its weights, which tells how PEFT sees the adapted matrices. None, as if it
+    had no experts, where it is no longer available and no expert has an adapter."""
     try:
-        return expert_counts(_built(config, state, torch.device("cpu"))[0].model)
+        return _built(config, state, torch.device("cpu"))[0]
     except UserError:
         if any(stem(name) != name for name in adapters):
             raise
-        return {}
+        return None
 
 
 def _built(

@@ -12,9 +12,9 @@ from adapters.gated import GatedAdapter
 from adapters.layers.base import PackedLayer
 from adapters.peft_export import merged
 from trainer.errors import UserError
-from trainer.loading.key_mapping import KeyMapping
+from trainer.loading.key_mapping import Converted, KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
-from trainer.model.backbone import BuiltModel
+from trainer.model.backbone import BuiltModel, input_embedding
 
 _SHARD_BYTES = 4 * 2**30
 
@@ -45,8 +45,7 @@ class Merger:
             for name, tensor in head.items()
         }
         self._prefix = self.model.base_model_prefix
-        self._key_mapping = KeyMapping(self.model.config)
-        self._files = PretrainedFiles(folder, self._key_mapping)
+        self._files = PretrainedFiles(folder, KeyMapping(self.model, backbone.tensors))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, value on the CPU) of every tensor of the merged model's files."""
@@ -58,30 +57,36 @@ class Merger:
             elif isinstance(owner, PackedLayer) and owner.stacked:
                 yield from self._stack(path, owner)
             else:
-                key = self._files.check([name], self._prefix, tuple(parameter.shape))
+                matrix = owner if isinstance(owner, PackedLayer) and attribute == "weight" else None
+                shape = tuple(parameter.shape) if matrix is None else matrix.stored_shape
+                key = self._files.check([name], shape)
                 value = self._files.read(key).to(self.device, self.dtype)
-                if isinstance(owner, PackedLayer) and attribute == "weight":
-                    value = self._final(owner, [path], value.unsqueeze(0))[0]
+                if matrix is not None:
+                    full = matrix.reoriented(value).unsqueeze(0)
+                    value = matrix.reoriented(self._final(matrix, [path], full)[0])
                 yield self._published(name), value.cpu().contiguous()
         for name, _ in self.model.named_buffers():
-            key = self._files.find(name, self._prefix) or ""
-            if key:  # computed buffers are not in the files
-                yield self._published(name), self._files.read(key).contiguous()
+            stored = self._files.find(name)
+            if stored is not None:  # computed buffers are not in the files
+                yield self._published(name), self._files.read(stored).contiguous()
 
     def _stack(self, path: str, stack: PackedLayer) -> Iterator[tuple[str, Tensor]]:
         """A stack of experts, as one tensor or expert by expert, as in the files."""
         numbers = range(len(stack.adapted_layers))
-        read = (self._files.read_expert(path, e, self._prefix, stack.shape) for e in numbers)
-        value = torch.stack([matrix.to(self.device, self.dtype) for matrix in read])
-        value = self._final(stack, stack.layer_names(path), value).cpu()
-        keys = [self._files.check_expert(path, e, self._prefix, stack.shape) for e in numbers]
+        shape, turned = stack.stored_shape, stack.transposed
+        read = (self._files.read_expert(path, e, shape, transposed=turned) for e in numbers)
+        value = torch.stack([
+            stack.reoriented(matrix.to(self.device, self.dtype)) for matrix in read
+        ])  # fmt: skip
+        value = self._final(stack, stack.layer_names(path), value)
+        value = stack.reoriented(value).cpu()
+        keys = [self._files.check_expert(path, e, shape, transposed=turned) for e in numbers]
         if keys[0] == keys[-1]:  # a single tensor in the files
-            yield path, value
+            yield self._published(path), value
             return
         for parts, matrix in zip(keys, value, strict=True):
             for key, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
-                prefixed = key.startswith(f"{self._prefix}.")  # not in a bare base model's files
-                yield key if prefixed else f"{self._prefix}.{key}", rows.contiguous()
+                yield self._prefixed(path, str(key)), rows.contiguous()
 
     def _final(self, layer: PackedLayer, units: Sequence[str], value: Tensor) -> Tensor:
         """W + ΔW − ΔW₀ (units, out, in)."""
@@ -94,9 +99,25 @@ class Merger:
         return value
 
     def _published(self, name: str) -> str:
-        """The parameter's key in the files, if that is one of its aliases; else its name."""
-        key = self._files.find(name, self._prefix)
-        return key if key is not None and key in self._key_mapping.names(name) else name
+        """The parameter's key in the merged files: as in the pretrained ones, but with the prefix
+        that files of a bare base model lack. Raises UserError where the files hold it in another
+        form, which transformers would convert again."""
+        key = self._files.find(name)
+        if isinstance(key, Converted):
+            if name in key.conversion.keys:
+                raise UserError(
+                    f"export: {name} is stored in another form ({key.conversion.operations} of "
+                    "transformers), so it cannot be merged; accepted: export the adapter alone"
+                )
+            return name
+        return name if key is None else self._prefixed(name, key)
+
+    def _prefixed(self, name: str, key: str) -> str:
+        """`key` with the prefix of `name` where it comes from a bare base model's files."""
+        start = f"{self._prefix}."
+        below = name.removeprefix(start)
+        bare = below != name and below.partition(".")[0] == key.partition(".")[0]
+        return start + key if bare else key
 
 
 def _as_trained(
@@ -139,7 +160,7 @@ def write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:
 def refuse_tied_targets(backbone: BuiltModel, adapters: Mapping[str, GatedAdapter]) -> None:
     """Raises UserError where an adapted layer shares W with the input embedding: the merge would
     change the embedding too."""
-    embedding = backbone.model.get_input_embeddings().weight
+    embedding = input_embedding(backbone.model)
     for path, layer in backbone.adapted_layers.items():
         if path in adapters and layer.weight is embedding:
             raise UserError(

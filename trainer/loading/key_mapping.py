@@ -1,49 +1,151 @@
-"""Mapping from a model's parameter names to the keys in published checkpoint files.
+"""Mapping from a model's tensors to the keys in published checkpoint files.
 
-transformers renames and merges some parameters when it loads (Mixtral's experts are one tensor each
-on disk, one stack in memory). This is its conversion table, applied in reverse.
+Names in files differ from the model's: parts were renamed, experts are one tensor each on disk and
+one stack in memory, projections are fused. transformers has a table of these conversions for every
+model; here its own functions rename the keys of the files, and its own operations convert.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from trainer.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from transformers.configuration_utils import PretrainedConfig
+    from transformers.core_model_loading import WeightConverter
+    from transformers.modeling_utils import PreTrainedModel
 
-_PATTERN = frozenset("^$()[]|+?{}")  # marks a regular expression, not a name
+
+@dataclass(eq=False)
+class Conversion:
+    """Tensors on disk from which transformers makes one or several of the model's."""
+
+    target: str
+    """The first tensor that comes out."""
+    converter: "WeightConverter"
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    """Keys on disk, in order, by the pattern that they match."""
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys on disk."""
+        return [key for keys in self.parts.values() for key in keys]
+
+    @property
+    def operations(self) -> str:
+        return ", ".join(type(operation).__name__ for operation in self.converter.operations)
+
+    @property
+    def experts(self) -> list[list[str]] | None:
+        """Keys by matrix and expert, where the matrices are concatenated by rows into an expert and
+        the experts stacked; else None."""
+        steps = [
+            (type(step).__name__, getattr(step, "dim", None)) for step in self.converter.operations
+        ]
+        patterns = self.converter.source_patterns
+        stacked = steps == [("MergeModulelist", 0)] and len(patterns) == 1
+        if stacked or steps == [("MergeModulelist", 0), ("Concatenate", 1)]:
+            return [self.parts.get(pattern, []) for pattern in patterns]
+        return None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A tensor of the model that is made from others in the files."""
+
+    name: str
+    conversion: Conversion
+
+
+Key = str | Converted
+"""Where the files hold a tensor of the model: under a key, or to be converted."""
 
 
 class KeyMapping:
-    """Maps parameter names to keys on disk, for one model type."""
+    """Maps the keys on disk to the tensors of a model; without one, each key is a tensor's name.
 
-    def __init__(self, config: "PretrainedConfig | None" = None):
-        self._renamed: list[tuple[str, str]] = []
-        self._stacks: dict[str, list[str]] = {}
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    `tensors`: the model's tensors by name as transformers builds it, before its layers are
+    replaced.
+    """
 
-        conversions = get_checkpoint_conversion_mapping(config.model_type) if config else None
-        for conversion in conversions or []:
-            sources = [source.replace("\\.", ".") for source in conversion.source_patterns]
-            targets = [target.replace("\\.", ".") for target in conversion.target_patterns]
-            if len(targets) != 1 or _PATTERN & set("".join([*sources, *targets])):
+    def __init__(
+        self,
+        model: "PreTrainedModel | None" = None,
+        tensors: Mapping[str, Tensor] | None = None,
+    ):
+        self._model, self._tensors = model, dict(tensors or {})
+
+    def name(self, name: str) -> str:
+        """transformers' name of a parameter: a stack of experts is a module of ours."""
+        stack = name.removesuffix(".weight")
+        return stack if stack in self._tensors else name
+
+    def index(self, keys: Iterable[str]) -> dict[str, Key]:
+        """Where the files with these keys hold the model's tensors, by name."""
+        if self._model is None:
+            return {key: key for key in keys}
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        transforms = get_model_conversion_mapping(self._model)
+        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        converter_of = {p: c for c in converters for p in c.source_patterns}
+        prefix = self._model.base_model_prefix
+        found: dict[str, Key] = {}
+        conversions: dict[str, Conversion] = {}
+        for key in sorted(keys, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, self._tensors)
+            if name not in self._tensors and key in self._tensors:
+                name, pattern = key, None
+            if pattern is None:
+                # A name of the model's own is not overwritten by an alias.
+                if name == key or name not in found:
+                    found[name] = key
                 continue
-            steps = [type(step).__name__ for step in getattr(conversion, "operations", [])]
-            if not steps and len(sources) == 1:
-                self._renamed.append((sources[0], targets[0]))
-            elif steps == ["MergeModulelist"] or steps == ["MergeModulelist", "Concatenate"]:
-                self._stacks[targets[0]] = sources
+            converter = converter_of[pattern]
+            conversion = conversions.setdefault(name, Conversion(name, converter))
+            conversion.parts.setdefault(pattern, []).append(key)
+            first, *others = converter.target_patterns
+            for target in [name, *(name.replace(first, other) for other in others)]:
+                found[target] = Converted(target, conversion)
+        return found
 
-    def names(self, name: str) -> list[str]:
-        """The possible keys of a parameter."""
-        names = [name]
-        for source, target in reversed(self._renamed):
-            names += [known.replace(target, source) for known in names if target in known]
-        return names
-
-    def expert_parts(self, stack: str, expert: int) -> list[list[str]]:
-        """The possible keys of each matrix that is concatenated by rows into one expert of `stack`;
-        empty where the files hold the stack itself."""
-        for target, sources in self._stacks.items():
-            if stack.endswith(target):
-                start = stack.removesuffix(target)
-                return [self.names(start + source.replace("*", str(expert))) for source in sources]
-        return []
+    def convert(self, conversion: Conversion, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's tensors by name, from those on disk by key; on meta too. Raises UserError
+        where transformers' operations do not apply."""
+        assert self._model is not None
+        converter = deepcopy(conversion.converter)
+        for pattern, keys in conversion.parts.items():
+            for key in keys:
+                converter.add_tensor(conversion.target, key, pattern, parts[key])  # type: ignore[arg-type]
+        # The model whose layers are replaced has other parameters than the operations expect.
+        original = SimpleNamespace(
+            get_parameter=self._tensors.__getitem__,
+            get_parameter_or_buffer=self._tensors.__getitem__,
+            config=self._model.config,
+            state_dict=lambda: self._tensors,
+        )
+        try:
+            made: dict[str, Any] = converter.convert(
+                conversion.target,
+                model=original,  # type: ignore[arg-type]
+                config=self._model.config,
+            )
+        except Exception as error:  # an operation of transformers on tensors that do not fit
+            raise UserError(
+                f"model.id: {conversion.target} cannot be made from {next(iter(parts))} by "
+                f"{conversion.operations} of transformers: {first_line(error)}"
+            ) from error
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }

@@ -12,29 +12,26 @@ import dataclasses
 import hashlib
 import resource
 import time
-from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from adapters.layers.base import PackedLayer
 from adapters.units import transformer_blocks
 from trainer.config.config import Config
 from trainer.device_memory import release, trim
 from trainer.distributed.world import World
 from trainer.engine.base import Engine, compiles
-from trainer.loading.assignment import param_tasks
+from trainer.errors import UserError
+from trainer.loading.assignment import ParamTask, param_tasks
 from trainer.loading.materialize import Materializer
-from trainer.loading.source import Source, names_of_parameters, open_files
+from trainer.loading.source import Source
 from trainer.loading.spectral_init import SpectralInit
 from trainer.model.backbone import BuiltModel, LoadedBackbone, Loading, TrainedModule, set_module
 from trainer.model.blocks import Blocks, check_unsharded_blocks
 from trainer.model.build import build
 from trainer.model.hub import resolve_folder
+from trainer.model.meta import is_unset
 from trainer.tasks.base import Task
-
-if TYPE_CHECKING:
-    from transformers.modeling_utils import PreTrainedModel
 
 
 def load_backbone(
@@ -59,6 +56,8 @@ def load_backbone(
             spectral_init.resume(built.units)
         for path, head in built.heads.items():
             _fill_head(source, path, head)
+        _fill_buffers(source)
+        for path in built.heads:
             set_module(model, path, None)  # no sharder sees it
     materializer = _materialize(source, engine, world, spectral_init)
     heads = {path: TrainedModule(head) for path, head in built.heads.items()}
@@ -71,6 +70,7 @@ def load_backbone(
         blocks=blocks,
         digest=digest,
         quantization_error=materializer.quantization_error(),
+        probes=materializer.probes(),
         loading=_figures(source, materializer, world, started),
     )
     unsharded = config.engine.unsharded_blocks
@@ -102,9 +102,6 @@ def _materialize(
     flat = [[task for of_part in of_group for task in of_part] for of_group in tasks]
     materializer = Materializer(source, world, spectral_init, flat)
     for group, of_group, all_of_it in zip(groups, tasks, flat, strict=True):
-        with world.all_or_none():
-            for path, part in group:
-                _fill_buffers(source, path, part)
         materializer.pack(all_of_it)
         for (_, part), of_part in zip(group, of_group, strict=True):
             for task in of_part:
@@ -125,38 +122,36 @@ def in_groups(model: nn.Module, world: World) -> list[list[tuple[str, nn.Module]
     return [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
 
-def check_backbone(config: Config, task: Task, device: torch.device) -> None:
-    """Build the model and check the names and shapes of its files, without reading weights. Raises
-    UserError."""
+def check_backbone(config: Config, task: Task, device: torch.device) -> BuiltModel:
+    """Build the model and check the names and shapes of its files, without reading weights. Returns
+    it, still without weights. Raises UserError."""
     backbone = build(config, task, device)
     if config.model.weights == "random":
-        return
-    files = open_files(config, backbone, device)
+        return backbone
+    source = Source(backbone, config, device)
     heads = tuple(f"{path}." for path in task.trained_modules(backbone.model))
-    names = names_of_parameters(backbone.model)
-    prefix = backbone.model.base_model_prefix
     for name, parameter in backbone.model.named_parameters():
         if heads and name.startswith(heads):
             continue
         owner = backbone.model.get_submodule(name.rpartition(".")[0])
-        if not (isinstance(owner, PackedLayer) and owner.stacked):
-            files.check(names[id(parameter)], prefix, tuple(parameter.shape))
-            continue
-        for expert in range(len(owner.adapted_layers)):
-            files.check_expert(name.removesuffix(".weight"), expert, prefix, owner.shape)
+        for expert in ParamTask(name, parameter, owner, []).requests:
+            source.check(*expert)
+    return backbone
 
 
 def _fill_head(source: Source, path: str, module: nn.Module) -> None:
-    """Materialize a head from the files if they hold it in this shape, else initialise it."""
-    missing = {name: _meta_buffers(part) for name, part in module.named_modules()}
-    module.to_empty(device=source.device)
-    module.to(torch.float32)
-    with torch.random.fork_rng([]):
+    """Materialize a head from the files if they hold it in this shape, else initialise it. Raises
+    UserError naming a parameter that the model does not initialise."""
+    device = source.device
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            empty = torch.full(parameter.shape, torch.nan, dtype=torch.float32, device=device)
+            setattr(part, name, nn.Parameter(empty, parameter.requires_grad))
+    module.to(device, torch.float32)
+    with torch.random.fork_rng([]), torch.no_grad(), device:
         torch.manual_seed(source.config.run.seed)
         for part in module.modules():
-            _initialise(source.model, part, source.device)
-        for name, part in module.named_modules():
-            _fill_own_buffers(source, f"{path}.{name}" if name else path, part, missing[name])
+            source.model._init_weights(part)
     parameters = dict(module.named_parameters())
     stored = {name: source.stored(f"{path}.{name}") for name in parameters}
     tensors = {name: tensor for name, tensor in stored.items() if tensor is not None}
@@ -165,40 +160,42 @@ def _fill_head(source: Source, path: str, module: nn.Module) -> None:
     ):
         for name, tensor in tensors.items():
             parameters[name].data.copy_(tensor)
+    for name, parameter in parameters.items():
+        if parameter.isnan().any():
+            raise UserError(
+                f"model.id: {source.config.model.id}: no values for {path}.{name}: the files lack "
+                f"it, and {type(source.model).__name__} does not initialise it"
+            )
 
 
-def _fill_buffers(source: Source, path: str, module: nn.Module) -> None:
-    """Materialize the buffers below `module` that are still on meta."""
-    for name, child in module.named_modules(prefix=path):
-        _fill_own_buffers(source, name, child, _meta_buffers(child))
+def _fill_buffers(source: Source) -> None:
+    """Move the buffers to the device, persistent ones with their values from the files. Raises
+    UserError naming one of another shape, or without values."""
+    model, moved = source.model, dict[Tensor, Tensor]()
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer not in moved:
+                full = f"{path}.{name}" if path else name
+                persistent = name not in module._non_persistent_buffers_set
+                moved[buffer] = _buffer(source, full, buffer, persistent)
+            setattr(module, name, moved[buffer])
 
 
-def _fill_own_buffers(source: Source, path: str, module: nn.Module, missing: list[str]) -> None:
-    if not missing:
-        return
-    model, device = source.model, source.device
-    for name in missing:
-        setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-    # As transformers does after loading onto meta: computed buffers (rotary frequencies, position
-    # ids) come from the model's own initialisation.
-    _initialise(model, module, device)
-    for name in missing:
-        # A router's balancing bias, whose rounding would change the routing.
-        if name in (model._keep_in_fp32_modules_strict or ()):
-            setattr(module, name, getattr(module, name).float())
-        if name not in module._non_persistent_buffers_set:
-            stored = source.stored(f"{path}.{name}" if path else name)
-            if stored is not None:
-                getattr(module, name).copy_(stored)
-
-
-def _meta_buffers(module: nn.Module) -> list[str]:
-    return [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-
-
-def _initialise(model: "PreTrainedModel", module: nn.Module, device: torch.device) -> None:
-    with torch.no_grad(), device:
-        model._init_weights(module)
+def _buffer(source: Source, name: str, buffer: Tensor, persistent: bool) -> Tensor:
+    stored = source.stored(name) if persistent else None
+    if stored is not None:
+        if stored.shape != buffer.shape:
+            raise UserError(
+                f"model.id: {source.config.model.id}: {name} is {tuple(stored.shape)}, "
+                f"config.json makes it {tuple(buffer.shape)}"
+            )
+        return stored.to(source.device, buffer.dtype)
+    if is_unset(buffer):
+        raise UserError(
+            f"model.id: {source.config.model.id}: no values for {name}: no file holds it, and "
+            f"{type(source.model).__name__} does not compute it"
+        )
+    return buffer.to(source.device)
 
 
 def _digest(source: Source) -> str:
@@ -222,4 +219,5 @@ def _figures(source: Source, materializer: Materializer, world: World, started: 
         bytes_read=sum(read for read, _ in counts),
         stages=dict(materializer.seconds),
         peak_host_bytes=max(resident for _, resident in counts),
+        mxfp4=source.files is not None and source.files.mxfp4,
     )

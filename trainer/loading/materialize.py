@@ -13,6 +13,7 @@ from adapters.layers.base import PackedLayer
 from adapters.unit import Unit
 from trainer.distributed.world import World
 from trainer.loading.assignment import ParamTask, assign
+from trainer.loading.probes import Noted, Probes, of_all_ranks
 from trainer.loading.source import Source
 from trainer.loading.spectral_init import SpectralInit
 
@@ -31,6 +32,7 @@ class Materializer:
         self._model, self._dtype = source.model, source.backbone.dtype
         self._packed: dict[ParamTask, Tensor] = {}
         self._error = torch.zeros(2, dtype=torch.float64)
+        self._probes = Probes(source.config.run.verify != "off")
         self.seconds: defaultdict[str, float] = defaultdict(float)
         decompose = spectral_init is not None and not spectral_init.resumed
         for group in groups:
@@ -75,6 +77,10 @@ class Materializer:
         error, norm = parts.sum(0).tolist()
         return float((error / norm) ** 0.5) if norm else 0.0
 
+    def probes(self) -> dict[str, Noted]:
+        """Probes of the parameters that all ranks packed, by name. Collective."""
+        return of_all_ranks(self._world.gather(self._probes.noted))
+
     def _own(self, group: list[ParamTask], deferred: bool) -> list[ParamTask]:
         return [t for t in group if t.reader == self._world.rank and t.deferred == deferred]
 
@@ -110,24 +116,28 @@ class Materializer:
     def _value(self, task: ParamTask, full: Tensor) -> Tensor:
         """The parameter's value in the model: packed, or in its own dtype."""
         matrix = task.matrix
-        if matrix is None:
-            return full.to(task.parameter.dtype)
-        if matrix.weight_format == "none":
+        if matrix is None or matrix.weight_format == "none":
             # A stack as one matrix: sharders split the first dimension, and there may be few
             # experts.
-            return full.view(matrix.matrix_shape).to(task.parameter.dtype)
+            value = full if matrix is None else full.view(matrix.matrix_shape)
+            value = value.to(task.parameter.dtype)
+            self._probes.note(task.name, value)
+            return value
         packed = matrix.pack(full.to(self._dtype), self._dtype)
-        self._note_error(matrix, packed, full.view(matrix.matrix_shape))
+        self._note_error(task.name, matrix, packed, full.view(matrix.matrix_shape))
         return packed
 
-    def _note_error(self, matrix: PackedLayer, packed: Tensor, full: Tensor) -> None:
+    def _note_error(self, name: str, matrix: PackedLayer, packed: Tensor, full: Tensor) -> None:
         restored = FORMATS[matrix.weight_format].unpack(packed, matrix.matrix_shape, self._dtype)
         squares = torch.zeros(2, dtype=torch.float64, device=full.device)
         for exact, approximate in zip(full.split(1024), restored.split(1024), strict=True):
             exact = exact.float()
             found = [(approximate - exact).square().sum(), exact.square().sum()]
             squares += torch.stack(found).double()
-        self._error += squares.cpu()
+        squares = squares.cpu()
+        self._error += squares
+        error, norm = squares.tolist()
+        self._probes.note(name, restored, (error / norm) ** 0.5 if norm else 0.0)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

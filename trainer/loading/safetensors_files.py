@@ -5,6 +5,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from trainer.config.yaml import parse_json
 from trainer.errors import UserError
+from trainer.loading import mxfp4
 from trainer.loading.async_reader import Reader, read_into, unreadable
-from trainer.loading.key_mapping import KeyMapping
+from trainer.loading.key_mapping import Conversion, Converted, Key, KeyMapping
 
 _SAMPLE = 4096  # bytes of each tensor that enter the digest, from its middle
 
@@ -62,97 +64,154 @@ class PretrainedFiles:
         self.folder = folder
         self._key_mapping = key_mapping or KeyMapping()
         self._file_of = _index(folder)
+        self._index = self._key_mapping.index(self._file_of)
         self._locations: dict[str, dict[str, _Location]] = {}
         self._reader = Reader(device)
+        self._converted: tuple[Conversion, dict[str, Tensor]] | None = None
+        """The last conversion and what it made: its tensors are asked for in turn."""
 
     @property
     def bytes_read(self) -> int:
         """Bytes of tensors read so far, excluding the digest's samples."""
         return self._reader.bytes_read
 
-    def find(self, name: str, base_prefix: str) -> str | None:
-        """The key under which the files hold parameter `name`, or None.
+    @property
+    def mxfp4(self) -> bool:
+        """Whether any stack of experts is stored in MXFP4."""
+        return any(
+            f"{key.removesuffix(mxfp4.BLOCKS)}{mxfp4.SCALES}" in self._file_of
+            for key in self._file_of
+            if key.endswith(mxfp4.BLOCKS)
+        )
 
-        A checkpoint may have been saved from the bare backbone (no `model.` or `bert.` prefix) or
-        with TensorFlow's names for a layer norm's parameters.
-        """
-        for known_as in self._key_mapping.names(name):
-            key = self._find(known_as, base_prefix)
-            if key is not None:
-                return key
-        return None
+    def find(self, name: str) -> Key | None:
+        """Where the files hold parameter `name`, or None."""
+        return self._index.get(self._key_mapping.name(name))
 
-    def _find(self, name: str, base_prefix: str) -> str | None:
-        candidates = [name, f"{base_prefix}.{name}"]
-        if name.startswith(base_prefix + "."):
-            candidates.append(name[len(base_prefix) + 1 :])
-        for candidate in candidates:
-            old = candidate.replace("LayerNorm.weight", "LayerNorm.gamma")
-            old = old.replace("LayerNorm.bias", "LayerNorm.beta")
-            for key in (candidate, old):
-                if key in self._file_of:
-                    return key
-        return None
-
-    def read(self, key: str) -> Tensor:
+    def read(self, key: Key) -> Tensor:
         """One tensor, in the dtype of the file."""
         return self.begin(key)()
 
-    def begin(self, key: str) -> Callable[[], Tensor]:
+    def begin(self, key: Key) -> Callable[[], Tensor]:
         """Start to read a tensor. Returns a function that waits for it and returns it."""
+        if isinstance(key, Converted):
+            return partial(self._convert, key)
         return self._begin(self._location(key))
 
-    def check(self, names: list[str], base_prefix: str, shape: tuple[int, ...]) -> str:
-        """The key of a parameter with these `names` (several if tied). Raises UserError where it is
-        absent, of another shape, or of an unsupported dtype (prequantised files would load as
-        noise)."""
-        keys = (self.find(name, base_prefix) for name in names)
-        key = next((key for key in keys if key is not None), None)
+    def shape(self, key: Key) -> tuple[int, ...]:
+        """Shape of a tensor, after its conversion."""
+        if isinstance(key, Converted):
+            parts = {part: self._location(part) for part in key.conversion.keys}
+            made = self._key_mapping.convert(
+                key.conversion,
+                {
+                    part: torch.empty(where.shape, dtype=where.dtype, device="meta")
+                    for part, where in parts.items()
+                },
+            )
+            return tuple(self._made(key, made).shape)
+        return self._location(key).shape
+
+    def check(
+        self,
+        names: list[str],
+        shape: tuple[int, ...],
+        kinds: tuple[str, ...] = ("F32", "F16", "BF16"),
+    ) -> Key:
+        """Where the files hold a parameter with these `names` (several if tied). Raises UserError
+        where it is absent, of another shape, or of a dtype not in `kinds` (prequantised files would
+        load as noise)."""
+        found = (self.find(name) for name in names)
+        key = next((key for key in found if key is not None), None)
         if key is None:
             nearest = difflib.get_close_matches(names[0], self._file_of, n=1)
             hint = f" (nearest: {nearest[0]})" if nearest else ""
             raise UserError(f"model.id: {self.folder}: no tensor for {names[0]}{hint}")
-        stored = self._location(key)
-        if stored.shape != shape:
-            raise UserError(
-                f"model.id: {self.folder}: {key} is {stored.shape}, config.json makes it {shape}"
-            )
-        if stored.kind not in ("F32", "F16", "BF16"):
-            raise UserError(
-                f"model.id: {self.folder}: {key} is stored as {stored.kind}; "
-                "accepted: float32, float16 or bfloat16"
-            )
+        self._check(key, shape, kinds)
         return key
 
+    def _check(
+        self,
+        key: Key,
+        shape: tuple[int, ...],
+        kinds: tuple[str, ...] = ("F32", "F16", "BF16"),
+    ) -> None:
+        parts = key.conversion.keys if isinstance(key, Converted) else [key]
+        for part in parts:
+            if (kind := self._location(part).kind) not in kinds:
+                accepted = " or ".join(str(_DTYPES[k]).removeprefix("torch.") for k in kinds)
+                raise UserError(
+                    f"model.id: {self.folder}: {part} is stored as {kind}; accepted: {accepted}"
+                )
+        if (stored := self.shape(key)) != shape:
+            raise UserError(
+                f"model.id: {self.folder}: {_described(key)} is {stored}, "
+                f"config.json makes it {shape}"
+            )
+
     def check_expert(
-        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, ...]
-    ) -> list[str]:
-        """The keys of the matrices whose concatenation by rows is one expert (out, in) of `stack`,
-        of `shape` (E, out, in); or the key of the stack. Raises UserError as `check` does."""
-        stored = self.find(stack, base_prefix)
-        parts = self._key_mapping.expert_parts(stack, expert)
-        if stored is not None or not parts:
-            return [self.check([stack], base_prefix, shape)]
-        rows = shape[1] // len(parts)
-        return [self.check(names, base_prefix, (rows, shape[2])) for names in parts]
+        self, stack: str, expert: int, shape: tuple[int, ...], *, transposed: bool = False
+    ) -> list[Key]:
+        """Where the files hold the matrices whose concatenation by rows is one expert (out, in) of
+        `stack`, of `shape` (E, out, in); or the stack, (E, in, out) if `transposed`; or the blocks
+        and scales of a stack in MXFP4. Raises UserError as `check` does."""
+        stored = self.find(stack)
+        if stored is None and self.find(f"{stack}{mxfp4.BLOCKS}") is not None:
+            packed = mxfp4.packed_shapes(shape, transposed=transposed)
+            return [self.check([f"{stack}{end}"], packed[end], ("U8",)) for end in packed]
+        experts = stored.conversion.experts if isinstance(stored, Converted) else None
+        if experts is None:
+            return [self.check([stack], shape)]
+        rows = shape[1] // len(experts)
+        for keys in experts:
+            if len(keys) != shape[0]:
+                raise UserError(
+                    f"model.id: {self.folder}: {len(keys)} tensors for {stack}; accepted: one "
+                    f"for each of {shape[0]} experts"
+                )
+            self._check(keys[expert], (rows, shape[2]))
+        return [keys[expert] for keys in experts]
 
     def read_expert(
-        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, ...]
+        self, stack: str, expert: int, shape: tuple[int, ...], *, transposed: bool = False
     ) -> Tensor:
-        """One expert's matrix (out, in)."""
-        return self.begin_expert(stack, expert, base_prefix, shape)()
+        """One expert's matrix (out, in), or (in, out) if `transposed`."""
+        return self.begin_expert(stack, expert, shape, transposed=transposed)()
 
     def begin_expert(
-        self, stack: str, expert: int, base_prefix: str, shape: tuple[int, ...]
+        self, stack: str, expert: int, shape: tuple[int, ...], *, transposed: bool = False
     ) -> Callable[[], Tensor]:
-        """Start to read one expert's matrix (out, in). Returns a function as `begin` does."""
-        locations = [
-            self._location(key) for key in self.check_expert(stack, expert, base_prefix, shape)
-        ]
+        """Start to read one expert's matrix, as `read_expert`. Returns a function as `begin`
+        does."""
+        keys = self.check_expert(stack, expert, shape, transposed=transposed)
+        if isinstance(keys[0], Converted):
+            whole = self.begin(keys[0])
+            return lambda: whole()[expert]
+        locations = [self._location(str(key)) for key in keys]
+        if locations[0].kind == "U8":
+            blocks, scales = (self._begin(location.row(expert)) for location in locations)
+            return lambda: mxfp4.unpack(blocks(), scales(), transposed=transposed)
         if len(locations[0].shape) == 3:
             return self._begin(locations[0].row(expert))
         parts = [self._begin(location) for location in locations]
         return parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
+
+    def _convert(self, key: Converted) -> Tensor:
+        """A tensor that is made from others, which may yield further ones."""
+        if self._converted is None or self._converted[0] is not key.conversion:
+            self._converted = None
+            waiting = {part: self.begin(part) for part in key.conversion.keys}
+            parts = {part: read() for part, read in waiting.items()}
+            self._converted = key.conversion, self._key_mapping.convert(key.conversion, parts)
+        return self._made(key, self._converted[1])
+
+    def _made(self, key: Converted, made: dict[str, Tensor]) -> Tensor:
+        if key.name not in made:
+            raise UserError(
+                f"model.id: {self.folder}: {key.conversion.operations} of transformers makes "
+                f"{', '.join(made)}, not {key.name}"
+            )
+        return made[key.name]
 
     def _begin(self, location: _Location) -> Callable[[], Tensor]:
         try:
@@ -188,6 +247,10 @@ class PretrainedFiles:
             digest.update(f"{key} {row.dtype} {[count]}".encode())
             digest.update(sample)
         return digest.hexdigest()
+
+
+def _described(key: Key) -> str:
+    return f"{key.name}, converted," if isinstance(key, Converted) else key
 
 
 def _locations(file: Path) -> dict[str, _Location]:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from adapters import seeds
+from adapters.layers.base import PackedLayer
 from trainer.config.config import Config
+from trainer.errors import UserError
 from trainer.loading.key_mapping import KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
 from trainer.model.backbone import BuiltModel
@@ -30,6 +32,11 @@ class Source:
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         self._shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._known_as = {name: self.names[id(p)] for name, p in parameters.items()}
+        self._matrices = {
+            f"{path}.weight": module
+            for path, module in self.model.named_modules()
+            if isinstance(module, PackedLayer)
+        }
         self.files: PretrainedFiles | None = None
         if config.model.weights == "pretrained":
             self.files = open_files(config, backbone, device)
@@ -48,26 +55,67 @@ class Source:
         """The tensor of a buffer or a head, or None where no file holds it."""
         if self.files is None:
             return None
-        key = self.files.find(name, self.model.base_model_prefix)
+        key = self.files.find(name)
         return None if key is None else self.files.read(key)
 
+    def check(self, name: str, expert: int | None) -> None:
+        """Raises UserError where the files do not hold what is requested."""
+        assert self.files is not None
+        if expert is None:
+            self.files.check(self._known_as[name], self._stored_shape(name))
+        else:
+            matrix = self._matrices[name]
+            self.files.check_expert(
+                name.removesuffix(".weight"), expert, matrix.stored_shape,
+                transposed=matrix.transposed,
+            )  # fmt: skip
+
     def _begin(self, name: str, expert: int | None) -> Callable[[], Tensor]:
-        shape, prefix = self._shapes[name], self.model.base_model_prefix
+        shape = self._shapes[name]
         if self.files is None:
             if expert is None:
                 return partial(self._random, name, shape)
             return partial(self._random, f"{name}.{expert}", shape[1:])
-        if expert is None:
-            return self.files.begin(self.files.check(self._known_as[name], prefix, shape))
-        experts, rows, columns = shape
-        stack = name.removesuffix(".weight")
-        return self.files.begin_expert(stack, expert, prefix, (experts, rows, columns))
+        matrix = self._matrices.get(name)
+        if expert is not None:
+            assert matrix is not None
+            stack = name.removesuffix(".weight")
+            wait = self.files.begin_expert(
+                stack, expert, matrix.stored_shape, transposed=matrix.transposed
+            )
+            return lambda: matrix.reoriented(wait())
+        wait = self.files.begin(self.files.check(self._known_as[name], self._stored_shape(name)))
+        others = [other for other in self._known_as[name] if self.files.find(other) is not None]
+        if len(others) > 1:
+            wait = partial(self._tied, others, wait)
+        return wait if matrix is None else lambda: matrix.reoriented(wait())
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter in the files."""
+        matrix = self._matrices.get(name)
+        return self._shapes[name] if matrix is None else matrix.stored_shape
+
+    def _tied(self, names: list[str], wait: Callable[[], Tensor]) -> Tensor:
+        """The value of a parameter that the files hold under several names. Raises UserError where
+        they differ: then the files' model has no tied parameters."""
+        value, (first, *others) = wait(), names
+        for name in others:
+            if not torch.equal(value, stored := self.stored(name)):  # type: ignore[arg-type]
+                raise UserError(
+                    f"model.id: {self.config.model.id}: {first} and {name} differ, but "
+                    "config.json ties them; accepted: equal ones, or no tie_word_embeddings"
+                )
+            del stored
+        return value
 
     def _random(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Matrices: normal with the model's `initializer_range`; biases 0, other vectors 1."""
+        """Parameters other than weights and biases as the model initialises them; matrices: normal
+        with the model's `initializer_range`; biases 0, other vectors 1."""
+        if name in self.backbone.initial:
+            return self.backbone.initial[name].to(self.device)
         key = self.config.run.seed, zlib.crc32(name.encode())
         generator = seeds.generator(*key, device=self.device)
-        if len(shape) == 1:
+        if len(shape) == 1 or name.endswith("bias"):  # experts' biases are a matrix
             value = 0.0 if name.endswith("bias") else 1.0
             return torch.full(shape, value, device=self.device)
         std = getattr(self.model.config, "initializer_range", 0.02)
@@ -78,7 +126,7 @@ class Source:
 def open_files(config: Config, backbone: BuiltModel, device: torch.device) -> PretrainedFiles:
     """The model's safetensors files. Raises UserError."""
     folder = resolve_folder(config.model.id, config.model.revision)
-    return PretrainedFiles(folder, KeyMapping(backbone.model.config), device)
+    return PretrainedFiles(folder, KeyMapping(backbone.model, backbone.tensors), device)
 
 
 def names_of_parameters(model: nn.Module) -> dict[int, list[str]]:

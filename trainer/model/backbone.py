@@ -1,7 +1,7 @@
 """A model with adapted layers, before and after its weights are loaded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,17 @@ class TrainedModule(nn.Module):
 
 
 @dataclass(frozen=True)
+class LeftAlone:
+    """Matrices without adapters, by their paths within a block, and the reason."""
+
+    paths: Sequence[str]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"no adapters on {', '.join(self.paths)}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class BuiltModel:
     """A model on the meta device whose linear layers are replaced by adapted layers."""
 
@@ -39,8 +50,14 @@ class BuiltModel:
     """Adapted layers by name; those of `units` take adapters."""
     heads: Mapping[str, nn.Module]
     """The task's new modules and trained routers, by path; fully trained."""
-    left_alone: Sequence[str] = ()
-    """Stacks of experts whose form does not support adapters, by their path within a block."""
+    left_alone: Sequence[LeftAlone] = ()
+    """Matrices that get no adapter although `all-linear` names them, or that keep their own layer
+    and stay unquantised."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parameters and persistent buffers as transformers names them, before layers were replaced;
+    parameters on meta."""
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
+    """Initial values of the small parameters that are neither weights nor biases."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,8 @@ class Loading:
     its host."""
     peak_host_bytes: int
     """The largest peak of resident memory of any rank so far, libraries included."""
+    mxfp4: bool = False
+    """Whether files hold experts in MXFP4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +86,22 @@ class LoadedBackbone(BuiltModel):
     """Digest of config.json and weights."""
     quantization_error: float
     """‖W − Ŵ‖ / ‖W‖ over all quantised matrices (Frobenius)."""
+    probes: Mapping[str, tuple[list[float], float]]
+    """By parameter, what `trainer/loading/probes.py` noted of its value; empty with `run.verify:
+    off`."""
     loading: Loading
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module | None) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def input_embedding(model: "PreTrainedModel") -> Tensor | None:
+    """The table of token embeddings; None in a model without one (characters are hashed)."""
+    try:
+        table = model.get_input_embeddings().weight
+    except NotImplementedError:
+        return None
+    assert isinstance(table, Tensor)
+    return table

@@ -5,7 +5,8 @@ of one class share one compiled program: their differences (weights, adapters) a
 hidden from it (`adapters/layers/handles.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +72,18 @@ class Blocks:
         first = next((block.index for block in self._blocks if block.trains), len(self))
         return range(first + 1, len(self) - 1)
 
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Context in which the blocks run as written, so that hooks on modules in them are called
+        and no program is compiled for a few passes."""
+        for block in self._blocks:
+            block.compiles = False
+        try:
+            yield
+        finally:
+            for block in self._blocks:
+                block.compiles = True
+
     def keep(self, count: int, offloaded: int = 0, nbytes: int | None = None) -> None:
         """Let `count` blocks keep their activations, `offloaded` ones offload them to host buffers
         of `nbytes` each (None: the size of the present ones), and the others recompute them.
@@ -104,15 +117,21 @@ class _Block:
 
     def __init__(self, index: int, block: nn.Module, host: HostMemory, compiled: bool):
         self.index, self._block, self._host = index, block, host
-        self._forward: Callable[..., Any] = block.forward
+        self._written: Callable[..., Any] = block.forward
+        self._compiled = self._written
+        self.compiles = True
         if compiled:
             # Dynamic: sequences differ in length from one micro-batch to the next.
-            self._forward = torch.compile(block.forward, dynamic=True, backend=BACKEND)
+            self._compiled = torch.compile(block.forward, dynamic=True, backend=BACKEND)
         self.checkpointed = self.offloaded = False
         # Registered before any sharder's hooks, which release a block when the gradient of its
         # input is ready.
         block.register_forward_pre_hook(self._begin_gradient)
         block.forward = self._run  # type: ignore[assignment,method-assign]
+
+    @property
+    def _forward(self) -> Callable[..., Any]:
+        return self._compiled if self.compiles else self._written
 
     def _begin_gradient(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Make the input of the first trained block require gradients, as in all blocks after it:

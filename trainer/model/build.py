@@ -5,18 +5,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from adapters.layers.experts import AdaptedExperts
-from adapters.methods.options import MethodOptions
-from adapters.methods.registry import METHODS
-from adapters.units import linear_names, make_units, select_targets
+from adapters.layers.expert_modules import AdaptedExperts
+from adapters.layers.linear import AdaptedLinear
+from adapters.units import is_conv1d, is_linear, make_units
 from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
-from trainer.model.backbone import BuiltModel, set_module
+from trainer.model.backbone import BuiltModel, LeftAlone, input_embedding, set_module
 from trainer.model.hub import load_model_config, resolve_folder
-from trainer.model.matrices import install_adapted_layers, refuse_tied
+from trainer.model.matrices import install_adapted_layers
+from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
+from trainer.model.packing import check_packing
+from trainer.model.targets import choose_targets, output_head, within_blocks
+from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     task.configure(model_config)
     dtype = compute_dtype(options, device)
     try:
-        with torch.device("meta"):
+        with on_meta(config.run.seed) as initial_values:
             model = task.auto_class.from_config(
                 model_config,
                 dtype=dtype,
@@ -41,65 +44,75 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
                 attn_implementation=None if options.attention == "auto" else options.attention,
                 trust_remote_code=False,
             )
+            initial = initial_values(model)
     except Exception as error:  # a model's constructor raises whatever its shapes lead to
         raise UserError(
             f"model.id: {folder} with model.attention={options.attention}: {first_line(error)}"
         ) from error
+    task.check_model(model)
+    tensors = model.state_dict()
     model.requires_grad_(False)
     model.eval()
+    read = layers_read(model)
+    if config.data.packing:
+        check_packing(model)
     for path, module in list(model.named_modules()):
         if AdaptedExperts.fits(module):
             set_module(model, path, AdaptedExperts(module))
+        elif is_conv1d(module) and path not in read:
+            set_module(model, path, AdaptedLinear(module, "none", transposed=True))
     check_experts(model, dtype)
     _check_vocabulary(task.tokenizer, model, options)
     trained = task.trained_modules(model)
     if config.method.train_router:
         trained += routers(model)
-    head = _output_head(model)
+    head = output_head(model)
     beside_experts = [path for path, _, _ in gates(model)]
-    targets = _targets(model, config.method, head, [*trained, *beside_experts])
+    unquantized = [*head, *trained, *beside_experts]
+    read -= {*trained, *beside_experts}
+    excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
+    targets = choose_targets(model, config.method, excluded, read)
+    alone = _left_alone(
+        model, targets.too_small, read, beside_experts,
+        everything=config.method.targets == "all-linear",
+    )  # fmt: skip
     adapted_layers = install_adapted_layers(
-        model, options.quantization, targets, [*head, *trained, *beside_experts]
+        model, options.quantization, targets.chosen, unquantized, read
     )
+    keep_float32(model, dtype)
     heads = {path: model.get_submodule(path) for path in trained}
-    alone = left_alone(model) if config.method.targets == "all-linear" else []
-    return BuiltModel(model, dtype, make_units(model, targets), adapted_layers, heads, alone)
+    units = make_units(model, targets.chosen)
+    return BuiltModel(model, dtype, units, adapted_layers, heads, alone, tensors, initial)
 
 
-def _targets(
-    model: nn.Module, method: MethodOptions, head: list[str], trained: list[str]
-) -> list[str]:
-    """Paths of the linear layers that take adapters. Raises UserError naming those that cannot."""
-    excluded = trained if method.include_head else [*head, *trained]
-    try:
-        targets = select_targets(linear_names(model, excluded), method.targets)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if not targets:
-        raise UserError(
-            f"method.targets: {method.targets!r} picks no linear layer of {type(model).__name__}; "
-            "accepted: a model whose projections are nn.Linear, and at least one of them"
-        )
-    try:
-        method.check_units(make_units(model, targets))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if METHODS[method.kind].splits_weight:
-        refuse_tied(model, method, targets)
-    return targets
-
-
-def _output_head(model: "PreTrainedModel") -> list[str]:
-    head = model.get_output_embeddings()
-    return [path for path, module in model.named_modules() if head is not None and module is head]
+def _left_alone(
+    model: nn.Module, too_small: list[str], read: set[str], gates: list[str], *, everything: bool
+) -> list[LeftAlone]:
+    """What gets no adapter (where `everything` was to get one) or keeps its own forward."""
+    linear = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and p not in read]
+    others = [p for p in linear if not is_linear(model.get_submodule(p))]
+    kinds = [
+        ("the model reads its weight itself, which stays unquantised", sorted(read)),
+        ("a forward pass of its own, and unquantised", [p for p in others if p not in gates]),
+    ]
+    if everything:
+        kinds += [
+            ("smaller than the rank", too_small),
+            ("a router or gate of experts", [p for p in gates if p in linear]),
+            ("unsupported layout of experts", left_alone(model)),
+        ]
+    return [
+        LeftAlone(tuple(within_blocks(model, paths)), reason) for reason, paths in kinds if paths
+    ]
 
 
 def _check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", options: ModelOptions
 ) -> None:
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    size = embedding.num_embeddings
+    table = input_embedding(model)
+    if table is None:
+        return
+    size = table.shape[0]
     if len(tokenizer) > size:
         raise UserError(
             f"model.tokenizer: {options.tokenizer or options.id} has {len(tokenizer)} tokens; "

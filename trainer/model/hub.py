@@ -61,11 +61,16 @@ def load_model_config(folder: Path, options: ModelOptions) -> "PretrainedConfig"
         raise UserError(
             f"model.id: {folder}: no usable config.json ({first_line(error)})"
         ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            f"model.id: {folder}: its weights are quantised already (quantization_config); "
-            "accepted: an unquantised model, with model.quantization for its format"
-        )
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        if method != "mxfp4":
+            raise UserError(
+                f"model.id: {folder}: its weights are quantised already (quantization_config: "
+                f"{method}); accepted: an unquantised model, with model.quantization for its "
+                "format, or experts in mxfp4"
+            )
+        del config.quantization_config  # read as the values they stand for
     if not options.overrides:
         return config
     values = config.to_dict()

@@ -1,29 +1,33 @@
 """Replace a model's linear layers by adapted layers with their weight formats."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
 from adapters.layers.base import AdaptedLayer
+from adapters.layers.expert_modules import AdaptedExperts
 from adapters.layers.handles import RegisteredLayer
 from adapters.layers.linear import AdaptedLinear
 from adapters.methods.options import MethodOptions
-from adapters.units import is_linear, layer_at, linear_names, transformer_blocks
+from adapters.units import layer_at, linear_names, transformer_blocks
 from trainer.errors import UserError
 from trainer.model.backbone import set_module
 
 
 def install_adapted_layers(
-    model: nn.Module, quantization: str, targets: list[str], unquantized: list[str]
+    model: nn.Module,
+    quantization: str,
+    targets: list[str],
+    unquantized: list[str],
+    read: Collection[str] = (),
 ) -> dict[str, AdaptedLayer]:
     """Replace linear layers, also those without adapters: only an adapted layer keeps its matrix
-    out of the tensors that a compiled block saves for backward. Returns them by path. Raises
-    UserError where a matrix cannot be quantised."""
+    out of the tensors that a compiled block saves for backward. Returns them by path. Layers in
+    `read`, whose weight the model reads itself, stay as they are. Raises UserError where a matrix
+    cannot be quantised."""
     adapted_layers: dict[str, AdaptedLayer] = {}
-    quantizable = dict.fromkeys(linear_names(model, unquantized))
-    if quantization != "none":
-        _refuse_other_matrices(model, quantization, unquantized)
+    quantizable = dict.fromkeys(linear_names(model, [*unquantized, *read]))
     for path in dict.fromkeys([*quantizable, *targets]):
         layer = layer_at(model, path)
         weight_format = quantization if path in quantizable else "none"
@@ -31,17 +35,21 @@ def install_adapted_layers(
             adapted = AdaptedLinear(layer, weight_format)
             set_module(model, path, adapted)
             adapted_layers[path] = adapted
-        else:  # an expert in a stack
+        else:  # a packed layer already: an expert in a stack, a `Conv1D`
             layer.layer.weight_format = weight_format
             adapted_layers[path] = layer
+    if quantization != "none":
+        _refuse_other_matrices(model, quantization, unquantized)
     return adapted_layers
 
 
 def other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Large matrices in the blocks that are neither linear layers nor supported experts."""
+    """Large matrices in the blocks that belong to no adapted layer."""
     for path, block in transformer_blocks(model):
         for name, module in block.named_modules():
-            if is_linear(module) or isinstance(module, nn.Embedding | RegisteredLayer):
+            if isinstance(module, nn.Embedding | RegisteredLayer):
+                continue
+            if isinstance(module, AdaptedExperts):  # biases per expert
                 continue
             for attribute, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() > 1 and parameter.numel() > 1 << 20:
@@ -54,8 +62,8 @@ def _refuse_other_matrices(model: nn.Module, quantization: str, unquantized: Seq
         if where.rpartition(".")[0] not in unquantized:
             raise UserError(
                 f"model.quantization: {quantization!r} given, but {where} "
-                f"{tuple(parameter.shape)} belongs to no linear layer and would stay "
-                "unquantised; accepted for this model: none"
+                f"{tuple(parameter.shape)} is no matrix of a linear layer that the model calls and "
+                "would stay unquantised; accepted for this model: none"
             )
 
 

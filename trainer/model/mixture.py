@@ -2,10 +2,13 @@
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
-from adapters.layers.experts import AdaptedExperts, StackedLinear
+from adapters.layers.expert_modules import AdaptedExperts
+from adapters.layers.experts import StackedLinear
 from adapters.units import transformer_blocks
 from trainer.errors import UserError
+from trainer.model.matrices import other_matrices
 
 _ROW_BYTES = 16
 """Rows of the operands of torch's grouped GEMM are multiples of this."""
@@ -32,14 +35,23 @@ def check_experts(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def left_alone(model: nn.Module) -> list[str]:
-    """Stacked parameters of the blocks that belong to no adapted layer."""
-    return sorted({
+    """Stacked parameters of the blocks, and other large matrices, that belong to no linear or
+    adapted layer; routers aside."""
+    beside_experts = {path for path, _, _ in gates(model)}
+    large = {
         name
-        for _, block in transformer_blocks(model)
-        for name, parameter in block.named_parameters()
-        if parameter.dim() == 3
-        and not isinstance(block.get_submodule(name.rpartition(".")[0]), StackedLinear)
-    })  # fmt: skip
+        for name, _ in other_matrices(model)
+        if (owner := name.rpartition(".")[0]) not in beside_experts
+        and not isinstance(model.get_submodule(owner), nn.Linear)
+    }
+    found = set()
+    for path, block in transformer_blocks(model):
+        for name, parameter in block.named_parameters():
+            owner = block.get_submodule(name.rpartition(".")[0])
+            stacked = parameter.dim() == 3 and not isinstance(owner, StackedLinear | _ConvNd)
+            if stacked or f"{path}.{name}" in large:
+                found.add(name)
+    return sorted(found)
 
 
 def gates(model: nn.Module) -> list[tuple[str, int, int]]:
@@ -48,7 +60,7 @@ def gates(model: nn.Module) -> list[tuple[str, int, int]]:
     found = []
     for path, module in model.named_modules():
         if isinstance(module, AdaptedExperts):
-            block, experts = path.rpartition(".")[0], module.gate_up_proj.experts
+            block, experts = path.rpartition(".")[0], module.experts
             for name, child in model.get_submodule(block).named_children():
                 weight = getattr(child, "weight", None)
                 if isinstance(weight, nn.Parameter) and weight.shape[0] in (1, experts):

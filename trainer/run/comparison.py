@@ -145,8 +145,9 @@ def _job(
         f"optim.learning_rate={rate!r}", f"run.dir={out / 'runs'}", "run.resume=never",
     ]  # fmt: skip
     config = load_config(comparison.base, overrides)
-    # Without the folder, so that results can be moved.
-    known_as = with_old_names(config.model_dump(mode="json", exclude={"run": {"dir", "name"}}))
+    # Without the folder, so that results can be moved, and without what changes no result.
+    left_out = {"run": {"dir", "name", "verify"}}
+    known_as = with_old_names(config.model_dump(mode="json", exclude=left_out))
     digest = hashlib.sha256(to_json(known_as)).hexdigest()[:16]
     config = with_overrides(
         config, [f"run.name={method.replace(' ', '-')}-{rate:g}-{part}-{digest[:6]}"]

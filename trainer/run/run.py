@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from adapters import seeds
+from adapters.layers.expert_modules import swapped_stacks
 from adapters.peft_export import export_adapter
-from adapters.units import expert_counts
+from adapters.units import expert_counts, fan_in_fan_out
 from trainer.checkpoint.compatibility import changes, check_options
 from trainer.checkpoint.state import read_initial_adapters, restore
 from trainer.checkpoint.store import clear_the_way, find, verify
@@ -18,12 +19,14 @@ from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.config import Config
 from trainer.config.sections import LEFT_OUT
 from trainer.config.validation import local
+from trainer.data.loader import Loader
 from trainer.decisions.replay import Replay
 from trainer.device_memory import peak_gib, readable
 from trainer.distributed.world import World
 from trainer.engine.base import Engine
 from trainer.engine.select import make_engine
 from trainer.errors import UserError
+from trainer.export.expert_layouts import chosen_layouts
 from trainer.files import ADAPTER, FIGURES, METRICS
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading
@@ -33,12 +36,15 @@ from trainer.records.jsonl import read_metrics
 from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
 from trainer.run.folder import RunFolder
-from trainer.session import Session, open_data, open_session
+from trainer.run.remarks import on_batch, on_length
+from trainer.session import Session, leave_out, open_data, open_session, refuse_longer
 from trainer.training.loop import Run, make_loader, total_steps, train
 from trainer.training.lr_schedule import learning_rate
 from trainer.training.step import Training, log_plan
 from trainer.training.stop_request import StopRequest
 from trainer.training.validation import make_validate
+from trainer.verification.first_steps import FirstSteps
+from trainer.verification.verify import verify_session
 
 
 def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
@@ -65,6 +71,10 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     if start.checkpoint is not None:
         with world.all_or_none():
             progress = restore(session, loader, start.checkpoint, start.state)
+    proves = config.run.verify == "full" or (
+        config.run.verify == "auto" and start.checkpoint is None
+    )
+    verified = verify_session(session) if proves else _not_verified(config)
     plan = make_plan(session)
     steps = total_steps(session, loader)
     replay, initial_digest = None, start.state.get("initial")
@@ -76,10 +86,19 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
             folder.make()
             initial_digest = folder.describe(session, initial_digest)
             folder.record(session, steps, progress)
-    for line in (*_introduction(session, steps, folder.lock.note), *_resumption(start, config)):
+    notes = [
+        *([folder.lock.note] if folder.lock.note else []),
+        *on_batch(config.data, len(loader.sequences(0))),
+        *on_length(session.backbone.model, session.train_data, session.eval_data),
+    ]
+    for line in (*_introduction(session, steps, notes), *_resumption(start, config)):
         folder.recorder.log_line(line)
+    folder.recorder.log_line(verified)
     log_plan(folder.recorder, plan)
-    training = Training(session, loader, steps, make_validate(session), folder.recorder, replay)
+    first_steps = FirstSteps(session, folder.recorder) if proves else None
+    training = Training(
+        session, loader, steps, make_validate(session), folder.recorder, replay, first_steps
+    )
     writer = CheckpointWriter(session, loader, folder.checkpoints, initial_digest)
     train(Run(training, writer, progress, stop))
     writer.close()
@@ -94,6 +113,13 @@ def dry_run(config: Config, world: World) -> str:
     _, task, train_data, eval_data = open_data(config, world)
     with world.all_or_none():
         backbone = build(config, task, world.device)
+        refuse_longer(backbone.model, config.data, train_data, eval_data)
+        left_out = leave_out(config, train_data)
+    loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out)
+    notes = [
+        *on_batch(config.data, len(loader.sequences(0))),
+        *on_length(backbone.model, train_data, eval_data),
+    ]
     engine = make_engine(config, world, task)
     needs = estimate(
         backbone, config, world.size, engine.spread, local_ranks=len(world.nodes[world.node])
@@ -110,12 +136,14 @@ def dry_run(config: Config, world: World) -> str:
         f"{config.model.quantization}",
         f"units               {len(backbone.units)}",
         *(f"                    {len(names)} x {kind}" for kind, names in by_kind.items()),
+        *(f"                    {left}" for left in backbone.left_alone),
         f"trainable           {trainable_parameters(backbone, config):,} parameters",
         "memory per rank     without activations (`rankcast estimate` has them)",
         f"  backbone          {readable(needs.backbone)}",
         f"  gathered layers   {readable(needs.gathered)}",
         f"  trainable state   {readable(needs.trainable)}",
         f"  total             {readable(needs.total)}",
+        *(f"note                {note}" for note in notes),
     ]
     return "\n".join(lines)
 
@@ -155,6 +183,11 @@ def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
     return found
 
 
+def _not_verified(config: Config) -> str:
+    resumed = "when the run began: resumed on the same backbone"
+    return f"verified  {'no: run.verify=off' if config.run.verify == 'off' else resumed}"
+
+
 def _set_horizon(session: Session, steps: int) -> None:
     """Set the method's horizon. Raises UserError where its options do not fit `steps`."""
     optim, method = session.config.optim, session.method
@@ -165,21 +198,21 @@ def _set_horizon(session: Session, steps: int) -> None:
     method.set_horizon(steps, lambda step: learning_rate(optim, step, steps) / optim.learning_rate)
 
 
-def _introduction(session: Session, steps: int, note: str) -> list[str]:
-    """Lines that describe the run on the terminal; `note`: the lock's."""
+def _introduction(session: Session, steps: int, notes: list[str]) -> list[str]:
+    """Lines that describe the run on the terminal; `notes`: what else is to be said."""
     config, data = session.config, session.config.data
     engine, world = session.engine, session.world
     eval_data = session.eval_data
-    alone = session.backbone.left_alone
     return [
-        *([f"note      {note}"] if note else []),
+        *(f"note      {note}" for note in notes),
         *(
             f"note      {key}: {name} is not pinned to a revision; {fixed} pins it"
             for key, name, fixed in _unpinned(config)
         ),
+        *(f"note      {left}" for left in session.backbone.left_alone),
         *(
-            [f"note      no adapters on {', '.join(alone)}: unsupported layout of experts"]
-            if alone
+            ["note      weights are stored as MXFP4, read as bfloat16"]
+            if session.backbone.loading.mxfp4
             else []
         ),
         f"run       {config.run_folder}",
@@ -291,6 +324,11 @@ def _export(session: Session, folder: Path) -> str:
             heads=heads,
             labels=session.task.head_outputs(session.task.labels_state()),
             experts=expert_counts(session.model),
+            swapped=swapped_stacks(session.model),
+            fan_in_fan_out=fan_in_fan_out(
+                session.backbone.adapted_layers[unit.name] for unit in session.backbone.units
+            ),
+            layouts=chosen_layouts(session.backbone.model),
             note=note,
         )
     return note

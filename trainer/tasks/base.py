@@ -6,7 +6,7 @@ A task is one file; loader and loop use this interface only.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from trainer.tasks.options import TaskOptions
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100
 """Target of a position without loss, as in torch's cross entropy."""
+
+Switch = bool | Literal["auto"]
 
 
 @dataclass
@@ -30,8 +32,10 @@ class Record:
 
     segments: list[tuple[str, bool]]
     label: str | float | None = None
-    special_tokens: bool = True
-    """Whether the tokenizer's begin and end tokens are added (a chat template has its own)."""
+    add_bos: Switch = "auto"
+    add_eos: Switch = "auto"
+    """Whether begin and end tokens are added; auto: as the tokenizer does it, and an end token
+    always. A chat template has its own."""
 
 
 @dataclass
@@ -98,6 +102,9 @@ class Task(ABC):
 
     def configure(self, config: "PretrainedConfig") -> None:  # noqa: B027
         """Set the task's fields of the model's configuration (number of labels, padding token)."""
+
+    def check_model(self, model: "PreTrainedModel") -> None:  # noqa: B027
+        """Raises UserError where the model, built on the meta device, cannot serve the task."""
 
     def trained_modules(self, model: nn.Module) -> list[str]:
         """Paths of modules trained in full in addition to the adapters (a new head)."""

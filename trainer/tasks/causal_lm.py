@@ -1,17 +1,26 @@
 """Next-token prediction, with the loss on the completion only (or on all tokens)."""
 
+import functools
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 from trainer.errors import UserError
 from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
+from trainer.tasks.causality import attends_ahead
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
+from trainer.tasks.documents import Documents, kept_apart
 from trainer.tasks.options import CausalLMOptions
+from trainer.tasks.tokenisation import special_tokens, surrounded, tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CausalLM(Task):
@@ -21,36 +30,24 @@ class CausalLM(Task):
     auto_class = AutoModelForCausalLM
     peft_task_type = "CAUSAL_LM"
 
-    def configure(self, config: PretrainedConfig) -> None:
-        if getattr(config, "is_decoder", None) is False:  # only encoders have it
+    def check_model(self, model: "PreTrainedModel") -> None:
+        if attends_ahead(model):
             raise UserError(
-                f"task.kind: causal_lm given, but {config.model_type} is an encoder, which "
-                "attends to the tokens to predict; accepted: a decoder, or another task.kind"
+                f"task.kind: causal_lm given, but {type(model).__name__} is built as an encoder, "
+                "which attends to the tokens to predict; accepted: a decoder, or another task.kind"
             )
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
-        pieces = [text for record in records for text, _ in record.segments]
-        if not pieces:  # the tokenizer refuses an empty list
-            return []
-        tokenised = iter(self.tokenizer(pieces, add_special_tokens=False)["input_ids"])
-        return [self._encode(record, tokenised, max_length) for record in records]
+        tokenised = tokenise(self.tokenizer, [record.segments for record in records])
+        special = functools.cache(functools.partial(special_tokens, self.tokenizer))
+        return [
+            self._encode(*surrounded(*tokens, *special(record.add_bos, record.add_eos)), max_length)
+            for record, tokens in zip(records, tokenised, strict=True)
+        ]
 
-    def _encode(
-        self, record: Record, tokenised: Iterator[list[int]], max_length: int
-    ) -> Example | str:
-        learn_all = self.options.loss_on == "all"
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids: list[int] = []
-        learned: list[int] = []
-        if record.special_tokens and bos is not None:
-            ids, learned = [bos], [0]
-        for _, is_learned in record.segments:
-            piece = next(tokenised)
-            ids += piece
-            learned += [int(is_learned or learn_all)] * len(piece)
-        if record.special_tokens and eos is not None:
-            ids.append(eos)
-            learned.append(1)
+    def _encode(self, ids: list[int], learned: list[int], max_length: int) -> Example | str:
+        if self.options.loss_on == "all":
+            learned = [1] * len(ids)
         if learned:
             learned[0] = 0  # the first token is not predicted
         if not any(learned):
@@ -78,9 +75,8 @@ class CausalLM(Task):
             targets.append(pad(target, width, IGNORED))
         inputs = {"input_ids": torch.tensor(ids)}
         if any(len(packed) > 1 for packed in sequences):
-            # Positions restart at 0 in every document, from which transformers builds the
-            # block-diagonal mask. Unpacked rows need no mask: padding is on the right, and a causal
-            # model does not attend to it.
+            # Positions restart at 0 in every document, by which `loss` keeps them apart. Unpacked
+            # rows need no mask: padding is on the right, and a causal model does not attend to it.
             inputs["position_ids"] = torch.tensor(positions)
         weight = 0 if empty else sum(example.weight for packed in sequences for example in packed)
         tokens = 0 if empty else sum(len(e.input_ids) for packed in sequences for e in packed)
@@ -92,11 +88,28 @@ class CausalLM(Task):
         head = loss_head(model)
         if head is not None:
             with loss_inside(head, learned, targets[learned]):
-                return model(**batch.inputs, use_cache=False).logits, None
-        logits = model(**batch.inputs, use_cache=False).logits[:, :-1]
+                return _logits(model, batch), None
+        logits = _logits(model, batch)[:, :-1]
         # Selected before the cast: float32 logits only where there is a loss.
         loss = F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
         return loss, None
 
     def scores_of_loss(self, loss: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(loss, 700.0))}
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's logits (rows, length, vocabulary), the documents of packed rows kept apart."""
+    inputs = dict(batch.inputs)
+    positions = inputs.get("position_ids")
+    if positions is None:
+        return model(**inputs, use_cache=False).logits
+    if not _takes_positions(type(model).forward):  # e.g. ALiBi, which depends on distances only
+        del inputs["position_ids"]
+    with kept_apart(Documents.of(positions)):
+        return model(**inputs, use_cache=False).logits
+
+
+@functools.cache
+def _takes_positions(forward: Callable[..., Any]) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters

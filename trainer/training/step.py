@@ -22,6 +22,7 @@ from trainer.memory import planner
 from trainer.records.recorder import Recorder, SilentRecorder
 from trainer.session import Session
 from trainer.training.lr_schedule import learning_rate
+from trainer.verification.first_steps import FirstSteps
 
 T = TypeVar("T")
 
@@ -46,6 +47,8 @@ class Training:
     recorder: Recorder = SilentRecorder()  # noqa: RUF009 (it has no state)
     replay: Replay | None = None
     """Rank 0: recorded decisions to apply in place of the method's own."""
+    first_steps: FirstSteps | None = None
+    """Proves that every adapter trains; None: not proved (again)."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,17 @@ def train_step(
     )
     found = meanwhile()
     mean_loss = session.engine.reduce(optimizer, loss)
+    proof = training.first_steps
 
     def update() -> Update:
         optimizer.learning_rate = learning_rate(optim, step, training.steps)
+        if proof is not None:
+            proof.before_update()
         return session.engine.step(optimizer, mean_loss, optim.max_grad_norm)
 
     done = observed_update(method, step, optimizer, update, training.validate)
+    if proof is not None:
+        proof.after_update(done)
     return StepDone(done, batch.tokens, batch.epoch, found)
 
 

@@ -11,7 +11,7 @@ def make_validate(session: Session) -> Validate:
     """The method's `validate(gradients)`: loss, with True also its gradient, on the first
     `validation_samples` held-out records. Dropout is off: the loss depends on the adapters only."""
     count = session.config.method.validation_samples
-    records = session.left_out[:count]
+    records = session.train_data.first_records(session.left_out, count)
 
     def validate(gradients: bool) -> float:
         with torch.set_grad_enabled(gradients):

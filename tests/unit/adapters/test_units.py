@@ -4,8 +4,17 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.models.idefics.modeling_idefics import IdeficsDecoupledLinear
+from transformers.models.llama4.modeling_llama4 import Llama4Router
 
-from adapters.units import linear_names, make_units, select_targets, transformer_blocks
+from adapters.units import (
+    is_linear,
+    linear_names,
+    make_units,
+    select_targets,
+    transformer_blocks,
+)  # fmt: skip
 from tests.helpers import TINY
 
 
@@ -81,3 +90,27 @@ def test_lists_inside_a_block_are_part_of_it():
 
     model = nn.Sequential(nn.ModuleList(Block() for _ in range(2)))
     assert [path for path, _ in transformer_blocks(model)] == ["0.0", "0.1"]
+
+
+class Scaled(nn.Linear):
+    """A linear layer that does more, in training only."""
+
+    def forward(self, x):
+        return super().forward(x) * (2 if self.training else 1)
+
+
+class Renamed(nn.Linear):
+    """A linear layer that does nothing more."""
+
+
+def test_subclasses_of_linear_layers_count_only_where_they_compute_the_product():
+    router = AutoConfig.for_model("llama4_text", hidden_size=8, num_local_experts=4)
+    with torch.device("meta"):
+        same = [nn.Linear(8, 6), FalconLinear(8, 6), FalconLinear(8, 6, bias=False), Renamed(8, 6),
+                IdeficsDecoupledLinear(8, 6), nn.MultiheadAttention(8, 2).out_proj]  # fmt: skip
+        other = [Scaled(8, 6), IdeficsDecoupledLinear(8, 6, 2),
+                 Llama4Router(router), nn.Bilinear(8, 8, 6), nn.Embedding(8, 6),
+                 nn.utils.parametrizations.weight_norm(nn.Linear(8, 6))]  # fmt: skip
+    assert [is_linear(layer) for layer in same] == [True] * len(same)
+    assert [is_linear(layer) for layer in other] == [False] * len(other)
+    assert same[1].training and same[1].weight.is_meta  # tried on a copy

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from adapters.gated import GatedAdapter
 from adapters.layers.linear import AdaptedLinear, Dropout, adapted_linear
@@ -208,3 +209,38 @@ def test_an_adapter_trains_where_its_input_needs_no_gradient():
     layer = host()
     layer(torch.randn(3, 64)).sum().backward()
     assert layer.adapter.A.grad.norm() > 0 and layer.adapter.B.grad.norm() > 0
+
+
+@pytest.mark.parametrize("fmt", ["none", "nf4"])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_model_may_add_in_place_to_the_output(fmt, backend):
+    """As Falcon, Llama 4, DeBERTa and Longformer do; compiled and not, forward and backward."""
+    layer = host(fmt)
+    residual = torch.randn(2, 5, 48)
+
+    def block(x):
+        y = layer(x)
+        y += residual
+        y[:, 1:] *= 2
+        return y
+
+    def plain(x):
+        y = reference(layer, x) + residual
+        return torch.cat([y[:, :1], y[:, 1:] * 2], 1)
+
+    run = torch.compile(block, backend=backend, fullgraph=True) if backend else block
+    x = torch.randn(2, 5, 64)
+    fused, expected = gradients(run, layer, x), gradients(plain, layer, x)
+    for ours, theirs in zip(fused, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_conv1d_becomes_the_same_layer():
+    """transformers' layer of GPT-2, y = x W + b with W (in, out)."""
+    conv = Conv1D(48, 64)
+    layer = AdaptedLinear(conv, "none", transposed=True)
+    assert layer.shape == (48, 64) and layer.stored_shape == (64, 48)
+    x = torch.randn(2, 5, 64)
+    assert torch.allclose(layer(x), conv(x), atol=1e-5)
+    assert torch.equal(layer.reoriented(conv.weight.data), layer.weight.data)
+    assert torch.equal(layer.reoriented(layer.weight.data), conv.weight.data)

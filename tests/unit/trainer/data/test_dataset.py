@@ -20,7 +20,7 @@ from trainer.tasks.sequence_classification import (
     SequenceClassificationOptions,
 )
 
-BOS, EOS = 1, 2
+EOS = 2
 QA = [{"q": "two and two?", "a": "four"}, {"q": "", "a": "no question"}, {"q": "x", "a": "y z"}]
 
 
@@ -72,15 +72,31 @@ def ids(task: Task, text: str) -> list[int]:
     return task.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def expected(task: Task, *parts: tuple[str, int]) -> tuple[list[int], list[int]]:
+    """(ids, mask) of (text, whether it is learned) parts, joined. A token of this byte-level
+    tokenizer has a letter for each byte, and is learned if one of them is."""
+    found = ids(task, "".join(text for text, _ in parts))
+    learned = [is_learned for text, is_learned in parts for _ in text.encode()]
+    mask, at = [], 0
+    for token in task.tokenizer.convert_ids_to_tokens(found):
+        width = 0 if token in task.tokenizer.all_special_tokens else len(token)
+        width = width or len(token.encode())
+        mask.append(max(learned[at : at + width]))
+        at += width
+    assert at == len(learned)
+    return found, mask
+
+
 def check(data: TokenDataset, task: Task, pairs: list[tuple[str, str]]) -> None:
-    """The examples are <s> prompt completion </s>, with the loss on completion and </s>."""
+    """The examples are prompt completion </s>, with the loss on completion and </s>."""
     assert len(data) == len(pairs)
     for index, (prompt, completion) in enumerate(pairs):
-        given, learned = ids(task, prompt), ids(task, completion)
+        found, mask = expected(task, (prompt, 0), (completion, 1))
+        mask[0] = 0  # the first token is not predicted
         example = data[index]
-        assert list(example.input_ids) == [BOS, *given, *learned, EOS]
-        assert list(example.loss_mask) == [0] * (1 + len(given)) + [1] * (len(learned) + 1)
-        assert example.weight == data.weights[index] == len(learned) + 1
+        assert list(example.input_ids) == [*found, EOS]
+        assert list(example.loss_mask) == [*mask, 1]
+        assert example.weight == data.weights[index] == sum(mask) + 1
         assert data.lengths[index] == len(example.input_ids)
     assert data.counts.tokens == sum(data.lengths)
 
@@ -183,10 +199,10 @@ def test_alpaca(tmp_path: Path, causal: CausalLM) -> None:
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nSay h{}.\n\n### Response:\n"
     )
-    expected = [(with_input, "3"), (without.format("i"), "hi"), (without.format("o"), "ho")]
+    pairs = [(with_input, "3"), (without.format("i"), "hi"), (without.format("o"), "ho")]
     path = write(tmp_path / "data.json", json.dumps(rows))
     for kind in ("auto", "alpaca"):
-        check(tokens_of(path, causal, format=kind), causal, expected)
+        check(tokens_of(path, causal, format=kind), causal, pairs)
 
 
 def test_messages(tmp_path: Path, chat: CausalLM) -> None:
@@ -204,10 +220,10 @@ def test_messages(tmp_path: Path, chat: CausalLM) -> None:
         ("<user>two?<assistant>", 0),
         ("2 2</s>", 1),
     ]
-    expected = [(token, learned) for text, learned in pieces for token in ids(chat, text)]
-    assert list(data[0].input_ids) == [token for token, _ in expected]  # and no further <s>, </s>
-    assert list(data[0].loss_mask) == [learned for _, learned in expected]
-    assert data[0].weight == sum(learned for _, learned in expected)
+    found, mask = expected(chat, *pieces)
+    assert list(data[0].input_ids) == found  # and no further <s>, </s>
+    assert list(data[0].loss_mask) == mask
+    assert data[0].weight == sum(mask)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +332,7 @@ def test_truncation(tmp_path: Path, causal: CausalLM) -> None:
     data = tokens_of(path, causal, max_length=8)
     assert list(data[1].input_ids) == list(whole[1].input_ids)[:8]
     assert list(data[1].loss_mask) == list(whole[1].loss_mask)[:8]
-    assert data[1].weight == sum(data[1].loss_mask) == 8 - 1 - len(ids(causal, "a b"))
+    assert data[1].weight == sum(data[1].loss_mask) == 8 - len(ids(causal, "a b"))
     assert (data.counts.used, data.counts.truncated, data.counts.dropped) == (3, 1, 0)
     exact = tokens_of(path, causal, max_length=int(max(whole.lengths)))
     assert exact.counts.truncated == 0
@@ -490,14 +506,14 @@ def test_many_records_stay_on_disk(tmp_path: Path, causal: CausalLM) -> None:
     tokens_of(path, causal, on_bad_record="skip")
     before = pa.total_allocated_bytes()
     data = tokens_of(path, causal, on_bad_record="skip")
-    labels_and_weights = 12 * len(data)
-    assert data.counts.tokens * 5 > 5 * labels_and_weights  # bytes of ids and mask
-    assert pa.total_allocated_bytes() - before <= labels_and_weights
+    numbers = 16 * len(data)  # label, weight and record of each
+    assert data.counts.tokens * 5 > 5 * numbers  # bytes of ids and mask
+    assert pa.total_allocated_bytes() - before <= numbers
     assert (len(data), data.counts.bad) == (2400, 1000)
     for i in (0, 1, 999, 1000, 1001, 1999, 2000, 2399):
-        expected = [BOS, *ids(causal, f"{i}"), *ids(causal, f"{i} times one is {i}"), EOS]
-        assert list(data[i].input_ids) == expected
-        assert data.lengths[i] == len(expected)
+        found = [*ids(causal, f"{i}{i} times one is {i}"), EOS]
+        assert list(data[i].input_ids) == found
+        assert data.lengths[i] == len(found)
         assert data.weights[i] == sum(data[i].loss_mask)
 
 
@@ -582,7 +598,7 @@ def test_real_language_data(shared_data: Path, tmp_path: Path, causal: CausalLM)
     answers = used("gsm8k/test.jsonl", prompt="{question}\n", completion="answer")
     row = json.loads((shared_data / "gsm8k/test.jsonl").read_text().splitlines()[299])
     learned = [*ids(causal, row["answer"]), EOS]
-    assert list(answers[299].input_ids) == [BOS, *ids(causal, row["question"] + "\n"), *learned]
+    assert list(answers[299].input_ids) == [*ids(causal, row["question"] + "\n"), *learned]
     assert answers[299].weight == len(learned)
     options = json.loads((shared_data / "commonsense/openbookqa/test.json").read_text())
     choices = used("commonsense/openbookqa/test.json")

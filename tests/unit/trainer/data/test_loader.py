@@ -31,12 +31,14 @@ def dataset(lengths: list[int], seed: int = 0) -> TokenDataset:
         "token_type_ids": [[] for _ in lengths],
         "label": [0.0] * len(lengths),
         "weight": [sum(mask) for mask in masks],
+        "record": range(len(lengths)),
     }
     types = [
         pa.list_(pa.int32()),
         pa.list_(pa.int8()),
         pa.list_(pa.int8()),
         pa.float64(),
+        pa.int32(),
         pa.int32(),
     ]
     schema = pa.schema(dict(zip(columns, types, strict=True)))

@@ -37,7 +37,7 @@ def test_pieces_make_up_the_tensor(files, monkeypatch, piece):
     for key, wait in waiting.items():
         value = wait()
         assert value.dtype == TENSORS[key].dtype and torch.equal(value, TENSORS[key])
-    expert = files.read_expert("stack", 1, "", (3, 5, 4))
+    expert = files.read_expert("stack", 1, (3, 5, 4))
     assert torch.equal(expert, TENSORS["stack"][1])
     held = sum(t.numel() * t.element_size() for t in TENSORS.values())
     assert files.bytes_read == held + expert.numel() * 4

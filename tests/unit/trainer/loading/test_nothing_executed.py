@@ -273,12 +273,12 @@ def test_templates_of_the_data_are_no_code(tmp_path):
     path = str(tmp_path / "d.jsonl")
     options = DataOptions(train=path, prompt="{prompt} {prompt.__class__} {0}")
     ((_, row),) = read_rows(path, "train", options, None)
-    from trainer.data.records import BadRecord, to_record
+    from trainer.data.records import BadRecord, to_records
 
     with pytest.raises(BadRecord, match="no column '0'"):
-        to_record(row, "prompt_completion", options, None)
+        to_records(row, "prompt_completion", options, None)
     options = DataOptions(train=path, prompt="{prompt} {prompt.__class__}")
-    record = to_record(row, "prompt_completion", options, None)
+    (record,) = to_records(row, "prompt_completion", options, None)
     assert record.segments[0][0] == "{completion}{0.__class__} {prompt.__class__}"
 
 

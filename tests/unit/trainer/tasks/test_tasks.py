@@ -286,7 +286,7 @@ def test_causal_loss(tokenizer, llama, loss_on: str) -> None:
     expected, terms = 0.0, 0
     for record, example in zip(records, examples, strict=True):
         (prompt, _), (completion, _) = record.segments
-        given = [1, *tokenizer(prompt)["input_ids"]]
+        given = tokenizer(prompt)["input_ids"]  # this tokenizer adds no <s>, and merges no border
         learned = [*tokenizer(completion)["input_ids"], 2]
         assert list(example.input_ids) == given + learned
         with torch.no_grad():
@@ -316,7 +316,7 @@ def test_empty_causal_batch_adds_nothing(tokenizer, llama) -> None:
 
 def test_the_first_token_is_never_learned(tokenizer) -> None:
     task = CausalLM(CausalLMOptions(loss_on="all"), tokenizer)
-    (example,) = task.encode([Record([("a b c", True)], special_tokens=False)], 64)
+    (example,) = task.encode([Record([("a b c", True)], add_bos=False, add_eos=False)], 64)
     assert list(example.loss_mask) == [0] + [1] * (len(example.input_ids) - 1)
-    (reason,) = task.encode([Record([("", True)], special_tokens=False)], 64)
+    (reason,) = task.encode([Record([("", True)], add_bos=False, add_eos=False)], 64)
     assert "no token to learn" in reason

@@ -1,0 +1,115 @@
+"""Sound runs pass, in a line, and a proof changes nothing of what is trained."""
+
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import losses, quick_config, save_mixture, save_random_model, thorough
+from trainer.config.config import load_config
+from trainer.distributed.world import World
+from trainer.loading.probes import difference, probe
+from trainer.run.run import run
+from trainer.session import open_session
+from trainer.verification.verify import verify_session
+
+FORMATS = ["none", "nf4", "int8"]
+
+
+@pytest.mark.parametrize("kind", ["lora", "lelora", "pissa"])
+def test_sound_runs_pass_in_every_format(tmp_path, kind):
+    for weight_format in FORMATS:
+        session = open_session(
+            quick_config(
+                tmp_path,
+                "run.verify=auto",
+                f"method.kind={kind}",
+                f"model.quantization={weight_format}",
+            ),
+            World(),
+        )
+        assert verify_session(session).startswith("verified  38 tensors as loaded, 28 adapters'")
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gemma2", "qwen2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sound_models_pass_packed(tmp_path, model_type, dtype):
+    save = save_mixture if model_type == "mixtral" else save_random_model
+    kind = () if model_type == "mixtral" else (AutoModelForCausalLM,)
+    folder = save(tmp_path / "model", model_type, *kind)
+    overrides = f"model.id={folder}", "data.packing=true", f"model.dtype={dtype}"
+    said = verify_session(
+        open_session(quick_config(tmp_path, "run.verify=auto", *overrides), World())
+    )
+    assert re.search(r"64 and 42 tokens packed against \w+ForCausalLM of transf", said)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["lora", "lelora", *(pytest.param(k, marks=thorough) for k in ("adalora", "pissa", "dylora"))],
+)
+def test_losses_do_not_depend_on_the_proof(tmp_path, kind):
+    found = {}
+    for mode in ("auto", "full", "off"):
+        config = quick_config(
+            tmp_path, f"run.name={mode}", f"run.verify={mode}", f"method.kind={kind}",
+            "method.dropout=0.1", "data.max_length=128",
+        )  # fmt: skip
+        run(config, World())
+        found[mode] = losses(config.run_folder)
+    assert found["auto"] == found["full"] == found["off"]
+
+
+def test_a_proof_leaves_the_session_as_it_was(tmp_path):
+    session = open_session(quick_config(tmp_path, "run.verify=auto", "method.dropout=0.1"), World())
+    before = torch.get_rng_state(), session.optimizer.values.clone(), session.model.training
+    adapters = {
+        name: session.method.adapters.layers[name].adapter for name in session.method.adapters
+    }
+    verify_session(session)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(session.optimizer.values, before[1])
+    assert session.model.training is before[2] is True
+    layers = session.method.adapters.layers
+    assert all(layers[name].adapter is adapter for name, adapter in adapters.items())
+    assert not any(p.is_meta for p in session.model.parameters())
+    assert not any(module._forward_hooks for module in session.model.modules())
+
+
+def test_one_line_says_what_was_verified(tmp_path, capsys):
+    shown = "log.progress=plain"
+    for overrides, said in (
+        (("run.steps=2",), r"38 tensors as loaded, .* in \d\.\d s"),
+        (("run.steps=4",), "when the run began: resumed on the same backbone"),
+        (("run.steps=6", "run.verify=full"), "38 tensors as loaded, .*"),
+        (("run.steps=8", "run.verify=off"), "no: run.verify=off"),
+    ):
+        run(
+            quick_config(tmp_path, "run.verify=auto", "optim.schedule=constant", shown, *overrides),
+            World(),
+        )
+        lines = capsys.readouterr().out.splitlines()
+        (line,) = [line for line in lines if line.startswith("verified")]
+        assert re.fullmatch(f"verified  {said}", line)
+
+
+def test_off_needs_no_quotes(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("run:\n  verify: off\nmodel:\n  id: m\ndata:\n  train: t\n")
+    assert load_config(file).run.verify == "off"
+    assert load_config(file, ["run.verify=full"]).run.verify == "full"
+
+
+def test_probes_see_every_row():
+    value = torch.randn(1000, 33)
+    expected = probe(value)
+    assert expected.shape == (250,) and difference(probe(value.clone()), expected) == 0
+    for row in (0, 499, 999):
+        changed = value.clone()
+        changed[row] += 0.1 * torch.randn(33)
+        assert difference(probe(changed), expected) > 1e-4
+    assert difference(probe(value.roll(1, 0)), expected) > 1
+    assert difference(probe(value[:-1]), expected) > 1
+    assert difference(probe(value.fill_(float("nan"))), expected) != 0
+    assert probe(torch.tensor(2.0)).shape == (1,)

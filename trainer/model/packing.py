@@ -1,0 +1,95 @@
+"""Whether a model can keep the documents of a packed row apart: by its structure, and measured.
+
+Masks separate documents in attention. Layers that carry a state along the row, or mix neighbouring
+positions by a convolution, know no documents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import (
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    create_recurrent_attention_mask,
+)
+
+from adapters.units import transformer_blocks
+from trainer.errors import UserError
+from trainer.tasks.base import Example, Task
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
+
+def check_packing(model: "PreTrainedModel") -> None:
+    """Raises UserError where a kind of layer carries something across documents. Reads no
+    weights."""
+    kinds = _carrying_layers(model)
+    if kinds:
+        raise UserError(
+            f"data.packing: true given, but {type(model).__name__} has layers that carry state "
+            f"across the documents of a row ({', '.join(kinds)}); accepted: false"
+        )
+
+
+def refuse_leak(model: nn.Module, leak: float) -> UserError:
+    """The error for a model whose documents are not kept apart, by `packing_leak`."""
+    return UserError(
+        f"data.packing: true given, but the documents of a row see each other in "
+        f"{type(model).__name__}: the loss of a record changes by {leak:.2%} when another one "
+        "stands before it; accepted: false"
+    )
+
+
+def packing_leak(model: nn.Module, task: Task, examples: Sequence[Example]) -> float:
+    """The largest relative difference of a record's loss after another one in a row, and alone.
+
+    Each of two `examples` takes both places, so this costs four forward passes, without gradients
+    or dropout. With exact separation only rounding is left.
+    """
+    first, second = examples[:2]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return max(
+                _difference(model, task, device, before, record)
+                for before, record in ((first, second), (second, first))
+            )
+    finally:
+        model.train(was_training)
+
+
+def _difference(
+    model: nn.Module, task: Task, device: torch.device, before: Example, record: Example
+) -> float:
+    muted = replace(before, loss_mask=[0] * len(before.input_ids), weight=0)
+
+    def loss(row: list[Example]) -> Tensor:
+        return task.loss(model, task.collate([row]).to(device))[0]
+
+    alone, packed = float(loss([record])), float(loss([muted, record]))
+    return abs(packed - alone) / max(abs(alone), 1e-12)
+
+
+def _carrying_layers(model: "PreTrainedModel") -> list[str]:
+    """Kinds of layers that carry state from one position to the next, other than by attention:
+    transformers' names of them where the configuration lists its layers, else classes."""
+    listed = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    kinds = sorted({kind for kind in listed if _is_recurrent(kind)})
+    if kinds:
+        return kinds
+    inside = [module for _, block in transformer_blocks(model) for module in block.modules()]
+    mixing = (nn.Conv1d, nn.RNNBase, nn.RNNCellBase)
+    kinds = sorted({type(module).__name__ for module in inside if isinstance(module, mixing)})
+    return kinds or (["a recurrent state"] if model._is_stateful else [])
+
+
+def _is_recurrent(kind: str) -> bool:
+    """Whether transformers masks layers of this kind as recurrent ones or convolutions."""
+    masks = LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.get(kind)
+    made = masks.values() if isinstance(masks, dict) else (masks,)
+    return create_recurrent_attention_mask in made

@@ -1,0 +1,33 @@
+"""What is said at the start of a run: settings that work, but perhaps not as meant."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from trainer.config.sections import DataOptions
+from trainer.data.dataset import TokenDataset
+from trainer.model.positions import rotary_length
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
+
+def on_batch(data: DataOptions, sequences: int) -> Iterator[str]:
+    """`sequences`: those of an epoch."""
+    if data.batch_size > sequences:
+        yield (
+            f"data.batch_size: {data.batch_size} sequences, but the data has {sequences}: each "
+            f"step repeats records ({data.batch_size / sequences:.2f} epochs a step)"
+        )
+
+
+def on_length(
+    model: "PreTrainedModel", train_data: TokenDataset, eval_data: TokenDataset | None
+) -> Iterator[str]:
+    """On records longer than those the model was pretrained on."""
+    length = rotary_length(model)
+    longest = max(int(data.lengths.max()) for data in (train_data, eval_data) if data is not None)
+    if length is not None and longest > length:
+        yield (
+            f"data.max_length: the longest record has {longest} tokens; the model's "
+            f"max_position_embeddings is {length}"
+        )

@@ -1,0 +1,353 @@
+"""The forward pass against the unmodified model's, block by block.
+
+The run's model computes its records as it trains on them, packed into one row or padded together,
+without adapters. The reference computes each alone. After every block the hidden states of every
+record must agree, and so must the loss. Where they do not, the run's model computes each record
+alone too: if that agrees, the records influence each other; if not, the calls of all modules in the
+first block that differs are compared.
+
+How far is too far: float32 leaves 1e-6 or so (sums in another order), bfloat16 some percent after
+many blocks, more where a router chooses another expert. So in bfloat16 the reference runs a second
+time, in float32, and the run's model may be `_NOISE` times as far from the bfloat16 reference as
+that is from the float32 one. A leak between records, a wrong mask or wrong frequencies change
+hidden states by tens of percent.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters.formats.formats import FORMATS
+from adapters.units import transformer_blocks
+from trainer.device_memory import readable, release
+from trainer.errors import UserError
+from trainer.session import Session
+from trainer.tasks.base import IGNORED, Batch, Example
+from trainer.verification.calls import Calls, recorded, relative_error
+from trainer.verification.examples import changed_at_the_end
+from trainer.verification.localise import localise
+from trainer.verification.reference import Reference
+
+_NOISE = 4.0
+_BUFFERS = 1.5
+"""Memory of a pass of the reference, in plain blocks."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest relative errors of hidden states and of the loss that are no fault."""
+
+    hidden: float
+    loss: float
+
+    @staticmethod
+    def of(session: Session) -> "Tolerance":
+        """By dtype and weight format: products of a format may round their operands as well."""
+        if session.backbone.dtype == torch.float32:
+            return Tolerance(1e-3, 1e-5)
+        rounding = FORMATS[session.config.model.quantization].product_error(session.world.device)
+        return Tolerance(0.02 + 4 * rounding, 0.02 + rounding)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model computed for each record: hidden states (tokens, width) after every block, None
+    where they have another form; and the loss, or the record's logits."""
+
+    paths: list[str]
+    hidden: list[list[Tensor | None]]
+    """By block, then by record."""
+    loss: float | None
+    logits: list[Tensor]
+
+
+def check_forward(
+    session: Session, reference: Reference, examples: list[Example], remarks: list[str]
+) -> str | None:
+    """The fault that the forward pass shows, or None. Collective. Raises UserError for records that
+    influence each other, or a model that attends to what it predicts. Where padding changes results
+    in transformers' own model too (convolutions, Fourier transforms), it is a remark."""
+    world, dtype = session.world, session.backbone.dtype
+    room = _room(session)
+    if room < _BUFFERS * reference.block_bytes(dtype):
+        remarks.append(
+            "the forward pass was not compared: a block without quantisation takes "
+            f"{readable(reference.block_bytes(dtype))}, and {readable(room)} are free"
+        )
+        return None
+    with as_verified(session):
+        expected = _alone(session, reference, examples, dtype)
+        noise = None
+        if dtype != torch.float32 and room > _BUFFERS * reference.block_bytes(torch.float32):
+            noise = _alone(session, reference, examples, torch.float32)
+        together = _ours(session, [examples] if _packs(session) else [[e] for e in examples])
+        found = _fault(session, together, expected, noise)
+        if not world.any(found is not None):
+            return None
+        parts = [_ours(session, [[example]]) for example in examples]
+        alone = _joined(parts)
+        own = _fault(session, alone, expected, noise)
+        if not world.any(own is not None):
+            padded = None if _packs(session) else _padded(session, reference, examples)
+            if padded is None or world.any(_fault(session, together, padded, noise) is not None):
+                raise _influence(session, together, alone, found)
+            remarks.append(
+                f"padding changes results in this architecture{_change(together, alone)}; "
+                "data.micro_batch_size=1 needs none"
+            )
+            return None
+        number = next(f.record for f in world.gather(own) if f is not None)
+        path = next(f.path for f in world.gather(own) if f is not None)
+        if path is None:
+            return None if own is None else (
+                f"{own.text}; the hidden states after every block agree: the fault lies behind "
+                "them, in the last norm, the output head or the loss"
+            )  # fmt: skip
+        batch = session.task.collate([[examples[number]]]).to(world.device)
+        theirs = reference.run(batch.inputs, dtype, path).calls
+        with recorded(_blocks(session), path) as calls:
+            session.task.loss(session.model, batch)
+        cause = localise(path, calls, theirs, Tolerance.of(session).hidden)
+        return None if own is None else f"{cause} ({own.text})"
+
+
+@contextmanager
+def as_verified(session: Session) -> Iterator[None]:
+    """Context without adapters, dropout, gradients and compiled programs."""
+    adapters = session.method.adapters
+    held = {name: adapters.layers[name].adapter for name in adapters}
+    was_training = session.model.training
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(session.backbone.blocks.uncompiled())
+        try:
+            for name in held:
+                adapters.layers[name].adapter = None
+            session.model.eval()
+            yield
+        finally:
+            session.model.train(was_training)
+            for name, adapter in held.items():
+                adapters.layers[name].adapter = adapter
+
+
+@dataclass(frozen=True)
+class _Fault:
+    text: str
+    path: str | None = None
+    """The first block after which a record's hidden states differ."""
+    record: int = 0
+
+
+def _fault(
+    session: Session, found: Result, expected: Result, exact: Result | None
+) -> _Fault | None:
+    """The first difference beyond the tolerance. `exact`: the reference in float32."""
+    tolerance = Tolerance.of(session)
+    if found.paths == expected.paths:
+        for number, path in enumerate(found.paths):
+            for record, (a, b) in enumerate(
+                zip(found.hidden[number], expected.hidden[number], strict=True)
+            ):
+                if a is None or b is None:
+                    continue
+                allowed = tolerance.hidden
+                if exact is not None and (c := exact.hidden[number][record]) is not None:
+                    allowed = max(allowed, _NOISE * relative_error(b, c))
+                error = relative_error(a, b)
+                if not error <= allowed:
+                    text = (
+                        f"record {record + 1} of the proof: relative error {error:.2g} after "
+                        f"{path}, at most {allowed:.2g} is rounding"
+                    )
+                    return _Fault(text, path, record)
+    if found.loss is not None and expected.loss is not None:
+        allowed = tolerance.loss
+        if exact is not None and exact.loss is not None:
+            allowed = max(allowed, _NOISE * abs(expected.loss / exact.loss - 1))
+        error = abs(found.loss / expected.loss - 1) if expected.loss else abs(found.loss)
+        if not error <= allowed:
+            return _Fault(
+                f"loss {found.loss:.6g}, but {expected.loss:.6g} by the unmodified model on the "
+                "same weights"
+            )
+        return None
+    for record, (a, b) in enumerate(zip(found.logits, expected.logits, strict=True)):
+        allowed = 10 * tolerance.hidden  # few numbers, which may nearly cancel
+        if exact is not None:
+            allowed = max(allowed, _NOISE * relative_error(b, exact.logits[record]))
+        if not relative_error(a, b) <= allowed:
+            return _Fault(f"record {record + 1} of the proof: its logits differ", None, record)
+    return None
+
+
+def _room(session: Session) -> int:
+    """Free bytes of the rank that has the fewest; unlimited on a CPU. Collective."""
+    device, room = session.world.device, 2**62
+    if device.type == "cuda":
+        release(device)
+        room = torch.cuda.mem_get_info(device)[0]
+    return min(session.world.gather(room))
+
+
+def _packs(session: Session) -> bool:
+    return session.config.data.packing
+
+
+def _blocks(session: Session) -> dict[str, torch.nn.Module]:
+    return dict(transformer_blocks(session.model))
+
+
+def _ours(session: Session, sequences: list[list[Example]]) -> Result:
+    """The run's model on records as `Task.collate` puts them together."""
+    batch = session.task.collate(sequences).to(session.world.device)
+    outputs: list[Tensor] = []
+    handle = session.model.register_forward_hook(
+        lambda model, inputs, output: outputs.append(output.logits.detach())
+    )
+    try:
+        with recorded(_blocks(session)) as calls:
+            loss, _ = session.task.loss(session.model, batch)
+    finally:
+        handle.remove()
+    spans = [
+        (row, sum(len(e.input_ids) for e in packed[:place]), len(example.input_ids))
+        for row, packed in enumerate(sequences)
+        for place, example in enumerate(packed)
+    ]
+    hidden = _hidden(calls, batch, spans)
+    learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
+    logits = [] if learned_tokens else list(outputs[0])
+    return Result(
+        [call.path for call in calls], hidden, float(loss) if learned_tokens else None, logits
+    )
+
+
+def _alone(
+    session: Session, reference: Reference, examples: Sequence[Example], dtype: torch.dtype
+) -> Result:
+    """The reference on every record alone. Raises UserError where a causal model's first tokens
+    depend on later ones."""
+    parts = []
+    for number, example in enumerate(examples):
+        changed, start = changed_at_the_end(example)
+        batch = session.task.collate([[example]]).to(session.world.device)
+        learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
+        inputs = batch.inputs
+        if learned_tokens and number == 0:
+            inputs = session.task.collate([[example], [changed]]).to(session.world.device).inputs
+        done = reference.run(inputs, dtype)
+        if learned_tokens and number == 0:
+            seen = relative_error(done.logits[1, :start], done.logits[0, :start])
+            if session.world.any(not seen <= 10 * Tolerance.of(session).hidden):
+                raise UserError(
+                    f"task.kind: {session.config.task.kind} given, but "
+                    f"{type(session.model).__name__} attends to the tokens that it is to predict: "
+                    f"what follows a token changes its logits by {seen:.0%}; accepted: a causal "
+                    "model, or another task.kind"
+                )
+        spans = [(0, 0, len(example.input_ids))]
+        hidden = _hidden(done.calls, batch, spans, rows=len(inputs["input_ids"]))
+        loss = _loss(done.logits[:1], batch) if learned_tokens else None
+        parts.append(
+            Result([c.path for c in done.calls], hidden, loss,
+                   [] if learned_tokens else list(done.logits[:1]))
+        )  # fmt: skip
+    return _joined(parts)
+
+
+def _padded(session: Session, reference: Reference, examples: Sequence[Example]) -> Result:
+    """The reference on the records padded together, with a mask made here."""
+    lengths = [len(example.input_ids) for example in examples]
+    batch = session.task.collate([[example] for example in examples])
+    width = max(lengths)
+    inputs = {"input_ids": _rows([e.input_ids for e in examples], width, session.task.pad_token_id)}
+    if "token_type_ids" in batch.inputs:
+        inputs["token_type_ids"] = _rows([e.token_type_ids for e in examples], width, 0)
+    if "attention_mask" in batch.inputs:
+        inputs["attention_mask"] = _rows([[1] * length for length in lengths], width, 0)
+    batch = replace(batch, inputs=inputs).to(session.world.device)
+    done = reference.run(batch.inputs, session.backbone.dtype)
+    spans = [(row, 0, length) for row, length in enumerate(lengths)]
+    hidden = _hidden(done.calls, batch, spans)
+    learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
+    return Result(
+        [call.path for call in done.calls],
+        hidden,
+        _loss(done.logits, batch) if learned_tokens else None,
+        [] if learned_tokens else list(done.logits),
+    )
+
+
+def _rows(values: Sequence[Sequence[int]], width: int, filler: int) -> Tensor:
+    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in values])
+
+
+def _joined(parts: list[Result]) -> Result:
+    """Results of single records as one."""
+    hidden = [[one for of_part in of_block for one in of_part]
+              for of_block in zip(*(part.hidden for part in parts), strict=False)]  # fmt: skip
+    losses = [part.loss for part in parts if part.loss is not None]
+    return Result(
+        parts[0].paths,
+        hidden,
+        sum(losses) if losses else None,
+        [row for part in parts for row in part.logits],
+    )
+
+
+def _loss(logits: Tensor, batch: Batch) -> float:
+    """Summed cross entropy of the next token, by torch alone."""
+    targets = batch.targets[:, 1:]
+    return float(
+        F.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="sum",
+            ignore_index=IGNORED,
+        )
+    )  # fmt: skip
+
+
+def _hidden(
+    calls: Calls, batch: Batch, spans: list[tuple[int, int, int]], rows: int | None = None
+) -> list[list[Tensor | None]]:
+    """By block and record, the hidden states (tokens, width) of the record's tokens."""
+    count, width = batch.inputs["input_ids"].shape
+    shape = (count if rows is None else rows, width)
+    found: list[list[Tensor | None]] = []
+    for call in calls:
+        output = call.output
+        known = output is not None and output.dim() == 3 and tuple(output.shape[:2]) == shape
+        found.append([
+            output[row, start : start + length] if known and output is not None else None
+            for row, start, length in spans
+        ])  # fmt: skip
+    return found
+
+
+def _influence(
+    session: Session, together: Result, alone: Result, fault: _Fault | None
+) -> UserError:
+    """The error for records that change each other's results."""
+    name = type(session.model).__name__
+    where = "" if fault is None or fault.path is None else f", from {fault.path} on"
+    how = f"{_change(together, alone)}{where}"
+    if _packs(session):
+        return UserError(
+            f"data.packing: true given, but the records of a row see each other in {name}{how}; "
+            "accepted: false"
+        )
+    return UserError(
+        f"data.micro_batch_size: {session.config.data.micro_batch_size} given, but records that "
+        f"are padded together change each other in {name}{how}, which they do not in transformers' "
+        "own model: the mask of the padding is wrong; accepted: 1"
+    )
+
+
+def _change(together: Result, alone: Result) -> str:
+    if together.loss is None or not alone.loss:
+        return ""
+    return f" (their loss changes by {abs(together.loss / alone.loss - 1):.2%})"
