@@ -96,7 +96,7 @@ class Case:
             "data.prompt='{prompt}'", "data.completion=completion", "data.max_length=64",
             "data.batch_size=4", "data.micro_batch_size=2", f"run.steps={STEPS}",
             "method.rank=4", "method.alpha=8", "method.targets=all-linear",
-            "optim.learning_rate=1e-2", "optim.warmup_ratio=0", *changes,
+            "optim.learning_rate=1e-2", "optim.warmup_ratio=0", "run.verify=auto", *changes,
         )  # fmt: skip
 
     def trained(self) -> Config:
