@@ -30,7 +30,8 @@ class TrainedModule(nn.Module):
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """Matrices without adapters, by their paths within a block, and the reason."""
+    """Matrices without adapters, by their paths (`*`: any block) or those within a block, and the
+    reason."""
 
     paths: Sequence[str]
     reason: str
