@@ -1,5 +1,6 @@
 """Build a model on the meta device and replace its linear layers by adapted layers."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
-def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
-    """The model on the meta device, without weights. Raises UserError where model, task and method
-    do not fit together."""
+def build(
+    config: Config, task: Task, device: torch.device, left_out: Sequence[str] | None = None
+) -> BuiltModel:
+    """The model on the meta device, without weights. `left_out`: layers whose output does not reach
+    the loss, as a checkpoint's run found them; else they are looked for. Raises UserError where
+    model, task and method do not fit together."""
     options = config.model
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     model_config = load_model_config(folder, options)
@@ -73,8 +77,9 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     read -= {*trained, *beside_experts}
     excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
     names = linear_names(model, [*excluded, *read])
-    dead = unreached(model, task, names, config.data.max_length)
-    targets = choose_targets(model, config.method, excluded, read, dead)
+    if left_out is None:
+        left_out = sorted(unreached(model, task, names, config.data.max_length))
+    targets = choose_targets(model, config.method, excluded, read, left_out)
     alone = _left_alone(
         model, targets.too_small, read, beside_experts,
         everything=config.method.targets == "all-linear",
@@ -88,7 +93,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     keep_float32(model, dtype)
     heads = {path: model.get_submodule(path) for path in trained}
     units = make_units(model, targets.chosen)
-    return BuiltModel(model, dtype, units, adapted_layers, heads, alone, tensors, initial)
+    return BuiltModel(model, dtype, units, adapted_layers, heads, alone, left_out, tensors, initial)
 
 
 def _left_alone(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from adapters.layers.base import PackedLayer
+from trainer.model.positions import longest_text
 from trainer.model.shape_mode import ShapeMode
 from trainer.tasks.base import Batch, Example, Task
 
@@ -43,7 +44,8 @@ def unreached(
     The model, on meta, is as before."""
     paths = {name: _module(model, name) for name in names}
     left = set(paths.values())
-    for length in sorted({min(_SHORT, max_length), min(_LONG, max_length)}):
+    most = min(max_length, longest_text(model) or max_length)
+    for length in sorted({min(_SHORT, most), min(_LONG, most)}):
         if not left:
             break
         try:

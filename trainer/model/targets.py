@@ -1,7 +1,7 @@
 """Choose the matrices that take adapters, and say which are left out and why."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -35,7 +35,7 @@ def choose_targets(
     method: MethodOptions,
     excluded: Sequence[str],
     read: set[str],
-    unreached: set[str],
+    unreached: Collection[str],
 ) -> Targets:
     """Choose among the linear layers that are not at or below a path in `excluded`. `read`: layers
     whose weight the model reads itself. `all-linear` leaves those out, and matrices too small for
