@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
 _ROWS = 2
-_SHORT, _LONG = 32, 1024
+_SHORT, _LONG = 32, 256
 """Tokens of a row. A layer that few tokens do not reach may need more: a compressed block, a window
 that is overrun."""
 _RUNS_ON_META = (None, "eager", "sdpa")
@@ -44,7 +44,8 @@ def unreached(
     The model, on meta, is as before."""
     paths = {name: _module(model, name) for name in names}
     left = set(paths.values())
-    most = min(max_length, longest_text(model) or max_length)
+    table = longest_text(model)
+    most = max_length if table is None else min(max_length, table // 2)  # its end may be special
     for length in sorted({min(_SHORT, most), min(_LONG, most)}):
         if not left:
             break

@@ -44,6 +44,8 @@ class ShapeMode(TorchDispatchMode):
         if not any(tensor.is_meta for tensor in tensors):
             if kwargs.get("device") == _META and (tensors or _is_discrete(packet, kwargs)):
                 kwargs = {**kwargs, "device": _CPU}
+            if packet is _aten.histc and not _is_floating(args[0].dtype):  # not made for the CPU
+                return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
             return func(*args, **kwargs)
         if packet is _aten._local_scalar_dense:
             return 1.0
