@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 def build(
-    config: Config, task: Task, device: torch.device, left_out: Sequence[str] | None = None
+    config: Config, task: Task, device: torch.device, without_effect: Sequence[str] | None = None
 ) -> BuiltModel:
-    """The model on the meta device, without weights. `left_out`: layers whose output does not reach
-    the loss, as a checkpoint's run found them; else they are looked for. Raises UserError where
-    model, task and method do not fit together."""
+    """The model on the meta device, without weights. `without_effect`: layers whose output does not
+    reach the loss, as a checkpoint's run found them; else they are looked for. Raises UserError
+    where model, task and method do not fit together."""
     options = config.model
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     model_config = load_model_config(folder, options)
@@ -77,9 +77,9 @@ def build(
     read -= {*trained, *beside_experts}
     excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
     names = linear_names(model, [*excluded, *read])
-    if left_out is None:
-        left_out = sorted(unreached(model, task, names, config.data.max_length))
-    targets = choose_targets(model, config.method, excluded, read, left_out)
+    if without_effect is None:
+        without_effect = sorted(unreached(model, task, names, config.data.max_length))
+    targets = choose_targets(model, config.method, excluded, read, without_effect)
     alone = _left_alone(
         model, targets.too_small, read, beside_experts,
         everything=config.method.targets == "all-linear",
@@ -93,7 +93,9 @@ def build(
     keep_float32(model, dtype)
     heads = {path: model.get_submodule(path) for path in trained}
     units = make_units(model, targets.chosen)
-    return BuiltModel(model, dtype, units, adapted_layers, heads, alone, left_out, tensors, initial)
+    return BuiltModel(
+        model, dtype, units, adapted_layers, heads, alone, without_effect, tensors, initial
+    )
 
 
 def _left_alone(

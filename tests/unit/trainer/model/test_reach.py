@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from adapters.layers.expert_modules import AdaptedExperts, experts_form
 from adapters.unit import stem
@@ -187,7 +187,7 @@ class Toy(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config = SimpleNamespace(_attn_implementation=None)
+        self.config = PretrainedConfig()
         self.embedding = nn.Embedding(512, 8)
         for name in ("used", "in_place", "unused", "chosen", "overrun", "again"):
             setattr(self, name, nn.Linear(8, 8))
