@@ -39,6 +39,8 @@ class BuiltModel:
     """Adapted layers by name; those of `units` take adapters."""
     heads: Mapping[str, nn.Module]
     """The task's new modules and trained routers, by path; fully trained."""
+    attention: str
+    """How it attends, for the log."""
     left_alone: Sequence[str] = ()
     """Stacks of experts whose form does not support adapters, by their path within a block."""
 

@@ -13,6 +13,7 @@ from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
+from trainer.model.attention import OURS, choose_attention
 from trainer.model.backbone import BuiltModel, set_module
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers, refuse_tied
@@ -39,7 +40,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
                 model_config,
                 dtype=dtype,
                 # Always given: config.json may name code on the hub here, or in `auto_map`.
-                attn_implementation=None if options.attention == "auto" else options.attention,
+                attn_implementation=None if options.attention in OURS else options.attention,
                 trust_remote_code=False,
             )
     except Exception as error:  # a model's constructor raises whatever its shapes lead to
@@ -50,6 +51,11 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     model.eval()
     if config.data.packing:
         check_packing(model)
+    attention = choose_attention(
+        model, options.attention, packing=config.data.packing, device=device, dtype=dtype
+    )
+    if attention.name is not None:
+        model.set_attn_implementation(attention.name)
     for path, module in list(model.named_modules()):
         if AdaptedExperts.fits(module):
             set_module(model, path, AdaptedExperts(module))
@@ -66,7 +72,8 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     )
     heads = {path: model.get_submodule(path) for path in trained}
     alone = left_alone(model) if config.method.targets == "all-linear" else []
-    return BuiltModel(model, dtype, make_units(model, targets), adapted_layers, heads, alone)
+    units = make_units(model, targets)
+    return BuiltModel(model, dtype, units, adapted_layers, heads, attention.reason, alone)
 
 
 def _targets(
