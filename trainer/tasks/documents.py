@@ -103,13 +103,13 @@ class _Exchange:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._contexts = 0
-        self._originals: dict[str, Callable[..., Any]] = {}
+        self._originals: dict[str, Any] = {}
 
     def __enter__(self) -> None:
         with self._lock:
             self._contexts += 1
             if self._contexts == 1:
-                self._originals = {**AttentionMaskInterface._global_mapping}
+                self._originals = dict(AttentionMaskInterface._global_mapping)
                 for name, original in self._originals.items():
                     AttentionMaskInterface.register(name, _separated(name, original))
                 masking_utils.find_packed_sequence_indices = _infer_documents
