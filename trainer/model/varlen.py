@@ -43,7 +43,7 @@ def varlen_attention(
 
 
 @varlen_attention.register_fake
-def _(query, key, value, sinks, boundaries, longest, window, scale):
+def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
     return query.new_empty(query.shape), lse
 
@@ -62,13 +62,13 @@ def varlen_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; O and L may include sinks."""
-    tensors = (t.contiguous() for t in (dout, query, key, value, out, lse))
+    dout, query, key, value = (t.contiguous() for t in (dout, query, key, value))
     backward = _flash_backward if query.is_cuda else _backward_of_documents
-    return backward(*tensors, boundaries, longest, window, scale)
+    return backward(dout, query, key, value, out, lse, boundaries, longest, window, scale)
 
 
 @varlen_attention_backward.register_fake
-def _(dout, query, key, value, out, lse, boundaries, longest, window, scale):
+def _(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Any:
     return tuple(t.new_empty(t.shape) for t in (query, key, value))
 
 

@@ -54,8 +54,12 @@ class Documents:
         return Documents(begins.cumsum(-1) - 1, positions, boundaries, longest)
 
     def to(self, device: torch.device) -> "Documents":
-        tensors = (self.index, self.positions, self.boundaries)
-        return Documents(*(tensor.to(device) for tensor in tensors), self.longest)
+        return Documents(
+            self.index.to(device),
+            self.positions.to(device),
+            self.boundaries.to(device),
+            self.longest,
+        )
 
     def separate(self, attends: MaskFunction) -> MaskFunction:
         """`attends` within documents, as if each stood alone."""
