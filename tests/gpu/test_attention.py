@@ -76,7 +76,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "grouped heads": ("llama", HEADS),
     "window": ("mistral", HEADS | {"sliding_window": 48}),
     "two rotaries": ("gemma3_text", HEADS | ALTERNATING),
-    "soft cap": ("gemma2", HEADS | ALTERNATING | {"query_pre_attn_scalar": 64}),
+    "soft cap": (
+        "gemma2",
+        HEADS | ALTERNATING | {"query_pre_attn_scalar": 64, "attn_logit_softcapping": 1.0},
+    ),
     "sinks": (
         "gpt_oss",
         HEADS | ALTERNATING | {
