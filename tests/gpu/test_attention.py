@@ -102,7 +102,10 @@ def built(kind: str, dtype: torch.dtype) -> Any:
     model_type, settings = MODELS[kind]
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(CUDA, dtype).train()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
+    model = model.to(CUDA, dtype).train()
     model.get_output_embeddings().requires_grad_(False)
     return model
 

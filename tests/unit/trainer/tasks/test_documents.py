@@ -31,7 +31,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma2",
         HEADS | {
             "sliding_window": 4, "layer_types": ALTERNATING, "query_pre_attn_scalar": 8,
-            "attn_logit_softcapping": 1.0,
+            "attn_logit_softcapping": 1.0, "attn_implementation": "eager",
         },
     ),
     "window, two rotaries": ("gemma3_text", HEADS | {"sliding_window": 4, "layer_types": ALTERNATING}),
