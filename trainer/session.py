@@ -1,6 +1,6 @@
 """`Session`: data, engine, backbone, method and optimizer of a run, built in dependency order."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -147,15 +147,19 @@ def _prepare(data: DataOptions, task: Task) -> tuple[TokenDataset, TokenDataset 
 
 
 def open_session(
-    config: Config, world: World, initial_adapters: Mapping[str, InitialAdapter] | None = None
+    config: Config,
+    world: World,
+    initial_adapters: Mapping[str, InitialAdapter] | None = None,
+    left_out: Sequence[str] | None = None,
 ) -> Session:
     """Load data and backbone, shard it, attach the method's adapters. Collective.
 
-    `initial_adapters`: of the resumed run, where its method uses spectral initialisation.
+    `initial_adapters`, `left_out`: of a checkpoint's run; the first where its method uses spectral
+    initialisation, the second as for `trainer.model.build.build`.
     """
     tokenizer, task, train_data, eval_data = open_data(config, world)
     with world.all_or_none():  # fails before any weight is loaded
-        built = check_backbone(config, task, world.device)
+        built = check_backbone(config, task, world.device, left_out)
         left_out = leave_out(config, train_data)
         refuse_longer(built.model, config.data, train_data, eval_data)
     engine = make_engine(config, world, task)
@@ -165,7 +169,7 @@ def open_session(
         assert isinstance(method, SpectralMethod)
         spectra = cache_root(config.data) / "spectra"
         spectral_init = SpectralInit(method, world, spectra, initial_adapters)
-    backbone = load_backbone(config, task, engine, world, spectral_init)
+    backbone = load_backbone(config, task, engine, world, spectral_init, built.unreached)
     if spectral_init is not None:
         initial_adapters = spectral_init.initial_adapters
     method.attach(backbone.units, backbone.adapted_layers, world.device, initial_adapters)

@@ -30,7 +30,8 @@ class TrainedModule(nn.Module):
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """Matrices without adapters, by their paths within a block, and the reason."""
+    """Matrices without adapters, by their paths (`*`: any block) or those within a block, and the
+    reason."""
 
     paths: Sequence[str]
     reason: str
@@ -55,6 +56,8 @@ class BuiltModel:
     left_alone: Sequence[LeftAlone] = ()
     """Matrices that get no adapter although `all-linear` names them, or that keep their own layer
     and stay unquantised."""
+    unreached: Sequence[str] = ()
+    """Linear layers whose output does not reach the loss; they get no adapters."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameters and persistent buffers as transformers names them, before layers were replaced;
     parameters on meta."""

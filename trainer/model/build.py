@@ -1,5 +1,6 @@
 """Build a model on the meta device and replace its linear layers by adapted layers."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from adapters.layers.expert_modules import AdaptedExperts
 from adapters.layers.linear import AdaptedLinear
-from adapters.units import is_conv1d, is_linear, make_units
+from adapters.units import is_conv1d, is_linear, linear_names, make_units
 from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
@@ -19,6 +20,7 @@ from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing
+from trainer.model.reach import summarised, unreached
 from trainer.model.targets import choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
@@ -28,9 +30,12 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
-def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
-    """The model on the meta device, without weights. Raises UserError where model, task and method
-    do not fit together."""
+def build(
+    config: Config, task: Task, device: torch.device, left_out: Sequence[str] | None = None
+) -> BuiltModel:
+    """The model on the meta device, without weights. `left_out`: layers whose output does not reach
+    the loss, as a checkpoint's run found them; else they are looked for. Raises UserError where
+    model, task and method do not fit together."""
     options = config.model
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     model_config = load_model_config(folder, options)
@@ -77,11 +82,17 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     unquantized = [*head, *trained, *beside_experts]
     read -= {*trained, *beside_experts}
     excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
-    targets = choose_targets(model, config.method, excluded, read)
+    names = linear_names(model, [*excluded, *read])
+    if left_out is None:
+        left_out = sorted(unreached(model, task, names, config.data.max_length))
+    targets = choose_targets(model, config.method, excluded, read, left_out)
     alone = _left_alone(
         model, targets.too_small, read, beside_experts,
         everything=config.method.targets == "all-linear",
     )  # fmt: skip
+    if targets.unreached:
+        paths = tuple(summarised(names, targets.unreached))
+        alone.append(LeftAlone(paths, "their output does not reach the loss of a text"))
     adapted_layers = install_adapted_layers(
         model, options.quantization, targets.chosen, unquantized, read
     )
@@ -95,6 +106,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
         heads=heads,
         attention=attention.reason,
         left_alone=alone,
+        left_out=left_out,
         tensors=tensors,
         initial=initial,
     )
