@@ -18,6 +18,7 @@ from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing
+from trainer.model.peft_names import check_peft_loads
 from trainer.model.targets import choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
@@ -72,6 +73,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     read -= {*trained, *beside_experts}
     excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
     targets = choose_targets(model, config.method, excluded, read)
+    check_peft_loads(model, targets.chosen)
     alone = _left_alone(
         model, targets.too_small, read, beside_experts,
         everything=config.method.targets == "all-linear",
