@@ -12,7 +12,7 @@ from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
-from trainer.model.backbone import BuiltModel, LeftAlone, input_embedding, set_module
+from trainer.model.backbone import BuiltModel, LeftAlone, set_module, vocabulary
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
@@ -111,11 +111,8 @@ def _left_alone(
 def _check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", options: ModelOptions
 ) -> None:
-    table = input_embedding(model)
-    if table is None:
-        return
-    size = table.shape[0]
-    if len(tokenizer) > size:
+    size = vocabulary(model)
+    if size is not None and len(tokenizer) > size:
         raise UserError(
             f"model.tokenizer: {options.tokenizer or options.id} has {len(tokenizer)} tokens; "
             f"accepted: at most {size}, the size of the model's embedding"

@@ -40,7 +40,7 @@ def install_adapted_layers(
             adapted_layers[path] = layer
     if quantization != "none":
         _refuse_half_quantised(model, quantization)
-        _refuse_other_matrices(model, quantization, unquantized)
+        _refuse_other_matrices(model, quantization, [*unquantized, *read])
     return adapted_layers
 
 
@@ -58,7 +58,8 @@ def other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _refuse_other_matrices(model: nn.Module, quantization: str, unquantized: Sequence[str]) -> None:
-    """Raises UserError rather than leave some matrices of the blocks unquantised."""
+    """Raises UserError rather than leave some matrices of the blocks unquantised, other than those
+    of `unquantized` modules."""
     for where, parameter in other_matrices(model):
         if where.rpartition(".")[0] not in unquantized:
             raise UserError(
