@@ -18,8 +18,7 @@ from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing
-from trainer.model.peft_names import check_peft_loads
-from trainer.model.targets import choose_targets, output_head, within_blocks
+from trainer.model.targets import Targets, choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
 
@@ -73,9 +72,8 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     read -= {*trained, *beside_experts}
     excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
     targets = choose_targets(model, config.method, excluded, read)
-    check_peft_loads(model, targets.chosen)
     alone = _left_alone(
-        model, targets.too_small, read, beside_experts,
+        model, targets, read, beside_experts,
         everything=config.method.targets == "all-linear",
     )  # fmt: skip
     adapted_layers = install_adapted_layers(
@@ -88,7 +86,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
 
 
 def _left_alone(
-    model: nn.Module, too_small: list[str], read: set[str], gates: list[str], *, everything: bool
+    model: nn.Module, targets: Targets, read: set[str], gates: list[str], *, everything: bool
 ) -> list[LeftAlone]:
     """What gets no adapter (where `everything` was to get one) or keeps its own forward."""
     linear = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and p not in read]
@@ -99,7 +97,8 @@ def _left_alone(
     ]
     if everything:
         kinds += [
-            ("smaller than the rank", too_small),
+            ("smaller than the rank", targets.too_small),
+            ("PEFT would take their adapters for those of other modules", targets.lost),
             ("a router or gate of experts", [p for p in gates if p in linear]),
             ("unsupported layout of experts", left_alone(model)),
         ]

@@ -45,12 +45,17 @@ def modules_to_save(model: "PreTrainedModel", heads: Iterable[str]) -> list[str]
     )
 
 
-def check_peft_loads(model: "PreTrainedModel", targets: Iterable[str]) -> None:
-    """Raises UserError naming a linear layer whose adapter PEFT would not find."""
+def lost_by_peft(model: "PreTrainedModel", targets: Iterable[str]) -> dict[str, str]:
+    """The linear layers whose adapters PEFT would take for others', by path, and what is wrong."""
     key = PeftKeys(model)
+    lost = {}
     for path in targets:
         if stem(path) == path:  # experts are named by their stack
-            key(path)
+            try:
+                key(path)
+            except UserError as error:
+                lost[path] = str(error)
+    return lost
 
 
 class PeftKeys:

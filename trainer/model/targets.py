@@ -12,6 +12,7 @@ from adapters.unit import Unit, stem
 from adapters.units import linear_names, make_units, select_targets, transformer_blocks
 from trainer.errors import UserError
 from trainer.model.matrices import refuse_tied
+from trainer.model.peft_names import lost_by_peft
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -26,14 +27,16 @@ class Targets:
 
     chosen: list[str]
     too_small: list[str]
+    lost: list[str]
+    """PEFT would not find their adapters."""
 
 
 def choose_targets(
     model: nn.Module, method: MethodOptions, excluded: Sequence[str], read: set[str]
 ) -> Targets:
     """Choose among the linear layers that are not at or below a path in `excluded`. `read`: layers
-    whose weight the model reads itself. `all-linear` leaves those out, and matrices too small for
-    the method; where they are named, raises UserError."""
+    whose weight the model reads itself. `all-linear` leaves those out, matrices too small for the
+    method, and those whose adapters PEFT would not find; where they are named, raises UserError."""
     try:
         targets = select_targets(linear_names(model, excluded), method.targets)
     except ValueError as error:
@@ -45,7 +48,10 @@ def choose_targets(
             f"method.targets: {dead[0]}: {type(model).__name__} reads its weight itself instead of "
             "calling the layer, so an adapter would have no effect; accepted: other layers"
         )
-    targets = [name for name in targets if name not in read]
+    lost = lost_by_peft(model, targets)
+    if lost and not everything:
+        raise UserError(next(iter(lost.values())))
+    targets = [name for name in targets if name not in read and name not in lost]
     small = _too_small(make_units(model, targets), method) if everything else set()
     if len(small) < len(targets):  # else the method says what does not fit
         targets = [name for name in targets if name not in small]
@@ -60,7 +66,7 @@ def choose_targets(
         raise UserError(str(error)) from error
     if METHODS[method.kind].splits_weight:
         refuse_tied(model, method, targets)
-    return Targets(targets, sorted(small))
+    return Targets(targets, sorted(small), sorted(lost))
 
 
 def _too_small(units: Sequence[Unit], method: MethodOptions) -> set[str]:
