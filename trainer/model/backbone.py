@@ -102,11 +102,14 @@ def set_module(model: nn.Module, path: str, module: nn.Module | None) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def input_embedding(model: "PreTrainedModel") -> Tensor | None:
-    """The table of token embeddings; None in a model without one (characters are hashed)."""
+def vocabulary(model: "PreTrainedModel") -> int | None:
+    """The number of tokens that the model can embed; None where it has no table of them (characters
+    are hashed)."""
     try:
-        table = model.get_input_embeddings().weight
+        table = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:
         return None
-    assert isinstance(table, Tensor)
-    return table
+    if isinstance(table, Tensor):
+        return table.shape[0]
+    size = getattr(model.config, "vocab_size", None)  # Perceiver's inputs are its latents
+    return size if isinstance(size, int) else None

@@ -14,14 +14,14 @@ from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
 from trainer.model.attention import OURS, choose_attention
-from trainer.model.backbone import BuiltModel, LeftAlone, input_embedding, set_module
+from trainer.model.backbone import BuiltModel, LeftAlone, set_module, vocabulary
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing
 from trainer.model.reach import summarised, unreached
-from trainer.model.targets import choose_targets, output_head, within_blocks
+from trainer.model.targets import Targets, choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
 
@@ -87,7 +87,7 @@ def build(
         left_out = sorted(unreached(model, task, names, config.data.max_length))
     targets = choose_targets(model, config.method, excluded, read, left_out)
     alone = _left_alone(
-        model, targets.too_small, read, beside_experts,
+        model, targets, read, beside_experts,
         everything=config.method.targets == "all-linear",
     )  # fmt: skip
     if targets.unreached:
@@ -106,14 +106,14 @@ def build(
         heads=heads,
         attention=attention.reason,
         left_alone=alone,
-        left_out=left_out,
+        unreached=left_out,
         tensors=tensors,
         initial=initial,
     )
 
 
 def _left_alone(
-    model: nn.Module, too_small: list[str], read: set[str], gates: list[str], *, everything: bool
+    model: nn.Module, targets: Targets, read: set[str], gates: list[str], *, everything: bool
 ) -> list[LeftAlone]:
     """What gets no adapter (where `everything` was to get one) or keeps its own forward."""
     linear = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and p not in read]
@@ -124,7 +124,8 @@ def _left_alone(
     ]
     if everything:
         kinds += [
-            ("smaller than the rank", too_small),
+            ("smaller than the rank", targets.too_small),
+            ("PEFT would take their adapters for those of other modules", targets.lost),
             ("a router or gate of experts", [p for p in gates if p in linear]),
             ("unsupported layout of experts", left_alone(model)),
         ]
@@ -136,11 +137,8 @@ def _left_alone(
 def _check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", options: ModelOptions
 ) -> None:
-    table = input_embedding(model)
-    if table is None:
-        return
-    size = table.shape[0]
-    if len(tokenizer) > size:
+    size = vocabulary(model)
+    if size is not None and len(tokenizer) > size:
         raise UserError(
             f"model.tokenizer: {options.tokenizer or options.id} has {len(tokenizer)} tokens; "
             f"accepted: at most {size}, the size of the model's embedding"

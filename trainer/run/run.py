@@ -32,6 +32,7 @@ from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading
 from trainer.model.build import build
 from trainer.model.footprint import estimate, trainable_parameters
+from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.records.jsonl import read_metrics
 from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
@@ -331,6 +332,9 @@ def _export(session: Session, folder: Path) -> str:
                 session.backbone.adapted_layers[unit.name] for unit in session.backbone.units
             ),
             layouts=chosen_layouts(session.backbone.model),
+            former_experts=former_experts(session.backbone.model),
+            key=PeftKeys(session.backbone.model),
+            modules_to_save=modules_to_save(session.backbone.model, heads),
             note=note,
         )
     return note

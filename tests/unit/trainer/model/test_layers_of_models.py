@@ -151,14 +151,6 @@ def test_what_is_left_out_is_said_and_stays_unquantised(tmp_path, capsys):
     assert note in dry_run(config, World())
     with pytest.raises(UserError, match=r"method\.targets: .*dt_proj: MambaForCausalLM reads"):
         dry_run(config_of(tmp_path, folder, "method.targets=[in_proj,dt_proj]"), World())
-    with pytest.raises(UserError, match=r"model\.quantization: 'nf4' given, but .*x_proj"):
-        dry_run(
-            config_of(
-                tmp_path, folder, "model.quantization=nf4", "model.weights=random",
-                'model.overrides={"intermediate_size": 65536}',
-            ),
-            World(),
-        )  # fmt: skip
 
 
 def test_auxiliary_matrices_smaller_than_the_rank_are_left_out(tmp_path):
