@@ -50,7 +50,8 @@ def counts_by_itself(model: "PreTrainedModel") -> str | None:
     if takes_positions(model):
         return None
     # Tables as wide as a head rotate queries and keys, in which only distances count (RoFormer).
-    width = model.get_input_embeddings().weight.shape[1]
+    embeddings: Any = model.get_input_embeddings()
+    width = embeddings.weight.shape[1]
     widths = {width, getattr(model.config.get_text_config(), "hidden_size", width)}
     growing = [_Table(path, None, 0, table.embedding_dim) for path, table in _growing(model)]
     return next((t.path for t in (*_of_texts(model), *growing) if t.width in widths), None)
