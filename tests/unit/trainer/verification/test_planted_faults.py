@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from adapters.formats.formats import FORMATS
 from adapters.gated import GatedAdapter
 from adapters.layers.linear import AdaptedLinear
+from tests.architectures import Case, check_loss, check_train, outcome
 from tests.helpers import quick_config, save_mixture, save_random_model
 from trainer.data.dataset import TokenDataset
 from trainer.distributed.world import World
@@ -95,6 +96,22 @@ def test_a_model_that_attends_to_what_it_predicts(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", everything)
     said = fault(opened(tmp_path))
     assert "task.kind: causal_lm given" in said and "attends to the tokens" in said
+
+
+@pytest.mark.parametrize(
+    "part, name",
+    [("causal", "prophetnet"), ("classification", "fnet"), ("classification", "xlnet")],
+)
+def test_padding_that_changes_results_in_transformers_too(tmp_path, part, name):
+    """n-gram streams, a Fourier transform, pooling at the row's end: refused, and trained without
+    padding."""
+    case = Case(name, part, tmp_path)
+    assert (
+        "accepted: 1, which needs no padding"
+        in outcome(lambda: run(case.config("a"), World()))["message"]
+    )
+    check_train(case)
+    check_loss(case)
 
 
 def test_padding_that_is_attended_to(tmp_path, monkeypatch):

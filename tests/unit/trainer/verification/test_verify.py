@@ -42,7 +42,7 @@ def test_sound_models_pass_packed(tmp_path, model_type, dtype):
     said = verify_session(
         open_session(quick_config(tmp_path, "run.verify=auto", *overrides), World())
     )
-    assert re.search(r"64 and 42 tokens packed against \w+ForCausalLM of transf", said)
+    assert re.search(r"64 and 42 tokens packed and padded against \w+ForCausalLM of transf", said)
 
 
 @pytest.mark.parametrize(
