@@ -267,7 +267,7 @@ def test_a_doubled_begin_token(tmp_path, monkeypatch):
         return example
 
     monkeypatch.setattr(TokenDataset, "__getitem__", doubled)
-    said = fault(opened(tmp_path))
+    said = fault(opened(tmp_path, "data.add_bos=true"))
     assert said.startswith("data.train: record 1: the begin token '<s>' stands twice in a row")
 
 
