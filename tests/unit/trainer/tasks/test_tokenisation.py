@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import SHARED
 from tests.hostile import fuzz
 from tests.unit.trainer.tasks.tokenizers_of_all_kinds import (
     BYTES,
@@ -28,8 +27,6 @@ REAL = ("books-llama", "stories260K")
 
 @functools.cache
 def made(kind: str) -> Any:
-    if kind in REAL and not (SHARED / "models").is_dir():
-        pytest.skip("../shared/models is not here")
     return KINDS[kind]()
 
 
