@@ -22,8 +22,6 @@ from trainer.tasks.base import Record
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.tasks.tokenisation import special_tokens, tokenise
 
-REAL = ("books-llama", "stories260K")
-
 
 @functools.cache
 def made(kind: str) -> Any:
