@@ -105,7 +105,7 @@ def _logits(model: Any, batch: Batch) -> Tensor:
     if batch.documents is None:
         return model(**inputs, use_cache=False).logits
     if takes_positions(model):
-        inputs["position_ids"] = handed(model, positions, inputs["input_ids"])
+        inputs["position_ids"] = handed(model, inputs["position_ids"], inputs["input_ids"])
     else:  # e.g. ALiBi, which depends on distances only
         del inputs["position_ids"]
     with kept_apart(batch.documents):
