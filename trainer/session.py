@@ -149,16 +149,16 @@ def open_session(
     config: Config,
     world: World,
     initial_adapters: Mapping[str, InitialAdapter] | None = None,
-    left_out: Sequence[str] | None = None,
+    unreached: Sequence[str] | None = None,
 ) -> Session:
     """Load data and backbone, shard it, attach the method's adapters. Collective.
 
-    `initial_adapters`, `left_out`: of a checkpoint's run; the first where its method uses spectral
+    `initial_adapters`, `unreached`: of a checkpoint's run; the first where its method uses spectral
     initialisation, the second as for `trainer.model.build.build`.
     """
     tokenizer, task, train_data, eval_data = open_data(config, world)
     with world.all_or_none():  # fails before any weight is loaded
-        built = check_backbone(config, task, world.device, left_out)
+        built = check_backbone(config, task, world.device, unreached)
         left_out = leave_out(config, train_data)
         refuse_longer(built.model, config.data, train_data, eval_data)
     engine = make_engine(config, world, task)

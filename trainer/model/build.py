@@ -20,7 +20,7 @@ from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing
-from trainer.model.reach import summarised, unreached
+from trainer.model.reach import find_unreached, summarised
 from trainer.model.targets import Targets, choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 
 def build(
-    config: Config, task: Task, device: torch.device, left_out: Sequence[str] | None = None
+    config: Config, task: Task, device: torch.device, unreached: Sequence[str] | None = None
 ) -> BuiltModel:
-    """The model on the meta device, without weights. `left_out`: layers whose output does not reach
-    the loss, as a checkpoint's run found them; else they are looked for. Raises UserError where
-    model, task and method do not fit together."""
+    """The model on the meta device, without weights. `unreached`: layers whose output does not
+    reach the loss, as a checkpoint's run found them; else they are looked for. Raises UserError
+    where model, task and method do not fit together."""
     options = config.model
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     model_config = load_model_config(folder, options)
@@ -83,9 +83,9 @@ def build(
     read -= {*trained, *beside_experts}
     excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
     names = linear_names(model, [*excluded, *read])
-    if left_out is None:
-        left_out = sorted(unreached(model, task, names, config.data.max_length))
-    targets = choose_targets(model, config.method, excluded, read, left_out)
+    if unreached is None:
+        unreached = sorted(find_unreached(model, task, names, config.data.max_length))
+    targets = choose_targets(model, config.method, excluded, read, unreached)
     alone = _left_alone(
         model, targets, read, beside_experts,
         everything=config.method.targets == "all-linear",
@@ -106,7 +106,7 @@ def build(
         heads=heads,
         attention=attention.reason,
         left_alone=alone,
-        unreached=left_out,
+        unreached=unreached,
         tensors=tensors,
         initial=initial,
     )

@@ -34,7 +34,7 @@ class Targets:
 
 
 def choose_targets(
-    model: nn.Module,
+    model: "PreTrainedModel",
     method: MethodOptions,
     excluded: Sequence[str],
     read: set[str],

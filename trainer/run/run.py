@@ -60,13 +60,13 @@ def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
 def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> None:
     start = _choose_start(config, world, folder)
     with world.all_or_none():
-        initial_adapters = left_out = None
+        initial_adapters = unreached = None
         if start.checkpoint is not None:
             initial_adapters = read_initial_adapters(start.checkpoint, start.state)
-            left_out = start.state.get("unreached", [])
+            unreached = start.state.get("unreached", [])
         if world.is_main:
             folder.begin()
-    session = open_session(config, world, initial_adapters, left_out)
+    session = open_session(config, world, initial_adapters, unreached)
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
