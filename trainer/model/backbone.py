@@ -51,6 +51,8 @@ class BuiltModel:
     """Adapted layers by name; those of `units` take adapters."""
     heads: Mapping[str, nn.Module]
     """The task's new modules and trained routers, by path; fully trained."""
+    attention: str
+    """How it attends, for the log."""
     left_alone: Sequence[LeftAlone] = ()
     """Matrices that get no adapter although `all-linear` names them, or that keep their own layer
     and stay unquantised."""
@@ -100,11 +102,14 @@ def set_module(model: nn.Module, path: str, module: nn.Module | None) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def input_embedding(model: "PreTrainedModel") -> Tensor | None:
-    """The table of token embeddings; None in a model without one (characters are hashed)."""
+def vocabulary(model: "PreTrainedModel") -> int | None:
+    """The number of tokens that the model can embed; None where it has no table of them (characters
+    are hashed)."""
     try:
-        table = model.get_input_embeddings().weight
+        table = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:
         return None
-    assert isinstance(table, Tensor)
-    return table
+    if isinstance(table, Tensor):
+        return table.shape[0]
+    size = getattr(model.config, "vocab_size", None)  # Perceiver's inputs are its latents
+    return size if isinstance(size, int) else None

@@ -13,14 +13,15 @@ from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
-from trainer.model.backbone import BuiltModel, LeftAlone, input_embedding, set_module
+from trainer.model.attention import OURS, choose_attention
+from trainer.model.backbone import BuiltModel, LeftAlone, set_module, vocabulary
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing
-from trainer.model.reach import summarised, unreached
-from trainer.model.targets import choose_targets, output_head, within_blocks
+from trainer.model.reach import find_unreached, summarised
+from trainer.model.targets import Targets, choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
 
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 
 
 def build(
-    config: Config, task: Task, device: torch.device, without_effect: Sequence[str] | None = None
+    config: Config, task: Task, device: torch.device, unreached: Sequence[str] | None = None
 ) -> BuiltModel:
-    """The model on the meta device, without weights. `without_effect`: layers whose output does not
+    """The model on the meta device, without weights. `unreached`: layers whose output does not
     reach the loss, as a checkpoint's run found them; else they are looked for. Raises UserError
     where model, task and method do not fit together."""
     options = config.model
@@ -46,7 +47,7 @@ def build(
                 model_config,
                 dtype=dtype,
                 # Always given: config.json may name code on the hub here, or in `auto_map`.
-                attn_implementation=None if options.attention == "auto" else options.attention,
+                attn_implementation=None if options.attention in OURS else options.attention,
                 trust_remote_code=False,
             )
             initial = initial_values(model)
@@ -61,6 +62,11 @@ def build(
     read = layers_read(model)
     if config.data.packing:
         check_packing(model)
+    attention = choose_attention(
+        model, options.attention, packing=config.data.packing, device=device, dtype=dtype
+    )
+    if attention.name is not None:
+        model.set_attn_implementation(attention.name)
     for path, module in list(model.named_modules()):
         if AdaptedExperts.fits(module):
             set_module(model, path, AdaptedExperts(module))
@@ -77,11 +83,11 @@ def build(
     read -= {*trained, *beside_experts}
     excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
     names = linear_names(model, [*excluded, *read])
-    if without_effect is None:
-        without_effect = sorted(unreached(model, task, names, config.data.max_length))
-    targets = choose_targets(model, config.method, excluded, read, without_effect)
+    if unreached is None:
+        unreached = sorted(find_unreached(model, task, names, config.data.max_length))
+    targets = choose_targets(model, config.method, excluded, read, unreached)
     alone = _left_alone(
-        model, targets.too_small, read, beside_experts,
+        model, targets, read, beside_experts,
         everything=config.method.targets == "all-linear",
     )  # fmt: skip
     if targets.unreached:
@@ -92,14 +98,22 @@ def build(
     )
     keep_float32(model, dtype)
     heads = {path: model.get_submodule(path) for path in trained}
-    units = make_units(model, targets.chosen)
     return BuiltModel(
-        model, dtype, units, adapted_layers, heads, alone, without_effect, tensors, initial
+        model=model,
+        dtype=dtype,
+        units=make_units(model, targets.chosen),
+        adapted_layers=adapted_layers,
+        heads=heads,
+        attention=attention.reason,
+        left_alone=alone,
+        unreached=unreached,
+        tensors=tensors,
+        initial=initial,
     )
 
 
 def _left_alone(
-    model: nn.Module, too_small: list[str], read: set[str], gates: list[str], *, everything: bool
+    model: nn.Module, targets: Targets, read: set[str], gates: list[str], *, everything: bool
 ) -> list[LeftAlone]:
     """What gets no adapter (where `everything` was to get one) or keeps its own forward."""
     linear = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and p not in read]
@@ -110,7 +124,8 @@ def _left_alone(
     ]
     if everything:
         kinds += [
-            ("smaller than the rank", too_small),
+            ("smaller than the rank", targets.too_small),
+            ("PEFT would take their adapters for those of other modules", targets.lost),
             ("a router or gate of experts", [p for p in gates if p in linear]),
             ("unsupported layout of experts", left_alone(model)),
         ]
@@ -122,11 +137,8 @@ def _left_alone(
 def _check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", options: ModelOptions
 ) -> None:
-    table = input_embedding(model)
-    if table is None:
-        return
-    size = table.shape[0]
-    if len(tokenizer) > size:
+    size = vocabulary(model)
+    if size is not None and len(tokenizer) > size:
         raise UserError(
             f"model.tokenizer: {options.tokenizer or options.id} has {len(tokenizer)} tokens; "
             f"accepted: at most {size}, the size of the model's embedding"

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from adapters.layers.base import PackedLayer
-from trainer.model.positions import longest_text
 from trainer.model.shape_mode import ShapeMode
 from trainer.tasks.base import Batch, Example, Task
+from trainer.tasks.positions import longest_text
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -36,7 +36,7 @@ _RUNS_ON_META = (None, "eager", "sdpa")
 _OWN = ("adapters", "trainer", "torch")
 
 
-def unreached(
+def find_unreached(
     model: "PreTrainedModel", task: Task, names: Collection[str], max_length: int
 ) -> set[str]:
     """Those of `names` (`adapters.units.linear_names`) whose layer's output does not reach the loss

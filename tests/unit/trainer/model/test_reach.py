@@ -31,7 +31,7 @@ from trainer.model import build as building
 from trainer.model.backbone import BuiltModel
 from trainer.model.build import build
 from trainer.model.hub import load_tokenizer
-from trainer.model.reach import summarised, unreached
+from trainer.model.reach import find_unreached, summarised
 from trainer.model.shape_mode import ShapeMode
 from trainer.run.run import run
 from trainer.tasks.causal_lm import CausalLM
@@ -236,24 +236,24 @@ def toys(**changes) -> tuple[Toy, ToyTask, list[str]]:
 
 def test_every_use_of_an_output_is_told_apart():
     model, task, names = toys()
-    assert unreached(model, task, names, 1024) == {"unused", "chosen", "again"}
-    assert unreached(model, task, names, 32) == {"unused", "chosen", "again", "overrun"}
+    assert find_unreached(model, task, names, 1024) == {"unused", "chosen", "again"}
+    assert find_unreached(model, task, names, 32) == {"unused", "chosen", "again", "overrun"}
 
 
 def test_layers_that_a_function_of_the_model_computes_again_count_as_reached():
     model, task, names = toys(again_used=True)
-    assert unreached(model, task, names, 1024) == {"unused"}
+    assert find_unreached(model, task, names, 1024) == {"unused"}
 
 
 def test_a_model_that_does_not_run_without_values_is_left_to_the_first_steps():
     model, task, names = toys(forward=lambda input_ids: model.embedding(input_ids).numpy())
-    assert unreached(model, task, names, 1024) == set()
+    assert find_unreached(model, task, names, 1024) == set()
 
 
 def test_the_model_and_the_random_state_are_as_before():
     model, task, names = toys()
     before, attributes = torch.get_rng_state(), {*vars(model)}
-    unreached(model, task, names, 32)
+    find_unreached(model, task, names, 32)
     assert torch.equal(torch.get_rng_state(), before)
     assert {*vars(model)} == attributes and model.seen == {}
     assert torch.equal(model.table, torch.zeros(3))
