@@ -154,7 +154,7 @@ def test_a_checkpoint_says_what_was_left_out(tmp_path, monkeypatch):
     """An earlier run, or one with another version of transformers, goes on with its own units."""
     config = config_of(tmp_path, "bart", CAUSAL, "run.steps=2", "checkpoint.every=1")
     with monkeypatch.context() as patch:
-        patch.setattr(building, "unreached", lambda *_: set())
+        patch.setattr(building, "find_unreached", lambda *_: set())
         run(config, World())
     saved = config.run_folder / "checkpoints/step-00000002"
     state = json.loads((saved / "state.json").read_text())
