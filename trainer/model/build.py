@@ -7,7 +7,7 @@ from torch import nn
 
 from adapters.layers.expert_modules import AdaptedExperts
 from adapters.layers.linear import AdaptedLinear
-from adapters.units import is_conv1d, is_linear, make_units
+from adapters.units import is_conv1d, is_linear, linear_names, make_units
 from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
@@ -18,6 +18,7 @@ from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing
+from trainer.model.peft_names import lost_by_peft
 from trainer.model.targets import Targets, choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
@@ -71,7 +72,8 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     unquantized = [*head, *trained, *beside_experts]
     read -= {*trained, *beside_experts}
     excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
-    targets = choose_targets(model, config.method, excluded, read)
+    lost = lost_by_peft(model, linear_names(model, excluded))
+    targets = choose_targets(model, config.method, excluded, read, lost)
     alone = _left_alone(
         model, targets, read, beside_experts,
         everything=config.method.targets == "all-linear",

@@ -1,7 +1,8 @@
 """Choose the matrices that take adapters, and say which are left out and why."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -12,7 +13,6 @@ from adapters.unit import Unit, stem
 from adapters.units import linear_names, make_units, select_targets, transformer_blocks
 from trainer.errors import UserError
 from trainer.model.matrices import refuse_tied
-from trainer.model.peft_names import lost_by_peft
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -32,11 +32,16 @@ class Targets:
 
 
 def choose_targets(
-    model: nn.Module, method: MethodOptions, excluded: Sequence[str], read: set[str]
+    model: nn.Module,
+    method: MethodOptions,
+    excluded: Sequence[str],
+    read: set[str],
+    lost: Mapping[str, str] = MappingProxyType({}),
 ) -> Targets:
     """Choose among the linear layers that are not at or below a path in `excluded`. `read`: layers
-    whose weight the model reads itself. `all-linear` leaves those out, matrices too small for the
-    method, and those whose adapters PEFT would not find; where they are named, raises UserError."""
+    whose weight the model reads itself; `lost`: those whose adapters PEFT would not find, and the
+    error that says so. `all-linear` leaves both out, and matrices too small for the method; where
+    they are named, raises UserError."""
     try:
         targets = select_targets(linear_names(model, excluded), method.targets)
     except ValueError as error:
@@ -48,9 +53,9 @@ def choose_targets(
             f"method.targets: {dead[0]}: {type(model).__name__} reads its weight itself instead of "
             "calling the layer, so an adapter would have no effect; accepted: other layers"
         )
-    lost = lost_by_peft(model, targets)
-    if lost and not everything:
-        raise UserError(next(iter(lost.values())))
+    not_found = [name for name in targets if name in lost]
+    if not_found and not everything:
+        raise UserError(lost[not_found[0]])
     targets = [name for name in targets if name not in read and name not in lost]
     small = _too_small(make_units(model, targets), method) if everything else set()
     if len(small) < len(targets):  # else the method says what does not fit
@@ -66,7 +71,7 @@ def choose_targets(
         raise UserError(str(error)) from error
     if METHODS[method.kind].splits_weight:
         refuse_tied(model, method, targets)
-    return Targets(targets, sorted(small), sorted(lost))
+    return Targets(targets, sorted(small), sorted(not_found))
 
 
 def _too_small(units: Sequence[Unit], method: MethodOptions) -> set[str]:
