@@ -30,7 +30,8 @@ class TrainedModule(nn.Module):
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """Matrices without adapters, by their paths within a block, and the reason."""
+    """Matrices without adapters, by their paths (`*`: any block) or those within a block, and the
+    reason."""
 
     paths: Sequence[str]
     reason: str
@@ -50,9 +51,13 @@ class BuiltModel:
     """Adapted layers by name; those of `units` take adapters."""
     heads: Mapping[str, nn.Module]
     """The task's new modules and trained routers, by path; fully trained."""
+    attention: str
+    """How it attends, for the log."""
     left_alone: Sequence[LeftAlone] = ()
     """Matrices that get no adapter although `all-linear` names them, or that keep their own layer
     and stay unquantised."""
+    unreached: Sequence[str] = ()
+    """Linear layers whose output does not reach the loss; they get no adapters."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameters and persistent buffers as transformers names them, before layers were replaced;
     parameters on meta."""

@@ -1,5 +1,6 @@
 """Build a model on the meta device and replace its linear layers by adapted layers."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +13,14 @@ from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
+from trainer.model.attention import OURS, choose_attention
 from trainer.model.backbone import BuiltModel, LeftAlone, set_module, vocabulary
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing
-from trainer.model.peft_names import lost_by_peft
+from trainer.model.reach import find_unreached, summarised
 from trainer.model.targets import Targets, choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
@@ -28,9 +30,12 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
-def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
-    """The model on the meta device, without weights. Raises UserError where model, task and method
-    do not fit together."""
+def build(
+    config: Config, task: Task, device: torch.device, unreached: Sequence[str] | None = None
+) -> BuiltModel:
+    """The model on the meta device, without weights. `unreached`: layers whose output does not
+    reach the loss, as a checkpoint's run found them; else they are looked for. Raises UserError
+    where model, task and method do not fit together."""
     options = config.model
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     model_config = load_model_config(folder, options)
@@ -42,7 +47,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
                 model_config,
                 dtype=dtype,
                 # Always given: config.json may name code on the hub here, or in `auto_map`.
-                attn_implementation=None if options.attention == "auto" else options.attention,
+                attn_implementation=None if options.attention in OURS else options.attention,
                 trust_remote_code=False,
             )
             initial = initial_values(model)
@@ -57,6 +62,11 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     read = layers_read(model)
     if config.data.packing:
         check_packing(model)
+    attention = choose_attention(
+        model, options.attention, packing=config.data.packing, device=device, dtype=dtype
+    )
+    if attention.name is not None:
+        model.set_attn_implementation(attention.name)
     for path, module in list(model.named_modules()):
         if AdaptedExperts.fits(module):
             set_module(model, path, AdaptedExperts(module))
@@ -72,19 +82,34 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     unquantized = [*head, *trained, *beside_experts]
     read -= {*trained, *beside_experts}
     excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
-    lost = lost_by_peft(model, linear_names(model, excluded))
-    targets = choose_targets(model, config.method, excluded, read, lost)
+    names = linear_names(model, [*excluded, *read])
+    if unreached is None:
+        unreached = sorted(find_unreached(model, task, names, config.data.max_length))
+    targets = choose_targets(model, config.method, excluded, read, unreached)
     alone = _left_alone(
         model, targets, read, beside_experts,
         everything=config.method.targets == "all-linear",
     )  # fmt: skip
+    if targets.unreached:
+        paths = tuple(summarised(names, targets.unreached))
+        alone.append(LeftAlone(paths, "their output does not reach the loss of a text"))
     adapted_layers = install_adapted_layers(
         model, options.quantization, targets.chosen, unquantized, read
     )
     keep_float32(model, dtype)
     heads = {path: model.get_submodule(path) for path in trained}
-    units = make_units(model, targets.chosen)
-    return BuiltModel(model, dtype, units, adapted_layers, heads, alone, tensors, initial)
+    return BuiltModel(
+        model=model,
+        dtype=dtype,
+        units=make_units(model, targets.chosen),
+        adapted_layers=adapted_layers,
+        heads=heads,
+        attention=attention.reason,
+        left_alone=alone,
+        unreached=unreached,
+        tensors=tensors,
+        initial=initial,
+    )
 
 
 def _left_alone(

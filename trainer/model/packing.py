@@ -18,19 +18,27 @@ from transformers.masking_utils import (
 from adapters.units import transformer_blocks
 from trainer.errors import UserError
 from trainer.tasks.base import Example, Task
+from trainer.tasks.positions import counts_by_itself
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
 
 def check_packing(model: "PreTrainedModel") -> None:
-    """Raises UserError where a kind of layer carries something across documents. Reads no
-    weights."""
+    """Raises UserError where a kind of layer carries something across documents, or where their
+    positions cannot restart. Reads no weights."""
     kinds = _carrying_layers(model)
     if kinds:
         raise UserError(
             f"data.packing: true given, but {type(model).__name__} has layers that carry state "
             f"across the documents of a row ({', '.join(kinds)}); accepted: false"
+        )
+    table = counts_by_itself(model)
+    if table is not None:
+        raise UserError(
+            f"data.packing: true given, but {type(model).__name__} counts the positions of "
+            f"{table} by itself, from the start of the row, and takes no position_ids; accepted: "
+            "false"
         )
 
 

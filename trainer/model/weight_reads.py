@@ -136,7 +136,7 @@ class _Live(ast.NodeVisitor):
         self.module = module
         self.reads: set[Path] = set()
         self.mentions: set[str] = set()
-        self._locals = _assigned(method.tree)
+        self._locals = dict(_assigned(method.tree))
         self._defaults = _defaults(method.tree)
         for statement in method.tree.body:
             self.visit(statement)
@@ -251,6 +251,7 @@ def _is_self(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == "self"
 
 
+@functools.cache
 def _assigned(function: _Function) -> dict[str, ast.expr | None]:
     """What each local variable is assigned, None for several values; a loop's variable is an
     element of what it runs over."""
@@ -284,6 +285,7 @@ def _run_over(target: ast.expr, over: ast.expr) -> Iterator[tuple[str, ast.expr]
                 yield from _run_over(one, argument)
 
 
+@functools.cache
 def _defaults(function: _Function) -> dict[str, Any]:
     """The arguments that default to None or False, but for masks, and are not assigned."""
     arguments = function.args

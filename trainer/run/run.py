@@ -60,12 +60,13 @@ def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
 def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> None:
     start = _choose_start(config, world, folder)
     with world.all_or_none():
-        initial_adapters = None
+        initial_adapters = unreached = None
         if start.checkpoint is not None:
             initial_adapters = read_initial_adapters(start.checkpoint, start.state)
+            unreached = start.state.get("unreached", [])
         if world.is_main:
             folder.begin()
-    session = open_session(config, world, initial_adapters)
+    session = open_session(config, world, initial_adapters, unreached)
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
@@ -223,6 +224,7 @@ def _introduction(session: Session, steps: int, notes: list[str]) -> list[str]:
         f"{config.model.quantization}, "
         f"{readable(engine.local_bytes(session.model))} per rank",
         _loading(session.backbone.loading),
+        f"attention {session.backbone.attention}",
         f"engine    {_engine(engine)}, {world.size} rank(s), {world.device}",
         f"method    {config.method.kind}, rank {config.method.rank}, "
         f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",

@@ -1,9 +1,8 @@
 """Next-token prediction, with the loss on the completion only (or on all tokens)."""
 
 import functools
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from trainer.tasks.causality import attends_ahead
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
 from trainer.tasks.documents import Documents, kept_apart
 from trainer.tasks.options import CausalLMOptions
+from trainer.tasks.positions import handed, takes_positions
 from trainer.tasks.tokenisation import special_tokens, surrounded, tokenise
 
 if TYPE_CHECKING:
@@ -71,16 +71,17 @@ class CausalLM(Task):
                 for token, is_learned in zip(example.input_ids, example.loss_mask, strict=True)
             ]
             ids.append(pad(row, width, self.pad_token_id))
-            positions.append(position + list(range(width - len(row))))  # padding: one more document
+            positions.append(pad(position, width, 0))  # each padding token: one more document
             targets.append(pad(target, width, IGNORED))
-        inputs = {"input_ids": torch.tensor(ids)}
+        inputs, documents = {"input_ids": torch.tensor(ids)}, None
         if any(len(packed) > 1 for packed in sequences):
             # Positions restart at 0 in every document, by which `loss` keeps them apart. Unpacked
             # rows need no mask: padding is on the right, and a causal model does not attend to it.
             inputs["position_ids"] = torch.tensor(positions)
+            documents = Documents.of(inputs["position_ids"])
         weight = 0 if empty else sum(example.weight for packed in sequences for example in packed)
         tokens = 0 if empty else sum(len(e.input_ids) for packed in sequences for e in packed)
-        return Batch(inputs, torch.tensor(targets), weight, tokens)
+        return Batch(inputs, torch.tensor(targets), weight, tokens, documents=documents)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, None]:
         targets = batch.targets[:, 1:]
@@ -98,18 +99,14 @@ class CausalLM(Task):
         return {"perplexity": math.exp(min(loss, 700.0))}
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+def _logits(model: Any, batch: Batch) -> Tensor:
     """The model's logits (rows, length, vocabulary), the documents of packed rows kept apart."""
     inputs = dict(batch.inputs)
-    positions = inputs.get("position_ids")
-    if positions is None:
+    if batch.documents is None:
         return model(**inputs, use_cache=False).logits
-    if not _takes_positions(type(model).forward):  # e.g. ALiBi, which depends on distances only
+    if takes_positions(model):
+        inputs["position_ids"] = handed(model, inputs["position_ids"], inputs["input_ids"])
+    else:  # e.g. ALiBi, which depends on distances only
         del inputs["position_ids"]
-    with kept_apart(Documents.of(positions)):
+    with kept_apart(batch.documents):
         return model(**inputs, use_cache=False).logits
-
-
-@functools.cache
-def _takes_positions(forward: Callable[..., Any]) -> bool:
-    return "position_ids" in inspect.signature(forward).parameters

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adapters.layers.base import PackedLayer
 from adapters.units import transformer_blocks
 from trainer.loading.source import Source
+from trainer.model.attention import OURS
 from trainer.model.backbone import TrainedModule
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.session import Session
@@ -144,7 +145,7 @@ def plain_model(session: Session) -> "PreTrainedModel":
         model = session.task.auto_class.from_config(
             config,
             dtype=session.backbone.dtype,
-            attn_implementation=None if options.attention == "auto" else options.attention,
+            attn_implementation=None if options.attention in OURS else options.attention,
             trust_remote_code=False,
         )
     # As after `from_pretrained`, buffers are computed in torch's default dtype, not the model's.
@@ -190,12 +191,7 @@ def plain_value(model: nn.Module, name: str, dtype: torch.dtype, *, keeps: bool)
     if not isinstance(layer, PackedLayer):
         return held.detach() if keeps and not trained else held.detach().to(dtype)
     value = layer.dequantised(dtype)
-    return value.mT if _turned(layer) else value
-
-
-def _turned(layer: PackedLayer) -> bool:
-    """Whether the plain model holds the matrices as (in, out)."""
-    return getattr(layer, "transposed", False) or getattr(layer, "stored_transposed", False)
+    return value.mT if layer.transposed else value  # the plain model holds (in, out)
 
 
 def submodule(model: nn.Module, path: str) -> tuple[nn.Module, bool]:
@@ -216,7 +212,7 @@ def _casting(model: "PreTrainedModel", blocks: Any, dtype: torch.dtype) -> Itera
     inner = {id(module) for block in blocks for module in block.modules()}
     head = model.get_output_embeddings()
     handles = [
-        module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+        module.register_forward_hook(lambda module, inputs, output: _cast(output, dtype))
         for module in model.modules()
         if isinstance(module, nn.Embedding) and id(module) not in inner
     ]
@@ -231,6 +227,13 @@ def _casting(model: "PreTrainedModel", blocks: Any, dtype: torch.dtype) -> Itera
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _cast(output: Any, dtype: torch.dtype) -> Any:
+    """An embedding's output in `dtype`; some return the positions that they looked up as well."""
+    if isinstance(output, tuple):
+        return tuple(_cast(part, dtype) for part in output)
+    return output.to(dtype) if output.is_floating_point() else output
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
