@@ -46,6 +46,10 @@ class BadCheckpoint(UserError):
     """A checkpoint that cannot be used; the message gives the reason."""
 
 
+class DamagedCheckpoint(BadCheckpoint):
+    """A checkpoint whose files are not those that were written: an older one can take its place."""
+
+
 class BadRecord(ValueError):
     """A record that cannot be used; the message is the reason."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from adapters import seeds
 from adapters.methods.base import InitialAdapter
 from trainer.checkpoint.compatibility import check_same_run
-from trainer.checkpoint.store import read_tensors
+from trainer.checkpoint.store import load
 from trainer.data.loader import Loader
 from trainer.errors import BadCheckpoint, refuse_mismatch
 from trainer.files import INITIAL
@@ -29,7 +29,9 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
     Not collective: a new optimizer, sharded or not, has no moments to gather.
     """
     check_same_run(session, checkpoint, state)
-    stored = read_tensors(checkpoint)
+    found, stored = load(checkpoint)
+    if found != state:
+        raise BadCheckpoint(f"{checkpoint}: was replaced meanwhile; accepted: try again")
     load_trained(session, checkpoint, stored)
     with refuse_mismatch(checkpoint):
         _check_tensors(session, checkpoint, stored, "optimizer/")

@@ -17,6 +17,7 @@ from trainer.checkpoint.store import (
     check_complete,
     complete,
     newest,
+    remove,
     write_manifest,
 )
 from trainer.data.loader import Loader
@@ -118,7 +119,7 @@ class CheckpointWriter:
                 partial.rename(final)
                 sync(self.folder)
                 for old in complete(self.folder)[: -self._options.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove(old)
         except BaseException:
             if world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)

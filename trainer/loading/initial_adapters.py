@@ -4,10 +4,11 @@ A run writes `initial.safetensors` and its SHA-256 once and then always loads it
 and vectors of clustered singular values would differ.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from adapters.gated import GatedAdapter
@@ -38,11 +39,12 @@ def load_initial_adapters(file: Path, digest: str) -> dict[str, InitialAdapter]:
         raise BadCheckpoint(
             f"{file} is missing: the initial tensors that the run's checkpoints build on"
         )
-    if sha256(file) != digest:
+    content = file.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
         raise BadCheckpoint(f"{file}: checksum differs from the one written: damaged")
     parts: dict[str, dict[str, Tensor]] = {}
     with refuse_mismatch(file):
-        for key, tensor in load_file(file).items():
+        for key, tensor in load(content).items():
             name, _, role = key.rpartition("/")
             parts.setdefault(name, {})[role] = tensor
         return {

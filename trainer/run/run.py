@@ -10,7 +10,7 @@ import torch
 
 from adapters import seeds
 from adapters.layers.expert_modules import swapped_stacks
-from adapters.peft_export import export_adapter
+from adapters.peft_export import NothingToExport, export_adapter
 from adapters.units import expert_counts, fan_in_fan_out
 from trainer.checkpoint.compatibility import changes, check_options
 from trainer.checkpoint.state import read_initial_adapters, restore
@@ -166,7 +166,8 @@ def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
     with world.all_or_none():
         if world.is_main:
             folder.take()
-            found = _Start(*find(config.run.resume, folder.checkpoints))
+            checkpoint, state, remarks = find(config.run.resume, folder.checkpoints, verify)
+            found = _Start(checkpoint, state or {}, remarks)
             if config.run.resume == "never" and (folder.path / METRICS).exists():
                 raise UserError(
                     f"run.resume: never given, but {folder.path} holds a run already; accepted: "
@@ -273,9 +274,13 @@ def _finish(session: Session, folder: Path, steps: int) -> None:
     adapter = folder / ADAPTER
     unfinished = folder / ".adapter.partial"
     shutil.rmtree(unfinished, ignore_errors=True)
-    note = _export(session, unfinished)
+    try:
+        note, where = _export(session, unfinished), str(adapter)
+    except NothingToExport as error:
+        note, where = "", f"none: {error}"
     shutil.rmtree(adapter, ignore_errors=True)
-    unfinished.rename(adapter)
+    if unfinished.exists():
+        unfinished.rename(adapter)
     figure = draw_loss([folder], folder / FIGURES / "loss")
     lines = read_metrics(folder / METRICS)
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
@@ -291,7 +296,7 @@ def _finish(session: Session, folder: Path, steps: int) -> None:
         _readme(session.config, summary.removeprefix("done").strip(), note), encoding="utf-8"
     )
     if session.config.log.progress != "none":
-        print(f"{summary}\nadapter   {adapter}\nfigure    {figure}", flush=True)
+        print(f"{summary}\nadapter   {where}\nfigure    {figure}", flush=True)
 
 
 def _export(session: Session, folder: Path) -> str:

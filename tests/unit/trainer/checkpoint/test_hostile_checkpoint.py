@@ -68,8 +68,8 @@ class Saved:
 
     def resume(self, bad: Path) -> Progress:
         """As a run does it, and an export."""
-        found, state, _ = store.find(str(bad), self.folder)
-        assert found is not None
+        found, state, _ = store.find(str(bad), self.folder, store.verify)
+        assert found is not None and state is not None
         check_options(self.config, found, state)
         read_initial_adapters(found, state)
         changes(state, self.config.model_dump(mode="json"))

@@ -18,6 +18,7 @@ from adapters.unit import Unit
 from tests.helpers import ROOT, losses, quick_config, save_random_model
 from tests.world.cases import ok, run_cases
 from tests.world.worker import cut_run, drive, train_only, validation
+from trainer.checkpoint.saved import read_saved
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.export.export import export_run
@@ -294,7 +295,7 @@ def attempts(config: Config, checkpoint, out):
     """Whatever needs the initial tensors."""
     return {
         "resume": lambda: train_only(World(), config.model_dump()),
-        "evaluate": lambda: evaluate_saved(config, World(), checkpoint),
+        "evaluate": lambda: evaluate_saved(config, World(), read_saved(checkpoint)),
         "adapter": lambda: export_run(checkpoint, out, World()),
         "merged": lambda: export_run(checkpoint, out, World(), what="merged"),
     }
@@ -371,7 +372,7 @@ def test_a_run_that_goes_on_from_another_one_is_whole_by_itself(split, tmp_path)
     last = other.run_folder / "checkpoints/step-00000006"
     assert json.loads((last / "state.json").read_text())["initial"] == digest
     found = [json.loads(x) for x in (other.run_folder / "metrics.jsonl").read_text().splitlines()]
-    scores = evaluate_saved(other, World(), last)
+    scores = evaluate_saved(other, World(), read_saved(last))
     assert scores["eval_loss"] == pytest.approx(found[-1]["eval_loss"], rel=1e-6)
 
 
