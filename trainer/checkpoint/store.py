@@ -11,6 +11,7 @@ Tensors are safetensors and the rest is JSON: loading executes no code.
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from adapters.options import Section
+from trainer import __version__
 from trainer.config.aliases import rename_keys
 from trainer.config.validation import validate
 from trainer.config.yaml import parse_json
@@ -47,6 +49,7 @@ class _State(Section):
     """Schema of state.json, written by `CheckpointWriter`."""
 
     format: int
+    version: str = ""
     step: int = Field(ge=0, lt=_MOST)
     progress: Counts
     loader: Counts
@@ -107,6 +110,7 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor] | None) -> dict[str, Any]
     content = b""
     try:
         manifest = parse_json((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        manifest = _files(checkpoint, manifest)
         held = {file.name for file in checkpoint.glob("*.safetensors")}
         for name in sorted({"state.json", *held} - manifest.keys()):
             raise DamagedCheckpoint(f"{checkpoint}: {name} is not in its manifest.json")
@@ -140,6 +144,22 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor] | None) -> dict[str, Any]
     return _parse_state(checkpoint, content)
 
 
+def _files(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Size and SHA-256 by file. Raises BadCheckpoint for the manifest of another format."""
+    found = manifest.get("format", FORMAT)
+    if found != FORMAT:
+        raise _of_another_version(checkpoint, found, manifest.get("version"))
+    return {name: entry for name, entry in manifest.items() if name not in ("format", "version")}
+
+
+def _of_another_version(checkpoint: Path, found: object, version: object) -> BadCheckpoint:
+    made_by = version if isinstance(version, str) and version else "unknown"
+    return BadCheckpoint(
+        f"{checkpoint}: format {found!r}, made by version {made_by}; accepted: format {FORMAT}, "
+        f"which this version, {__version__}, reads, or another run.name for a new run"
+    )
+
+
 def _open(checkpoint: Path, name: str) -> BinaryIO:
     file = checkpoint / name
     if not file.is_file() or file.resolve().parent != checkpoint.resolve():
@@ -163,16 +183,19 @@ def _parse_state(checkpoint: Path, content: bytes) -> dict[str, Any]:
     """state.json, checked. Raises BadCheckpoint."""
     try:
         state = parse_json(content.decode("utf-8"))
-        found = state.get("format")
+        found, version = state.get("format"), state.get("version")
     except (ValueError, AttributeError) as error:
-        raise BadCheckpoint(f"{checkpoint}: damaged ({error})") from error
+        raise BadCheckpoint(f"{checkpoint}: no state of a checkpoint ({error})") from error
     if found != FORMAT:
-        raise BadCheckpoint(f"{checkpoint}: format {found!r}; accepted: {FORMAT}")
+        raise _of_another_version(checkpoint, found, version)
     try:
         validate("", state, _State)
         rename_keys(state["config"])
     except UserError as error:
-        raise BadCheckpoint(f"{checkpoint}/state.json: {error}") from error
+        made_by = version if isinstance(version, str) and version else "unknown"
+        raise BadCheckpoint(
+            f"{checkpoint}/state.json: {error} (made by version {made_by}, this is {__version__})"
+        ) from error
     return state
 
 
@@ -202,7 +225,7 @@ def find(
 
 def clear_the_way(folder: Path, step: int, resume: str) -> list[str]:
     """Before resuming from `step`, quarantine damaged newer checkpoints. Returns remarks; raises
-    BadCheckpoint rather than overwrite good ones.
+    BadCheckpoint rather than overwrite others: good ones, another version's, unreadable ones.
 
     Retention keeps the highest steps: a newer checkpoint that is damaged, or of a diverged run,
     would push out those that this run writes.
@@ -213,22 +236,27 @@ def clear_the_way(folder: Path, step: int, resume: str) -> list[str]:
             continue
         try:
             verify(newer)
-        except BadCheckpoint:
-            quarantine = newer.with_name(f"damaged-{newer.name}")
-            shutil.rmtree(quarantine, ignore_errors=True)
+        except DamagedCheckpoint:
+            quarantine = _unused(newer.with_name(f"damaged-{newer.name}"))
             newer.rename(quarantine)
             remarks.append(f"{newer.name} is damaged; moved to {quarantine}")
             continue
         raise BadCheckpoint(
-            f"run.resume: {resume} is older than {newer}, which resuming from it would overwrite; "
-            "accepted: another run.name, or delete the newer checkpoints first"
+            f"run.resume: {resume} begins at step {step}, older than {newer}, which it would "
+            "overwrite; accepted: another run.name, or delete the newer checkpoints first"
         )
     return remarks
 
 
+def _unused(path: Path) -> Path:
+    """`path`, or with the first number that makes it a new one: nothing is ever overwritten."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(new for new in numbered if not new.exists())
+
+
 def write_manifest(folder: Path) -> None:
     """Sync every file to disk, then record its size and SHA-256."""
-    manifest = {}
+    manifest: dict[str, Any] = {"format": FORMAT, "version": __version__}
     for file in sorted(folder.iterdir()):
         sync(file)
         manifest[file.name] = (file.stat().st_size, sha256(file))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer import __version__
 from trainer.checkpoint.state import random_state, session_tensors
 from trainer.checkpoint.store import (
     FORMAT,
@@ -129,6 +130,7 @@ class CheckpointWriter:
         session = self.session
         return {
             "format": FORMAT,
+            "version": __version__,
             "step": progress.step,
             "progress": dataclasses.asdict(progress),
             "loader": self.loader.state_dict(),

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trainer import __version__
 from trainer.config.yaml import parse_json
 from trainer.errors import EXIT_FAILED, EXIT_REQUEUE
 from trainer.files import HEARTBEAT, write_text
@@ -32,6 +33,7 @@ class Heartbeat:
         self._file, self._last = folder / HEARTBEAT, 0.0
         self._values: dict[str, Any] = {
             "state": "starting", "step": 0, "steps": 0, "host": socket.gethostname(),
+            "version": __version__,
             "pid": os.getpid(), "started": time.time(),
         }  # fmt: skip
         if "SLURM_JOB_ID" in os.environ:
