@@ -1,5 +1,7 @@
 """Errors that a user can fix, and the exit codes of the process."""
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,14 @@ def first_line(error: BaseException) -> str:
     """First line of another library's exception, with the second where the first ends in ":"."""
     first, *rest = str(error).strip().splitlines() or [repr(error)]
     return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
+
+
+def reason(error: BaseException) -> str:
+    """The system's words for an error, also where a library wraps them: "No space left …"."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(number[1])) if number else first_line(error)
 
 
 class RunFailed(UserError):

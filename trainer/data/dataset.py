@@ -9,8 +9,8 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from trainer.config.sections import DataOptions
 from trainer.config.validation import local
 from trainer.config.yaml import parse_json
 from trainer.data.records import detect_format, read_rows, to_records
-from trainer.errors import BadRecord, UserError, first_line
+from trainer.errors import BadRecord, UserError, first_line, reason
 from trainer.files import sha256
 from trainer.tasks.base import Example, Record, Task
 
@@ -144,11 +144,12 @@ def prepare(
     """Tokenise `source`, or read it from the cache. Call it on one rank of each node first. Raises
     UserError."""
     key = _cache_key(source, split, limit, options, task)
-    folder = cache_root(options) / key
+    folder = _entry(cache_root(options), key)
     if local(folder / "counts.json", "data.cache") is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
+            partial = folder.with_name(f"{key}.{secrets.token_hex(8)}")  # its mode is the umask's
+            partial.mkdir()
         except OSError as error:
             raise UserError(
                 f"data.cache: {folder.parent}: {error.strerror}; accepted: a folder to write into"
@@ -161,6 +162,10 @@ def prepare(
             except OSError:
                 if not (folder / "counts.json").exists():  # else another run was faster
                     raise
+        except OSError as error:
+            raise UserError(
+                f"data.cache: {folder.parent}: cannot be written ({reason(error)})"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     import pyarrow as pa
@@ -176,6 +181,13 @@ def prepare(
         raise UserError(
             f"data.cache: {folder}: damaged ({first_line(error)}); accepted: delete that folder"
         ) from error
+
+
+def _entry(root: Path, key: str) -> Path:
+    """Where an entry is, or goes: one that another user wrote and this one cannot read is none."""
+    shared = root / key
+    readable = all(os.access(shared / name, os.R_OK) for name in ("counts.json", "tokens.arrow"))
+    return shared if readable or not os.path.lexists(shared) else root / f"{key}-{os.getuid()}"
 
 
 def _tokenise(

@@ -1,11 +1,13 @@
 """Export of a run or checkpoint as a PEFT folder or a full model."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from adapters.gated import GatedAdapter
@@ -18,9 +20,10 @@ from trainer.checkpoint.saved import Saved, read_saved
 from trainer.config.config import Config, on_engine, parse_config, with_overrides
 from trainer.config.engines import AUTO
 from trainer.distributed.world import World
-from trainer.errors import BadCheckpoint, UserError, refuse_mismatch
+from trainer.errors import BadCheckpoint, UserError, reason, refuse_mismatch
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
+from trainer.files import new_folder
 from trainer.model.backbone import BuiltModel
 from trainer.model.blocks import configure_compiler
 from trainer.model.build import build
@@ -62,16 +65,29 @@ def export_run(
     note = ""
     if config.model.quantization != "none" and measure:
         note = cost_of_dequantising(config, world, saved)
-    if what == "adapter":
-        error = write_adapter(saved, out, note, rank=rank, same_rank=same_rank, experts=experts)
-        if rank is not None:
-            note = f"{note}\nCompressed to rank {rank}: relative error {error:.2%}.".strip()
-    else:
-        write_model(
-            saved, out,
-            with_adapter=what == "merged", dequantised=base == "trained", device=world.device,
-        )  # fmt: skip
+    with written_folder(out) as partial:
+        if what == "adapter":
+            error = write_adapter(
+                saved, partial, note, rank=rank, same_rank=same_rank, experts=experts
+            )
+            if rank is not None:
+                note = f"{note}\nCompressed to rank {rank}: relative error {error:.2%}.".strip()
+        else:
+            write_model(
+                saved, partial,
+                with_adapter=what == "merged", dequantised=base == "trained", device=world.device,
+            )  # fmt: skip
     return "\n".join([*(f"damaged   {remark}" for remark in saved.remarks), *filter(None, [note])])
+
+
+@contextmanager
+def written_folder(folder: Path, failure: type[UserError] = UserError) -> Iterator[Path]:
+    """`new_folder`; raises `failure`, naming the folder, where the system refuses to write."""
+    try:
+        with new_folder(folder) as partial:
+            yield partial
+    except (OSError, SafetensorError) as error:
+        raise failure(f"{folder}: cannot be written ({reason(error)})") from error
 
 
 def saved_config(state: Mapping[str, Any]) -> Config:

@@ -1,6 +1,5 @@
 """A run from start to end: open the session, resume, train, export, complete the run folder."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from adapters import seeds
 from adapters.layers.expert_modules import swapped_stacks
+from adapters.methods.base import InitialAdapter
 from adapters.peft_export import NothingToExport, export_adapter
 from adapters.units import expert_counts, fan_in_fan_out
 from trainer.checkpoint.compatibility import changes, check_options
@@ -25,9 +25,11 @@ from trainer.device_memory import peak_gib, readable
 from trainer.distributed.world import World
 from trainer.engine.base import Engine
 from trainer.engine.select import make_engine
-from trainer.errors import UserError
+from trainer.errors import BadCheckpoint, RunFailed, UserError
 from trainer.export.expert_layouts import chosen_layouts
+from trainer.export.export import written_folder
 from trainer.files import ADAPTER, FIGURES, METRICS
+from trainer.loading.initial_adapters import initial_digest
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading
 from trainer.model.build import build
@@ -59,12 +61,15 @@ def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
 def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> None:
     start = _choose_start(config, world, folder)
     with world.all_or_none():
-        initial_adapters = None
-        if start.checkpoint is not None:
-            initial_adapters = read_initial_adapters(start.checkpoint, start.state)
+        initial_adapters, recomputed = _initial_adapters(start)
         if world.is_main:
             folder.begin()
     session = open_session(config, world, initial_adapters)
+    with world.all_or_none():
+        if recomputed is not None and session.initial_adapters is not None:
+            if initial_digest(session.initial_adapters) != start.state["initial"]:
+                raise recomputed
+            start.remarks.append(f"{recomputed}; computed again, and the same")
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
@@ -77,14 +82,14 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     verified = verify_session(session) if proves else _not_verified(config)
     plan = make_plan(session)
     steps = total_steps(session, loader)
-    replay, initial_digest = None, start.state.get("initial")
+    replay, digest = None, start.state.get("initial")
     with world.all_or_none():
         _set_horizon(session, steps)
         if world.is_main:
             if config.method.replay is not None:
                 replay = Replay(Path(config.method.replay), session.method, progress.step, steps)
             folder.make()
-            initial_digest = folder.describe(session, initial_digest)
+            digest = folder.describe(session, digest)
             folder.record(session, steps, progress)
     notes = [
         *([folder.lock.note] if folder.lock.note else []),
@@ -99,7 +104,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     training = Training(
         session, loader, steps, make_validate(session), folder.recorder, replay, first_steps
     )
-    writer = CheckpointWriter(session, loader, folder.checkpoints, initial_digest)
+    writer = CheckpointWriter(session, loader, folder.checkpoints, digest)
     train(Run(training, writer, progress, stop))
     writer.close()
     with world.all_or_none():
@@ -182,6 +187,18 @@ def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
         if found.checkpoint is not None and not world.is_main:
             verify(found.checkpoint)
     return found
+
+
+def _initial_adapters(
+    start: _Start,
+) -> tuple[dict[str, InitialAdapter] | None, BadCheckpoint | None]:
+    """Initial adapters of the resumed run, or why they have to be computed again."""
+    if start.checkpoint is None:
+        return None, None
+    try:
+        return read_initial_adapters(start.checkpoint, start.state), None
+    except BadCheckpoint as error:
+        return None, error
 
 
 def _not_verified(config: Config) -> str:
@@ -272,15 +289,11 @@ def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
 def _finish(session: Session, folder: Path, steps: int) -> None:
     """Export the adapter, draw the loss, write README.md. Rank 0 only: adapters are replicated."""
     adapter = folder / ADAPTER
-    unfinished = folder / ".adapter.partial"
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        note, where = _export(session, unfinished), str(adapter)
+        with written_folder(adapter, RunFailed) as unfinished:
+            note, where = _export(session, unfinished), str(adapter)
     except NothingToExport as error:
         note, where = "", f"none: {error}"
-    shutil.rmtree(adapter, ignore_errors=True)
-    if unfinished.exists():
-        unfinished.rename(adapter)
     figure = draw_loss([folder], folder / FIGURES / "loss")
     lines = read_metrics(folder / METRICS)
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
