@@ -101,7 +101,8 @@ def guarded() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        report(error)
-        sys.stdout.flush()
+        with suppress(OSError):  # the terminal, or who reads the output, may be gone
+            report(error)
+            sys.stdout.flush()
         # Not sys.exit, and no destroy_process_group: both may wait for ranks that are gone.
         os._exit(exit_code(error))
