@@ -17,16 +17,20 @@ EXIT_REQUEUE = 75
 _LONGEST = 1000  # characters of a message
 
 
+_PASSWORD = re.compile(r"://[^/\s@]*@")
+"""User and password in a URL."""
+
+
 class UserError(ValueError):
     """One line naming the key or file, the value, and what is accepted.
 
-    Values come from files, so the message is made printable and truncated.
+    Values come from files: the message is made printable, truncated, and rid of passwords in URLs.
     """
 
     exit_code = EXIT_USAGE
 
     def __init__(self, message: str):
-        line = " ".join(message.split())
+        line = _PASSWORD.sub("://***@", " ".join(message.split()))
         if len(line) > _LONGEST:  # keep both ends: the key, and what is accepted
             line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.config import Config
+from trainer.data.dataset import former_key
 from trainer.errors import BadCheckpoint
 from trainer.session import Session
 
@@ -47,7 +48,12 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
             f"({state['config'].get('model', {}).get('id')}); accepted: a checkpoint of "
             f"{session.config.model.id}"
         )
-    if state["data"] != session.train_data.key:
+    data = session.config.data
+    then = state["config"].get("data", {}).get("train")
+    former = former_key(
+        str(then), data.train, data.train_split, data.train_records, data, session.task
+    )
+    if state["data"] not in (session.train_data.key, former):
         raise BadCheckpoint(
             f"data.train: {session.config.data.train} does not hold the records (or not the same "
             f"tokens of them) that {checkpoint} was made with; accepted: the same, or another "

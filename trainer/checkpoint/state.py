@@ -106,11 +106,12 @@ def read_initial_adapters(
 ) -> dict[str, InitialAdapter] | None:
     """Initial adapters of a checkpoint's run; None without spectral initialisation."""
     digest = state.get("initial")
-    return (
-        None
-        if digest is None
-        else load_initial_adapters(checkpoint.resolve().parents[1] / INITIAL, digest)
-    )
+    if digest is None:
+        return None
+    # As the path was written, in which checkpoints/ may be a link to another disk; else as it is.
+    files = [path.parents[1] / INITIAL for path in (checkpoint.absolute(), checkpoint.resolve())]
+    file = next((file for file in files if file.exists()), files[0])
+    return load_initial_adapters(file, digest)
 
 
 def _below(stored: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -144,6 +144,12 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor] | None) -> dict[str, Any]
     return _parse_state(checkpoint, content)
 
 
+def _step(checkpoint: Path, state: dict[str, Any]) -> int:
+    """The step of a checkpoint by the name of its folder; the state's where it has another."""
+    number = checkpoint.absolute().name.removeprefix("step-")
+    return int(number) if number.isdecimal() else state["step"]
+
+
 def _files(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Size and SHA-256 by file. Raises BadCheckpoint for the manifest of another format."""
     found = manifest.get("format", FORMAT)
@@ -191,6 +197,11 @@ def _parse_state(checkpoint: Path, content: bytes) -> dict[str, Any]:
     try:
         validate("", state, _State)
         rename_keys(state["config"])
+        if not state["step"] == state["progress"].get("step", 0) == _step(checkpoint, state):
+            raise UserError(
+                f"progress.step: {state['progress'].get('step', 0)}, with step {state['step']} in "
+                f"{checkpoint.name}; accepted: the same"
+            )
     except UserError as error:
         made_by = version if isinstance(version, str) and version else "unknown"
         raise BadCheckpoint(

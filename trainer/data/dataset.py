@@ -269,12 +269,28 @@ def cache_root(options: DataOptions) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankcast"
 
 
-def _cache_key(source: str, split: str, limit: int | None, options: DataOptions, task: Task) -> str:
-    """Digest of everything that tokenisation depends on; options of batching are excluded."""
+def former_key(
+    named: str, source: str, split: str, limit: int | None, options: DataOptions, task: Task
+) -> str:
+    """`TokenDataset.key` of the version before, into which a file's path went too: `named`, as the
+    data was called then."""
+    return _cache_key(source, split, limit, options, task, named)
+
+
+def _cache_key(
+    source: str,
+    split: str,
+    limit: int | None,
+    options: DataOptions,
+    task: Task,
+    named: str | None = None,
+) -> str:
+    """Digest of everything that tokenisation depends on; options of batching are excluded. A file
+    is its content, wherever it lies."""
     path = local(source)
-    content = (
-        _sha256(path) if path and path.is_file() else f"{options.subset} {options.revision} {split}"
-    )
+    is_file = path is not None and path.is_file()
+    content = _sha256(path) if path and is_file else f"{options.subset} {options.revision} {split}"
+    named = named or (Path(source).suffix if is_file else source)
     batching = {
         "packing",
         "shuffle",
@@ -288,7 +304,7 @@ def _cache_key(source: str, split: str, limit: int | None, options: DataOptions,
     limits = {"train_records", "eval_records"}
     parts = [
         _VERSION,
-        source,
+        named,
         content,
         limit,
         options.model_dump(exclude=batching | limits),

@@ -111,6 +111,9 @@ class RunFolder:
             limit = int(config.log.decisions_mib * 2**20)
             decisions = AllocationLog(self.path, session.method, progress.step, limit)
         self.recorder = RunRecorder(metrics, decisions)
+        for remark in (metrics.remark, decisions.remark if decisions is not None else ""):
+            if remark:
+                self.recorder.log_line(f"dropped   {remark}")
 
     def __enter__(self) -> "RunFolder":
         return self

@@ -39,6 +39,7 @@ from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
 from trainer.run.folder import RunFolder
 from trainer.run.remarks import on_batch, on_length
+from trainer.run.shared import refuse_unshared
 from trainer.session import Session, leave_out, open_data, open_session, refuse_longer
 from trainer.training.loop import Run, make_loader, total_steps, train
 from trainer.training.lr_schedule import learning_rate
@@ -84,6 +85,12 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     steps = total_steps(session, loader)
     replay, digest = None, start.state.get("initial")
     with world.all_or_none():
+        if progress.step > steps:
+            given = "run.steps" if config.run.steps is not None else "run.epochs"
+            raise UserError(
+                f"{given}: {steps} steps given, but {start.checkpoint} has made {progress.step}; "
+                f"accepted: {progress.step} or more, or another run.name for a new run"
+            )
         _set_horizon(session, steps)
         if world.is_main:
             if config.method.replay is not None:
@@ -168,6 +175,7 @@ class _Start:
 def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
     """The checkpoint that rank 0 finds. Refuses to overwrite a run (UserError). Collective."""
     found = _Start(None, {}, [])
+    refuse_unshared(config.run_folder, world)
     with world.all_or_none():
         if world.is_main:
             folder.take()
