@@ -42,11 +42,11 @@ def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> No
 
 def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint where backbone or training data differ from the checkpoint's."""
-    if state["backbone"] != session.backbone.digest:
+    if state["backbone"] not in (session.backbone.digest, session.backbone.former_digest):
         raise BadCheckpoint(
             f"{checkpoint}: was made on another backbone "
-            f"({state['config'].get('model', {}).get('id')}); accepted: a checkpoint of "
-            f"{session.config.model.id}"
+            f"({state['config'].get('model', {}).get('id')}), or its weights or config.json have "
+            f"changed since; accepted: a checkpoint of {session.config.model.id}"
         )
     data = session.config.data
     then = state["config"].get("data", {}).get("train")

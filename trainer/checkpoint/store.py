@@ -109,6 +109,8 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor] | None) -> dict[str, Any]
     """Read every file once: verify it and, if it holds tensors and `tensors` is given, add them."""
     content = b""
     try:
+        if (checkpoint / "manifest.json").exists() and not (checkpoint / "manifest.json").is_file():
+            raise BadCheckpoint(f"{checkpoint}/manifest.json: no regular file")
         manifest = parse_json((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         manifest = _files(checkpoint, manifest)
         held = {file.name for file in checkpoint.glob("*.safetensors")}

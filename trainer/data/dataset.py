@@ -232,7 +232,7 @@ def _encode_chunk(
         except BadRecord as reason:
             rows.append(reason)
     usable = [record for row in rows if isinstance(row, list) for record in row]
-    encoded = iter(task.encode(usable, options.max_length))
+    encoded = iter(_encode(source, usable, options, task))
     for (line, _), found in zip(chunk, rows, strict=True):
         counts.records += 1
         examples: list[Example | str] = (
@@ -260,6 +260,21 @@ def _encode_chunk(
         counts.used += 1
         counts.examples += len(kept)
         counts.tokens += sum(len(example.input_ids) for example in kept)
+
+
+def _encode(
+    source: str, records: list[Record], options: DataOptions, task: Task
+) -> list[Example | str]:
+    """`task.encode`; a panic inside the tokenizer, which is no Exception, is a UserError."""
+    try:
+        return list(task.encode(records, options.max_length))
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(
+            f"{source}: the tokenizer failed ({first_line(error)}); accepted: a tokenizer and "
+            "records that it can encode"
+        ) from error
 
 
 def cache_root(options: DataOptions) -> Path:

@@ -65,6 +65,8 @@ class Heartbeat:
 def read_heartbeat(folder: Path) -> dict[str, Any]:
     """Contents of the file; {} where it is missing or not readable."""
     try:
+        if not (folder / HEARTBEAT).is_file():  # a named pipe would be waited for
+            return {}
         values = parse_json((folder / HEARTBEAT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}

@@ -26,6 +26,8 @@ def read_objects(
     """
     if not file.exists():
         return
+    if not file.is_file():  # a named pipe that nobody writes to would be waited for
+        raise UserError(f"{file}: no regular file; accepted: a file that a run wrote")
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
