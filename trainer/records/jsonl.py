@@ -8,6 +8,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,7 +37,8 @@ def read_objects(
                     yield value
                     continue
                 rest = [line, *lines]
-                if any(map(_record, rest)) or (number == 1 and len(rest) > 1):
+                foreign = number == 1 and (len(rest) > 1 or _is_json(line))
+                if foreign or any(map(_record, rest)):
                     raise UserError(
                         f"{file} line {number}: no JSON object with a step; "
                         "accepted: a file that a run wrote"
@@ -48,6 +50,13 @@ def read_objects(
         raise UserError(f"{file}: {reason(error)}; accepted: a file to read") from error
     except (EOFError, zlib.error) as error:
         raise UserError(f"{file}: not readable; accepted: a file that a run wrote") from error
+
+
+def _is_json(line: bytes) -> bool:
+    with suppress(ValueError):
+        parse_json(line.decode("utf-8"))
+        return True
+    return False
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
