@@ -17,8 +17,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 from safetensors import safe_open
@@ -168,14 +169,14 @@ def _of_another_version(checkpoint: Path, found: object, version: object) -> Bad
     )
 
 
-def _open(checkpoint: Path, name: str) -> BinaryIO:
+def _open(checkpoint: Path, name: str) -> BufferedReader:
     file = checkpoint / name
     if not file.is_file() or file.resolve().parent != checkpoint.resolve():
         raise DamagedCheckpoint(f"{checkpoint}: {name} is missing")
     return file.open("rb")
 
 
-def _verified(file: Path, opened: BinaryIO, size: int, digest: str, *, keep: bool) -> bytes:
+def _verified(file: Path, opened: BufferedReader, size: int, digest: str, *, keep: bool) -> bytes:
     """Contents of a file, b"" unless `keep`. Raises DamagedCheckpoint."""
     found = os.fstat(opened.fileno()).st_size
     if found != size:

@@ -5,11 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from unittest.mock import patch
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.helpers import ROOT, TINY, environment, losses, quick_config
+from trainer.config.sections import DataOptions
+from trainer.data import chats
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.records.heartbeat import read_heartbeat
@@ -85,3 +89,22 @@ def test_any_other_panic_is_one_line_too():
         check=False,
     )  # fmt: skip
     assert (ended.returncode, ended.stderr) == (1, "error: a library failed: index out of range\n")
+
+
+def test_a_chat_template_that_loops_is_ended(monkeypatch):
+    """Whatever it catches; and what takes less time is not."""
+    monkeypatch.setattr(chats, "_SECONDS", 0.3)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    body = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    tokenizer.chat_template = loops + body
+    began = time.process_time()
+    with pytest.raises(UserError, match=r"does not end within 0\.3 s; accepted: a template"):
+        chats.chats(row, DataOptions(train="x"), tokenizer)
+    assert time.process_time() - began < 20
+    assert sum(range(10**6)) == 499999500000, "nothing is raised later"
+    tokenizer.chat_template = body
+    monkeypatch.setattr(chats, "_SECONDS", 60.0)
+    (segments,) = chats.chats(row, DataOptions(train="x"), tokenizer)
+    assert "".join(text for text, _ in segments) == "ab"
