@@ -58,9 +58,9 @@ class Saved:
 
     def write(self, state: Any, tensors: bytes) -> Path:
         """A checkpoint whose manifest agrees with its files."""
-        bad = self.config.run_folder / "checkpoints/step-00000001"
+        bad = self.config.run_folder / "bad/step-00000002"
         shutil.rmtree(bad, ignore_errors=True)
-        bad.mkdir()
+        bad.mkdir(parents=True)
         (bad / "state.json").write_bytes(state if isinstance(state, bytes) else json_bytes(state))
         (bad / "shard-0.safetensors").write_bytes(tensors)
         store.write_manifest(bad)
