@@ -28,6 +28,10 @@ Servers that want every expert by itself refuse or drop them: `rankcast export -
 where the model's files hold every expert by itself, or serve the merged model."""
 
 
+class NothingToExport(ValueError):
+    """No unit has a component: PEFT would load a folder without adapters as the plain model."""
+
+
 def lora_factors(
     adapter: GatedAdapter, initial: GatedAdapter | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -105,7 +109,7 @@ def export_adapter(
 
     `rank`: compress every unit to at most this rank. `same_rank`: pad all units with zeros to the
     largest rank, empty ones too. Returns the relative error of the compression,
-    ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it.
+    ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it. Raises NothingToExport.
     """
     heads, experts = heads or {}, experts or {}
     units, error = _factors(adapters, initial or {}, rank)
@@ -121,6 +125,8 @@ def export_adapter(
         else:
             lora.add_linear(name, factors)
     served = lora.add_experts(stacks, experts, layouts or {}, swapped)
+    if not lora.ranks:
+        raise NothingToExport("no matrix has an adapter whose update is other than zero")
     for path, head in heads.items():
         for name, value in head.items():
             lora.tensors[f"base_model.model.{path}.{name}"] = value.cpu().contiguous()

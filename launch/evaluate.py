@@ -21,21 +21,23 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
+    from trainer.checkpoint.saved import read_on_all, read_state
     from trainer.config.config import on_engine, with_overrides
-    from trainer.export import export
+    from trainer.export.export import saved_config
     from trainer.run.launch import configure_libraries, join
     from trainer.training.evaluation import evaluate_saved
 
     configure_libraries()
-    checkpoint, state = export.locate(arguments.source)
     # Adapters are independent of the engine they were trained with.
-    config = with_overrides(on_engine(export.saved_config(state), "auto"), arguments.overrides)
+    config = on_engine(saved_config(read_state(arguments.source)), "auto")
+    config = with_overrides(config, arguments.overrides)
     if config.data.eval is None:
         raise UserError("data.eval: null given; accepted: a file or a hub id to evaluate on")
     with join(config) as world:
-        scores = evaluate_saved(config, world, checkpoint)
+        saved = read_on_all(arguments.source, world)
+        scores = evaluate_saved(config, world, saved)
         if world.is_main:
-            print(json.dumps({"checkpoint": str(checkpoint), **scores}))
+            print(json.dumps({"checkpoint": str(saved.checkpoint), **scores}))
     return 0
 
 

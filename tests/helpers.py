@@ -115,8 +115,14 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def command(launcher: str, processes: int, script: str | Path, *arguments: str) -> list[str]:
-    """The command line that starts `script` under a launcher."""
+def command(
+    launcher: str,
+    processes: int,
+    script: str | Path,
+    *arguments: str,
+    options: tuple[str, ...] = (),
+) -> list[str]:
+    """The command line that starts `script` under a launcher, with `options` of its own."""
     if launcher == "python":
         return [sys.executable, str(script), *arguments]
     port = str(free_port())
@@ -128,7 +134,7 @@ def command(launcher: str, processes: int, script: str | Path, *arguments: str) 
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
             "--master_port", port,
         ]  # fmt: skip
-    return [*head, str(script), *arguments]
+    return [*head, *options, str(script), *arguments]
 
 
 def environment(gpus: str | None = "") -> dict[str, str]:
@@ -144,12 +150,17 @@ def environment(gpus: str | None = "") -> dict[str, str]:
 
 
 def start(
-    launcher: str, processes: int, script: str | Path, *arguments: str, gpus: str | None = ""
+    launcher: str,
+    processes: int,
+    script: str | Path,
+    *arguments: str,
+    gpus: str | None = "",
+    options: tuple[str, ...] = (),
 ) -> subprocess.Popen:
     """Start a launcher in a session of its own; `ranks_of` finds its ranks by a mark."""
     marked = environment(gpus) | {"RANKCAST_TEST_MARK": uuid.uuid4().hex}
     process = subprocess.Popen(
-        command(launcher, processes, script, *arguments),
+        command(launcher, processes, script, *arguments, options=options),
         cwd=ROOT, env=marked, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """Errors that a user can fix, and the exit codes of the process."""
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +17,20 @@ EXIT_REQUEUE = 75
 _LONGEST = 1000  # characters of a message
 
 
+_PASSWORD = re.compile(r"://[^/\s@]*@")
+"""User and password in a URL."""
+
+
 class UserError(ValueError):
     """One line naming the key or file, the value, and what is accepted.
 
-    Values come from files, so the message is made printable and truncated.
+    Values come from files: the message is made printable, truncated, and rid of passwords in URLs.
     """
 
     exit_code = EXIT_USAGE
 
     def __init__(self, message: str):
-        line = " ".join(message.split())
+        line = _PASSWORD.sub("://***@", " ".join(message.split()))
         if len(line) > _LONGEST:  # keep both ends: the key, and what is accepted
             line = f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 2 :]}"
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
@@ -36,6 +42,14 @@ def first_line(error: BaseException) -> str:
     return f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
 
 
+def reason(error: BaseException) -> str:
+    """The system's words for an error, also where a library wraps them: "No space left …"."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(number[1])) if number else first_line(error)
+
+
 class RunFailed(UserError):
     """A run that began must abort; the message names what it can resume from."""
 
@@ -44,6 +58,10 @@ class RunFailed(UserError):
 
 class BadCheckpoint(UserError):
     """A checkpoint that cannot be used; the message gives the reason."""
+
+
+class DamagedCheckpoint(BadCheckpoint):
+    """A checkpoint whose files are not those that were written: an older one can take its place."""
 
 
 class BadRecord(ValueError):

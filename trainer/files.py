@@ -3,6 +3,8 @@
 import hashlib
 import os
 import secrets
+import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,22 +33,52 @@ def sha256(file: Path) -> str:
 
 
 @contextmanager
-def replacing(file: Path, *, shared: bool = False) -> Iterator[Path]:
+def replacing(file: Path, *, shared: bool = False, durable: bool = False) -> Iterator[Path]:
     """A temporary path that replaces `file` atomically at the end of the context: readers see the
     old file or the new one, also after a crash. `shared`: other processes may write the same file
-    concurrently. Raises OSError."""
+    concurrently. `durable`: also after a power failure. Its mode is the umask's, whatever the
+    library that writes it makes of it. Raises OSError."""
     token = f".{secrets.token_hex(4)}" if shared else ""
     partial = file.with_name(f".{file.name}{token}.partial")
     try:
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
         yield partial
+        partial.chmod(mode)
+        if durable:
+            sync(partial)
         partial.replace(file)
+        if durable:
+            sync(file.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_text(file: Path, text: str) -> None:
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` at the end of the context, whole and on disk, in
+    place of one that is there; nothing is left of it where the context fails. Raises OSError."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        mode = stat.S_IMODE(partial.stat().st_mode) & 0o666
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
+            sync(file)
+        sync(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(file: Path, text: str, *, durable: bool = False) -> None:
     """Replace a file's text atomically. Raises OSError."""
-    with replacing(file) as partial:
+    with replacing(file, durable=durable) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -94,6 +94,14 @@ def open_data(
             if (world.local_rank == 0) == turn:
                 prepared = _prepare(config.data, task)
     assert prepared is not None
+    keys = world.gather([data.key for data in prepared if data is not None])
+    with world.all_or_none():
+        for rank, key in enumerate(keys):
+            if key != keys[0]:
+                raise UserError(
+                    f"data.train: {config.data.train}, or data.eval or the tokenizer, is not the "
+                    f"same for rank {rank} as for rank 0; accepted: the same files on every host"
+                )
     return tokenizer, task, *prepared
 
 

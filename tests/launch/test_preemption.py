@@ -23,6 +23,7 @@ from tests.helpers import (
     thorough,
     wait_for_step,
 )
+from trainer.checkpoint.store import newest
 from trainer.errors import EXIT_REQUEUE
 from trainer.records.heartbeat import read_heartbeat
 
@@ -142,3 +143,50 @@ def test_ranks_of_one_host_listen_on_the_loopback_interface_alone(launcher, tmp_
     os.kill(ranks[0], signal.SIGTERM)
     finish(process)
     assert heard and all(ip in ("127.0.0.1", "::1") for ip in heard)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "name"),
+    [
+        ("torchrun", "SIGKILL"),
+        pytest.param("torchrun", "SIGUSR1", marks=thorough),
+        pytest.param("deepspeed", "SIGTERM", marks=thorough),
+        pytest.param("deepspeed", "SIGHUP", marks=thorough),
+        pytest.param("deepspeed", "SIGKILL", marks=thorough),
+    ],
+)
+def test_a_launcher_that_is_gone_leaves_no_ranks_and_loses_nothing(launcher, name, tmp_path):
+    run = tmp_path / "runs/left"
+    given = arguments(tmp_path, "left", "run.steps=9999", "engine.kind=ddp")
+    process = start(launcher, 2, SCRIPT, *given)
+    wait_for_step(run, 3, process)
+    ranks = ranks_of(process)
+    process.send_signal(getattr(signal, name))
+    for pid in ranks.values():
+        wait_until_gone(pid, seconds=60)
+    finish(process)
+    beat = read_heartbeat(run)
+    assert beat["state"] == "interrupted" and "launcher" in beat["reason"]
+    assert len(losses(run)) == beat["step"]
+    assert newest(run / "checkpoints").name == f"step-{beat['step']:08d}"
+    more = arguments(tmp_path, "left", f"run.steps={beat['step'] + 1}", "engine.kind=ddp")
+    code, _, err = python(SCRIPT, *more, processes=2)
+    assert code == 0, err[-3000:]
+
+
+@thorough
+def test_torchrun_restarts_a_killed_rank_twice(tmp_path):
+    whole = arguments(tmp_path, "whole", "engine.kind=ddp", "checkpoint.every=2")
+    code, _, err = python(SCRIPT, *whole, processes=2)
+    assert code == 0, err[-3000:]
+    run = tmp_path / "runs/killed"
+    given = arguments(
+        tmp_path, "killed", "engine.kind=ddp", "checkpoint.every=2", "engine.timeout=30"
+    )
+    process = start("torchrun", 2, SCRIPT, *given, options=("--max-restarts", "3"))
+    for step, rank in ((5, 1), (12, 0)):
+        wait_for_step(run, step, process)
+        os.kill(ranks_of(process)[rank], signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 0, err[-3000:]
+    assert lines(run) == lines(tmp_path / "runs/whole")

@@ -6,9 +6,10 @@ import pytest
 
 from tests.helpers import losses, quick_config
 from tests.unit.one_file import example, registered, write_module
+from trainer.checkpoint.saved import read_saved
 from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.export.export import export_run, locate, saved_config
+from trainer.export.export import export_run, saved_config
 from trainer.records.jsonl import read_metrics
 from trainer.run.run import run
 from trainer.tasks.registry import TASKS
@@ -42,9 +43,9 @@ def test_it_trains_and_scores(tmp_path, task):
     assert trained[-1] < trained[0]
     scores = read_metrics(config.run_folder / "metrics.jsonl")[-1]
     assert 0 <= scores["eval_accuracy"] <= 1 and "eval_perplexity" not in scores
-    checkpoint, state = locate(config.run_folder)
-    assert state["labels"] == {"labels": ["no", "yes"]}
-    again = evaluate_saved(saved_config(state), World(), checkpoint)
+    saved = read_saved(config.run_folder)
+    assert saved.state["labels"] == {"labels": ["no", "yes"]}
+    again = evaluate_saved(saved_config(saved.state), World(), saved)
     assert again["eval_accuracy"] == scores["eval_accuracy"]
     export_run(config.run_folder, tmp_path / "out", World())
     exported = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

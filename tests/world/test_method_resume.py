@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from tests.helpers import ALL, ROOT, kept_steps, losses, python, quick_config, save_random_model
 from tests.world.cases import ok, run_cases
 from tests.world.worker import cut_run, train_only
+from trainer.checkpoint.saved import read_saved
 from trainer.checkpoint.state import load_trained, read_initial_adapters
 from trainer.checkpoint.store import read_tensors, verify
 from trainer.config.config import Config
@@ -289,7 +290,7 @@ def plain(folder):
 @pytest.mark.parametrize(("kind", "step"), SAVED)
 def test_a_checkpoint_of_either_phase_evaluates_as_the_run_did(place, kind, step):
     config = trained(place, kind)
-    scores = evaluate_saved(config, World(), saved(config, step))
+    scores = evaluate_saved(config, World(), read_saved(saved(config, step)))
     assert scores["eval_loss"] == pytest.approx(eval_loss(config, step), rel=1e-6)
 
 

@@ -32,6 +32,7 @@ from adapters.layers.experts import StackedLinear
 from adapters.layers.linear import AdaptedLinear
 from adapters.methods.registry import METHODS
 from adapters.units import transformer_blocks
+from trainer.checkpoint.saved import read_saved
 from trainer.config.config import parse_config
 from trainer.distributed import failures, process_group
 from trainer.distributed.world import World
@@ -386,7 +387,9 @@ def validation(world: World, config: dict[str, Any]) -> dict[str, Any]:
 
 def evaluate(world: World, argument: dict[str, Any]) -> dict[str, float]:
     """Scores of a checkpoint's adapters."""
-    return evaluate_saved(parse_config(argument["config"]), world, Path(argument["checkpoint"]))
+    return evaluate_saved(
+        parse_config(argument["config"]), world, read_saved(Path(argument["checkpoint"]))
+    )
 
 
 def settle() -> None:

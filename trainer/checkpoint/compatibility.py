@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.config import Config
+from trainer.data.dataset import former_key
 from trainer.errors import BadCheckpoint
 from trainer.session import Session
 
@@ -41,13 +42,18 @@ def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> No
 
 def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint where backbone or training data differ from the checkpoint's."""
-    if state["backbone"] != session.backbone.digest:
+    if state["backbone"] not in (session.backbone.digest, session.backbone.former_digest):
         raise BadCheckpoint(
             f"{checkpoint}: was made on another backbone "
-            f"({state['config'].get('model', {}).get('id')}); accepted: a checkpoint of "
-            f"{session.config.model.id}"
+            f"({state['config'].get('model', {}).get('id')}), or its weights or config.json have "
+            f"changed since; accepted: a checkpoint of {session.config.model.id}"
         )
-    if state["data"] != session.train_data.key:
+    data = session.config.data
+    then = state["config"].get("data", {}).get("train")
+    former = former_key(
+        str(then), data.train, data.train_split, data.train_records, data, session.task
+    )
+    if state["data"] not in (session.train_data.key, former):
         raise BadCheckpoint(
             f"data.train: {session.config.data.train} does not hold the records (or not the same "
             f"tokens of them) that {checkpoint} was made with; accepted: the same, or another "

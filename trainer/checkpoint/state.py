@@ -14,7 +14,7 @@ from torch import Tensor
 from adapters import seeds
 from adapters.methods.base import InitialAdapter
 from trainer.checkpoint.compatibility import check_same_run
-from trainer.checkpoint.store import read_tensors
+from trainer.checkpoint.store import load
 from trainer.data.loader import Loader
 from trainer.errors import BadCheckpoint, refuse_mismatch
 from trainer.files import INITIAL
@@ -29,7 +29,9 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
     Not collective: a new optimizer, sharded or not, has no moments to gather.
     """
     check_same_run(session, checkpoint, state)
-    stored = read_tensors(checkpoint)
+    found, stored = load(checkpoint)
+    if found != state:
+        raise BadCheckpoint(f"{checkpoint}: was replaced meanwhile; accepted: try again")
     load_trained(session, checkpoint, stored)
     with refuse_mismatch(checkpoint):
         _check_tensors(session, checkpoint, stored, "optimizer/")
@@ -104,11 +106,12 @@ def read_initial_adapters(
 ) -> dict[str, InitialAdapter] | None:
     """Initial adapters of a checkpoint's run; None without spectral initialisation."""
     digest = state.get("initial")
-    return (
-        None
-        if digest is None
-        else load_initial_adapters(checkpoint.resolve().parents[1] / INITIAL, digest)
-    )
+    if digest is None:
+        return None
+    # As the path was written, in which checkpoints/ may be a link to another disk; else as it is.
+    files = [path.parents[1] / INITIAL for path in (checkpoint.absolute(), checkpoint.resolve())]
+    file = next((file for file in files if file.exists()), files[0])
+    return load_initial_adapters(file, digest)
 
 
 def _below(stored: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -9,22 +9,32 @@ Written into a hidden folder that is renamed when complete: a folder of the fina
 Tensors are safetensors and the rest is JSON: loading executes no code.
 """
 
+import errno
+import hashlib
+import itertools
 import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 from safetensors import safe_open
+from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from adapters.options import Section
+from trainer import __version__
 from trainer.config.aliases import rename_keys
 from trainer.config.validation import validate
 from trainer.config.yaml import parse_json
-from trainer.errors import BadCheckpoint, UserError, refuse_mismatch
+from trainer.errors import BadCheckpoint, DamagedCheckpoint, UserError, refuse_mismatch
 from trainer.files import sha256, sync
+
+_T = TypeVar("_T")
 
 FORMAT = 1
 
@@ -40,6 +50,7 @@ class _State(Section):
     """Schema of state.json, written by `CheckpointWriter`."""
 
     format: int
+    version: str = ""
     step: int = Field(ge=0, lt=_MOST)
     progress: Counts
     loader: Counts
@@ -81,25 +92,52 @@ def newest(folder: Path) -> Path | None:
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """Check every file's size and SHA-256; returns state.json. Raises BadCheckpoint."""
+    """Check every file's size and SHA-256; returns state.json. Raises DamagedCheckpoint where they
+    differ from what was written, BadCheckpoint where the checkpoint cannot be used."""
+    return _read(checkpoint, None)
+
+
+def load(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(state.json, all tensors on the CPU) of the bytes that were verified. Raises as `verify`."""
+    tensors: dict[str, Tensor] = {}
+    return _read(checkpoint, tensors), tensors
+
+
+def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, verified, on the CPU."""
+    return load(checkpoint)[1]
+
+
+def _read(checkpoint: Path, tensors: dict[str, Tensor] | None) -> dict[str, Any]:
+    """Read every file once: verify it and, if it holds tensors and `tensors` is given, add them."""
+    content = b""
     try:
+        if (checkpoint / "manifest.json").exists() and not (checkpoint / "manifest.json").is_file():
+            raise BadCheckpoint(f"{checkpoint}/manifest.json: no regular file")
         manifest = parse_json((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        manifest = _files(checkpoint, manifest)
         held = {file.name for file in checkpoint.glob("*.safetensors")}
         for name in sorted({"state.json", *held} - manifest.keys()):
-            raise BadCheckpoint(f"{checkpoint}: {name} is not in its manifest.json")
-        for name, (size, digest) in manifest.items():
-            file = checkpoint / name
-            if not file.is_file() or file.resolve().parent != checkpoint.resolve():
-                raise BadCheckpoint(f"{checkpoint}: {name} is missing")
-            if file.stat().st_size != size:
-                raise BadCheckpoint(
-                    f"{file}: {file.stat().st_size} bytes, {size} were written: truncated"
-                )
-            if sha256(file) != digest:
-                raise BadCheckpoint(f"{file}: checksum differs from the one written: damaged")
-        state = parse_json((checkpoint / "state.json").read_text(encoding="utf-8"))
-        found = state.get("format")
+            raise DamagedCheckpoint(f"{checkpoint}: {name} is not in its manifest.json")
+        with ExitStack() as stack:
+            # All are opened first: the run that writes checkpoints may delete this one meanwhile.
+            opened = {name: stack.enter_context(_open(checkpoint, name)) for name in manifest}
+            for name, (size, digest) in manifest.items():
+                kept = name == "state.json" or (name in held and tensors is not None)
+                data = _verified(checkpoint / name, opened[name], size, digest, keep=kept)
+                if name == "state.json":
+                    content = data
+                elif kept and tensors is not None:
+                    with refuse_mismatch(checkpoint / name):
+                        tensors |= load_tensors(data)
     except OSError as error:
+        if error.errno == errno.EIO:
+            raise DamagedCheckpoint(f"{error.filename or checkpoint}: {error.strerror}") from error
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise BadCheckpoint(
+                f"{error.filename or checkpoint}: cannot be read ({error.strerror}); accepted: a "
+                "checkpoint that can be"
+            ) from error
         raise BadCheckpoint(
             f"{checkpoint}: no checkpoint of this project ({error.strerror}: "
             f"{Path(error.filename).name}); accepted: a folder such as step-00000100"
@@ -107,41 +145,103 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise BadCheckpoint(f"{checkpoint}: damaged ({error})") from error
+        raise DamagedCheckpoint(f"{checkpoint}: damaged ({error})") from error
+    return _parse_state(checkpoint, content)
+
+
+def _step(checkpoint: Path, state: dict[str, Any]) -> int:
+    """The step of a checkpoint by the name of its folder; the state's where it has another."""
+    number = checkpoint.absolute().name.removeprefix("step-")
+    return int(number) if number.isdecimal() else state["step"]
+
+
+def _files(checkpoint: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Size and SHA-256 by file. Raises BadCheckpoint for the manifest of another format."""
+    found = manifest.get("format", FORMAT)
     if found != FORMAT:
-        raise BadCheckpoint(f"{checkpoint}: format {found!r}; accepted: {FORMAT}")
+        raise _of_another_version(checkpoint, found, manifest.get("version"))
+    return {name: entry for name, entry in manifest.items() if name not in ("format", "version")}
+
+
+def _of_another_version(checkpoint: Path, found: object, version: object) -> BadCheckpoint:
+    made_by = version if isinstance(version, str) and version else "unknown"
+    return BadCheckpoint(
+        f"{checkpoint}: format {found!r}, made by version {made_by}; accepted: format {FORMAT}, "
+        f"which this version, {__version__}, reads, or another run.name for a new run"
+    )
+
+
+def _open(checkpoint: Path, name: str) -> BufferedReader:
+    file = checkpoint / name
+    if not file.is_file() or file.resolve().parent != checkpoint.resolve():
+        raise DamagedCheckpoint(f"{checkpoint}: {name} is missing")
+    return file.open("rb")
+
+
+def _verified(file: Path, opened: BufferedReader, size: int, digest: str, *, keep: bool) -> bytes:
+    """Contents of a file, b"" unless `keep`. Raises DamagedCheckpoint."""
+    found = os.fstat(opened.fileno()).st_size
+    if found != size:
+        raise DamagedCheckpoint(f"{file}: {found} bytes, {size} were written: truncated")
+    data = opened.read() if keep else b""
+    digested = hashlib.sha256(data) if keep else hashlib.file_digest(opened, "sha256")
+    if digested.hexdigest() != digest:
+        raise DamagedCheckpoint(f"{file}: checksum differs from the one written: damaged")
+    return data
+
+
+def _parse_state(checkpoint: Path, content: bytes) -> dict[str, Any]:
+    """state.json, checked. Raises BadCheckpoint."""
+    try:
+        state = parse_json(content.decode("utf-8"))
+        found, version = state.get("format"), state.get("version")
+    except (ValueError, AttributeError) as error:
+        raise BadCheckpoint(f"{checkpoint}: no state of a checkpoint ({error})") from error
+    if found != FORMAT:
+        raise _of_another_version(checkpoint, found, version)
     try:
         validate("", state, _State)
         rename_keys(state["config"])
+        if not state["step"] == state["progress"].get("step", 0) == _step(checkpoint, state):
+            raise UserError(
+                f"progress.step: {state['progress'].get('step', 0)}, with step {state['step']} in "
+                f"{checkpoint.name}; accepted: the same"
+            )
     except UserError as error:
-        raise BadCheckpoint(f"{checkpoint}/state.json: {error}") from error
+        made_by = version if isinstance(version, str) and version else "unknown"
+        raise BadCheckpoint(
+            f"{checkpoint}/state.json: {error} (made by version {made_by}, this is {__version__})"
+        ) from error
     return state
 
 
-def find(resume: str, folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """(checkpoint to resume from, its state, remarks on damaged newer ones)."""
+def find(
+    resume: str, folder: Path, read: Callable[[Path], _T]
+) -> tuple[Path | None, _T | None, list[str]]:
+    """(checkpoint to resume from, what `read` (such as `verify`) makes of it, remarks on damaged
+    newer ones). Raises BadCheckpoint."""
     if resume == "never":
-        return None, {}, []
+        return None, None, []
     if resume != "auto":
         path = Path(resume)
-        return path, verify(path), []
+        return path, read(path), []
     remarks: list[str] = []
     for checkpoint in reversed(complete(folder)):
         try:
-            return checkpoint, verify(checkpoint), remarks
-        except BadCheckpoint as error:
+            return checkpoint, read(checkpoint), remarks
+        except DamagedCheckpoint as error:
             remarks.append(str(error))
     if remarks:
         raise BadCheckpoint(
             f"run.resume: auto found no undamaged checkpoint in {folder} ({remarks[0]}); "
             "accepted: run.resume=PATH of a good one, or another run.name for a new run"
         )
-    return None, {}, []
+    return None, None, []
 
 
 def clear_the_way(folder: Path, step: int, resume: str) -> list[str]:
     """Before resuming from `step`, quarantine damaged newer checkpoints. Returns remarks; raises
-    BadCheckpoint rather than overwrite good ones.
+    BadCheckpoint rather than overwrite others: good ones, another version's, unreadable ones.
 
     Retention keeps the highest steps: a newer checkpoint that is damaged, or of a diverged run,
     would push out those that this run writes.
@@ -152,37 +252,40 @@ def clear_the_way(folder: Path, step: int, resume: str) -> list[str]:
             continue
         try:
             verify(newer)
-        except BadCheckpoint:
-            quarantine = newer.with_name(f"damaged-{newer.name}")
-            shutil.rmtree(quarantine, ignore_errors=True)
+        except DamagedCheckpoint:
+            quarantine = _unused(newer.with_name(f"damaged-{newer.name}"))
             newer.rename(quarantine)
             remarks.append(f"{newer.name} is damaged; moved to {quarantine}")
             continue
         raise BadCheckpoint(
-            f"run.resume: {resume} is older than {newer}, which resuming from it would overwrite; "
-            "accepted: another run.name, or delete the newer checkpoints first"
+            f"run.resume: {resume} begins at step {step}, older than {newer}, which it would "
+            "overwrite; accepted: another run.name, or delete the newer checkpoints first"
         )
     return remarks
 
 
-def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, on the CPU."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(checkpoint.glob("*.safetensors")):
-        with refuse_mismatch(file), safe_open(file, framework="pt") as opened:
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    return tensors
+def _unused(path: Path) -> Path:
+    """`path`, or with the first number that makes it a new one: nothing is ever overwritten."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(new for new in numbered if not new.exists())
 
 
 def write_manifest(folder: Path) -> None:
     """Sync every file to disk, then record its size and SHA-256."""
-    manifest = {}
+    manifest: dict[str, Any] = {"format": FORMAT, "version": __version__}
     for file in sorted(folder.iterdir()):
         sync(file)
         manifest[file.name] = (file.stat().st_size, sha256(file))
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     sync(folder / "manifest.json")
     sync(folder)
+
+
+def remove(checkpoint: Path) -> None:
+    """Delete a checkpoint: its manifest first, without which it is none, whatever is left of it."""
+    with suppress(OSError):
+        (checkpoint / "manifest.json").unlink()
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def remove_partial(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trainer import __version__
 from trainer.checkpoint.state import random_state, session_tensors
 from trainer.checkpoint.store import (
     FORMAT,
@@ -17,6 +18,7 @@ from trainer.checkpoint.store import (
     check_complete,
     complete,
     newest,
+    remove,
     write_manifest,
 )
 from trainer.data.loader import Loader
@@ -118,7 +120,7 @@ class CheckpointWriter:
                 partial.rename(final)
                 sync(self.folder)
                 for old in complete(self.folder)[: -self._options.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
+                    remove(old)
         except BaseException:
             if world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -128,6 +130,7 @@ class CheckpointWriter:
         session = self.session
         return {
             "format": FORMAT,
+            "version": __version__,
             "step": progress.step,
             "progress": dataclasses.asdict(progress),
             "loader": self.loader.state_dict(),

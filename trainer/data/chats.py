@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config.sections import DataOptions
+from trainer.data.time_limit import time_limit
 from trainer.errors import BadRecord
 
 Segments = list[tuple[str, bool]]
@@ -22,13 +23,23 @@ Span = tuple[int, int]
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _PROBE = "Xq7"
+_SECONDS = 10.0
+"""Of computing, for all renderings of a conversation; a thousand times what they take."""
+_REMEDY = "accepted: a template (chat_template of the tokenizer) whose loops end"
 _FEW = 3  # turns that are rendered one by one
 
 
 def chats(row: dict, options: DataOptions, tokenizer: Any) -> list[Segments]:
     """The examples of a row of format `messages`, as segments. Raises BadRecord."""
+    messages, turns = _messages(row, options.messages)
+    with time_limit(_SECONDS, f"the chat template does not end within {_SECONDS:g} s; {_REMEDY}"):
+        return _examples(row, messages, turns, options, tokenizer)
+
+
+def _examples(
+    row: dict, messages: list[dict], turns: list[int], options: DataOptions, tokenizer: Any
+) -> list[Segments]:
     column = options.messages
-    messages, turns = _messages(row, column)
     tools = _tools(row.get(options.tools), options.tools)
     if not getattr(tokenizer, "chat_template", None):
         raise BadRecord("the tokenizer has no chat template; accepted: a model that has one")

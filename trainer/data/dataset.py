@@ -9,8 +9,8 @@ import hashlib
 import itertools
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from trainer.config.sections import DataOptions
 from trainer.config.validation import local
 from trainer.config.yaml import parse_json
 from trainer.data.records import detect_format, read_rows, to_records
-from trainer.errors import BadRecord, UserError, first_line
+from trainer.errors import BadRecord, UserError, first_line, reason
 from trainer.files import sha256
 from trainer.tasks.base import Example, Record, Task
 
@@ -144,11 +144,12 @@ def prepare(
     """Tokenise `source`, or read it from the cache. Call it on one rank of each node first. Raises
     UserError."""
     key = _cache_key(source, split, limit, options, task)
-    folder = cache_root(options) / key
+    folder = _entry(cache_root(options), key)
     if local(folder / "counts.json", "data.cache") is None:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=folder.parent))
+            partial = folder.with_name(f"{key}.{secrets.token_hex(8)}")  # its mode is the umask's
+            partial.mkdir()
         except OSError as error:
             raise UserError(
                 f"data.cache: {folder.parent}: {error.strerror}; accepted: a folder to write into"
@@ -161,6 +162,10 @@ def prepare(
             except OSError:
                 if not (folder / "counts.json").exists():  # else another run was faster
                     raise
+        except OSError as error:
+            raise UserError(
+                f"data.cache: {folder.parent}: cannot be written ({reason(error)})"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     import pyarrow as pa
@@ -176,6 +181,13 @@ def prepare(
         raise UserError(
             f"data.cache: {folder}: damaged ({first_line(error)}); accepted: delete that folder"
         ) from error
+
+
+def _entry(root: Path, key: str) -> Path:
+    """Where an entry is, or goes: one that another user wrote and this one cannot read is none."""
+    shared = root / key
+    readable = all(os.access(shared / name, os.R_OK) for name in ("counts.json", "tokens.arrow"))
+    return shared if readable or not os.path.lexists(shared) else root / f"{key}-{os.getuid()}"
 
 
 def _tokenise(
@@ -220,7 +232,7 @@ def _encode_chunk(
         except BadRecord as reason:
             rows.append(reason)
     usable = [record for row in rows if isinstance(row, list) for record in row]
-    encoded = iter(task.encode(usable, options.max_length))
+    encoded = iter(_encode(source, usable, options, task))
     for (line, _), found in zip(chunk, rows, strict=True):
         counts.records += 1
         examples: list[Example | str] = (
@@ -250,6 +262,21 @@ def _encode_chunk(
         counts.tokens += sum(len(example.input_ids) for example in kept)
 
 
+def _encode(
+    source: str, records: list[Record], options: DataOptions, task: Task
+) -> list[Example | str]:
+    """`task.encode`; a panic inside the tokenizer, which is no Exception, is a UserError."""
+    try:
+        return list(task.encode(records, options.max_length))
+    except (Exception, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(
+            f"{source}: the tokenizer failed ({first_line(error)}); accepted: a tokenizer and "
+            "records that it can encode"
+        ) from error
+
+
 def cache_root(options: DataOptions) -> Path:
     """Cache folder: tokenised data, matrix decompositions."""
     if options.cache is not None:
@@ -257,12 +284,28 @@ def cache_root(options: DataOptions) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankcast"
 
 
-def _cache_key(source: str, split: str, limit: int | None, options: DataOptions, task: Task) -> str:
-    """Digest of everything that tokenisation depends on; options of batching are excluded."""
+def former_key(
+    named: str, source: str, split: str, limit: int | None, options: DataOptions, task: Task
+) -> str:
+    """`TokenDataset.key` of the version before, into which a file's path went too: `named`, as the
+    data was called then."""
+    return _cache_key(source, split, limit, options, task, named)
+
+
+def _cache_key(
+    source: str,
+    split: str,
+    limit: int | None,
+    options: DataOptions,
+    task: Task,
+    named: str | None = None,
+) -> str:
+    """Digest of everything that tokenisation depends on; options of batching are excluded. A file
+    is its content, wherever it lies."""
     path = local(source)
-    content = (
-        _sha256(path) if path and path.is_file() else f"{options.subset} {options.revision} {split}"
-    )
+    is_file = path is not None and path.is_file()
+    content = _sha256(path) if path and is_file else f"{options.subset} {options.revision} {split}"
+    named = named or (Path(source).suffix if is_file else source)
     batching = {
         "packing",
         "shuffle",
@@ -276,7 +319,7 @@ def _cache_key(source: str, split: str, limit: int | None, options: DataOptions,
     limits = {"train_records", "eval_records"}
     parts = [
         _VERSION,
-        source,
+        named,
         content,
         limit,
         options.model_dump(exclude=batching | limits),

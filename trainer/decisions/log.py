@@ -35,7 +35,7 @@ class AllocationLog:
 
     def __init__(self, folder: Path, method: Method, start: int, limit: int = 64 * 2**20):
         self.folder, self.method, self._limit = folder, method, limit
-        self._cut(start)
+        self.remark = self._cut(start)
         self._stream = (folder / DECISIONS).open("a", encoding="utf-8")
         self._size = self._stream.tell()
 
@@ -68,8 +68,9 @@ class AllocationLog:
             old.unlink()
         self._stream, self._size = current.open("a", encoding="utf-8"), 0
 
-    def _cut(self, start: int) -> None:
-        """Drop decisions from step `start` on: a resumed run repeats these steps."""
+    def _cut(self, start: int) -> str:
+        """Drop decisions from step `start` on: a resumed run repeats these steps. Returns
+        `keep_lines`' remark."""
         current, last = self.folder / DECISIONS, -1
         for part in sorted(self.folder.glob(DECISION_PARTS), reverse=True):
             first, last = (int(step) for step in part.name.split(".")[0].split("-")[1:])
@@ -81,4 +82,4 @@ class AllocationLog:
             part.unlink()
             last = -1
         # A crash during rotation may have left lines here that the newest part holds too.
-        keep_lines(current, lambda line: last < line["step"] < start)
+        return keep_lines(current, lambda line: last < line["step"] < start)

@@ -87,6 +87,9 @@ def report(error: BaseException) -> None:
         kind = "stopped" if error.exit_code == EXIT_REQUEUE else "error"
         print(f"{kind}:{who} {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return
+    if not isinstance(error, Exception):
+        print(f"error:{who} a library failed: {first_line(error)}", file=sys.stderr, flush=True)
+        return
     connected = isinstance(error, RuntimeError) and _in_process_group()
     if connected and re.search(_CONNECTION, str(error)):
         report_lost(re.sub(r"\[\S+?\.(cc|cpp|h):\d+\] ", "", first_line(error)))
@@ -100,8 +103,11 @@ def guarded() -> Iterator[None]:
     """Exit on any failure, with a report and a non-zero code, without waiting for other ranks."""
     try:
         yield
-    except Exception as error:
-        report(error)
-        sys.stdout.flush()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a library's panic is no Exception
+        with suppress(OSError):  # the terminal, or who reads the output, may be gone
+            report(error)
+            sys.stdout.flush()
         # Not sys.exit, and no destroy_process_group: both may wait for ranks that are gone.
         os._exit(exit_code(error))

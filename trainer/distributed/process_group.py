@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.distributed.attempt import agree
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError, first_line
 
@@ -113,13 +114,18 @@ def _nodes(hosts: list[str]) -> tuple[tuple[int, ...], ...]:
 def _rendezvous(timeout: datetime.timedelta) -> dict[str, Any]:
     """Arguments of `init_process_group` for the rendezvous; {} for torch's default.
 
-    If MASTER_ADDR is a loopback address, rank 0's store listens on loopback only; torch's default
-    store listens on all interfaces.
+    Under torchrun: its agent's store, with keys of this attempt only. If MASTER_ADDR is a loopback
+    address, rank 0's store listens on loopback only; torch's default store listens on all
+    interfaces.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher holds the store
-        return {}
     try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # the launcher holds the store
+            agents = dist.TCPStore(host, port, size, False, timeout, wait_for_workers=False)
+            shared = dist.PrefixStore("rankcast", agents)
+            store = dist.PrefixStore(agree(shared, rank, size, timeout), shared)
+            return {"store": store, "rank": rank, "world_size": size}
         if not socket.gethostbyname(host).startswith("127."):
             return {}
         listener = socket.create_server((host, port)) if os.environ["RANK"] == "0" else None
@@ -128,10 +134,9 @@ def _rendezvous(timeout: datetime.timedelta) -> dict[str, Any]:
             f"MASTER_ADDR:MASTER_PORT: {_address()}: {error}; accepted: rank 0's host and "
             "a free port on it"
         ) from error
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     descriptor = None if listener is None else listener.detach()
-    store = dist.TCPStore(host, port, size, rank == 0, timeout, master_listen_fd=descriptor)
-    return {"store": store, "rank": rank, "world_size": size}
+    own = dist.TCPStore(host, port, size, rank == 0, timeout, master_listen_fd=descriptor)
+    return {"store": own, "rank": rank, "world_size": size}
 
 
 def _address() -> str:

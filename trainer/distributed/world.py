@@ -103,7 +103,9 @@ class World:
         shared: list[Any] = []
         try:
             yield shared
-        except Exception as error:  # re-raised below, on every rank
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # re-raised below, on every rank; also a library's panic
             failure = error
         code = None if failure is None else exit_code(failure)
         codes, values = zip(*self._gather_messages([code, shared]), strict=True)

@@ -1,28 +1,29 @@
 """Export of a run or checkpoint as a PEFT folder or a full model."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from adapters.gated import GatedAdapter
 from adapters.layers.expert_modules import swapped_stacks
 from adapters.methods.registry import METHODS
-from adapters.peft_export import export_adapter
+from adapters.peft_export import NothingToExport, export_adapter
 from adapters.unit import stem
 from adapters.units import expert_counts, fan_in_fan_out
-from trainer.checkpoint import store
-from trainer.checkpoint.state import read_initial_adapters
+from trainer.checkpoint.saved import Saved, read_saved
 from trainer.config.config import Config, on_engine, parse_config, with_overrides
 from trainer.config.engines import AUTO
 from trainer.distributed.world import World
-from trainer.errors import UserError, refuse_mismatch
+from trainer.errors import UserError, reason, refuse_mismatch
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
-from trainer.files import CHECKPOINTS
+from trainer.files import new_folder
 from trainer.model.backbone import BuiltModel
 from trainer.model.blocks import configure_compiler
 from trainer.model.build import build
@@ -59,37 +60,35 @@ def export_run(
         raise UserError(f"--rank: {rank} given; accepted: 1 or more")
     if out.exists():
         raise UserError(f"{out}: exists already; accepted: a folder that does not")
-    checkpoint, state = locate(source)
-    config = with_overrides(saved_config(state), overrides)
-    state["config"] = config.model_dump(mode="json")
+    saved = read_saved(source)
+    config = with_overrides(saved_config(saved.state), overrides)
+    saved.state["config"] = config.model_dump(mode="json")
     note = ""
     if config.model.quantization != "none" and measure:
-        note = cost_of_dequantising(config, world, checkpoint)
-    if what == "adapter":
-        error = write_adapter(
-            checkpoint, state, out, note, rank=rank, same_rank=same_rank, experts=experts
-        )
-        if rank is not None:
-            note = f"{note}\nCompressed to rank {rank}: relative error {error:.2%}.".strip()
-    else:
-        write_model(
-            checkpoint, state, out,
-            with_adapter=what == "merged", dequantised=base == "trained", device=world.device,
-        )  # fmt: skip
-    return note
+        note = cost_of_dequantising(config, world, saved)
+    with written_folder(out) as partial:
+        if what == "adapter":
+            error = write_adapter(
+                saved, partial, note, rank=rank, same_rank=same_rank, experts=experts
+            )
+            if rank is not None:
+                note = f"{note}\nCompressed to rank {rank}: relative error {error:.2%}.".strip()
+        else:
+            write_model(
+                saved, partial,
+                with_adapter=what == "merged", dequantised=base == "trained", device=world.device,
+            )  # fmt: skip
+    return "\n".join([*(f"damaged   {remark}" for remark in saved.remarks), *filter(None, [note])])
 
 
-def locate(path: Path) -> tuple[Path, dict[str, Any]]:
-    """(checkpoint, its state) of a run folder (the newest) or a checkpoint folder, verified."""
-    if (path / "manifest.json").is_file():
-        return path, store.verify(path)
-    checkpoint, state, _ = store.find("auto", path / CHECKPOINTS)
-    if checkpoint is None:
-        raise UserError(
-            f"{path}: neither a run folder with a checkpoint nor a checkpoint; accepted: "
-            "runs/NAME or runs/NAME/checkpoints/step-00000100"
-        )
-    return checkpoint, state
+@contextmanager
+def written_folder(folder: Path, failure: type[UserError] = UserError) -> Iterator[Path]:
+    """`new_folder`; raises `failure`, naming the folder, where the system refuses to write."""
+    try:
+        with new_folder(folder) as partial:
+            yield partial
+    except (OSError, SafetensorError) as error:
+        raise failure(f"{folder}: cannot be written ({reason(error)})") from error
 
 
 def saved_config(state: Mapping[str, Any]) -> Config:
@@ -111,9 +110,9 @@ def saved_adapters(config: Config, tensors: Mapping[str, Tensor]) -> dict[str, G
     }
 
 
-def saved_initial(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, GatedAdapter]:
+def saved_initial(saved: Saved) -> dict[str, GatedAdapter]:
     """Initial adapters by unit name; empty without spectral initialisation."""
-    initial_adapters = read_initial_adapters(checkpoint, state) or {}
+    initial_adapters = saved.initial_adapters or {}
     return {name: initial.adapter for name, initial in initial_adapters.items()}
 
 
@@ -127,7 +126,7 @@ def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return heads
 
 
-def cost_of_dequantising(config: Config, world: World, checkpoint: Path) -> str:
+def cost_of_dequantising(config: Config, world: World, saved: Saved) -> str:
     """Remark on the held-out loss of the adapter on the quantised and the unquantised backbone."""
     if config.data.eval is None:
         return (
@@ -137,7 +136,7 @@ def cost_of_dequantising(config: Config, world: World, checkpoint: Path) -> str:
     config = on_engine(config, AUTO["one process"])
     plain = config.model.model_copy(update={"quantization": "none"})
     losses = [
-        evaluate_saved(config.model_copy(update={"model": model}), world, checkpoint)["eval_loss"]
+        evaluate_saved(config.model_copy(update={"model": model}), world, saved)["eval_loss"]
         for model in (config.model, plain)
     ]
     return (
@@ -148,8 +147,7 @@ def cost_of_dequantising(config: Config, world: World, checkpoint: Path) -> str:
 
 
 def write_adapter(
-    checkpoint: Path,
-    state: Mapping[str, Any],
+    saved: Saved,
     out: Path,
     note: str = "",
     *,
@@ -160,34 +158,37 @@ def write_adapter(
     """Write a PEFT folder from a checkpoint, without loading the backbone's weights. Returns the
     relative error of compressing the adapter to `rank` (0 without it). `same_rank`,
     `experts`: as in `export_run`."""
-    config, tensors = saved_config(state), store.read_tensors(checkpoint)
+    config, tensors, state = saved_config(saved.state), saved.tensors, saved.state
     task = TASKS[config.task.kind]
-    with refuse_mismatch(checkpoint):
+    with refuse_mismatch(saved.checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
     built = _layout_of(config, state, adapters)
     model = None if built is None else built.model
-    return export_adapter(
-        out,
-        adapters,
-        experts={} if model is None else expert_counts(model),
-        layouts={} if model is None else chosen_layouts(model, experts),
-        former_experts=() if model is None else former_experts(model),
-        key=str if model is None else PeftKeys(model),
-        modules_to_save=None if model is None else modules_to_save(model, heads),
-        swapped=set() if model is None else swapped_stacks(model),
-        fan_in_fan_out=built is not None
-        and fan_in_fan_out(built.adapted_layers[name] for name in adapters),
-        initial=saved_initial(checkpoint, state),
-        rank=rank,
-        same_rank=same_rank,
-        base_model=config.model.id,
-        revision=config.model.revision,
-        task_type=task.peft_task_type,
-        model_class=task.auto_class.__name__,
-        heads=heads,
-        labels=task.head_outputs(state["labels"]),
-        note=note,
-    )
+    try:
+        return export_adapter(
+            out,
+            adapters,
+            experts={} if model is None else expert_counts(model),
+            layouts={} if model is None else chosen_layouts(model, experts),
+            former_experts=() if model is None else former_experts(model),
+            key=str if model is None else PeftKeys(model),
+            modules_to_save=None if model is None else modules_to_save(model, heads),
+            swapped=set() if model is None else swapped_stacks(model),
+            fan_in_fan_out=built is not None
+            and fan_in_fan_out(built.adapted_layers[name] for name in adapters),
+            initial=saved_initial(saved),
+            rank=rank,
+            same_rank=same_rank,
+            base_model=config.model.id,
+            revision=config.model.revision,
+            task_type=task.peft_task_type,
+            model_class=task.auto_class.__name__,
+            heads=heads,
+            labels=task.head_outputs(state["labels"]),
+            note=note,
+        )
+    except NothingToExport as error:
+        raise UserError(f"{saved.checkpoint}: {error}; accepted: a checkpoint with some") from error
 
 
 def _layout_of(
@@ -210,12 +211,11 @@ def _built(
     tokenizer = load_tokenizer(config.model)
     task = TASKS[config.task.kind](config.task, tokenizer)
     task.load_labels_state(state["labels"])
-    return build(config, task, device), task
+    return build(config, task, device, state.get("unreached", [])), task
 
 
 def write_model(
-    checkpoint: Path,
-    state: Mapping[str, Any],
+    saved: Saved,
     out: Path,
     *,
     with_adapter: bool,
@@ -227,14 +227,14 @@ def write_model(
     `with_adapter`: W + ΔW in adapted layers. `dequantised`: W quantised and dequantised, as in
     training; else W of the pretrained files. Raises UserError where a merge is not possible.
     """
-    config, tensors = saved_config(state), store.read_tensors(checkpoint)
+    config, tensors, state = saved_config(saved.state), saved.tensors, saved.state
     if config.model.weights == "random":
         raise UserError("model.weights: random has no files to merge into; accepted: pretrained")
     backbone, task = _built(config, state, device)
-    with refuse_mismatch(checkpoint):
+    with refuse_mismatch(saved.checkpoint):
         heads = saved_heads(tensors)
         adapters = saved_adapters(config, tensors) if with_adapter else {}
-    initial = saved_initial(checkpoint, state)
+    initial = saved_initial(saved)
     refuse_tied_targets(backbone, adapters)
     if device.type == "cuda":  # weight formats compile kernels
         configure_compiler()

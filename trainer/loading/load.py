@@ -10,6 +10,7 @@ head). With a GPU, host memory holds only the reader's buffers.
 
 import dataclasses
 import hashlib
+import json
 import resource
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from adapters.units import transformer_blocks
 from trainer.config.config import Config
+from trainer.config.yaml import parse_json
 from trainer.device_memory import release, trim
 from trainer.distributed.world import World
 from trainer.engine.base import Engine, compiles
@@ -67,11 +69,12 @@ def load_backbone(
     for path, head in heads.items():
         set_module(model, path, head)
     with world.all_or_none():
-        digest = _digest(source)
+        digest, former_digest = _digests(source)
     loaded = LoadedBackbone(
         **{f.name: getattr(built, f.name) for f in dataclasses.fields(built)} | {"heads": heads},
         blocks=blocks,
         digest=digest,
+        former_digest=former_digest,
         quantization_error=materializer.quantization_error(),
         probes=materializer.probes(),
         loading=_figures(source, materializer, world, started),
@@ -203,16 +206,19 @@ def _buffer(source: Source, name: str, buffer: Tensor, persistent: bool) -> Tens
     return buffer.to(source.device)
 
 
-def _digest(source: Source) -> str:
-    """Digest of the backbone: config.json and weights, or the seed of random ones."""
+def _digests(source: Source) -> tuple[str, str]:
+    """Digest of the backbone: config.json and weights, or the seed of random ones; and that of the
+    version before, which took config.json by its bytes."""
     options = source.config.model
     folder = resolve_folder(options.id, options.revision, with_weights=False)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    content = (folder / "config.json").read_bytes()
     if source.files is not None:
-        digest.update(source.files.digest().encode())
+        weights = source.files.digest()
     else:
-        digest.update(f"random {source.config.run.seed} {options.overrides}".encode())
-    return digest.hexdigest()
+        weights = f"random {source.config.run.seed} {options.overrides}"
+    values = json.dumps(parse_json(content), sort_keys=True).encode()
+    now, former = (hashlib.sha256(part + weights.encode()) for part in (values, content))
+    return now.hexdigest(), former.hexdigest()
 
 
 def _figures(source: Source, materializer: Materializer, world: World, started: float) -> Loading:

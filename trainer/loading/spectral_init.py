@@ -5,12 +5,12 @@ hold the same bits; it is cached on disk by a digest of the matrix.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -73,9 +73,8 @@ class SpectralInit:
     def _compute(self, unit: Unit, weight: Tensor) -> InitialAdapter:
         ranges = self.method.ranges(unit)
         file = self.cache / f"{_key(weight, ranges)}.safetensors"
-        try:
-            held = load_file(file)
-        except (OSError, SafetensorError):
+        held = _cached(file)
+        if held is None:
             try:
                 triplets = singular_triplets(weight, ranges)
             except ValueError as error:
@@ -84,9 +83,30 @@ class SpectralInit:
                 name: getattr(triplets, name).float().cpu().contiguous()
                 for name in ("U", "S", "V", "spectrum")
             }
-            save_tensors(held, file)
+            if not file.parent.exists() or os.access(file.parent, os.W_OK):  # else another user's
+                save_tensors(held, file, {"sha256": _checksum(held)})
         adapter = self.method.extract(unit, Triplets(**held)).requires_grad_(False)
         return InitialAdapter(adapter, held["spectrum"])
+
+
+def _cached(file: Path) -> dict[str, Tensor] | None:
+    """A cached decomposition; None where there is none, or not the one that was written."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            written = (opened.metadata() or {}).get("sha256")
+            held = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    return held if written == _checksum(held) else None
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _key(weight: Tensor, ranges: Sequence[range]) -> str:

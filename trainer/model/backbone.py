@@ -89,6 +89,8 @@ class LoadedBackbone(BuiltModel):
     """Controls how the transformer blocks run."""
     digest: str
     """Digest of config.json and weights."""
+    former_digest: str
+    """That of the version before, for its checkpoints."""
     quantization_error: float
     """‖W − Ŵ‖ / ‖W‖ over all quantised matrices (Frobenius)."""
     probes: Mapping[str, tuple[list[float], float]]

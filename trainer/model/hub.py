@@ -1,11 +1,16 @@
 """A model's folder, configuration and tokenizer, local or from the hub."""
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.config.sections import ModelOptions
 from trainer.config.validation import local
 from trainer.errors import UserError, first_line
+
+_COUNTED = re.compile(r"(layers?|experts|blocks|n_layer)$")
+_MOST = 10_000
+
 
 if TYPE_CHECKING:
     from transformers.configuration_utils import PretrainedConfig
@@ -17,6 +22,12 @@ def resolve_folder(name: str, revision: str | None, *, with_weights: bool = True
     UserError where there is none."""
     path = local(name)
     if path is not None and path.is_dir():
+        for file in path.iterdir():
+            if not file.is_file() and not file.is_dir() and file.exists():
+                raise UserError(
+                    f"model.id: {file}: neither a file nor a folder (such as a named pipe, which "
+                    "nobody may write to); accepted: regular files"
+                )
         return path
     if path is not None or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"model.id: {name}: no such folder; accepted: a local folder or a hub id")
@@ -51,6 +62,18 @@ def load_tokenizer(options: ModelOptions) -> "PreTrainedTokenizerBase":
         raise UserError(f"{key}: {folder}: no usable tokenizer ({first_line(error)})") from error
 
 
+def _refuse_many(folder: Path, values: dict[str, Any]) -> None:
+    """Raises UserError for numbers of layers or experts that no model has: each of them would be
+    built, as objects, before the first tensor is looked for."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _refuse_many(folder, value)
+        elif isinstance(value, int) and _COUNTED.search(key) and value > _MOST:
+            raise UserError(
+                f"model.id: {folder}/config.json: {key}: {value} given; accepted: at most {_MOST}"
+            )
+
+
 def load_model_config(folder: Path, options: ModelOptions) -> "PretrainedConfig":
     """The model's configuration with `model.overrides` applied. Raises UserError."""
     from transformers.models.auto.configuration_auto import AutoConfig
@@ -61,6 +84,7 @@ def load_model_config(folder: Path, options: ModelOptions) -> "PretrainedConfig"
         raise UserError(
             f"model.id: {folder}: no usable config.json ({first_line(error)})"
         ) from error
+    _refuse_many(folder, config.to_dict())
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else None

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trainer import __version__
 from trainer.config.yaml import parse_json
 from trainer.errors import EXIT_FAILED, EXIT_REQUEUE
 from trainer.files import HEARTBEAT, write_text
@@ -32,6 +33,7 @@ class Heartbeat:
         self._file, self._last = folder / HEARTBEAT, 0.0
         self._values: dict[str, Any] = {
             "state": "starting", "step": 0, "steps": 0, "host": socket.gethostname(),
+            "version": __version__,
             "pid": os.getpid(), "started": time.time(),
         }  # fmt: skip
         if "SLURM_JOB_ID" in os.environ:
@@ -63,6 +65,8 @@ class Heartbeat:
 def read_heartbeat(folder: Path) -> dict[str, Any]:
     """Contents of the file; {} where it is missing or not readable."""
     try:
+        if not (folder / HEARTBEAT).is_file():  # a named pipe would be waited for
+            return {}
         values = parse_json((folder / HEARTBEAT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}

@@ -8,41 +8,64 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from trainer.config.yaml import parse_json
-from trainer.errors import UserError
+from trainer.errors import UserError, reason
 from trainer.files import DECISION_PARTS, DECISIONS, write_text
 
 
-def read_objects(file: Path) -> Iterator[dict[str, Any]]:
+def read_objects(
+    file: Path, on_tail: Callable[[int], None] | None = None
+) -> Iterator[dict[str, Any]]:
     """Iterate over the objects of a .jsonl without loading it; none where the file is missing.
 
-    A last line truncated by a crash is skipped; any other line that is not an object with a `step`
-    raises UserError.
+    What a crash left at the end is skipped: `on_tail` is called with its number of bytes. Any other
+    line that is not an object with a `step` raises UserError.
     """
     if not file.exists():
         return
+    if not file.is_file():  # a named pipe that nobody writes to would be waited for
+        raise UserError(f"{file}: no regular file; accepted: a file that a run wrote")
     try:
-        with open_decisions(file) as lines:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
-                try:
-                    value = parse_json(line)
-                except ValueError:
-                    if next(lines, None) is None:
-                        return
-                    value = None
-                if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+                value = _record(line)
+                if value is not None:
+                    yield value
+                    continue
+                rest = [line, *lines]
+                foreign = number == 1 and (len(rest) > 1 or _is_json(line))
+                if foreign or any(map(_record, rest)):
                     raise UserError(
                         f"{file} line {number}: no JSON object with a step; "
                         "accepted: a file that a run wrote"
                     )
-                yield value
+                if on_tail is not None:
+                    on_tail(sum(map(len, rest)))
+                return
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}; accepted: a file to read") from error
-    except (UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: {reason(error)}; accepted: a file to read") from error
+    except (EOFError, zlib.error) as error:
         raise UserError(f"{file}: not readable; accepted: a file that a run wrote") from error
+
+
+def _is_json(line: bytes) -> bool:
+    with suppress(ValueError):
+        parse_json(line.decode("utf-8"))
+        return True
+    return False
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The object of a line, if it is one with a step."""
+    try:
+        value = parse_json(line.decode("utf-8"))
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -50,10 +73,13 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return list(read_objects(file))
 
 
-def keep_lines(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop lines that are not `wanted`: a killed run logged steps after its last checkpoint."""
-    kept = [line for line in read_objects(file) if wanted(line)]
+def keep_lines(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> str:
+    """Drop lines that are not `wanted`: a killed run logged steps after its last checkpoint.
+    Returns a remark on what was at the end and is no record, "" where nothing was."""
+    tail: list[int] = []
+    kept = [line for line in read_objects(file, tail.append) if wanted(line)]
     write_text(file, "".join(json.dumps(line) + "\n" for line in kept))
+    return f"{file}: {tail[0]} bytes at its end were no record" if tail else ""
 
 
 def decision_files(folder: Path) -> list[Path]:

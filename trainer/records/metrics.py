@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class MetricsWriter:
         self, config: Config, folder: Path, steps: int, progress: Progress, heartbeat: Heartbeat
     ):
         self.file, start = folder / METRICS, progress.step
-        keep_lines(self.file, lambda line: start > 0 and _belongs(line, progress))
+        self.remark = keep_lines(self.file, lambda line: start > 0 and _belongs(line, progress))
         self._stream = self.file.open("a", encoding="utf-8")
         self._board = None
         if config.log.tensorboard:
@@ -69,23 +70,26 @@ class MetricsWriter:
             self.log_line(f"step {step}: loss or gradient not finite, step skipped")
         self.heartbeat.beat(step=step, loss=None if _is_nan(loss) else loss)
         if self._bar is not None:
-            self._bar.update(1)
+            with suppress(OSError):
+                self._bar.update(1)
 
     def log_line(self, line: str) -> None:
         """Print a line on the terminal, above the progress bar."""
         if self._progress == "none":
             return
-        if self._bar is not None:
-            self._bar.write(line)
-        else:
-            print(line, flush=True)
+        with suppress(OSError):  # a closed terminal does not end the run
+            if self._bar is not None:
+                self._bar.write(line)
+            else:
+                print(line, flush=True)
 
     def close(self) -> None:
         self._stream.close()
         if self._board is not None:
             self._board.close()
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
 
     def _show(self, values: dict[str, Any]) -> None:
         step = values["step"]
@@ -94,7 +98,8 @@ class MetricsWriter:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in evaluated.items())
             self.log_line(f"step {step}/{self._steps}  {figures}")
         elif self._bar is not None:
-            self._bar.set_postfix_str(f"loss {values['loss']:.4f}")
+            with suppress(OSError):
+                self._bar.set_postfix_str(f"loss {values['loss']:.4f}")
         elif step > self._plain_after:  # about twenty lines per run
             self._plain_after = step - 1 + max(1, self._steps // 20)
             self.log_line(

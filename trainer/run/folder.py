@@ -1,15 +1,27 @@
 """The run folder: its lock, description and records, and how the run ended. Rank 0 only."""
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from adapters.methods.base import InitialAdapter
 from trainer.checkpoint import store
 from trainer.config.validation import local
 from trainer.decisions.log import AllocationLog
 from trainer.errors import RunFailed, UserError
-from trainer.files import CHECKPOINTS, CONFIG, FIGURES, INITIAL, METRICS, UNITS
+from trainer.files import (
+    CHECKPOINTS,
+    CONFIG,
+    FIGURES,
+    INITIAL,
+    METRICS,
+    UNITS,
+    sha256,
+    sync,
+    write_text,
+)
 from trainer.loading.initial_adapters import save_initial_adapters
 from trainer.records.heartbeat import Heartbeat
 from trainer.records.metrics import MetricsWriter
@@ -68,17 +80,27 @@ class RunFolder:
         try:
             self.checkpoints.mkdir(exist_ok=True)
             (self.path / FIGURES).mkdir(exist_ok=True)
-            (self.path / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
+            write_text(self.path / CONFIG, config.to_yaml(), durable=True)
             described = [{k: v for k, v in asdict(unit).items() if k != "index"} for unit in units]
-            (self.path / UNITS).write_text(json.dumps(described, indent=0), encoding="utf-8")
-            written = initial_digest is not None and (self.path / INITIAL).is_file()
-            if session.initial_adapters is not None and not written:
-                initial_digest = save_initial_adapters(session.initial_adapters, self.path)
+            write_text(self.path / UNITS, json.dumps(described, indent=0), durable=True)
+            if session.initial_adapters is not None:
+                initial_digest = self._keep_initial(session.initial_adapters, initial_digest)
             for stale in self.checkpoints.glob(".step-*"):
                 store.remove_partial(stale)
+            sync(self.path)
+            sync(self.path.parent)
         except OSError as error:
             raise _unwritable(self.path, error) from error
         return initial_digest
+
+    def _keep_initial(
+        self, initial_adapters: Mapping[str, InitialAdapter], digest: str | None
+    ) -> str:
+        """Write the initial adapters, unless a resumed run's file, of this `digest`, is there."""
+        file = self.path / INITIAL
+        if digest is None or not file.is_file() or sha256(file) != digest:
+            return save_initial_adapters(initial_adapters, self.path)
+        return digest
 
     def record(self, session: Session, steps: int, progress: Progress) -> None:
         """Open the records: metrics, heartbeat and decisions."""
@@ -89,6 +111,9 @@ class RunFolder:
             limit = int(config.log.decisions_mib * 2**20)
             decisions = AllocationLog(self.path, session.method, progress.step, limit)
         self.recorder = RunRecorder(metrics, decisions)
+        for remark in (metrics.remark, decisions.remark if decisions is not None else ""):
+            if remark:
+                self.recorder.log_line(f"dropped   {remark}")
 
     def __enter__(self) -> "RunFolder":
         return self

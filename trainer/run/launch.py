@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from trainer.config.config import Config, load_config
+from trainer.distributed import launcher
 from trainer.distributed.failures import guarded
 from trainer.errors import UserError
 
@@ -29,6 +30,7 @@ def launched(path: str, overrides: Sequence[str]) -> Iterator[tuple[Config, "Wor
 
     A UserError is one `error:` line, printed once, and a non-zero exit code on every rank.
     """
+    launcher.watch()
     configure_libraries()
     with guarded():
         config: Config | None = None
@@ -49,6 +51,7 @@ def join(config: Config | None, failure: UserError | None = None) -> Iterator["W
     """Join the process group. Raises UserError where the ranks' configurations differ."""
     from trainer.distributed import process_group
 
+    launcher.watch()
     engine = config.engine if config is not None else None
     world = process_group.start(*(engine.device, engine.timeout) if engine else ("cpu", 60.0))
     with world.all_or_none():

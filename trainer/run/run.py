@@ -1,6 +1,5 @@
 """A run from start to end: open the session, resume, train, export, complete the run folder."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ import torch
 
 from adapters import seeds
 from adapters.layers.expert_modules import swapped_stacks
-from adapters.peft_export import export_adapter
+from adapters.methods.base import InitialAdapter
+from adapters.peft_export import NothingToExport, export_adapter
 from adapters.units import expert_counts, fan_in_fan_out
 from trainer.checkpoint.compatibility import changes, check_options
 from trainer.checkpoint.state import read_initial_adapters, restore
@@ -25,9 +25,11 @@ from trainer.device_memory import peak_gib, readable
 from trainer.distributed.world import World
 from trainer.engine.base import Engine
 from trainer.engine.select import make_engine
-from trainer.errors import UserError
+from trainer.errors import BadCheckpoint, RunFailed, UserError
 from trainer.export.expert_layouts import chosen_layouts
+from trainer.export.export import written_folder
 from trainer.files import ADAPTER, FIGURES, METRICS
+from trainer.loading.initial_adapters import initial_digest
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading
 from trainer.model.build import build
@@ -38,6 +40,7 @@ from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
 from trainer.run.folder import RunFolder
 from trainer.run.remarks import on_batch, on_length
+from trainer.run.shared import refuse_unshared
 from trainer.session import Session, leave_out, open_data, open_session, refuse_longer
 from trainer.training.loop import Run, make_loader, total_steps, train
 from trainer.training.lr_schedule import learning_rate
@@ -60,13 +63,16 @@ def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
 def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> None:
     start = _choose_start(config, world, folder)
     with world.all_or_none():
-        initial_adapters = unreached = None
-        if start.checkpoint is not None:
-            initial_adapters = read_initial_adapters(start.checkpoint, start.state)
-            unreached = start.state.get("unreached", [])
+        initial_adapters, recomputed = _initial_adapters(start)
+        unreached = None if start.checkpoint is None else start.state.get("unreached", [])
         if world.is_main:
             folder.begin()
     session = open_session(config, world, initial_adapters, unreached)
+    with world.all_or_none():
+        if recomputed is not None and session.initial_adapters is not None:
+            if initial_digest(session.initial_adapters) != start.state["initial"]:
+                raise recomputed
+            start.remarks.append(f"{recomputed}; computed again, and the same")
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
@@ -79,14 +85,20 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     verified = verify_session(session) if proves else _not_verified(config)
     plan = make_plan(session)
     steps = total_steps(session, loader)
-    replay, initial_digest = None, start.state.get("initial")
+    replay, digest = None, start.state.get("initial")
     with world.all_or_none():
+        if progress.step > steps:
+            given = "run.steps" if config.run.steps is not None else "run.epochs"
+            raise UserError(
+                f"{given}: {steps} steps given, but {start.checkpoint} has made {progress.step}; "
+                f"accepted: {progress.step} or more, or another run.name for a new run"
+            )
         _set_horizon(session, steps)
         if world.is_main:
             if config.method.replay is not None:
                 replay = Replay(Path(config.method.replay), session.method, progress.step, steps)
             folder.make()
-            initial_digest = folder.describe(session, initial_digest)
+            digest = folder.describe(session, digest)
             folder.record(session, steps, progress)
     notes = [
         *([folder.lock.note] if folder.lock.note else []),
@@ -101,7 +113,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     training = Training(
         session, loader, steps, make_validate(session), folder.recorder, replay, first_steps
     )
-    writer = CheckpointWriter(session, loader, folder.checkpoints, initial_digest)
+    writer = CheckpointWriter(session, loader, folder.checkpoints, digest)
     train(Run(training, writer, progress, stop))
     writer.close()
     with world.all_or_none():
@@ -165,10 +177,12 @@ class _Start:
 def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
     """The checkpoint that rank 0 finds. Refuses to overwrite a run (UserError). Collective."""
     found = _Start(None, {}, [])
+    refuse_unshared(config.run_folder, world)
     with world.all_or_none():
         if world.is_main:
             folder.take()
-            found = _Start(*find(config.run.resume, folder.checkpoints))
+            checkpoint, state, remarks = find(config.run.resume, folder.checkpoints, verify)
+            found = _Start(checkpoint, state or {}, remarks)
             if config.run.resume == "never" and (folder.path / METRICS).exists():
                 raise UserError(
                     f"run.resume: never given, but {folder.path} holds a run already; accepted: "
@@ -183,6 +197,18 @@ def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
         if found.checkpoint is not None and not world.is_main:
             verify(found.checkpoint)
     return found
+
+
+def _initial_adapters(
+    start: _Start,
+) -> tuple[dict[str, InitialAdapter] | None, BadCheckpoint | None]:
+    """Initial adapters of the resumed run, or why they have to be computed again."""
+    if start.checkpoint is None:
+        return None, None
+    try:
+        return read_initial_adapters(start.checkpoint, start.state), None
+    except BadCheckpoint as error:
+        return None, error
 
 
 def _not_verified(config: Config) -> str:
@@ -274,11 +300,11 @@ def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
 def _finish(session: Session, folder: Path, steps: int) -> None:
     """Export the adapter, draw the loss, write README.md. Rank 0 only: adapters are replicated."""
     adapter = folder / ADAPTER
-    unfinished = folder / ".adapter.partial"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    note = _export(session, unfinished)
-    shutil.rmtree(adapter, ignore_errors=True)
-    unfinished.rename(adapter)
+    try:
+        with written_folder(adapter, RunFailed) as unfinished:
+            note, where = _export(session, unfinished), str(adapter)
+    except NothingToExport as error:
+        note, where = "", f"none: {error}"
     figure = draw_loss([folder], folder / FIGURES / "loss")
     lines = read_metrics(folder / METRICS)
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
@@ -294,7 +320,7 @@ def _finish(session: Session, folder: Path, steps: int) -> None:
         _readme(session.config, summary.removeprefix("done").strip(), note), encoding="utf-8"
     )
     if session.config.log.progress != "none":
-        print(f"{summary}\nadapter   {adapter}\nfigure    {figure}", flush=True)
+        print(f"{summary}\nadapter   {where}\nfigure    {figure}", flush=True)
 
 
 def _export(session: Session, folder: Path) -> str:

@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from trainer.checkpoint import store
-from trainer.checkpoint.state import load_trained, read_initial_adapters
+from trainer.checkpoint.saved import Saved
+from trainer.checkpoint.state import load_trained
 from trainer.config.config import Config
 from trainer.data.dataset import TokenDataset
 from trainer.data.loader import assign_micro_batches
@@ -83,13 +82,10 @@ def _mean(parts: list[_Part]) -> float:
     return math.fsum(part.loss for part in parts) / sum(part.weight for part in parts)
 
 
-def evaluate_saved(config: Config, world: World, checkpoint: Path) -> dict[str, float]:
-    """Scores of a checkpoint's adapters on the backbone that `config` describes."""
+def evaluate_saved(config: Config, world: World, saved: Saved) -> dict[str, float]:
+    """Scores of a checkpoint's adapters on the backbone that `config` describes. Collective."""
+    unreached = saved.state.get("unreached", [])
+    session = open_session(config, world, saved.initial_adapters, unreached)
     with world.all_or_none():
-        state = store.verify(checkpoint)
-        stored = store.read_tensors(checkpoint)
-        initial_adapters = read_initial_adapters(checkpoint, state)
-    session = open_session(config, world, initial_adapters, state.get("unreached", []))
-    with world.all_or_none():
-        load_trained(session, checkpoint, stored)
+        load_trained(session, saved.checkpoint, saved.tensors)
     return evaluate(session)

@@ -1,7 +1,8 @@
-"""Stop requests, by a signal or a time limit.
+"""Stop requests, by a signal, a time limit or the loss of the launcher.
 
-SIGTERM, SIGUSR1 and SIGINT set a flag. The loop all-reduces it at every step, saves, and the
-process exits with `EXIT_REQUEUE`: restart to resume. A second Ctrl-C exits at once.
+SIGTERM, SIGUSR1, SIGINT and SIGHUP (unless it is ignored, as under nohup) set a flag. The loop
+all-reduces it at every step, saves, and the process exits with `EXIT_REQUEUE`: restart to resume.
+A second Ctrl-C exits at once.
 """
 
 import os
@@ -9,13 +10,15 @@ import signal
 import socket
 import threading
 import time
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
 from trainer.config.sections import RunOptions
+from trainer.distributed import launcher
 from trainer.errors import EXIT_REQUEUE, UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _SAME_PRESS = 1.0  # seconds: terminal and launcher may both forward one Ctrl-C
 
 
@@ -31,6 +34,7 @@ class StopRequest:
     def __init__(self, options: RunOptions):
         self._reason: str | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._stack = ExitStack()
         self._wakeup: socket.socket | None = None
         # (deadline on the monotonic clock, which is never set back; reason)
         self._deadlines: list[tuple[float, str]] = []
@@ -44,15 +48,21 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """The signal or time limit that asked this process to stop, or None."""
+        """The signal, time limit or loss that asked this process to stop, or None."""
         if self._reason is None:
             now = time.monotonic()
-            self._reason = next((reason for end, reason in self._deadlines if now >= end), None)
+            late = next((reason for end, reason in self._deadlines if now >= end), None)
+            self._reason = late or launcher.gone()
         return self._reason
 
     def __enter__(self) -> "StopRequest":
+        self._stack.enter_context(launcher.saving())
         if threading.current_thread() is threading.main_thread():  # others cannot
-            self._before = {name: signal.signal(name, self._on_signal) for name in SIGNALS}
+            self._before = {
+                name: signal.signal(name, self._on_signal)
+                for name in SIGNALS
+                if name != signal.SIGHUP or signal.getsignal(name) != signal.SIG_IGN
+            }
             ours, self._wakeup = socket.socketpair()
             self._wakeup.setblocking(False)
             signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
@@ -63,6 +73,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stack.close()
         for name, handler in self._before.items():
             signal.signal(name, handler)
         if self._wakeup is not None:

@@ -1,10 +1,12 @@
 """Files are replaced whole or not at all."""
 
 import hashlib
+import os
+import stat
 
 import pytest
 
-from trainer.files import replacing, sha256, write_text
+from trainer.files import new_folder, replacing, sha256, write_text
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -34,3 +36,36 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 def test_the_digest_is_sha256(tmp_path):
     (tmp_path / "file").write_bytes(b"rank")
     assert sha256(tmp_path / "file") == hashlib.sha256(b"rank").hexdigest()
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o002])
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_modes_are_those_of_the_umask_whatever_wrote_the_file(tmp_path, umask):
+    with replacing(tmp_path / "file", durable=True) as partial:
+        partial.unlink()
+        partial.touch(0o600)  # as libraries do that write a temporary file
+    assert mode(tmp_path / "file") == 0o666 & ~umask
+    with new_folder(tmp_path / "folder") as partial:
+        (partial / "file").touch(0o600)
+    assert mode(tmp_path / "folder") == 0o777 & ~umask
+    assert mode(tmp_path / "folder/file") == 0o666 & ~umask
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "folder") as partial:
+        (partial / "file").touch()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    for content in ("old", "new"):
+        with new_folder(tmp_path / "folder") as partial:
+            (partial / content).touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "new"]

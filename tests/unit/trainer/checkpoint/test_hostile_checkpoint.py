@@ -58,9 +58,9 @@ class Saved:
 
     def write(self, state: Any, tensors: bytes) -> Path:
         """A checkpoint whose manifest agrees with its files."""
-        bad = self.config.run_folder / "checkpoints/step-00000001"
+        bad = self.config.run_folder / "bad/step-00000002"
         shutil.rmtree(bad, ignore_errors=True)
-        bad.mkdir()
+        bad.mkdir(parents=True)
         (bad / "state.json").write_bytes(state if isinstance(state, bytes) else json_bytes(state))
         (bad / "shard-0.safetensors").write_bytes(tensors)
         store.write_manifest(bad)
@@ -68,8 +68,8 @@ class Saved:
 
     def resume(self, bad: Path) -> Progress:
         """As a run does it, and an export."""
-        found, state, _ = store.find(str(bad), self.folder)
-        assert found is not None
+        found, state, _ = store.find(str(bad), self.folder, store.verify)
+        assert found is not None and state is not None
         check_options(self.config, found, state)
         read_initial_adapters(found, state)
         changes(state, self.config.model_dump(mode="json"))

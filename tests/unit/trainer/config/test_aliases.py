@@ -7,11 +7,12 @@ import yaml
 
 from tests.helpers import losses, quick_config
 from trainer.checkpoint import store
+from trainer.checkpoint.saved import read_saved
 from trainer.config import aliases
 from trainer.config.config import load_config
 from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.export.export import export_run, locate, saved_config
+from trainer.export.export import export_run, saved_config
 from trainer.report.report import read_run
 from trainer.run.run import run
 from trainer.training.evaluation import evaluate_saved
@@ -93,8 +94,8 @@ def test_what_earlier_runs_recorded_is_read(tmp_path, capsys):
     store.write_manifest(checkpoint)
 
     assert "whole_blocks" not in read_run(folder).config["engine"]
-    found, state = locate(folder)
-    assert "eval_loss" in evaluate_saved(saved_config(state), World(), found)
+    saved = read_saved(folder)
+    assert "eval_loss" in evaluate_saved(saved_config(saved.state), World(), saved)
     export_run(folder, tmp_path / "out", World())
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert capsys.readouterr().err == ""  # nobody need do anything about them

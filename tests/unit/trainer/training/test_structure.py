@@ -8,6 +8,8 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -18,8 +20,10 @@ from adapters.unit import Unit
 from tests.helpers import ROOT, losses, quick_config, save_random_model
 from tests.world.cases import ok, run_cases
 from tests.world.worker import cut_run, drive, train_only, validation
+from trainer.checkpoint.saved import read_saved
 from trainer.config.config import Config
 from trainer.distributed.world import World
+from trainer.errors import BadCheckpoint
 from trainer.export.export import export_run
 from trainer.loading import spectral_init
 from trainer.session import Session, open_session
@@ -293,14 +297,13 @@ def test_initial_tensors_are_written_once_with_their_checksum(split, kind, monke
 def attempts(config: Config, checkpoint, out):
     """Whatever needs the initial tensors."""
     return {
-        "resume": lambda: train_only(World(), config.model_dump()),
-        "evaluate": lambda: evaluate_saved(config, World(), checkpoint),
+        "evaluate": lambda: evaluate_saved(config, World(), read_saved(checkpoint)),
         "adapter": lambda: export_run(checkpoint, out, World()),
         "merged": lambda: export_run(checkpoint, out, World(), what="merged"),
     }
 
 
-@pytest.mark.parametrize("what", ["resume", "evaluate", "adapter", "merged"])
+@pytest.mark.parametrize("what", ["evaluate", "adapter", "merged"])
 @pytest.mark.parametrize("harm", ["damaged", "missing", "truncated", "empty"])
 def test_initial_tensors_that_are_not_those_written_are_refused(split, harm, what, tmp_path):
     config = splitting_run(split, "pissa", name=f"{harm}-{what}")
@@ -324,6 +327,34 @@ def test_initial_tensors_that_are_not_those_written_are_refused(split, harm, wha
     assert ("missing" if harm == "missing" else "checksum") in message
     assert before == held(config.run_folder)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("harm", ["damaged", "missing", "empty"])
+@pytest.mark.parametrize("kind", ["lelora", "pissa"])
+def test_initial_tensors_are_computed_again_where_they_are_damaged(split, harm, kind, tmp_path):
+    """From the same backbone, and taken as their digest is that of the checkpoint."""
+    config = splitting_run(split, kind, f"data.cache={tmp_path}", name=f"{harm}-again-{kind}")
+    cut_run(split / "runs" / kind, config.run_folder, 2)
+    file = config.run_folder / "initial.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content if harm == "damaged" else b"")
+    if harm == "missing":
+        file.unlink()
+    train_only(World(), config.model_dump())
+    assert file.read_bytes() == (split / "runs" / kind / "initial.safetensors").read_bytes()
+    assert losses(config.run_folder) == losses(split / "runs" / kind)[:4]
+
+
+def test_initial_tensors_of_another_backbone_are_not_taken(split):
+    config = splitting_run(split, "pissa", name="not-again")
+    cut_run(split / "runs/pissa", config.run_folder, 2)
+    file = config.run_folder / "initial.safetensors"
+    file.write_bytes(b"")
+    other = splitting_run(split, "pissa", "model.id=configs/quickstart/model", name="not-again")
+    with pytest.raises(BadCheckpoint, match=r"initial\.safetensors: checksum"):
+        train_only(World(), other.model_dump())
+    assert file.read_bytes() == b""
 
 
 def held(folder) -> list[tuple[str, int]]:
@@ -371,7 +402,7 @@ def test_a_run_that_goes_on_from_another_one_is_whole_by_itself(split, tmp_path)
     last = other.run_folder / "checkpoints/step-00000006"
     assert json.loads((last / "state.json").read_text())["initial"] == digest
     found = [json.loads(x) for x in (other.run_folder / "metrics.jsonl").read_text().splitlines()]
-    scores = evaluate_saved(other, World(), last)
+    scores = evaluate_saved(other, World(), read_saved(last))
     assert scores["eval_loss"] == pytest.approx(found[-1]["eval_loss"], rel=1e-6)
 
 
@@ -416,6 +447,25 @@ def test_decompositions_are_computed_once(split, tmp_path, monkeypatch):
         file.write_bytes(file.read_bytes()[:-7])
     assert started(splitting_run(split, "lelora", cache)) == first, "a cut file was believed"
     assert len(calls) > 28
+
+
+def test_a_cached_decomposition_with_other_values_is_a_miss(split, tmp_path):
+    """The file is whole, and not what was written."""
+    config = splitting_run(split, "pissa", f"data.cache={tmp_path}")
+    names = ("U", "S", "V", "spectrum")
+    first = open_session(config, World()).initial_adapters
+    files = sorted((tmp_path / "spectra").iterdir())
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        held = load_file(file)
+        assert held.keys() == set(names)
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        save_file(held | {"U": held["U"] * 3}, file, metadata)
+    second = open_session(config, World()).initial_adapters
+    for name, initial in first.items():
+        assert torch.equal(initial.adapter.delta(), second[name].adapter.delta())
+    assert [file.read_bytes() for file in files] == before, "they were not written anew"
 
 
 def test_processes_that_start_at_once_share_a_cold_cache(split, tmp_path):

@@ -1,0 +1,88 @@
+"""A checkpoint to evaluate or export: all that is needed of it, read once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from adapters.methods.base import InitialAdapter
+from trainer.checkpoint import store
+from trainer.checkpoint.state import read_initial_adapters
+from trainer.distributed.world import World
+from trainer.errors import BadCheckpoint, UserError
+from trainer.files import CHECKPOINTS
+
+_T = TypeVar("_T")
+_TRIES = 20
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What one manifest names, in memory: a run that still trains may delete the files."""
+
+    checkpoint: Path
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+    initial_adapters: dict[str, InitialAdapter] | None
+    """None without spectral initialisation."""
+    remarks: Sequence[str] = ()
+    """On damaged newer ones."""
+
+
+def read_saved(path: Path) -> Saved:
+    """A checkpoint folder, or the newest undamaged checkpoint of a run folder, verified. Raises
+    UserError."""
+    saved, remarks = _find(path, _read)
+    return replace(saved, remarks=remarks)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of what `read_saved` finds."""
+    return _find(path, store.verify)[0]
+
+
+def _find(path: Path, read: Callable[[Path], _T]) -> tuple[_T, list[str]]:
+    if (path / "manifest.json").is_file():
+        return read(path), []
+    folder = path / CHECKPOINTS
+    for _ in range(_TRIES):
+        newest = store.newest(folder)
+        try:
+            _, found, remarks = store.find("auto", folder, read)
+        except BadCheckpoint:
+            if store.newest(folder) == newest:
+                raise
+            continue  # the run, which trains, has replaced it
+        if found is None:
+            raise UserError(
+                f"{path}: neither a run folder with a checkpoint nor a checkpoint; accepted: "
+                "runs/NAME or runs/NAME/checkpoints/step-00000100"
+            )
+        return found, remarks
+    raise UserError(
+        f"{path}: its run deletes checkpoints faster than they are read; accepted: a larger "
+        "checkpoint.keep, or try again when it has ended"
+    )
+
+
+def read_on_all(path: Path, world: World) -> Saved:
+    """The checkpoint that rank 0 finds, on every rank. Raises UserError. Collective."""
+    saved = None
+    with world.all_or_none():
+        if world.is_main:
+            saved = read_saved(path)
+    checkpoint, state = world.broadcast(saved and (saved.checkpoint, saved.state))
+    with world.all_or_none():
+        if saved is None:
+            saved = _read(checkpoint)
+        if saved.state != state:
+            raise BadCheckpoint(f"{checkpoint}: was replaced meanwhile; accepted: try again")
+    assert saved is not None
+    return saved
+
+
+def _read(checkpoint: Path) -> Saved:
+    state, tensors = store.load(checkpoint)
+    return Saved(checkpoint, state, tensors, read_initial_adapters(checkpoint, state))
