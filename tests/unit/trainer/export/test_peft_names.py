@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from adapters.gated import GatedAdapter
 from adapters.peft_export import export_adapter, lora_factors
@@ -57,7 +58,8 @@ def test_every_linear_layer_gets_its_adapter(name, tmp_path):
         assert layer.scaling["default"] == 1
 
 
-def test_a_layer_that_no_name_reaches(tmp_path):
+@pytest.mark.skipif("inkling2_text" not in CONFIG_MAPPING, reason="newer than this transformers")
+def test_a_layer_that_no_name_reaches():
     model = tiny_model("inkling2_text")
     lost = lost_by_peft(model, adapters_of(model))
     assert {path.rpartition(".")[2] for path in lost} == {"weight_proj"}
