@@ -98,7 +98,11 @@ def _of_texts(model: "PreTrainedModel") -> list[_Table]:
 def _tables(model: nn.Module) -> Iterator[_Table]:
     for path, module in model.named_modules():
         if _embeds_positions(path, module):
-            rows, width = module.weight.shape
+            # Not the weight's shape, of which ZeRO-3 leaves nothing.
+            table = isinstance(module, nn.Embedding)
+            rows, width = (
+                (module.num_embeddings, module.embedding_dim) if table else module.weight.shape
+            )
             # Numbers start behind that of padding (RoBERTa) or at a fixed offset (BART, OPT).
             padding = getattr(module, "padding_idx", None)
             length = rows - (getattr(module, "offset", 0) if padding is None else padding + 1)
