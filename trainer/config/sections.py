@@ -67,9 +67,11 @@ class ModelOptions(Section):
     (most CPUs emulate bfloat16 matrix products, several times slower)."""
     quantization: str = "none"
     """Format of the frozen linear weights: none, nf4, fp4, int8 or fp8."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention kernel; auto: transformers' default for the architecture. flash_attention_2
-    requires the `flash-attn` extra and a GPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "varlen"] = "auto"
+    """Attention kernel. varlen: packed rows by document, without a mask, on a GPU in 16 bits. auto:
+    varlen where rows are packed and it can serve (flex_attention for soft caps), else
+    transformers' default for the architecture; the choice is printed. flash_attention_2 requires
+    the `flash-attn` extra and a GPU."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` initialises from config.json without weight files, for benchmarks and tests."""
     overrides: dict[str, int | float | str | bool] = {}

@@ -50,6 +50,8 @@ class BuiltModel:
     """Adapted layers by name; those of `units` take adapters."""
     heads: Mapping[str, nn.Module]
     """The task's new modules and trained routers, by path; fully trained."""
+    attention: str
+    """How it attends, for the log."""
     left_alone: Sequence[LeftAlone] = ()
     """Matrices that get no adapter although `all-linear` names them, or that keep their own layer
     and stay unquantised."""

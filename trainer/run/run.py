@@ -222,6 +222,7 @@ def _introduction(session: Session, steps: int, notes: list[str]) -> list[str]:
         f"{config.model.quantization}, "
         f"{readable(engine.local_bytes(session.model))} per rank",
         _loading(session.backbone.loading),
+        f"attention {session.backbone.attention}",
         f"engine    {_engine(engine)}, {world.size} rank(s), {world.device}",
         f"method    {config.method.kind}, rank {config.method.rank}, "
         f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",

@@ -5,12 +5,13 @@ A task is one file; loader and loop use this interface only.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from trainer.tasks.documents import Documents
 from trainer.tasks.options import TaskOptions
 
 if TYPE_CHECKING:
@@ -62,11 +63,13 @@ class Batch:
     """Number of tokens without padding."""
     records: list[int] = field(default_factory=list)
     """Indices of the records in their data set."""
+    documents: Documents | None = None
+    """Where rows hold several records: which token belongs to which."""
 
     def to(self, device: torch.device) -> "Batch":
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        targets = self.targets.to(device)
-        return Batch(inputs, targets, self.weight, self.tokens, self.records)
+        documents = None if self.documents is None else self.documents.to(device)
+        return replace(self, inputs=inputs, targets=self.targets.to(device), documents=documents)
 
 
 class Task(ABC):

@@ -73,14 +73,15 @@ class CausalLM(Task):
             ids.append(pad(row, width, self.pad_token_id))
             positions.append(position + list(range(width - len(row))))  # padding: one more document
             targets.append(pad(target, width, IGNORED))
-        inputs = {"input_ids": torch.tensor(ids)}
+        inputs, documents = {"input_ids": torch.tensor(ids)}, None
         if any(len(packed) > 1 for packed in sequences):
             # Positions restart at 0 in every document, by which `loss` keeps them apart. Unpacked
             # rows need no mask: padding is on the right, and a causal model does not attend to it.
             inputs["position_ids"] = torch.tensor(positions)
+            documents = Documents.of(inputs["position_ids"])
         weight = 0 if empty else sum(example.weight for packed in sequences for example in packed)
         tokens = 0 if empty else sum(len(e.input_ids) for packed in sequences for e in packed)
-        return Batch(inputs, torch.tensor(targets), weight, tokens)
+        return Batch(inputs, torch.tensor(targets), weight, tokens, documents=documents)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, None]:
         targets = batch.targets[:, 1:]
@@ -101,12 +102,11 @@ class CausalLM(Task):
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
     """The model's logits (rows, length, vocabulary), the documents of packed rows kept apart."""
     inputs = dict(batch.inputs)
-    positions = inputs.get("position_ids")
-    if positions is None:
+    if batch.documents is None:
         return model(**inputs, use_cache=False).logits
     if not _takes_positions(type(model).forward):  # e.g. ALiBi, which depends on distances only
         del inputs["position_ids"]
-    with kept_apart(Documents.of(positions)):
+    with kept_apart(batch.documents):
         return model(**inputs, use_cache=False).logits
 
 

@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import AttentionMaskInterface, find_packed_sequence_indices
@@ -32,17 +33,33 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a micro-batch lie; both tensors (rows, length)."""
+    """Where the documents of a micro-batch lie."""
 
     index: Tensor
-    """Number of each token's document within its row, from 0."""
+    """(rows, length): number of each token's document within its row, from 0."""
     positions: Tensor
-    """Position of each token within its document, from 0."""
+    """(rows, length): position of each token within its document, from 0."""
+    boundaries: Tensor
+    """int32: where each document begins if the rows are laid end to end, and the last one's end."""
+    longest: int
+    """Length of the longest document, rounded up to a power of two."""
 
     @staticmethod
     def of(positions: Tensor) -> "Documents":
         """From positions (rows, length) that restart at 0 in every document."""
-        return Documents((positions == 0).cumsum(-1) - 1, positions)
+        begins = positions == 0
+        starts = begins.flatten().nonzero().flatten()
+        boundaries = torch.cat([starts, starts.new_tensor([positions.numel()])]).to(torch.int32)
+        longest = 2 ** int(positions.max()).bit_length()
+        return Documents(begins.cumsum(-1) - 1, positions, boundaries, longest)
+
+    def to(self, device: torch.device) -> "Documents":
+        return Documents(
+            self.index.to(device),
+            self.positions.to(device),
+            self.boundaries.to(device),
+            self.longest,
+        )
 
     def separate(self, attends: MaskFunction) -> MaskFunction:
         """`attends` within documents, as if each stood alone."""
@@ -112,6 +129,10 @@ class _Exchange:
 
 _EXCHANGE = _Exchange()
 
+MASKS: dict[str, Callable[..., Any]] = {}
+"""By the name of an attention: what builds a mask from `documents` and the builder's arguments, in
+place of separating the pairs of positions that the builder asks for."""
+
 
 def _infer_documents(position_ids: Tensor) -> Tensor | None:
     """In place of transformers' inference from positions: none where documents are known."""
@@ -126,6 +147,8 @@ def _separated(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         if scope is None:
             return original(mask_function=mask_function, **arguments)
         scope.built, documents = True, scope.documents
+        if name in MASKS:
+            return MASKS[name](documents, mask_function=mask_function, **arguments)
         rows, length = documents.index.shape
         if is_flash_attention_requested(requested_attention_implementation=name):
             # flash-attn takes no mask. transformers calls it by documents, which it infers from

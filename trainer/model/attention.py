@@ -1,0 +1,227 @@
+"""How a model attends: by document where rows are packed on a GPU, else as transformers does.
+
+A dense mask makes attention run over all pairs of positions of a row. `varlen` runs over those of
+one document only. It is registered with transformers as an attention of its own, so that no model
+code is changed. In place of a mask its mask function returns *spans*, an int32 tensor that says
+where documents begin; models hand it to their blocks like any mask, so that compiled and recomputed
+blocks get it as an argument. Rows of a single document have no mask and keep the causal kernel of
+scaled_dot_product_attention.
+
+Spans are boundaries (n + 1) expanded, without memory, to (1, window + 1, longest, n + 1): integers
+that the kernel needs on the host are sizes, which a compiled program takes without recompiling.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from trainer.errors import UserError
+from trainer.model.varlen import LARGEST_HEAD, varlen_attention
+from trainer.tasks.documents import MASKS, Documents, MaskFunction
+
+if TYPE_CHECKING:
+    from transformers.modeling_utils import PreTrainedModel
+
+OURS = ("auto", "varlen")
+"""Values of `model.attention` that are decided here."""
+VARLEN = "rankcast_varlen"
+"""Name under which transformers knows `varlen`; none of its own families' names is part of it."""
+
+_SEPARABLE = {"full_attention", "sliding_attention"}
+"""Kinds of layers that are causal attention, within a window or not."""
+_WITHOUT_EFFECT = {"position_ids", "cache_position", "position_embeddings"}
+"""Tensors that models hand to any attention; they were used before."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of a model, and why, for the log."""
+
+    name: str | None
+    """transformers' name of it; None: what the model has."""
+    reason: str
+
+
+def choose_attention(
+    model: "PreTrainedModel", asked: str, *, packing: bool, device: torch.device, dtype: torch.dtype
+) -> Attention:
+    """The attention for `model.attention: asked`. Raises UserError where `varlen` cannot serve."""
+    own = f"transformers' {model.config._attn_implementation}"
+    if asked not in OURS:
+        return Attention(None, asked)
+    obstacle = _obstacle(model, device, dtype)
+    if asked == "varlen":
+        if obstacle is not None:
+            raise UserError(f"model.attention: varlen given, but {obstacle}; accepted: auto")
+        return Attention(VARLEN, "varlen")
+    if not packing:
+        return Attention(None, own)
+    if obstacle is not None:
+        return Attention(None, f"{own}, with a dense mask of documents: {obstacle}")
+    if _soft_cap(model) is None:
+        return Attention(VARLEN, "varlen (flash attention by document)")
+    if model._supports_flex_attn and not getattr(model.config, "attention_dropout", 0.0):
+        return Attention("flex_attention", "flex_attention (soft cap, by document)")
+    return Attention(None, f"{own}, with a dense mask of documents: scores have a soft cap")
+
+
+def _obstacle(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why attention by document cannot serve, if so."""
+    if device.type != "cuda":
+        return f"on {device.type} there is no kernel for it"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"its kernels are for 16 bits, not {str(dtype).removeprefix('torch.')}"
+    name = type(model).__name__
+    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
+        return f"{name} has an attention of its own"
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _SEPARABLE
+    return f"{name} has layers of kind {', '.join(sorted(kinds))}" if kinds else None
+
+
+def _soft_cap(model: "PreTrainedModel") -> float | None:
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+
+
+def spans_mask(
+    documents: Documents, *, mask_function: MaskFunction, use_vmap: bool = False, **arguments: Any
+) -> Tensor:
+    """Spans of the documents; a dense mask where the model asks for anything but causal attention,
+    such as a prefix that sees all of itself."""
+    window = None
+    if not use_vmap and arguments.get("attention_mask") is None:
+        window = causal_window(mask_function, documents.positions.shape[1])
+    if window is None:
+        separate = documents.separate(mask_function)
+        dense = sdpa_mask(mask_function=separate, use_vmap=use_vmap, **arguments)
+        assert dense is not None
+        return dense
+    n = len(documents.boundaries)
+    return documents.boundaries.expand(1, window + 1, documents.longest, n)
+
+
+def causal_window(attends: MaskFunction, length: int) -> int | None:
+    """Number of keys, its own the last, that a query attends to: 0 for all up to its own, None if
+    this is not the pattern. `attends` is evaluated for four queries on the CPU, without waiting for
+    a GPU."""
+    with unset_fake_temporarily(), torch.device("cpu"):  # values matter, also for an estimate
+        queries = torch.tensor([0, length // 3, length // 2, length - 1]).view(1, 1, -1, 1)
+        keys, zero = torch.arange(length).view(1, 1, 1, -1), torch.zeros(1, 1, 1, 1).long()
+        seen = attends(zero, zero, queries, keys).expand(1, 1, 4, length)
+        window = int(seen[0, 0, -1].sum())
+        expected = (keys <= queries) & (keys > queries - window)
+        if not torch.equal(seen, expected):
+            return None
+        return 0 if window == length else window
+
+
+def varlen_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of queries (rows, H, length, D) to keys and values (rows, H_kv, length, D):
+    (rows, length, H, D). By spans where the mask is those, else by scaled_dot_product_attention,
+    or step by step what neither can do. `s_aux`: sinks."""
+    unknown = [k for k, v in others.items() if isinstance(v, Tensor) and k not in _WITHOUT_EFFECT]
+    if unknown:
+        raise UserError(
+            f"model.attention: varlen, but {type(module).__name__} also attends by "
+            f"{', '.join(unknown)}; accepted: sdpa or eager"
+        )
+    size = query.shape[-1]
+    scale = size**-0.5 if scaling is None else scaling
+    causal = others.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    plain = softcap is None and position_bias is None and not dropout
+    plain = plain and size % 8 == 0 and value.shape[-1] <= size <= LARGEST_HEAD
+    beyond_sdpa = softcap is not None or s_aux is not None
+    if attention_mask is None and causal and beyond_sdpa:
+        attention_mask = spans_of_rows(query.shape[0], query.shape[2], query.device)
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        if plain:
+            return _by_spans(query, key, value, attention_mask, s_aux, scale), None
+        attention_mask = dense_mask(attention_mask, query.shape[0], query.shape[2])
+    if not beyond_sdpa:
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            is_causal=causal, position_bias=position_bias,
+        )  # fmt: skip
+        return output, None
+    if position_bias is not None:
+        raise UserError(
+            f"model.attention: varlen, but {type(module).__name__} has a position bias beside a "
+            "soft cap or sinks; accepted: eager"
+        )
+    return _step_by_step(query, key, value, attention_mask, scale, dropout, softcap, s_aux), None
+
+
+def _by_spans(
+    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, sinks: Tensor | None, scale: float
+) -> Tensor:
+    rows, heads, length, size = query.shape
+    value_size = value.shape[-1]
+    if value_size < size:  # latent attention
+        value = nn.functional.pad(value, (0, size - value_size))
+    q, k, v = (t.transpose(1, 2).reshape(rows * length, -1, size) for t in (query, key, value))
+    window, longest = spans.shape[1] - 1, spans.shape[2]
+    # Norms kept in float32 may leave q and k in it, which the kernel would refuse.
+    out, _ = varlen_attention(
+        q.to(v.dtype), k.to(v.dtype), v, sinks, spans[0, 0, 0], longest, window, scale
+    )
+    return out.view(rows, length, heads, size)[..., :value_size]
+
+
+def spans_of_rows(rows: int, length: int, device: torch.device) -> Tensor:
+    """Spans of rows of one document each."""
+    boundaries = torch.arange(rows + 1, dtype=torch.int32, device=device) * length
+    return boundaries.expand(1, 1, length, rows + 1)
+
+
+def dense_mask(spans: Tensor, rows: int, length: int) -> Tensor:
+    """The boolean mask (rows, 1, length, length) that spans stand for."""
+    tokens = torch.arange(rows * length, device=spans.device)
+    boundaries = spans[0, 0, 0].contiguous()
+    index = torch.searchsorted(boundaries, tokens, right=True).view(rows, length)
+    distance = tokens[:length].unsqueeze(1) - tokens[:length]
+    seen = distance >= 0
+    if spans.shape[1] > 1:
+        seen = seen & (distance < spans.shape[1] - 1)
+    return (seen & (index.unsqueeze(2) == index.unsqueeze(1))).unsqueeze(1)
+
+
+def _step_by_step(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float,
+    softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention with all scores in memory."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(2, 3)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)
+    if sinks is not None:
+        column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], 3)
+    p = scores.softmax(3)[..., : key.shape[2]].to(value.dtype)
+    return (nn.functional.dropout(p, dropout) @ value).transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(VARLEN, varlen_forward)
+AttentionMaskInterface.register(VARLEN, sdpa_mask)  # for rows of single documents
+MASKS[VARLEN] = spans_mask
