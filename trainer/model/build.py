@@ -12,13 +12,13 @@ from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
-from trainer.model.attention import OURS, choose_attention
+from trainer.model.attention import OURS
 from trainer.model.backbone import BuiltModel, LeftAlone, set_module
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
-from trainer.model.packing import check_packing
+from trainer.model.packing import check_packing, choose_rows
 from trainer.model.targets import choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
@@ -57,9 +57,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     read = layers_read(model)
     if config.data.packing:
         check_packing(model)
-    attention = choose_attention(
-        model, options.attention, packing=config.data.packing, device=device, dtype=dtype
-    )
+    rows, attention = choose_rows(model, config, device, dtype)
     if attention.name is not None:
         model.set_attn_implementation(attention.name)
     for path, module in list(model.named_modules()):
@@ -89,7 +87,7 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     heads = {path: model.get_submodule(path) for path in trained}
     units = make_units(model, targets.chosen)
     return BuiltModel(
-        model, dtype, units, adapted_layers, heads, attention.reason, alone, tensors, initial
+        model, dtype, units, adapted_layers, heads, attention.reason, rows, alone, tensors, initial
     )
 
 

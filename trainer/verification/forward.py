@@ -195,7 +195,7 @@ def _room(session: Session) -> int:
 
 
 def _packs(session: Session) -> bool:
-    return session.config.data.packing
+    return session.config.data.packing or session.backbone.rows.end_to_end
 
 
 def _blocks(session: Session) -> dict[str, torch.nn.Module]:
@@ -336,9 +336,11 @@ def _influence(
     where = "" if fault is None or fault.path is None else f", from {fault.path} on"
     how = f"{_change(together, alone)}{where}"
     if _packs(session):
+        data = session.config.data
+        padding_free = f"data.padding_free: {data.padding_free} given"
+        key = "data.packing: true given" if data.packing else padding_free
         return UserError(
-            f"data.packing: true given, but the records of a row see each other in {name}{how}; "
-            "accepted: false"
+            f"{key}, but the records of a row see each other in {name}{how}; accepted: false"
         )
     return UserError(
         f"data.micro_batch_size: {session.config.data.micro_batch_size} given, but records that "
