@@ -47,11 +47,12 @@ class Rows:
         if self.few == 0:
             return self
         step = round_up(max(_ALIGNED, largest // 256), _ALIGNED)
-        sizes = few_lengths([round_up(length, step) for length in seen], self.few - 1)
         highest = round_up(largest, step)
         if self.limit is not None:
             highest = min(highest, max(self.limit, largest))
-        return replace(self, lengths=(*(size for size in sizes if size < highest), highest))
+        rounded = [min(round_up(length, step), highest) for length in seen]
+        sizes = few_lengths(rounded, self.few - (highest not in rounded))
+        return replace(self, lengths=tuple(sorted({*sizes, highest})))
 
     def __str__(self) -> str:
         sizes = f", {len(self.lengths)} lengths up to {self.lengths[-1]}" if self.lengths else ""

@@ -31,7 +31,9 @@ def verify_session(session: Session) -> str:
         _agree(session, lambda session: check_buffers(session, reference))
         _agree(session, lambda session: check_forward(session, reference, proof, remarks))
     lengths = " and ".join(str(len(example.input_ids)) for example in proof)
-    together = "packed" if session.config.data.packing else "padded"
+    rows = session.backbone.rows
+    together = "end to end" if rows.end_to_end else "padded"
+    together = "packed" if session.config.data.packing else together
     seconds = time.perf_counter() - started
     parts = [
         f"{len(session.backbone.probes)} tensors as loaded, {len(session.method.adapters)} "

@@ -57,9 +57,17 @@ def data() -> TokenDataset:
     return dataset(np.random.default_rng(5).integers(2, MAX_LENGTH, 53).tolist())
 
 
-def loader(data, task, rank: int = 0, world: int = 1, seed: int = 3, **keys: Any) -> Loader:
+def loader(
+    data,
+    task,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 3,
+    rows: Rows = Rows(),
+    **keys: Any,
+) -> Loader:
     keys = {"batch_size": 10, "micro_batch_size": 3, "max_length": MAX_LENGTH, **keys}
-    return Loader(data, task, DataOptions(train="-", **keys), seed, rank, world)
+    return Loader(data, task, DataOptions(train="-", **keys), seed, rank, world, rows=rows)
 
 
 def steps(of: Loader, count: int) -> list[Step]:
@@ -218,6 +226,7 @@ def test_the_last_step_is_the_first_to_reach_the_epochs(data, task, epochs, pack
 
 
 # --- packing
+
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(
