@@ -8,6 +8,8 @@ outcomes: ok, refused (a UserError: one line), wrong, or crashed (any other erro
 (`tests/campaigns/architectures.py`) runs them for all architectures, `make test` for a sample.
 """
 
+import contextlib
+import io
 import json
 import sys
 import time
@@ -21,7 +23,7 @@ from unittest.mock import patch
 
 import peft
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapters.unit import stem
@@ -30,10 +32,10 @@ from tests.helpers import losses, quick_config
 from tests.references import (
     LOSS,
     Wrong,
-    check_gradient,
+    check_gradients,
     check_same,
-    record_loss,
     reference_loss,
+    summed_loss,
     with_peft,
 )
 from tests.tiny_models import CAUSAL, PARTS, save_tiny
@@ -51,6 +53,7 @@ STEPS = 3
 RANKS = 1e-4
 """Largest relative difference of a step's loss between two ranks and one process."""
 ENGINES = {"fsdp2": "fsdp2", "ZeRO-3": "deepspeed"}
+REFUSALS = [kind.__name__ for kind in (UserError, *UserError.__subclasses__())]
 PACKED_ERROR = {"nf4": (0.03, 0.2), "int8": (0.001, 0.03)}
 """Bounds of ‖W − Ŵ‖ / ‖W‖: that the matrices are quantised, and well."""
 
@@ -69,6 +72,8 @@ class Case:
     name: str
     part: str
     folder: Path
+    said: str = ""
+    """What that run printed."""
     _trained: tuple[float, list[Example]] | None = None
 
     def __post_init__(self) -> None:
@@ -96,14 +101,15 @@ class Case:
             "data.prompt='{prompt}'", "data.completion=completion", "data.max_length=64",
             "data.batch_size=4", "data.micro_batch_size=2", f"run.steps={STEPS}",
             "method.rank=4", "method.alpha=8", "method.targets=all-linear",
-            "optim.learning_rate=1e-2", "optim.warmup_ratio=0", *changes,
+            "optim.learning_rate=1e-2", "optim.warmup_ratio=0", "run.verify=auto", "log.progress=plain",
+            *changes,
         )  # fmt: skip
 
     def trained(self) -> Config:
         """The unquantised run that several checks look at; trained when it is first needed."""
         config = self.config("trained")
         if not (config.run_folder / "adapter").exists():
-            _run(config)
+            self.said = _run(config)
         return config
 
     def trained_loss(self) -> tuple[float, list[Example]]:
@@ -120,7 +126,8 @@ class Case:
 
 
 def check_train(case: Case) -> None:
-    """Three steps, finite losses, and no adapter of a dense layer whose B is still zero."""
+    """Three steps, finite losses, and no adapter of a dense layer whose B is still zero, unless the
+    run says so."""
     config = case.trained()
     found = losses(config.run_folder)
     if len(found) != STEPS or not all(map(_finite, found)):
@@ -133,7 +140,7 @@ def check_train(case: Case) -> None:
     ]
     stacks = {stem(unit) for unit in dead if stem(unit) != unit}  # an expert may get no token
     dead = [unit for unit in dead if stem(unit) not in stacks]
-    if dead:
+    if dead and "adapters without effect" not in case.said:
         raise Wrong(f"{len(dead)} adapters do nothing, such as {dead[0]}")
 
 
@@ -174,20 +181,21 @@ def check_signs(case: Case) -> None:
     for stack in stacks:
         model.get_parameter(stack).requires_grad_(True)
     examples = _examples(session)
-    total = sum(example.weight for example in examples)
-    for example in examples:
-        (record_loss(case.part, model, example) / total).backward()
+    (summed_loss(case.part, model, examples) / sum(e.weight for e in examples)).backward()
+    found: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     for name, adapter in dense.items():
         layer: Any = wrapped.base_model.model.get_submodule(name)
-        check_gradient(f"{name}.A", adapter.A.grad, layer.lora_A["default"].weight.grad)
-        check_gradient(f"{name}.B", adapter.B.grad, layer.lora_B["default"].weight.grad, True)
+        A, B = layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
+        found[f"{name}.A"] = adapter.A.grad, A
+        found[f"{name}.B"] = adapter.B.grad, None if B is None else B.T
     for name, adapter in adapters.items():
         if name in dense:
             continue
         whole = model.get_parameter(stem(name)).grad[int(name.rpartition(".")[2])]
         G = whole if whole.shape == (adapter.B.shape[1], adapter.A.shape[1]) else whole.T
         expected = adapter.g.detach()[:, None] * (adapter.A.detach() @ G.T)
-        check_gradient(f"{name}.B", adapter.B.grad, expected)
+        found[f"{name}.B"] = adapter.B.grad, expected
+    check_gradients(found)
 
 
 def check_export(case: Case) -> None:
@@ -247,7 +255,7 @@ def ranks_outcome(case: Case, engine: str, results: list[dict[str, Any]]) -> dic
     failed.sort(key=lambda result: result["error"] == "FailedElsewhere")
     status, message = "ok", ""
     if failed:
-        refused = failed[0]["error"] in ("UserError", "FailedElsewhere")
+        refused = failed[0]["error"] in REFUSALS
         status, message = "refused" if refused else "crashed", failed[0]["message"]
         message = message if refused else f"{failed[0]['error']}: {message}"
     else:
@@ -275,9 +283,15 @@ def _check_format(case: Case, weight_format: str) -> None:
 # --- both sides -----------------------------------------------------------------------------------
 
 
-def _run(config: Config) -> None:
-    with patch("trainer.run.run.draw_loss"):
+def _run(config: Config) -> str:
+    """What the run printed."""
+    with (
+        patch("trainer.run.run.draw_loss"),
+        contextlib.redirect_stdout(io.StringIO()) as said,
+        contextlib.redirect_stderr(said),
+    ):
         run(config, World())
+    return said.getvalue()
 
 
 def _opened(config: Config) -> Session:

@@ -131,6 +131,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {"global_head_dim": 2 * HEAD_DIM},
     "gemma3n_text": _KV_SHARED,
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},

@@ -122,6 +122,10 @@ class AdaptedExperts(nn.Module):
     constants; the modules in it (norms, activations) keep their paths.
     """
 
+    _own: Any
+    down_proj: StackedLinear
+    post_expert_norm: nn.Module
+
     def __init__(self, experts: Any):
         super().__init__()
         form = experts_form(experts)

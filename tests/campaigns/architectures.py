@@ -148,6 +148,8 @@ def run_all(out: Path, todo: list[tuple[str, str]], jobs: int, with_ranks: bool)
             if job.go_on(with_ranks):
                 continue
             running.remove(job)
+            for outcome in job.outcomes.values():
+                outcome["message"] = outcome["message"].replace(f"{job.folder}/", "")
             line = {"part": job.part, "name": job.name, "outcomes": job.outcomes}
             with (out / "outcomes.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -14,7 +14,7 @@ from adapters.peft_export import merged
 from trainer.errors import UserError
 from trainer.loading.key_mapping import Converted, KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
-from trainer.model.backbone import BuiltModel
+from trainer.model.backbone import BuiltModel, input_embedding
 
 _SHARD_BYTES = 4 * 2**30
 
@@ -66,9 +66,9 @@ class Merger:
                     value = matrix.reoriented(self._final(matrix, [path], full)[0])
                 yield self._published(name), value.cpu().contiguous()
         for name, _ in self.model.named_buffers():
-            key = self._files.find(name)
-            if key is not None:  # computed buffers are not in the files
-                yield self._published(name), self._files.read(key).contiguous()
+            stored = self._files.find(name)
+            if stored is not None:  # computed buffers are not in the files
+                yield self._published(name), self._files.read(stored).contiguous()
 
     def _stack(self, path: str, stack: PackedLayer) -> Iterator[tuple[str, Tensor]]:
         """A stack of experts, as one tensor or expert by expert, as in the files."""
@@ -160,7 +160,7 @@ def write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:
 def refuse_tied_targets(backbone: BuiltModel, adapters: Mapping[str, GatedAdapter]) -> None:
     """Raises UserError where an adapted layer shares W with the input embedding: the merge would
     change the embedding too."""
-    embedding = backbone.model.get_input_embeddings().weight
+    embedding = input_embedding(backbone.model)
     for path, layer in backbone.adapted_layers.items():
         if path in adapters and layer.weight is embedding:
             raise UserError(

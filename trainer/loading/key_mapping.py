@@ -77,7 +77,7 @@ class KeyMapping:
         model: "PreTrainedModel | None" = None,
         tensors: Mapping[str, Tensor] | None = None,
     ):
-        self._model, self._tensors = model, tensors or {}
+        self._model, self._tensors = model, dict(tensors or {})
 
     def name(self, name: str) -> str:
         """transformers' name of a parameter: a stack of experts is a module of ours."""
@@ -133,7 +133,7 @@ class KeyMapping:
             get_parameter=self._tensors.__getitem__,
             get_parameter_or_buffer=self._tensors.__getitem__,
             config=self._model.config,
-            state_dict=lambda: dict(self._tensors),
+            state_dict=lambda: self._tensors,
         )
         try:
             made: dict[str, Any] = converter.convert(

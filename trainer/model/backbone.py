@@ -100,3 +100,13 @@ class LoadedBackbone(BuiltModel):
 def set_module(model: nn.Module, path: str, module: nn.Module | None) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
+
+
+def input_embedding(model: "PreTrainedModel") -> Tensor | None:
+    """The table of token embeddings; None in a model without one (characters are hashed)."""
+    try:
+        table = model.get_input_embeddings().weight
+    except NotImplementedError:
+        return None
+    assert isinstance(table, Tensor)
+    return table

@@ -13,7 +13,7 @@ from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
 from trainer.model.attention import OURS
-from trainer.model.backbone import BuiltModel, LeftAlone, set_module
+from trainer.model.backbone import BuiltModel, LeftAlone, input_embedding, set_module
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
@@ -115,10 +115,10 @@ def _left_alone(
 def _check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", options: ModelOptions
 ) -> None:
-    try:
-        size = model.get_input_embeddings().weight.shape[0]
-    except NotImplementedError:  # no table: characters are hashed
+    table = input_embedding(model)
+    if table is None:
         return
+    size = table.shape[0]
     if len(tokenizer) > size:
         raise UserError(
             f"model.tokenizer: {options.tokenizer or options.id} has {len(tokenizer)} tokens; "

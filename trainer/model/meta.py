@@ -41,7 +41,7 @@ def on_meta(seed: int) -> Iterator[Callable[["PreTrainedModel"], dict[str, Tenso
             parameter = _to_meta(parameter)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
     try:
         with torch.random.fork_rng([]), _MarkEmpty():
             torch.manual_seed(seed)

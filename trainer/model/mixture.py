@@ -41,8 +41,8 @@ def left_alone(model: nn.Module) -> list[str]:
     large = {
         name
         for name, _ in other_matrices(model)
-        if (owner := name.rpartition(".")[0]) not in beside_experts
-        and not isinstance(model.get_submodule(owner), nn.Linear)
+        if (path := name.rpartition(".")[0]) not in beside_experts
+        and not isinstance(model.get_submodule(path), nn.Linear)
     }
     found = set()
     for path, block in transformer_blocks(model):

@@ -55,9 +55,10 @@ class SequenceClassification(Task):
         else:
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {name: index for index, name in enumerate(self.labels)}
-        if config.pad_token_id is None:
-            config.pad_token_id = self.pad_token_id
-        self.pad_token_id = config.pad_token_id  # by which the model finds the last token
+        text = config.get_text_config()  # of a multimodal model, else the configuration itself
+        if getattr(text, "pad_token_id", None) is None:
+            text.pad_token_id = self.pad_token_id
+        self.pad_token_id = text.pad_token_id  # by which the model finds the last token
 
     def trained_modules(self, model: nn.Module) -> list[str]:
         backbone = model.base_model_prefix

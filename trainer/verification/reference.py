@@ -190,12 +190,7 @@ def plain_value(model: nn.Module, name: str, dtype: torch.dtype, *, keeps: bool)
     if not isinstance(layer, PackedLayer):
         return held.detach() if keeps and not trained else held.detach().to(dtype)
     value = layer.dequantised(dtype)
-    return value.mT if _turned(layer) else value
-
-
-def _turned(layer: PackedLayer) -> bool:
-    """Whether the plain model holds the matrices as (in, out)."""
-    return getattr(layer, "transposed", False) or getattr(layer, "stored_transposed", False)
+    return value.mT if layer.transposed else value  # the plain model holds (in, out)
 
 
 def submodule(model: nn.Module, path: str) -> tuple[nn.Module, bool]:

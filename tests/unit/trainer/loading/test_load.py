@@ -16,7 +16,6 @@ from tests.conftest import shared
 from tests.helpers import TINY, quick_config, save_random_model
 from trainer.distributed.world import World
 from trainer.engine.single import SingleEngine
-from trainer.errors import UserError
 from trainer.loading.load import load_backbone
 from trainer.model.hub import load_tokenizer
 from trainer.tasks.registry import TASKS
@@ -165,12 +164,3 @@ def test_random_weights_need_no_files_and_keep_their_shapes(tmp_path):
     for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert torch.isfinite(first.model(inputs()).logits).all()
-
-
-def test_experts_of_unknown_form_are_refused_rather_than_left_unquantised(tmp_path):
-    folder = save_random_model(
-        tmp_path / "model", "gpt_oss", AutoModelForCausalLM, num_local_experts=4,
-        hidden_size=256, intermediate_size=1024, head_dim=64,
-    )  # fmt: skip
-    with pytest.raises(UserError, match=r"model.quantization: 'nf4'.*experts.*accepted.*none"):
-        load(quick_config(tmp_path, f"model.id={folder}", "model.quantization=nf4"))
