@@ -76,7 +76,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "grouped heads": ("llama", HEADS),
     "window": ("mistral", HEADS | {"sliding_window": 48}),
     "two rotaries": ("gemma3_text", HEADS | ALTERNATING),
-    "soft cap": ("gemma2", HEADS | ALTERNATING | {"query_pre_attn_scalar": 64}),
+    "soft cap": (
+        "gemma2",
+        HEADS | ALTERNATING | {"query_pre_attn_scalar": 64, "attn_logit_softcapping": 1.0},
+    ),
     "sinks": (
         "gpt_oss",
         HEADS | ALTERNATING | {
@@ -99,7 +102,10 @@ def built(kind: str, dtype: torch.dtype) -> Any:
     model_type, settings = MODELS[kind]
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(CUDA, dtype).train()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
+    model = model.to(CUDA, dtype).train()
     model.get_output_embeddings().requires_grad_(False)
     return model
 

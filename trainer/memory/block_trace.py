@@ -5,8 +5,7 @@ graph goes through the compiler's own partitioner with the same settings (`block
 decides what is saved and what is recomputed. Otherwise `Meter` counts what autograd saves.
 
 Fake tensors are on the CPU, where attention is a flash kernel too: it saves q, k, v, the output and
-one log-sum-exp per row and head, as a GPU's kernels do. It always gets a mask, as packed sequences
-need one: transformers omits it only where it can read the mask's values.
+one log-sum-exp per row and head, as a GPU's kernels do, by document or not.
 """
 
 import weakref

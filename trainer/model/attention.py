@@ -11,6 +11,10 @@ Spans are boundaries (n + 1) expanded, without memory, to (1, window + 1, longes
 that the kernel needs on the host are sizes, which a compiled program takes without recompiling.
 """
 
+import ast
+import functools
+import inspect
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from adapters.units import transformer_blocks
 from trainer.errors import UserError
 from trainer.model.varlen import LARGEST_HEAD, varlen_attention
 from trainer.tasks.documents import MASKS, Documents, MaskFunction
@@ -32,6 +37,11 @@ OURS = ("auto", "varlen")
 """Values of `model.attention` that are decided here."""
 VARLEN = "rankcast_varlen"
 """Name under which transformers knows `varlen`; none of its own families' names is part of it."""
+
+FLEX = "flex_attention"
+"""transformers' own, whose block masks skip pairs of documents."""
+_FLEX_SHAPES = "rankcast_flex_shapes"
+"""Stands in for it on fake tensors, on which its compiler crashes."""
 
 _SEPARABLE = {"full_attention", "sliding_attention"}
 """Kinds of layers that are causal attention, within a window or not."""
@@ -57,23 +67,25 @@ def choose_attention(
     model: "PreTrainedModel", asked: str, *, packing: bool, device: torch.device, dtype: torch.dtype
 ) -> Attention:
     """The attention for `model.attention: asked`. Raises UserError where `varlen` cannot serve."""
-    own = f"transformers' {model.config._attn_implementation}"
     if asked not in OURS:
         return Attention(None, asked)
+    name, own = None, f"transformers' {model.config._attn_implementation}"
+    if model.config._attn_implementation == "sdpa" and _soft_cap(model) is not None:
+        name, own = "eager", "eager, as sdpa leaves the soft cap of scores out"  # transformers 5.17
     obstacle = _obstacle(model, device, dtype)
     if asked == "varlen":
         if obstacle is not None:
             raise UserError(f"model.attention: varlen given, but {obstacle}; accepted: auto")
         return Attention(VARLEN, "varlen")
     if not packing:
-        return Attention(None, own)
+        return Attention(name, own)
     if obstacle is not None:
-        return Attention(None, f"{own}, with a dense mask of documents: {obstacle}")
+        return Attention(name, f"{own}, with a dense mask of documents: {obstacle}")
     if _soft_cap(model) is None:
         return Attention(VARLEN, "varlen (flash attention by document)")
     if model._supports_flex_attn and not getattr(model.config, "attention_dropout", 0.0):
-        return Attention("flex_attention", "flex_attention (soft cap, by document)")
-    return Attention(None, f"{own}, with a dense mask of documents: scores have a soft cap")
+        return Attention(FLEX, "flex_attention (soft cap, by document)")
+    return Attention(name, f"{own}, with a dense mask of documents: scores have a soft cap")
 
 
 def _obstacle(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) -> str | None:
@@ -86,7 +98,28 @@ def _obstacle(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype
     if not (model._supports_attention_backend and model._can_set_attn_implementation()):
         return f"{name} has an attention of its own"
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _SEPARABLE
-    return f"{name} has layers of kind {', '.join(sorted(kinds))}" if kinds else None
+    if kinds:
+        return f"{name} has layers of kind {', '.join(sorted(kinds))}"
+    blocks = [block for _, block in transformer_blocks(model)]
+    inside: set[Any] = {type(module) for block in blocks for module in block.modules()}
+    calculating = sorted(kind.__name__ for kind in inside if _calculates_with_masks(kind))
+    return f"{', '.join(calculating)} calculates with the mask" if calculating else None
+
+
+@functools.cache
+def _calculates_with_masks(kind: type[nn.Module]) -> bool:
+    """Whether a layer's methods do more with `attention_mask` than to hand it on or compare it with
+    None. Read from its source, as no attribute has it; spans are no mask to calculate with."""
+    if kind.__module__.startswith("torch."):
+        return False
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    handed_on = (ast.Call, ast.keyword, ast.Compare, ast.Dict, ast.IfExp, ast.Assign)
+    return any(
+        isinstance(child, ast.Name) and child.id == "attention_mask"
+        for node in ast.walk(tree)
+        if not isinstance(node, handed_on)
+        for child in ast.iter_child_nodes(node)
+    )
 
 
 def _soft_cap(model: "PreTrainedModel") -> float | None:
@@ -227,6 +260,18 @@ def _step_by_step(
     return (nn.functional.dropout(p, dropout) @ value).transpose(1, 2).contiguous()
 
 
-AttentionInterface.register(VARLEN, varlen_forward)
-AttentionMaskInterface.register(VARLEN, sdpa_mask)  # for rows of single documents
-MASKS[VARLEN] = spans_mask
+def run_on_shapes(model: "PreTrainedModel") -> None:
+    """Let a model that uses flex_attention run on fake tensors."""
+    if model.config._attn_implementation == FLEX:
+        model.set_attn_implementation(_FLEX_SHAPES)
+
+
+def _flex_shapes(*given: Any, softcap: float | None = None, **others: Any) -> tuple[Tensor, None]:
+    """`varlen` saves the same tensors as flex_attention."""
+    return varlen_forward(*given, **others)
+
+
+for _name, _forward in ((VARLEN, varlen_forward), (_FLEX_SHAPES, _flex_shapes)):
+    AttentionInterface.register(_name, _forward)
+    AttentionMaskInterface.register(_name, sdpa_mask)  # for rows of single documents
+    MASKS[_name] = spans_mask

@@ -20,7 +20,7 @@ LARGEST_HEAD = 256
 """Of the flash kernel; a multiple of 8."""
 
 
-@torch.library.custom_op("rankcast::varlen_attention", mutates_args=())
+@torch.library.custom_op("rankcast_attention::varlen", mutates_args=())
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -48,7 +48,7 @@ def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), lse
 
 
-@torch.library.custom_op("rankcast::varlen_attention_backward", mutates_args=())
+@torch.library.custom_op("rankcast_attention::varlen_backward", mutates_args=())
 def varlen_attention_backward(
     dout: Tensor,
     query: Tensor,

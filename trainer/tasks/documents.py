@@ -147,8 +147,6 @@ def _separated(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         if scope is None:
             return original(mask_function=mask_function, **arguments)
         scope.built, documents = True, scope.documents
-        if name in MASKS:
-            return MASKS[name](documents, mask_function=mask_function, **arguments)
         rows, length = documents.index.shape
         if is_flash_attention_requested(requested_attention_implementation=name):
             # flash-attn takes no mask. transformers calls it by documents, which it infers from
@@ -167,6 +165,8 @@ def _separated(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
                 "apart; accepted: false (data.padding_free likewise)"
             )
         arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        if name in MASKS:
+            return MASKS[name](documents, mask_function=mask_function, **arguments)
         return original(mask_function=documents.separate(mask_function), **arguments)
 
     return build

@@ -185,8 +185,30 @@ def test_new_lengths_compile_nothing(task: CausalLM, monkeypatch) -> None:
     torch._dynamo.reset()
 
 
+class Calculating(torch.nn.Module):
+    """A layer that adds to its mask, as Doge's do."""
+
+    def forward(self, scores: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return scores if attention_mask is None else scores + attention_mask
+
+
+def test_soft_caps_are_not_left_out() -> None:
+    """transformers 5.17's scaled_dot_product_attention ignores them."""
+    model = made("window and soft cap")
+    model.config._attn_implementation = "sdpa"
+    cpu = torch.device("cpu")
+    for packing in (False, True):
+        chosen = choose_attention(model, "auto", packing=packing, device=cpu, dtype=torch.float32)
+        assert chosen.name == "eager"
+
+
 def test_choice() -> None:
-    llama, capped = made("rotary, sdpa"), made("window and soft cap")
+    llama, capped, calculating = (
+        made("rotary, sdpa"),
+        made("window and soft cap"),
+        made("rotary, sdpa"),
+    )
+    calculating.model.layers[0].gate = Calculating()
 
     def choose(model, asked="auto", packing=True, device=CUDA, dtype=HALF):
         return choose_attention(model, asked, packing=packing, device=device, dtype=dtype)
@@ -201,6 +223,7 @@ def test_choice() -> None:
         (llama, torch.device("cpu"), HALF, "on cpu there is no kernel"),
         (llama, CUDA, torch.float32, "for 16 bits, not float32"),
         (made("chunks"), CUDA, HALF, "layers of kind chunked_attention"),
+        (calculating, CUDA, HALF, "Calculating calculates with the mask"),
         (made("ALiBi, BLOOM"), CUDA, HALF, "BloomForCausalLM has an attention of its own"),
     ):
         chosen = choose(model, device=device, dtype=dtype)

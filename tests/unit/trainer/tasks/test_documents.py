@@ -29,7 +29,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("mistral", HEADS | {"sliding_window": 4}),
     "window and soft cap": (
         "gemma2",
-        HEADS | {"sliding_window": 4, "layer_types": ALTERNATING, "query_pre_attn_scalar": 8},
+        HEADS | {
+            "sliding_window": 4, "layer_types": ALTERNATING, "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 1.0, "attn_implementation": "eager",
+        },
     ),
     "window, two rotaries": ("gemma3_text", HEADS | {"sliding_window": 4, "layer_types": ALTERNATING}),
     "chunks": (
