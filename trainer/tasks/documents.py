@@ -55,8 +55,9 @@ class Documents:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Documents":
         """With `function` applied to every tensor."""
-        tensors = self.index, self.positions, self.boundaries
-        return Documents(*map(function, tensors), self.longest)
+        return Documents(
+            function(self.index), function(self.positions), function(self.boundaries), self.longest
+        )
 
     def to(self, device: torch.device) -> "Documents":
         return self.map(lambda tensor: tensor.to(device))

@@ -199,6 +199,20 @@ def test_resume_goes_on_exactly(data, task, done: int, world: int, packing: bool
         assert {rank[number][1:] for rank in ranks} == {expected[1:]}
 
 
+@pytest.mark.parametrize("sequences", [None, 1, 52, "many"])
+def test_a_position_in_another_order_of_rows_is_refused(data, task, sequences) -> None:
+    """Such as that of a run from before records were packed by best fit."""
+    state = {"epoch": 0, "offset": 3} | ({} if sequences is None else {"sequences": sequences})
+    with pytest.raises(ValueError, match="sequences, [0-9]+ expected"):
+        loader(data, task, packing=True).load_state_dict(state)
+
+
+def test_a_position_from_before_sequences_were_counted(data, task) -> None:
+    old = loader(data, task)
+    old.load_state_dict({"epoch": 0, "offset": 3})
+    assert old.state_dict() == {"epoch": 0, "offset": 3, "sequences": 53}
+
+
 # --- length of a run
 
 
