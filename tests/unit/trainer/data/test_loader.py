@@ -203,7 +203,7 @@ def test_resume_goes_on_exactly(data, task, done: int, world: int, packing: bool
 def test_a_position_in_another_order_of_rows_is_refused(data, task, sequences) -> None:
     """Such as that of a run from before records were packed by best fit."""
     state = {"epoch": 0, "offset": 3} | ({} if sequences is None else {"sequences": sequences})
-    with pytest.raises(ValueError, match="sequences, [0-9]+ expected"):
+    with pytest.raises(ValueError, match=r"sequences, [0-9]+ expected"):
         loader(data, task, packing=True).load_state_dict(state)
 
 
