@@ -185,7 +185,7 @@ def tiny_config(name: str, part: str = CAUSAL, **changes: Any) -> PreTrainedConf
         if part == CAUSAL and getattr(defaults, "is_decoder", None) is False:
             settings["is_decoder"] = True
         if part == CLASSIFICATION:
-            settings["num_labels"] = 2
+            settings["id2label"] = {0: "no", 1: "yes"}  # default names are not saved
         return kind(**settings)
 
 

@@ -1,7 +1,7 @@
 """Which architectures of the installed transformers train here, and are right?
 
     python -m tests.campaigns.architectures OUT [--part causal|classification] [--only NAME…]
-        [--jobs N] [--without-ranks] [--table docs/models.md]
+        [--jobs N] [--without-ranks] [--again] [--table docs/models.md] [--only-table]
 
 Every causal and every sequence-classification architecture is built tiny (`tests/tiny_models.py`)
 and checked (`tests/architectures.py`) in a process of its own, which may crash or hang; then it
@@ -150,7 +150,7 @@ def run_all(out: Path, todo: list[tuple[str, str]], jobs: int, with_ranks: bool)
             running.remove(job)
             for outcome in job.outcomes.values():
                 outcome["message"] = outcome["message"].replace(f"{job.folder}/", "")
-            line = {"part": job.part, "name": job.name, "outcomes": job.outcomes}
+            line = {"part": job.part, "name": job.name, "outcomes": job.outcomes, "made": made()}
             with (out / "outcomes.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(
@@ -182,41 +182,51 @@ def note(outcomes: Outcomes) -> str:
     return "; ".join(f"{', '.join(c)}: {message}" for message, c in checks.items())
 
 
-def read(out: Path) -> dict[tuple[str, str], Outcomes]:
-    """Outcomes by (part, name); the last line of an architecture counts."""
+def made() -> str:
+    """The day and the versions, which each line of outcomes has."""
+    packages = ("torch", "transformers", "peft", "deepspeed")
+    return f"{datetime.date.today()}, {', '.join(f'{p} {version(p)}' for p in packages)}"
+
+
+def _lines(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Lines by (part, name); the last one of an architecture counts."""
     file = out / "outcomes.jsonl"
     lines = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
-    return {(line["part"], line["name"]): line["outcomes"] for line in lines}
+    return {(line["part"], line["name"]): line for line in lines}
 
 
-def table(found: dict[tuple[str, str], Outcomes], arguments: str) -> str:
+def read(out: Path) -> dict[tuple[str, str], Outcomes]:
+    """Outcomes by (part, name)."""
+    return {key: line["outcomes"] for key, line in _lines(out).items()}
+
+
+def table(out: Path) -> str:
     """The page's section: how it was made, the counts, a table for each part."""
-    versions = ", ".join(
-        f"{p} {version(p)}" for p in ("torch", "transformers", "peft", "deepspeed")
-    )
+    found = read(out)
+    on = sorted({line["made"] for line in _lines(out).values()})
     text = [
-        f"`make architectures` (`python -m tests.campaigns.architectures {arguments}`), "
-        f"{datetime.date.today()}, {versions}, on a CPU, float32.",
+        "`make architectures` (`python -m tests.campaigns.architectures OUT --table docs/models.md`), "
+        f"on CPUs, in float32, {'; '.join(on)}:",
         "",
         _counts(found),
     ]
     for part in PARTS:
         classes = PARTS[part][0]
         text += ["", f"### {PARTS[part][1].__name__}", ""]
-        text += [
-            "| architecture | class | " + " | ".join(COLUMNS) + " |",
-            "|---" * (len(COLUMNS) + 2) + "|",
-        ]
+        text.append("| architecture | class | " + " | ".join(COLUMNS) + " |")
+        text.append("|---" * (len(COLUMNS) + 2) + "|")
         notes = []
         for name in architectures(part):
             why, outcomes = not_buildable(name, part), found.get((part, name))
-            head = f"| {name} | {classes[name]} | "
             if why is not None:
-                text.append(head + " | ".join(["not built"] + [""] * (len(COLUMNS) - 1)) + " |")
-                notes.append(f"- {name}: {why}")
+                cells = ["not built", *[""] * (len(COLUMNS) - 1)]
+                notes.append(f"- {name}: not built: {why}")
             elif outcomes is not None:
-                text.append(head + " | ".join(_cell(outcomes.get(c)) for c in COLUMNS) + " |")
+                cells = [_cell(outcomes.get(column)) for column in COLUMNS]
                 notes += [f"- {name}: {note(outcomes)}"] if note(outcomes) else []
+            else:
+                continue
+            text.append(f"| {name} | {classes[name]} | " + " | ".join(cells) + " |")
         text += ["", "What is not clean, and why:", "", *notes] if notes else []
     return "\n".join(text)
 
@@ -268,16 +278,16 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2))
     parser.add_argument("--without-ranks", action="store_true", help="leave the two engines out")
     parser.add_argument("--again", action="store_true", help="also those whose outcomes are there")
+    parser.add_argument("--only-table", action="store_true", help="run nothing")
     parser.add_argument("--table", type=Path, help="page to write the table into")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     there = {} if arguments.again else read(out)
     todo = [key for key in chosen(arguments.part, arguments.only) if key not in there]
-    run_all(out, todo, arguments.jobs, not arguments.without_ranks)
+    run_all(out, [] if arguments.only_table else todo, arguments.jobs, not arguments.without_ranks)
     SERVER.close()
-    found = read(out)
-    text = table(found, f"OUT --jobs {arguments.jobs}")
+    found, text = read(out), table(out)
     if arguments.table:
         write_table(arguments.table, text)
     print(_counts(found) if arguments.table else text)

@@ -32,7 +32,7 @@ SAMPLE = {
     "modernbert": CLASSIFICATION,
     "t5": CLASSIFICATION,  # encoder and decoder
 }
-ON_TWO_RANKS = ["gemma3", "granitemoehybrid", "mamba", "t5"]
+ON_TWO_RANKS = ["granitemoehybrid", "t5"]
 FAST = ["train", "loss", "signs", "export"]
 
 

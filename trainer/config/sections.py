@@ -69,7 +69,7 @@ class ModelOptions(Section):
     """Format of the frozen linear weights: none, nf4, fp4, int8 or fp8."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "varlen"] = "auto"
     """Attention kernel. varlen: packed rows by document, without a mask, on a GPU in 16 bits. auto:
-    varlen where rows are packed and it can serve (flex_attention for soft caps), else
+    varlen where rows are packed and it can serve, else
     transformers' default for the architecture; the choice is printed. flash_attention_2 requires
     the `flash-attn` extra and a GPU."""
     weights: Literal["pretrained", "random"] = "pretrained"

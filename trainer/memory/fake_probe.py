@@ -21,7 +21,6 @@ from trainer.errors import UserError, first_line
 from trainer.memory import block_trace
 from trainer.memory.block_trace import BlockBytes, Call, Meter, Products, WorstCase
 from trainer.memory.planner import Needs, largest_batch
-from trainer.model.attention import run_on_shapes
 from trainer.model.backbone import BuiltModel, TrainedModule, set_module
 from trainer.model.blocks import hidden_state
 from trainer.tasks.base import Batch, Task
@@ -77,7 +76,6 @@ def probe(backbone: BuiltModel, config: Config, task: Task, *, compiled: bool) -
     size = data.micro_batch_size
     batch = largest_batch(task, data, backbone.rows, [data.max_length] * (size or 1), size)
     model = backbone.model.train()
-    run_on_shapes(model)
     drops_input = config.method.dropout > 0 and config.method.dropout_on == "input"
     products = Products(model.modules(), drops_input)
     blocks = [block for _, block in transformer_blocks(model)]

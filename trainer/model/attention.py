@@ -38,11 +38,6 @@ OURS = ("auto", "varlen")
 VARLEN = "rankcast_varlen"
 """Name under which transformers knows `varlen`; none of its own families' names is part of it."""
 
-FLEX = "flex_attention"
-"""transformers' own, whose block masks skip pairs of documents."""
-_FLEX_SHAPES = "rankcast_flex_shapes"
-"""Stands in for it on fake tensors, on which its compiler crashes."""
-
 _SEPARABLE = {"full_attention", "sliding_attention"}
 """Kinds of layers that are causal attention, within a window or not."""
 _WITHOUT_EFFECT = {"position_ids", "cache_position", "position_embeddings"}
@@ -60,7 +55,7 @@ class Attention:
     @property
     def by_document(self) -> bool:
         """Whether it runs over the documents of a single row, without a dense mask."""
-        return self.name in (VARLEN, "flex_attention") or self.reason == "flash_attention_2"
+        return self.name == VARLEN or self.reason == "flash_attention_2"
 
 
 def choose_attention(
@@ -83,8 +78,6 @@ def choose_attention(
         return Attention(name, f"{own}, with a dense mask of documents: {obstacle}")
     if _soft_cap(model) is None:
         return Attention(VARLEN, "varlen (flash attention by document)")
-    if model._supports_flex_attn and not getattr(model.config, "attention_dropout", 0.0):
-        return Attention(FLEX, "flex_attention (soft cap, by document)")
     return Attention(name, f"{own}, with a dense mask of documents: scores have a soft cap")
 
 
@@ -260,18 +253,6 @@ def _step_by_step(
     return (nn.functional.dropout(p, dropout) @ value).transpose(1, 2).contiguous()
 
 
-def run_on_shapes(model: "PreTrainedModel") -> None:
-    """Let a model that uses flex_attention run on fake tensors."""
-    if model.config._attn_implementation == FLEX:
-        model.set_attn_implementation(_FLEX_SHAPES)
-
-
-def _flex_shapes(*given: Any, softcap: float | None = None, **others: Any) -> tuple[Tensor, None]:
-    """`varlen` saves the same tensors as flex_attention."""
-    return varlen_forward(*given, **others)
-
-
-for _name, _forward in ((VARLEN, varlen_forward), (_FLEX_SHAPES, _flex_shapes)):
-    AttentionInterface.register(_name, _forward)
-    AttentionMaskInterface.register(_name, sdpa_mask)  # for rows of single documents
-    MASKS[_name] = spans_mask
+AttentionInterface.register(VARLEN, varlen_forward)
+AttentionMaskInterface.register(VARLEN, sdpa_mask)  # for rows of single documents
+MASKS[VARLEN] = spans_mask

@@ -85,9 +85,17 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     )
     keep_float32(model, dtype)
     heads = {path: model.get_submodule(path) for path in trained}
-    units = make_units(model, targets.chosen)
     return BuiltModel(
-        model, dtype, units, adapted_layers, heads, attention.reason, rows, alone, tensors, initial
+        model=model,
+        dtype=dtype,
+        units=make_units(model, targets.chosen),
+        adapted_layers=adapted_layers,
+        heads=heads,
+        attention=attention.reason,
+        rows=rows,
+        left_alone=alone,
+        tensors=tensors,
+        initial=initial,
     )
 
 

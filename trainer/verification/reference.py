@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adapters.layers.base import PackedLayer
 from adapters.units import transformer_blocks
 from trainer.loading.source import Source
+from trainer.model.attention import OURS
 from trainer.model.backbone import TrainedModule
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.session import Session
@@ -144,7 +145,7 @@ def plain_model(session: Session) -> "PreTrainedModel":
         model = session.task.auto_class.from_config(
             config,
             dtype=session.backbone.dtype,
-            attn_implementation=None if options.attention == "auto" else options.attention,
+            attn_implementation=None if options.attention in OURS else options.attention,
             trust_remote_code=False,
         )
     # As after `from_pretrained`, buffers are computed in torch's default dtype, not the model's.
