@@ -5,8 +5,7 @@ rank and alpha patterns, such as vLLM, still compute the right product.
 """
 
 import json
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +15,6 @@ from torch import Tensor
 from adapters.expert_export import ExpertLayout, Factors, padded, per_expert_factors
 from adapters.gated import GatedAdapter
 from adapters.unit import stem
-
-_FORMER_EXPERT = re.compile(r"\.(gate_proj|up_proj|down_proj)$")
-"""In a mixture PEFT treats `target_modules` of these names as the experts of transformers 4 and
-maps them to the stacks. Dense modules with these names (of a layer without experts, of a shared
-expert) are therefore listed as `target_parameters`."""
 
 _PER_EXPERT = """The experts' factors have the names of the published files, as vLLM and SGLang
 read them; PEFT (0.21 or later, with transformers 5) converts them while it loads.
@@ -91,6 +85,9 @@ def export_adapter(
     swapped: Collection[str] = (),
     fan_in_fan_out: bool = False,
     layouts: Mapping[str, ExpertLayout] | None = None,
+    former_experts: Collection[str] = (),
+    key: Callable[[str], str] = str,
+    modules_to_save: Sequence[str] | None = None,
 ) -> float:
     """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
 
@@ -101,8 +98,10 @@ def export_adapter(
     in `layouts` are written expert by expert (`per_expert_factors`); the adapters of any other
     become one LoRA on its parameter (PEFT's `target_parameters`), with the largest of their ranks;
     `swapped`: stacks that PEFT takes for transposed ones; `fan_in_fan_out`: adapted modules hold
-    (in, out), as `Conv1D` does (PEFT corrects it per module). Units of rank 0 are omitted, since
-    PEFT rejects them.
+    (in, out), as `Conv1D` does (PEFT corrects it per module); `former_experts`: names of modules
+    that PEFT takes for experts; `key`: the name, of a module, from which PEFT finds it;
+    `modules_to_save`: the names from which PEFT finds `heads`, if not their paths. Units of rank 0
+    are omitted, since PEFT rejects them.
 
     `rank`: compress every unit to at most this rank. `same_rank`: pad all units with zeros to the
     largest rank, empty ones too. Returns the relative error of the compression,
@@ -114,20 +113,22 @@ def export_adapter(
         largest = max((A.shape[0] for A, _ in units.values()), default=0)
         units = {name: padded(factors, largest) for name, factors in units.items()}
     units = {name: (A, B) for name, (A, B) in units.items() if A.shape[0]}
-    lora = _Lora()
+    lora = _Lora(former_experts, key)
     stacks: dict[str, dict[int, Factors]] = {}
     for name, factors in units.items():
         if stem(name) in experts:
             stacks.setdefault(stem(name), {})[int(name.rpartition(".")[2])] = factors
         else:
-            lora.add_linear(name, factors, as_parameter=bool(experts))
+            lora.add_linear(name, factors)
     served = lora.add_experts(stacks, experts, layouts or {}, swapped)
     for path, head in heads.items():
         for name, value in head.items():
             lora.tensors[f"base_model.model.{path}.{name}"] = value.cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(lora.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = _peft_config(lora.ranks, lora.joined, sorted(lora.modules), sorted(heads))
+    config = _peft_config(
+        lora.ranks, lora.joined, sorted(lora.modules), modules_to_save or sorted(heads)
+    )
     config["fan_in_fan_out"] = fan_in_fan_out
     if lora.parameters:
         config["target_parameters"] = sorted(lora.parameters)
@@ -165,7 +166,8 @@ def _factors(
 class _Lora:
     """Tensors, ranks and targets of a PEFT folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, former_experts: Collection[str], key: Callable[[str], str]) -> None:
+        self._former_experts, self._key = former_experts, key
         self.tensors: dict[str, Tensor] = {}
         self.ranks: dict[str, int] = {}
         """By PEFT's name of the adapted module or parameter."""
@@ -174,15 +176,16 @@ class _Lora:
         self.modules: list[str] = []
         self.parameters: list[str] = []
 
-    def add_linear(self, name: str, factors: Factors, *, as_parameter: bool) -> None:
-        """A linear layer; `as_parameter`: one of a mixture (`_FORMER_EXPERT`)."""
-        if as_parameter and _FORMER_EXPERT.search(name):
+    def add_linear(self, name: str, factors: Factors) -> None:
+        """A linear layer. As one of `target_modules` PEFT would take those with the names of former
+        experts for these (dense layers, shared experts): they are `target_parameters`."""
+        if name.rpartition(".")[2] in self._former_experts:
             self.parameters.append(f"{name}.weight")
             self.ranks[f"{name}.weight"] = factors[0].shape[0]
         else:
             self.modules.append(name)
             self.ranks[name] = factors[0].shape[0]
-        self._put(name, factors)
+        self._put(self._key(name), factors)
 
     def add_experts(
         self,
@@ -203,7 +206,7 @@ class _Lora:
             self.parameters.append(name)
             A, B = stacked_factors(parts, experts[name], swapped=name in swapped)
             self.ranks[name] = A.shape[0] // experts[name]
-            self._put(_wrapped(name, stacked), (A, B))
+            self._put(self._key(_wrapped(name, stacked)), (A, B))
         if stacked:
             return _STACKED
         return _PER_EXPERT.format(max(self.ranks.values())) if ranks else ""
@@ -240,7 +243,7 @@ def _wrapped(name: str, stacks: Mapping[str, object]) -> str:
 
 
 def _peft_config(
-    ranks: Mapping[str, int], joined: Collection[str], modules: list[str], heads: list[str]
+    ranks: Mapping[str, int], joined: Collection[str], modules: list[str], heads: Sequence[str]
 ) -> dict[str, object]:
     """LoraConfig as plain data. `r` is the most frequent rank of the file's factors; others go to
     the patterns."""
@@ -255,7 +258,7 @@ def _peft_config(
         "rank_pattern": others,
         "alpha_pattern": others,
         "target_modules": modules,
-        "modules_to_save": heads or None,
+        "modules_to_save": list(heads) or None,
         "lora_dropout": 0.0,
         "bias": "none",
     }

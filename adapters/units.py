@@ -17,14 +17,26 @@ def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, module) of every transformer block, in execution order.
 
     A block is an element of an outermost `ModuleList` that holds linear layers: `model.layers.3`,
-    `bert.encoder.layer.0`. Lists inside a block (experts) are part of it.
+    `bert.encoder.layer.0`; where its elements are lists again, one of theirs
+    (`funnel.encoder.blocks.1.0`). Lists inside a block (experts) are part of it.
     """
     blocks: list[tuple[str, nn.Module]] = []
+    lists: list[str] = []
     for path, module in model.named_modules():
-        inside_a_block = any(path.startswith(block + ".") for block, _ in blocks)
-        if isinstance(module, nn.ModuleList) and not inside_a_block and _has_linear(module):
-            blocks += [(f"{path}.{name}", block) for name, block in module.named_children()]
+        outermost = not any(path.startswith(f"{outer}.") for outer in lists)
+        if outermost and isinstance(module, nn.ModuleList) and _has_linear(module):
+            lists.append(path)
+            blocks += _elements(path, module)
     return blocks
+
+
+def _elements(path: str, modules: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The elements of a list, or of the lists and dictionaries in it, which have no forward."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in modules.named_children():
+        inner = isinstance(module, nn.ModuleList | nn.ModuleDict)
+        found += _elements(f"{path}.{name}", module) if inner else [(f"{path}.{name}", module)]
+    return found
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from trainer.errors import UserError
 from trainer.model.backbone import set_module
 from trainer.model.build import build
 from trainer.model.hub import load_tokenizer
+from trainer.model.meta import on_meta
 from trainer.tasks.registry import TASKS
 
 
@@ -70,8 +71,9 @@ def peft_step(config: Config, world: World) -> tuple[Callable[[], None], int]:
 
 def _random_model(shapes, quantization: str, device: torch.device) -> PreTrainedModel:
     """A random model built layer by layer on the device, in bfloat16 or 4 bits."""
-    with torch.device("meta"):
+    with on_meta(0) as moved:
         model = AutoModelForCausalLM.from_config(shapes, dtype=torch.bfloat16)
+        moved(model)
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head and quantization != "none":

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ TINY = ROOT / "configs/quickstart/model"
 ALL = os.environ.get("RANKCAST_ALL") == "1"
 """`make test-all`: whole products instead of samples of them."""
 thorough = pytest.mark.skipif(not ALL, reason="minutes: make test-all")
+
+
+def sample(cases: Iterable[Any], *usual: Any) -> list[Any]:
+    """Cases of a test; without `make test-all` only those in `usual` run."""
+    return [case if case in usual else pytest.param(case, marks=thorough) for case in cases]
+
+
 WORKER = ROOT / "tests/world/worker.py"
 SERVER = Server()
 

@@ -34,36 +34,22 @@ def reference_loss(part: str, model: nn.Module, examples: Sequence[Example]) -> 
 
 
 def summed_loss(part: str, model: nn.Module, examples: Sequence[Example]) -> Tensor:
-    """The loss of one record after the other. Where transformers' own model gives another one when
-    padding is masked (its windows or positions count padding), the loss of them in one batch."""
-    with torch.no_grad():
-        alone = sum(float(_loss(part, model, [example])) for example in examples)
-        together = float(_loss(part, model, examples))
-    if abs(alone - together) > LOSS * abs(alone):
-        return _loss(part, model, examples)
-    return torch.stack([_loss(part, model, [example]) for example in examples]).sum()
+    """The loss of one record after the other, without padding."""
+    return torch.stack([_loss(part, model, example) for example in examples]).sum()
 
 
-def _loss(part: str, model: nn.Module, examples: Sequence[Example]) -> Tensor:
-    """The summed cross entropy of transformers' logits of a batch, padded on the right."""
-    width = max(len(example.input_ids) for example in examples)
-
-    def padded(lists: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor([[*one, *[0] * (width - len(one))] for one in lists])
-
-    inputs: dict[str, Any] = {
-        "input_ids": padded([example.input_ids for example in examples]),
-        "attention_mask": padded([[1] * len(example.input_ids) for example in examples]),
-    }
+def _loss(part: str, model: nn.Module, example: Example) -> Tensor:
+    """The summed cross entropy of transformers' logits of a record."""
+    ids = torch.tensor([example.input_ids])
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if part == CAUSAL:  # some classes' own `loss` does not shift the labels
-        learned = padded([example.loss_mask for example in examples])[:, 1:].bool()
+        learned = torch.tensor([example.loss_mask])[:, 1:].bool()
         logits = model(**inputs, use_cache=False).logits[:, :-1]
-        targets = inputs["input_ids"][:, 1:]
-        return F.cross_entropy(logits[learned], targets[learned], reduction="sum")
-    if examples[0].token_type_ids:
-        inputs["token_type_ids"] = padded([example.token_type_ids for example in examples])
-    labels = torch.tensor([int(example.label) for example in examples])
-    return F.cross_entropy(model(**inputs).logits, labels, reduction="sum")
+        return F.cross_entropy(logits[learned], ids[:, 1:][learned], reduction="sum")
+    if example.token_type_ids:
+        inputs["token_type_ids"] = torch.tensor([example.token_type_ids])
+    label = torch.tensor([int(example.label)])
+    return F.cross_entropy(model(**inputs).logits, label, reduction="sum")
 
 
 def with_peft(model: PreTrainedModel, adapters: dict[str, Any]) -> peft.PeftModel:

@@ -1,6 +1,6 @@
 """`Session`: data, engine, backbone, method and optimizer of a run, built in dependency order."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,8 +24,8 @@ from trainer.loading.load import check_backbone, load_backbone
 from trainer.loading.spectral_init import SpectralInit
 from trainer.model.backbone import LoadedBackbone
 from trainer.model.hub import load_tokenizer
-from trainer.model.positions import longest_text
 from trainer.tasks.base import Task
+from trainer.tasks.positions import longest_row, longest_text
 from trainer.tasks.registry import TASKS
 
 if TYPE_CHECKING:
@@ -121,22 +121,21 @@ def refuse_longer(
     eval_data: TokenDataset | None,
 ) -> None:
     """Raises UserError where a record, or a row of packed ones, is longer than the model's position
-    table."""
-    limit = longest_text(model)
-    if limit is None:
-        return
+    tables. Positions of packed records restart at 0 where the model takes them; so only tables that
+    they do not look up limit a row."""
+    of_text, of_row = longest_text(model), longest_row(model) if options.packing else None
     for data in (train_data, eval_data):
         if data is None:
             continue
-        row = int(data.lengths.max())
-        if options.packing:  # rows of documents are cut like one text by some of these models
-            row = max(row, min(options.max_length, int(data.lengths.sum())))
-        if row > limit:
-            raise UserError(
-                f"data.max_length: {options.max_length} given, and the data has texts of {row} "
-                f"tokens, but {type(model).__name__} has positions for {limit}; accepted: at most "
-                f"{limit}"
-            )
+        text = int(data.lengths.max())
+        row = max(text, min(options.max_length, int(data.lengths.sum())))
+        for what, length, limit in (("texts", text, of_text), ("packed rows", row, of_row)):
+            if limit is not None and length > limit:
+                raise UserError(
+                    f"data.max_length: {options.max_length} given, and the data has {what} of "
+                    f"{length} tokens, but {type(model).__name__} has positions for {limit}; "
+                    f"accepted: at most {limit}"
+                )
 
 
 def _prepare(data: DataOptions, task: Task) -> tuple[TokenDataset, TokenDataset | None]:
@@ -147,15 +146,19 @@ def _prepare(data: DataOptions, task: Task) -> tuple[TokenDataset, TokenDataset 
 
 
 def open_session(
-    config: Config, world: World, initial_adapters: Mapping[str, InitialAdapter] | None = None
+    config: Config,
+    world: World,
+    initial_adapters: Mapping[str, InitialAdapter] | None = None,
+    unreached: Sequence[str] | None = None,
 ) -> Session:
     """Load data and backbone, shard it, attach the method's adapters. Collective.
 
-    `initial_adapters`: of the resumed run, where its method uses spectral initialisation.
+    `initial_adapters`, `unreached`: of a checkpoint's run; the first where its method uses spectral
+    initialisation, the second as for `trainer.model.build.build`.
     """
     tokenizer, task, train_data, eval_data = open_data(config, world)
     with world.all_or_none():  # fails before any weight is loaded
-        built = check_backbone(config, task, world.device)
+        built = check_backbone(config, task, world.device, unreached)
         left_out = leave_out(config, train_data)
         refuse_longer(built.model, config.data, train_data, eval_data)
     engine = make_engine(config, world, task)
@@ -165,7 +168,7 @@ def open_session(
         assert isinstance(method, SpectralMethod)
         spectra = cache_root(config.data) / "spectra"
         spectral_init = SpectralInit(method, world, spectra, initial_adapters)
-    backbone = load_backbone(config, task, engine, world, spectral_init)
+    backbone = load_backbone(config, task, engine, world, spectral_init, built.unreached)
     if spectral_init is not None:
         initial_adapters = spectral_init.initial_adapters
     method.attach(backbone.units, backbone.adapted_layers, world.device, initial_adapters)

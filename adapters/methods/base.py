@@ -125,6 +125,10 @@ class Method:
         """New micro-batch size after the method has freed memory; None: unchanged."""
         return None
 
+    def largest_micro_batch(self, given: int) -> int:
+        """The largest micro-batch size of a run that begins with `given`."""
+        return given
+
     # --- decisions -----------------------------------------------------------------------------
 
     def set_horizon(self, steps: int, rate: Callable[[int], float]) -> None:

@@ -65,6 +65,9 @@ class RLoRA(Method):
     def micro_batch_size(self) -> int | None:
         return self.options.after_selection.micro_batch_size if self.selected else None
 
+    def largest_micro_batch(self, given: int) -> int:
+        return max(given, self.options.after_selection.micro_batch_size or 0)
+
     def due(self, step: int) -> bool:
         return not self.selected
 

@@ -172,11 +172,12 @@ def verdict(outcomes: Outcomes) -> str:
 
 
 def note(outcomes: Outcomes) -> str:
-    """What was not ok, by sentence."""
+    """What was not ok, or not without a word, by sentence."""
     checks: dict[str, list[str]] = {}
     for check, outcome in outcomes.items():
-        if outcome["status"] not in ("ok",) and (
-            check != "packing" or outcome["status"] != "refused"
+        expected = "refused" if check == "packing" else "ok"
+        if outcome["status"] not in ("ok", expected) or (
+            outcome["status"] == "ok" and outcome["message"]
         ):
             checks.setdefault(outcome["message"], []).append(f"{check} {outcome['status']}")
     return "; ".join(f"{', '.join(c)}: {message}" for message, c in checks.items())

@@ -53,7 +53,7 @@ CASES = {
         {}, ["method.targets=[q_prj]"], ["method.targets", "'q_prj'", "did you mean 'q_proj'"],
     ),
     "rank larger than the matrix": (
-        {}, ["method.rank=65"], ["method.rank: 65", "at most 64", "k_proj"],
+        {}, ["method.rank=65", "method.targets=[k_proj]"], ["method.rank: 65", "at most 64", "k_proj"],
     ),
     "model folder missing": ({}, ["model.id=TMP/nowhere"], ["model.id", "nowhere", "no such folder"]),
     "model without config": ({"m/x": ""}, ["model.id=TMP/m"], ["model.id", "TMP/m"]),

@@ -49,6 +49,8 @@ class _State(Section):
     data: str
     labels: dict[str, list[str]]
     initial: str | None
+    unreached: list[str] = []
+    """Earlier runs trained adapters of all layers."""
     config: dict[str, dict[str, Any]]
 
 

@@ -142,6 +142,7 @@ class CheckpointWriter:
             "data": session.train_data.key,
             "labels": session.task.labels_state(),
             "initial": self._initial_digest,
+            "unreached": list(session.backbone.unreached),
             "config": session.config.model_dump(mode="json"),
         }
 

@@ -55,6 +55,7 @@ class FSDP2Engine(Engine):
         self._mesh = init_device_mesh(self.world.device.type, (self.world.size,))
 
     def shard_block(self, block: nn.Module) -> None:
+        _make_own(block)
         for module in block.modules():
             if isinstance(module, PackedLayer) and module.weight_format != "none":
                 # On a GPU the gather copies bfloat16 via float32, which canonicalises NaNs and
@@ -105,3 +106,14 @@ class FSDP2Engine(Engine):
             else:  # kept unsharded, in addition to its shard
                 total += nbytes - (-nbytes // self.world.size)
         return total
+
+
+def _make_own(block: nn.Module) -> None:
+    """Give a block parameters of its own with the same storage: `fully_shard` refuses one that a
+    block shares with another (Zamba's), of which each block keeps a shard then."""
+    own: dict[int, nn.Parameter] = {}
+    for module in block.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                copy = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                module._parameters[name] = own.setdefault(id(parameter), copy)

@@ -27,6 +27,7 @@ from trainer.model.backbone import BuiltModel
 from trainer.model.blocks import configure_compiler
 from trainer.model.build import build
 from trainer.model.hub import load_tokenizer, resolve_folder
+from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.tasks.base import Task
 from trainer.tasks.registry import TASKS
 from trainer.training.evaluation import evaluate_saved
@@ -170,6 +171,9 @@ def write_adapter(
         adapters,
         experts={} if model is None else expert_counts(model),
         layouts={} if model is None else chosen_layouts(model, experts),
+        former_experts=() if model is None else former_experts(model),
+        key=str if model is None else PeftKeys(model),
+        modules_to_save=None if model is None else modules_to_save(model, heads),
         swapped=set() if model is None else swapped_stacks(model),
         fan_in_fan_out=built is not None
         and fan_in_fan_out(built.adapted_layers[name] for name in adapters),

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from adapters.gated import GatedAdapter
 from adapters.layers.base import PackedLayer
 from adapters.peft_export import merged
+from adapters.unit import stem
 from trainer.errors import UserError
 from trainer.loading.key_mapping import Converted, KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
-from trainer.model.backbone import BuiltModel, input_embedding
+from trainer.model.backbone import BuiltModel
+from trainer.model.matrices import shared_matrices
 
 _SHARD_BYTES = 4 * 2**30
 
@@ -158,12 +160,12 @@ def write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:
 
 
 def refuse_tied_targets(backbone: BuiltModel, adapters: Mapping[str, GatedAdapter]) -> None:
-    """Raises UserError where an adapted layer shares W with the input embedding: the merge would
-    change the embedding too."""
-    embedding = input_embedding(backbone.model)
-    for path, layer in backbone.adapted_layers.items():
-        if path in adapters and layer.weight is embedding:
+    """Raises UserError where an adapted layer shares W with another module: the merge would change
+    that too."""
+    shared = shared_matrices(backbone.model)
+    for path in map(stem, adapters):
+        if path in shared:
             raise UserError(
-                f"{path} shares its matrix with the input embedding, so its adapter cannot be "
-                "merged; accepted: export the adapter alone"
+                f"{path} shares its matrix with {shared[path]}, so its adapter cannot be merged; "
+                "accepted: export the adapter alone"
             )

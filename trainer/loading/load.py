@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import resource
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,15 +41,17 @@ def load_backbone(
     engine: Engine,
     world: World,
     spectral_init: SpectralInit | None = None,
+    unreached: Sequence[str] | None = None,
 ) -> LoadedBackbone:
     """Build the model, materialize and shard it block by block. Collective.
 
+    `unreached`: as for `trainer.model.build.build`.
     `spectral_init` subtracts the initial adapters from the units' matrices before they are packed.
     An error on one rank ends all of them (`World.all_or_none`). Raises UserError.
     """
     started = time.perf_counter()
     with world.all_or_none():
-        built = build(config, task, world.device)
+        built = build(config, task, world.device, unreached)
         model = built.model
         blocks = _take_over_blocks(config, built, engine, world)
         source = Source(built, config, world.device)
@@ -122,10 +125,12 @@ def in_groups(model: nn.Module, world: World) -> list[list[tuple[str, nn.Module]
     return [blocks[i : i + size] for i in range(0, len(blocks), size)]
 
 
-def check_backbone(config: Config, task: Task, device: torch.device) -> BuiltModel:
-    """Build the model and check the names and shapes of its files, without reading weights. Returns
-    it, still without weights. Raises UserError."""
-    backbone = build(config, task, device)
+def check_backbone(
+    config: Config, task: Task, device: torch.device, unreached: Sequence[str] | None = None
+) -> BuiltModel:
+    """Build the model (`trainer.model.build.build`) and check the names and shapes of its files,
+    without reading weights. Returns it, still without weights. Raises UserError."""
+    backbone = build(config, task, device, unreached)
     if config.model.weights == "random":
         return backbone
     source = Source(backbone, config, device)

@@ -57,15 +57,13 @@ class Materializer:
                 self._pack(group, deferred=True)
 
     def assign_to_model(self, task: ParamTask) -> None:
-        """Broadcast a packed parameter within the host and assign it to the model. Collective."""
+        """Broadcast a packed parameter within the host and assign it to the model, under all its
+        names. Collective."""
         value = self._packed.pop(task, None)
         with self._timed("exchanging"):
             if value is None:
                 value = task.empty(self._dtype, self._world.device)
             self._world.share_(value, task.reader)
-        if task.matrix is not None and task.matrix.weight_format != "none":
-            task.matrix.weight = _frozen(value)
-            return
         frozen = _frozen(value)
         for known_as in self._source.names[id(task.parameter)]:
             path, _, attribute = known_as.rpartition(".")

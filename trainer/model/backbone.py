@@ -31,7 +31,8 @@ class TrainedModule(nn.Module):
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """Matrices without adapters, by their paths within a block, and the reason."""
+    """Matrices without adapters, by their paths (`*`: any block) or those within a block, and the
+    reason."""
 
     paths: Sequence[str]
     reason: str
@@ -58,6 +59,8 @@ class BuiltModel:
     left_alone: Sequence[LeftAlone] = ()
     """Matrices that get no adapter although `all-linear` names them, or that keep their own layer
     and stay unquantised."""
+    unreached: Sequence[str] = ()
+    """Linear layers whose output does not reach the loss; they get no adapters."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameters and persistent buffers as transformers names them, before layers were replaced;
     parameters on meta."""
@@ -102,11 +105,14 @@ def set_module(model: nn.Module, path: str, module: nn.Module | None) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def input_embedding(model: "PreTrainedModel") -> Tensor | None:
-    """The table of token embeddings; None in a model without one (characters are hashed)."""
+def vocabulary(model: "PreTrainedModel") -> int | None:
+    """The number of tokens that the model can embed; None where it has no table of them (characters
+    are hashed)."""
     try:
-        table = model.get_input_embeddings().weight
+        table = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:
         return None
-    assert isinstance(table, Tensor)
-    return table
+    if isinstance(table, Tensor):
+        return table.shape[0]
+    size = getattr(model.config, "vocab_size", None)  # Perceiver's inputs are its latents
+    return size if isinstance(size, int) else None

@@ -1,5 +1,6 @@
 """Build a model on the meta device and replace its linear layers by adapted layers."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -7,19 +8,20 @@ from torch import nn
 
 from adapters.layers.expert_modules import AdaptedExperts
 from adapters.layers.linear import AdaptedLinear
-from adapters.units import is_conv1d, is_linear, make_units
+from adapters.units import is_conv1d, is_linear, linear_names, make_units
 from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
 from trainer.model.attention import OURS
-from trainer.model.backbone import BuiltModel, LeftAlone, input_embedding, set_module
+from trainer.model.backbone import BuiltModel, LeftAlone, set_module, vocabulary
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing, choose_rows
-from trainer.model.targets import choose_targets, output_head, within_blocks
+from trainer.model.reach import find_unreached, summarised
+from trainer.model.targets import Targets, choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
 
@@ -28,9 +30,12 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
-def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
-    """The model on the meta device, without weights. Raises UserError where model, task and method
-    do not fit together."""
+def build(
+    config: Config, task: Task, device: torch.device, unreached: Sequence[str] | None = None
+) -> BuiltModel:
+    """The model on the meta device, without weights. `unreached`: layers whose output does not
+    reach the loss, as a checkpoint's run found them; else they are looked for. Raises UserError
+    where model, task and method do not fit together."""
     options = config.model
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     model_config = load_model_config(folder, options)
@@ -75,11 +80,17 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
     unquantized = [*head, *trained, *beside_experts]
     read -= {*trained, *beside_experts}
     excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
-    targets = choose_targets(model, config.method, excluded, read)
+    names = linear_names(model, [*excluded, *read])
+    if unreached is None:
+        unreached = sorted(find_unreached(model, task, names, config.data.max_length))
+    targets = choose_targets(model, config.method, excluded, read, unreached)
     alone = _left_alone(
-        model, targets.too_small, read, beside_experts,
+        model, targets, read, beside_experts,
         everything=config.method.targets == "all-linear",
     )  # fmt: skip
+    if targets.unreached:
+        paths = tuple(summarised(names, targets.unreached))
+        alone.append(LeftAlone(paths, "their output does not reach the loss of a text"))
     adapted_layers = install_adapted_layers(
         model, options.quantization, targets.chosen, unquantized, read
     )
@@ -94,13 +105,14 @@ def build(config: Config, task: Task, device: torch.device) -> BuiltModel:
         attention=attention.reason,
         rows=rows,
         left_alone=alone,
+        unreached=unreached,
         tensors=tensors,
         initial=initial,
     )
 
 
 def _left_alone(
-    model: nn.Module, too_small: list[str], read: set[str], gates: list[str], *, everything: bool
+    model: nn.Module, targets: Targets, read: set[str], gates: list[str], *, everything: bool
 ) -> list[LeftAlone]:
     """What gets no adapter (where `everything` was to get one) or keeps its own forward."""
     linear = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and p not in read]
@@ -111,7 +123,8 @@ def _left_alone(
     ]
     if everything:
         kinds += [
-            ("smaller than the rank", too_small),
+            ("smaller than the rank", targets.too_small),
+            ("PEFT would take their adapters for those of other modules", targets.lost),
             ("a router or gate of experts", [p for p in gates if p in linear]),
             ("unsupported layout of experts", left_alone(model)),
         ]
@@ -123,11 +136,8 @@ def _left_alone(
 def _check_vocabulary(
     tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", options: ModelOptions
 ) -> None:
-    table = input_embedding(model)
-    if table is None:
-        return
-    size = table.shape[0]
-    if len(tokenizer) > size:
+    size = vocabulary(model)
+    if size is not None and len(tokenizer) > size:
         raise UserError(
             f"model.tokenizer: {options.tokenizer or options.id} has {len(tokenizer)} tokens; "
             f"accepted: at most {size}, the size of the model's embedding"

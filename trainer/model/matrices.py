@@ -1,15 +1,15 @@
 """Replace a model's linear layers by adapted layers with their weight formats."""
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
-from adapters.layers.base import AdaptedLayer
+from adapters.layers.base import AdaptedLayer, PackedLayer
 from adapters.layers.expert_modules import AdaptedExperts
 from adapters.layers.handles import RegisteredLayer
 from adapters.layers.linear import AdaptedLinear
 from adapters.methods.options import MethodOptions
+from adapters.unit import stem
 from adapters.units import layer_at, linear_names, transformer_blocks
 from trainer.errors import UserError
 from trainer.model.backbone import set_module
@@ -39,7 +39,8 @@ def install_adapted_layers(
             layer.layer.weight_format = weight_format
             adapted_layers[path] = layer
     if quantization != "none":
-        _refuse_other_matrices(model, quantization, unquantized)
+        _refuse_half_quantised(model, quantization)
+        _refuse_other_matrices(model, quantization, [*unquantized, *read])
     return adapted_layers
 
 
@@ -57,7 +58,8 @@ def other_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _refuse_other_matrices(model: nn.Module, quantization: str, unquantized: Sequence[str]) -> None:
-    """Raises UserError rather than leave some matrices of the blocks unquantised."""
+    """Raises UserError rather than leave some matrices of the blocks unquantised, other than those
+    of `unquantized` modules."""
     for where, parameter in other_matrices(model):
         if where.rpartition(".")[0] not in unquantized:
             raise UserError(
@@ -67,11 +69,44 @@ def _refuse_other_matrices(model: nn.Module, quantization: str, unquantized: Seq
             )
 
 
+def _refuse_half_quantised(model: nn.Module, quantization: str) -> None:
+    """Raises UserError for a matrix that is quantised in one of the modules that share it only."""
+    formats: dict[int, dict[str, str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                packs = isinstance(module, PackedLayer) and name == "weight"
+                weight_format = module.weight_format if packs else "none"
+                formats.setdefault(id(parameter), {}).setdefault(weight_format, path)
+    for owners in formats.values():
+        if len(owners) > 1:
+            raise UserError(
+                f"model.quantization: {quantization!r} given, but {owners[quantization]} shares "
+                f"its matrix with {owners['none']}, which stays unquantised; accepted for this "
+                "model: none"
+            )
+
+
+def shared_matrices(model: nn.Module) -> dict[str, str]:
+    """The modules whose matrix is another's too, by path, and the path of one such other."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path, _, attribute = name.rpartition(".")
+        if attribute == "weight" and path not in owners.setdefault(id(parameter), []):
+            owners[id(parameter)].append(path)
+    return {
+        path: next(other for other in paths if other != path)
+        for paths in owners.values()
+        for path in paths
+        if len(paths) > 1
+    }
+
+
 def refuse_tied(model: nn.Module, method: MethodOptions, targets: list[str]) -> None:
     """Raises UserError for tied matrices: spectral initialisation would change both modules."""
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    shared = shared_matrices(model)
     for path in targets:
-        if owners[id(layer_at(model, path).weight)] > 1:
+        if stem(path) in shared:
             raise UserError(
                 f"method.targets: {path} shares its matrix with another module, and "
                 f"method.kind={method.kind} takes a part of it out; accepted: matrices of their own"

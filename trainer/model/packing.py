@@ -20,21 +20,28 @@ from trainer.config.config import Config
 from trainer.data.rows import Rows
 from trainer.errors import UserError
 from trainer.model.attention import Attention, choose_attention
-from trainer.model.positions import longest_text
 from trainer.tasks.base import Example, Task
+from trainer.tasks.positions import counts_by_itself, longest_row
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
 
 def check_packing(model: "PreTrainedModel") -> None:
-    """Raises UserError where a kind of layer carries something across documents. Reads no
-    weights."""
+    """Raises UserError where a kind of layer carries something across documents, or where their
+    positions cannot restart. Reads no weights."""
     kinds = _carrying_layers(model)
     if kinds:
         raise UserError(
             f"data.packing: true given, but {type(model).__name__} has layers that carry state "
             f"across the documents of a row ({', '.join(kinds)}); accepted: false"
+        )
+    table = counts_by_itself(model)
+    if table is not None:
+        raise UserError(
+            f"data.packing: true given, but {type(model).__name__} counts the positions of "
+            f"{table} by itself, from the start of the row, and takes no position_ids; accepted: "
+            "false"
         )
 
 
@@ -47,7 +54,7 @@ def choose_rows(
     few = data.row_lengths
     rows = Rows(
         few=(8 if device.type == "cuda" else 0) if few == "auto" else few,
-        limit=longest_text(model),
+        limit=longest_row(model),
     )
     attention = choose_attention(model, asked, packing=True, device=device, dtype=dtype)
     obstacle = _against_end_to_end(model, config, rows)
@@ -71,6 +78,8 @@ def _against_end_to_end(model: "PreTrainedModel", config: Config, rows: Rows) ->
         return f"task.kind={config.task.kind} reads one result a row"
     if kinds := _carrying_layers(model):
         return f"{name} has layers that carry state along a row ({', '.join(kinds)})"
+    if table := counts_by_itself(model):
+        return f"{name} counts the positions of {table} by itself, from the start of a row"
     if rows.limit is not None:
         return f"{name} has positions for {rows.limit} tokens of a row"
     return None

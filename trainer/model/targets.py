@@ -1,7 +1,7 @@
 """Choose the matrices that take adapters, and say which are left out and why."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -12,6 +12,7 @@ from adapters.unit import Unit, stem
 from adapters.units import linear_names, make_units, select_targets, transformer_blocks
 from trainer.errors import UserError
 from trainer.model.matrices import refuse_tied
+from trainer.model.peft_names import lost_by_peft
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -26,14 +27,24 @@ class Targets:
 
     chosen: list[str]
     too_small: list[str]
+    unreached: list[str]
+    """Matrices that were named, or are of `all-linear`, whose output does not reach the loss."""
+    lost: list[str]
+    """PEFT would not find their adapters."""
 
 
 def choose_targets(
-    model: nn.Module, method: MethodOptions, excluded: Sequence[str], read: set[str]
+    model: "PreTrainedModel",
+    method: MethodOptions,
+    excluded: Sequence[str],
+    read: set[str],
+    unreached: Collection[str],
 ) -> Targets:
     """Choose among the linear layers that are not at or below a path in `excluded`. `read`: layers
-    whose weight the model reads itself. `all-linear` leaves those out, and matrices too small for
-    the method; where they are named, raises UserError."""
+    whose weight the model reads itself. `all-linear` leaves those out, matrices too small for the
+    method, and those whose adapters PEFT would not find; where they are named, raises UserError.
+    `unreached`, layers whose output does not reach the loss, are always left out: `q_proj` names
+    those of every attention."""
     try:
         targets = select_targets(linear_names(model, excluded), method.targets)
     except ValueError as error:
@@ -46,6 +57,18 @@ def choose_targets(
             "calling the layer, so an adapter would have no effect; accepted: other layers"
         )
     targets = [name for name in targets if name not in read]
+    without_effect = [name for name in targets if name in unreached]
+    targets = [name for name in targets if name not in unreached]
+    if without_effect and not targets:
+        raise UserError(
+            f"method.targets: {method.targets!r} picks only layers of {type(model).__name__} whose "
+            f"output does not reach the loss of a text, such as {without_effect[0]}; accepted: "
+            "other layers"
+        )
+    lost = lost_by_peft(model, targets)
+    if lost and not everything:
+        raise UserError(next(iter(lost.values())))
+    targets = [name for name in targets if name not in lost]
     small = _too_small(make_units(model, targets), method) if everything else set()
     if len(small) < len(targets):  # else the method says what does not fit
         targets = [name for name in targets if name not in small]
@@ -60,7 +83,7 @@ def choose_targets(
         raise UserError(str(error)) from error
     if METHODS[method.kind].splits_weight:
         refuse_tied(model, method, targets)
-    return Targets(targets, sorted(small))
+    return Targets(targets, sorted(small), without_effect, sorted(lost))
 
 
 def _too_small(units: Sequence[Unit], method: MethodOptions) -> set[str]:

@@ -1,7 +1,8 @@
 """Find layers whose weight the model reads itself instead of calling the layer.
 
 Mamba's `dt_proj` is one: the block multiplies by `self.dt_proj.weight`, so an adapter in that layer
-would have no effect and no gradient, and a packed weight has another shape. No attribute tells; as
+would have no effect and no gradient, and a packed weight has another shape. RWKV scales weights in
+place before it evaluates, which would destroy packed ones. No attribute tells; as
 `chunked_cross_entropy.py` does, this reads the source, of the classes of a model's modules.
 
 A read counts unless it is in a branch that this model does not take: its condition is evaluated
@@ -16,7 +17,7 @@ import inspect
 import operator
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -31,6 +32,7 @@ _HARMLESS = frozenset((
 ))  # fmt: skip
 """Attributes of a weight that depend neither on its values nor on its shape."""
 
+_SAME_ELEMENTS = frozenset(("iter", "list", "reversed", "tuple"))
 _QUESTIONS = frozenset(("isinstance", "hasattr", "id", "type"))
 _NOT_RUN = ("__init__", "_init", "init", "reset_", "tie_", "_tie", "resize_", "_resize")
 """How names of methods begin that make a model or change its size."""
@@ -134,7 +136,7 @@ class _Live(ast.NodeVisitor):
         self.module = module
         self.reads: set[Path] = set()
         self.mentions: set[str] = set()
-        self._locals = _assigned(method.tree)
+        self._locals = dict(_assigned(method.tree))
         self._defaults = _defaults(method.tree)
         for statement in method.tree.body:
             self.visit(statement)
@@ -181,9 +183,13 @@ class _Live(ast.NodeVisitor):
             case ast.Attribute(value=inner, attr=last):
                 path = self._path(inner)
                 return None if path is None else (*path, last)
+            case ast.Subscript(value=inner, slice=ast.Slice()):
+                return self._path(inner)
             case ast.Subscript(value=inner):
                 path = self._path(inner)
                 return None if path is None else (*path, "*")
+            case ast.Call(func=ast.Name(id=name), args=[inner]) if name in _SAME_ELEMENTS:
+                return self._path(inner)
         return None
 
     def _value(self, node: ast.expr) -> Any:
@@ -245,6 +251,7 @@ def _is_self(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == "self"
 
 
+@functools.cache
 def _assigned(function: _Function) -> dict[str, ast.expr | None]:
     """What each local variable is assigned, None for several values; a loop's variable is an
     element of what it runs over."""
@@ -254,8 +261,9 @@ def _assigned(function: _Function) -> dict[str, ast.expr | None]:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
                 simple.setdefault(name, []).append(value)
-            case ast.For(target=ast.Name(id=name), iter=over):
-                simple.setdefault(name, []).append(ast.Subscript(over, ast.Constant(0)))
+            case ast.For() | ast.comprehension():
+                for name, over in _run_over(node.target, node.iter):
+                    simple.setdefault(name, []).append(ast.Subscript(over, ast.Constant(0)))
     stored = Counter(
         node.id
         for node in ast.walk(function)
@@ -265,6 +273,19 @@ def _assigned(function: _Function) -> dict[str, ast.expr | None]:
     return dict.fromkeys(stored) | once
 
 
+def _run_over(target: ast.expr, over: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    """The variables of a loop and what each runs over, also in `enumerate` and `zip`."""
+    match target, over:
+        case ast.Name(id=name), _:
+            yield name, over
+        case ast.Tuple(elts=[_, inner]), ast.Call(func=ast.Name(id="enumerate"), args=[first, *_]):
+            yield from _run_over(inner, first)
+        case ast.Tuple(elts=names), ast.Call(func=ast.Name(id="zip"), args=arguments):
+            for one, argument in zip(names, arguments, strict=False):
+                yield from _run_over(one, argument)
+
+
+@functools.cache
 def _defaults(function: _Function) -> dict[str, Any]:
     """The arguments that default to None or False, but for masks, and are not assigned."""
     arguments = function.args

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from trainer.config.sections import DataOptions
 from trainer.data.dataset import TokenDataset
 from trainer.data.loader import Loader
-from trainer.model.positions import rotary_length
+from trainer.tasks.positions import rotary_length
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel

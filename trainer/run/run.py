@@ -33,6 +33,7 @@ from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading
 from trainer.model.build import build
 from trainer.model.footprint import estimate, trainable_parameters
+from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.records.jsonl import read_metrics
 from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
@@ -60,12 +61,13 @@ def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
 def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> None:
     start = _choose_start(config, world, folder)
     with world.all_or_none():
-        initial_adapters = None
+        initial_adapters = unreached = None
         if start.checkpoint is not None:
             initial_adapters = read_initial_adapters(start.checkpoint, start.state)
+            unreached = start.state.get("unreached", [])
         if world.is_main:
             folder.begin()
-    session = open_session(config, world, initial_adapters)
+    session = open_session(config, world, initial_adapters, unreached)
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
@@ -334,6 +336,9 @@ def _export(session: Session, folder: Path) -> str:
                 session.backbone.adapted_layers[unit.name] for unit in session.backbone.units
             ),
             layouts=chosen_layouts(session.backbone.model),
+            former_experts=former_experts(session.backbone.model),
+            key=PeftKeys(session.backbone.model),
+            modules_to_save=modules_to_save(session.backbone.model, heads),
             note=note,
         )
     return note

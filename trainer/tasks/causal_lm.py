@@ -1,9 +1,8 @@
 """Next-token prediction, with the loss on the completion only (or on all tokens)."""
 
 import functools
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from trainer.tasks.causality import attends_ahead
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
 from trainer.tasks.documents import Documents, kept_apart
 from trainer.tasks.options import CausalLMOptions
+from trainer.tasks.positions import handed, takes_positions
 from trainer.tasks.tokenisation import special_tokens, surrounded, tokenise
 
 if TYPE_CHECKING:
@@ -109,17 +109,14 @@ class CausalLM(Task):
         return {"perplexity": math.exp(min(loss, 700.0))}
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+def _logits(model: Any, batch: Batch) -> Tensor:
     """The model's logits (rows, length, vocabulary), the documents of packed rows kept apart."""
     inputs = dict(batch.inputs)
     if batch.documents is None:
         return model(**inputs, use_cache=False).logits
-    if not _takes_positions(type(model).forward):  # e.g. ALiBi, which depends on distances only
+    if takes_positions(model):
+        inputs["position_ids"] = handed(model, inputs["position_ids"], inputs["input_ids"])
+    else:  # e.g. ALiBi, which depends on distances only
         del inputs["position_ids"]
     with kept_apart(batch.documents):
         return model(**inputs, use_cache=False).logits
-
-
-@functools.cache
-def _takes_positions(forward: Callable[..., Any]) -> bool:
-    return "position_ids" in inspect.signature(forward).parameters

@@ -95,7 +95,7 @@ def evaluate_saved(config: Config, world: World, checkpoint: Path) -> dict[str, 
         state = store.verify(checkpoint)
         stored = store.read_tensors(checkpoint)
         initial_adapters = read_initial_adapters(checkpoint, state)
-    session = open_session(config, world, initial_adapters)
+    session = open_session(config, world, initial_adapters, state.get("unreached", []))
     with world.all_or_none():
         load_trained(session, checkpoint, stored)
     return evaluate(session)

@@ -18,6 +18,7 @@ from trainer.decisions import consensus
 from trainer.decisions.replay import Replay
 from trainer.device_memory import held_bytes, readable, release
 from trainer.engine.base import Update
+from trainer.errors import UserError
 from trainer.memory import planner
 from trainer.records.recorder import Recorder, SilentRecorder
 from trainer.session import Session
@@ -189,6 +190,11 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
         torch.manual_seed(seeds.mixed(session.config.run.seed, step, index))
         loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
         loss = loss / batch.weight
+        if not loss.requires_grad:
+            raise UserError(
+                f"model.id: the loss of {type(session.model).__name__} has no gradient: the model "
+                "runs its layers outside of autograd's record; accepted: other models"
+            )
         session.engine.backward(loss)
         total += loss.detach()
     return total

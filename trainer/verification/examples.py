@@ -26,8 +26,9 @@ def examples(session: Session) -> list[Example]:
     by_length = sorted(searched, key=lambda example: -min(len(example.input_ids), longest))
     chosen = (by_length * 4)[: 4 if full else 2]
     found = [cut(example, longest) for example in chosen]
-    if len(found[1].input_ids) == len(found[0].input_ids) > 3:
-        found[1] = cut(found[1], max(3, 2 * len(found[1].input_ids) // 3))
+    shorter = max(3, 2 * len(found[0].input_ids) // 3)
+    if len(found[1].input_ids) > shorter:
+        found[1] = cut(found[1], shorter)
     return found
 
 

@@ -1,10 +1,10 @@
 """The forward pass against the unmodified model's, block by block.
 
-The run's model computes its records as it trains on them, packed into one row or padded together,
-without adapters. The reference computes each alone. After every block the hidden states of every
-record must agree, and so must the loss. Where they do not, the run's model computes each record
-alone too: if that agrees, the records influence each other; if not, the calls of all modules in the
-first block that differs are compared.
+The run's model computes its records as it trains on them, packed into one row, padded together, or
+both in turn, without adapters. The reference computes each alone. After every block the hidden
+states of every record must agree, and so must the loss. Where they do not, the run's model computes
+each record alone too: if that agrees, the records influence each other; if not, the calls of all
+modules in the first block that differs are compared.
 
 How far is too far: float32 leaves 1e-6 or so (sums in another order), bfloat16 some percent after
 many blocks, more where a router chooses another expert. So in bfloat16 the reference runs a second
@@ -31,6 +31,9 @@ from trainer.verification.calls import Calls, recorded, relative_error
 from trainer.verification.examples import changed_at_the_end
 from trainer.verification.localise import localise
 from trainer.verification.reference import Reference
+
+Sequences = list[list[Example]]
+"""Rows of a batch, each of one record or of several packed ones."""
 
 _NOISE = 4.0
 _BUFFERS = 1.5
@@ -69,8 +72,7 @@ def check_forward(
     session: Session, reference: Reference, examples: list[Example], remarks: list[str]
 ) -> str | None:
     """The fault that the forward pass shows, or None. Collective. Raises UserError for records that
-    influence each other, or a model that attends to what it predicts. Where padding changes results
-    in transformers' own model too (convolutions, Fourier transforms), it is a remark."""
+    influence each other, in a row or by padding, or a model that attends to what it predicts."""
     world, dtype = session.world, session.backbone.dtype
     room = _room(session)
     if room < _BUFFERS * reference.block_bytes(dtype):
@@ -84,35 +86,53 @@ def check_forward(
         noise = None
         if dtype != torch.float32 and room > _BUFFERS * reference.block_bytes(torch.float32):
             noise = _alone(session, reference, examples, torch.float32)
-        together = _ours(session, [examples] if _packs(session) else [[e] for e in examples])
-        found = _fault(session, together, expected, noise)
-        if not world.any(found is not None):
-            return None
-        parts = [_ours(session, [[example]]) for example in examples]
-        alone = _joined(parts)
-        own = _fault(session, alone, expected, noise)
-        if not world.any(own is not None):
-            padded = None if _packs(session) else _padded(session, reference, examples)
-            if padded is None or world.any(_fault(session, together, padded, noise) is not None):
-                raise _influence(session, together, alone, found)
-            remarks.append(
-                f"padding changes results in this architecture{_change(together, alone)}; "
-                "data.micro_batch_size=1 needs none"
-            )
-            return None
-        number = next(f.record for f in world.gather(own) if f is not None)
-        path = next(f.path for f in world.gather(own) if f is not None)
-        if path is None:
-            return None if own is None else (
-                f"{own.text}; the hidden states after every block agree: the fault lies behind "
-                "them, in the last norm, the output head or the loss"
-            )  # fmt: skip
-        batch = session.task.collate([[examples[number]]]).to(world.device)
-        theirs = reference.run(batch.inputs, dtype, path).calls
-        with recorded(_blocks(session), path) as calls:
-            session.task.loss(session.model, batch)
-        cause = localise(path, calls, theirs, Tolerance.of(session).hidden)
-        return None if own is None else f"{cause} ({own.text})"
+        for way, batches in arrangements(session, examples).items():
+            together = _joined([_ours(session, sequences) for sequences in batches])
+            found = _fault(session, together, expected, noise)
+            if not world.any(found is not None):
+                continue
+            alone = _joined([_ours(session, [[example]]) for example in examples])
+            own = _fault(session, alone, expected, noise)
+            if world.any(own is not None):
+                return _own_fault(session, reference, examples, own)
+            if way != "padded":
+                raise _leak(session, together, alone, found)
+            padded = _padded(session, reference, examples)
+            theirs = not world.any(_fault(session, together, padded, noise) is not None)
+            raise _padding(session, together, alone, found, theirs)
+        return None
+
+
+def arrangements(session: Session, examples: list[Example]) -> dict[str, list[Sequences]]:
+    """The batches in which a run puts records together, by the name of the way. Rows of packed
+    records are padded too, unless they lie end to end."""
+    ways: dict[str, list[Sequences]] = {}
+    end_to_end, size = session.backbone.rows.end_to_end, session.config.data.micro_batch_size
+    if session.config.data.packing or end_to_end:
+        ways["packed" if session.config.data.packing else "end to end"] = [[examples]]
+    several = size is None or session.method.largest_micro_batch(size) > 1
+    if several and not end_to_end:
+        ways["padded"] = [[[example] for example in examples]]
+    return ways or {"one by one": [[[example]] for example in examples]}
+
+
+def _own_fault(
+    session: Session, reference: Reference, examples: list[Example], own: "_Fault | None"
+) -> str | None:
+    """Where a record alone goes wrong. Collective."""
+    world = session.world
+    found = next(fault for fault in world.gather(own) if fault is not None)
+    if found.path is None:
+        return None if own is None else (
+            f"{own.text}; the hidden states after every block agree: the fault lies behind "
+            "them, in the last norm, the output head or the loss"
+        )  # fmt: skip
+    batch = session.task.collate([[examples[found.record]]]).to(world.device)
+    theirs = reference.run(batch.inputs, session.backbone.dtype, found.path).calls
+    with recorded(_blocks(session), found.path) as calls:
+        session.task.loss(session.model, batch)
+    cause = localise(found.path, calls, theirs, Tolerance.of(session).hidden)
+    return None if own is None else f"{cause} ({own.text})"
 
 
 @contextmanager
@@ -194,15 +214,11 @@ def _room(session: Session) -> int:
     return min(session.world.gather(room))
 
 
-def _packs(session: Session) -> bool:
-    return session.config.data.packing or session.backbone.rows.end_to_end
-
-
 def _blocks(session: Session) -> dict[str, torch.nn.Module]:
     return dict(transformer_blocks(session.model))
 
 
-def _ours(session: Session, sequences: list[list[Example]]) -> Result:
+def _ours(session: Session, sequences: Sequences) -> Result:
     """The run's model on records as `Task.collate` puts them together."""
     batch = session.task.collate(sequences).to(session.world.device)
     outputs: list[Tensor] = []
@@ -328,28 +344,39 @@ def _hidden(
     return found
 
 
-def _influence(
-    session: Session, together: Result, alone: Result, fault: _Fault | None
-) -> UserError:
-    """The error for records that change each other's results."""
-    name = type(session.model).__name__
-    where = "" if fault is None or fault.path is None else f", from {fault.path} on"
-    how = f"{_change(together, alone)}{where}"
-    if _packs(session):
-        data = session.config.data
-        padding_free = f"data.padding_free: {data.padding_free} given"
-        key = "data.packing: true given" if data.packing else padding_free
-        return UserError(
-            f"{key}, but the records of a row see each other in {name}{how}; accepted: false"
-        )
+def _leak(session: Session, together: Result, alone: Result, fault: _Fault | None) -> UserError:
+    """The error for records of a row that change each other's results."""
+    data = session.config.data
+    key = "data.packing: true" if data.packing else f"data.padding_free: {data.padding_free}"
     return UserError(
-        f"data.micro_batch_size: {session.config.data.micro_batch_size} given, but records that "
-        f"are padded together change each other in {name}{how}, which they do not in transformers' "
-        "own model: the mask of the padding is wrong; accepted: 1"
+        f"{key} given, but the records of a row see each other in "
+        f"{type(session.model).__name__}{_change(together, alone, fault)}; accepted: false"
     )
 
 
-def _change(together: Result, alone: Result) -> str:
+def _padding(
+    session: Session, together: Result, alone: Result, fault: _Fault | None, theirs: bool
+) -> UserError:
+    """The error for records that padding changes; `theirs`: in transformers' own model too."""
+    given, key = session.config.data.micro_batch_size, "data.micro_batch_size"
+    if given == 1:  # the method makes it larger later
+        given = session.method.largest_micro_batch(given)
+        key = "method.policy.after_selection.micro_batch_size"
+    how = f"{type(session.model).__name__}{_change(together, alone, fault)}"
+    if theirs:
+        return UserError(
+            f"{key}: {given} given, but padding changes the results of {how}, as it does in "
+            "transformers' own model; accepted: 1, which needs no padding"
+        )
+    return UserError(
+        f"{key}: {given} given, but records that are padded together change each other in {how}, "
+        "which they do not in transformers' own model: the mask of the padding is wrong; "
+        "accepted: 1"
+    )
+
+
+def _change(together: Result, alone: Result, fault: _Fault | None) -> str:
+    where = "" if fault is None or fault.path is None else f", from {fault.path} on"
     if together.loss is None or not alone.loss:
-        return ""
-    return f" (their loss changes by {abs(together.loss / alone.loss - 1):.2%})"
+        return where
+    return f" (their loss changes by {abs(together.loss / alone.loss - 1):.2%}){where}"

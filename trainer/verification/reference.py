@@ -212,7 +212,7 @@ def _casting(model: "PreTrainedModel", blocks: Any, dtype: torch.dtype) -> Itera
     inner = {id(module) for block in blocks for module in block.modules()}
     head = model.get_output_embeddings()
     handles = [
-        module.register_forward_hook(lambda module, inputs, output: output.to(dtype))
+        module.register_forward_hook(lambda module, inputs, output: _cast(output, dtype))
         for module in model.modules()
         if isinstance(module, nn.Embedding) and id(module) not in inner
     ]
@@ -227,6 +227,13 @@ def _casting(model: "PreTrainedModel", blocks: Any, dtype: torch.dtype) -> Itera
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _cast(output: Any, dtype: torch.dtype) -> Any:
+    """An embedding's output in `dtype`; some return the positions that they looked up as well."""
+    if isinstance(output, tuple):
+        return tuple(_cast(part, dtype) for part in output)
+    return output.to(dtype) if output.is_floating_point() else output
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:

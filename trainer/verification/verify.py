@@ -10,7 +10,7 @@ from trainer.errors import UserError, first_line
 from trainer.session import Session
 from trainer.verification.buffers import check_buffers
 from trainer.verification.examples import check_tokens, examples
-from trainer.verification.forward import check_forward
+from trainer.verification.forward import arrangements, check_forward
 from trainer.verification.parameters import check_gathered
 from trainer.verification.reference import Reference
 
@@ -31,9 +31,7 @@ def verify_session(session: Session) -> str:
         _agree(session, lambda session: check_buffers(session, reference))
         _agree(session, lambda session: check_forward(session, reference, proof, remarks))
     lengths = " and ".join(str(len(example.input_ids)) for example in proof)
-    rows = session.backbone.rows
-    together = "end to end" if rows.end_to_end else "padded"
-    together = "packed" if session.config.data.packing else together
+    together = " and ".join(arrangements(session, proof))
     seconds = time.perf_counter() - started
     parts = [
         f"{len(session.backbone.probes)} tensors as loaded, {len(session.method.adapters)} "

@@ -114,3 +114,16 @@ def test_subclasses_of_linear_layers_count_only_where_they_compute_the_product()
     assert [is_linear(layer) for layer in same] == [True] * len(same)
     assert [is_linear(layer) for layer in other] == [False] * len(other)
     assert same[1].training and same[1].weight.is_meta  # tried on a copy
+
+
+def test_blocks_in_lists_of_lists():
+    """As Funnel has them: only their elements have a forward, by which sharders gather them."""
+    model = nn.Module()
+    model.layers = nn.ModuleList(
+        nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(count)) for count in (2, 1)
+    )
+    model.named = nn.ModuleList([nn.ModuleDict({"one": nn.Linear(2, 2)})])
+    paths = ["layers.0.0", "layers.0.1", "layers.1.0", "named.0.one"]
+    assert [path for path, _ in transformer_blocks(model)] == paths
+    units = make_units(model, ["layers.0.1.0", "layers.1.0.0"])
+    assert [(unit.layer, unit.kind) for unit in units] == [(1, "0"), (2, "0")]

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import TINY, quick_config, save_mixture
+from tests.helpers import TINY, quick_config, save_mixture, thorough
 from trainer.checkpoint import store
 from trainer.checkpoint.state import load_trained
 from trainer.distributed.world import World
@@ -38,8 +38,11 @@ CASES = [
     ("mixtral", {}, ["method.targets=all-linear"]),
     ("qwen3_moe", {}, ["method.targets=[gate_up_proj,down_proj]", *ADALORA]),
     ("olmoe", {}, [r"method.targets=.*layers\.1\.mlp\.experts\.gate_up_proj"]),
-    ("qwen2_moe", {"shared_expert_intermediate_size": 96}, ["method.targets=all-linear"]),
-]
+    pytest.param(
+        "qwen2_moe", {"shared_expert_intermediate_size": 96}, ["method.targets=all-linear"],
+        marks=thorough,
+    ),
+]  # fmt: skip
 
 
 def ids():

@@ -52,6 +52,24 @@ DBRX = {
     "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000},
     "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
 }  # fmt: skip
+HYBRIDS = {
+    "Granite 4": ("granitemoehybrid", {
+        "hidden_size": 1536, "intermediate_size": 512, "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"], "num_attention_heads": 12,
+        "num_key_value_heads": 4, "num_local_experts": 64, "num_experts_per_tok": 6,
+        "shared_intermediate_size": 1024, "mamba_n_heads": 48, "mamba_d_head": 64,
+        "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_expand": 2, "vocab_size": 100352,
+    }),
+    "Nemotron-H-8B": ("nemotron_h", {
+        "hidden_size": 4096, "hybrid_override_pattern": "M-M*", "num_hidden_layers": 4,
+        "intermediate_size": 21504, "mamba_num_heads": 128, "mamba_head_dim": 64,
+        "ssm_state_size": 128, "n_groups": 8, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072,
+    }),
+    "Mamba-2.8B": ("mamba", {
+        "hidden_size": 2560, "num_hidden_layers": 2, "state_size": 16, "vocab_size": 50280,
+    }),
+}  # fmt: skip
 LARGE = 1 << 20
 
 
@@ -86,6 +104,19 @@ def test_every_large_matrix_is_adapted_or_a_router(tmp_path, model, quantization
             assert units.issuperset(module.layer_names(name)), name
             stacks += module.stacked
     assert stacks >= 2 and not any("layout" in left.reason for left in found.left_alone)
+
+
+@pytest.mark.parametrize("model", HYBRIDS)
+def test_what_a_model_reads_itself_stays_unquantised_and_is_named(tmp_path, model):
+    """Mamba's fused kernels take the weight of `out_proj`."""
+    found = built(tmp_path, *HYBRIDS[model], "nf4")
+    (left,) = [left for left in found.left_alone if "reads its weight" in left.reason]
+    assert "stays unquantised" in left.reason
+    named = {path.rpartition(".")[2] for path in left.paths}
+    assert "out_proj" in named
+    for path, module in found.model.named_modules():
+        if isinstance(module, nn.Linear) and module.weight.numel() > LARGE:
+            assert path == "lm_head" or path.rpartition(".")[2] in named, path
 
 
 def test_flat_experts_are_named_and_not_quantised(tmp_path):

@@ -11,7 +11,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from adapters.formats.formats import FORMATS
 from tests.gpt_oss import save_gpt_oss, save_mxfp4
-from tests.helpers import losses, quick_config
+from tests.helpers import losses, quick_config, sample
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import export_run
@@ -47,7 +47,7 @@ def test_fp4_blocks_are_unpacked_as_transformers_does():
     assert smallest.float().unique().tolist() == [2.0**-127]
 
 
-@pytest.mark.parametrize("fmt", ["none", "nf4", "int8"])
+@pytest.mark.parametrize("fmt", sample(["none", "nf4", "int8"], "nf4"))
 def test_experts_compute_with_the_matrices_they_stand_for(tmp_path, fmt):
     folder = save_gpt_oss(tmp_path / "model")
     config = quick_config(tmp_path, f"model.id={folder}", *ADAPTED, f"model.quantization={fmt}")

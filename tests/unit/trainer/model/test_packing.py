@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.helpers import losses, quick_config, save_random_model
+from tests.tiny_models import CAUSAL, tiny_model
 from tests.unit.trainer.tasks.test_documents import LLAMA, examples, made
 from trainer.distributed.world import World
 from trainer.errors import UserError
@@ -47,6 +48,25 @@ def test_attention_alone_may_pack(kind: str, tokenizer) -> None:
     model, task = made(kind), CausalLM(CausalLMOptions(), tokenizer)
     check_packing(model)
     assert packing_leak(model, task, examples()) < 1e-6
+
+
+COUNTING = {
+    "bart": "model.decoder.embed_positions", "marian": "model.decoder.embed_positions",
+    "whisper": "model.decoder.embed_positions", "trocr": "model.decoder.embed_positions",
+    "roformer": None, "mpt": None, "opt": None, "biogpt": None, "roberta": None, "ctrl": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", COUNTING)
+def test_positions_that_nobody_can_restart(model_type: str) -> None:
+    """Absolute positions counted inside; not RoFormer's and MPT's, where only distances count."""
+    with torch.device("meta"):
+        model = tiny_model(model_type, CAUSAL)
+    if COUNTING[model_type] is None:
+        check_packing(model)
+        return
+    with pytest.raises(UserError, match=rf"counts the positions of {COUNTING[model_type]} by itse"):
+        check_packing(model)
 
 
 def test_a_leak_is_measured(tokenizer) -> None:

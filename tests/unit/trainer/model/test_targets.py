@@ -38,7 +38,7 @@ def names(*kinds: str) -> list[str]:
     ],
 )
 def test_all_linear_leaves_out_what_is_too_small_for_the_method(options, chosen):
-    found = choose_targets(model(), options, [], set())
+    found = choose_targets(model(), options, [], set(), ())
     assert found.chosen == names(*chosen)
     left = sorted({"large", "small", "tiny"} - set(chosen))
     assert within_blocks(model(), found.too_small) == left
@@ -47,18 +47,20 @@ def test_all_linear_leaves_out_what_is_too_small_for_the_method(options, chosen)
 def test_matrices_that_the_user_names_are_refused():
     for targets in (["large", "tiny"], ".*tiny|.*large"):
         with pytest.raises(UserError, match=r"method.rank: 4 given; accepted: at most 2.*tiny"):
-            choose_targets(model(), LoRAOptions(rank=4, targets=targets), [], set())
+            choose_targets(model(), LoRAOptions(rank=4, targets=targets), [], set(), ())
 
 
 def test_a_rank_above_every_matrix_is_refused():
     with pytest.raises(UserError, match=r"method.rank: 64 given; accepted: at most 32"):
-        choose_targets(model(), LoRAOptions(rank=64), [], set())
+        choose_targets(model(), LoRAOptions(rank=64), [], set(), ())
 
 
 def test_layers_that_the_model_reads_are_left_out_or_refused():
     read = set(names("large"))
-    assert choose_targets(model(), LoRAOptions(rank=2), [], read).chosen == names("small", "tiny")
+    assert choose_targets(model(), LoRAOptions(rank=2), [], read, ()).chosen == names(
+        "small", "tiny"
+    )
     with pytest.raises(UserError, match=r"layers\.0\.large: ModuleDict reads its weight itself"):
-        choose_targets(model(), LoRAOptions(rank=2, targets=["large"]), [], read)
+        choose_targets(model(), LoRAOptions(rank=2, targets=["large"]), [], read, ())
     with pytest.raises(UserError, match="picks no linear layer"):
-        choose_targets(model(), LoRAOptions(), [], set(names("large", "small", "tiny")))
+        choose_targets(model(), LoRAOptions(), [], set(names("large", "small", "tiny")), ())

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import SHARED
 from tests.hostile import fuzz
 from tests.unit.trainer.tasks.tokenizers_of_all_kinds import (
     BYTES,
@@ -23,13 +22,9 @@ from trainer.tasks.base import Record
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.tasks.tokenisation import special_tokens, tokenise
 
-REAL = ("books-llama", "stories260K")
-
 
 @functools.cache
 def made(kind: str) -> Any:
-    if kind in REAL and not (SHARED / "models").is_dir():
-        pytest.skip("../shared/models is not here")
     return KINDS[kind]()
 
 

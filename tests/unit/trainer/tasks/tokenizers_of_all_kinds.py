@@ -9,7 +9,7 @@ from tokenizers import trainers as t
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.models.ctrl.tokenization_ctrl import CTRLTokenizer
 
-from tests.conftest import SHARED
+from tests.conftest import shared
 
 TEXTS = [
     "Question: 2+2?\nAnswer: four", "Hello world again", "the quick brown fox jumps over it",
@@ -116,8 +116,8 @@ def slow_bpe(folder: Any) -> CTRLTokenizer:
     return CTRLTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
 
 
-def shared(name: str) -> Any:
-    return AutoTokenizer.from_pretrained(SHARED / "models" / name)
+def real(name: str) -> Any:
+    return AutoTokenizer.from_pretrained(shared(f"models/{name}"))
 
 
 LEGACY = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -143,6 +143,6 @@ KINDS: dict[str, Callable[[], Any]] = {
     "unigram": unigram,
     "WordPiece": word_piece,
     "ByT5": ByT5Tokenizer,
-    "books-llama": functools.partial(shared, "books-llama-28m"),
-    "stories260K": functools.partial(shared, "stories260K"),
+    "books-llama": functools.partial(real, "books-llama-28m"),
+    "stories260K": functools.partial(real, "stories260K"),
 }

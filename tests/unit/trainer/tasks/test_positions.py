@@ -6,16 +6,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.helpers import quick_config, save_random_model, thorough
 from trainer.config.sections import DataOptions
 from trainer.distributed.world import World
 from trainer.errors import UserError
-from trainer.model.positions import longest_text
 from trainer.run.remarks import on_batch, on_length
 from trainer.run.run import dry_run, run
 from trainer.session import open_session, refuse_longer
+from trainer.tasks.base import Example
+from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
+from trainer.tasks.positions import longest_row, longest_text
 
 POSITIONS = 40
 COMMON = {
@@ -28,10 +31,11 @@ OWN = {
     "xglm": {"d_model": 32, "num_layers": 1, "attention_heads": 2, "ffn_dim": 48},
     "mpt": {"d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": POSITIONS},
     "gptj": {"rotary_dim": 8},
+    "gpt_neo": {"num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]},
 }
 LIMITS = {
     "bert": POSITIONS, "roberta": POSITIONS - 2, "opt": POSITIONS, "bart": POSITIONS,
-    "gpt2": POSITIONS, "gptj": POSITIONS, "ctrl": POSITIONS, "mpt": POSITIONS,
+    "gpt2": POSITIONS, "gptj": POSITIONS, "ctrl": POSITIONS, "gpt_neo": POSITIONS, "mpt": POSITIONS,
     "llama": None, "gpt_neox": None, "xglm": None, "bloom": None,
 }  # fmt: skip
 
@@ -102,11 +106,42 @@ def test_only_texts_that_are_there_are_refused():
 
 
 def test_rows_of_packed_texts():
-    model = tiny("opt")
-    refuse_longer(model, options(max_length=POSITIONS, packing=True), data_of(30, 30), None)
-    refuse_longer(model, options(max_length=1024, packing=True), data_of(20, 20), None)
-    with pytest.raises(UserError, match="texts of 60 tokens"):
-        refuse_longer(model, options(max_length=1024, packing=True), data_of(30, 30), None)
+    """Positions restart in every text; a table that a whole row looks up at once is its limit."""
+    for model_type in ("opt", "bert", "roberta", "gpt2"):
+        model, given = tiny(model_type), options(max_length=1024, packing=True)
+        assert longest_row(model) is None
+        refuse_longer(model, given, data_of(30, 30), None)
+        with pytest.raises(UserError, match="has texts of 41 tokens"):
+            refuse_longer(model, given, data_of(20, 41), None)
+    for model_type in ("mpt", "gpt_neo"):
+        model = tiny(model_type)
+        refuse_longer(model, options(max_length=POSITIONS, packing=True), data_of(30, 30), None)
+        refuse_longer(model, options(max_length=1024, packing=True), data_of(20, 20), None)
+        refuse_longer(model, options(max_length=1024), data_of(30, 30), None)
+        with pytest.raises(UserError, match="has packed rows of 60 tokens"):
+            refuse_longer(model, options(max_length=1024, packing=True), data_of(30, 30), None)
+
+
+@pytest.mark.parametrize("model_type", ["opt", "bert", "roberta", "gpt2"])
+def test_a_packed_row_longer_than_the_table(model_type, tokenizer):
+    """Two texts as long as the table, in one row beside a shorter one, against each alone."""
+    model, task = tiny(model_type), CausalLM(CausalLMOptions(), tokenizer)
+    limit = longest_text(model)
+    torch.manual_seed(1)
+    texts = [torch.randint(2, 90, (n,)).tolist() for n in (limit, limit, 7, 9)]
+    texts[1][4] = texts[2][3] = 1  # RoBERTa does not count padding tokens, not even inside a text
+    found = [Example(ids, [0] + [1] * (len(ids) - 1), weight=len(ids) - 1) for ids in texts]
+
+    def loss(*rows):
+        with torch.no_grad():
+            return float(task.loss(model, task.collate(rows))[0])
+
+    alone = 0.0
+    for ids in map(torch.tensor, texts):
+        with torch.no_grad():
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        alone += float(F.cross_entropy(logits[:-1], ids[1:], reduction="sum"))
+    assert abs(loss(found[:2], found[2:]) / alone - 1) < 1e-5
 
 
 def test_a_longer_text_is_one_error_at_start(tmp_path):
