@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
 
+_LENGTHS = 8
+"""Number of row lengths on a GPU."""
+
+
 def check_packing(model: "PreTrainedModel") -> None:
     """Raises UserError where a kind of layer carries something across documents, or where their
     positions cannot restart. Reads no weights."""
@@ -52,10 +56,7 @@ def choose_rows(
     model cannot lay sequences end to end though asked for."""
     data, asked = config.data, config.model.attention
     few = data.row_lengths
-    rows = Rows(
-        few=(8 if device.type == "cuda" else 0) if few == "auto" else few,
-        limit=longest_row(model),
-    )
+    rows = Rows(few=0 if few == "auto" else few, limit=longest_row(model))
     attention = choose_attention(model, asked, packing=True, device=device, dtype=dtype)
     obstacle = _against_end_to_end(model, config, rows)
     if data.padding_free is True and obstacle is not None:
@@ -64,6 +65,10 @@ def choose_rows(
         obstacle = "data.padding_free=false"
     elif data.padding_free == "auto" and obstacle is None and not attention.by_document:
         obstacle = "attention would need a mask of documents"
+    # One record alone is padded in some models' rows at the cost of other results.
+    padded = obstacle is None or data.packing or data.micro_batch_size != 1
+    if few == "auto" and device.type == "cuda" and padded:
+        rows = replace(rows, few=_LENGTHS)
     if obstacle is None:
         return replace(rows, end_to_end=True), attention
     if not data.packing:

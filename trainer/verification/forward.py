@@ -111,6 +111,7 @@ def arrangements(session: Session, examples: list[Example]) -> dict[str, list[Se
     if session.config.data.packing or end_to_end:
         ways["packed" if session.config.data.packing else "end to end"] = [[examples]]
     several = size is None or session.method.largest_micro_batch(size) > 1
+    several = several or session.backbone.rows.few > 0  # rows are padded to few lengths
     if several and not end_to_end:
         ways["padded"] = [[[example] for example in examples]]
     return ways or {"one by one": [[[example]] for example in examples]}
@@ -358,20 +359,26 @@ def _padding(
     session: Session, together: Result, alone: Result, fault: _Fault | None, theirs: bool
 ) -> UserError:
     """The error for records that padding changes; `theirs`: in transformers' own model too."""
-    given, key = session.config.data.micro_batch_size, "data.micro_batch_size"
-    if given == 1:  # the method makes it larger later
+    data = session.config.data
+    given, key, one = data.micro_batch_size, "data.micro_batch_size", "1"
+    if given is None:
+        given, key = data.micro_batch_tokens, "data.micro_batch_tokens"
+        one = "null and data.micro_batch_size=1"
+    elif given == 1 and session.backbone.rows.few:
+        given, key, one = session.backbone.rows.few, "data.row_lengths", "0"
+    elif given == 1:  # the method makes it larger later
         given = session.method.largest_micro_batch(given)
         key = "method.policy.after_selection.micro_batch_size"
     how = f"{type(session.model).__name__}{_change(together, alone, fault)}"
     if theirs:
         return UserError(
             f"{key}: {given} given, but padding changes the results of {how}, as it does in "
-            "transformers' own model; accepted: 1, which needs no padding"
+            f"transformers' own model; accepted: {one}, which needs no padding"
         )
     return UserError(
         f"{key}: {given} given, but records that are padded together change each other in {how}, "
         "which they do not in transformers' own model: the mask of the padding is wrong; "
-        "accepted: 1"
+        f"accepted: {one}"
     )
 
 

@@ -131,8 +131,8 @@ def test_padding_that_is_attended_to(tmp_path, monkeypatch):
     verify_session(opened(tmp_path, *overrides))
     honest = SequenceClassification.collate
 
-    def all_seen(self, sequences, *, empty=False):
-        batch = honest(self, sequences, empty=empty)
+    def all_seen(self, sequences, *, empty=False, width=0):
+        batch = honest(self, sequences, empty=empty, width=width)
         batch.inputs["attention_mask"].fill_(1)
         return batch
 
