@@ -31,10 +31,10 @@ def transformer_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _elements(path: str, modules: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The elements of a list, or of the lists and dictionaries in it, which have no forward."""
+    """The elements of a list, or of the lists in it, which have no forward."""
     found: list[tuple[str, nn.Module]] = []
     for name, module in modules.named_children():
-        inner = isinstance(module, nn.ModuleList | nn.ModuleDict)
+        inner = isinstance(module, nn.ModuleList)
         found += _elements(f"{path}.{name}", module) if inner else [(f"{path}.{name}", module)]
     return found
 

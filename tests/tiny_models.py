@@ -58,13 +58,16 @@ SIZES = [
     (HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads "
     "decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads "
     "swa_num_attention_heads linear_num_heads linear_num_value_heads num_query_groups "
-    "index_n_heads o_groups num_self_attention_heads num_cross_attention_heads"),
+    "o_groups num_self_attention_heads num_cross_attention_heads"),
     (KV_HEADS, "linear_num_key_heads"),
     (HEAD_DIM, "head_dim d_kv d_head dim_head kv_channels attention_head_size global_head_dim "
     "swa_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim "
     "qk_rope_head_dim qk_nope_head_dim v_head_dim rotary_dim query_pre_attn_scalar"),
     (32, "q_lora_rank kv_lora_rank o_lora_rank qk_head_dim adapter_rank hc_lowrank "
     "hidden_size_per_layer_input router_hidden_size"),
+    # Scores of keys are sums over these heads of ReLUs: with few, many are exactly 0, and which of
+    # equal ones are chosen depends on the row's length.
+    (16, "index_n_heads"),
     (EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num"),
     # State spaces: a hidden width of 2 · 64 in 8 heads of 16.
     (8, "mamba_n_heads mamba_num_heads n_mamba_heads laurel_rank gated_norm_rank conv1d_width"),

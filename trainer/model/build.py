@@ -20,6 +20,7 @@ from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing, choose_rows
+from trainer.model.peft_names import lost_by_peft
 from trainer.model.reach import find_unreached, summarised
 from trainer.model.targets import Targets, choose_targets, output_head, within_blocks
 from trainer.model.weight_reads import layers_read
@@ -83,7 +84,8 @@ def build(
     names = linear_names(model, [*excluded, *read])
     if unreached is None:
         unreached = sorted(find_unreached(model, task, names, config.data.max_length))
-    targets = choose_targets(model, config.method, excluded, read, unreached)
+    lost = lost_by_peft(model, names)
+    targets = choose_targets(model, config.method, excluded, read, unreached, lost)
     alone = _left_alone(
         model, targets, read, beside_experts,
         everything=config.method.targets == "all-linear",

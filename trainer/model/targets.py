@@ -1,7 +1,8 @@
 """Choose the matrices that take adapters, and say which are left out and why."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -12,7 +13,6 @@ from adapters.unit import Unit, stem
 from adapters.units import linear_names, make_units, select_targets, transformer_blocks
 from trainer.errors import UserError
 from trainer.model.matrices import refuse_tied
-from trainer.model.peft_names import lost_by_peft
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -34,15 +34,17 @@ class Targets:
 
 
 def choose_targets(
-    model: "PreTrainedModel",
+    model: nn.Module,
     method: MethodOptions,
     excluded: Sequence[str],
     read: set[str],
     unreached: Collection[str],
+    lost: Mapping[str, str] = MappingProxyType({}),
 ) -> Targets:
     """Choose among the linear layers that are not at or below a path in `excluded`. `read`: layers
-    whose weight the model reads itself. `all-linear` leaves those out, matrices too small for the
-    method, and those whose adapters PEFT would not find; where they are named, raises UserError.
+    whose weight the model reads itself; `lost`: those whose adapters PEFT would not find, and the
+    error that says so. `all-linear` leaves both out, and matrices too small for the method; where
+    they are named, raises UserError.
     `unreached`, layers whose output does not reach the loss, are always left out: `q_proj` names
     those of every attention."""
     try:
@@ -65,9 +67,9 @@ def choose_targets(
             f"output does not reach the loss of a text, such as {without_effect[0]}; accepted: "
             "other layers"
         )
-    lost = lost_by_peft(model, targets)
-    if lost and not everything:
-        raise UserError(next(iter(lost.values())))
+    not_found = [name for name in targets if name in lost]
+    if not_found and not everything:
+        raise UserError(lost[not_found[0]])
     targets = [name for name in targets if name not in lost]
     small = _too_small(make_units(model, targets), method) if everything else set()
     if len(small) < len(targets):  # else the method says what does not fit
@@ -83,7 +85,7 @@ def choose_targets(
         raise UserError(str(error)) from error
     if METHODS[method.kind].splits_weight:
         refuse_tied(model, method, targets)
-    return Targets(targets, sorted(small), without_effect, sorted(lost))
+    return Targets(targets, sorted(small), without_effect, sorted(not_found))
 
 
 def _too_small(units: Sequence[Unit], method: MethodOptions) -> set[str]:

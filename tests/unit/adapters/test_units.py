@@ -122,8 +122,7 @@ def test_blocks_in_lists_of_lists():
     model.layers = nn.ModuleList(
         nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(count)) for count in (2, 1)
     )
-    model.named = nn.ModuleList([nn.ModuleDict({"one": nn.Linear(2, 2)})])
-    paths = ["layers.0.0", "layers.0.1", "layers.1.0", "named.0.one"]
+    paths = ["layers.0.0", "layers.0.1", "layers.1.0"]
     assert [path for path, _ in transformer_blocks(model)] == paths
     units = make_units(model, ["layers.0.1.0", "layers.1.0.0"])
     assert [(unit.layer, unit.kind) for unit in units] == [(1, "0"), (2, "0")]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from adapters.layers.expert_modules import AdaptedExperts, experts_form
 from adapters.unit import stem
@@ -154,7 +154,7 @@ def test_a_checkpoint_says_what_was_left_out(tmp_path, monkeypatch):
     """An earlier run, or one with another version of transformers, goes on with its own units."""
     config = config_of(tmp_path, "bart", CAUSAL, "run.steps=2", "checkpoint.every=1")
     with monkeypatch.context() as patch:
-        patch.setattr(building, "unreached", lambda *_: set())
+        patch.setattr(building, "find_unreached", lambda *_: set())
         run(config, World())
     saved = config.run_folder / "checkpoints/step-00000002"
     state = json.loads((saved / "state.json").read_text())
@@ -187,7 +187,7 @@ class Toy(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config = SimpleNamespace(_attn_implementation=None)
+        self.config = PretrainedConfig()
         self.embedding = nn.Embedding(512, 8)
         for name in ("used", "in_place", "unused", "chosen", "overrun", "again"):
             setattr(self, name, nn.Linear(8, 8))
