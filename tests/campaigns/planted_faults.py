@@ -116,9 +116,25 @@ FAULTS = [
     ),
     Fault(
         "a resumed loader repeats a record", "trainer/data/loader.py",
-        'return {"epoch": self.epoch, "offset": self.offset}',
-        'return {"epoch": self.epoch, "offset": max(0, self.offset - 1)}',
+        '"offset": self.offset, "sequences"', '"offset": max(0, self.offset - 1), "sequences"',
         ("tests/unit/trainer/data/test_loader.py", CHECKPOINT),
+    ),
+    Fault(
+        "a checkpoint holds the position of the step prepared ahead", "trainer/data/prefetch.py",
+        "self._position = prepared.position\n",
+        "self._position = {**prepared.position, "
+        '"offset": prepared.position["offset"] + self._loader.options.batch_size}\n',
+        ("tests/unit/trainer/data/test_prefetch.py",),
+    ),
+    Fault(
+        "documents of a row end to end see each other", "trainer/tasks/causal_lm.py",
+        "if len(examples) > len(sequences):", "if len(sequences) > 1:",
+        ("tests/unit/trainer/data/test_rows.py",),
+    ),
+    Fault(
+        "a micro-batch by tokens holds one too many", "trainer/data/micro_batches.py",
+        "fits = all(load <= capacity or", "fits = all(load <= capacity + 1 or",
+        ("tests/unit/trainer/data/test_micro_batches.py",),
     ),
     Fault(
         "each rank takes its own mean over tokens", "trainer/training/step.py",

@@ -150,8 +150,9 @@ def test_more_activations_than_fit_are_planned_and_an_error_lowers_the_plan(tmp_
     blocks = session.backbone.blocks
     assert plan.saved == len(blocks)  # a small model
     torch.cuda.reset_peak_memory_stats()
-    longest = int(session.train_data.lengths.max())
-    batch = largest_batch(session.task, config.data, longest, config.data.micro_batch_size)
+    size = config.data.micro_batch_size
+    longest = sorted(session.train_data.lengths.tolist(), reverse=True)[:size]
+    batch = largest_batch(session.task, config.data, session.backbone.rows, longest, size)
     loss, _ = session.task.loss(session.model, batch.to(torch.device("cuda")))
     session.engine.backward(loss)
     assert torch.cuda.max_memory_allocated() == pytest.approx(plan.peak, rel=0.1)
@@ -173,7 +174,9 @@ def test_activations_wait_on_the_host(tmp_path, monkeypatch):
     blocks = session.backbone.blocks
     plan = make_plan(session)
     assert (plan.saved, plan.offloaded) == (6, 0)  # there is room
-    batch = largest_batch(session.task, config.data, 512, 2).to(torch.device("cuda"))
+    batch = largest_batch(session.task, config.data, session.backbone.rows, [512] * 2, 2).to(
+        torch.device("cuda")
+    )
     found = {}
     for saved, moved in ((6, 0), (2, 4), (1, 3), (2, 4)):
         blocks.keep(saved, moved, 2**26)

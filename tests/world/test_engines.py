@@ -29,6 +29,11 @@ VARIANTS = {
         "data.packing=true", "engine.activation_checkpointing=true", "method.dropout=0.1",
         "data.batch_size=3", "data.micro_batch_size=1",
     ],
+    "by-tokens": [
+        "data.micro_batch_size=null", "data.micro_batch_tokens=128", "data.max_length=96",
+        "data.on_bad_record=skip", "data.padding_free=true", "data.row_lengths=3",
+        "data.batch_size=7", "method.dropout=0.1",
+    ],
     "uneven": ["data.batch_size=5", "data.micro_batch_size=3", "model.quantization=nf4"],
     "classification": [
         "task.kind=sequence_classification", "data.train=TRAIN", "data.eval=TRAIN",

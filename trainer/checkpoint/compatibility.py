@@ -20,13 +20,20 @@ _MUST_AGREE = {
         "shuffle",
         "batch_size",
         "micro_batch_size",
+        "micro_batch_tokens",
+        "micro_batches_multiple_of",
         "leave_out",
     ),
     "run": ("seed",),
 }
 """Keys that must be equal for a resumed run to be the same run (None: the entire section)."""
 
-_MAY_CHANGE = {"model": ("dtype", "attention"), "optim": None, "run": ("steps", "epochs")}
+_MAY_CHANGE = {
+    "model": ("dtype", "attention"),
+    "data": ("padding_free", "row_lengths"),
+    "optim": None,
+    "run": ("steps", "epochs"),
+}
 """Keys that a user may change on purpose; a change is logged."""
 
 

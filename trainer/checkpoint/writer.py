@@ -6,7 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -21,21 +21,26 @@ from trainer.checkpoint.store import (
     remove,
     write_manifest,
 )
-from trainer.data.loader import Loader
 from trainer.errors import RunFailed
 from trainer.files import sync
 from trainer.records.progress import Progress
 from trainer.session import Session
 
 
+class Positioned(Protocol):
+    """A source of steps, with the position behind the last step trained."""
+
+    def state_dict(self) -> dict[str, int]: ...
+
+
 class CheckpointWriter:
     """Saves a session, asynchronously if configured, and keeps the newest checkpoints."""
 
     def __init__(
-        self, session: Session, loader: Loader, folder: Path, initial_digest: str | None = None
+        self, session: Session, batches: Positioned, folder: Path, initial_digest: str | None = None
     ):
         """`initial_digest`: on rank 0, the SHA-256 of the run's initial adapters, if it has any."""
-        self.session, self.loader, self.folder = session, loader, folder
+        self.session, self.batches, self.folder = session, batches, folder
         self._initial_digest = initial_digest
         self._options = session.config.checkpoint
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -133,7 +138,7 @@ class CheckpointWriter:
             "version": __version__,
             "step": progress.step,
             "progress": dataclasses.asdict(progress),
-            "loader": self.loader.state_dict(),
+            "loader": self.batches.state_dict(),
             "engine": session.engine.kind,
             "world_size": session.world.size,
             "backbone": session.backbone.digest,

@@ -66,15 +66,20 @@ class Config(Section):
                 "nothing; accepted: null"
             )
         flash = self.model.attention == "flash_attention_2"
-        if self.data.packing and flash and self.data.micro_batch_size > 1:
+        padded = self.data.padding_free is False and self.data.micro_batch_size != 1
+        if self.data.packing and flash and padded:
             raise ValueError(
-                f"data.micro_batch_size: {self.data.micro_batch_size} given with data.packing and "
-                "model.attention=flash_attention_2; accepted: 1 (flash attention keeps packed "
-                "documents apart in a single row only)"
+                "data.padding_free: false given with data.packing and "
+                "model.attention=flash_attention_2; accepted: auto, or data.micro_batch_size=1 "
+                "(flash attention keeps packed documents apart in a single row only)"
             )
         if self.data.packing and not self.task.supports_packing:
             raise ValueError(
                 f"data.packing: true given with task.kind={self.task.kind}; accepted: false"
+            )
+        if self.data.padding_free is True and not self.task.supports_packing:
+            raise ValueError(
+                f"data.padding_free: true given with task.kind={self.task.kind}; accepted: false"
             )
         if self.data.format not in ("auto", *self.task.data_formats):
             raise ValueError(

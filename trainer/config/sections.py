@@ -149,23 +149,70 @@ class DataOptions(Section):
     eval_records: int | None = Field(None, gt=0)
     """Use only this many evaluation records, the first ones."""
     packing: bool = False
-    """Pack several records into a sequence, without attention between them. Refused for models
-    with layers that carry state along it (recurrent, convolutional, linear attention)."""
+    """Pack several records into a sequence, by best fit and without attention between them. Refused
+    for models with layers that carry state along it (recurrent, convolutional, linear
+    attention)."""
+    padding_free: Literal["auto"] | bool = "auto"
+    """Lay the sequences of a micro-batch end to end in one row, without attention between them,
+    instead of padding them to one length. auto: where attention runs by document (on a GPU, see
+    `model.attention`) and the model allows packing; elsewhere a mask over a long row would cost
+    more than padding."""
+    row_lengths: Literal["auto"] | int = "auto"
+    """Number of different row lengths, to which rows are padded so that compiled programs and
+    attention plans are reused; chosen by the data. 0: rows as long as they come. auto: 8 on a GPU,
+    but 0 on a CPU and for rows of one record that `padding_free` cannot lay end to end."""
     shuffle: bool = True
     """Shuffle each epoch with a generator seeded by (seed, epoch)."""
     batch_size: int = Field(16, gt=0)
     """Sequences per optimizer step, summed over all ranks."""
-    micro_batch_size: int = Field(4, gt=0)
-    """Sequences per forward pass of a rank; gradients are accumulated up to `batch_size`."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Sequences per forward pass of a rank; gradients are accumulated up to `batch_size`. 4 if
+    neither this nor `micro_batch_tokens` is given."""
+    micro_batch_tokens: int | None = Field(None, gt=0)
+    """Tokens per forward pass of a rank, at most, in place of `micro_batch_size`: the sequences of
+    a step are spread evenly over as few micro-batches as hold them. Where rows are padded, padding
+    counts."""
+    micro_batches_multiple_of: int | None = Field(None, gt=0)
+    """With `micro_batch_tokens`: round the number of micro-batches of a step up to a multiple of
+    this, such as the number of ranks, so that none runs an empty one. On any number of ranks the
+    same micro-batches."""
     leave_out: int = Field(0, ge=0)
     """Number of training records held out, drawn by the seed. Methods with validation hold out
     theirs anyway; set the same number for methods compared with them."""
     cache: str | None = Field(None, pattern=_PATH)
     """Cache folder of tokenised data; none: `rankcast` in the user's cache folder."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _micro_batches(cls, given: object) -> object:
+        if isinstance(given, dict) and given.get("micro_batch_tokens") is None:
+            size = given.get("micro_batch_size")
+            return {**given, "micro_batch_size": 4 if size is None else size}
+        return given
+
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":
-        if self.micro_batch_size > self.batch_size:
+        size, tokens = self.micro_batch_size, self.micro_batch_tokens
+        if size is not None and tokens is not None:
+            raise ValueError(
+                f"data.micro_batch_tokens: {tokens} given together with data.micro_batch_size "
+                f"({size}); accepted: one of them, the other null"
+            )
+        if tokens is not None and tokens < self.max_length:
+            raise ValueError(
+                f"data.micro_batch_tokens: {tokens} given; accepted: at least data.max_length "
+                f"({self.max_length})"
+            )
+        if tokens is None and self.micro_batches_multiple_of is not None:
+            raise ValueError(
+                f"data.micro_batches_multiple_of: {self.micro_batches_multiple_of} given without "
+                "data.micro_batch_tokens; accepted: null"
+            )
+        if self.row_lengths != "auto" and self.row_lengths < 0:
+            raise ValueError(
+                f"data.row_lengths: {self.row_lengths} given; accepted: auto, or at least 0"
+            )
+        if size is not None and size > self.batch_size:
             raise ValueError(
                 f"data.micro_batch_size: {self.micro_batch_size} given; accepted: at most "
                 f"data.batch_size ({self.batch_size})"

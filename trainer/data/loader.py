@@ -1,10 +1,8 @@
-"""Micro-batches of tokenised records: order, packing, and a resumable position.
+"""Steps of tokenised records: order, packing, micro-batches, and a resumable position.
 
 An epoch is a list of *sequences* (one record, or several packed), the same for every world size. An
-optimizer step takes the next `batch_size` of them, splits them into micro-batches of
-`micro_batch_size`, and assigns micro-batch j to rank j mod world size. So micro-batches do not
-depend on the number of ranks. A rank without one in the last round runs an empty one, since all
-ranks must run the same number of forward passes.
+optimizer step takes the next `batch_size` of them, which `micro_batches.py` cuts and assigns to
+ranks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +12,19 @@ import numpy as np
 
 from trainer.config.sections import DataOptions
 from trainer.data.dataset import TokenDataset
+from trainer.data.micro_batches import (
+    MicroBatch,
+    assign_micro_batches,
+    by_count,
+    by_tokens,
+    row_length,
+)
+from trainer.data.packing import best_fit, fill
+from trainer.data.rows import Rows
 from trainer.tasks.base import Batch, Task
+
+_LOOKED_AHEAD = 200
+"""Steps by whose rows the row lengths are chosen."""
 
 
 @dataclass
@@ -36,35 +46,50 @@ class Loader:
 
     def __init__(
         self, data: TokenDataset, task: Task, options: DataOptions, seed: int, rank: int,
-        world: int, left_out: Sequence[int] | np.ndarray = (),
+        world: int, left_out: Sequence[int] | np.ndarray = (), rows: Rows = Rows(),  # noqa: B008
     ):  # fmt: skip
-        self.micro_batch_size = options.micro_batch_size
         self._records = np.setdiff1d(np.arange(len(data)), left_out)
         self.data, self.task, self.options = data, task, options
         self.seed, self.rank, self.world = seed, rank, world
         self.epoch, self.offset = 0, 0  # of the next sequence
         self._order: tuple[int, list[np.ndarray]] | None = None
+        self.rows = rows
+        self.micro_batch_size = options.micro_batch_size
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Sequences of a micro-batch; None: `data.micro_batch_tokens`."""
+        return self._micro_batch_size
+
+    @micro_batch_size.setter
+    def micro_batch_size(self, size: int | None) -> None:
+        self._micro_batch_size = size
+        self.rows = self._fitted_rows()
 
     def sequences(self, epoch: int) -> list[np.ndarray]:
-        """Record indices of each sequence of an epoch, in order."""
+        """Record indices of each sequence of an epoch, in order; as many in every epoch."""
         if self._order is None or self._order[0] != epoch:
-            order = self._records
+            order, rng = self._records, np.random.default_rng([self.seed, epoch])
             if self.options.shuffle:
-                order = np.random.default_rng([self.seed, epoch]).permutation(order)
+                order = rng.permutation(order)
             if self.options.packing:
-                sequences = pack(order, self.data.lengths, self.options.max_length)
+                sequences = best_fit(order, self.data.lengths, self.options.max_length)
+                if self.options.shuffle:
+                    sequences = [sequences[row] for row in rng.permutation(len(sequences))]
             else:
                 sequences = list(order[:, None])
             self._order = (epoch, sequences)
         return self._order[1]
 
+    def fill(self) -> float:
+        """Real tokens of packed sequences over their length, `data.max_length`."""
+        return fill(self.sequences(self.epoch), self.data.lengths, self.options.max_length)
+
     def steps_for(self, epochs: float) -> int:
         """Number of optimizer steps of `epochs` epochs; the last may extend into the next epoch."""
-        whole = sum(len(self.sequences(epoch)) for epoch in range(int(epochs)))
-        part = epochs - int(epochs)
         # Rounded first: 1.1 epochs of 50 sequences are 55, not a little more.
-        rest = round(part * len(self.sequences(int(epochs))), 6) if part else 0
-        return max(1, int(np.ceil((whole + rest) / self.options.batch_size)))
+        sequences = round(epochs * len(self.sequences(self.epoch)), 6)
+        return max(1, int(np.ceil(sequences / self.options.batch_size)))
 
     def __iter__(self) -> Iterator[Step]:
         while True:
@@ -72,6 +97,21 @@ class Loader:
 
     def next_step(self) -> Step:
         """The next `batch_size` sequences, as this rank's micro-batches."""
+        parts = self._next_parts()
+        records = np.concatenate([packed for part in parts for packed in part])
+        return Step(
+            micro_batches=list(
+                assign_micro_batches(
+                    parts, self.data, self.task, self.rows, self.rank, self.world
+                )
+            ),
+            weight=int(self.data.weights[records].sum()),
+            tokens=int(self.data.lengths[records].sum()),
+            epoch=self.epoch + self.offset / len(self.sequences(self.epoch)),
+        )  # fmt: skip
+
+    def _next_parts(self) -> list[MicroBatch]:
+        """All ranks' micro-batches of the next step."""
         taken: list[np.ndarray] = []
         while len(taken) < self.options.batch_size:
             sequences = self.sequences(self.epoch)
@@ -83,64 +123,79 @@ class Loader:
         # Sorted by length, so that micro-batches hold less padding. The step's sum is the same in
         # any order.
         taken.sort(key=lambda packed: int(self.data.lengths[packed].sum()))
-        records = np.concatenate(taken)
-        return Step(
-            micro_batches=list(
-                assign_micro_batches(
-                    taken, self.data, self.task, self.micro_batch_size, self.rank, self.world
-                )
-            ),
-            weight=int(self.data.weights[records].sum()),
-            tokens=int(self.data.lengths[records].sum()),
-            epoch=self.epoch + self.offset / len(self.sequences(self.epoch)),
-        )  # fmt: skip
+        return cut(taken, self.data, self.options, self.micro_batch_size, self.rows)
+
+    def _fitted_rows(self) -> Rows:
+        """Rows of few lengths, by the first epoch's steps: the same after a resume."""
+        if self.rows.few == 0:
+            return self.rows
+        position, order = self.state_dict(), self._order
+        self.epoch = self.offset = 0
+        ahead = min(_LOOKED_AHEAD, self.steps_for(1))
+        parts = [part for _ in range(ahead) for part in self._next_parts()]
+        seen = [row_length(part, self.data, self.rows) for part in parts]
+        largest = max(self.largest_row(), *seen)
+        self.epoch, self.offset, self._order = position["epoch"], position["offset"], order
+        return self.rows.fitted(seen, largest)
+
+    def largest_row(self) -> int:
+        """Length of the longest row that a micro-batch can have."""
+        lengths = np.sort(self._sequence_lengths())[::-1]
+        longest = int(lengths[0])
+        if not self.rows.end_to_end:
+            return longest
+        if self.micro_batch_size is not None:
+            return int(lengths[: self.micro_batch_size].sum())
+        assert self.options.micro_batch_tokens is not None
+        return max(longest, min(self.options.micro_batch_tokens, int(lengths.sum())))
+
+    def _sequence_lengths(self) -> np.ndarray:
+        if not self.options.packing:
+            return self.data.lengths[self._records]
+        return np.array([self.data.lengths[row].sum() for row in self.sequences(self.epoch)])
 
     def state_dict(self) -> dict[str, int]:
         """Position of the next sequence; independent of rank and world size."""
-        return {"epoch": self.epoch, "offset": self.offset}
+        number = len(self.sequences(self.epoch))
+        return {"epoch": self.epoch, "offset": self.offset, "sequences": number}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises ValueError where these data lack the position."""
+        """Raises ValueError where these data lack the position, or are packed otherwise."""
         self.epoch, self.offset = state["epoch"], state["offset"]
-        if not 0 <= self.offset < len(self.sequences(self.epoch)):
+        number = len(self.sequences(self.epoch))
+        if state.get("sequences", 0 if self.options.packing else number) != number:
             raise ValueError(
-                f"offset {self.offset}, of {len(self.sequences(self.epoch))} sequences"
+                f"an epoch of {state.get('sequences', 'other')} sequences, {number} expected"
             )
+        if not 0 <= self.offset < number:
+            raise ValueError(f"offset {self.offset}, of {number} sequences")
 
 
-def assign_micro_batches(
+def cut(
     sequences: list[np.ndarray],
     data: TokenDataset,
-    task: Task,
-    micro_batch_size: int,
-    rank: int,
-    world: int,
-) -> Iterator[tuple[int, Batch]]:
-    """(global index, micro-batch) of one rank; all ranks have the same number, the last may be
-    empty."""
-    starts = range(0, len(sequences), micro_batch_size)
-    for first in range(0, len(starts), world):
-        index = first + rank
-        empty = index >= len(starts)
-        start = 0 if empty else starts[index]
-        chosen = sequences[start : start + (1 if empty else micro_batch_size)]
-        examples = [[data[int(record)] for record in packed] for packed in chosen]
-        batch = task.collate(examples, empty=empty)
-        batch.records = [] if empty else [int(r) for packed in chosen for r in packed]
-        yield index, batch
+    options: DataOptions,
+    size: int | None,
+    rows: Rows,
+) -> list[MicroBatch]:
+    """Micro-batches of `size` sequences, or of `data.micro_batch_tokens`."""
+    if size is not None:
+        return by_count(sequences, size)
+    assert options.micro_batch_tokens is not None
+    lengths = np.array([data.lengths[packed].sum() for packed in sequences])
+    return by_tokens(
+        sequences, lengths, options.micro_batch_tokens, options.micro_batches_multiple_of or 1,
+        padded=not rows.end_to_end,
+    )  # fmt: skip
 
 
-def pack(order: np.ndarray, lengths: np.ndarray, max_length: int) -> list[np.ndarray]:
-    """Pack records, in the order given, into sequences of at most `max_length` tokens."""
-    sequences, start, used = [], 0, 0
-    for position, length in enumerate(lengths[order]):
-        if used + length > max_length and position > start:
-            sequences.append(order[start:position])
-            start, used = position, 0
-        used += length
-    if len(order):
-        sequences.append(order[start:])
-    return sequences
+def packed_records(
+    records: np.ndarray, data: TokenDataset, options: DataOptions
+) -> list[np.ndarray]:
+    """Sequences of some records in order, packed with `data.packing`."""
+    if options.packing:
+        return best_fit(records, data.lengths, options.max_length)
+    return list(records[:, None])
 
 
 def left_out(data: TokenDataset, count: int, seed: int) -> np.ndarray:

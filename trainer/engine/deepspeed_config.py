@@ -47,11 +47,12 @@ _CONTRADICTS = {
 def settings(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """Our configuration as a DeepSpeed JSON."""
     data = config.data
-    per_round = data.micro_batch_size * world_size
+    size = data.micro_batch_size or 1
+    per_round = size * world_size
     return {
         # Only to pass DeepSpeed's check (it must be a product); our loader makes the batches.
         "train_batch_size": per_round * -(-data.batch_size // per_round),
-        "train_micro_batch_size_per_gpu": data.micro_batch_size,
+        "train_micro_batch_size_per_gpu": size,
         "gradient_accumulation_steps": -(-data.batch_size // per_round),
         "gradient_clipping": config.optim.max_grad_norm or 0.0,
         "bf16": {"enabled": dtype == torch.bfloat16},

@@ -73,7 +73,8 @@ def probe(backbone: BuiltModel, config: Config, task: Task, *, compiled: bool) -
     for path, module in backbone.heads.items():
         set_module(backbone.model, path, TrainedModule(module))
     data = config.data
-    batch = largest_batch(task, data, data.max_length, data.micro_batch_size)
+    size = data.micro_batch_size
+    batch = largest_batch(task, data, backbone.rows, [data.max_length] * (size or 1), size)
     model = backbone.model.train()
     drops_input = config.method.dropout > 0 and config.method.dropout_on == "input"
     products = Products(model.modules(), drops_input)

@@ -22,11 +22,14 @@ each pass.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from trainer.config.sections import DataOptions
+from trainer.data.rows import Rows
 from trainer.device_memory import GIB, allowance, held_bytes, peak_bytes, readable, release
 from trainer.errors import RunFailed
 from trainer.model.footprint import blocks_that_fit, update_bytes
@@ -100,8 +103,10 @@ def make_plan(session: Session, size: int | None = None, batch: Batch | None = N
         return None
     blocks = session.backbone.blocks
     data = session.config.data
-    longest = data.max_length if data.packing else int(session.train_data.lengths.max())
-    batch = batch or largest_batch(session.task, data, longest, size or data.micro_batch_size)
+    if batch is None:
+        size = size or data.micro_batch_size
+        lengths = np.sort(session.train_data.lengths)[::-1][: size or 1].tolist()
+        batch = largest_batch(session.task, data, session.backbone.rows, lengths, size)
     engine = session.engine
     plans_unsharded = options.unsharded_blocks == "auto" and engine.supports_unsharded_blocks
     if plans_unsharded:
@@ -227,10 +232,16 @@ def oom_error(session: Session) -> RunFailed:
         )
     if blocks.saved == blocks.offloaded == 0:
         size = session.method.micro_batch_size or config.data.micro_batch_size
+        if size is None:
+            given = f"data.micro_batch_tokens: {config.data.micro_batch_tokens} tokens do"
+        else:
+            given = (
+                f"data.micro_batch_size: {size} sequences of up to {config.data.max_length} tokens "
+                "do"
+            )
         return RunFailed(
-            f"data.micro_batch_size: {size} sequences of up to {config.data.max_length} tokens do "
-            "not fit into the GPU's memory, though every block is checkpointed; accepted: fewer, a "
-            "lower data.max_length, a smaller model.quantization, or more ranks"
+            f"{given} not fit into the GPU's memory, though every block is checkpointed; accepted: "
+            "fewer, a lower data.max_length, a smaller model.quantization, or more ranks"
         )
     if config.engine.activation_checkpointing is False:
         return RunFailed(
@@ -244,14 +255,42 @@ def oom_error(session: Session) -> RunFailed:
     )
 
 
-def largest_batch(task: Task, data: DataOptions, length: int, size: int) -> Batch:
-    """A micro-batch of `size` sequences of `length` tokens, all with a loss; two documents per
-    sequence with packing, which then needs a mask."""
-    lengths = [length // 2, length - length // 2] if data.packing else [length]
+def largest_batch(
+    task: Task, data: DataOptions, rows: Rows, lengths: Sequence[int], size: int | None
+) -> Batch:
+    """The largest micro-batch of `size` sequences (None: of `data.micro_batch_tokens`), all with a
+    loss. `lengths`: of the longest records, descending. A packed sequence is two documents of
+    `data.max_length` together, which need a mask."""
+    longest, tokens = lengths[0], data.micro_batch_tokens
+    if data.packing:
+        whole = data.max_length
+        documents, longest = [whole // 2, whole - whole // 2], whole
+    else:
+        documents = [longest]
+    if size is None:
+        assert tokens is not None
+        # The fewest rows that hold so many tokens, padding included.
+        count = 1 if rows.end_to_end else -(-tokens // longest)
+        sequences = [_cut(documents, tokens // count)] * count
+        if rows.end_to_end:
+            sequences = [_cut(documents * -(-tokens // longest), tokens)]
+    elif rows.end_to_end and not data.packing:
+        sequences = [[length] for length in (*lengths, *[longest] * size)[:size]]
+    else:
+        sequences = [documents] * size
     token = int(task.pad_token_id == 0)  # any but padding
     typed = "token_type_ids" in task.tokenizer.model_input_names
-    row = [
-        Example([token] * n, [0, *[1] * (n - 1)], [0] * n if typed else (), weight=n - 1)
-        for n in lengths
-    ]
-    return task.collate([row] * size)
+    examples = [
+        [Example([token] * n, [0, *[1] * (n - 1)], [0] * n if typed else (), weight=n - 1)
+         for n in of_row]
+        for of_row in sequences
+    ]  # fmt: skip
+    laid = rows.laid(examples)
+    width = max(sum(len(example.input_ids) for example in row) for row in laid)
+    return task.collate(laid, width=rows.fitted((), width).rounded(width))
+
+
+def _cut(documents: list[int], tokens: int) -> list[int]:
+    """The first documents that hold `tokens` tokens, the last one cut to them."""
+    ends = np.minimum(np.cumsum(documents), tokens)
+    return [int(n) for n in np.diff(ends, prepend=0) if n > 0]

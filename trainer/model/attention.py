@@ -52,6 +52,11 @@ class Attention:
     """transformers' name of it; None: what the model has."""
     reason: str
 
+    @property
+    def by_document(self) -> bool:
+        """Whether it runs over the documents of a single row, without a dense mask."""
+        return self.name == VARLEN or self.reason == "flash_attention_2"
+
 
 def choose_attention(
     model: "PreTrainedModel", asked: str, *, packing: bool, device: torch.device, dtype: torch.dtype

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from adapters.layers.base import AdaptedLayer
 from adapters.unit import Unit
+from trainer.data.rows import Rows
 from trainer.model.blocks import Blocks
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class BuiltModel:
     """The task's new modules and trained routers, by path; fully trained."""
     attention: str
     """How it attends, for the log."""
+    rows: Rows
+    """How it takes the sequences of a micro-batch."""
     left_alone: Sequence[LeftAlone] = ()
     """Matrices that get no adapter although `all-linear` names them, or that keep their own layer
     and stay unquantised."""

@@ -13,13 +13,13 @@ from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
-from trainer.model.attention import OURS, choose_attention
+from trainer.model.attention import OURS
 from trainer.model.backbone import BuiltModel, LeftAlone, set_module, vocabulary
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
-from trainer.model.packing import check_packing
+from trainer.model.packing import check_packing, choose_rows
 from trainer.model.peft_names import lost_by_peft
 from trainer.model.reach import find_unreached, summarised
 from trainer.model.targets import Targets, choose_targets, output_head, within_blocks
@@ -63,9 +63,7 @@ def build(
     read = layers_read(model)
     if config.data.packing:
         check_packing(model)
-    attention = choose_attention(
-        model, options.attention, packing=config.data.packing, device=device, dtype=dtype
-    )
+    rows, attention = choose_rows(model, config, device, dtype)
     if attention.name is not None:
         model.set_attn_implementation(attention.name)
     for path, module in list(model.named_modules()):
@@ -107,6 +105,7 @@ def build(
         adapted_layers=adapted_layers,
         heads=heads,
         attention=attention.reason,
+        rows=rows,
         left_alone=alone,
         unreached=unreached,
         tensors=tensors,

@@ -16,12 +16,19 @@ from transformers.masking_utils import (
 )
 
 from adapters.units import transformer_blocks
+from trainer.config.config import Config
+from trainer.data.rows import Rows
 from trainer.errors import UserError
+from trainer.model.attention import Attention, choose_attention
 from trainer.tasks.base import Example, Task
-from trainer.tasks.positions import counts_by_itself
+from trainer.tasks.positions import counts_by_itself, longest_row
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
+
+
+_LENGTHS = 8
+"""Number of row lengths on a GPU."""
 
 
 def check_packing(model: "PreTrainedModel") -> None:
@@ -40,6 +47,47 @@ def check_packing(model: "PreTrainedModel") -> None:
             f"{table} by itself, from the start of the row, and takes no position_ids; accepted: "
             "false"
         )
+
+
+def choose_rows(
+    model: "PreTrainedModel", config: Config, device: torch.device, dtype: torch.dtype
+) -> tuple[Rows, Attention]:
+    """The form of rows (`data.padding_free`), and the attention for it. Raises UserError where the
+    model cannot lay sequences end to end though asked for."""
+    data, asked = config.data, config.model.attention
+    few = data.row_lengths
+    rows = Rows(few=0 if few == "auto" else few, limit=longest_row(model))
+    attention = choose_attention(model, asked, packing=True, device=device, dtype=dtype)
+    obstacle = _against_end_to_end(model, config, rows)
+    if data.padding_free is True and obstacle is not None:
+        raise UserError(f"data.padding_free: true given, but {obstacle}; accepted: auto or false")
+    if data.padding_free is False:
+        obstacle = "data.padding_free=false"
+    elif data.padding_free == "auto" and obstacle is None and not attention.by_document:
+        obstacle = "attention would need a mask of documents"
+    # One record alone is padded in some models' rows at the cost of other results.
+    padded = obstacle is None or data.packing or data.micro_batch_size != 1
+    if few == "auto" and device.type == "cuda" and padded:
+        rows = replace(rows, few=_LENGTHS)
+    if obstacle is None:
+        return replace(rows, end_to_end=True), attention
+    if not data.packing:
+        attention = choose_attention(model, asked, packing=False, device=device, dtype=dtype)
+    return replace(rows, reason=obstacle), attention
+
+
+def _against_end_to_end(model: "PreTrainedModel", config: Config, rows: Rows) -> str | None:
+    """Why sequences cannot lie end to end in a row, if so."""
+    name = type(model).__name__
+    if not config.task.supports_packing:
+        return f"task.kind={config.task.kind} reads one result a row"
+    if kinds := _carrying_layers(model):
+        return f"{name} has layers that carry state along a row ({', '.join(kinds)})"
+    if table := counts_by_itself(model):
+        return f"{name} counts the positions of {table} by itself, from the start of a row"
+    if rows.limit is not None:
+        return f"{name} has positions for {rows.limit} tokens of a row"
+    return None
 
 
 def refuse_leak(model: nn.Module, leak: float) -> UserError:

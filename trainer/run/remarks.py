@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from trainer.config.sections import DataOptions
 from trainer.data.dataset import TokenDataset
+from trainer.data.loader import Loader
 from trainer.tasks.positions import rotary_length
 
 if TYPE_CHECKING:
@@ -18,6 +19,20 @@ def on_batch(data: DataOptions, sequences: int) -> Iterator[str]:
             f"data.batch_size: {data.batch_size} sequences, but the data has {sequences}: each "
             f"step repeats records ({data.batch_size / sequences:.2f} epochs a step)"
         )
+
+
+def on_rows(loader: Loader) -> Iterator[str]:
+    """How sequences are packed, cut into micro-batches and laid in rows."""
+    data = loader.options
+    if data.packing:
+        yield (
+            f"packed by best fit into {len(loader.sequences(loader.epoch))} rows of "
+            f"{data.max_length} tokens an epoch, {loader.fill():.1%} filled"
+        )
+    size = f"{data.micro_batch_size} sequences"
+    if data.micro_batch_size is None:
+        size = f"at most {data.micro_batch_tokens} tokens"
+    yield f"micro-batches of {size}, {loader.rows}"
 
 
 def on_length(

@@ -20,6 +20,7 @@ from trainer.config.config import Config
 from trainer.config.sections import LEFT_OUT
 from trainer.config.validation import local
 from trainer.data.loader import Loader
+from trainer.data.prefetch import Prefetcher
 from trainer.decisions.replay import Replay
 from trainer.device_memory import peak_gib, readable
 from trainer.distributed.world import World
@@ -39,7 +40,7 @@ from trainer.records.jsonl import read_metrics
 from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
 from trainer.run.folder import RunFolder
-from trainer.run.remarks import on_batch, on_length
+from trainer.run.remarks import on_batch, on_length, on_rows
 from trainer.run.shared import refuse_unshared
 from trainer.session import Session, leave_out, open_data, open_session, refuse_longer
 from trainer.training.loop import Run, make_loader, total_steps, train
@@ -102,19 +103,20 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
             folder.record(session, steps, progress)
     notes = [
         *([folder.lock.note] if folder.lock.note else []),
-        *on_batch(config.data, len(loader.sequences(0))),
+        *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(session.backbone.model, session.train_data, session.eval_data),
     ]
-    for line in (*_introduction(session, steps, notes), *_resumption(start, config)):
+    for line in (*_introduction(session, loader, steps, notes), *_resumption(start, config)):
         folder.recorder.log_line(line)
     folder.recorder.log_line(verified)
     log_plan(folder.recorder, plan)
     first_steps = FirstSteps(session, folder.recorder) if proves else None
-    training = Training(
-        session, loader, steps, make_validate(session), folder.recorder, replay, first_steps
-    )
-    writer = CheckpointWriter(session, loader, folder.checkpoints, digest)
-    train(Run(training, writer, progress, stop))
+    with Prefetcher(loader, world.device, steps - progress.step) as batches:
+        training = Training(
+            session, batches, steps, make_validate(session), folder.recorder, replay, first_steps
+        )
+        writer = CheckpointWriter(session, batches, folder.checkpoints, digest)
+        train(Run(training, writer, progress, stop))
     writer.close()
     with world.all_or_none():
         folder.recorder.close()
@@ -129,9 +131,9 @@ def dry_run(config: Config, world: World) -> str:
         backbone = build(config, task, world.device)
         refuse_longer(backbone.model, config.data, train_data, eval_data)
         left_out = leave_out(config, train_data)
-    loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out)
+    loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out, backbone.rows)
     notes = [
-        *on_batch(config.data, len(loader.sequences(0))),
+        *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(backbone.model, train_data, eval_data),
     ]
     engine = make_engine(config, world, task)
@@ -148,6 +150,7 @@ def dry_run(config: Config, world: World) -> str:
         f"engine              {_engine(engine)}, {world.size} rank(s), {world.device.type}",
         f"model               {type(backbone.model).__name__}, {backbone.dtype}, "
         f"{config.model.quantization}",
+        *(f"rows                {line}" for line in on_rows(loader)),
         f"units               {len(backbone.units)}",
         *(f"                    {len(names)} x {kind}" for kind, names in by_kind.items()),
         *(f"                    {left}" for left in backbone.left_alone),
@@ -226,7 +229,7 @@ def _set_horizon(session: Session, steps: int) -> None:
     method.set_horizon(steps, lambda step: learning_rate(optim, step, steps) / optim.learning_rate)
 
 
-def _introduction(session: Session, steps: int, notes: list[str]) -> list[str]:
+def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]) -> list[str]:
     """Lines that describe the run on the terminal; `notes`: what else is to be said."""
     config, data = session.config, session.config.data
     engine, world = session.engine, session.world
@@ -255,6 +258,7 @@ def _introduction(session: Session, steps: int, notes: list[str]) -> list[str]:
         f"method    {config.method.kind}, rank {config.method.rank}, "
         f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",
         f"steps     {steps} of {data.batch_size} sequences",
+        *(f"          {line}" for line in on_rows(loader)),
     ]
 
 

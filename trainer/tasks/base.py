@@ -4,7 +4,7 @@ A task is one file; loader and loop use this interface only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -66,10 +66,14 @@ class Batch:
     documents: Documents | None = None
     """Where rows hold several records: which token belongs to which."""
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """With `function` applied to every tensor."""
+        inputs = {name: function(tensor) for name, tensor in self.inputs.items()}
+        documents = None if self.documents is None else self.documents.map(function)
+        return replace(self, inputs=inputs, targets=function(self.targets), documents=documents)
+
     def to(self, device: torch.device) -> "Batch":
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        documents = None if self.documents is None else self.documents.to(device)
-        return replace(self, inputs=inputs, targets=self.targets.to(device), documents=documents)
+        return self.map(lambda tensor: tensor.to(device))
 
 
 class Task(ABC):
@@ -119,8 +123,11 @@ class Task(ABC):
         string, the reason why the record cannot be used."""
 
     @abstractmethod
-    def collate(self, sequences: Sequence[Sequence[Example]], *, empty: bool = False) -> Batch:
-        """One micro-batch; a sequence is one example, or several packed. `empty`: without loss."""
+    def collate(
+        self, sequences: Sequence[Sequence[Example]], *, empty: bool = False, width: int = 0
+    ) -> Batch:
+        """One micro-batch; a sequence is one example, or several packed. `empty`: without loss;
+        `width`: length of the rows, at least."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -5,13 +5,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from trainer.errors import UserError
-from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
+from trainer.tasks.base import IGNORED, Batch, Example, Record, Task
 from trainer.tasks.causality import attends_ahead
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
 from trainer.tasks.documents import Documents, kept_apart
@@ -59,29 +60,38 @@ class CausalLM(Task):
             return f"the prompt alone fills data.max_length ({max_length} tokens)"
         return Example(ids, learned, weight=weight, truncated=truncated)
 
-    def collate(self, sequences: Sequence[Sequence[Example]], *, empty: bool = False) -> Batch:
-        width = max(sum(len(example.input_ids) for example in packed) for packed in sequences)
-        ids, positions, targets = [], [], []
-        for packed in sequences:
-            row = [token for example in packed for token in example.input_ids]
-            position = [i for example in packed for i in range(len(example.input_ids))]
-            target = [
-                token if is_learned and not empty else IGNORED
-                for example in packed
-                for token, is_learned in zip(example.input_ids, example.loss_mask, strict=True)
-            ]
-            ids.append(pad(row, width, self.pad_token_id))
-            positions.append(pad(position, width, 0))  # each padding token: one more document
-            targets.append(pad(target, width, IGNORED))
-        inputs, documents = {"input_ids": torch.tensor(ids)}, None
-        if any(len(packed) > 1 for packed in sequences):
-            # Positions restart at 0 in every document, by which `loss` keeps them apart. Unpacked
-            # rows need no mask: padding is on the right, and a causal model does not attend to it.
-            inputs["position_ids"] = torch.tensor(positions)
+    def collate(
+        self, sequences: Sequence[Sequence[Example]], *, empty: bool = False, width: int = 0
+    ) -> Batch:
+        examples = [example for packed in sequences for example in packed]
+        tokens = sum(len(example.input_ids) for example in examples)
+        longest = max(len(example.input_ids) for example in examples)
+        width = max(width, *(sum(len(e.input_ids) for e in packed) for packed in sequences))
+        ids = np.full((len(sequences), width), self.pad_token_id)
+        targets = np.full(ids.shape, IGNORED)
+        # Positions restart at 0 in every document. Padding is further documents, none longer than
+        # the longest: some models scale all positions by the largest.
+        positions = np.empty_like(ids)
+        for row, packed in enumerate(sequences):
+            end = 0
+            for example in packed:
+                start, end = end, end + len(example.input_ids)
+                ids[row, start:end] = example.input_ids
+                positions[row, start:end] = np.arange(end - start)
+                learned = np.asarray(example.loss_mask, bool)
+                targets[row, start:end][learned] = ids[row, start:end][learned]
+            positions[row, end:] = np.arange(width - end) % longest
+        if empty:
+            targets[:] = IGNORED
+        inputs, documents = {"input_ids": torch.from_numpy(ids)}, None
+        if len(examples) > len(sequences):
+            # Unpacked rows need no mask: padding is on the right, and a causal model does not
+            # attend to it.
+            inputs["position_ids"] = torch.from_numpy(positions)
             documents = Documents.of(inputs["position_ids"])
-        weight = 0 if empty else sum(example.weight for packed in sequences for example in packed)
-        tokens = 0 if empty else sum(len(e.input_ids) for packed in sequences for e in packed)
-        return Batch(inputs, torch.tensor(targets), weight, tokens, documents=documents)
+        weight = sum(example.weight for example in examples)
+        figures = (0, 0) if empty else (weight, tokens)
+        return Batch(inputs, torch.from_numpy(targets), *figures, documents=documents)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, None]:
         targets = batch.targets[:, 1:]

@@ -53,13 +53,14 @@ class Documents:
         longest = 2 ** int(positions.max()).bit_length()
         return Documents(begins.cumsum(-1) - 1, positions, boundaries, longest)
 
-    def to(self, device: torch.device) -> "Documents":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Documents":
+        """With `function` applied to every tensor."""
         return Documents(
-            self.index.to(device),
-            self.positions.to(device),
-            self.boundaries.to(device),
-            self.longest,
+            function(self.index), function(self.positions), function(self.boundaries), self.longest
         )
+
+    def to(self, device: torch.device) -> "Documents":
+        return self.map(lambda tensor: tensor.to(device))
 
     def separate(self, attends: MaskFunction) -> MaskFunction:
         """`attends` within documents, as if each stood alone."""
@@ -96,7 +97,7 @@ def kept_apart(documents: Documents) -> Iterator[None]:
     if not scope.built:
         raise UserError(
             "data.packing: true given, but the model makes its attention masks by itself, in which "
-            "the documents of a row see each other; accepted: false"
+            "the documents of a row see each other; accepted: false (data.padding_free likewise)"
         )
 
 
@@ -162,7 +163,7 @@ def _separated(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             raise UserError(
                 f"data.packing: true given, but the model builds a mask of {shape} (rows, queries, "
                 f"keys) for {rows} rows of {length} tokens, in which documents cannot be told "
-                "apart; accepted: false"
+                "apart; accepted: false (data.padding_free likewise)"
             )
         arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         if name in MASKS:

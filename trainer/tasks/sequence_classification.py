@@ -101,9 +101,11 @@ class SequenceClassification(Task):
             raise ValueError(f"label {raw!r}: not in the training data ({', '.join(self.labels)})")
         return float(self.labels.index(str(raw)))
 
-    def collate(self, sequences: Sequence[Sequence[Example]], *, empty: bool = False) -> Batch:
+    def collate(
+        self, sequences: Sequence[Sequence[Example]], *, empty: bool = False, width: int = 0
+    ) -> Batch:
         examples = [packed[0] for packed in sequences]
-        width = max(len(example.input_ids) for example in examples)
+        width = max(width, *(len(example.input_ids) for example in examples))
         ids = [pad(example.input_ids, width, self.pad_token_id) for example in examples]
         seen = [pad([1] * len(example.input_ids), width, 0) for example in examples]
         inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(seen)}

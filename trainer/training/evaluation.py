@@ -10,7 +10,8 @@ from trainer.checkpoint.saved import Saved
 from trainer.checkpoint.state import load_trained
 from trainer.config.config import Config
 from trainer.data.dataset import TokenDataset
-from trainer.data.loader import assign_micro_batches
+from trainer.data.loader import cut, packed_records
+from trainer.data.micro_batches import assign_micro_batches, row_length
 from trainer.distributed.world import World
 from trainer.session import Session, open_session
 
@@ -64,9 +65,14 @@ def _forward(
     parts = []
     was_training = session.model.training
     session.model.eval()
-    size = session.config.data.micro_batch_size
-    sequences = list(np.asarray(records)[:, None])
-    for index, batch in assign_micro_batches(sequences, data, task, size, world.rank, world.size):
+    options, rows = session.config.data, session.backbone.rows
+    sequences = packed_records(np.asarray(records), data, options)
+    micro_batches = cut(sequences, data, options, options.micro_batch_size, rows)
+    lengths = [row_length(one, data, rows) for one in micro_batches]
+    rows = rows.fitted(lengths, max(lengths))
+    for index, batch in assign_micro_batches(
+        micro_batches, data, task, rows, world.rank, world.size
+    ):
         session.watchdog.alive(f"micro-batch {index} of an evaluation")
         batch = batch.to(world.device)
         loss, predictions = task.loss(session.model, batch)

@@ -186,5 +186,5 @@ def make_loader(session: Session, world: World) -> Loader:
     config = session.config
     return Loader(
         session.train_data, session.task, config.data, config.run.seed, world.rank, world.size,
-        session.left_out,
+        session.left_out, session.backbone.rows,
     )  # fmt: skip

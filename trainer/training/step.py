@@ -31,7 +31,8 @@ T = TypeVar("T")
 class Batches(Protocol):
     """Source of steps: the loader, or a benchmark's generator."""
 
-    micro_batch_size: int
+    micro_batch_size: int | None
+    """Sequences; None: cut by tokens."""
 
     def next_step(self) -> Step: ...
 

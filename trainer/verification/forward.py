@@ -95,7 +95,7 @@ def check_forward(
             own = _fault(session, alone, expected, noise)
             if world.any(own is not None):
                 return _own_fault(session, reference, examples, own)
-            if way == "packed":
+            if way != "padded":
                 raise _leak(session, together, alone, found)
             padded = _padded(session, reference, examples)
             theirs = not world.any(_fault(session, together, padded, noise) is not None)
@@ -105,11 +105,14 @@ def check_forward(
 
 def arrangements(session: Session, examples: list[Example]) -> dict[str, list[Sequences]]:
     """The batches in which a run puts records together, by the name of the way. Rows of packed
-    records are padded too, as are those of an evaluation, which packs none."""
+    records are padded too, unless they lie end to end."""
     ways: dict[str, list[Sequences]] = {}
-    if session.config.data.packing:
-        ways["packed"] = [[examples]]
-    if session.method.largest_micro_batch(session.config.data.micro_batch_size) > 1:
+    end_to_end, size = session.backbone.rows.end_to_end, session.config.data.micro_batch_size
+    if session.config.data.packing or end_to_end:
+        ways["packed" if session.config.data.packing else "end to end"] = [[examples]]
+    several = size is None or session.method.largest_micro_batch(size) > 1
+    several = several or session.backbone.rows.few > 0  # rows are padded to few lengths
+    if several and not end_to_end:
         ways["padded"] = [[[example] for example in examples]]
     return ways or {"one by one": [[[example]] for example in examples]}
 
@@ -344,8 +347,10 @@ def _hidden(
 
 def _leak(session: Session, together: Result, alone: Result, fault: _Fault | None) -> UserError:
     """The error for records of a row that change each other's results."""
+    data = session.config.data
+    key = "data.packing: true" if data.packing else f"data.padding_free: {data.padding_free}"
     return UserError(
-        "data.packing: true given, but the records of a row see each other in "
+        f"{key} given, but the records of a row see each other in "
         f"{type(session.model).__name__}{_change(together, alone, fault)}; accepted: false"
     )
 
@@ -354,20 +359,26 @@ def _padding(
     session: Session, together: Result, alone: Result, fault: _Fault | None, theirs: bool
 ) -> UserError:
     """The error for records that padding changes; `theirs`: in transformers' own model too."""
-    given, key = session.config.data.micro_batch_size, "data.micro_batch_size"
-    if given == 1:  # the method makes it larger later
+    data = session.config.data
+    given, key, one = data.micro_batch_size, "data.micro_batch_size", "1"
+    if given is None:
+        given, key = data.micro_batch_tokens, "data.micro_batch_tokens"
+        one = "null and data.micro_batch_size=1"
+    elif given == 1 and session.backbone.rows.few:
+        given, key, one = session.backbone.rows.few, "data.row_lengths", "0"
+    elif given == 1:  # the method makes it larger later
         given = session.method.largest_micro_batch(given)
         key = "method.policy.after_selection.micro_batch_size"
     how = f"{type(session.model).__name__}{_change(together, alone, fault)}"
     if theirs:
         return UserError(
             f"{key}: {given} given, but padding changes the results of {how}, as it does in "
-            "transformers' own model; accepted: 1, which needs no padding"
+            f"transformers' own model; accepted: {one}, which needs no padding"
         )
     return UserError(
         f"{key}: {given} given, but records that are padded together change each other in {how}, "
         "which they do not in transformers' own model: the mask of the padding is wrong; "
-        "accepted: 1"
+        f"accepted: {one}"
     )
 
 

@@ -171,6 +171,29 @@ REFUSED = {
         {"data.micro_batch_size": 9, "data.batch_size": 8},
         ["data.micro_batch_size: 9 given", "at most data.batch_size (8)"],
     ),
+    "micro-batches by number and by tokens": (
+        {"data.micro_batch_size": 2, "data.micro_batch_tokens": 4096},
+        [
+            "data.micro_batch_tokens: 4096 given together with data.micro_batch_size (2)",
+            "one of them, the other null",
+        ],
+    ),
+    "micro-batches shorter than a sequence": (
+        {"data.micro_batch_tokens": 1000},
+        ["data.micro_batch_tokens: 1000 given", "at least data.max_length (1024)"],
+    ),
+    "a multiple of micro-batches by number": (
+        {"data.micro_batches_multiple_of": 2},
+        ["data.micro_batches_multiple_of: 2 given without data.micro_batch_tokens", "null"],
+    ),
+    "a negative number of row lengths": (
+        {"data.row_lengths": -1},
+        ["data.row_lengths: -1 given", "auto, or at least 0"],
+    ),
+    "rows end to end without documents": (
+        {"data.padding_free": True, "task.kind": "sequence_classification"},
+        ["data.padding_free: true given with task.kind=sequence_classification", "false"],
+    ),
     "overrides of pretrained weights": (
         {"model.overrides": {"num_hidden_layers": 2}},
         ["model.overrides: given with model.weights=pretrained", "only with model.weights=random"],
@@ -243,6 +266,8 @@ ACCEPTED = [
     {"run.epochs": 0.5},
     {"optim.warmup_steps": 5, "run.steps": 5},
     {"data.micro_batch_size": 8, "data.batch_size": 8},
+    {"data.micro_batch_tokens": 2048, "data.micro_batches_multiple_of": 2},
+    {"data.micro_batch_size": None, "data.micro_batch_tokens": 1024, "data.row_lengths": 4},
     {"model.overrides": {"num_hidden_layers": 2, "tie": True}, "model.weights": "random"},
     {
         "data.text": ["a", "b"],
@@ -480,3 +505,15 @@ def test_on_another_engine_its_own_keys_are_left_behind(kind, given):
         assert config.engine.unsharded_blocks == config.engine.copy_engines == "auto"
         assert config.engine.config is None
         assert config.model_copy(update={"engine": recorded.engine}) == recorded
+
+
+def test_the_default_of_micro_batches_stays_through_a_round_trip() -> None:
+    for changes, expected in (
+        ({}, (4, None)),
+        ({"data.micro_batch_size": None}, (4, None)),
+        ({"data.micro_batch_tokens": 4096}, (None, 4096)),
+    ):
+        config = parse_config(changed(changes))
+        again = parse_config(config.model_dump(mode="json"))
+        for one in (config, again, with_overrides(config, [])):
+            assert (one.data.micro_batch_size, one.data.micro_batch_tokens) == expected

@@ -14,7 +14,9 @@ from transformers import LlamaForCausalLM
 
 from trainer.config.sections import DataOptions
 from trainer.data.dataset import Counts, TokenDataset
-from trainer.data.loader import Loader, Step, assign_micro_batches, pack
+from trainer.data.loader import Loader, Step
+from trainer.data.micro_batches import assign_micro_batches, by_count
+from trainer.data.rows import Rows
 from trainer.tasks.base import IGNORED, Batch
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 
@@ -55,9 +57,17 @@ def data() -> TokenDataset:
     return dataset(np.random.default_rng(5).integers(2, MAX_LENGTH, 53).tolist())
 
 
-def loader(data, task, rank: int = 0, world: int = 1, seed: int = 3, **keys: Any) -> Loader:
+def loader(
+    data,
+    task,
+    rank: int = 0,
+    world: int = 1,
+    seed: int = 3,
+    rows: Rows = Rows(),
+    **keys: Any,
+) -> Loader:
     keys = {"batch_size": 10, "micro_batch_size": 3, "max_length": MAX_LENGTH, **keys}
-    return Loader(data, task, DataOptions(train="-", **keys), seed, rank, world)
+    return Loader(data, task, DataOptions(train="-", **keys), seed, rank, world, rows=rows)
 
 
 def steps(of: Loader, count: int) -> list[Step]:
@@ -189,6 +199,20 @@ def test_resume_goes_on_exactly(data, task, done: int, world: int, packing: bool
         assert {rank[number][1:] for rank in ranks} == {expected[1:]}
 
 
+@pytest.mark.parametrize("sequences", [None, 1, 52, "many"])
+def test_a_position_in_another_order_of_rows_is_refused(data, task, sequences) -> None:
+    """Such as that of a run from before records were packed by best fit."""
+    state = {"epoch": 0, "offset": 3} | ({} if sequences is None else {"sequences": sequences})
+    with pytest.raises(ValueError, match=r"sequences, [0-9]+ expected"):
+        loader(data, task, packing=True).load_state_dict(state)
+
+
+def test_a_position_from_before_sequences_were_counted(data, task) -> None:
+    old = loader(data, task)
+    old.load_state_dict({"epoch": 0, "offset": 3})
+    assert old.state_dict() == {"epoch": 0, "offset": 3, "sequences": 53}
+
+
 # --- length of a run
 
 
@@ -217,20 +241,6 @@ def test_the_last_step_is_the_first_to_reach_the_epochs(data, task, epochs, pack
 
 # --- packing
 
-LENGTHS = st.lists(st.integers(1, 12), min_size=0, max_size=30)
-
-
-@settings(deadline=None, derandomize=True)
-@given(lengths=LENGTHS, room=st.integers(12, 40), seed=st.integers(0, 99))
-def test_pack_loses_nothing_and_fills_in_order(lengths, room: int, seed: int) -> None:
-    shuffled = np.random.default_rng(seed).permutation(len(lengths))
-    packed = pack(shuffled, np.array(lengths, dtype=np.int64), room)
-    assert [int(record) for sequence in packed for record in sequence] == shuffled.tolist()
-    sums = [sum(lengths[record] for record in sequence) for sequence in packed]
-    assert all(0 < total <= room for total in sums)
-    for total, following in zip(sums, packed[1:], strict=False):
-        assert total + lengths[following[0]] > room  # the next record did not fit
-
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(
@@ -242,7 +252,7 @@ def test_deal_gives_every_sequence_to_one_rank(task, data, sizes, micro: int, wo
     ends = np.cumsum(sizes)
     sequences = np.split(np.arange(ends[-1]), ends[:-1])
     dealt = [
-        list(assign_micro_batches(sequences, data, task, micro, rank, world))
+        list(assign_micro_batches(by_count(sequences, micro), data, task, Rows(), rank, world))
         for rank in range(world)
     ]
     assert len({len(of_rank) for of_rank in dealt}) == 1
@@ -271,8 +281,9 @@ def test_packed_rows(data, task) -> None:
                 documents = [
                     ids[row, a:b] for a, b in itertools.pairwise([*initial_adapters, ids.shape[1]])
                 ]
-                if (batch.targets[row, initial_adapters[-1] :] == IGNORED).all():
-                    documents.pop()  # padding is a document of its own
+                while (batch.targets[row, initial_adapters[-1] :] == IGNORED).all():
+                    initial_adapters.pop()
+                    documents.pop()  # padding is documents of its own
                 packed_rows += len(documents) > 1
                 for document in documents:
                     record = next(records)
@@ -286,7 +297,7 @@ def test_packed_records_do_not_see_one_another(llama_config, task, attention: st
     model = LlamaForCausalLM(llama_config(attention)).eval()
     few = dataset([7, 12, 5, 9, 20, 3, 1])
     rows = [np.array([0, 1, 2]), np.array([3, 4]), np.array([5]), np.array([6, 5])]
-    ((_, packed),) = assign_micro_batches(rows, few, task, 4, 0, 1)
+    ((_, packed),) = assign_micro_batches([rows], few, task, Rows(), 0, 1)
     with torch.no_grad():
         together, _ = task.loss(model, packed)
         separate = sum(

@@ -42,7 +42,9 @@ def test_gradients_are_those_of_blocks_that_keep_everything(
 
 
 def used_in_forward(session) -> int:
-    batch = planner.largest_batch(session.task, session.config.data, 64, 2)
+    batch = planner.largest_batch(
+        session.task, session.config.data, session.backbone.rows, [64] * 2, 2
+    )
     loss, _ = session.task.loss(session.model, batch)
     used = session.backbone.blocks.host.used
     loss.backward()

@@ -1,5 +1,6 @@
 """How blocks run: which compute again, which need no gradients, what follows lack of memory."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,13 +8,15 @@ import torch
 
 from adapters.units import transformer_blocks
 from tests.helpers import losses, quick_config
+from trainer.config.sections import DataOptions
+from trainer.data.rows import Rows
 from trainer.distributed.world import World
 from trainer.errors import RunFailed
 from trainer.memory import planner
 from trainer.model.footprint import blocks_that_fit
 from trainer.run.run import run
 from trainer.session import open_session
-from trainer.tasks.causal_lm import CausalLM
+from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.training.loop import make_loader
 from trainer.training.step import Training, train_step
 from trainer.training.validation import make_validate
@@ -108,15 +111,51 @@ def test_blocks_below_the_first_adapter_need_no_gradients(tmp_path):
 
 def test_the_largest_batch_has_the_shapes_of_a_real_one(tmp_path):
     session = opened(tmp_path)
-    batch = planner.largest_batch(session.task, session.config.data, 61, 3)
+    batch = planner.largest_batch(
+        session.task, session.config.data, session.backbone.rows, [61] * 3, 3
+    )
     assert batch.inputs["input_ids"].shape == (3, 61) and batch.weight == 3 * 60
     real = session.task.collate([[session.train_data[i]] for i in range(3)])
     assert batch.inputs.keys() == real.inputs.keys()
     packed = opened(tmp_path, "data.max_length=256", "data.packing=true")
-    batch = planner.largest_batch(packed.task, packed.config.data, 256, 2)
+    batch = planner.largest_batch(
+        packed.task, packed.config.data, packed.backbone.rows, [256] * 2, 2
+    )
     assert batch.inputs["input_ids"].shape == (2, 256)
     # Two documents: packed rows run with a mask, and that takes more.
     assert batch.inputs["position_ids"][0].tolist() == [*range(128), *range(128)]
+
+
+LARGEST = {  # (keys of `data`, rows): lengths of the documents of every row
+    "padded": ({"micro_batch_size": 3}, Rows(), [[40]] * 3),
+    "end to end": ({"micro_batch_size": 3}, Rows(end_to_end=True), [[40, 30, 20]]),
+    "more than there are": ({"micro_batch_size": 5}, Rows(end_to_end=True), [[40, 30, 20, 40, 40]]),
+    "tokens, padded": ({"micro_batch_tokens": 128}, Rows(), [[32]] * 4),
+    "tokens": ({"micro_batch_tokens": 128}, Rows(end_to_end=True), [[40, 40, 40, 8]]),
+    "packed": (
+        {"packing": True, "micro_batch_size": 2}, Rows(end_to_end=True), [[50, 50, 50, 50]],
+    ),
+    "packed, tokens": (
+        {"packing": True, "micro_batch_tokens": 250}, Rows(end_to_end=True), [[50] * 5],
+    ),
+    "packed, tokens, padded": ({"packing": True, "micro_batch_tokens": 250}, Rows(), [[50, 33]] * 3),
+    "few lengths": ({"micro_batch_size": 3}, Rows(end_to_end=True, few=4), [[40, 30, 20, 6]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", LARGEST)
+def test_the_largest_batch_of_each_form(form, tokenizer):
+    keys, rows, expected = LARGEST[form]
+    data = DataOptions(train="-", max_length=100, **keys)
+    task = CausalLM(CausalLMOptions(), tokenizer)
+    batch = planner.largest_batch(task, data, rows, [40, 30, 20], data.micro_batch_size)
+    found = [torch.arange(batch.targets.shape[1])] * len(batch.targets)
+    positions = batch.inputs.get("position_ids", found)
+    lengths = []
+    for row in positions:
+        starts = [i for i, position in enumerate(row.tolist()) if position == 0]
+        lengths.append([b - a for a, b in itertools.pairwise([*starts, len(row)])])
+    assert lengths == expected
 
 
 def test_a_step_that_runs_out_of_memory_is_made_again_with_fewer_activations(
@@ -218,7 +257,9 @@ def gradients(session) -> torch.Tensor:
     for adapter in session.method.adapters.values():
         adapter.B.data.fill_(0.01)
     session.optimizer.zero_grad()
-    batch = planner.largest_batch(session.task, session.config.data, 64, 2)
+    batch = planner.largest_batch(
+        session.task, session.config.data, session.backbone.rows, [64] * 2, 2
+    )
     loss, _ = session.task.loss(session.model, batch)
     loss.backward()
     return session.optimizer.gradients.clone()

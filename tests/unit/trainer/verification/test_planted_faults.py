@@ -41,9 +41,10 @@ def fault(session: Session) -> str:
 def test_positions_that_do_not_restart_let_records_see_each_other(tmp_path, monkeypatch):
     honest = CausalLM.collate
 
-    def running_on(self, sequences, *, empty=False):
-        batch = honest(self, sequences, empty=empty)
+    def running_on(self, sequences, *, empty=False, width=0):
+        batch = honest(self, sequences, empty=empty, width=width)
         batch.inputs.pop("position_ids", None)
+        batch.documents = None
         return batch
 
     monkeypatch.setattr(CausalLM, "collate", running_on)
@@ -130,8 +131,8 @@ def test_padding_that_is_attended_to(tmp_path, monkeypatch):
     verify_session(opened(tmp_path, *overrides))
     honest = SequenceClassification.collate
 
-    def all_seen(self, sequences, *, empty=False):
-        batch = honest(self, sequences, empty=empty)
+    def all_seen(self, sequences, *, empty=False, width=0):
+        batch = honest(self, sequences, empty=empty, width=width)
         batch.inputs["attention_mask"].fill_(1)
         return batch
 
