@@ -5,6 +5,7 @@ run's model. Only the values of parameters come from there, gathered by the engi
 when a block is about to run, and released right after: it needs the memory of one plain block.
 """
 
+import itertools
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -148,9 +149,11 @@ def computing(session: Session) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
-        by = {str(frame.f_globals.get("__name__")) for frame in frames}
-        if is_lost_connection(error) or any(name.startswith(_NOT_THE_MODEL) for name in by):
+        names = [
+            str(f.f_globals.get("__name__")) for f, _ in traceback.walk_tb(error.__traceback__)
+        ]
+        called = itertools.dropwhile(lambda name: name in _CALLERS, names[1:])
+        if is_lost_connection(error) or any(name.startswith(_NOT_THE_MODEL) for name in called):
             raise
         raise UserError(
             f"{class_name(session.model)} cannot compute these records: {first_line(error)}; a "
@@ -159,6 +162,7 @@ def computing(session: Session) -> Iterator[None]:
         ) from error
 
 
+_CALLERS = (__name__, "trainer.verification.forward")
 _NOT_THE_MODEL = (
     "trainer.engine", "trainer.distributed", "trainer.verification", "torch.distributed",
     "deepspeed",

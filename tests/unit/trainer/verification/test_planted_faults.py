@@ -118,8 +118,7 @@ def test_a_massive_first_token_hides_no_fault(tmp_path, monkeypatch, weight_form
         with_massive_first_tokens(self)
 
     monkeypatch.setattr(Reference, "__init__", with_massive)
-    overrides = "model.dtype=bfloat16", f"model.quantization={weight_format}", "data.packing=true"
-    session = opened(tmp_path, *overrides)
+    session = opened(tmp_path, "model.dtype=bfloat16", f"model.quantization={weight_format}")
     with_massive_first_tokens(session)
     assert verify_session(session).complete
     attention = session.model.model.layers[1].self_attn
@@ -150,7 +149,7 @@ def test_errors_of_single_tokens():
 def test_errors_that_are_not_the_models_keep_their_traceback(tmp_path, monkeypatch):
     session = opened(tmp_path)
 
-    def failing(*_):
+    def failing(*_, **__):
         raise ValueError("of these records")
 
     handle = session.model.model.layers[1].mlp.register_forward_pre_hook(failing)
@@ -178,7 +177,11 @@ def test_want_of_memory_does_not_end_a_run(tmp_path, monkeypatch):
 
 
 def test_windows_that_no_record_reaches(tmp_path):
-    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4096}
+    layers = {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 4096,
+        "use_sliding_window": True,
+    }
     folder = save_random_model(tmp_path / "model", "qwen2", AutoModelForCausalLM, **layers)
     line = verify_session(opened(tmp_path, f"model.id={folder}")).line
     assert line.endswith("; sliding_window of 4096 not reached")
