@@ -149,10 +149,9 @@ def computing(session: Session) -> Iterator[None]:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        names = [
-            str(f.f_globals.get("__name__")) for f, _ in traceback.walk_tb(error.__traceback__)
-        ]
-        called = itertools.dropwhile(lambda name: name in _CALLERS, names[1:])
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        names = [str(frame.f_globals.get("__name__")) for frame in frames]
+        called = itertools.dropwhile(lambda name: name in _CALLERS, names)
         if is_lost_connection(error) or any(name.startswith(_NOT_THE_MODEL) for name in called):
             raise
         raise UserError(

@@ -146,11 +146,15 @@ def _end_or_go_on(session: Session, what: str, error: Exception) -> None:
     if min(failing) < world.rank:
         raise FailedElsewhere(exit_code(error)) from error
     if is_short:
-        raise UserError(
-            f"run.verify: {session.config.run.verify} given, but GPU memory ran out in the proof "
-            f"({what}): {first_line(error)}; accepted: off, or more free memory"
-        ) from error
+        raise _short(session, what, error) from error
     raise error
+
+
+def _short(session: Session, what: str, error: Exception) -> UserError:
+    return UserError(
+        f"run.verify: {session.config.run.verify} given, but GPU memory ran out in the proof of "
+        f"{what}: {first_line(error)}; accepted: off, or more free memory"
+    )
 
 
 @contextmanager

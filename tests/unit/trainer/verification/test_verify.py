@@ -12,6 +12,7 @@ from tests.helpers import losses, quick_config, sample, save_mixture, save_rando
 from trainer.config.config import load_config
 from trainer.distributed.world import World
 from trainer.loading.probes import difference, probe
+from trainer.model.backbone import class_name
 from trainer.run.run import run
 from trainer.session import open_session
 from trainer.verification.verify import verify_session
@@ -132,3 +133,17 @@ def test_probes_see_every_row():
     assert difference(probe(value[:-1]), expected) > 1
     assert difference(probe(value.fill_(float("nan"))), expected) != 0
     assert probe(torch.tensor(2.0)).shape == (1,)
+
+
+@pytest.mark.parametrize("weight_format", sample(["none", "nf4", "int8", "fp8"], "nf4", "fp8"))
+def test_sound_models_of_16_bits_pass(tmp_path, weight_format):
+    overrides = "model.dtype=bfloat16", f"model.quantization={weight_format}", "data.packing=true"
+    config = quick_config(tmp_path, "run.verify=auto", *overrides)
+    assert verify_session(open_session(config, World())).complete
+
+
+def test_a_class_keeps_its_name_under_a_sharder():
+    model = torch.nn.Linear(2, 2)
+    sharded = type("FSDPLinear", (torch.nn.Linear,), {"__module__": "torch.distributed.fsdp"})
+    model.__class__ = sharded
+    assert class_name(model) == "Linear"
