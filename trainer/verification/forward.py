@@ -50,7 +50,8 @@ def check_forward(
                 f"takes {readable(reference.block_bytes(dtype))}, and {readable(max(room, 0))} are "
                 "free)"
             )
-            return _check_among_themselves(session, examples)
+            _check_among_themselves(session, examples)
+            return None
         expected = _alone(session, reference, examples, dtype)
         noise = None
         if dtype != torch.float32 and room > _BUFFERS * reference.block_bytes(torch.float32):
