@@ -12,7 +12,7 @@ from tests.helpers import TINY, losses, quick_config, save_random_model
 from tests.unit.trainer.model.test_attention import reference
 from tests.unit.trainer.tasks.test_documents import LLAMA, alone, gradients
 from trainer.distributed import process_group
-from trainer.model.attention import VARLEN, choose_attention, dense_mask
+from trainer.model.attention import VARLEN, choose_attention, dense_mask, register_attention
 from trainer.model.blocks import Blocks
 from trainer.model.varlen import varlen_attention
 from trainer.run.run import run
@@ -23,6 +23,7 @@ from trainer.tasks.documents import Documents
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 CUDA = torch.device("cuda")
+register_attention()
 TOLERANCE = 2e-2
 """Relative, in the Frobenius norm, of bfloat16 against float32."""
 LENGTHS = (200, 37, 129, 1, 300, 64)

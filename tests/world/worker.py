@@ -266,7 +266,7 @@ def verified(world: World, argument: dict[str, Any]) -> str:
         session = open_session(parse_config(argument["config"]), world)
     if "garbage" in argument and world.rank == 1:
         session.model.model.rotary_emb.inv_freq.mul_(1.5)
-    return verify_session(session)
+    return verify_session(session).line
 
 
 def train_only(world: World, config: dict[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class _State(Section):
     initial: str | None
     unreached: list[str] = []
     """Earlier runs trained adapters of all layers."""
+    verified: dict[str, str | int] | None = None
+    """Conditions of the last proof (`trainer/verification/verify.py`), if there was any."""
     config: dict[str, dict[str, Any]]
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,11 +38,18 @@ class CheckpointWriter:
     """Saves a session, asynchronously if configured, and keeps the newest checkpoints."""
 
     def __init__(
-        self, session: Session, batches: Positioned, folder: Path, initial_digest: str | None = None
+        self,
+        session: Session,
+        batches: Positioned,
+        folder: Path,
+        initial_digest: str | None = None,
+        verified: Mapping[str, str | int] | None = None,
     ):
-        """`initial_digest`: on rank 0, the SHA-256 of the run's initial adapters, if it has any."""
+        """`initial_digest`: on rank 0, the SHA-256 of the run's initial adapters, if it has any.
+        `verified`: the conditions under which the run was proved, if it was."""
         self.session, self.batches, self.folder = session, batches, folder
         self._initial_digest = initial_digest
+        self._verified = None if verified is None else dict(verified)
         self._options = session.config.checkpoint
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
@@ -146,6 +154,7 @@ class CheckpointWriter:
             "labels": session.task.labels_state(),
             "initial": self._initial_digest,
             "unreached": list(session.backbone.unreached),
+            "verified": self._verified,
             "config": session.config.model_dump(mode="json"),
         }
 

@@ -44,8 +44,9 @@ class RunOptions(Section):
     verify: Literal["auto", "off", "full"] = "auto"
     """Proof before the first step, in seconds, that the loaded, quantised, sharded model computes
     what the unmodified one computes on the run's own records, and after the first steps that every
-    adapter trains. `auto`: on two records of at most 64 tokens, for every new run; `full`: on
-    records of full length, also for resumed runs."""
+    adapter trains. `auto`: on two records of at most 64 tokens, for every new run, and for a
+    resumed one unless it was proved with the same versions, engine and ranks; `full`: on records of
+    full length, for every run."""
 
     @field_validator("verify", mode="before")
     @classmethod

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from trainer.errors import EXIT_FAILED, EXIT_REQUEUE, UserError, first_line
 
@@ -19,6 +20,7 @@ _CONNECTION = "gloo|NCCL|TCPStore|pair closure|Connection (closed|reset)|Broken 
 
 _GRACE = 5.0
 """Seconds within which every live rank notices the loss of another."""
+_POLL = 0.1  # seconds between two looks into the store
 
 
 class FailedElsewhere(UserError):
@@ -50,7 +52,7 @@ def _missing() -> tuple[list[int], bool]:
             while noticed != others:
                 noticed.update(r for r in others - noticed if store.check([f"noticed/{r}"]))
                 responds.set()
-                time.sleep(0.1)
+                time.sleep(_POLL)
 
     # In a thread: the store does not respond where it is in rank 0 and rank 0 is stalled.
     thread = threading.Thread(target=poll, daemon=True)
@@ -58,6 +60,30 @@ def _missing() -> tuple[list[int], bool]:
     thread.join(_GRACE)
     missing = others - noticed if responds.is_set() else {0}
     return sorted(missing), rank == min({rank, *others} - missing)
+
+
+def also_failing(key: str, rank: int, size: int, store: Any = None) -> set[int]:
+    """The ranks that fail in the stage `key` as this one does, itself included: all that say so in
+    the store within `_GRACE`. Not collective: others may be in a collective that this rank has
+    left."""
+    if size == 1:
+        return {rank}
+    if store is None:
+        import torch.distributed as dist
+
+        store = dist.distributed_c10d._get_default_store()
+    failing, deadline = {rank}, time.monotonic() + _GRACE
+    store.set(f"failing/{key}/{rank}", "")
+    while len(failing) < size and time.monotonic() < deadline:
+        failing |= {r for r in range(size) if store.check([f"failing/{key}/{r}"])}
+        time.sleep(_POLL)
+    return failing
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective raised `error` because a peer is gone."""
+    connected = isinstance(error, RuntimeError) and _in_process_group()
+    return connected and re.search(_CONNECTION, str(error)) is not None
 
 
 def _in_process_group() -> bool:
@@ -90,8 +116,7 @@ def report(error: BaseException) -> None:
     if not isinstance(error, Exception):
         print(f"error:{who} a library failed: {first_line(error)}", file=sys.stderr, flush=True)
         return
-    connected = isinstance(error, RuntimeError) and _in_process_group()
-    if connected and re.search(_CONNECTION, str(error)):
+    if is_lost_connection(error):
         report_lost(re.sub(r"\[\S+?\.(cc|cpp|h):\d+\] ", "", first_line(error)))
         return
     traceback.print_exception(error)

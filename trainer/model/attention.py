@@ -1,11 +1,11 @@
 """How a model attends: by document where rows are packed on a GPU, else as transformers does.
 
 A dense mask makes attention run over all pairs of positions of a row. `varlen` runs over those of
-one document only. It is registered with transformers as an attention of its own, so that no model
-code is changed. In place of a mask its mask function returns *spans*, an int32 tensor that says
-where documents begin; models hand it to their blocks like any mask, so that compiled and recomputed
-blocks get it as an argument. Rows of a single document have no mask and keep the causal kernel of
-scaled_dot_product_attention.
+one document only. `register_attention` makes it known to transformers as an attention of its own,
+so that no model code is changed. In place of a mask its mask function returns *spans*, an int32
+tensor that says where documents begin; models hand it to their blocks like any mask, so that
+compiled and recomputed blocks get it as an argument. Rows of a single document have no mask and
+keep the causal kernel of scaled_dot_product_attention.
 
 Spans are boundaries (n + 1) expanded, without memory, to (1, window + 1, longest, n + 1): integers
 that the kernel needs on the host are sizes, which a compiled program takes without recompiling.
@@ -38,6 +38,8 @@ OURS = ("auto", "varlen")
 VARLEN = "rankcast_varlen"
 """Name under which transformers knows `varlen`; none of its own families' names is part of it."""
 
+_OLDEST = (8, 0)
+"""Compute capability that torch's flash attention needs."""
 _SEPARABLE = {"full_attention", "sliding_attention"}
 """Kinds of layers that are causal attention, within a window or not."""
 _WITHOUT_EFFECT = {"position_ids", "cache_position", "position_embeddings"}
@@ -56,6 +58,13 @@ class Attention:
     def by_document(self) -> bool:
         """Whether it runs over the documents of a single row, without a dense mask."""
         return self.name == VARLEN or self.reason == "flash_attention_2"
+
+
+def register_attention() -> None:
+    """Let transformers build models with `VARLEN`, and packed rows get its spans."""
+    AttentionInterface.register(VARLEN, varlen_forward)
+    AttentionMaskInterface.register(VARLEN, sdpa_mask)  # for rows of single documents
+    MASKS[VARLEN] = spans_mask
 
 
 def choose_attention(
@@ -83,8 +92,8 @@ def choose_attention(
 
 def _obstacle(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) -> str | None:
     """Why attention by document cannot serve, if so."""
-    if device.type != "cuda":
-        return f"on {device.type} there is no kernel for it"
+    if (lacking := _no_kernel(device)) is not None:
+        return lacking
     if dtype not in (torch.bfloat16, torch.float16):
         return f"its kernels are for 16 bits, not {str(dtype).removeprefix('torch.')}"
     name = type(model).__name__
@@ -96,16 +105,40 @@ def _obstacle(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype
     blocks = [block for _, block in transformer_blocks(model)]
     inside: set[Any] = {type(module) for block in blocks for module in block.modules()}
     calculating = sorted(kind.__name__ for kind in inside if _calculates_with_masks(kind))
-    return f"{', '.join(calculating)} calculates with the mask" if calculating else None
+    return (
+        f"{', '.join(calculating)} calculates with the mask, or hides whether it does"
+        if calculating
+        else None
+    )
+
+
+def _no_kernel(device: torch.device) -> str | None:
+    """Why the device cannot run flash attention, if so."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        system = "ROCm" if device.type == "cuda" else device.type
+        return f"on {system} there is no kernel for it"
+    if not torch.cuda.is_available():  # an estimate for another machine
+        return None
+    found = torch.cuda.get_device_capability(device)
+    if found < _OLDEST:
+        return (
+            f"this GPU has compute capability {found[0]}.{found[1]}, and its kernels need "
+            f"{_OLDEST[0]}.{_OLDEST[1]}"
+        )
+    return None
 
 
 @functools.cache
 def _calculates_with_masks(kind: type[nn.Module]) -> bool:
     """Whether a layer's methods do more with `attention_mask` than to hand it on or compare it with
-    None. Read from its source, as no attribute has it; spans are no mask to calculate with."""
+    None. Read from its source, as no attribute has it; True where there is none to read. Spans are
+    no mask to calculate with."""
     if kind.__module__.startswith("torch."):
         return False
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):  # no source at hand
+        return True
     handed_on = (ast.Call, ast.keyword, ast.Compare, ast.Dict, ast.IfExp, ast.Assign)
     return any(
         isinstance(child, ast.Name) and child.id == "attention_mask"
@@ -251,8 +284,3 @@ def _step_by_step(
         scores = torch.cat([scores, column], 3)
     p = scores.softmax(3)[..., : key.shape[2]].to(value.dtype)
     return (nn.functional.dropout(p, dropout) @ value).transpose(1, 2).contiguous()
-
-
-AttentionInterface.register(VARLEN, varlen_forward)
-AttentionMaskInterface.register(VARLEN, sdpa_mask)  # for rows of single documents
-MASKS[VARLEN] = spans_mask

@@ -102,6 +102,15 @@ class LoadedBackbone(BuiltModel):
     loading: Loading
 
 
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class, without the subclass that a sharder has put over it."""
+    kinds = type(module).__mro__
+    own = (
+        kind for kind in kinds if not kind.__module__.startswith(("torch.distributed", "deepspeed"))
+    )
+    return next(own).__name__
+
+
 def set_module(model: nn.Module, path: str, module: nn.Module | None) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

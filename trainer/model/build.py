@@ -13,7 +13,7 @@ from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
-from trainer.model.attention import OURS
+from trainer.model.attention import OURS, register_attention
 from trainer.model.backbone import BuiltModel, LeftAlone, set_module, vocabulary
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
@@ -63,6 +63,7 @@ def build(
     read = layers_read(model)
     if config.data.packing:
         check_packing(model)
+    register_attention()
     rows, attention = choose_rows(model, config, device, dtype)
     if attention.name is not None:
         model.set_attn_implementation(attention.name)

@@ -1,15 +1,14 @@
-"""Whether a model can keep the documents of a packed row apart: by its structure, and measured.
+"""Whether a model can keep the documents of a packed row apart, by its structure.
 
 Masks separate documents in attention. Layers that carry a state along the row, or mix neighbouring
-positions by a convolution, know no documents.
+positions by a convolution, know no documents. `trainer/verification/forward.py` measures the rest.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.masking_utils import (
     LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
     create_recurrent_attention_mask,
@@ -20,7 +19,6 @@ from trainer.config.config import Config
 from trainer.data.rows import Rows
 from trainer.errors import UserError
 from trainer.model.attention import Attention, choose_attention
-from trainer.tasks.base import Example, Task
 from trainer.tasks.positions import counts_by_itself, longest_row
 
 if TYPE_CHECKING:
@@ -88,47 +86,6 @@ def _against_end_to_end(model: "PreTrainedModel", config: Config, rows: Rows) ->
     if rows.limit is not None:
         return f"{name} has positions for {rows.limit} tokens of a row"
     return None
-
-
-def refuse_leak(model: nn.Module, leak: float) -> UserError:
-    """The error for a model whose documents are not kept apart, by `packing_leak`."""
-    return UserError(
-        f"data.packing: true given, but the documents of a row see each other in "
-        f"{type(model).__name__}: the loss of a record changes by {leak:.2%} when another one "
-        "stands before it; accepted: false"
-    )
-
-
-def packing_leak(model: nn.Module, task: Task, examples: Sequence[Example]) -> float:
-    """The largest relative difference of a record's loss after another one in a row, and alone.
-
-    Each of two `examples` takes both places, so this costs four forward passes, without gradients
-    or dropout. With exact separation only rounding is left.
-    """
-    first, second = examples[:2]
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return max(
-                _difference(model, task, device, before, record)
-                for before, record in ((first, second), (second, first))
-            )
-    finally:
-        model.train(was_training)
-
-
-def _difference(
-    model: nn.Module, task: Task, device: torch.device, before: Example, record: Example
-) -> float:
-    muted = replace(before, loss_mask=[0] * len(before.input_ids), weight=0)
-
-    def loss(row: list[Example]) -> Tensor:
-        return task.loss(model, task.collate([row]).to(device))[0]
-
-    alone, packed = float(loss([record])), float(loss([muted, record]))
-    return abs(packed - alone) / max(abs(alone), 1e-12)
 
 
 def _carrying_layers(model: "PreTrainedModel") -> list[str]:

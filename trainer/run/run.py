@@ -32,7 +32,7 @@ from trainer.export.export import written_folder
 from trainer.files import ADAPTER, FIGURES, METRICS
 from trainer.loading.initial_adapters import initial_digest
 from trainer.memory.planner import make_plan
-from trainer.model.backbone import Loading
+from trainer.model.backbone import Loading, class_name
 from trainer.model.build import build
 from trainer.model.footprint import estimate, trainable_parameters
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
@@ -49,7 +49,7 @@ from trainer.training.step import Training, log_plan
 from trainer.training.stop_request import StopRequest
 from trainer.training.validation import make_validate
 from trainer.verification.first_steps import FirstSteps
-from trainer.verification.verify import verify_session
+from trainer.verification.verify import Conditions, conditions, verify_session
 
 
 def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
@@ -80,10 +80,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     if start.checkpoint is not None:
         with world.all_or_none():
             progress = restore(session, loader, start.checkpoint, start.state)
-    proves = config.run.verify == "full" or (
-        config.run.verify == "auto" and start.checkpoint is None
-    )
-    verified = verify_session(session) if proves else _not_verified(config)
+    proof, verified = _prove(session, start)
     plan = make_plan(session)
     steps = total_steps(session, loader)
     replay, digest = None, start.state.get("initial")
@@ -108,14 +105,16 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     ]
     for line in (*_introduction(session, loader, steps, notes), *_resumption(start, config)):
         folder.recorder.log_line(line)
-    folder.recorder.log_line(verified)
+    folder.recorder.log_line(f"verified  {proof}")
     log_plan(folder.recorder, plan)
-    first_steps = FirstSteps(session, folder.recorder) if proves else None
+    # Later in a run whole units may be masked or pruned, on purpose.
+    watched = {"auto": start.checkpoint is None, "full": True, "off": False}[config.run.verify]
+    first_steps = FirstSteps(session, folder.recorder) if watched else None
     with Prefetcher(loader, world.device, steps - progress.step) as batches:
         training = Training(
             session, batches, steps, make_validate(session), folder.recorder, replay, first_steps
         )
-        writer = CheckpointWriter(session, batches, folder.checkpoints, digest)
+        writer = CheckpointWriter(session, batches, folder.checkpoints, digest, verified)
         train(Run(training, writer, progress, stop))
     writer.close()
     with world.all_or_none():
@@ -214,9 +213,17 @@ def _initial_adapters(
         return None, error
 
 
-def _not_verified(config: Config) -> str:
-    resumed = "when the run began: resumed on the same backbone"
-    return f"verified  {'no: run.verify=off' if config.run.verify == 'off' else resumed}"
+def _prove(session: Session, start: _Start) -> tuple[str, Conditions | None]:
+    """(what the log says of the proof, the conditions of the last proof of this run, if there was
+    any). A resumed run is proved unless its checkpoint says that it was, under the same conditions.
+    Collective."""
+    mode, before, now = session.config.run.verify, start.state.get("verified"), conditions(session)
+    if mode == "off":
+        return "no: run.verify=off", before
+    if mode == "auto" and before == now:
+        return "before: resumed on the same backbone, versions, engine and ranks", before
+    proof = verify_session(session)
+    return proof.line, now if proof.complete else None
 
 
 def _set_horizon(session: Session, steps: int) -> None:
@@ -249,7 +256,7 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
         f"run       {config.run_folder}",
         f"data      train {session.train_data.counts}",
         *([f"          eval {eval_data.counts}"] if eval_data is not None else []),
-        f"backbone  {type(session.model).__name__}, {session.backbone.dtype}, "
+        f"backbone  {class_name(session.model)}, {session.backbone.dtype}, "
         f"{config.model.quantization}, "
         f"{readable(engine.local_bytes(session.model))} per rank",
         _loading(session.backbone.loading),

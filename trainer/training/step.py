@@ -20,6 +20,7 @@ from trainer.device_memory import held_bytes, readable, release
 from trainer.engine.base import Update
 from trainer.errors import UserError
 from trainer.memory import planner
+from trainer.model.backbone import class_name
 from trainer.records.recorder import Recorder, SilentRecorder
 from trainer.session import Session
 from trainer.training.lr_schedule import learning_rate
@@ -192,7 +193,7 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
         loss = loss / batch.weight
         if not loss.requires_grad:
             raise UserError(
-                f"model.id: the loss of {type(session.model).__name__} has no gradient: the model "
+                f"model.id: the loss of {class_name(session.model)} has no gradient: the model "
                 "runs its layers outside of autograd's record; accepted: other models"
             )
         session.engine.backward(loss)

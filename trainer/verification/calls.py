@@ -70,6 +70,29 @@ def _tensors(named: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors({f"{name}[{index}]": part for index, part in enumerate(value)})
 
 
+def token_errors(found: Tensor, expected: Tensor) -> Tensor:
+    """‖found − expected‖ / ‖expected‖ of every vector along the last dimension, such as a token's
+    hidden state; infinite where a value is not finite. Each by its own norm: a first token may be
+    thirty times as large as all others together. Vectors that nearly vanish count as a tenth of
+    the median."""
+    if found.shape != expected.shape:
+        return torch.tensor([torch.inf])
+    expected, found = (t.float().reshape(-1, t.shape[-1] if t.dim() else 1)
+                       for t in (expected, found))  # fmt: skip
+    norms = torch.linalg.vector_norm(expected, dim=1)
+    if not norms.numel():
+        return torch.zeros(1)
+    norms = norms.clamp(min=float(norms.median()) / 10)
+    errors = torch.linalg.vector_norm(found - expected, dim=1)
+    return (errors / norms.where(norms > 0, 1.0)).nan_to_num(torch.inf, posinf=torch.inf)
+
+
+def typical(errors: Tensor) -> float:
+    """The error that nine tokens of ten do not exceed."""
+    place = min(len(errors) - 1, (9 * len(errors)) // 10)
+    return float(errors.sort().values[place])
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """‖found − expected‖ / ‖expected‖ (Frobenius, float64); infinite where a value is not
     finite."""

@@ -4,103 +4,92 @@ The run's model computes its records as it trains on them, packed into one row, 
 both in turn, without adapters. The reference computes each alone. After every block the hidden
 states of every record must agree, and so must the loss. Where they do not, the run's model computes
 each record alone too: if that agrees, the records influence each other; if not, the calls of all
-modules in the first block that differs are compared.
-
-How far is too far: float32 leaves 1e-6 or so (sums in another order), bfloat16 some percent after
-many blocks, more where a router chooses another expert. So in bfloat16 the reference runs a second
-time, in float32, and the run's model may be `_NOISE` times as far from the bfloat16 reference as
-that is from the float32 one. A leak between records, a wrong mask or wrong frequencies change
-hidden states by tens of percent.
+modules in the first block that differs are compared. Where a plain block does not fit beside it,
+the run's model is at least compared with itself on each record alone.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.formats.formats import FORMATS
 from adapters.units import transformer_blocks
 from trainer.device_memory import readable, release
 from trainer.errors import UserError
+from trainer.model.backbone import class_name, vocabulary
 from trainer.session import Session
 from trainer.tasks.base import IGNORED, Batch, Example
 from trainer.verification.calls import Calls, recorded, relative_error
+from trainer.verification.compare import Fault, Result, Tolerance, find_fault
 from trainer.verification.examples import changed_at_the_end
 from trainer.verification.localise import localise
-from trainer.verification.reference import Reference
+from trainer.verification.reference import Reference, computing
 
 Sequences = list[list[Example]]
 """Rows of a batch, each of one record or of several packed ones."""
 
-_NOISE = 4.0
 _BUFFERS = 1.5
 """Memory of a pass of the reference, in plain blocks."""
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """Largest relative errors of hidden states and of the loss that are no fault."""
-
-    hidden: float
-    loss: float
-
-    @staticmethod
-    def of(session: Session) -> "Tolerance":
-        """By dtype and weight format: products of a format may round their operands as well."""
-        if session.backbone.dtype == torch.float32:
-            return Tolerance(1e-3, 1e-5)
-        rounding = FORMATS[session.config.model.quantization].product_error(session.world.device)
-        return Tolerance(0.02 + 4 * rounding, 0.02 + rounding)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a model computed for each record: hidden states (tokens, width) after every block, None
-    where they have another form; and the loss, or the record's logits."""
-
-    paths: list[str]
-    hidden: list[list[Tensor | None]]
-    """By block, then by record."""
-    loss: float | None
-    logits: list[Tensor]
-
-
 def check_forward(
-    session: Session, reference: Reference, examples: list[Example], remarks: list[str]
+    session: Session, reference: Reference, examples: list[Example], against: list[str]
 ) -> str | None:
-    """The fault that the forward pass shows, or None. Collective. Raises UserError for records that
+    """The fault that the forward pass shows, or None. Appends to `against` with what it was
+    compared where the reference did not fit. Collective. Raises UserError for records that
     influence each other, in a row or by padding, or a model that attends to what it predicts."""
     world, dtype = session.world, session.backbone.dtype
-    room = _room(session)
-    if room < _BUFFERS * reference.block_bytes(dtype):
-        remarks.append(
-            "the forward pass was not compared: a block without quantisation takes "
-            f"{readable(reference.block_bytes(dtype))}, and {readable(room)} are free"
-        )
-        return None
+    room = _room(session) - _logits_bytes(session, examples)
     with as_verified(session):
+        if room < _BUFFERS * reference.block_bytes(dtype):
+            against.append(
+                f"the same records alone (not against {against[0]}: a block without quantisation "
+                f"takes {readable(reference.block_bytes(dtype))}, and {readable(max(room, 0))} are "
+                "free)"
+            )
+            _check_among_themselves(session, examples)
+            return None
         expected = _alone(session, reference, examples, dtype)
         noise = None
         if dtype != torch.float32 and room > _BUFFERS * reference.block_bytes(torch.float32):
             noise = _alone(session, reference, examples, torch.float32)
         for way, batches in arrangements(session, examples).items():
             together = _joined([_ours(session, sequences) for sequences in batches])
-            found = _fault(session, together, expected, noise)
+            found = find_fault(session, together, expected, noise)
             if not world.any(found is not None):
                 continue
             alone = _joined([_ours(session, [[example]]) for example in examples])
-            own = _fault(session, alone, expected, noise)
+            own = find_fault(session, alone, expected, noise)
             if world.any(own is not None):
                 return _own_fault(session, reference, examples, own)
             if way != "padded":
                 raise _leak(session, together, alone, found)
             padded = _padded(session, reference, examples)
-            theirs = not world.any(_fault(session, together, padded, noise) is not None)
-            raise _padding(session, together, alone, found, theirs)
+            theirs = not world.any(find_fault(session, together, padded, noise) is not None)
+            raise _padding(session, together, alone, found, theirs=theirs)
         return None
+
+
+def _check_among_themselves(session: Session, examples: list[Example]) -> None:
+    """Raises UserError where records that are put together influence each other. Needs no plain
+    block. Collective."""
+    alone = _joined([_ours(session, [[example]]) for example in examples])
+    for way, batches in arrangements(session, examples).items():
+        together = _joined([_ours(session, sequences) for sequences in batches])
+        found = find_fault(session, together, alone, None)
+        if session.world.any(found is not None):
+            if way != "padded":
+                raise _leak(session, together, alone, found)
+            raise _padding(session, together, alone, found, theirs=None)
+
+
+def _logits_bytes(session: Session, examples: list[Example]) -> int:
+    """Bytes of the logits of all records, in float32, and of what a loss makes of them."""
+    tokens = sum(len(example.input_ids) for example in examples)
+    return 4 * 4 * tokens * (vocabulary(session.backbone.model) or 0)
 
 
 def arrangements(session: Session, examples: list[Example]) -> dict[str, list[Sequences]]:
@@ -118,7 +107,7 @@ def arrangements(session: Session, examples: list[Example]) -> dict[str, list[Se
 
 
 def _own_fault(
-    session: Session, reference: Reference, examples: list[Example], own: "_Fault | None"
+    session: Session, reference: Reference, examples: list[Example], own: Fault | None
 ) -> str | None:
     """Where a record alone goes wrong. Collective."""
     world = session.world
@@ -132,7 +121,7 @@ def _own_fault(
     theirs = reference.run(batch.inputs, session.backbone.dtype, found.path).calls
     with recorded(_blocks(session), found.path) as calls:
         session.task.loss(session.model, batch)
-    cause = localise(found.path, calls, theirs, Tolerance.of(session).hidden)
+    cause = localise(found.path, calls, theirs, found.allowed)
     return None if own is None else f"{cause} ({own.text})"
 
 
@@ -156,56 +145,6 @@ def as_verified(session: Session) -> Iterator[None]:
                 adapters.layers[name].adapter = adapter
 
 
-@dataclass(frozen=True)
-class _Fault:
-    text: str
-    path: str | None = None
-    """The first block after which a record's hidden states differ."""
-    record: int = 0
-
-
-def _fault(
-    session: Session, found: Result, expected: Result, exact: Result | None
-) -> _Fault | None:
-    """The first difference beyond the tolerance. `exact`: the reference in float32."""
-    tolerance = Tolerance.of(session)
-    if found.paths == expected.paths:
-        for number, path in enumerate(found.paths):
-            for record, (a, b) in enumerate(
-                zip(found.hidden[number], expected.hidden[number], strict=True)
-            ):
-                if a is None or b is None:
-                    continue
-                allowed = tolerance.hidden
-                if exact is not None and (c := exact.hidden[number][record]) is not None:
-                    allowed = max(allowed, _NOISE * relative_error(b, c))
-                error = relative_error(a, b)
-                if not error <= allowed:
-                    text = (
-                        f"record {record + 1} of the proof: relative error {error:.2g} after "
-                        f"{path}, at most {allowed:.2g} is rounding"
-                    )
-                    return _Fault(text, path, record)
-    if found.loss is not None and expected.loss is not None:
-        allowed = tolerance.loss
-        if exact is not None and exact.loss is not None:
-            allowed = max(allowed, _NOISE * abs(expected.loss / exact.loss - 1))
-        error = abs(found.loss / expected.loss - 1) if expected.loss else abs(found.loss)
-        if not error <= allowed:
-            return _Fault(
-                f"loss {found.loss:.6g}, but {expected.loss:.6g} by the unmodified model on the "
-                "same weights"
-            )
-        return None
-    for record, (a, b) in enumerate(zip(found.logits, expected.logits, strict=True)):
-        allowed = 10 * tolerance.hidden  # few numbers, which may nearly cancel
-        if exact is not None:
-            allowed = max(allowed, _NOISE * relative_error(b, exact.logits[record]))
-        if not relative_error(a, b) <= allowed:
-            return _Fault(f"record {record + 1} of the proof: its logits differ", None, record)
-    return None
-
-
 def _room(session: Session) -> int:
     """Free bytes of the rank that has the fewest; unlimited on a CPU. Collective."""
     device, room = session.world.device, 2**62
@@ -227,7 +166,7 @@ def _ours(session: Session, sequences: Sequences) -> Result:
         lambda model, inputs, output: outputs.append(output.logits.detach())
     )
     try:
-        with recorded(_blocks(session)) as calls:
+        with recorded(_blocks(session)) as calls, computing(session):
             loss, _ = session.task.loss(session.model, batch)
     finally:
         handle.remove()
@@ -263,7 +202,7 @@ def _alone(
             if session.world.any(not seen <= 10 * Tolerance.of(session).hidden):
                 raise UserError(
                     f"task.kind: {session.config.task.kind} given, but "
-                    f"{type(session.model).__name__} attends to the tokens that it is to predict: "
+                    f"{class_name(session.model)} attends to the tokens that it is to predict: "
                     f"what follows a token changes its logits by {seen:.0%}; accepted: a causal "
                     "model, or another task.kind"
                 )
@@ -345,20 +284,26 @@ def _hidden(
     return found
 
 
-def _leak(session: Session, together: Result, alone: Result, fault: _Fault | None) -> UserError:
+def _leak(session: Session, together: Result, alone: Result, fault: Fault | None) -> UserError:
     """The error for records of a row that change each other's results."""
     data = session.config.data
     key = "data.packing: true" if data.packing else f"data.padding_free: {data.padding_free}"
     return UserError(
         f"{key} given, but the records of a row see each other in "
-        f"{type(session.model).__name__}{_change(together, alone, fault)}; accepted: false"
+        f"{class_name(session.model)}{_change(together, alone, fault)}; accepted: false"
     )
 
 
 def _padding(
-    session: Session, together: Result, alone: Result, fault: _Fault | None, theirs: bool
+    session: Session,
+    together: Result,
+    alone: Result,
+    fault: Fault | None,
+    *,
+    theirs: bool | None,
 ) -> UserError:
-    """The error for records that padding changes; `theirs`: in transformers' own model too."""
+    """The error for records that padding changes; `theirs`: in transformers' own model too, None
+    where that was not compared."""
     data = session.config.data
     given, key, one = data.micro_batch_size, "data.micro_batch_size", "1"
     if given is None:
@@ -369,11 +314,12 @@ def _padding(
     elif given == 1:  # the method makes it larger later
         given = session.method.largest_micro_batch(given)
         key = "method.policy.after_selection.micro_batch_size"
-    how = f"{type(session.model).__name__}{_change(together, alone, fault)}"
-    if theirs:
+    how = f"{class_name(session.model)}{_change(together, alone, fault)}"
+    if theirs is not False:
+        also = ", as it does in transformers' own model" if theirs else ""
         return UserError(
-            f"{key}: {given} given, but padding changes the results of {how}, as it does in "
-            f"transformers' own model; accepted: {one}, which needs no padding"
+            f"{key}: {given} given, but padding changes the results of {how}{also}; accepted: "
+            f"{one}, which needs no padding"
         )
     return UserError(
         f"{key}: {given} given, but records that are padded together change each other in {how}, "
@@ -382,7 +328,7 @@ def _padding(
     )
 
 
-def _change(together: Result, alone: Result, fault: _Fault | None) -> str:
+def _change(together: Result, alone: Result, fault: Fault | None) -> str:
     where = "" if fault is None or fault.path is None else f", from {fault.path} on"
     if together.loss is None or not alone.loss:
         return where

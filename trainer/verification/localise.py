@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from trainer.verification.calls import Call, Calls, relative_error
+from trainer.verification.calls import Call, Calls, token_errors, typical
 
 
 def localise(block: str, found: Calls, expected: Calls, tolerance: float) -> str:
@@ -22,7 +22,7 @@ def localise(block: str, found: Calls, expected: Calls, tolerance: float) -> str
             continue
         if call.output.shape != other.output.shape:
             continue
-        if relative_error(call.output, other.output) <= tolerance:
+        if typical(token_errors(call.output, other.output)) <= tolerance:
             agreeing.append(call.path)
             continue
         if argument is None:
@@ -61,7 +61,8 @@ def _equal(a: Tensor, b: Tensor, tolerance: float) -> bool:
     finite = a.isfinite() & b.isfinite()  # masks hold −∞
     if not bool((a.isfinite() == b.isfinite()).all()):
         return False
-    return relative_error(a[finite], b[finite]) <= tolerance
+    a, b = a.where(finite, 0), b.where(finite, 0)
+    return typical(token_errors(a, b)) <= tolerance
 
 
 def _by_path(calls: Calls) -> dict[str, list[Call | None]]:

@@ -111,7 +111,7 @@ def _operator_faults(session: Session, path: str, layer: PackedLayer) -> Iterato
         adapter = adapted[index].adapter
         assert adapter is not None
         momentary[index] = made = _with_random_b(adapter, x[rows], plain[rows])
-        expected.append(x[rows].float() @ made.delta().T)
+        expected.append(_product(made, x[rows]))
     with _adapters(layer, momentary):
         added = _output(layer, x, chosen).float() - plain
     for number, index in enumerate(chosen):
@@ -135,11 +135,16 @@ def _with_random_b(adapter: GatedAdapter, x: Tensor, plain: Tensor) -> GatedAdap
     """A copy whose B is random, scaled so that its output dominates the layer's."""
     made = adapter.copy()
     made.B.copy_(torch.randn(made.B.shape, generator=generator(1)).to(made.B))
-    norm = torch.linalg.vector_norm(x.float() @ made.delta().T)
+    norm = torch.linalg.vector_norm(_product(made, x))
     own = torch.linalg.vector_norm(plain)
     if norm > 0 and own > 0:
         made.B.mul_(_DOMINANCE * own / norm)
     return made
+
+
+def _product(adapter: GatedAdapter, x: Tensor) -> Tensor:
+    """x ΔWᵀ in float32, without ΔW, which may be larger than what is left of the memory."""
+    return (x.float() @ adapter.A.T * adapter.g) @ adapter.B
 
 
 @contextmanager

@@ -5,6 +5,8 @@ run's model. Only the values of parameters come from there, gathered by the engi
 when a block is about to run, and released right after: it needs the memory of one plain block.
 """
 
+import itertools
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,9 +17,11 @@ from torch import Tensor, nn
 
 from adapters.layers.base import PackedLayer
 from adapters.units import transformer_blocks
+from trainer.distributed.failures import is_lost_connection
+from trainer.errors import UserError, first_line
 from trainer.loading.source import Source
 from trainer.model.attention import OURS
-from trainer.model.backbone import TrainedModule
+from trainer.model.backbone import TrainedModule, class_name
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.session import Session
 from trainer.verification.calls import Calls, recorded
@@ -76,7 +80,8 @@ class Reference:
             for path, block in self.blocks.items():
                 stack.enter_context(self._filled_while_it_runs(path, block, dtype))
             calls = stack.enter_context(recorded(self.blocks, inside))
-            logits = self.model(**inputs, **without_cache(self.model)).logits
+            with computing(self.session):
+                logits = self.model(**inputs, **without_cache(self.model)).logits
         return Pass(calls, logits)
 
     @contextmanager
@@ -132,6 +137,36 @@ class Reference:
             for name in module._parameters
             if not path.startswith(self._inside)
         }
+
+
+@contextmanager
+def computing(session: Session) -> Iterator[None]:
+    """Context of a model's forward pass, which raises whatever its records lead to: raises
+    UserError in its place. Other errors in it pass: a lost peer, want of memory, what hooks of the
+    engine or of a proof raise."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        names = [str(frame.f_globals.get("__name__")) for frame in frames]
+        called = itertools.dropwhile(lambda name: name in _CALLERS, names)
+        if is_lost_connection(error) or any(name.startswith(_NOT_THE_MODEL) for name in called):
+            raise
+        raise UserError(
+            f"{class_name(session.model)} cannot compute these records: {first_line(error)}; a "
+            "fault of this program or of a library it uses: nothing was trained "
+            "(run.verify=off trains regardless)"
+        ) from error
+
+
+_CALLERS = (__name__, "trainer.verification.forward")
+_NOT_THE_MODEL = (
+    "trainer.engine", "trainer.distributed", "trainer.verification", "torch.distributed",
+    "deepspeed",
+)  # fmt: skip
+"""Modules whose code runs in hooks of a forward pass."""
 
 
 def plain_model(session: Session) -> "PreTrainedModel":

@@ -21,6 +21,7 @@ from trainer.model.attention import (
     causal_window,
     choose_attention,
     dense_mask,
+    register_attention,
     spans_mask,
     varlen_forward,
 )
@@ -202,7 +203,40 @@ def test_soft_caps_are_not_left_out() -> None:
         assert chosen.name == "eager"
 
 
-def test_choice() -> None:
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    register_attention()
+
+
+def on_gpu(monkeypatch, capability: tuple[int, int] = (9, 0), hip: str | None = None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+
+
+def test_gpus_without_its_kernel_keep_the_dense_mask(monkeypatch) -> None:
+    model = made("rotary, sdpa")
+    for capability, hip, reason in (
+        ((7, 5), None, "has compute capability 7.5, and its kernels need 8.0"),
+        ((9, 4), "6.4", "on ROCm there is no kernel"),
+    ):
+        on_gpu(monkeypatch, capability, hip)
+        chosen = choose_attention(model, "auto", packing=True, device=CUDA, dtype=HALF)
+        assert chosen.name is None and "dense mask" in chosen.reason and reason in chosen.reason
+    on_gpu(monkeypatch, (8, 0))
+    assert choose_attention(model, "auto", packing=True, device=CUDA, dtype=HALF).name == VARLEN
+
+
+def test_a_layer_whose_source_nobody_has(monkeypatch) -> None:
+    on_gpu(monkeypatch)
+    model = made("rotary, sdpa")
+    model.model.layers[0].gate = type("Generated", (torch.nn.Module,), {"__module__": "nowhere"})()
+    chosen = choose_attention(model, "auto", packing=True, device=CUDA, dtype=HALF)
+    assert chosen.name is None and "Generated calculates with the mask, or hides" in chosen.reason
+
+
+def test_choice(monkeypatch) -> None:
+    on_gpu(monkeypatch)
     llama, capped, calculating = (
         made("rotary, sdpa"),
         made("window and soft cap"),

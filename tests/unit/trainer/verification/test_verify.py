@@ -1,6 +1,7 @@
 """Sound runs pass, in a line, and a proof changes nothing of what is trained."""
 
 import itertools
+import json
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from tests.helpers import losses, quick_config, sample, save_mixture, save_rando
 from trainer.config.config import load_config
 from trainer.distributed.world import World
 from trainer.loading.probes import difference, probe
+from trainer.model.backbone import class_name
 from trainer.run.run import run
 from trainer.session import open_session
 from trainer.verification.verify import verify_session
@@ -27,7 +29,7 @@ def test_sound_runs_pass_in_every_format(tmp_path, case):
     kind, weight_format = case
     overrides = f"method.kind={kind}", f"model.quantization={weight_format}"
     session = open_session(quick_config(tmp_path, "run.verify=auto", *overrides), World())
-    assert verify_session(session).startswith("verified  38 tensors as loaded, 28 adapters'")
+    assert verify_session(session).line.startswith("38 tensors as loaded, 28 adapters'")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def test_sound_models_pass_packed(tmp_path, case):
     overrides = f"model.id={folder}", "data.packing=true", f"model.dtype={dtype}"
     said = verify_session(
         open_session(quick_config(tmp_path, "run.verify=auto", *overrides), World())
-    )
+    ).line
     assert re.search(r"64 and 42 tokens packed and padded against \w+ForCausalLM of transf", said)
 
 
@@ -79,9 +81,11 @@ def test_one_line_says_what_was_verified(tmp_path, capsys):
     shown = "log.progress=plain"
     for overrides, said in (
         (("run.steps=1",), r"38 tensors as loaded, .* in \d\.\d s"),
-        (("run.steps=2",), "when the run began: resumed on the same backbone"),
+        (("run.steps=2",), "before: resumed on the same backbone, versions, engine and ranks"),
         (("run.steps=3", "run.verify=full"), "38 tensors as loaded, .*"),
         (("run.steps=4", "run.verify=off"), "no: run.verify=off"),
+        (("run.steps=5",), "before: resumed on .*"),
+        (("run.steps=6", "model.dtype=bfloat16"), "38 tensors as loaded, .*"),
     ):
         run(
             quick_config(tmp_path, "run.verify=auto", "optim.schedule=constant", shown, *overrides),
@@ -90,6 +94,24 @@ def test_one_line_says_what_was_verified(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         (line,) = [line for line in lines if line.startswith("verified")]
         assert re.fullmatch(f"verified  {said}", line)
+
+
+def test_a_resumed_run_that_was_never_proved_is(tmp_path, capsys):
+    """As after `run.verify: off`, another version of a library, or a checkpoint of before."""
+    for mode, step in (("off", 1), ("auto", 2), ("auto", 3)):
+        run(
+            quick_config(
+                tmp_path, f"run.verify={mode}", f"run.steps={step}", "log.progress=plain",
+                "optim.schedule=constant",
+            ),
+            World(),
+        )  # fmt: skip
+        said = re.findall(r"^verified  (\w+)", capsys.readouterr().out, re.MULTILINE)
+        state = json.loads(
+            (tmp_path / f"runs/quickstart/checkpoints/step-{step:08d}/state.json").read_text()
+        )
+        assert said == {1: ["no"], 2: ["38"], 3: ["before"]}[step]
+        assert (state["verified"] is None) == (step == 1)
 
 
 def test_off_needs_no_quotes(tmp_path):
@@ -111,3 +133,17 @@ def test_probes_see_every_row():
     assert difference(probe(value[:-1]), expected) > 1
     assert difference(probe(value.fill_(float("nan"))), expected) != 0
     assert probe(torch.tensor(2.0)).shape == (1,)
+
+
+@pytest.mark.parametrize("weight_format", sample(["none", "nf4", "int8", "fp8"], "nf4", "fp8"))
+def test_sound_models_of_16_bits_pass(tmp_path, weight_format):
+    overrides = "model.dtype=bfloat16", f"model.quantization={weight_format}", "data.packing=true"
+    config = quick_config(tmp_path, "run.verify=auto", *overrides)
+    assert verify_session(open_session(config, World())).complete
+
+
+def test_a_class_keeps_its_name_under_a_sharder():
+    model = torch.nn.Linear(2, 2)
+    sharded = type("FSDPLinear", (torch.nn.Linear,), {"__module__": "torch.distributed.fsdp"})
+    model.__class__ = sharded
+    assert class_name(model) == "Linear"
