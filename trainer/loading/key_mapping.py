@@ -144,7 +144,8 @@ class KeyMapping:
         except Exception as error:  # an operation of transformers on tensors that do not fit
             raise UserError(
                 f"model.id: {conversion.target} cannot be made from {next(iter(parts))} by "
-                f"{conversion.operations} of transformers: {first_line(error)}"
+                f"{conversion.operations} of transformers: {first_line(error)}; accepted: tensors "
+                f"of the shapes that config.json makes"
             ) from error
         return {
             name: value[0] if isinstance(value, list) else value for name, value in made.items()

@@ -171,8 +171,8 @@ def _fill_head(source: Source, path: str, module: nn.Module) -> None:
     for name, parameter in parameters.items():
         if parameter.isnan().any():
             raise UserError(
-                f"model.id: {source.config.model.id}: no values for {path}.{name}: the files lack "
-                f"it, and {type(source.model).__name__} does not initialise it"
+                f"model.id: {source.config.model.id}: no values for {path}.{name}, which "
+                f"{type(source.model).__name__} does not initialise; accepted: files that hold it"
             )
 
 
@@ -194,14 +194,14 @@ def _buffer(source: Source, name: str, buffer: Tensor, persistent: bool) -> Tens
     if stored is not None:
         if stored.shape != buffer.shape:
             raise UserError(
-                f"model.id: {source.config.model.id}: {name} is {tuple(stored.shape)}, "
-                f"config.json makes it {tuple(buffer.shape)}"
+                f"model.id: {source.config.model.id}: {name} is {tuple(stored.shape)}; accepted: "
+                f"{tuple(buffer.shape)}, as config.json makes it"
             )
         return stored.to(source.device, buffer.dtype)
     if is_unset(buffer):
         raise UserError(
-            f"model.id: {source.config.model.id}: no values for {name}: no file holds it, and "
-            f"{type(source.model).__name__} does not compute it"
+            f"model.id: {source.config.model.id}: no values for {name}, which "
+            f"{type(source.model).__name__} does not compute; accepted: files that hold it"
         )
     return buffer.to(source.device)
 

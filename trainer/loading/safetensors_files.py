@@ -145,8 +145,8 @@ class PretrainedFiles:
                 )
         if (stored := self.shape(key)) != shape:
             raise UserError(
-                f"model.id: {self.folder}: {_described(key)} is {stored}, "
-                f"config.json makes it {shape}"
+                f"model.id: {self.folder}: {_described(key)} is {stored}; accepted: {shape}, as "
+                "config.json makes it"
             )
 
     def check_expert(
