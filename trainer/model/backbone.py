@@ -93,7 +93,7 @@ class LoadedBackbone(BuiltModel):
     """That of the version before, for its checkpoints."""
     quantization_error: float
     """‖W − Ŵ‖ / ‖W‖ over all quantised matrices (Frobenius)."""
-    probes: Mapping[str, tuple[list[float], float]]
+    probes: Mapping[str, tuple[list[list[float]], float]]
     """By parameter, what `trainer/loading/probes.py` noted of its value; empty with `run.verify:
     off`."""
     loading: Loading
