@@ -56,6 +56,8 @@ class BuiltModel:
     left_alone: Sequence[LeftAlone] = ()
     """Matrices that get no adapter although `all-linear` names them, or that keep their own layer
     and stay unquantised."""
+    left_out: str | None = None
+    """On what the files hold and the model lacks, for the log."""
     unreached: Sequence[str] = ()
     """Linear layers whose output does not reach the loss; they get no adapters."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)

@@ -48,7 +48,15 @@ EVERY = [
     for dtype in (("float32", "bfloat16") if part == CAUSAL else ("float32",))
     if not not_buildable(name, part)
 ]
-LOADING = ("no tensor", "no values", "cannot be made", "config.json makes it", "differ")
+LOADING = (
+    "no tensor",
+    "no values",
+    "cannot be made",
+    "config.json makes it",
+    "differ",
+    "does not have",
+    "not finite",
+)
 """Of messages of the loader, which must not refuse what transformers loads."""
 
 
