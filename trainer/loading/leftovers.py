@@ -12,8 +12,9 @@ from adapters.units import transformer_blocks
 from trainer.errors import UserError
 from trainer.loading.source import Source
 
-_COMPUTED = r"(inv_freq|position_ids|masked_bias|(cos|sin)_cached)$"
-"""Names of buffers that models compute themselves and older versions of them stored."""
+_COMPUTED = r"(inv_freq|position_ids|masked_bias|(cos|sin)_cached|(^|\.)version)$"
+"""Names of buffers that models compute themselves and older versions of them stored; fairseq's
+version."""
 _FURTHER_LAYERS = r"nextn|mtp"
 """In names of config.json: numbers of layers that predict further tokens. They are stored as layers
 after the last one, and models here lack them."""

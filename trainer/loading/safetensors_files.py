@@ -303,7 +303,9 @@ def _index(folder: Path) -> dict[str, str]:
         if absent:
             raise UserError(f"model.id: {folder}: {absent[0]} is named in the index but not there")
         return file_of
-    files = sorted(folder.glob("*.safetensors"))
+    # As transformers: beside it, other files hold the same under a vendor's own names.
+    whole = folder / "model.safetensors"
+    files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
     if not files:
         others = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt")))
         given = f"only {', '.join(others)}" if others else "no weights"

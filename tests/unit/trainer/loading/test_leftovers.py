@@ -100,8 +100,15 @@ def test_values_that_the_model_computes_are_no_weights(folder):
         "model.layers.0.self_attn.bias": torch.ones(1, 1, 16, 16),
         "model.layers.0.self_attn.masked_bias": torch.tensor(-1e4),
         "model.position_ids": torch.arange(8),
+        "model.version": torch.ones(1),
     }
     rewrite(folder, lambda stored: stored | computed)
+    assert load(folder).left_out is None
+
+
+def test_a_vendors_own_file_beside_the_model_is_not_read(folder):
+    other = {"layers.0.attention.wq.weight": torch.ones(64, 64)}
+    save_file(other, folder / "consolidated.safetensors")
     assert load(folder).left_out is None
 
 
