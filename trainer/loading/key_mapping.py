@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from trainer.errors import UserError, first_line
+from trainer.loading import mxfp4
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter
@@ -65,6 +66,18 @@ Key = str | Converted
 """Where the files hold a tensor of the model: under a key, or to be converted."""
 
 
+@dataclass(frozen=True)
+class Index:
+    """Where files hold what."""
+
+    found: dict[str, Key]
+    """By name of the model's tensor."""
+    unused: dict[str, str] = field(default_factory=dict)
+    """Keys that are no tensor of the model, with the name that transformers gives them."""
+    copies: list[tuple[str, Key, Key]] = field(default_factory=list)
+    """Tensors of the model that the files hold twice: name, where it is read, where else it is."""
+
+
 class KeyMapping:
     """Maps the keys on disk to the tensors of a model; without one, each key is a tensor's name.
 
@@ -84,10 +97,10 @@ class KeyMapping:
         stack = name.removesuffix(".weight")
         return stack if stack in self._tensors else name
 
-    def index(self, keys: Iterable[str]) -> dict[str, Key]:
-        """Where the files with these keys hold the model's tensors, by name."""
+    def index(self, keys: Iterable[str]) -> Index:
+        """Where the files with these keys hold the model's tensors."""
         if self._model is None:
-            return {key: key for key in keys}
+            return Index({key: key for key in keys})
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -101,7 +114,7 @@ class KeyMapping:
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         converter_of = {p: c for c in converters for p in c.source_patterns}
         prefix = self._model.base_model_prefix
-        found: dict[str, Key] = {}
+        index = Index({})
         conversions: dict[str, Conversion] = {}
         for key in sorted(keys, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, self._tensors)
@@ -109,16 +122,37 @@ class KeyMapping:
                 name, pattern = key, None
             if pattern is None:
                 # A name of the model's own is not overwritten by an alias.
-                if name == key or name not in found:
-                    found[name] = key
+                self._add(index, name, key, preferred=name == key)
+                if not self._takes(name):
+                    index.unused[key] = name
                 continue
             converter = converter_of[pattern]
             conversion = conversions.setdefault(name, Conversion(name, converter))
             conversion.parts.setdefault(pattern, []).append(key)
             first, *others = converter.target_patterns
-            for target in [name, *(name.replace(first, other) for other in others)]:
-                found[target] = Converted(target, conversion)
-        return found
+            targets = [name, *(name.replace(first, other) for other in others)]
+            for target in targets:
+                self._add(index, target, Converted(target, conversion), preferred=True)
+            if not any(self._takes(target) for target in targets):
+                index.unused[key] = name
+        return index
+
+    def _takes(self, name: str) -> bool:
+        packed = (name.removesuffix(ending) for ending in (mxfp4.BLOCKS, mxfp4.SCALES))
+        return name in self._tensors or any(stack in self._tensors for stack in packed)
+
+    def _add(self, index: Index, name: str, key: Key, *, preferred: bool) -> None:
+        known = index.found.get(name)
+        if known is None or preferred:
+            index.found[name] = key
+        same = (
+            isinstance(known, Converted)
+            and isinstance(key, Converted)
+            and (known.conversion is key.conversion)
+        )
+        if known is not None and not same and name in self._tensors:
+            other = known if preferred else key
+            index.copies.append((name, index.found[name], other))
 
     def convert(self, conversion: Conversion, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's tensors by name, from those on disk by key; on meta too. Raises UserError
@@ -144,7 +178,8 @@ class KeyMapping:
         except Exception as error:  # an operation of transformers on tensors that do not fit
             raise UserError(
                 f"model.id: {conversion.target} cannot be made from {next(iter(parts))} by "
-                f"{conversion.operations} of transformers: {first_line(error)}"
+                f"{conversion.operations} of transformers: {first_line(error)}; accepted: tensors "
+                f"of the shapes that config.json makes"
             ) from error
         return {
             name: value[0] if isinstance(value, list) else value for name, value in made.items()

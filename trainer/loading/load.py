@@ -26,6 +26,7 @@ from trainer.distributed.world import World
 from trainer.engine.base import Engine, compiles
 from trainer.errors import UserError
 from trainer.loading.assignment import ParamTask, param_tasks
+from trainer.loading.leftovers import left_out
 from trainer.loading.materialize import Materializer
 from trainer.loading.source import Source
 from trainer.loading.spectral_init import SpectralInit
@@ -57,6 +58,9 @@ def load_backbone(
         model = built.model
         blocks = _take_over_blocks(config, built, engine, world)
         source = Source(built, config, world.device)
+        built = dataclasses.replace(built, left_out=left_out(source))
+        if source.files is not None:
+            source.files.check_copies()
         if spectral_init is not None:
             spectral_init.resume(built.units)
         for path, head in built.heads.items():
@@ -144,7 +148,7 @@ def check_backbone(
         owner = backbone.model.get_submodule(name.rpartition(".")[0])
         for expert in ParamTask(name, parameter, owner, []).requests:
             source.check(*expert)
-    return backbone
+    return dataclasses.replace(backbone, left_out=left_out(source))
 
 
 def _fill_head(source: Source, path: str, module: nn.Module) -> None:
@@ -167,12 +171,13 @@ def _fill_head(source: Source, path: str, module: nn.Module) -> None:
         tensors[name].shape == parameters[name].shape for name in tensors
     ):
         for name, tensor in tensors.items():
+            source.check_finite(f"{path}.{name}", None, tensor, torch.float32)
             parameters[name].data.copy_(tensor)
     for name, parameter in parameters.items():
         if parameter.isnan().any():
             raise UserError(
-                f"model.id: {source.config.model.id}: no values for {path}.{name}: the files lack "
-                f"it, and {type(source.model).__name__} does not initialise it"
+                f"model.id: {source.config.model.id}: no values for {path}.{name}, which "
+                f"{type(source.model).__name__} does not initialise; accepted: files that hold it"
             )
 
 
@@ -194,14 +199,16 @@ def _buffer(source: Source, name: str, buffer: Tensor, persistent: bool) -> Tens
     if stored is not None:
         if stored.shape != buffer.shape:
             raise UserError(
-                f"model.id: {source.config.model.id}: {name} is {tuple(stored.shape)}, "
-                f"config.json makes it {tuple(buffer.shape)}"
+                f"model.id: {source.config.model.id}: {name} is {tuple(stored.shape)}; accepted: "
+                f"{tuple(buffer.shape)}, as config.json makes it"
             )
+        if stored.is_floating_point():
+            source.check_finite(name, None, stored, buffer.dtype)
         return stored.to(source.device, buffer.dtype)
     if is_unset(buffer):
         raise UserError(
-            f"model.id: {source.config.model.id}: no values for {name}: no file holds it, and "
-            f"{type(source.model).__name__} does not compute it"
+            f"model.id: {source.config.model.id}: no values for {name}, which "
+            f"{type(source.model).__name__} does not compute; accepted: files that hold it"
         )
     return buffer.to(source.device)
 

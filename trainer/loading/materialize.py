@@ -92,20 +92,22 @@ class Materializer:
         """The frozen value of a parameter, not yet packed; a stack is read expert by expert."""
         matrix = task.matrix
         if matrix is None or not matrix.stacked:
-            return self._frozen_part(next(iter(task.units), None))
+            return self._frozen_part(task, None, next(iter(task.units), None))
         # Assembled on the device: host memory never holds more than one expert's matrix.
         full = torch.empty(matrix.shape, dtype=self._dtype, device=self._world.device)
         units: dict[int | None, Unit] = {
             int(unit.name.rpartition(".")[2]): unit for unit in task.units
         }
         for index, expert in enumerate(matrix.adapted_layers):
-            full[index] = self._frozen_part(units.get(expert))
+            full[index] = self._frozen_part(task, expert, units.get(expert))
         return full
 
-    def _frozen_part(self, unit: Unit | None) -> Tensor:
-        """The next value read, minus the initial adapter of `unit`."""
+    def _frozen_part(self, task: ParamTask, expert: int | None, unit: Unit | None) -> Tensor:
+        """The next value read, that of `task`, minus the initial adapter of `unit`."""
         with self._timed("reading"):
             full = next(self._values)
+            dtype = task.parameter.dtype if task.matrix is None else self._dtype
+            self._source.check_finite(task.name, expert, full, dtype)
         if self._spectral_init is None or unit is None:
             return full
         with self._timed("decomposing"):

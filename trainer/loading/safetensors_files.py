@@ -30,7 +30,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class _Location:
+class Location:
     """File, offset, shape and dtype of a stored tensor."""
 
     file: Path
@@ -45,11 +45,11 @@ class _Location:
             raise unreadable(self.file, ValueError(f"it holds {self.kind}"))
         return _DTYPES[self.kind]
 
-    def row(self, index: int) -> "_Location":
+    def row(self, index: int) -> "Location":
         """The location of one slice along the first dimension."""
         shape = self.shape[1:]
         offset = self.offset + index * math.prod(shape) * self.dtype.itemsize
-        return _Location(self.file, offset, shape, self.kind)
+        return Location(self.file, offset, shape, self.kind)
 
 
 class PretrainedFiles:
@@ -65,7 +65,7 @@ class PretrainedFiles:
         self._key_mapping = key_mapping or KeyMapping()
         self._file_of = _index(folder)
         self._index = self._key_mapping.index(self._file_of)
-        self._locations: dict[str, dict[str, _Location]] = {}
+        self._locations: dict[str, dict[str, Location]] = {}
         self._reader = Reader(device)
         self._converted: tuple[Conversion, dict[str, Tensor]] | None = None
         """The last conversion and what it made: its tensors are asked for in turn."""
@@ -76,6 +76,11 @@ class PretrainedFiles:
         return self._reader.bytes_read
 
     @property
+    def unused(self) -> dict[str, str]:
+        """Keys that are no tensor of the model, with the name that transformers gives them."""
+        return self._index.unused
+
+    @property
     def mxfp4(self) -> bool:
         """Whether any stack of experts is stored in MXFP4."""
         return any(
@@ -84,9 +89,19 @@ class PretrainedFiles:
             if key.endswith(mxfp4.BLOCKS)
         )
 
+    def check_copies(self) -> None:
+        """Raises UserError where two tensors that are one in the model differ. Reads both."""
+        for name, used, other in self._index.copies:
+            first, second = self.read(used), self.read(other)
+            if first.shape != second.shape or not bool((first == second).all()):
+                raise UserError(
+                    f"model.id: {self.folder}: {_described(used)} and {_described(other)} differ, "
+                    f"and both are {name} of the model; accepted: one of them, or equal ones"
+                )
+
     def find(self, name: str) -> Key | None:
         """Where the files hold parameter `name`, or None."""
-        return self._index.get(self._key_mapping.name(name))
+        return self._index.found.get(self._key_mapping.name(name))
 
     def read(self, key: Key) -> Tensor:
         """One tensor, in the dtype of the file."""
@@ -96,12 +111,12 @@ class PretrainedFiles:
         """Start to read a tensor. Returns a function that waits for it and returns it."""
         if isinstance(key, Converted):
             return partial(self._convert, key)
-        return self._begin(self._location(key))
+        return self._begin(self.stored(key))
 
     def shape(self, key: Key) -> tuple[int, ...]:
         """Shape of a tensor, after its conversion."""
         if isinstance(key, Converted):
-            parts = {part: self._location(part) for part in key.conversion.keys}
+            parts = {part: self.stored(part) for part in key.conversion.keys}
             made = self._key_mapping.convert(
                 key.conversion,
                 {
@@ -110,7 +125,7 @@ class PretrainedFiles:
                 },
             )
             return tuple(self._made(key, made).shape)
-        return self._location(key).shape
+        return self.stored(key).shape
 
     def check(
         self,
@@ -138,15 +153,15 @@ class PretrainedFiles:
     ) -> None:
         parts = key.conversion.keys if isinstance(key, Converted) else [key]
         for part in parts:
-            if (kind := self._location(part).kind) not in kinds:
+            if (kind := self.stored(part).kind) not in kinds:
                 accepted = " or ".join(str(_DTYPES[k]).removeprefix("torch.") for k in kinds)
                 raise UserError(
                     f"model.id: {self.folder}: {part} is stored as {kind}; accepted: {accepted}"
                 )
         if (stored := self.shape(key)) != shape:
             raise UserError(
-                f"model.id: {self.folder}: {_described(key)} is {stored}, "
-                f"config.json makes it {shape}"
+                f"model.id: {self.folder}: {_described(key)} is {stored}; accepted: {shape}, as "
+                "config.json makes it"
             )
 
     def check_expert(
@@ -187,7 +202,7 @@ class PretrainedFiles:
         if isinstance(keys[0], Converted):
             whole = self.begin(keys[0])
             return lambda: whole()[expert]
-        locations = [self._location(str(key)) for key in keys]
+        locations = [self.stored(str(key)) for key in keys]
         if locations[0].kind == "U8":
             blocks, scales = (self._begin(location.row(expert)) for location in locations)
             return lambda: mxfp4.unpack(blocks(), scales(), transposed=transposed)
@@ -213,7 +228,7 @@ class PretrainedFiles:
             )
         return made[key.name]
 
-    def _begin(self, location: _Location) -> Callable[[], Tensor]:
+    def _begin(self, location: Location) -> Callable[[], Tensor]:
         try:
             return self._reader.begin(
                 location.file, location.offset, location.shape, location.dtype
@@ -223,7 +238,8 @@ class PretrainedFiles:
         except RuntimeError as error:  # from torch, for an impossible shape
             raise unreadable(location.file, error) from error
 
-    def _location(self, key: str) -> _Location:
+    def stored(self, key: str) -> Location:
+        """Where and how a key is stored. Raises UserError."""
         file = self._file_of[key]
         if file not in self._locations:
             self._locations[file] = _locations(self.folder / file)
@@ -238,7 +254,7 @@ class PretrainedFiles:
         """
         digest = hashlib.sha256()
         for key in sorted(self._file_of):
-            location = self._location(key)
+            location = self.stored(key)
             empty = 0 in location.shape
             row = location.row(location.shape[0] // 2) if location.shape else location
             count = 0 if empty else math.prod(row.shape)
@@ -253,7 +269,7 @@ def _described(key: Key) -> str:
     return f"{key.name}, converted," if isinstance(key, Converted) else key
 
 
-def _locations(file: Path) -> dict[str, _Location]:
+def _locations(file: Path) -> dict[str, Location]:
     """Locations of a file's tensors by key. Raises UserError where it is no safetensors file."""
     try:
         with safe_open(file, framework="pt"):  # validates offsets, sizes and length
@@ -263,7 +279,7 @@ def _locations(file: Path) -> dict[str, _Location]:
             header = parse_json(stream.read(length))
         start = 8 + length
         return {
-            key: _Location(file, start + e["data_offsets"][0], tuple(e["shape"]), e["dtype"])
+            key: Location(file, start + e["data_offsets"][0], tuple(e["shape"]), e["dtype"])
             for key, e in header.items()
             if key != "__metadata__"
         }
@@ -287,7 +303,9 @@ def _index(folder: Path) -> dict[str, str]:
         if absent:
             raise UserError(f"model.id: {folder}: {absent[0]} is named in the index but not there")
         return file_of
-    files = sorted(folder.glob("*.safetensors"))
+    # As transformers: beside it, other files hold the same under a vendor's own names.
+    whole = folder / "model.safetensors"
+    files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
     if not files:
         others = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt")))
         given = f"only {', '.join(others)}" if others else "no weights"

@@ -58,6 +58,24 @@ class Source:
         key = self.files.find(name)
         return None if key is None else self.files.read(key)
 
+    def check_finite(
+        self, name: str, expert: int | None, value: Tensor, dtype: torch.dtype
+    ) -> None:
+        """Raises UserError where a value from the files is not finite in `dtype`."""
+        if self.files is None or not value.numel():
+            return
+        largest = torch.finfo(dtype).max
+        low, high = torch.stack(torch.aminmax(value)).tolist()  # NaN where any is
+        if -largest <= low and high <= largest:
+            return
+        keys = (self.files.find(other) for other in self._known_as.get(name, [name]))
+        key = next((key for key in keys if isinstance(key, str)), name)
+        which = "" if expert is None else f", expert {expert},"
+        raise UserError(
+            f"model.id: {self.files.folder}: {key}{which} holds values that are not finite in "
+            f"{str(dtype).removeprefix('torch.')}; accepted: finite values"
+        )
+
     def check(self, name: str, expert: int | None) -> None:
         """Raises UserError where the files do not hold what is requested."""
         assert self.files is not None

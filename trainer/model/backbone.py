@@ -59,6 +59,8 @@ class BuiltModel:
     left_alone: Sequence[LeftAlone] = ()
     """Matrices that get no adapter although `all-linear` names them, or that keep their own layer
     and stay unquantised."""
+    left_out: str | None = None
+    """On what the files hold and the model lacks, for the log."""
     unreached: Sequence[str] = ()
     """Linear layers whose output does not reach the loss; they get no adapters."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -96,7 +98,7 @@ class LoadedBackbone(BuiltModel):
     """That of the version before, for its checkpoints."""
     quantization_error: float
     """‖W − Ŵ‖ / ‖W‖ over all quantised matrices (Frobenius)."""
-    probes: Mapping[str, tuple[list[float], float]]
+    probes: Mapping[str, tuple[list[list[float]], float]]
     """By parameter, what `trainer/loading/probes.py` noted of its value; empty with `run.verify:
     off`."""
     loading: Loading

@@ -34,20 +34,37 @@ def on_meta(seed: int) -> Iterator[Callable[["PreTrainedModel"], dict[str, Tenso
     returns the initial values of the small ones that are neither `weight` nor `bias` (decays,
     sinks, scales of layers), by name. They are the same for the same `seed`.
     """
+    with parameters_on_meta(besides=_is_special), torch.random.fork_rng([]), _MarkEmpty():
+        torch.manual_seed(seed)
+        yield _take_values
+
+
+@contextmanager
+def parameters_on_meta(
+    besides: Callable[[str, Tensor], bool] = lambda name, parameter: False,
+) -> Iterator[None]:
+    """Context in which a new module's parameters are moved to meta when they are registered, before
+    anything fills them, `besides` those for which it says so. Buffers are computed as usual."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not (parameter.is_meta or _is_special(name, parameter)):
+        if parameter is not None and not (parameter.is_meta or besides(name, parameter)):
             parameter = _to_meta(parameter)
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
     try:
-        with torch.random.fork_rng([]), _MarkEmpty():
-            torch.manual_seed(seed)
-            yield _take_values
+        yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def compute_buffers(model: "PreTrainedModel") -> None:
+    """Initialise a model once more, out of its constructor's context: as after `from_pretrained`,
+    buffers are computed with torch's default dtype, not the model's."""
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    model.initialize_weights()
 
 
 def is_unset(value: Tensor) -> bool:
@@ -103,11 +120,7 @@ def _to_meta(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _take_values(model: "PreTrainedModel") -> dict[str, Tensor]:
-    # Once more, out of the constructor's context: as after `from_pretrained`, buffers are computed
-    # with torch's default dtype, not the model's.
-    for module in model.modules():
-        module.__dict__.pop("_is_hf_initialized", None)
-    model.initialize_weights()
+    compute_buffers(model)
     values: dict[str, Tensor] = {}
     moved: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():

@@ -159,6 +159,7 @@ def dry_run(config: Config, world: World) -> str:
         f"  gathered layers   {readable(needs.gathered)}",
         f"  trainable state   {readable(needs.trainable)}",
         f"  total             {readable(needs.total)}",
+        *([f"note                {backbone.left_out}"] if backbone.left_out else []),
         *(f"note                {note}" for note in notes),
     ]
     return "\n".join(lines)
@@ -248,6 +249,7 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
             for key, name, fixed in _unpinned(config)
         ),
         *(f"note      {left}" for left in session.backbone.left_alone),
+        *([f"note      {left_out}"] if (left_out := session.backbone.left_out) else []),
         *(
             ["note      weights are stored as MXFP4, read as bfloat16"]
             if session.backbone.loading.mxfp4

@@ -16,11 +16,11 @@ from adapters.gated import GatedAdapter
 from adapters.layers.base import PackedLayer
 from adapters.seeds import generator
 from adapters.units import transformer_blocks
-from trainer.loading.probes import difference, probe
+from trainer.loading.probes import differences, probe
 from trainer.session import Session
 
 _SAME = 1e-4
-"""Relative difference of two probes of the same bits: they are summed in float32."""
+"""Relative difference of two probes of a group of the same bits: they are summed in float32."""
 _LARGEST_ERROR = 0.5
 """‖W − Ŵ‖ / ‖W‖ that no format exceeds on any matrix (4 bits: 0.1 on normal weights); without its
 scales a format does."""
@@ -75,22 +75,21 @@ def _parameter_faults(session: Session, name: str, parameter: nn.Parameter) -> I
             "(Frobenius): its scales are wrong"
         )
     expected = torch.tensor(loaded, dtype=torch.float64, device=found.device)
-    if not difference(found, expected) <= _SAME:
-        yield (
-            f"{name}: what {session.engine.kind} gathers is not what was loaded"
-            f"{_first_rows(found, expected, value)}"
-        )
+    if parted := _first_rows(found, expected, value):
+        yield f"{name}: what {session.engine.kind} gathers is not what was loaded: {parted}"
 
 
-def _first_rows(found: Tensor, expected: Tensor, value: Tensor) -> str:
-    """Where two probes of `value` part."""
+def _first_rows(found: Tensor, expected: Tensor, value: Tensor) -> str | None:
+    """Where two probes of `value` part; None where they do not."""
     if found.shape != expected.shape:
-        return f": its shape is {tuple(value.shape)}"
-    far = (found - expected).abs() > _SAME * expected.abs().max()
-    rows = -(-value.shape[0] // len(found)) if value.dim() else 1
-    groups = far.nonzero().flatten().tolist() or [0]
+        return f"its shape is {tuple(value.shape)}"
+    same = differences(found, expected) <= _SAME
+    groups = (~same).nonzero().flatten().tolist()
+    if not groups:
+        return None
+    rows = -(-value.shape[0] // len(same)) if value.dim() else 1
     return (
-        f": {len(groups)} of {len(found)} groups of {rows} row(s) differ, from row "
+        f"{len(groups)} of {len(same)} groups of {rows} row(s) differ, from row "
         f"{groups[0] * rows} on"
     )
 

@@ -23,6 +23,7 @@ from trainer.loading.source import Source
 from trainer.model.attention import OURS
 from trainer.model.backbone import TrainedModule, class_name
 from trainer.model.hub import load_model_config, resolve_folder
+from trainer.model.meta import compute_buffers, parameters_on_meta
 from trainer.session import Session
 from trainer.verification.calls import Calls, recorded
 
@@ -176,41 +177,18 @@ def plain_model(session: Session) -> "PreTrainedModel":
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     config = load_model_config(folder, options)
     session.task.configure(config)
-    with _parameters_on_meta():
+    with parameters_on_meta():
         model = session.task.auto_class.from_config(
             config,
             dtype=session.backbone.dtype,
             attn_implementation=None if options.attention in OURS else options.attention,
             trust_remote_code=False,
         )
-    # As after `from_pretrained`, buffers are computed in torch's default dtype, not the model's.
-    for module in model.modules():
-        module.__dict__.pop("_is_hf_initialized", None)
-    model.initialize_weights()
+    compute_buffers(model)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return model.requires_grad_(False).eval()
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Context in which a new module's parameters are moved to meta when they are registered, before
-    anything fills them. Buffers are computed as usual."""
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param)
-        if param is not None and not param.is_meta:
-            kept = nn.Parameter(param.detach().to("meta"), param.requires_grad)
-            kept._is_hf_initialized = True  # type: ignore[attr-defined]  # nothing to initialise
-            self._parameters[name] = kept
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def plain_value(model: nn.Module, name: str, dtype: torch.dtype, *, keeps: bool) -> Tensor:
