@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from trainer.config.sections import DataOptions
 from trainer.config.validation import local
-from trainer.data.chats import chats, no_column
+from trainer.data.chats import chats
+from trainer.data.messages import no_column
 from trainer.errors import BadRecord, UserError, first_line
 from trainer.tasks.base import Record, Task
 

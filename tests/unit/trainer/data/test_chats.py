@@ -223,6 +223,85 @@ def test_refused(template: str, messages: list, row: dict, reason: str) -> None:
     assert refused(template, messages, row) == reason
 
 
+# --- nothing is lost silently
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}"
+    "{{ '<|' + m.role + '|>\n' + m.content + '</s>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+CUT_SHORT = CHATML.replace("m['content']", "m['content'][:5]")
+NAMES_ONLY = CHATML.replace(
+    "m['content']", "(m.tool_calls[0].function.name if m.tool_calls else m['content'])"
+)
+TALK = [user("Hi you"), assistant("Ahoy")]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "lost"),
+    [
+        (NO_SYSTEM, [{"role": "system", "content": "Be a pirate."}, *TALK], 0),
+        (NO_SYSTEM, [{"role": "system", "content": "Ahoy"}, *TALK], 0),  # elsewhere in the text
+        (NO_SYSTEM, [*TALK, {"role": "tool", "content": "no"}, assistant("It is not.")], 2),
+        (CUT_SHORT, [user("A long question"), assistant("yes")], 0),
+        (CUT_SHORT, [user([{"type": "text", "text": "A long "}, "question"]), assistant("y")], 0),
+        (CUT_SHORT, [user("A?"), assistant("not learned", train=False), user("B?"),
+                     assistant("yes")], 1),
+    ],
+)  # fmt: skip
+def test_a_message_that_the_template_drops(template: str, messages: list, lost: int) -> None:
+    for turns in ("auto", "last"):
+        assert refused(template, messages, turns=turns) == (
+            f"messages[{lost}]: the chat template leaves out its content"
+        )
+
+
+@pytest.mark.parametrize(
+    "content", ["  spaces\n", 'quo"ted\n\tlines', "Ünï", "", {"rain": False, "mm": [0, 1.5]}]
+)
+def test_contents_that_are_written_otherwise(content: Any) -> None:
+    """Trimmed, or as JSON, as templates write what tools return."""
+    messages = [*CALLED[:2], {"role": "tool", "content": content}, assistant("dry")]
+    template = LLAMA3.replace("m['content'] | trim", "m['content'] | tojson")
+    assert learned(*examples(template, messages))[1] == '"dry"<|eot_id|>'
+    if isinstance(content, str):
+        assert learned(*examples(LLAMA3, messages))[1] == "dry<|eot_id|>"
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_reasoning_that_the_template_drops(template: str, key: str) -> None:
+    messages = [user("1?"), assistant("one", **{key: "hm"}), user("2?"), assistant("two")]
+    reason = "messages[1]: the chat template leaves out its reasoning"
+    assert refused(template, messages[:2]) == refused(template, messages) == reason
+    assert learned(*examples(template, messages, turns="last"))[0].startswith("two")
+
+
+def called(**arguments: Any) -> list:
+    return [user("Rain?"), {"role": "assistant", "content": "", "tool_calls": [
+        {"function": {"name": "weather", "arguments": arguments}}]}]  # fmt: skip
+
+
+def test_arguments_are_learned_too() -> None:
+    reason = "messages[1]: the chat template leaves out its tool calls"
+    assert refused(NAMES_ONLY, called(city="Köln")) == reason
+    every = called(city='K"ö"ln\n', days=[1, 2.5, None], deep={"dry": True}, none={})
+    plain = (
+        "{% for k, v in m.tool_calls[0].function.arguments.items() %}{{ k ~ '=' ~ v }}{% endfor %}"
+    )
+    for template in (QWEN3, LLAMA3, LLAMA3.replace("{{ f.arguments | tojson }}", plain.replace(
+            "m.tool_calls[0].function", "f"))):  # fmt: skip
+        assert len(learned(*examples(template, every))) == 1
+
+
+def test_tools_are_compared_with_none() -> None:
+    """A tool that the user speaks of is not yet in the template."""
+    messages = [user("Use weather"), assistant("b")]
+    reason = "tools: the chat template leaves out the tool 'weather'"
+    assert refused(CHATML, messages, {"tools": [WEATHER]}) == reason
+    assert examples(QWEN3, messages, {"tools": [WEATHER]})
+
+
 # --- contents and switches
 
 
