@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.config.sections import DataOptions
 from trainer.data.messages import is_assistant, messages_of, name_of, tools_of
-from trainer.data.shown import REASONING, content_of, first_missing, missing, reasoning_of
+from trainer.data.shown import REASONING, content_of, hidden, missing, reasoning_of
 from trainer.data.time_limit import time_limit
 from trainer.errors import BadRecord
 
@@ -182,10 +182,23 @@ class Chat:
             raise BadRecord(f"{self.column}[{turn}]: the chat template leaves out its {what}")
 
     def check_history(self, end: int, text: str) -> None:
-        """`text`: the rendering of the first `end` messages."""
-        index = first_missing(self.messages[:end], text)
-        if index is not None:
-            raise BadRecord(f"{self.column}[{index}]: the chat template leaves out its content")
+        """`text`: the rendering of the first `end` messages. Raises BadRecord."""
+        for index, surely in hidden(self.messages[:end], text):
+            if surely or not self._shows_probe(index, end):
+                raise BadRecord(f"{self.column}[{index}]: the chat template leaves out its content")
+
+    def _shows_probe(self, index: int, end: int) -> bool:
+        """Whether another content of a message would be seen in a rendering."""
+        content: Any = _PROBE
+        if isinstance(self.messages[index].get("content"), list):
+            content = [{"type": "text", "text": _PROBE}]
+        messages = self.messages[:end]
+        messages[index] = {**messages[index], "content": content}
+        try:
+            shown = _apply(self.tokenizer, self.template, messages, self.tools, False)[0]
+        except BadRecord:
+            return False
+        return shown.count(_PROBE) > self._render(end)[0].count(_PROBE)
 
     def check_tools(self, end: int, column: str) -> None:
         """Every tool has to be named more often than without tools. Raises BadRecord."""

@@ -29,31 +29,35 @@ def missing(message: dict, learned: str) -> str | None:
     return next((what for what, value in own if not _shows(squeezed, value)), None)
 
 
-def first_missing(messages: Sequence[dict], text: str) -> int | None:
-    """Index of the first message whose content is not in the rendering of all of them. Contents
-    are searched longest first and each taken out of the text, so that one that is left out is not
-    found inside another."""
-    squeezed = _squeezed(text)
+def hidden(messages: Sequence[dict], text: str) -> list[tuple[int, bool]]:
+    """(index, whether it is surely left out) of the messages whose contents are not found in the
+    rendering of all of them. Contents are searched longest first and each taken out of the text, so
+    that one that is left out is not found inside another; that can also take one out which another
+    overlaps, hence "surely" only where the whole text does not have it."""
+    whole = squeezed = _squeezed(text)
     leaves = [
         (index, leaf)
         for index, message in enumerate(messages)
         for leaf in _leaves(content_of(message))
     ]
-    lost = []
-    for index, leaf in sorted(leaves, key=lambda pair: (-len(pair[1]), -pair[0])):
-        message, is_last = messages[index], index == len(messages) - 1
+    found = []
+    for index, leaf in sorted(leaves, key=lambda pair: (-len(_squeezed(pair[1])), -pair[0])):
         ways = [leaf]
-        if not is_assistant(message):
+        if not is_assistant(messages[index]):
             ways.append(_SWITCH.sub("", leaf))
-        elif not is_last:
+        elif index < len(messages) - 1:
             ways.append(_THOUGHTS.sub("", leaf))
-        forms = itertools.chain.from_iterable(map(_forms, ways))
-        found = next((form for form in forms if form in squeezed), None)
-        if found is None:
-            lost.append(index)
-        elif found:
-            squeezed = squeezed.replace(found, "\0", 1)
-    return min(lost, default=None)
+        form = _found(ways, squeezed)
+        if form is None:
+            found.append((index, _found(ways, whole) is None))
+        elif form:
+            squeezed = squeezed.replace(form, "\0", 1)
+    return sorted(found)
+
+
+def _found(texts: Sequence[str], squeezed: str) -> str | None:
+    forms = itertools.chain.from_iterable(map(_forms, texts))
+    return next((form for form in forms if form in squeezed), None)
 
 
 def content_of(message: dict) -> Any:
