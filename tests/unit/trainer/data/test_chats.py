@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,9 @@ from trainer.data import chats as chats_module
 from trainer.data.chats import chats
 from trainer.data.dataset import TokenDataset, prepare
 from trainer.data.loader import left_out
+from trainer.data.records import read_rows
 from trainer.errors import BadRecord, UserError
+from trainer.tasks.base import Example, Record
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 
 TOKENIZER = byte_level(False, True)
@@ -334,6 +338,35 @@ def test_marks_or_all() -> None:
 # --- as records
 
 
+def test_arrows_nulls_are_no_arguments(tmp_path: Path) -> None:
+    """Arrow gives every call the arguments of all others; a null in a JSON text is kept."""
+    weather, stops = ({"name": name, "arguments": arguments} for name, arguments in [
+        ("weather", {"city": "X"}), ("stops", {"zip": "1", "near": [{"a": 1}, {"b": "c"}]})]
+    )  # fmt: skip
+    tools = [{"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}},
+             {"name": "stops", "parameters": {"properties": {"zip": {"description": "z"}}}}]  # fmt: skip
+    calls = [weather, stops, {"name": "text", "arguments": '{"zip": null}'}]
+    rows = [{"messages": [user("?"), assistant("", tool_calls=calls[:2])], "tools": tools},
+            {"messages": [user("?"), assistant("", tool_calls=json.dumps(calls[2:]))]}]  # fmt: skip
+    for index, row in enumerate(rows):
+        path = tmp_path / f"{index}.parquet"
+        pq.write_table(pa.Table.from_pylist([row]), path)
+        ((_, found),) = read_rows(str(path), "train", options(), None)
+        assert isinstance(found, dict)
+        assert examples(QWEN3, found["messages"], {"tools": found.get("tools")}) == (
+            examples(QWEN3, row["messages"], {"tools": row.get("tools")})
+        )
+
+
+@pytest.mark.parametrize("prompt", ["hello", "hello</s>", ""])
+def test_an_empty_completion_is_no_record(prompt: str) -> None:
+    record = Record([(prompt, False), ("", True)])
+    (reason,) = CausalLM(CausalLMOptions(), TOKENIZER).encode([record], 64)
+    assert reason == "no token to learn: the completion is empty"
+    (example,) = CausalLM(CausalLMOptions(), TOKENIZER).encode([Record([("a", True)])], 64)
+    assert isinstance(example, Example)
+
+
 def prepared(tmp_path: Path, template: str, rows: list, **keys: Any) -> TokenDataset:
     TOKENIZER.chat_template = template
     path = tmp_path / "chats.jsonl"
@@ -384,8 +417,11 @@ def test_long_chats(tmp_path: Path) -> None:
     whole = prepared(tmp_path, QWEN3, rows)
     length = int(whole.lengths[4])
     data = prepared(tmp_path, QWEN3, rows, max_length=length)
-    assert (data.counts.used, data.counts.truncated, data.counts.bad) == (2, 1, 0)
+    assert (data.counts.used, data.counts.truncated, data.counts.bad) == (2, 0, 0)
     assert 5 <= len(data) == data.counts.examples < 10
+    assert data.counts.turns_dropped == 10 - len(data)
+    assert f"(0 truncated, {10 - len(data)} turns dropped, 0 dropped, 0 bad)" in str(data.counts)
+    assert whole.counts.turns_dropped == 0 and "turns" not in str(whole.counts)
     data = prepared(tmp_path, QWEN3, rows, max_length=length, on_long_record="drop")
     assert (len(data), data.counts.dropped) == (1, 1)
     with pytest.raises(UserError, match=r"chats.jsonl:2: longer than data.max_length"):
