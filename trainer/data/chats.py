@@ -8,7 +8,7 @@ own: the conversation up to it, as the model meets it when it answers.
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +84,7 @@ class Chat:
             marked = [(turn, of_turn[turn]) for turn in turns]
             if any(missing(self.messages[turn], _cut(text, span)) for turn, span in marked):
                 return None
-            return text, [span for _, span in marked]
+            return text, self._ended(text, [span for _, span in marked], marks[-1])
         if len(turns) > _FEW:
             found = self._by_first_turn(turns, text)
             if found is not None:
@@ -138,6 +138,7 @@ class Chat:
         if self.marked:
             before = _shared(self._render(turn, True)[0], text) if turn else 0
             spans = [span for span in marks if span[1] > before]
+            spans[-1:] = self._ended(text, spans[-1:], spans[-1] if spans else (0, 0))
         else:
             spans = [(self._start(turn), len(text))]
         self._check(turn, "".join(_cut(text, span) for span in spans))
@@ -170,6 +171,21 @@ class Chat:
         message |= {"content": _PROBE} | {key: _PROBE for key in REASONING if key in message}
         other = [*self.messages[:turn], _as_parts(message) if in_parts else message]
         return _apply(self.tokenizer, self.template, other, self.tools, False)[0]
+
+    def _ended(self, text: str, spans: list[Span], last: Span) -> list[Span]:
+        """Marked turns with the end token that the marks leave out: the added token, if any, that
+        directly follows the `last` one, which ends the text, unless marks end in a special one."""
+        tokens = _added_tokens(self.tokenizer)
+        special = tuple(token for token, is_special in tokens.items() if is_special)
+        end = _leading(text[last[1] :], tokens)
+        if end is None or _cut(text, last).rstrip().endswith(special):
+            return spans
+        ended = []
+        for start, stop in spans:
+            skipped = len(text[stop:]) - len(text[stop:].lstrip())
+            is_followed = text.startswith(end, stop + skipped)
+            ended.append((start, stop + skipped + len(end) if is_followed else stop))
+        return ended
 
     def _is_more(self, turn: int) -> bool:
         """Whether a turn says something beside its content."""
@@ -268,6 +284,19 @@ def _wants_parts(tokenizer: Any, template: str) -> bool:
             return False
 
     return not shows(_PROBE) and shows([{"type": "text", "text": _PROBE}])
+
+
+@functools.lru_cache(maxsize=4)
+def _added_tokens(tokenizer: Any) -> dict[str, bool]:
+    """Tokens that the tokenizer does not split, and whether they are special."""
+    added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+    return added | dict.fromkeys(tokenizer.all_special_tokens, True)
+
+
+def _leading(text: str, tokens: Iterable[str]) -> str | None:
+    """The longest of `tokens` that a text begins with, after spaces."""
+    text = text.lstrip()
+    return max((t for t in tokens if text.startswith(t)), key=len, default=None)
 
 
 def _as_parts(message: dict) -> dict:

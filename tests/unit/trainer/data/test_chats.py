@@ -335,6 +335,29 @@ def test_marks_or_all() -> None:
     assert learned(*examples(MARKED, messages, turns="all")) == ["one<|im_end|>\n"]
 
 
+def test_the_end_token_that_marks_leave_out() -> None:
+    """An added token right after the marks of the last turn ends all turns; headers do not."""
+    messages = [user("1?"), assistant("one"), user("2?"), assistant("two")]
+    plain = ("{% for m in messages %}{{ '<|user|>' if m.role == 'user' }}"
+             "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+             "{{ END }}{% else %}{{ m.content + '\\n' }}{% endif %}{% endfor %}")  # fmt: skip
+    for end, learnt in [("'<|end|>\\n'", "<|end|>"), ("'\\n</s>'", "\n</s>"), ("'\\n'", ""),
+                        ("'<|none|>'", "")]:  # fmt: skip
+        template = plain.replace("END", end)
+        assert learned(*examples(template, messages)) == ["one" + learnt, "two" + learnt], end
+    inside = plain.replace("{{ m.content }}", "{{ m.content + '<|end|>' }}").replace(
+        "END", "'</s>'"
+    )
+    assert learned(*examples(inside, messages)) == ["one<|end|>", "two<|end|>"]
+    alone = plain.replace("END", "'<|end|>'").replace(
+        "{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+    )
+    messages[1] = assistant("<think>hm</think>one")
+    assert list(map(learned, examples(alone, messages))) == [
+        ["<think>hm</think>one<|end|>"], ["two<|end|>"]
+    ]  # fmt: skip
+
+
 # --- as records
 
 
