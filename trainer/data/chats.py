@@ -22,7 +22,7 @@ Segments = list[tuple[str, bool]]
 Span = tuple[int, int]
 
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_PROBE = "Xq7"
+_PROBE, _ANSWER = "Xq7", "Zk8"
 _SECONDS = 10.0
 """Of computing, for all renderings of a conversation; a thousand times what they take."""
 _REMEDY = "accepted: a template (chat_template of the tokenizer) whose loops end"
@@ -84,15 +84,15 @@ class Chat:
             marked = [(turn, of_turn[turn]) for turn in turns]
             if any(missing(self.messages[turn], _cut(text, span)) for turn, span in marked):
                 return None
-            return text, self._ended(text, [span for _, span in marked], marks[-1])
+            return text, self._ended(turns[-1], [span for _, span in marked], marks[-1])
+        text = self._closed(turns[-1])
         if len(turns) > _FEW:
             found = self._by_first_turn(turns, text)
             if found is not None:
                 return text, found
         spans: list[Span] = []
         for turn in turns:
-            closed, _ = self._render(turn + 1)
-            start = self._start(turn)
+            closed, start = self._closed(turn), self._start(turn)
             if not text.startswith(closed) or (spans and start < spans[-1][1]):
                 return None
             spans.append((start, len(closed)))
@@ -138,8 +138,9 @@ class Chat:
         if self.marked:
             before = _shared(self._render(turn, True)[0], text) if turn else 0
             spans = [span for span in marks if span[1] > before]
-            spans[-1:] = self._ended(text, spans[-1:], spans[-1] if spans else (0, 0))
+            spans[-1:] = self._ended(turn, spans[-1:], spans[-1] if spans else (0, 0))
         else:
+            text = self._closed(turn)
             spans = [(self._start(turn), len(text))]
         self._check(turn, "".join(_cut(text, span) for span in spans))
         return text, spans
@@ -153,7 +154,7 @@ class Chat:
             opened, _ = self._render(turn, True)
             if closed.startswith(opened):
                 return len(opened)
-            before, shared = len(self._render(turn)[0]), _shared(opened, closed)
+            before, shared = self._kept(turn), _shared(opened, closed)
             if shared < before:
                 raise BadRecord(
                     f"{self.column}[{turn}]: the chat template rewrites earlier turns when this "
@@ -172,12 +173,68 @@ class Chat:
         other = [*self.messages[:turn], _as_parts(message) if in_parts else message]
         return _apply(self.tokenizer, self.template, other, self.tools, False)[0]
 
-    def _ended(self, text: str, spans: list[Span], last: Span) -> list[Span]:
+    def _closed(self, turn: int) -> str:
+        """The rendering that a turn ends, without the generation prompt that templates add which do
+        not heed whether it is asked for."""
+        (text, _), start, kept = self._render(turn + 1), self._start(turn), self._kept(turn + 1)
+        again = text[kept:].strip()
+        if not again or not text[:start].rstrip().endswith(again):
+            return text
+        # What is kept may hold the beginning of the prompt: that of all headers.
+        content = str(content_of(self.messages[turn])).strip()
+        at = text.rfind(content, start, kept) + len(content)
+        found = _first(text[at:kept], _added_tokens(self.tokenizer))
+        if at < start + len(content) or found is None or self.messages[turn].get("tool_calls"):
+            raise BadRecord(
+                f"{self.column}[{turn}]: the chat template adds a generation prompt that is not "
+                "asked for, and no special token shows where the turn ends; accepted: a template "
+                "that heeds add_generation_prompt"
+            )
+        end = at + found
+        spaces = len(text[end:kept]) - len(text[end:kept].lstrip())
+        return text[: end + spaces]
+
+    @functools.cached_property
+    def _heeds_prompt(self) -> bool:
+        """Whether the generation prompt is added where it is asked for only."""
+        end = max(1, next(i for i, message in enumerate(self.messages) if is_assistant(message)))
+        try:
+            return self._render(end)[0] != self._render(end, True)[0]
+        except BadRecord:
+            return True
+
+    @functools.cached_property
+    def _again(self) -> str:
+        """What renderings end in without being asked: a generation prompt, but for what all headers
+        begin with. It is what gives way when the user answers."""
+        if self._heeds_prompt:
+            return ""
+        turn = next(i for i, message in enumerate(self.messages) if is_assistant(message))
+        said = [{"role": "assistant", "content": _PROBE}, {"role": "user", "content": _ANSWER}]
+        if any(isinstance(message.get("content"), list) for message in self.messages):
+            said = list(map(_as_parts, said))
+        tails = []
+        for some in (said[:1], said):
+            messages = [*self.messages[:turn], *some]
+            try:
+                text = _apply(self.tokenizer, self.template, messages, self.tools, False)[0]
+            except BadRecord:  # a template of one turn
+                return ""
+            tails.append(text.rpartition(_PROBE)[2])
+        return tails[0][_shared(*tails) :]
+
+    def _kept(self, end: int) -> int:
+        """Length of the rendering of `end` messages up to a prompt that was not asked for."""
+        text, _ = self._render(end)
+        return len(text) - len(self._again) if text.endswith(self._again) else len(text)
+
+    def _ended(self, turn: int, spans: list[Span], last: Span) -> list[Span]:
         """Marked turns with the end token that the marks leave out: the added token, if any, that
-        directly follows the `last` one, which ends the text, unless marks end in a special one."""
+        directly follows the `last` one, of `turn`, unless marks end in a special one."""
+        text, _ = self._render(turn + 1)
         tokens = _added_tokens(self.tokenizer)
         special = tuple(token for token, is_special in tokens.items() if is_special)
-        end = _leading(text[last[1] :], tokens)
+        end = _leading(text[last[1] : self._kept(turn + 1)], tokens)
         if end is None or _cut(text, last).rstrip().endswith(special):
             return spans
         ended = []
@@ -297,6 +354,12 @@ def _leading(text: str, tokens: Iterable[str]) -> str | None:
     """The longest of `tokens` that a text begins with, after spaces."""
     text = text.lstrip()
     return max((t for t in tokens if text.startswith(t)), key=len, default=None)
+
+
+def _first(text: str, tokens: Iterable[str]) -> int | None:
+    """Where the first of `tokens` in a text ends."""
+    found = [(text.find(token), -len(token)) for token in tokens if token in text]
+    return min(found)[0] - min(found)[1] if found else None
 
 
 def _as_parts(message: dict) -> dict:

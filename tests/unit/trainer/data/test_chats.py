@@ -358,6 +358,57 @@ def test_the_end_token_that_marks_leave_out() -> None:
     ]  # fmt: skip
 
 
+def always_opening(header: str, end: str, prompt: str = "") -> str:
+    """A template that ends every rendering in the header of an assistant turn."""
+    spoken = header.replace("ROLE", "' + m.role + '")
+    asked = (prompt or header).replace("ROLE", "assistant")
+    return (
+        "{% for m in messages %}{{ '" + spoken + "' + m.content + '" + end + "' }}{% endfor %}"
+        "{{ '" + asked + "' }}"
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("header", "end", "prompt", "start"),
+    [("<|ROLE|>\\n", "</s>\\n", "", ""), ("<|ROLE|>\\n", "<|end|>", "<|assistant|>", "\n"),
+     ("<s>ROLE\\n", "<|end|>\\n", "", ""), ("### ROLE:\\n", "</s>\\n\\n", "", ""),
+     ("<|ROLE|>", " </s>", "<|assistant|>\\n", "")],
+)  # fmt: skip
+def test_a_generation_prompt_that_nobody_asked_for(
+    header: str, end: str, prompt: str, start: str, count: int
+) -> None:
+    messages = [m for i in range(count) for m in (user(f"q{i}"), assistant(f"a{i}"))]
+    template = always_opening(header, end, prompt)
+    (segments,) = examples(template, messages)
+    ends = end.replace("\\n", "\n")
+    assert learned(segments) == [f"{start}a{i}{ends}" for i in range(count)]
+    assert "".join(text for text, _ in segments).endswith(ends)
+    for turns in range(1, count):
+        assert learned(*examples(template, messages[: 2 * turns], turns="last")) == (
+            [f"{start}a{turns - 1}{ends}"]
+        )
+
+
+def test_a_turn_that_ends_in_nothing_but_a_generation_prompt() -> None:
+    assert refused(always_opening("### ROLE:\\n", "\\n"), TALK) == (
+        "messages[1]: the chat template adds a generation prompt that is not asked for, and no "
+        "special token shows where the turn ends; accepted: a template that heeds "
+        "add_generation_prompt"
+    )
+
+
+@pytest.mark.parametrize("end", ["", "</s>", "<|end|>\\n"])
+def test_templates_without_a_generation_prompt(end: str) -> None:
+    messages = [user("1?"), assistant("one"), user("2?"), assistant("two")]
+    bare = "{% for m in messages %}{{ m.content + 'END' }}{% endfor %}".replace("END", end or " ")
+    ends = end.replace("\\n", "\n") or " "
+    assert learned(*examples(bare, messages)) == ["one" + ends, "two" + ends]
+    named = CHATML.split("{% if add_generation_prompt")[0].replace("<|im_end|>", end)
+    found = learned(*examples(named, messages))
+    assert found[1] == f"<|im_start|>assistant\ntwo{ends.strip(' ')}\n"
+
+
 # --- as records
 
 
