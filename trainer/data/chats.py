@@ -178,7 +178,10 @@ class Chat:
         not heed whether it is asked for."""
         (text, _), start, kept = self._render(turn + 1), self._start(turn), self._kept(turn + 1)
         again = text[kept:].strip()
-        if not again or not text[:start].rstrip().endswith(again):
+        before = [text[:start]]
+        if turn and again != self.tokenizer.eos_token:  # which may end whatever is rendered
+            before.append(self._render(turn)[0])
+        if not again or not any(part.rstrip().endswith(again) for part in before):
             return text
         # What is kept may hold the beginning of the prompt: that of all headers.
         content = str(content_of(self.messages[turn])).strip()

@@ -390,6 +390,32 @@ def test_a_generation_prompt_that_nobody_asked_for(
         )
 
 
+@pytest.mark.parametrize("first", ["one", "<think>\nhm\n</think>\n\none"])
+@pytest.mark.parametrize("family", [f for f in END_OF_TURN if f not in ("Mistral", "gpt-oss")])
+def test_families_that_do_not_heed_whether_it_is_asked_for(family: str, first: str) -> None:
+    template, end = END_OF_TURN[family]
+    end = end.strip().removesuffix("</s>").strip()
+    template = template.replace(end, "<|end|>") if end else template
+    before = {"DeepSeek-R1": "one"}.get(family, first)
+    messages = [user("1?"), assistant(before), user("2?"), assistant("two")]
+    for turns in ("auto", "last"):
+        asked = examples(template, messages, turns=turns)
+        always = template.replace("{% if add_generation_prompt %}", "{% if true %}")
+        found = examples(always, messages, turns=turns)
+        texts, wanted = (["".join(learned(segments)) for segments in s] for s in (found, asked))
+        if family == "Phi-3":  # its last branch ends in </s> or in the prompt
+            wanted = ["one<|end|>\ntwo<|end|>\n".replace("one", first)] if turns == "auto" else (
+                ["two<|end|>\n"])  # fmt: skip
+        assert texts == wanted
+
+
+def test_an_end_token_after_every_rendering() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{{ eos_token }}"
+    )
+    assert learned(*examples(template, TALK)) == ["assistant: Ahoy\n</s>"]
+
+
 def test_a_turn_that_ends_in_nothing_but_a_generation_prompt() -> None:
     assert refused(always_opening("### ROLE:\\n", "\\n"), TALK) == (
         "messages[1]: the chat template adds a generation prompt that is not asked for, and no "
