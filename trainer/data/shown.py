@@ -14,9 +14,7 @@ from trainer.data.messages import is_assistant, name_of
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
-_THOUGHTS = re.compile(
-    r".*(?:</[\w:|]*(?:think|thought|reason)\w*>|\[/THINK\])", re.DOTALL | re.IGNORECASE
-)
+_THOUGHTS_END = re.compile(r"</[\w:|]*(?:think|thought|reason)\w*>|\[/THINK\]", re.IGNORECASE)
 _SWITCH = re.compile(r"/(?:no_?)?think\b")  # in system and user messages, for the template itself
 
 
@@ -46,7 +44,7 @@ def hidden(messages: Sequence[dict], text: str) -> list[tuple[int, bool]]:
         if not is_assistant(messages[index]):
             ways.append(_SWITCH.sub("", leaf))
         elif index < len(messages) - 1:
-            ways.append(_THOUGHTS.sub("", leaf))
+            ways.append(_THOUGHTS_END.split(leaf)[-1])
         form = _found(ways, squeezed)
         if form is None:
             found.append((index, _found(ways, whole) is None))
