@@ -126,8 +126,9 @@ class DataOptions(Section):
     """Column of the tools that the chat template is given: a list of JSON schemas, or its text."""
     turns: Literal["auto", "all", "last"] = "auto"
     """Assistant turns that are learned. auto: those that the chat template marks by
-    `{% generation %}`, else all; all: whatever it marks; last: the last one. Where the template
-    rewrites earlier turns, each turn is an example with the conversation up to it."""
+    `{% generation %}` (and the end token right after the mark), else all; all: whatever it marks;
+    last: the last one. Where the template rewrites earlier turns, each turn is an example with the
+    conversation up to it."""
     add_bos: Literal["auto"] | bool = "auto"
     """Put the begin token before a text; auto: where the tokenizer does. Chats: as the template."""
     add_eos: Literal["auto"] | bool = "auto"

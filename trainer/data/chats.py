@@ -7,13 +7,14 @@ own: the conversation up to it, as the model meets it when it answers.
 """
 
 import functools
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config.sections import DataOptions
+from trainer.data.messages import is_assistant, messages_of, name_of, tools_of
+from trainer.data.shown import REASONING, content_of, hidden, missing, reasoning_of
 from trainer.data.time_limit import time_limit
 from trainer.errors import BadRecord
 
@@ -21,8 +22,7 @@ Segments = list[tuple[str, bool]]
 Span = tuple[int, int]
 
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-_PROBE = "Xq7"
+_PROBE, _ANSWER = "Xq7", "Zk8"
 _SECONDS = 10.0
 """Of computing, for all renderings of a conversation; a thousand times what they take."""
 _REMEDY = "accepted: a template (chat_template of the tokenizer) whose loops end"
@@ -31,7 +31,7 @@ _FEW = 3  # turns that are rendered one by one
 
 def chats(row: dict, options: DataOptions, tokenizer: Any) -> list[Segments]:
     """The examples of a row of format `messages`, as segments. Raises BadRecord."""
-    messages, turns = _messages(row, options.messages)
+    messages, turns = messages_of(row, options.messages)
     with time_limit(_SECONDS, f"the chat template does not end within {_SECONDS:g} s; {_REMEDY}"):
         return _examples(row, messages, turns, options, tokenizer)
 
@@ -40,7 +40,7 @@ def _examples(
     row: dict, messages: list[dict], turns: list[int], options: DataOptions, tokenizer: Any
 ) -> list[Segments]:
     column = options.messages
-    tools = _tools(row.get(options.tools), options.tools)
+    tools = tools_of(row.get(options.tools), options.tools)
     if not getattr(tokenizer, "chat_template", None):
         raise BadRecord("the tokenizer has no chat template; accepted: a model that has one")
     template = tokenizer.get_chat_template(None, tools)
@@ -52,9 +52,10 @@ def _examples(
     chat = Chat(messages, tools, tokenizer, template, marked, column)
     together = chat.together(turns)
     examples = [together] if together is not None else [chat.alone(turn) for turn in turns]
-    for name in map(_name_of, tools or ()):
-        if not all(name in text for text, _ in examples):
-            raise BadRecord(f"{options.tools}: the chat template leaves out the tool {name!r}")
+    ends = turns[-1:] if together is not None else turns
+    for turn, (text, _) in zip(ends, examples, strict=True):
+        chat.check_history(turn + 1, text)
+    chat.check_tools(turns[-1] + 1, options.tools)
     return [list(_segments(text, spans)) for text, spans in examples]
 
 
@@ -76,22 +77,22 @@ class Chat:
         renders one of them otherwise than as the last turn."""
         text, marks = self._render(turns[-1] + 1)
         if self.marked:
-            assistants = [i for i in range(turns[-1] + 1) if _is_assistant(self.messages[i])]
+            assistants = [i for i in range(turns[-1] + 1) if is_assistant(self.messages[i])]
             if len(marks) != len(assistants):
                 return None
             of_turn = dict(zip(assistants, marks, strict=True))
             marked = [(turn, of_turn[turn]) for turn in turns]
-            if any(self._missing(turn, _cut(text, span), thoughts=True) for turn, span in marked):
+            if any(missing(self.messages[turn], _cut(text, span)) for turn, span in marked):
                 return None
-            return text, [span for _, span in marked]
+            return text, self._ended(turns[-1], [span for _, span in marked], marks[-1])
+        text = self._closed(turns[-1])
         if len(turns) > _FEW:
             found = self._by_first_turn(turns, text)
             if found is not None:
                 return text, found
         spans: list[Span] = []
         for turn in turns:
-            closed, _ = self._render(turn + 1)
-            start = self._start(turn)
+            closed, start = self._closed(turn), self._start(turn)
             if not text.startswith(closed) or (spans and start < spans[-1][1]):
                 return None
             spans.append((start, len(closed)))
@@ -102,10 +103,10 @@ class Chat:
         """The spans of many turns without a rendering for each: every assistant turn has to look as
         the first one, with its own content, and the generation prompt must occur nowhere else. None
         where that does not hold."""
-        assistants = [i for i in range(turns[-1] + 1) if _is_assistant(self.messages[i])]
-        if assistants[0] == 0 or any(len(_own(self.messages[i], True)) > 1 for i in assistants):
+        assistants = [i for i in range(turns[-1] + 1) if is_assistant(self.messages[i])]
+        if assistants[0] == 0 or any(map(self._is_more, assistants)):
             return None
-        contents = [_own(self.messages[i])[0][1] for i in assistants]
+        contents = [content_of(self.messages[i]) for i in assistants]
         before, closed = (self._render(assistants[0] + done)[0] for done in (0, 1))
         start, content = self._start(assistants[0]), contents[0].strip()
         header = closed[len(before) : start]
@@ -137,7 +138,9 @@ class Chat:
         if self.marked:
             before = _shared(self._render(turn, True)[0], text) if turn else 0
             spans = [span for span in marks if span[1] > before]
+            spans[-1:] = self._ended(turn, spans[-1:], spans[-1] if spans else (0, 0))
         else:
+            text = self._closed(turn)
             spans = [(self._start(turn), len(text))]
         self._check(turn, "".join(_cut(text, span) for span in spans))
         return text, spans
@@ -151,7 +154,7 @@ class Chat:
             opened, _ = self._render(turn, True)
             if closed.startswith(opened):
                 return len(opened)
-            before, shared = len(self._render(turn)[0]), _shared(opened, closed)
+            before, shared = self._kept(turn), _shared(opened, closed)
             if shared < before:
                 raise BadRecord(
                     f"{self.column}[{turn}]: the chat template rewrites earlier turns when this "
@@ -166,20 +169,125 @@ class Chat:
         """The rendering that a turn would end if all that it says were the probe."""
         message = {key: value for key, value in self.messages[turn].items() if key != "tool_calls"}
         in_parts = isinstance(message.get("content"), list)
-        message |= {"content": _PROBE} | {key: _PROBE for key in _REASONING if key in message}
+        message |= {"content": _PROBE} | {key: _PROBE for key in REASONING if key in message}
         other = [*self.messages[:turn], _as_parts(message) if in_parts else message]
         return _apply(self.tokenizer, self.template, other, self.tools, False)[0]
 
+    def _closed(self, turn: int) -> str:
+        """The rendering that a turn ends, without the generation prompt that templates add which do
+        not heed whether it is asked for."""
+        (text, _), start, kept = self._render(turn + 1), self._start(turn), self._kept(turn + 1)
+        again = text[kept:].strip()
+        before = [text[:start]]
+        if turn and again != self.tokenizer.eos_token:  # which may end whatever is rendered
+            before.append(self._render(turn)[0])
+        if not again or not any(part.rstrip().endswith(again) for part in before):
+            return text
+        # What is kept may hold the beginning of the prompt: that of all headers.
+        content = str(content_of(self.messages[turn])).strip()
+        at = text.rfind(content, start, kept) + len(content)
+        found = _first(text[at:kept], _added_tokens(self.tokenizer))
+        if at < start + len(content) or found is None or self.messages[turn].get("tool_calls"):
+            raise BadRecord(
+                f"{self.column}[{turn}]: the chat template adds a generation prompt that is not "
+                "asked for, and no special token shows where the turn ends; accepted: a template "
+                "that heeds add_generation_prompt"
+            )
+        end = at + found
+        spaces = len(text[end:kept]) - len(text[end:kept].lstrip())
+        return text[: end + spaces]
+
+    @functools.cached_property
+    def _heeds_prompt(self) -> bool:
+        """Whether the generation prompt is added where it is asked for only."""
+        end = max(1, next(i for i, message in enumerate(self.messages) if is_assistant(message)))
+        try:
+            return self._render(end)[0] != self._render(end, True)[0]
+        except BadRecord:
+            return True
+
+    @functools.cached_property
+    def _again(self) -> str:
+        """What renderings end in without being asked: a generation prompt, but for what all headers
+        begin with. It is what gives way when the user answers."""
+        if self._heeds_prompt:
+            return ""
+        turn = next(i for i, message in enumerate(self.messages) if is_assistant(message))
+        said = [{"role": "assistant", "content": _PROBE}, {"role": "user", "content": _ANSWER}]
+        if any(isinstance(message.get("content"), list) for message in self.messages):
+            said = list(map(_as_parts, said))
+        tails = []
+        for some in (said[:1], said):
+            messages = [*self.messages[:turn], *some]
+            try:
+                text = _apply(self.tokenizer, self.template, messages, self.tools, False)[0]
+            except BadRecord:  # a template of one turn
+                return ""
+            tails.append(text.rpartition(_PROBE)[2])
+        return tails[0][_shared(*tails) :]
+
+    def _kept(self, end: int) -> int:
+        """Length of the rendering of `end` messages up to a prompt that was not asked for."""
+        text, _ = self._render(end)
+        return len(text) - len(self._again) if text.endswith(self._again) else len(text)
+
+    def _ended(self, turn: int, spans: list[Span], last: Span) -> list[Span]:
+        """Marked turns with the end token that the marks leave out: the added token, if any, that
+        directly follows the `last` one, of `turn`, unless marks end in a special one."""
+        text, _ = self._render(turn + 1)
+        tokens = _added_tokens(self.tokenizer)
+        special = tuple(token for token, is_special in tokens.items() if is_special)
+        end = _leading(text[last[1] : self._kept(turn + 1)], tokens)
+        if end is None or _cut(text, last).rstrip().endswith(special):
+            return spans
+        ended = []
+        for start, stop in spans:
+            skipped = len(text[stop:]) - len(text[stop:].lstrip())
+            is_followed = text.startswith(end, stop + skipped)
+            ended.append((start, stop + skipped + len(end) if is_followed else stop))
+        return ended
+
+    def _is_more(self, turn: int) -> bool:
+        """Whether a turn says something beside its content."""
+        message = self.messages[turn]
+        return bool(message.get("tool_calls") or reasoning_of(message))
+
     def _check(self, turn: int, learned: str) -> None:
-        what = self._missing(turn, learned)
+        what = missing(self.messages[turn], learned)
         if what is not None:
             raise BadRecord(f"{self.column}[{turn}]: the chat template leaves out its {what}")
 
-    def _missing(self, turn: int, learned: str, thoughts: bool = False) -> str | None:
-        """What of a turn's own text is not in its learned text; templates may change spaces."""
-        squeezed = _squeezed(learned)
-        own = _own(self.messages[turn], thoughts)
-        return next((what for what, text in own if _squeezed(text) not in squeezed), None)
+    def check_history(self, end: int, text: str) -> None:
+        """`text`: the rendering of the first `end` messages. Raises BadRecord."""
+        for index, surely in hidden(self.messages[:end], text):
+            if surely or not self._shows_probe(index, end):
+                raise BadRecord(f"{self.column}[{index}]: the chat template leaves out its content")
+
+    def _shows_probe(self, index: int, end: int) -> bool:
+        """Whether another content of a message would be seen in a rendering."""
+        content: Any = _PROBE
+        if isinstance(self.messages[index].get("content"), list):
+            content = [{"type": "text", "text": _PROBE}]
+        messages = self.messages[:end]
+        messages[index] = {**messages[index], "content": content}
+        try:
+            shown = _apply(self.tokenizer, self.template, messages, self.tools, False)[0]
+        except BadRecord:
+            return False
+        return shown.count(_PROBE) > self._render(end)[0].count(_PROBE)
+
+    def check_tools(self, end: int, column: str) -> None:
+        """Every tool has to be named more often than without tools. Raises BadRecord."""
+        if not self.tools:
+            return
+        text, _ = self._render(end)
+        try:
+            bare, _ = _apply(self.tokenizer, self.template, self.messages[:end], None, False)
+        except BadRecord:  # a template for tools only
+            bare = ""
+        for name in map(name_of, self.tools):
+            if text.count(name) <= bare.count(name):
+                raise BadRecord(f"{column}: the chat template leaves out the tool {name!r}")
 
     def _render(self, end: int, prompt: bool = False) -> tuple[str, list[Span]]:
         """(text of the first `end` messages, with a generation prompt if `prompt`; marked spans)"""
@@ -238,6 +346,25 @@ def _wants_parts(tokenizer: Any, template: str) -> bool:
     return not shows(_PROBE) and shows([{"type": "text", "text": _PROBE}])
 
 
+@functools.lru_cache(maxsize=4)
+def _added_tokens(tokenizer: Any) -> dict[str, bool]:
+    """Tokens that the tokenizer does not split, and whether they are special."""
+    added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+    return added | dict.fromkeys(tokenizer.all_special_tokens, True)
+
+
+def _leading(text: str, tokens: Iterable[str]) -> str | None:
+    """The longest of `tokens` that a text begins with, after spaces."""
+    text = text.lstrip()
+    return max((t for t in tokens if text.startswith(t)), key=len, default=None)
+
+
+def _first(text: str, tokens: Iterable[str]) -> int | None:
+    """Where the first of `tokens` in a text ends."""
+    found = [(text.find(token), -len(token)) for token in tokens if token in text]
+    return min(found)[0] - min(found)[1] if found else None
+
+
 def _as_parts(message: dict) -> dict:
     content = message.get("content")
     if not isinstance(content, str):
@@ -258,130 +385,7 @@ def _cut(text: str, span: Span) -> str:
     return text[span[0] : span[1]]
 
 
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
 def _shared(first: str, second: str) -> int:
     """Length of the longest common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _is_assistant(message: dict) -> bool:
-    return message["role"] == "assistant"
-
-
-def _own(message: dict, thoughts: bool = False) -> list[tuple[str, str]]:
-    """(what it is, text) of everything in a turn that its rendering has to show."""
-    content = message.get("content", "")
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
-    own = [("content", content)]
-    own += [("tool calls", _name_of(call)) for call in message.get("tool_calls", ())]
-    reasoning = next((message[key] for key in _REASONING if key in message), None)
-    if thoughts and isinstance(reasoning, str):
-        own.append(("reasoning", reasoning))
-    return own
-
-
-def _messages(row: dict, column: str) -> tuple[list[dict], list[int]]:
-    """The messages as templates take them, and the indices of the turns to learn."""
-    messages = row.get(column)
-    if not isinstance(messages, list) or not messages:
-        raise BadRecord(no_column(column, row) if column not in row else f"{column}: no messages")
-    found, turns = [], []
-    for index, message in enumerate(messages):
-        message, is_learned = _message(message, f"{column}[{index}]")
-        found.append(message)
-        if is_learned:
-            turns.append(index)
-    if not turns:
-        some = any(map(_is_assistant, found))
-        raise BadRecord(f"{column}: no assistant message" + (" that is trained" if some else ""))
-    return found, turns
-
-
-def _message(message: Any, name: str) -> tuple[dict, bool]:
-    """(a message as templates take it, whether it is learned)"""
-    fields = message if isinstance(message, dict) else {}
-    fields = {key: value for key, value in fields.items() if value is not None}
-    train, weight = fields.pop("train", True), fields.pop("weight", 1)
-    if not isinstance(fields.get("role"), str) or not ("content" in fields or _calls(fields)):
-        raise BadRecord(f"{name}: no message with role and content")
-    if not isinstance(train, bool):
-        raise BadRecord(f"{name}: train {train!r}; accepted: true, false")
-    if weight not in (0, 1):
-        raise BadRecord(f"{name}: weight {weight!r}; accepted: 0, 1")
-    if isinstance(fields.get("content"), list):
-        fields["content"] = "".join(_part(part, name) for part in fields["content"])
-    is_assistant = _is_assistant(fields)
-    if is_assistant and not isinstance(fields.get("content", ""), str):
-        raise BadRecord(
-            f"{name}: content holds a {type(fields['content']).__name__}; accepted: text"
-        )
-    if calls := fields.pop("tool_calls", None):
-        fields["tool_calls"] = _parsed_calls(calls, name)
-    return fields, is_assistant and train and weight == 1
-
-
-def _calls(fields: dict) -> bool:
-    return fields["role"] == "assistant" and bool(fields.get("tool_calls"))
-
-
-def _part(part: Any, name: str) -> str:
-    """The text of a part of a content."""
-    if isinstance(part, str):
-        return part
-    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-    text = part.get("text") if isinstance(part, dict) else None
-    if kind != "text" or not isinstance(text, str):
-        raise BadRecord(f"{name}: content with a part of type {kind!r}; accepted: text")
-    return text
-
-
-def _parsed_calls(calls: Any, name: str) -> list[dict]:
-    """Tool calls with their arguments as objects: templates write them as JSON themselves."""
-    calls = _from_json(calls)
-    if not isinstance(calls, list):
-        raise BadRecord(f"{name}: tool_calls holds a {type(calls).__name__}; accepted: a list")
-    found = []
-    for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRecord(f"{name}.tool_calls[{index}]: no function with a name")
-        arguments = _from_json(function.get("arguments") or {})
-        if not isinstance(arguments, dict):
-            raise BadRecord(f"{name}.tool_calls[{index}]: its arguments are no JSON object")
-        function = {**function, "arguments": arguments}
-        found.append({**call, "function": function} if "function" in call else function)
-    return found
-
-
-def _tools(tools: Any, column: str) -> list[dict] | None:
-    """The tools of a row: a list of JSON schemas, or the JSON text of one."""
-    tools = _from_json(tools or None)
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(_name_of(tool), str) for tool in tools):
-        raise BadRecord(f"{column}: no list of functions with names")
-    return tools
-
-
-def _name_of(tool: Any) -> Any:
-    """The name of a tool, or of the one that is called."""
-    function = tool.get("function", tool) if isinstance(tool, dict) else None
-    return function.get("name") if isinstance(function, dict) else None
-
-
-def _from_json(value: Any) -> Any:
-    """What a JSON text holds; everything else, and what is no JSON, as it is."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        return value
-
-
-def no_column(column: str, row: dict) -> str:
-    """The reason of a row without a column."""
-    return f"no column {column!r}; there are {', '.join(map(str, row)) or 'none'}"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _CHUNK = 1000  # records tokenised in one call
-_VERSION = 2  # of the cached file; raise it when `Example` or an encoding changes
+_VERSION = 3  # of the cached file; raise it when `Example` or an encoding changes
 
 
 @functools.cache
@@ -58,15 +58,18 @@ class Counts:
     used: int = 0
     examples: int = 0
     truncated: int = 0
+    turns_dropped: int = 0
+    """Examples of used records that do not fit."""
     dropped: int = 0
     bad: int = 0
     tokens: int = 0
 
     def __str__(self) -> str:
         examples = f"{self.examples} examples, " if self.examples != self.used else ""
+        turns = f"{self.turns_dropped} turns dropped, " if self.turns_dropped else ""
         return (
             f"{self.used} of {self.records} records, {examples}{self.tokens} tokens "
-            f"({self.truncated} truncated, {self.dropped} dropped, {self.bad} bad)"
+            f"({self.truncated} truncated, {turns}{self.dropped} dropped, {self.bad} bad)"
         )
 
 
@@ -244,8 +247,9 @@ def _encode_chunk(
                 raise _stop(source, line, examples[0])
             counts.bad += 1
             continue
-        # A turn whose conversation fills max_length is cut off, as it is from a single example.
-        if len(kept) < len(examples) or any(example.truncated for example in kept):
+        # A turn whose conversation fills max_length is left out, as it is from a single example.
+        is_cut = any(example.truncated for example in kept)
+        if len(kept) < len(examples) or is_cut:
             if options.on_long_record == "stop":
                 raise UserError(
                     f"{source}:{line}: longer than data.max_length ({options.max_length} tokens); "
@@ -254,7 +258,8 @@ def _encode_chunk(
             if options.on_long_record == "drop":
                 counts.dropped += 1
                 continue
-            counts.truncated += 1
+            counts.truncated += is_cut
+            counts.turns_dropped += len(examples) - len(kept)
         for example in kept:
             yield counts.used, example
         counts.used += 1

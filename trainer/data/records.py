@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from trainer.config.sections import DataOptions
 from trainer.config.validation import local
-from trainer.data.chats import chats, no_column
+from trainer.data.chats import chats
+from trainer.data.messages import no_column
 from trainer.errors import BadRecord, UserError, first_line
 from trainer.tasks.base import Record, Task
 
@@ -189,7 +190,7 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
 
     try:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=_BATCH):
-            yield from batch.to_pylist()
+            yield from map(_without_nulls, batch.to_pylist())
     except Exception as error:  # Arrow's types, and Python's for unsupported values
         raise UserError(f"{path}: no parquet file ({first_line(error)})") from error
 
@@ -198,12 +199,25 @@ def _hub_rows(source: str, split: str, options: DataOptions) -> Iterable[dict]:
     import datasets
 
     try:
-        return datasets.load_dataset(source, options.subset, split=split, revision=options.revision)
+        rows = datasets.load_dataset(source, options.subset, split=split, revision=options.revision)
     except Exception as error:  # the hub client raises many types
         raise UserError(
             f"{source}: neither a local file nor a data set that the hub gives "
             f"({first_line(error)})"
         ) from error
+    return map(_without_nulls, rows)
+
+
+def _without_nulls(row: dict) -> dict:
+    """A row of Arrow without the nulls in its structs. Arrow gives all structs of a column the same
+    keys, so that a tool call would get the arguments of all others."""
+    return {column: _filled(value) for column, value in row.items()}
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+    return [_filled(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _as_row(value: Any) -> dict | BadRecord:

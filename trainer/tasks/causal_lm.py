@@ -42,16 +42,23 @@ class CausalLM(Task):
         tokenised = tokenise(self.tokenizer, [record.segments for record in records])
         special = functools.cache(functools.partial(special_tokens, self.tokenizer))
         return [
-            self._encode(*surrounded(*tokens, *special(record.add_bos, record.add_eos)), max_length)
+            self._encode(*tokens, *special(record.add_bos, record.add_eos), max_length)
             for record, tokens in zip(records, tokenised, strict=True)
         ]
 
-    def _encode(self, ids: list[int], learned: list[int], max_length: int) -> Example | str:
+    def _encode(
+        self, ids: list[int], learned: list[int], before: list[int], after: list[int],
+        max_length: int,
+    ) -> Example | str:  # fmt: skip
+        if self.options.loss_on == "all":
+            learned = [1] * len(ids)
+        is_empty = not any(learned)  # whether or not an end token is added
+        ids, learned = surrounded(ids, learned, before, after)
         if self.options.loss_on == "all":
             learned = [1] * len(ids)
         if learned:
             learned[0] = 0  # the first token is not predicted
-        if not any(learned):
+        if is_empty or not any(learned):
             return "no token to learn: the completion is empty"
         truncated = len(ids) > max_length
         ids, learned = ids[:max_length], learned[:max_length]

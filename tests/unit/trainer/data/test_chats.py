@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +20,9 @@ from trainer.data import chats as chats_module
 from trainer.data.chats import chats
 from trainer.data.dataset import TokenDataset, prepare
 from trainer.data.loader import left_out
+from trainer.data.records import read_rows
 from trainer.errors import BadRecord, UserError
+from trainer.tasks.base import Example, Record
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 
 TOKENIZER = byte_level(False, True)
@@ -223,6 +227,85 @@ def test_refused(template: str, messages: list, row: dict, reason: str) -> None:
     assert refused(template, messages, row) == reason
 
 
+# --- nothing is lost silently
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role in ('user', 'assistant') %}"
+    "{{ '<|' + m.role + '|>\n' + m.content + '</s>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+CUT_SHORT = CHATML.replace("m['content']", "m['content'][:5]")
+NAMES_ONLY = CHATML.replace(
+    "m['content']", "(m.tool_calls[0].function.name if m.tool_calls else m['content'])"
+)
+TALK = [user("Hi you"), assistant("Ahoy")]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "lost"),
+    [
+        (NO_SYSTEM, [{"role": "system", "content": "Be a pirate."}, *TALK], 0),
+        (NO_SYSTEM, [{"role": "system", "content": "Ahoy"}, *TALK], 0),  # elsewhere in the text
+        (NO_SYSTEM, [*TALK, {"role": "tool", "content": "no"}, assistant("It is not.")], 2),
+        (CUT_SHORT, [user("A long question"), assistant("yes")], 0),
+        (CUT_SHORT, [user([{"type": "text", "text": "A long "}, "question"]), assistant("y")], 0),
+        (CUT_SHORT, [user("A?"), assistant("not learned", train=False), user("B?"),
+                     assistant("yes")], 1),
+    ],
+)  # fmt: skip
+def test_a_message_that_the_template_drops(template: str, messages: list, lost: int) -> None:
+    for turns in ("auto", "last"):
+        assert refused(template, messages, turns=turns) == (
+            f"messages[{lost}]: the chat template leaves out its content"
+        )
+
+
+@pytest.mark.parametrize(
+    "content", ["  spaces\n", 'quo"ted\n\tlines', "Ünï", "", {"rain": False, "mm": [0, 1.5]}]
+)
+def test_contents_that_are_written_otherwise(content: Any) -> None:
+    """Trimmed, or as JSON, as templates write what tools return."""
+    messages = [*CALLED[:2], {"role": "tool", "content": content}, assistant("dry")]
+    template = LLAMA3.replace("m['content'] | trim", "m['content'] | tojson")
+    assert learned(*examples(template, messages))[1] == '"dry"<|eot_id|>'
+    if isinstance(content, str):
+        assert learned(*examples(LLAMA3, messages))[1] == "dry<|eot_id|>"
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_reasoning_that_the_template_drops(template: str, key: str) -> None:
+    messages = [user("1?"), assistant("one", **{key: "hm"}), user("2?"), assistant("two")]
+    reason = "messages[1]: the chat template leaves out its reasoning"
+    assert refused(template, messages[:2]) == refused(template, messages) == reason
+    assert learned(*examples(template, messages, turns="last"))[0].startswith("two")
+
+
+def called(**arguments: Any) -> list:
+    return [user("Rain?"), {"role": "assistant", "content": "", "tool_calls": [
+        {"function": {"name": "weather", "arguments": arguments}}]}]  # fmt: skip
+
+
+def test_arguments_are_learned_too() -> None:
+    reason = "messages[1]: the chat template leaves out its tool calls"
+    assert refused(NAMES_ONLY, called(city="Köln")) == reason
+    every = called(city='K"ö"ln\n', days=[1, 2.5, None], deep={"dry": True}, none={})
+    plain = (
+        "{% for k, v in m.tool_calls[0].function.arguments.items() %}{{ k ~ '=' ~ v }}{% endfor %}"
+    )
+    for template in (QWEN3, LLAMA3, LLAMA3.replace("{{ f.arguments | tojson }}", plain.replace(
+            "m.tool_calls[0].function", "f"))):  # fmt: skip
+        assert len(learned(*examples(template, every))) == 1
+
+
+def test_tools_are_compared_with_none() -> None:
+    """A tool that the user speaks of is not yet in the template."""
+    messages = [user("Use weather"), assistant("b")]
+    reason = "tools: the chat template leaves out the tool 'weather'"
+    assert refused(CHATML, messages, {"tools": [WEATHER]}) == reason
+    assert examples(QWEN3, messages, {"tools": [WEATHER]})
+
+
 # --- contents and switches
 
 
@@ -252,7 +335,136 @@ def test_marks_or_all() -> None:
     assert learned(*examples(MARKED, messages, turns="all")) == ["one<|im_end|>\n"]
 
 
+def test_the_end_token_that_marks_leave_out() -> None:
+    """An added token right after the marks of the last turn ends all turns; headers do not."""
+    messages = [user("1?"), assistant("one"), user("2?"), assistant("two")]
+    plain = ("{% for m in messages %}{{ '<|user|>' if m.role == 'user' }}"
+             "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+             "{{ END }}{% else %}{{ m.content + '\\n' }}{% endif %}{% endfor %}")  # fmt: skip
+    for end, learnt in [("'<|end|>\\n'", "<|end|>"), ("'\\n</s>'", "\n</s>"), ("'\\n'", ""),
+                        ("'<|none|>'", "")]:  # fmt: skip
+        template = plain.replace("END", end)
+        assert learned(*examples(template, messages)) == ["one" + learnt, "two" + learnt], end
+    inside = plain.replace("{{ m.content }}", "{{ m.content + '<|end|>' }}").replace(
+        "END", "'</s>'"
+    )
+    assert learned(*examples(inside, messages)) == ["one<|end|>", "two<|end|>"]
+    alone = plain.replace("END", "'<|end|>'").replace(
+        "{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
+    )
+    messages[1] = assistant("<think>hm</think>one")
+    assert list(map(learned, examples(alone, messages))) == [
+        ["<think>hm</think>one<|end|>"], ["two<|end|>"]
+    ]  # fmt: skip
+
+
+def always_opening(header: str, end: str, prompt: str = "") -> str:
+    """A template that ends every rendering in the header of an assistant turn."""
+    spoken = header.replace("ROLE", "' + m.role + '")
+    asked = (prompt or header).replace("ROLE", "assistant")
+    return (
+        "{% for m in messages %}{{ '" + spoken + "' + m.content + '" + end + "' }}{% endfor %}"
+        "{{ '" + asked + "' }}"
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("header", "end", "prompt", "start"),
+    [("<|ROLE|>\\n", "</s>\\n", "", ""), ("<|ROLE|>\\n", "<|end|>", "<|assistant|>", "\n"),
+     ("<s>ROLE\\n", "<|end|>\\n", "", ""), ("### ROLE:\\n", "</s>\\n\\n", "", ""),
+     ("<|ROLE|>", " </s>", "<|assistant|>\\n", "")],
+)  # fmt: skip
+def test_a_generation_prompt_that_nobody_asked_for(
+    header: str, end: str, prompt: str, start: str, count: int
+) -> None:
+    messages = [m for i in range(count) for m in (user(f"q{i}"), assistant(f"a{i}"))]
+    template = always_opening(header, end, prompt)
+    (segments,) = examples(template, messages)
+    ends = end.replace("\\n", "\n")
+    assert learned(segments) == [f"{start}a{i}{ends}" for i in range(count)]
+    assert "".join(text for text, _ in segments).endswith(ends)
+    for turns in range(1, count):
+        assert learned(*examples(template, messages[: 2 * turns], turns="last")) == (
+            [f"{start}a{turns - 1}{ends}"]
+        )
+
+
+@pytest.mark.parametrize("first", ["one", "<think>\nhm\n</think>\n\none"])
+@pytest.mark.parametrize("family", [f for f in END_OF_TURN if f not in ("Mistral", "gpt-oss")])
+def test_families_that_do_not_heed_whether_it_is_asked_for(family: str, first: str) -> None:
+    template, end = END_OF_TURN[family]
+    end = end.strip().removesuffix("</s>").strip()
+    template = template.replace(end, "<|end|>") if end else template
+    before = {"DeepSeek-R1": "one"}.get(family, first)
+    messages = [user("1?"), assistant(before), user("2?"), assistant("two")]
+    for turns in ("auto", "last"):
+        asked = examples(template, messages, turns=turns)
+        always = template.replace("{% if add_generation_prompt %}", "{% if true %}")
+        found = examples(always, messages, turns=turns)
+        texts, wanted = (["".join(learned(segments)) for segments in s] for s in (found, asked))
+        if family == "Phi-3":  # its last branch ends in </s> or in the prompt
+            wanted = ["one<|end|>\ntwo<|end|>\n".replace("one", first)] if turns == "auto" else (
+                ["two<|end|>\n"])  # fmt: skip
+        assert texts == wanted
+
+
+def test_an_end_token_after_every_rendering() -> None:
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{{ eos_token }}"
+    )
+    assert learned(*examples(template, TALK)) == ["assistant: Ahoy\n</s>"]
+
+
+def test_a_turn_that_ends_in_nothing_but_a_generation_prompt() -> None:
+    assert refused(always_opening("### ROLE:\\n", "\\n"), TALK) == (
+        "messages[1]: the chat template adds a generation prompt that is not asked for, and no "
+        "special token shows where the turn ends; accepted: a template that heeds "
+        "add_generation_prompt"
+    )
+
+
+@pytest.mark.parametrize("end", ["", "</s>", "<|end|>\\n"])
+def test_templates_without_a_generation_prompt(end: str) -> None:
+    messages = [user("1?"), assistant("one"), user("2?"), assistant("two")]
+    bare = "{% for m in messages %}{{ m.content + 'END' }}{% endfor %}".replace("END", end or " ")
+    ends = end.replace("\\n", "\n") or " "
+    assert learned(*examples(bare, messages)) == ["one" + ends, "two" + ends]
+    named = CHATML.split("{% if add_generation_prompt")[0].replace("<|im_end|>", end)
+    found = learned(*examples(named, messages))
+    assert found[1] == f"<|im_start|>assistant\ntwo{ends.strip(' ')}\n"
+
+
 # --- as records
+
+
+def test_arrows_nulls_are_no_arguments(tmp_path: Path) -> None:
+    """Arrow gives every call the arguments of all others; a null in a JSON text is kept."""
+    weather, stops = ({"name": name, "arguments": arguments} for name, arguments in [
+        ("weather", {"city": "X"}), ("stops", {"zip": "1", "near": [{"a": 1}, {"b": "c"}]})]
+    )  # fmt: skip
+    tools = [{"name": "weather", "parameters": {"properties": {"city": {"type": "string"}}}},
+             {"name": "stops", "parameters": {"properties": {"zip": {"description": "z"}}}}]  # fmt: skip
+    calls = [weather, stops, {"name": "text", "arguments": '{"zip": null}'}]
+    rows = [{"messages": [user("?"), assistant("", tool_calls=calls[:2])], "tools": tools},
+            {"messages": [user("?"), assistant("", tool_calls=json.dumps(calls[2:]))]}]  # fmt: skip
+    for index, row in enumerate(rows):
+        path = tmp_path / f"{index}.parquet"
+        pq.write_table(pa.Table.from_pylist([row]), path)
+        ((_, found),) = read_rows(str(path), "train", options(), None)
+        assert isinstance(found, dict)
+        assert examples(QWEN3, found["messages"], {"tools": found.get("tools")}) == (
+            examples(QWEN3, row["messages"], {"tools": row.get("tools")})
+        )
+
+
+@pytest.mark.parametrize("prompt", ["hello", "hello</s>", ""])
+def test_an_empty_completion_is_no_record(prompt: str) -> None:
+    record = Record([(prompt, False), ("", True)])
+    (reason,) = CausalLM(CausalLMOptions(), TOKENIZER).encode([record], 64)
+    assert reason == "no token to learn: the completion is empty"
+    (example,) = CausalLM(CausalLMOptions(), TOKENIZER).encode([Record([("a", True)])], 64)
+    assert isinstance(example, Example)
 
 
 def prepared(tmp_path: Path, template: str, rows: list, **keys: Any) -> TokenDataset:
@@ -305,8 +517,11 @@ def test_long_chats(tmp_path: Path) -> None:
     whole = prepared(tmp_path, QWEN3, rows)
     length = int(whole.lengths[4])
     data = prepared(tmp_path, QWEN3, rows, max_length=length)
-    assert (data.counts.used, data.counts.truncated, data.counts.bad) == (2, 1, 0)
+    assert (data.counts.used, data.counts.truncated, data.counts.bad) == (2, 0, 0)
     assert 5 <= len(data) == data.counts.examples < 10
+    assert data.counts.turns_dropped == 10 - len(data)
+    assert f"(0 truncated, {10 - len(data)} turns dropped, 0 dropped, 0 bad)" in str(data.counts)
+    assert whole.counts.turns_dropped == 0 and "turns" not in str(whole.counts)
     data = prepared(tmp_path, QWEN3, rows, max_length=length, on_long_record="drop")
     assert (len(data), data.counts.dropped) == (1, 1)
     with pytest.raises(UserError, match=r"chats.jsonl:2: longer than data.max_length"):
