@@ -7,10 +7,12 @@ import itertools
 
 import pytest
 
-from tests.architectures import CHECKS, ENGINES, Case, ranks_outcome
-from tests.helpers import ALL, sample, thorough
+from tests.architectures import CHECKS, ENGINES, Case, outcome, ranks_outcome
+from tests.helpers import ALL, losses, sample, thorough
 from tests.tiny_models import CAUSAL, CLASSIFICATION
 from tests.world.cases import run_cases
+from trainer.distributed.world import World
+from trainer.run.run import run
 
 SAMPLE = {
     "falcon": CAUSAL,  # adds in place to what a projection returns
@@ -30,7 +32,7 @@ SAMPLE = {
     "zamba2": CAUSAL,  # blocks that share their weights
     "deberta": CLASSIFICATION,
     "distilbert": CLASSIFICATION,
-    "longformer": CLASSIFICATION,
+    "big_bird": CLASSIFICATION,
     "modernbert": CLASSIFICATION,
     "t5": CLASSIFICATION,  # encoder and decoder
 }
@@ -49,6 +51,20 @@ def cases(tmp_path_factory) -> dict[str, Case]:
 def test_losses_gradients_and_export_are_those_of_transformers_and_peft(cases, name):
     for check in FAST:
         CHECKS[check](cases[name])
+
+
+def test_layers_whose_gradient_is_always_zero_are_named_and_can_be_left_out(tmp_path):
+    """The first token of Longformer, which alone is classified, has projections of its own."""
+    case = Case("longformer", CLASSIFICATION, tmp_path)
+    found = outcome(case.trained)
+    assert found["status"] == "refused"
+    assert found["message"].startswith("longformer.encoder.layer.1.attention.self.query, ")
+    assert "no gradient in the first steps" in found["message"]
+    assert found["message"].endswith("accepted: method.targets without it")
+    dead = r"layer\.1\.attention\.self\.(query|key|value)"
+    config = case.config("without", f"method.targets=(?!.*{dead}$).*")
+    run(config, World())
+    assert len(losses(config.run_folder)) == 3
 
 
 @pytest.fixture(scope="module")

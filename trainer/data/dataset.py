@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _CHUNK = 1000  # records tokenised in one call
-_VERSION = 3  # of the cached file; raise it when `Example` or an encoding changes
+_VERSION = 2  # of the cached file; raise it when `Example` or an encoding changes
 
 
 @functools.cache

@@ -274,16 +274,13 @@ def test_packed_rows(data, task) -> None:
                 continue
             records = iter(batch.records)
             for row in range(len(ids)):
-                initial_adapters = (positions[row] == 0).nonzero().flatten().tolist()
-                for first, end in itertools.pairwise([*initial_adapters, ids.shape[1]]):
+                starts = (positions[row] == 0).nonzero().flatten().tolist()
+                for first, end in itertools.pairwise([*starts, ids.shape[1]]):
                     assert positions[row, first:end].tolist() == list(range(end - first))
                     assert batch.targets[row, first] == IGNORED  # nothing before it predicts it
-                documents = [
-                    ids[row, a:b] for a, b in itertools.pairwise([*initial_adapters, ids.shape[1]])
-                ]
-                while (batch.targets[row, initial_adapters[-1] :] == IGNORED).all():
-                    initial_adapters.pop()
-                    documents.pop()  # padding is documents of its own
+                documents = [ids[row, a:b] for a, b in itertools.pairwise([*starts, ids.shape[1]])]
+                while len(documents[-1]) == 1:  # padding: records have 2 tokens or more
+                    assert documents.pop().tolist() == [task.pad_token_id]
                 packed_rows += len(documents) > 1
                 for document in documents:
                     record = next(records)

@@ -1,5 +1,6 @@
 """Exports of a run that still trains: whole, and of one of its checkpoints."""
 
+import json
 import shutil
 import threading
 from unittest.mock import patch
@@ -65,6 +66,11 @@ def replace_by_newer(folder):
     number = int(checkpoint.name.removeprefix("step-")) + 1
     hidden = folder / "checkpoints/.new"
     shutil.copytree(checkpoint, hidden)
+    state = json.loads((hidden / "state.json").read_text())
+    state["step"] = state["progress"]["step"] = number
+    (hidden / "state.json").write_text(json.dumps(state))
+    (hidden / "manifest.json").unlink()
+    store.write_manifest(hidden)
     hidden.rename(folder / f"checkpoints/step-{number:08d}")
     store.remove(checkpoint)
 

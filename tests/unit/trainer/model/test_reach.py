@@ -24,6 +24,7 @@ from tests.tiny_models import (
     tiny_model,
 )
 from trainer.checkpoint import store
+from trainer.checkpoint.saved import read_saved
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.errors import UserError
@@ -162,7 +163,7 @@ def test_a_checkpoint_says_what_was_left_out(tmp_path, monkeypatch):
     (saved / "state.json").write_text(json.dumps(state))  # as earlier ones were
     (saved / "manifest.json").unlink()
     store.write_manifest(saved)
-    assert evaluate_saved(config, World(), saved)["eval_loss"] > 0
+    assert evaluate_saved(config, World(), read_saved(saved))["eval_loss"] > 0
     longer = config.model_copy(update={"run": config.run.model_copy(update={"steps": 3})})
     run(longer, World())
     assert len(losses(config.run_folder)) == 3

@@ -59,17 +59,25 @@ def test_the_run_folder_explains_itself(tmp_path):
     assert "nf4" in (folder / "README.md").read_text()
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
-    config = quick_config(tmp_path, "run.steps=6")
-    run(config, World())
+def poison(monkeypatch, factor, is_poisoned):
+    """Multiplies the losses of those micro-batches, counted from 1, by `factor`."""
     honest, calls = CausalLM.loss, []
 
     def poisoned(self, model, batch):
-        calls.append(None)
         loss, predictions = honest(self, model, batch)
-        return (loss * float("nan") if len(calls) in (5, 6) else loss), predictions
+        if loss.is_meta:  # the model is looked at before it is loaded
+            return loss, predictions
+        calls.append(None)
+        return (loss * factor if is_poisoned(len(calls)) else loss), predictions
 
-    monkeypatch.setattr(CausalLM, "loss", poisoned)  # the second step: calls 5 to 8
+    monkeypatch.setattr(CausalLM, "loss", poisoned)
+    return honest
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+    config = quick_config(tmp_path, "run.steps=6")
+    run(config, World())
+    poison(monkeypatch, float("nan"), {5, 6}.__contains__)  # the second step: calls 5 to 8
     poisoned_run = quick_config(tmp_path, "run.steps=6", "run.name=poisoned", "data.eval=null")
     run(poisoned_run, World())
     lines = [
@@ -83,14 +91,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_checkpoint(tmp_path, monkeypatch):
-    honest, calls = CausalLM.loss, []
-
-    def poisoned(self, model, batch):
-        calls.append(None)
-        loss, predictions = honest(self, model, batch)
-        return (loss * float("inf") if len(calls) > 12 else loss), predictions
-
-    monkeypatch.setattr(CausalLM, "loss", poisoned)
+    honest = poison(monkeypatch, float("inf"), lambda call: call > 12)
     config = quick_config(
         tmp_path,
         "run.steps=20",
@@ -107,13 +108,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_checkpoint(tmp_pat
 
 
 def test_a_short_run_in_which_no_step_is_made_is_no_success(tmp_path, monkeypatch):
-    honest = CausalLM.loss
-
-    def poisoned(self, model, batch):
-        loss, predictions = honest(self, model, batch)
-        return loss * float("nan"), predictions
-
-    monkeypatch.setattr(CausalLM, "loss", poisoned)
+    poison(monkeypatch, float("nan"), lambda call: True)
     config = quick_config(tmp_path, "run.steps=2", "data.eval=null")
     with pytest.raises(RunFailed, match=r"step 2: .* 2 times in a row"):
         run(config, World())
