@@ -45,7 +45,8 @@ def check_gathered(session: Session) -> str | None:
                 if module is not model or not name.startswith(inside):
                     found += _parameter_faults(session, name, parameter)
             for name, layer in module.named_modules(prefix=path):
-                apart = module is not model or not name.startswith(inside)
+                # A block may be a layer itself (Gemma 3n's projections between its streams).
+                apart = module is not model or not f"{name}.".startswith(inside)
                 if isinstance(layer, PackedLayer) and layer.adapts and apart:
                     found += _operator_faults(session, name, layer)
     return found[0] if found else None

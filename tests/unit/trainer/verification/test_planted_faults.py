@@ -4,6 +4,7 @@ has trained to any effect, and the message names the module and the cause."""
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
