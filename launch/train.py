@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             if world.is_main:
                 print(config.to_yaml(), end="")
             return 0
-        from trainer.run.run import dry_run, run
+        from trainer.run.dry_run import dry_run
+        from trainer.run.run import run
         from trainer.training.stop_request import StopRequest
 
         if arguments.dry_run:

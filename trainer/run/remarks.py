@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from trainer.config.sections import DataOptions
 from trainer.data.dataset import TokenDataset
 from trainer.data.loader import Loader
+from trainer.engine.base import Engine
 from trainer.tasks.positions import rotary_length
 
 if TYPE_CHECKING:
@@ -46,3 +47,9 @@ def on_length(
             f"data.max_length: the longest record has {longest} tokens; the model's "
             f"max_position_embeddings is {length}"
         )
+
+
+def describe_engine(engine: Engine) -> str:
+    """An engine's kind, with why it was chosen and how it gathers."""
+    remarks = "; ".join(remark for remark in (engine.reason, engine.gathers) if remark)
+    return f"{engine.kind} ({remarks})" if remarks else engine.kind

@@ -24,8 +24,6 @@ from trainer.data.prefetch import Prefetcher
 from trainer.decisions.replay import Replay
 from trainer.device_memory import peak_gib, readable
 from trainer.distributed.world import World
-from trainer.engine.base import Engine
-from trainer.engine.select import make_engine
 from trainer.errors import BadCheckpoint, RunFailed, UserError
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.export import written_folder
@@ -33,16 +31,14 @@ from trainer.files import ADAPTER, FIGURES, METRICS
 from trainer.loading.initial_adapters import initial_digest
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading, class_name
-from trainer.model.build import build
-from trainer.model.footprint import estimate, trainable_parameters
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.records.jsonl import read_metrics
 from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
 from trainer.run.folder import RunFolder
-from trainer.run.remarks import on_batch, on_length, on_rows
+from trainer.run.remarks import describe_engine, on_batch, on_length, on_rows
 from trainer.run.shared import refuse_unshared
-from trainer.session import Session, leave_out, open_data, open_session, refuse_longer
+from trainer.session import Session, open_session
 from trainer.training.loop import Run, make_loader, total_steps, train
 from trainer.training.lr_schedule import learning_rate
 from trainer.training.step import Training, log_plan
@@ -121,48 +117,6 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         folder.recorder.close()
         if world.is_main:
             _finish(session, folder.path, steps)
-
-
-def dry_run(config: Config, world: World) -> str:
-    """Description of the run: data, units, parameters, memory. Trains and writes nothing."""
-    _, task, train_data, eval_data = open_data(config, world)
-    with world.all_or_none():
-        backbone = build(config, task, world.device)
-        refuse_longer(backbone.model, config.data, train_data, eval_data)
-        left_out = leave_out(config, train_data)
-    loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out, backbone.rows)
-    notes = [
-        *on_batch(config.data, len(loader.sequences(loader.epoch))),
-        *on_length(backbone.model, train_data, eval_data),
-    ]
-    engine = make_engine(config, world, task)
-    needs = estimate(
-        backbone, config, world.size, engine.spread, local_ranks=len(world.nodes[world.node])
-    )
-    by_kind: dict[str, list[str]] = {}
-    for unit in backbone.units:
-        size = f"{unit.out_features} x {unit.in_features}"
-        by_kind.setdefault(f"{unit.kind} ({size})", []).append(unit.name)
-    lines = [
-        f"train data          {train_data.counts}",
-        f"eval data           {eval_data.counts if eval_data else 'none'}",
-        f"engine              {_engine(engine)}, {world.size} rank(s), {world.device.type}",
-        f"model               {type(backbone.model).__name__}, {backbone.dtype}, "
-        f"{config.model.quantization}",
-        *(f"rows                {line}" for line in on_rows(loader)),
-        f"units               {len(backbone.units)}",
-        *(f"                    {len(names)} x {kind}" for kind, names in by_kind.items()),
-        *(f"                    {left}" for left in backbone.left_alone),
-        f"trainable           {trainable_parameters(backbone, config):,} parameters",
-        "memory per rank     without activations (`rankcast estimate` has them)",
-        f"  backbone          {readable(needs.backbone)}",
-        f"  gathered layers   {readable(needs.gathered)}",
-        f"  trainable state   {readable(needs.trainable)}",
-        f"  total             {readable(needs.total)}",
-        *([f"note                {backbone.left_out}"] if backbone.left_out else []),
-        *(f"note                {note}" for note in notes),
-    ]
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -263,7 +217,7 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
         f"{readable(engine.local_bytes(session.model))} per rank",
         _loading(session.backbone.loading),
         f"attention {session.backbone.attention}",
-        f"engine    {_engine(engine)}, {world.size} rank(s), {world.device}",
+        f"engine    {describe_engine(engine)}, {world.size} rank(s), {world.device}",
         f"method    {config.method.kind}, rank {config.method.rank}, "
         f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",
         f"steps     {steps} of {data.batch_size} sequences",
@@ -283,11 +237,6 @@ def _resumption(start: _Start, config: Config) -> list[str]:
         changed = changes(state, config.model_dump(mode="json"))
         lines += [f"changed   {change}" for change in changed]
     return lines
-
-
-def _engine(engine: Engine) -> str:
-    remarks = "; ".join(remark for remark in (engine.reason, engine.gathers) if remark)
-    return f"{engine.kind} ({remarks})" if remarks else engine.kind
 
 
 def _loading(figures: Loading) -> str:

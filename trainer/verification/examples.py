@@ -26,7 +26,7 @@ def examples(session: Session) -> list[Example]:
     by_length = sorted(searched, key=lambda example: -min(len(example.input_ids), longest))
     chosen = (by_length * 4)[: 4 if full else 2]
     found = [cut(example, longest) for example in chosen]
-    shorter = max(3, 2 * len(found[0].input_ids) // 3)
+    shorter = max(3, 5 * len(found[0].input_ids) // 6)
     if len(found[1].input_ids) > shorter:
         found[1] = cut(found[1], shorter)
     return found

@@ -15,7 +15,8 @@ from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import export_run
 from trainer.model.build import build
-from trainer.run.run import dry_run, run
+from trainer.run.dry_run import dry_run
+from trainer.run.run import run
 from trainer.session import open_data, open_session
 
 CAUSAL, CLASSIFIER = AutoModelForCausalLM, AutoModelForSequenceClassification

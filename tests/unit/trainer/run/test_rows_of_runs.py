@@ -11,8 +11,9 @@ from tests.world.worker import cut_run, train_only
 from trainer.config.config import Config, with_overrides
 from trainer.distributed.world import World
 from trainer.errors import UserError
+from trainer.run.dry_run import dry_run
 from trainer.run.remarks import on_rows
-from trainer.run.run import dry_run, run
+from trainer.run.run import run
 from trainer.session import open_session
 from trainer.training.evaluation import evaluate
 from trainer.training.loop import make_loader

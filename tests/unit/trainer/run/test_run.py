@@ -16,7 +16,8 @@ from tests.helpers import ROOT, losses, python, quick_config
 from trainer.config.config import load_config
 from trainer.distributed.world import World
 from trainer.errors import RunFailed
-from trainer.run.run import dry_run, run
+from trainer.run.dry_run import dry_run
+from trainer.run.run import run
 from trainer.session import open_session
 from trainer.tasks.causal_lm import CausalLM
 from trainer.training.validation import make_validate

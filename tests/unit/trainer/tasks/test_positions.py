@@ -13,8 +13,9 @@ from tests.helpers import quick_config, save_random_model, thorough
 from trainer.config.sections import DataOptions
 from trainer.distributed.world import World
 from trainer.errors import UserError
+from trainer.run.dry_run import dry_run
 from trainer.run.remarks import on_batch, on_length
-from trainer.run.run import dry_run, run
+from trainer.run.run import run
 from trainer.session import open_session, refuse_longer
 from trainer.tasks.base import Example
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions

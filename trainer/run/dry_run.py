@@ -1,0 +1,53 @@
+"""What a run would be, without training: `--dry-run`."""
+
+from trainer.config.config import Config
+from trainer.data.loader import Loader
+from trainer.device_memory import readable
+from trainer.distributed.world import World
+from trainer.engine.select import make_engine
+from trainer.model.build import build
+from trainer.model.footprint import estimate, trainable_parameters
+from trainer.run.remarks import describe_engine, on_batch, on_length, on_rows
+from trainer.session import leave_out, open_data, refuse_longer
+
+
+def dry_run(config: Config, world: World) -> str:
+    """Description of the run: data, units, parameters, memory. Trains and writes nothing."""
+    _, task, train_data, eval_data = open_data(config, world)
+    with world.all_or_none():
+        backbone = build(config, task, world.device)
+        refuse_longer(backbone.model, config.data, train_data, eval_data)
+        left_out = leave_out(config, train_data)
+    loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out, backbone.rows)
+    notes = [
+        *on_batch(config.data, len(loader.sequences(loader.epoch))),
+        *on_length(backbone.model, train_data, eval_data),
+    ]
+    engine = make_engine(config, world, task)
+    needs = estimate(
+        backbone, config, world.size, engine.spread, local_ranks=len(world.nodes[world.node])
+    )
+    by_kind: dict[str, list[str]] = {}
+    for unit in backbone.units:
+        size = f"{unit.out_features} x {unit.in_features}"
+        by_kind.setdefault(f"{unit.kind} ({size})", []).append(unit.name)
+    lines = [
+        f"train data          {train_data.counts}",
+        f"eval data           {eval_data.counts if eval_data else 'none'}",
+        f"engine              {describe_engine(engine)}, {world.size} rank(s), {world.device.type}",
+        f"model               {type(backbone.model).__name__}, {backbone.dtype}, "
+        f"{config.model.quantization}",
+        *(f"rows                {line}" for line in on_rows(loader)),
+        f"units               {len(backbone.units)}",
+        *(f"                    {len(names)} x {kind}" for kind, names in by_kind.items()),
+        *(f"                    {left}" for left in backbone.left_alone),
+        f"trainable           {trainable_parameters(backbone, config):,} parameters",
+        "memory per rank     without activations (`rankcast estimate` has them)",
+        f"  backbone          {readable(needs.backbone)}",
+        f"  gathered layers   {readable(needs.gathered)}",
+        f"  trainable state   {readable(needs.trainable)}",
+        f"  total             {readable(needs.total)}",
+        *([f"note                {backbone.left_out}"] if backbone.left_out else []),
+        *(f"note                {note}" for note in notes),
+    ]
+    return "\n".join(lines)
