@@ -45,7 +45,7 @@ def test_sound_models_pass_packed(tmp_path, case):
     said = verify_session(
         open_session(quick_config(tmp_path, "run.verify=auto", *overrides), World())
     ).line
-    assert re.search(r"64 and 42 tokens packed and padded against \w+ForCausalLM of transf", said)
+    assert re.search(r"64 and 53 tokens packed and padded against \w+ForCausalLM of transf", said)
 
 
 @pytest.mark.parametrize("kind", sample(["lora", "lelora", "adalora", "pissa", "dylora"], "lelora"))
