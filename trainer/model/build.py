@@ -38,24 +38,8 @@ def build(
     reach the loss, as a checkpoint's run found them; else they are looked for. Raises UserError
     where model, task and method do not fit together."""
     options = config.model
-    folder = resolve_folder(options.id, options.revision, with_weights=False)
-    model_config = load_model_config(folder, options)
-    task.configure(model_config)
     dtype = compute_dtype(options, device)
-    try:
-        with on_meta(config.run.seed) as initial_values:
-            model = task.auto_class.from_config(
-                model_config,
-                dtype=dtype,
-                # Always given: config.json may name code on the hub here, or in `auto_map`.
-                attn_implementation=None if options.attention in OURS else options.attention,
-                trust_remote_code=False,
-            )
-            initial = initial_values(model)
-    except Exception as error:  # a model's constructor raises whatever its shapes lead to
-        raise UserError(
-            f"model.id: {folder} with model.attention={options.attention}: {first_line(error)}"
-        ) from error
+    model, initial = _unmodified(config, task, dtype)
     task.check_model(model)
     tensors = model.state_dict()
     model.requires_grad_(False)
@@ -112,6 +96,30 @@ def build(
         tensors=tensors,
         initial=initial,
     )
+
+
+def _unmodified(
+    config: Config, task: Task, dtype: torch.dtype
+) -> tuple["PreTrainedModel", dict[str, torch.Tensor]]:
+    """transformers' model on meta, and the initial values of its small special parameters."""
+    options = config.model
+    folder = resolve_folder(options.id, options.revision, with_weights=False)
+    model_config = load_model_config(folder, options)
+    task.configure(model_config)
+    try:
+        with on_meta(config.run.seed) as initial_values:
+            model = task.auto_class.from_config(
+                model_config,
+                dtype=dtype,
+                # Always given: config.json may name code on the hub here, or in `auto_map`.
+                attn_implementation=None if options.attention in OURS else options.attention,
+                trust_remote_code=False,
+            )
+            return model, initial_values(model)
+    except Exception as error:  # a model's constructor raises whatever its shapes lead to
+        raise UserError(
+            f"model.id: {folder} with model.attention={options.attention}: {first_line(error)}"
+        ) from error
 
 
 def _left_alone(
