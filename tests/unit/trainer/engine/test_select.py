@@ -11,7 +11,7 @@ from trainer.errors import UserError
 from trainer.model.build import build
 from trainer.model.footprint import estimate
 from trainer.model.hub import load_tokenizer
-from trainer.run.run import _engine
+from trainer.run.remarks import describe_engine
 from trainer.tasks.registry import TASKS
 
 GPU = 140 * 2**30
@@ -121,5 +121,5 @@ def test_copy_engines_that_cannot_gather_are_left_or_refused(wanted, tmp_path, m
             engine.meet()
     else:
         engine.meet()
-        assert _engine(engine) == "fsdp2 (copy engines cannot gather: not permitted)"
+        assert describe_engine(engine) == "fsdp2 (copy engines cannot gather: not permitted)"
         assert (engine._mesh, engine._gather) == ("NCCL's kernels", None)
