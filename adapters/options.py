@@ -2,6 +2,9 @@
 
 from pydantic import BaseModel, ConfigDict
 
+PATH = r"^[^\x00]*$"
+"""Pattern of keys that name a file or a folder: file systems raise on NUL."""
+
 
 class Section(BaseModel):
     """Rejects unknown keys and wrong types; a field's docstring is its documentation."""

@@ -12,7 +12,7 @@ from adapters.methods.registry import METHODS
 from adapters.methods.spectral import SpectralMethod
 from adapters.optimizer import MaskedAdamW, Share, Trainable
 from trainer.config.config import Config
-from trainer.config.sections import LEFT_OUT, DataOptions
+from trainer.config.data_options import LEFT_OUT, DataOptions
 from trainer.data.dataset import TokenDataset, cache_root, prepare, read_labels
 from trainer.data.loader import left_out
 from trainer.distributed.watchdog import Watchdog

@@ -18,10 +18,10 @@ from adapters.methods.registry import METHODS
 from adapters.methods.registry import OPTIONS as METHOD_OPTIONS
 from adapters.options import Section
 from trainer.config.aliases import note_renamed, rename_keys, rename_overrides
+from trainer.config.data_options import DataOptions
 from trainer.config.engines import ENGINES
 from trainer.config.sections import (
     CheckpointOptions,
-    DataOptions,
     EngineOptions,
     LogOptions,
     ModelOptions,

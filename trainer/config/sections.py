@@ -9,11 +9,9 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from adapters.formats.names import FORMAT_NAMES
-from adapters.options import Section
+from adapters.options import PATH, Section
 from trainer.config.engines import ENGINES, engines_with, takes
 from trainer.config.validation import one_of
-
-_PATH = r"^[^\x00]*$"  # file systems raise on NUL
 
 
 class RunOptions(Section):
@@ -21,7 +19,7 @@ class RunOptions(Section):
 
     name: str = Field("", pattern=r"^(\.?[A-Za-z0-9_-][A-Za-z0-9._-]*)?$", max_length=200)
     """Name of the run folder; empty: the name of the configuration file."""
-    dir: str = Field("runs", pattern=_PATH)
+    dir: str = Field("runs", pattern=PATH)
     """Parent of the run folders."""
     seed: int = Field(0, ge=0, lt=2**20)
     """Seed of the initial adapters, the order of the data and dropout."""
@@ -86,146 +84,6 @@ class ModelOptions(Section):
                 "model.overrides: given with model.weights=pretrained; accepted: only with "
                 "model.weights=random, since the files' tensors would no longer fit"
             )
-        return self
-
-
-LEFT_OUT = "left_out"
-"""`data.eval`: evaluate on the held-out training records."""
-
-
-class DataOptions(Section):
-    """Records, tokenisation and batches."""
-
-    train: str
-    """Training data: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt) or a hub id."""
-    eval: str | None = None
-    """Evaluation data: a file or hub id as for `train`, or `left_out`, the training records held
-    out by `leave_out`; none: no evaluation."""
-    subset: str | None = None
-    """Configuration name of a hub data set."""
-    revision: str | None = None
-    """Commit or tag of a hub data set."""
-    train_split: str = "train"
-    """Split of a hub data set to train on."""
-    eval_split: str = "test"
-    """Split of a hub data set to evaluate on."""
-    format: Literal["auto", "prompt_completion", "alpaca", "messages", "text", "classification"] = (
-        "auto"
-    )
-    """Format of the records; auto: inferred from the columns."""
-    prompt: str = "prompt"
-    """Column, or template such as `"{question}\\n"`, of the prompt."""
-    completion: str = "completion"
-    """Column, or template, of the completion."""
-    text: str | list[str] = "text"
-    """Text column of format `text`; one or two text columns of `classification`."""
-    messages: str = "messages"
-    """Column of format `messages`: a list of {role, content}. Assistant turns are learned, except
-    those with `train: false` or `weight: 0`."""
-    tools: str = "tools"
-    """Column of the tools that the chat template is given: a list of JSON schemas, or its text."""
-    turns: Literal["auto", "all", "last"] = "auto"
-    """Assistant turns that are learned. auto: those that the chat template marks by
-    `{% generation %}` (and the end token right after the mark), else all; all: whatever it marks;
-    last: the last one. Where the template rewrites earlier turns, each turn is an example with the
-    conversation up to it."""
-    add_bos: Literal["auto"] | bool = "auto"
-    """Put the begin token before a text; auto: where the tokenizer does. Chats: as the template."""
-    add_eos: Literal["auto"] | bool = "auto"
-    """Put the end token after a text, and learn it; auto: where there is one. Never doubled. Chats:
-    as the template."""
-    label: str = "label"
-    """Label column of format `classification`."""
-    columns: list[str] | None = None
-    """Column names of csv and tsv files without a header line."""
-    quoting: Literal["standard", "none"] = "standard"
-    """Whether quotation marks delimit fields in csv and tsv files."""
-    max_length: int = Field(1024, gt=1)
-    """Maximum sequence length in tokens."""
-    on_long_record: Literal["truncate", "drop", "stop"] = "truncate"
-    """Handling of longer records. A record whose prompt alone is too long is a bad record."""
-    on_bad_record: Literal["stop", "skip"] = "stop"
-    """Handling of invalid records: stop with file, line and reason, or skip and count them."""
-    train_records: int | None = Field(None, gt=0)
-    """Use only this many training records, the first ones."""
-    eval_records: int | None = Field(None, gt=0)
-    """Use only this many evaluation records, the first ones."""
-    packing: bool = False
-    """Pack several records into a sequence, by best fit and without attention between them. Refused
-    for models with layers that carry state along it (recurrent, convolutional, linear
-    attention)."""
-    padding_free: Literal["auto"] | bool = "auto"
-    """Lay the sequences of a micro-batch end to end in one row, without attention between them,
-    instead of padding them to one length. auto: where attention runs by document (on a GPU, see
-    `model.attention`) and the model allows packing; elsewhere a mask over a long row would cost
-    more than padding."""
-    row_lengths: Literal["auto"] | int = "auto"
-    """Number of different row lengths, to which rows are padded so that compiled programs and
-    attention plans are reused; chosen by the data. 0: rows as long as they come. auto: 8 on a GPU,
-    but 0 on a CPU and for rows of one record that `padding_free` cannot lay end to end."""
-    shuffle: bool = True
-    """Shuffle each epoch with a generator seeded by (seed, epoch)."""
-    batch_size: int = Field(16, gt=0)
-    """Sequences per optimizer step, summed over all ranks."""
-    micro_batch_size: int | None = Field(None, gt=0)
-    """Sequences per forward pass of a rank; gradients are accumulated up to `batch_size`. 4 if
-    neither this nor `micro_batch_tokens` is given."""
-    micro_batch_tokens: int | None = Field(None, gt=0)
-    """Tokens per forward pass of a rank, at most, in place of `micro_batch_size`: the sequences of
-    a step are spread evenly over as few micro-batches as hold them. Where rows are padded, padding
-    counts."""
-    micro_batches_multiple_of: int | None = Field(None, gt=0)
-    """With `micro_batch_tokens`: round the number of micro-batches of a step up to a multiple of
-    this, such as the number of ranks, so that none runs an empty one. On any number of ranks the
-    same micro-batches."""
-    leave_out: int = Field(0, ge=0)
-    """Number of training records held out, drawn by the seed. Methods with validation hold out
-    theirs anyway; set the same number for methods compared with them."""
-    cache: str | None = Field(None, pattern=_PATH)
-    """Cache folder of tokenised data; none: `rankcast` in the user's cache folder."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _micro_batches(cls, given: object) -> object:
-        if isinstance(given, dict) and given.get("micro_batch_tokens") is None:
-            size = given.get("micro_batch_size")
-            return {**given, "micro_batch_size": 4 if size is None else size}
-        return given
-
-    @model_validator(mode="after")
-    def _check(self) -> "DataOptions":
-        size, tokens = self.micro_batch_size, self.micro_batch_tokens
-        if size is not None and tokens is not None:
-            raise ValueError(
-                f"data.micro_batch_tokens: {tokens} given together with data.micro_batch_size "
-                f"({size}); accepted: one of them, the other null"
-            )
-        if tokens is not None and tokens < self.max_length:
-            raise ValueError(
-                f"data.micro_batch_tokens: {tokens} given; accepted: at least data.max_length "
-                f"({self.max_length})"
-            )
-        if tokens is None and self.micro_batches_multiple_of is not None:
-            raise ValueError(
-                f"data.micro_batches_multiple_of: {self.micro_batches_multiple_of} given without "
-                "data.micro_batch_tokens; accepted: null"
-            )
-        if self.row_lengths != "auto" and self.row_lengths < 0:
-            raise ValueError(
-                f"data.row_lengths: {self.row_lengths} given; accepted: auto, or at least 0"
-            )
-        if size is not None and size > self.batch_size:
-            raise ValueError(
-                f"data.micro_batch_size: {self.micro_batch_size} given; accepted: at most "
-                f"data.batch_size ({self.batch_size})"
-            )
-        if self.eval == LEFT_OUT and not self.leave_out:
-            raise ValueError(
-                "data.leave_out: 0 given with data.eval=left_out; accepted: the number of training "
-                "records to evaluate on"
-            )
-        if isinstance(self.text, list) and len(self.text) not in (1, 2):
-            raise ValueError(f"data.text: {self.text} given; accepted: one or two columns")
         return self
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.data.messages import is_assistant, messages_of, name_of, tools_of
 from trainer.data.shown import REASONING, content_of, hidden, missing, reasoning_of
 from trainer.data.time_limit import time_limit

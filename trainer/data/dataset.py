@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.config.validation import local
 from trainer.config.yaml import parse_json
 from trainer.data.records import detect_format, read_rows, to_records

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.data.dataset import TokenDataset
 from trainer.data.micro_batches import (
     MicroBatch,

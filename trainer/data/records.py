@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.config.validation import local
 from trainer.data.chats import chats
 from trainer.data.messages import no_column

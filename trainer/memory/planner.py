@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.data.rows import Rows
 from trainer.device_memory import GIB, allowance, held_bytes, peak_bytes, readable, release
 from trainer.errors import RunFailed

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.data.dataset import TokenDataset
 from trainer.data.loader import Loader
 from trainer.engine.base import Engine

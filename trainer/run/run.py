@@ -17,7 +17,7 @@ from trainer.checkpoint.state import read_initial_adapters, restore
 from trainer.checkpoint.store import clear_the_way, find, verify
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.config import Config
-from trainer.config.sections import LEFT_OUT
+from trainer.config.data_options import LEFT_OUT
 from trainer.config.validation import local
 from trainer.data.loader import Loader
 from trainer.data.prefetch import Prefetcher

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.hostile import fuzz
 from tests.unit.trainer.data.chat_templates import CHATML, END_OF_TURN, LLAMA3, MARKED, QWEN3
 from tests.unit.trainer.tasks.tokenizers_of_all_kinds import byte_level
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.data import chats as chats_module
 from trainer.data.chats import chats
 from trainer.data.dataset import TokenDataset, prepare

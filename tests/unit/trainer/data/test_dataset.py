@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.data.dataset import BadRecord, TokenDataset, prepare, read_labels, read_rows
 from trainer.errors import UserError
 from trainer.tasks.base import Task

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.data.dataset import Counts, TokenDataset
 from trainer.data.loader import Loader, Step
 from trainer.data.micro_batches import assign_micro_batches, by_count

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from tests.helpers import QUICKSTART, ROOT, TINY, quick_config
 from tests.hostile import attempt
 from trainer.config.config import load_config
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.config.yaml import parse_yaml
 from trainer.data.dataset import prepare
 from trainer.data.records import read_rows

@@ -8,7 +8,7 @@ import torch
 
 from adapters.units import transformer_blocks
 from tests.helpers import losses, quick_config
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.data.rows import Rows
 from trainer.distributed.world import World
 from trainer.errors import RunFailed

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.helpers import ROOT, TINY, environment, losses, quick_config
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.data import chats
 from trainer.distributed.world import World
 from trainer.errors import UserError

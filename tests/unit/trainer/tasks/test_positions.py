@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.helpers import quick_config, save_random_model, thorough
-from trainer.config.sections import DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.run.dry_run import dry_run
