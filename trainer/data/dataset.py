@@ -20,7 +20,8 @@ import numpy as np
 from trainer.config.data_options import DataOptions
 from trainer.config.validation import local
 from trainer.config.yaml import parse_json
-from trainer.data.records import detect_format, read_rows, to_records
+from trainer.data.records import detect_format, to_records
+from trainer.data.sources import read_rows
 from trainer.errors import BadRecord, UserError, first_line, reason
 from trainer.files import sha256
 from trainer.tasks.base import Example, Record, Task
