@@ -11,8 +11,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from trainer.config.data_options import DataOptions
-from trainer.data.dataset import BadRecord, TokenDataset, prepare, read_labels, read_rows
-from trainer.errors import UserError
+from trainer.data.dataset import TokenDataset
+from trainer.data.records import read_rows
+from trainer.data.tokenise import prepare, read_labels
+from trainer.errors import BadRecord, UserError
 from trainer.tasks.base import Task
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.tasks.sequence_classification import (
