@@ -12,22 +12,24 @@ from trainer.errors import UserError, first_line
 
 def read_rows(
     source: str, split: str, options: SourceOptions, limit: int | None
-) -> Iterator[tuple[int, Row]]:
-    """(line or record number from 1, row or BadRecord) of a file or a hub data set."""
+) -> Iterator[tuple[str, Row]]:
+    """(place, row or BadRecord) of a file or a hub data set; the place is `NAME:LINE`, or the
+    number of the record, from 1."""
     return itertools.islice(_all_rows(source, split, options), limit)
 
 
-def _all_rows(source: str, split: str, options: SourceOptions) -> Iterator[tuple[int, Row]]:
+def _all_rows(source: str, split: str, options: SourceOptions) -> Iterator[tuple[str, Row]]:
     path = local(source)
     if path is not None:
-        yield from read_file(path, options)
+        yield from ((f"{path}:{line}", row) for line, row in read_file(path, options))
         return
     is_path = Path(source).suffix.lower() in SUFFIXES or source.startswith((".", "/"))
     if is_path or source.count("/") != 1:
         raise UserError(
             f"{source}: no such file; accepted: a {', '.join(SUFFIXES)} file or a hub id"
         )
-    yield from enumerate(_hub_rows(source, split, options), 1)
+    rows = _hub_rows(source, split, options)
+    yield from ((f"{source}:{number}", row) for number, row in enumerate(rows, 1))
 
 
 def _hub_rows(source: str, split: str, options: SourceOptions) -> Iterable[dict]:
