@@ -109,6 +109,9 @@ class DataOptions(SourceOptions):
     leave_out: int = Field(0, ge=0)
     """Number of training records held out, drawn by the seed. Methods with validation hold out
     theirs anyway; set the same number for methods compared with them."""
+    workers: Literal["auto"] | int = "auto"
+    """Processes that tokenise. auto: this one, and, if it takes longer than some seconds, one for
+    each core, at most 16. What they make does not depend on their number."""
     cache: str | None = Field(None, pattern=PATH)
     """Cache folder of tokenised data; none: `rankcast` in the user's cache folder."""
 
@@ -142,6 +145,8 @@ class DataOptions(SourceOptions):
             raise ValueError(
                 f"data.row_lengths: {self.row_lengths} given; accepted: auto, or at least 0"
             )
+        if self.workers != "auto" and self.workers < 1:
+            raise ValueError(f"data.workers: {self.workers} given; accepted: auto, or at least 1")
         if size is not None and size > self.batch_size:
             raise ValueError(
                 f"data.micro_batch_size: {self.micro_batch_size} given; accepted: at most "
