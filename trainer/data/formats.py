@@ -200,6 +200,8 @@ def _record(row: dict, kind: str, options: SourceOptions, tokenizer: Any) -> Rec
         segments = list(_alpaca(row, options, tokenizer))
     elif kind == "text":
         column = options.text if isinstance(options.text, str) else options.text[0]
+        if _is_messages(row.get(column)):
+            raise BadRecord(f"{column} holds messages; accepted: data.messages={column}")
         segments = [(_text(row, column), True)]
     else:
         segments = [(_part(options.prompt, row), False), (_part(options.completion, row), True)]
