@@ -1,5 +1,6 @@
 """The `data` section of the configuration: records, tokenisation and batches."""
 
+import keyword
 from typing import Literal
 
 from pydantic import Field, JsonValue, model_validator
@@ -11,6 +12,8 @@ LEFT_OUT = "left_out"
 
 
 _OF_RENDERING = ("messages", "tools", "documents", "add_generation_prompt")
+_CONSTANTS = ("true", "false", "none")
+"""Of Jinja, which otherwise has Python's keywords."""
 
 
 class SourceOptions(Section):
@@ -87,7 +90,8 @@ class SourceOptions(Section):
                 f"data.as_chat: true given with data.format={self.format}; accepted: false"
             )
         for name in self.template_arguments or {}:
-            if not name.isidentifier() or name in _OF_RENDERING or name.endswith("_token"):
+            is_free = name not in (*_OF_RENDERING, *_CONSTANTS) and not name.endswith("_token")
+            if not name.isidentifier() or keyword.iskeyword(name) or not is_free:
                 raise ValueError(
                     f"data.template_arguments: {name} given; accepted: names of variables that a "
                     "rendering does not set itself"
