@@ -15,6 +15,12 @@ _MUST_AGREE = {
     "method": None,
     "data": (
         "format",
+        "message_fields",
+        "roles",
+        "as_chat",
+        "system",
+        "chat_template",
+        "template_arguments",
         "max_length",
         "packing",
         "shuffle",

@@ -21,12 +21,14 @@ from trainer.config.data_options import LEFT_OUT
 from trainer.config.validation import local
 from trainer.data.loader import Loader
 from trainer.data.prefetch import Prefetcher
+from trainer.data.templates import on_end_of_turn, set_template
 from trainer.decisions.replay import Replay
 from trainer.device_memory import peak_gib, readable
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, RunFailed, UserError
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.export import written_folder
+from trainer.export.tokenizer import save_tokenizer
 from trainer.files import ADAPTER, FIGURES, METRICS
 from trainer.loading.initial_adapters import initial_digest
 from trainer.memory.planner import make_plan
@@ -98,6 +100,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         *([folder.lock.note] if folder.lock.note else []),
         *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(session.backbone.model, session.train_data, session.eval_data),
+        *on_end_of_turn(session.tokenizer, config.data),
     ]
     for line in (*_introduction(session, loader, steps, notes), *_resumption(start, config)):
         folder.recorder.log_line(line)
@@ -265,6 +268,9 @@ def _finish(session: Session, folder: Path, steps: int) -> None:
     try:
         with written_folder(adapter, RunFailed) as unfinished:
             note, where = _export(session, unfinished), str(adapter)
+            template = set_template(session.tokenizer, session.config.data)
+            if template is not None:
+                save_tokenizer(session.tokenizer, template, unfinished)
     except NothingToExport as error:
         note, where = "", f"none: {error}"
     figure = draw_loss([folder], folder / FIGURES / "loss")
