@@ -55,12 +55,20 @@ def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> No
 
 def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint where backbone or training data differ from the checkpoint's."""
-    if state["backbone"] not in (session.backbone.digest, session.backbone.former_digest):
+    if state["backbone"] != session.backbone.digest:
         raise BadCheckpoint(
             f"{checkpoint}: was made on another backbone "
             f"({state['config'].get('model', {}).get('id')}), or its weights or config.json have "
             f"changed since; accepted: a checkpoint of {session.config.model.id}"
         )
+    weights = session.backbone.weights
+    for name, digest in state.get("weights", {}).items():
+        if weights.get(name, digest) != digest:
+            raise BadCheckpoint(
+                f"model.id: {session.config.model.id}: the values of {name} have changed since "
+                f"{checkpoint} was made; accepted: the same weights, or another run.name for a "
+                "new run"
+            )
     data = session.config.data
     then = state["config"].get("data", {}).get("train")
     former = former_key(
