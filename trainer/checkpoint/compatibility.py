@@ -10,7 +10,7 @@ from trainer.errors import BadCheckpoint
 from trainer.session import Session
 
 _MUST_AGREE = {
-    "model": ("quantization",),
+    "model": ("quantization", "adapter"),
     "task": None,
     "method": None,
     "data": (
@@ -41,6 +41,12 @@ _MAY_CHANGE = {
     "run": ("steps", "epochs"),
 }
 """Keys that a user may change on purpose; a change is logged."""
+
+_EVALUATION = {
+    "data": ("eval", "eval_split", "eval_records"),
+    "run": ("eval_every", "eval_at_start"),
+}
+"""Keys that change what a run reports."""
 
 
 def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> None:
@@ -82,11 +88,14 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
         )
 
 
-def changes(state: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Changed keys of a resumed run, as `key old -> new`."""
+def changes(state: dict[str, Any], now: dict[str, Any], *, evaluation: bool = False) -> list[str]:
+    """Changed keys of a resumed run, as `key old -> new`; `evaluation`: also those of what it
+    evaluates."""
+    tables = (_MAY_CHANGE, _EVALUATION) if evaluation else (_MAY_CHANGE,)
     return [
         f"{key} {old!r} -> {new!r}"
-        for key, old, new in _differences(state["config"], now, _MAY_CHANGE)
+        for table in tables
+        for key, old, new in _differences(state["config"], now, table)
     ]
 
 
