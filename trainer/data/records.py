@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.config.data_options import DataOptions
 from trainer.data.chats import chats
+from trainer.data.choices import commonsense, multiple_choice
 from trainer.data.messages import no_column
 from trainer.errors import BadRecord
 from trainer.tasks.base import Record, Task
@@ -31,6 +32,9 @@ def detect_format(row: dict, options: DataOptions, task: Task) -> str:
         return options.format
     if len(task.options.data_formats) == 1:
         return task.options.data_formats[0]
+    if "commonsense" in task.options.data_formats:
+        is_commonsense = {"instruction", "output", "answer"} <= row.keys()
+        return "commonsense" if is_commonsense else "multiple_choice"
     if options.messages in row:
         return "messages"
     if "instruction" in row and "output" in row:
@@ -49,6 +53,10 @@ def to_records(row: dict, kind: str, options: DataOptions, tokenizer: Any) -> li
             Record(segments, add_bos=False, add_eos=False)
             for segments in chats(row, options, tokenizer)
         ]
+    elif kind == "multiple_choice":
+        found = multiple_choice(row, options, _part)
+    elif kind == "commonsense":
+        found = commonsense(row, options, _part)
     else:
         found = [_record(row, kind, options)]
     try:  # JSON can hold lone surrogates, which no tokenizer accepts
