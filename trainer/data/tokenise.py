@@ -16,7 +16,7 @@ from trainer.config.yaml import parse_json
 from trainer.data.cache import cache_key, cache_root, entry
 from trainer.data.dataset import Counts, TokenDataset, schema
 from trainer.data.encode import Encoder, stop
-from trainer.data.records import to_records
+from trainer.data.formats import to_records
 from trainer.data.sources import read_rows
 from trainer.errors import BadRecord, UserError, first_line, reason
 from trainer.tasks.base import Task
