@@ -7,7 +7,6 @@ writes it from the project itself and from what TRL learned when `trl_reference.
 
 import functools
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from tests.unit.trainer.data.families import tokenizer_of
 from tests.unit.trainer.data.inputs import INPUTS, Input
 from trainer.config.data_options import DataOptions
-from trainer.data.records import detect_format, to_records
+from trainer.data.formats import detect_format, to_records
 from trainer.errors import BadRecord
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 
@@ -120,8 +119,12 @@ def rows() -> list[str]:
             theirs = "same" if case.reference == "sft" else "same, answer by answer"
         else:
             found = trls(case)
-            theirs = f"{case.difference}: " + (shown(case, found) if isinstance(found, list) else "refused")
-        what = case.what + "".join(f", `{key}: {json.dumps(value)}`" for key, value in case.data.items())
+            theirs = f"{case.difference}: " + (
+                shown(case, found) if isinstance(found, list) else "refused"
+            )
+        what = case.what + "".join(
+            f", `{key}: {json.dumps(value)}`" for key, value in case.data.items()
+        )
         lines.append(f"| {what} | {case.family or '–'} | {shown(case, ours(case))} | {theirs} |")
     return lines
 

@@ -65,15 +65,18 @@ def prepared(row: dict, tokenizer: Any, **settings: Any) -> dict:
             (example,) = trainer.train_dataset
         except Exception as error:
             return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
-    return {"ids": example["input_ids"], "learned": [int(label != -100) for label in example["labels"]]}
+    return {
+        "ids": example["input_ids"],
+        "learned": [int(label != -100) for label in example["labels"]],
+    }
 
 
-def in_turns(messages: list, tools: Any) -> Iterator[dict]:
+def in_turns(row: dict) -> Iterator[dict]:
     """A prompt and a completion for every answer."""
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant" and index:
-            extra = {"tools": tools} if tools else {}
-            yield {"prompt": messages[:index], "completion": [message], **extra}
+    other = {key: value for key, value in row.items() if key != "messages"}
+    for index, message in enumerate(row["messages"]):
+        if message["role"] == "assistant":
+            yield {"prompt": row["messages"][:index], "completion": [message], **other}
 
 
 def results(case: Input) -> dict:
@@ -88,9 +91,10 @@ def results(case: Input) -> dict:
     if "messages" not in row:
         return {"sft": [prepared(row, tokenizer_of(case.family, template), **settings)]}
     with_marks = marked(case.family)
-    answers = prepared(row, tokenizer_of(case.family, with_marks or template), assistant_only_loss=True)
-    turns = [prepared(turn, tokenizer_of(case.family, template))
-             for turn in in_turns(row["messages"], row.get("tools"))]  # fmt: skip
+    answers = prepared(
+        row, tokenizer_of(case.family, with_marks or template), assistant_only_loss=True
+    )
+    turns = [prepared(turn, tokenizer_of(case.family, template)) for turn in in_turns(row)]
     return {"sft": [answers], "turns": turns}
 
 
@@ -109,7 +113,9 @@ def renders_alike(case: Input) -> bool | None:
     return all(a == b for a, b in zip(*texts, strict=True) if a is not None)
 
 
-def _rendered(template: str, messages: list, tools: Any, prompt: bool, tokenizer: Any) -> str | None:
+def _rendered(
+    template: str, messages: list, tools: Any, prompt: bool, tokenizer: Any
+) -> str | None:
     try:
         found, _ = render_jinja_template([messages], tools=tools, chat_template=template,
                                          add_generation_prompt=prompt, **tokenizer.special_tokens_map)  # fmt: skip
@@ -123,12 +129,21 @@ def main() -> None:
     versions = {name: version(name) for name in ("trl", "transformers", "tokenizers", "torch")}
     lines = []
     for case in INPUTS:
-        found = {"what": case.what, "family": case.family, "renders_alike": renders_alike(case), **results(case)}
+        found = {
+            "what": case.what,
+            "family": case.family,
+            "renders_alike": renders_alike(case),
+            **results(case),
+        }
         lines.append(json.dumps(found, ensure_ascii=False))
-        short = [e.get("error", sum(e.get("learned", []))) for e in found["sft"] + found.get("turns", [])]
+        short = [
+            e.get("error", sum(e.get("learned", []))) for e in found["sft"] + found.get("turns", [])
+        ]
         print(case.what, "|", case.family, "|", found["renders_alike"], "|", short, flush=True)
     body = ",\n".join(lines)
-    KEPT.write_text(f'{{"versions": {json.dumps(versions)}, "inputs": [\n{body}\n]}}\n', encoding="utf-8")
+    KEPT.write_text(
+        f'{{"versions": {json.dumps(versions)}, "inputs": [\n{body}\n]}}\n', encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -3,20 +3,21 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import ROOT, save_random_model
+from tests.campaigns.data_table import ours
+from tests.helpers import ROOT, losses, save_random_model
 from tests.unit.trainer.data.families import tokenizer_of
+from tests.unit.trainer.data.inputs import Input
 from trainer.config.config import load_config
-from trainer.data.dataset import prepare
+from trainer.distributed.world import World
 from trainer.run.run import run
-from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 
-KINDS = ["Chat", "Instruction and answer", "Plain text"]
+KINDS = {"Chat": "SmolLM2", "Instruction and answer": None, "Plain text": None}
+"""Headings of docs/data.md, and the chat template of the model below each."""
 
 
 def blocks(kind: str) -> dict[str, str]:
@@ -27,45 +28,63 @@ def blocks(kind: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A chat model and a base model, random and tiny."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
+    """A base model and a chat model, random and tiny."""
     found = {}
-    for name, family in (("chat", "SmolLM2"), ("base", None)):
-        found[name] = save_random_model(tmp_path_factory.mktemp(name), "llama", AutoModelForCausalLM)
-        tokenizer_of(family).save_pretrained(found[name])
+    for family in (None, "SmolLM2"):
+        folder = tmp_path_factory.mktemp("model")
+        found[family] = save_random_model(folder, "llama", AutoModelForCausalLM)
+        tokenizer_of(family).save_pretrained(folder)
     return found
 
 
-def shown(ids: list[int], learned: list[int], tokenizer: Any) -> str:
-    """Tokens as the page shows them."""
-    text, was = "", 0
-    for token, is_learned in zip(ids, learned, strict=True):
+def train(config: str, records: str, model: Path, folder: Path) -> None:
+    """Train for two steps on a tiny model, in the folder where the records are."""
+    (folder / yaml.safe_load(config)["data"]["train"]).write_text(records)
+    (folder / "mine.yaml").write_text(config)
+    run(
+        load_config(
+            folder / "mine.yaml",
+            [f"model.id={model}", "run.epochs=null", "run.steps=2", "log.progress=none", "log.every=1", "run.verify=off",
+             f"data.cache={folder}/cache", "data.batch_size=4"],
+        ),
+        World(),
+    )  # fmt: skip
+    assert len(losses(folder / "runs" / yaml.safe_load(config)["run"]["name"])) == 2
+
+
+def shown(row: dict, data: dict, family: str | None) -> str:
+    """The tokens of a record as the page shows them."""
+    (example,) = ours(Input("", row, family, data))
+    decode, text, was = tokenizer_of(family).decode, "", 0
+    for token, is_learned in zip(example.ids, example.learned, strict=True):
         text += ("«" if is_learned else "»") if is_learned != was else "·" if was else ""
-        text, was = text + tokenizer.decode([token]).replace("\n", "\\n"), is_learned
+        text, was = text + decode([token]).replace("\n", "\\n"), is_learned
     return text + ("»" if was else "")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_commonest_inputs(kind: str, models: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commonest_inputs(
+    kind: str, models: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = blocks(kind)
     assert len(found["yaml"].splitlines()) == 5
-    train(found["yaml"], found["json"] * 4, models["chat" if kind == "Chat" else "base"], tmp_path, monkeypatch)
-    config = load_config(tmp_path / "mine.yaml", [])
-    tokenizer = tokenizer_of("SmolLM2" if kind == "Chat" else None)
-    data = prepare(config.data.train, "train", None, config.data, CausalLM(CausalLMOptions(), tokenizer))
-    assert shown(data.example(0).input_ids, data.example(0).loss_mask, tokenizer) == found["text"].strip()
+    monkeypatch.chdir(tmp_path)
+    train(found["yaml"], found["json"] * 4, models[KINDS[kind]], tmp_path)
+    data = yaml.safe_load(found["yaml"])["data"]
+    del data["train"]
+    assert shown(json.loads(found["json"]), data, KINDS[kind]) == found["text"].strip()
 
 
-def train(
-    config: str, records: str, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Trains for two steps as a user would, in a folder of his own, on a tiny model."""
-    monkeypatch.chdir(folder)
-    name = yaml.safe_load(config)["data"]["train"]
-    (folder / name).write_text(records)
-    (folder / "mine.yaml").write_text(config)
-    run(load_config(folder / "mine.yaml", [
-        f"model.id={model}", "run.epochs=null", "run.steps=2", "log.progress=none", f"data.cache={folder}/cache",
-        "data.batch_size=4", "method.rank=4"]))  # fmt: skip
-    losses = [json.loads(line) for line in next(folder.glob("runs/*/metrics.jsonl")).read_text().splitlines()]
-    assert losses
+def test_the_readme_says_the_same() -> None:
+    """One configuration, and a table of records, sections `data`, and learned tokens."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    five = yaml.safe_load(re.findall(r"^```yaml\n(.*?)^```", text, re.S | re.M)[0])
+    table = text.partition("|a line of `records.jsonl`|")[2].partition("\n\n")[0]
+    lines = [re.findall(r"`([^`]+)`\|", line) for line in table.splitlines()[2:]]
+    for (kind, family), (record, data, learned) in zip(KINDS.items(), lines, strict=True):
+        found = blocks(kind)
+        ours = {**yaml.safe_load(found["yaml"]), "run": five["run"], "model": five["model"]}
+        assert ours == {**five, "data": yaml.safe_load(data)}
+        assert json.loads(record) == json.loads(found["json"])
+        assert found["text"].strip().endswith(f"«{learned}»".replace("\\|", "|")), family

@@ -33,7 +33,7 @@ _QWEN_TOOLS = (
     "provided with function signatures within <tools></tools> XML tags:\\n<tools>' }}"
     "{% for t in tools %}{{ '\\n' }}{{ t | tojson }}{% endfor %}"
     "{{ '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments "
-    "within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{\"name\": <function-name>, \"arguments\": "
+    'within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, "arguments": '
     "<args-json-object>}\\n</tool_call><|im_end|>\\n' }}"
 )
 _QWEN_CALLS = (
@@ -99,6 +99,8 @@ QWEN3 = (
     + _QWEN_CALLS.replace("BEFORE_FIRST", "content")
     + _QWEN_RESULT.replace("CONTENT", "content")
     + _ASK
+    + "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
 )
 
 # The generation prompt opens the thought. Tools are written as XML.
@@ -153,12 +155,8 @@ NEMOTRON_3 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
 )
 
-_LLAMA_TURN = (
-    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}"
-)
-_LLAMA_ASK = (
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
+_LLAMA_TURN = "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}"
+_LLAMA_ASK = "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 LLAMA3 = "{{ bos_token }}{% for m in messages %}" + _LLAMA_TURN + "{% endfor %}" + _LLAMA_ASK
 
 # A system message with a date always; tools go into the first question.

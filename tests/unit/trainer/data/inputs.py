@@ -104,6 +104,15 @@ TEXTS = [
         "alpaca with an input", {**_INSTRUCTION, "input": "Anna has 3."},
         trl={"prompt": _ALPACA_INPUT, "completion": "3"},
     ),
+    Input(
+        "alpaca with a system message", {**_INSTRUCTION, "system": "I count."},
+        trl={"prompt": _ALPACA.replace(_ALPACA.partition("\n\n")[0], "I count."), "completion": "3"},
+    ),
+    Input(
+        "alpaca with a history", {**_INSTRUCTION, "history": [["Who has eggs?", "Anna"]]}, data={"turns": "last"},
+        trl={"prompt": _ALPACA.replace("How many eggs?", "Who has eggs?") + "Anna</s>\n\n"
+             + _ALPACA.partition("\n\n")[2], "completion": "3"},
+    ),
 ]  # fmt: skip
 
 TWO_TURNS = [
@@ -122,8 +131,7 @@ TWO_TURNS = [
     Input("chat", {"messages": SYSTEM}, "gpt-oss", reference="turns"),
     Input("chat", {"messages": SYSTEM}, "DeepSeek-R1", reference="turns"),
     Input("chat", {"messages": SYSTEM}, "DeepSeek-V3", reference="turns"),
-    Input("chat", {"messages": SYSTEM}, "GLM-4.5",
-          difference="learns the header of the next turn too, by which this family ends its own"),
+    Input("chat", {"messages": SYSTEM}, "GLM-4.5"),
     Input("chat", {"messages": SYSTEM}, "Aya"),
     Input("chat", {"messages": SYSTEM}, "LFM2"),
     Input("chat", {"messages": SYSTEM}, "ChatML, marked"),
@@ -159,7 +167,9 @@ SPECIAL = [
     Input("thoughts in the content", {"messages": INLINE}, "Qwen3", reference="turns"),
     Input("thoughts", {"messages": THOUGHTS}, "Qwen3.5", reference="turns"),
     Input("thoughts", {"messages": THOUGHTS}, "Nemotron 3", reference="turns"),
-    Input("thoughts", {"messages": THOUGHTS}, "GLM-4.5", reference="turns"),
+    Input("thoughts in the content", {"messages": INLINE}, "Qwen3.5", reference="turns"),
+    Input("thoughts in the content", {"messages": INLINE}, "Nemotron 3", reference="turns"),
+    Input("thoughts", {"messages": THOUGHTS[:2]}, "GLM-4.5"),
     Input("thoughts", {"messages": [CHAT[0], assistant("Anna has 3 eggs.", thinking="I count.")]}, "gpt-oss",
           reference="turns"),
     Input("thoughts in the content", {"messages": INLINE[:2]}, "DeepSeek-R1",
@@ -174,9 +184,32 @@ SPECIAL = [
     Input("tools", {"messages": called(OBJECT, content=""), "tools": TOOLS}, "Qwen3.5", reference="turns"),
     Input("tools", {"messages": called(OBJECT, content=""), "tools": TOOLS}, "Llama 3.2", reference="turns"),
     Input("tools", {"messages": called(OBJECT), "tools": TOOLS}, "gpt-oss", reference="turns"),
-    Input("tools", {"messages": called(OBJECT, content=""), "tools": TOOLS}, "GLM-4.5", reference="turns"),
+    Input("tools", {"messages": called(OBJECT, content=""), "tools": TOOLS}, "GLM-4.5"),
+    Input("tool calls, arguments as text", {"messages": called(TEXT, content="")}, "DeepSeek-V3",
+          reference="turns"),
     Input("tools that the template ignores", {"messages": called(OBJECT, content=""), "tools": TOOLS}, "Phi-3",
           difference="learns an empty answer in place of the call"),
 ]  # fmt: skip
 
-INPUTS = [*TEXTS, *TWO_TURNS, *SPECIAL]
+_SHAREGPT = [
+    {"from": "human", "value": "How many eggs?"},
+    {"from": "gpt", "value": "Anna has 3 eggs."},
+]
+_SPOKEN = {"prompt": CHAT[:1], "completion": CHAT[1:2]}
+FORMATS = [
+    Input("ShareGPT", {"conversations": _SHAREGPT}, "Llama 3", trl={"messages": CHAT[:2]}),
+    Input("ShareGPT, as it is", {"conversations": _SHAREGPT}, "Llama 3", trl={"conversations": _SHAREGPT},
+          difference="knows no human and gpt"),
+    Input("prompt and completion of messages", {"prompt": CHAT[:3], "completion": CHAT[3:]}, "Llama 3"),
+    Input("prompt and completion", {"prompt": "How many eggs?", "completion": "Anna has 3 eggs."}, "Llama 3",
+          {"as_chat": True}, trl=_SPOKEN),
+    Input("alpaca", {"instruction": "How many eggs?", "output": "Anna has 3 eggs."}, "Llama 3", {"as_chat": True},
+          trl=_SPOKEN),
+    Input("chat with a system message for all", {"messages": CHAT}, "Llama 3", {"system": "I count."},
+          trl={"messages": SYSTEM}),
+    Input("chat that is not to think", {"messages": CHAT[:2]}, "Qwen3",
+          {"template_arguments": {"enable_thinking": False}}, reference="turns",
+          trl={"messages": CHAT[:2], "chat_template_kwargs": {"enable_thinking": False}}),
+]  # fmt: skip
+
+INPUTS = [*TEXTS, *TWO_TURNS, *SPECIAL, *FORMATS]
