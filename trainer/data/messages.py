@@ -81,9 +81,7 @@ def _message(message: Any, name: str, options: SourceOptions) -> tuple[dict, boo
     fields = _renamed(fields, name, options)
     train, weight = fields.pop("train", True), fields.pop("weight", 1)
     if fields.get("role") == "function_call":
-        calls = from_json(fields.pop("content", None))
-        calls = [calls] if isinstance(calls, dict) else calls
-        fields |= {"role": "assistant", "tool_calls": calls}
+        fields |= {"role": "assistant", "tool_calls": _called(fields.pop("content", None))}
     if not isinstance(fields.get("role"), str) or not ("content" in fields or _calls(fields)):
         raise BadRecord(f"{name}: no message with role and content")
     if not isinstance(train, bool):
@@ -127,6 +125,21 @@ def _renamed(message: dict, name: str, options: SourceOptions) -> dict:
             )
         fields["role"] = known.get(fields["role"], fields["role"])
     return fields
+
+
+def _called(value: Any) -> Any:
+    """The tool calls that ShareGPT has as a turn of their own, or as its JSON text."""
+    calls = from_json(value)
+    if isinstance(calls, dict):
+        calls = [calls]
+    if not isinstance(calls, list):
+        return calls
+    return [
+        {"type": "function", "function": call}
+        if isinstance(call, dict) and "function" not in call
+        else call
+        for call in calls
+    ]
 
 
 def _calls(fields: dict) -> bool:

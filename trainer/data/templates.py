@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ def templates_of(tokenizer: Any, options: SourceOptions) -> Templates | None:
     return defaults + found
 
 
+def set_template(tokenizer: Any, options: SourceOptions) -> Templates | None:
+    """`templates_of`, where the configuration sets anything; None: the tokenizer's own serve."""
+    is_set = options.chat_template is not None or options.template_arguments
+    return templates_of(tokenizer, options) if is_set else None
+
+
 def template_of(tokenizer: Any, options: SourceOptions, tools: list[dict] | None) -> str:
     """The template that renders a conversation with `tools`. Raises BadRecord, UserError."""
     found = templates_of(tokenizer, options)
@@ -112,15 +119,15 @@ def _of_file(path: Path) -> str:
         raise UserError(f"{_KEY}: {path}: {why}; accepted: a file of Jinja text") from error
     if not text.strip():
         raise UserError(f"{_KEY}: {path}: empty; accepted: a file of Jinja text")
-    try:
-        with limited():
+    with limited():
+        try:
             _rendered([], None, text, False, {})
-    except TemplateSyntaxError as error:
-        raise UserError(
-            f"{_KEY}: {path}:{error.lineno}: {error.message}; accepted: a file of Jinja text"
-        ) from error
-    except Exception:
-        return text  # it may well refuse to render nothing
+        except TemplateSyntaxError as error:
+            raise UserError(
+                f"{_KEY}: {path}:{error.lineno}: {error.message}; accepted: a file of Jinja text"
+            ) from error
+        except Exception:
+            return text  # it may well refuse to render nothing
     return text
 
 
@@ -161,23 +168,22 @@ def added_tokens(tokenizer: Any) -> dict[str, bool]:
     return added | dict.fromkeys(tokenizer.all_special_tokens, True)
 
 
-def on_end_of_turn(tokenizer: Any, options: SourceOptions) -> str | None:
-    """A remark where `data.chat_template` ends turns with what is no token of the tokenizer."""
+def on_end_of_turn(tokenizer: Any, options: SourceOptions) -> Iterator[str]:
+    """Remarks where `data.chat_template` ends turns with what is no token of the tokenizer."""
     if options.chat_template is None:
-        return None
+        return
     said = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     try:
         text, _ = render(tokenizer, template_of(tokenizer, options, None), said, None, False)
-    except BadRecord:
-        return None
+    except BadRecord:  # as every record will say
+        return
+    name = f"{_KEY}: {options.chat_template} ends a turn with"
     end = text.rpartition(_ANSWER)[2].strip()
-    if any(token in end for token in added_tokens(tokenizer)):
-        return None
-    name = f"{_KEY}: {options.chat_template} ends a turn"
     if not end:
-        return f"{name} with no token at all: nothing tells a model to stop"
-    count = len(tokenizer(end, add_special_tokens=False)["input_ids"])
-    return (
-        f"{name} with {end!r}, which is no token of its own in the tokenizer's vocabulary but "
-        f"{count}: all of them are learned, and generation stops there only if told to"
-    )
+        yield f"{name} nothing: the model does not learn to stop"
+    elif not any(token in end for token in added_tokens(tokenizer)):
+        count = len(tokenizer(end, add_special_tokens=False)["input_ids"])
+        yield (
+            f"{name} {end!r}, which is no token in the tokenizer's vocabulary but {count} of them: "
+            "all are learned, and generation stops there only if it is told to"
+        )
