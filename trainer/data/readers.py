@@ -5,27 +5,37 @@ A row that cannot be used is a `BadRecord` with the reason; a file that cannot b
 """
 
 import csv
+import io
 import json
-import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from trainer.config.data_options import SourceOptions
-from trainer.errors import BadRecord, UserError, first_line
+from trainer.errors import BadRecord, UserError, first_line, reason
 
 _BATCH = 1000  # rows read at a time from a parquet file
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+FILES = f"{', '.join(SUFFIXES)}, each also with {' or '.join(COMPRESSED)}"
+"""The files that are read, in words."""
 
 Row = dict | BadRecord
 
 
+def ending(path: Path) -> str:
+    """`.jsonl`, or with its compression `.jsonl.gz`; empty: not a data file."""
+    endings = (suffix + packed for suffix in SUFFIXES for packed in ("", *COMPRESSED))
+    return next((found for found in endings if path.name.lower().endswith(found)), "")
+
+
 def read_file(path: Path, options: SourceOptions) -> Iterator[tuple[int, Row]]:
     """(line or record number from 1, row or BadRecord) of a file."""
-    suffix = path.suffix.lower()
-    if not path.is_file() or suffix not in SUFFIXES:
-        raise UserError(f"{path}: not a data file; accepted: {', '.join(SUFFIXES)}")
+    suffix = Path(ending(path)).stem  # without that of a compression
+    if not suffix or not path.is_file():
+        raise UserError(f"{path}: not a data file; accepted: {FILES}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: empty file; accepted: at least one record")
     if suffix == ".parquet":
@@ -35,24 +45,51 @@ def read_file(path: Path, options: SourceOptions) -> Iterator[tuple[int, Row]]:
     elif suffix == ".json":
         yield from _json_list(path)
     elif suffix == ".txt":
-        text = "".join(line for _, line in _lines(path))
-        paragraphs = (part.strip() for part in re.split(r"\n\s*\n", text))
-        yield from ((number, {"text": part}) for number, part in enumerate(paragraphs, 1) if part)
+        yield from _paragraphs(path)
     else:
         yield from _delimited(path, "\t" if suffix == ".tsv" else ",", options)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed."""
+    compression = COMPRESSED.get(path.suffix.lower())
+    if compression is None:
+        with path.open("rb") as file:
+            yield file
+        return
+    import pyarrow as pa
+
+    with pa.input_stream(str(path), compression=compression) as stream:
+        yield io.BufferedReader(stream)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, with or without a byte order mark."""
     line = 0
     try:
-        with path.open("rb") as file:  # decoded by line: text mode decodes far ahead
+        with _open(path) as file:  # decoded by line: text mode decodes far ahead
             for line, raw in enumerate(file, 1):
                 yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason})") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+    except OSError as error:  # also of a compressed file that is damaged
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
+
+
+def _paragraphs(path: Path) -> Iterator[tuple[int, Row]]:
+    """The paragraphs of a text, which blank lines separate, each with the line it starts at."""
+    start = 0
+    lines: list[str] = []
+    for number, line in _lines(path):
+        if line.strip():
+            start = start if lines else number
+            lines.append(line)
+        elif lines:
+            yield start, {"text": "".join(lines).strip()}
+            lines = []
+    if lines:
+        yield start, {"text": "".join(lines).strip()}
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
@@ -103,8 +140,10 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
     import pyarrow.parquet as pq
 
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=_BATCH):
-            yield from map(without_nulls, batch.to_pylist())
+        with _open(path) as stream:  # decompressed in memory: a parquet file is read from its end
+            file = stream if path.suffix.lower() == ".parquet" else io.BytesIO(stream.read())
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH):
+                yield from map(without_nulls, batch.to_pylist())
     except Exception as error:  # Arrow's types, and Python's for unsupported values
         raise UserError(f"{path}: no parquet file ({first_line(error)})") from error
 

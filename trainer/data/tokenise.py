@@ -11,20 +11,20 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.data_options import DataOptions
+from trainer.config.data_options import DataOptions, SourceNames
 from trainer.config.validation import local
 from trainer.config.yaml import parse_json
 from trainer.data.cache import cache_key, cache_root, entry
 from trainer.data.dataset import Counts, TokenDataset, schema
 from trainer.data.records import detect_format, to_records
-from trainer.data.sources import Row, read_rows
+from trainer.data.sources import Row, name_of, read_rows
 from trainer.errors import BadRecord, UserError, first_line, reason
 from trainer.tasks.base import Example, Record, Task
 
 _CHUNK = 1000  # records tokenised in one call
 
 
-def read_labels(source: str, split: str, options: DataOptions) -> list[str | float]:
+def read_labels(source: SourceNames, split: str, options: DataOptions) -> list[str | float]:
     """The raw labels of a classification source. Bad records raise UserError or are skipped."""
     labels = []
     for place, row in read_rows(source, split, options, options.train_records):
@@ -39,7 +39,7 @@ def read_labels(source: str, split: str, options: DataOptions) -> list[str | flo
         assert record.label is not None
         labels.append(record.label)
     if not labels:
-        raise UserError(f"{source}: no usable record; accepted: at least one")
+        raise UserError(f"{name_of(source)}: no usable record; accepted: at least one")
     return labels
 
 
@@ -48,7 +48,7 @@ def _stop(place: str, reason: object) -> UserError:
 
 
 def prepare(
-    source: str, split: str, limit: int | None, options: DataOptions, task: Task
+    source: SourceNames, split: str, limit: int | None, options: DataOptions, task: Task
 ) -> TokenDataset:
     """Tokenise `source`, or read it from the cache. Call it on one rank of each node first. Raises
     UserError."""
@@ -93,7 +93,7 @@ def prepare(
 
 
 def _tokenise(
-    source: str, split: str, limit: int | None, options: DataOptions, task: Task, path: Path
+    source: SourceNames, split: str, limit: int | None, options: DataOptions, task: Task, path: Path
 ) -> Counts:
     import pyarrow as pa
 
@@ -109,15 +109,13 @@ def _tokenise(
             }
             values["record"] = [record for record, _ in kept]
             writer.write_batch(pa.record_batch(values, schema=columns))
-    if counts.records == 0:
-        raise UserError(f"{source}: no records; accepted: at least one")
     if counts.used == 0:
-        raise UserError(f"{source}: no usable record ({counts})")
+        raise UserError(f"{name_of(source)}: no usable record ({counts})")
     return counts
 
 
 def _encode_chunk(
-    source: str,
+    source: SourceNames,
     chunk: list[tuple[str, Row]],
     options: DataOptions,
     task: Task,
@@ -167,7 +165,7 @@ def _encode_chunk(
 
 
 def _encode(
-    source: str, records: list[Record], options: DataOptions, task: Task
+    source: SourceNames, records: list[Record], options: DataOptions, task: Task
 ) -> list[Example | str]:
     """`task.encode`; a panic inside the tokenizer, which is no Exception, is a UserError."""
     try:
@@ -176,6 +174,6 @@ def _encode(
         raise
     except BaseException as error:
         raise UserError(
-            f"{source}: the tokenizer failed ({first_line(error)}); accepted: a tokenizer and "
-            "records that it can encode"
+            f"{name_of(source)}: the tokenizer failed ({first_line(error)}); accepted: a tokenizer "
+            "and records that it can encode"
         ) from error

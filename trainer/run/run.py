@@ -17,10 +17,10 @@ from trainer.checkpoint.state import read_initial_adapters, restore
 from trainer.checkpoint.store import clear_the_way, find, verify
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.config import Config
-from trainer.config.data_options import LEFT_OUT
 from trainer.config.validation import local
 from trainer.data.loader import Loader
 from trainer.data.prefetch import Prefetcher
+from trainer.data.sources import hub_ids
 from trainer.decisions.replay import Replay
 from trainer.device_memory import peak_gib, readable
 from trainer.distributed.world import World
@@ -36,7 +36,14 @@ from trainer.records.jsonl import read_metrics
 from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
 from trainer.run.folder import RunFolder
-from trainer.run.remarks import describe_engine, on_batch, on_length, on_rows
+from trainer.run.remarks import (
+    describe_engine,
+    on_batch,
+    on_evaluation,
+    on_length,
+    on_rows,
+    on_sources,
+)
 from trainer.run.shared import refuse_unshared
 from trainer.session import Session, open_session
 from trainer.training.loop import Run, make_loader, total_steps, train
@@ -195,7 +202,6 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
     """Lines that describe the run on the terminal; `notes`: what else is to be said."""
     config, data = session.config, session.config.data
     engine, world = session.engine, session.world
-    eval_data = session.eval_data
     return [
         *(f"note      {note}" for note in notes),
         *(
@@ -211,7 +217,8 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
         ),
         f"run       {config.run_folder}",
         f"data      train {session.train_data.counts}",
-        *([f"          eval {eval_data.counts}"] if eval_data is not None else []),
+        *(f"          {line}" for line in on_sources(session.train_data)),
+        *([f"          eval {held}"] if (held := on_evaluation(*session.held_out())) else []),
         f"backbone  {class_name(session.model)}, {session.backbone.dtype}, "
         f"{config.model.quantization}, "
         f"{readable(engine.local_bytes(session.model))} per rank",
@@ -249,14 +256,18 @@ def _loading(figures: Loading) -> str:
 def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
     """(key, hub id, what pins it) of models and data sets from the hub without a fixed revision."""
     model, data = config.model, config.data
-    for key, name, revision, fixed in (
+    sources = [(source, own.revision) for source, own in data.sources]
+    sources.append((data.eval_source or [], data.revision))
+    pinned = [
         ("model.id", model.id, model.revision, "model.revision=COMMIT"),
         ("model.tokenizer", model.tokenizer, None, "a local folder"),
-        ("data.train", data.train, data.revision, "data.revision=COMMIT"),
-        ("data.eval", data.eval, data.revision, "data.revision=COMMIT"),
-    ):
-        if name not in (None, LEFT_OUT) and revision is None and local(name) is None:
+    ]
+    for key, name, revision, fixed in pinned:
+        if name is not None and revision is None and local(name) is None:
             yield key, name, fixed
+    for source, revision in sources:
+        for name in hub_ids(source) if revision is None else []:
+            yield "data", name, "its `revision: COMMIT`"
 
 
 def _finish(session: Session, folder: Path, steps: int) -> None:

@@ -442,7 +442,9 @@ def test_bad_file(tmp_path: Path, causal: CausalLM, name: str, content, reason: 
 
 
 def test_missing_file(tmp_path: Path, causal: CausalLM) -> None:
-    assert "none.jsonl: no such file; accepted: a .json" in stopped(tmp_path / "none.jsonl", causal)
+    assert "none.jsonl: no such file; accepted: a file (.json" in stopped(
+        tmp_path / "none.jsonl", causal
+    )
     assert "not a data file" in stopped(tmp_path, causal)
 
 
