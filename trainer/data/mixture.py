@@ -7,7 +7,6 @@ again and again, every pass shuffled anew, also where an epoch of the mixture en
 one. So the order depends on the seed only, and `until` only says where epochs end.
 """
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -39,7 +38,9 @@ class MixedDataset(TokenDataset):
         self.sources, self.until = list(sources), until
         parts = [source.data for source in sources]
         self.bounds = np.cumsum([0, *map(len, parts)])
-        self.counts = sum_of([data.counts for data in parts])
+        self.counts = Counts()
+        for data in parts:
+            self.counts.add(data.counts)
         self.lengths = np.concatenate([data.lengths for data in parts])
         self.weights = np.concatenate([data.weights for data in parts])
         self.labels = np.concatenate([data.labels for data in parts])
@@ -78,11 +79,6 @@ def prepare_training(options: DataOptions, task: Task) -> TokenDataset:
     names = [name_of(source) for source, _ in options.sources]
     weights = [entry.weight for entry in options.mixture]
     return MixedDataset(list(map(Source, names, parts, weights)), options.mixture_until)
-
-
-def sum_of(counts: Sequence[Counts]) -> Counts:
-    names = [field.name for field in dataclasses.fields(Counts)]
-    return Counts(**{name: sum(getattr(each, name) for each in counts) for name in names})
 
 
 class MixedOrder:

@@ -256,18 +256,20 @@ def _loading(figures: Loading) -> str:
 def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
     """(key, hub id, what pins it) of models and data sets from the hub without a fixed revision."""
     model, data = config.model, config.data
-    sources = [(source, own.revision) for source, own in data.sources]
-    sources.append((data.eval_source or [], data.revision))
-    pinned = [
+    train = "data.train" if data.mixture is None else "data.mixture"
+    sources = [(train, source, own.revision) for source, own in data.sources]
+    sources.append(("data.eval", data.eval_source or [], data.revision))
+    for key, name, revision, fixed in (
         ("model.id", model.id, model.revision, "model.revision=COMMIT"),
         ("model.tokenizer", model.tokenizer, None, "a local folder"),
-    ]
-    for key, name, revision, fixed in pinned:
+        *(
+            (key, name, revision, "data.revision=COMMIT")
+            for key, source, revision in sources
+            for name in hub_ids(source)
+        ),
+    ):
         if name is not None and revision is None and local(name) is None:
             yield key, name, fixed
-    for source, revision in sources:
-        for name in hub_ids(source) if revision is None else []:
-            yield "data", name, "its `revision: COMMIT`"
 
 
 def _finish(session: Session, folder: Path, steps: int) -> None:
