@@ -12,10 +12,10 @@ from adapters.methods.registry import METHODS
 from adapters.methods.spectral import SpectralMethod
 from adapters.optimizer import MaskedAdamW, Share, Trainable
 from trainer.config.config import Config
-from trainer.config.data_options import LEFT_OUT, DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.data.cache import cache_root
 from trainer.data.dataset import TokenDataset
-from trainer.data.held_out import for_evaluation, left_out
+from trainer.data.held_out import hold_out
 from trainer.data.mixture import prepare_training
 from trainer.data.tokenise import prepare, read_labels
 from trainer.distributed.watchdog import Watchdog
@@ -110,34 +110,6 @@ def open_data(
                     f"same for rank {rank} as for rank 0; accepted: the same files on every host"
                 )
     return tokenizer, task, *prepared
-
-
-def hold_out(config: Config, data: TokenDataset, task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """(examples of training records that are not trained on, those of them that are evaluated on).
-
-    Methods' validation and `data.eval=left_out` each use the first records; those that `data.eval`
-    draws are others, the last ones. Raises UserError where none would be left to train on."""
-    options, seed, records = config.data, config.run.seed, data.counts.used
-    evaluated, drawn = np.arange(0), options.eval_drawn
-    if drawn is not None:
-        count = drawn if isinstance(drawn, int) else max(1, round(drawn * records))
-        if count >= records:
-            raise UserError(
-                f"data.eval: {drawn} given; accepted: fewer than {records}, the training records"
-            )
-        evaluated = for_evaluation(data, count, seed, by_label=bool(task.labels_state()))
-        records -= count
-    count = max(options.leave_out, config.method.validation_samples)
-    if count >= records:
-        key = "data.leave_out" if options.leave_out == count else "method.policy.validation_samples"
-        raise UserError(
-            f"{key}: {count} given; accepted: fewer than {records}, the training records"
-        )
-    left = left_out(data, count, seed, evaluated)
-    if options.eval == LEFT_OUT:
-        return left, data.first_records(left, options.leave_out)
-    held = np.concatenate([left, evaluated])
-    return held, evaluated
 
 
 def refuse_longer(

@@ -6,8 +6,53 @@ record.
 
 import numpy as np
 
+from trainer.config.config import Config
+from trainer.config.data_options import LEFT_OUT
 from trainer.data.dataset import TokenDataset
 from trainer.data.mixture import MixedDataset
+from trainer.errors import UserError
+from trainer.tasks.base import Task
+
+
+def hold_out(config: Config, data: TokenDataset, task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """(examples of training records that are not trained on, those of them that are evaluated on).
+
+    Methods' validation and `data.eval=left_out` each use the first records; those that `data.eval`
+    draws are others, the last ones. Raises UserError where none would be left to train on."""
+    options, seed, records = config.data, config.run.seed, data.counts.used
+    evaluated, drawn = np.arange(0), options.eval_drawn
+    if drawn is not None:
+        count = drawn if isinstance(drawn, int) else max(1, round(drawn * records))
+        if count >= records:
+            raise UserError(
+                f"data.eval: {drawn} given; accepted: fewer than {records}, the training records"
+            )
+        evaluated = for_evaluation(data, count, seed, by_label=bool(task.labels_state()))
+        records -= count
+    count = max(options.leave_out, config.method.validation_samples)
+    if count >= records:
+        key = "data.leave_out" if options.leave_out == count else "method.policy.validation_samples"
+        raise UserError(
+            f"{key}: {count} given; accepted: fewer than {records}, the training records"
+        )
+    left = left_out(data, count, seed, evaluated)
+    held = np.concatenate([left, evaluated])
+    _refuse_used_up(data, held)
+    if options.eval == LEFT_OUT:
+        evaluated = data.first_records(left, options.leave_out)
+    return held, evaluated
+
+
+def _refuse_used_up(data: TokenDataset, held: np.ndarray) -> None:
+    """Raises UserError where nothing of a mixture's source is left to train on."""
+    if not isinstance(data, MixedDataset):
+        return
+    for index, source in enumerate(data.sources):
+        if np.count_nonzero(data.source_of(held) == index) == len(source.data):
+            raise UserError(
+                f"data.mixture: all {source.data.counts.used} records of {source.name} are held "
+                "out; accepted: a lower data.eval or data.leave_out, or more records"
+            )
 
 
 def left_out(

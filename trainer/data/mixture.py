@@ -9,6 +9,7 @@ one. So the order depends on the seed only, and `until` only says where epochs e
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -44,7 +45,7 @@ class MixedDataset(TokenDataset):
         self.lengths = np.concatenate([data.lengths for data in parts])
         self.weights = np.concatenate([data.weights for data in parts])
         self.labels = np.concatenate([data.labels for data in parts])
-        shifts = np.cumsum([0, *(data.counts.used for data in parts)])
+        shifts = np.cumsum([0, *(int(data.records[-1]) + 1 for data in parts)])
         self.records = np.concatenate(
             [data.records + shift for data, shift in zip(parts, shifts[:-1], strict=True)]
         )
@@ -90,7 +91,7 @@ class MixedOrder:
             np.setdiff1d(np.arange(start, end), left_out)
             for start, end in zip(data.bounds[:-1], data.bounds[1:], strict=True)
         ]
-        weights = np.array([source.weight for source in data.sources])
+        self.weights = weights = np.array([source.weight for source in data.sources])
         passes = np.array([len(examples) for examples in self.examples]) / weights
         ending = int(passes.argmin() if data.until == "first" else passes.argmax())
         # Of an epoch; exactly one pass of the source that ends it.
@@ -100,8 +101,8 @@ class MixedOrder:
         """The examples of an epoch, in order."""
         times, drawn = [], []
         for source, draws in enumerate(self.draws):
-            first, end = (int(np.floor(passed * draws + 0.5)) for passed in (epoch, epoch + 1))
-            times.append((np.arange(first, end) + 0.5) / draws)
+            first, end = (math.ceil(passed * draws - 0.5) for passed in (epoch, epoch + 1))
+            times.append((np.arange(first, end) + 0.5) / self.weights[source])
             drawn.append(self._taken(source, first, end))
         return np.concatenate(drawn)[np.argsort(np.concatenate(times), kind="stable")]
 

@@ -1,6 +1,7 @@
 """What a run would be, without training: `--dry-run`."""
 
 from trainer.config.config import Config
+from trainer.data.held_out import hold_out
 from trainer.data.loader import Loader
 from trainer.device_memory import readable
 from trainer.distributed.world import World
@@ -15,7 +16,7 @@ from trainer.run.remarks import (
     on_rows,
     on_sources,
 )
-from trainer.session import hold_out, open_data, refuse_longer
+from trainer.session import open_data, refuse_longer
 
 
 def dry_run(config: Config, world: World) -> str:

@@ -445,7 +445,7 @@ def test_missing_file(tmp_path: Path, causal: CausalLM) -> None:
     assert "none.jsonl: no such file; accepted: a file (.json" in stopped(
         tmp_path / "none.jsonl", causal
     )
-    assert "not a data file" in stopped(tmp_path, causal)
+    assert "no data file in this folder; accepted: .json" in stopped(tmp_path, causal)
 
 
 def test_cache_folder_that_cannot_be_made(tmp_path: Path, causal: CausalLM) -> None:
