@@ -10,13 +10,14 @@ one. So the order depends on the seed only, and `until` only says where epochs e
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from trainer.config.data_options import DataOptions
+from trainer.config.sections import Shown
 from trainer.data.dataset import Counts, TokenDataset
 from trainer.data.sources import name_of
 from trainer.data.tokenise import prepare
@@ -69,10 +70,13 @@ class MixedDataset(TokenDataset):
         ]
 
 
-def prepare_training(options: DataOptions, task: Task) -> TokenDataset:
+def prepare_training(
+    options: DataOptions, task: Task, shown: Shown = "none",
+    check: Callable[[], None] = lambda: None,
+) -> TokenDataset:  # fmt: skip
     """The training records, tokenised, of one source or of a mixture's. As `tokenise.prepare`."""
     parts = [
-        prepare(source, own.train_split, own.train_records, own, task)
+        prepare(source, own.train_split, own.train_records, own, task, shown, check)
         for source, own in options.sources
     ]
     if options.mixture is None:

@@ -7,12 +7,14 @@ A row that cannot be used is a `BadRecord` with the reason; a file that cannot b
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from trainer.config.data_options import SourceOptions
+from trainer.data.extent import Extent
 from trainer.errors import BadRecord, UserError, first_line, reason
 
 _BATCH = 1000  # rows read at a time from a parquet file
@@ -31,45 +33,66 @@ def ending(path: Path) -> str:
     return next((found for found in endings if path.name.lower().endswith(found)), "")
 
 
-def read_file(path: Path, options: SourceOptions) -> Iterator[tuple[int, Row]]:
-    """(line or record number from 1, row or BadRecord) of a file."""
+def read_file(path: Path, options: SourceOptions, extent: Extent) -> Iterator[tuple[int, Row]]:
+    """(line or record number from 1, row or BadRecord) of a file. `extent` is told how much of it
+    was read."""
     suffix = Path(ending(path)).stem  # without that of a compression
     if not suffix or not path.is_file():
         raise UserError(f"{path}: not a data file; accepted: {FILES}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: empty file; accepted: at least one record")
     if suffix == ".parquet":
-        yield from enumerate(_parquet_rows(path), 1)
+        yield from enumerate(_parquet_rows(path, extent), 1)
     elif suffix == ".jsonl":
-        yield from _json_lines(path)
+        yield from _json_lines(path, extent)
     elif suffix == ".json":
-        yield from _json_list(path)
+        yield from _json_list(path, extent)
     elif suffix == ".txt":
-        yield from _paragraphs(path)
+        yield from _paragraphs(path, extent)
     else:
-        yield from _delimited(path, "\t" if suffix == ".tsv" else ",", options)
+        yield from _delimited(path, "\t" if suffix == ".tsv" else ",", options, extent)
+
+
+class _Counted(io.FileIO):
+    """A file that tells how much of it was read."""
+
+    def __init__(self, path: Path, extent: Extent):
+        super().__init__(path)
+        self._extent = extent
+        extent.expect(os.fstat(self.fileno()).st_size)
+
+    def read(self, size: int | None = -1) -> bytes:
+        found = super().read(size)
+        self._extent.add(len(found))
+        return found
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        self._extent.add(count)
+        return count
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Path, extent: Extent) -> Iterator[io.BufferedReader]:
     """A file's bytes, decompressed."""
     compression = COMPRESSED.get(path.suffix.lower())
-    if compression is None:
-        with path.open("rb") as file:
-            yield file
-        return
-    import pyarrow as pa
+    with _Counted(path, extent) as file:
+        if compression is None:
+            yield io.BufferedReader(file)
+            return
+        import pyarrow as pa
 
-    with pa.input_stream(str(path), compression=compression) as stream:
-        yield io.BufferedReader(stream)
+        with pa.CompressedInputStream(pa.PythonFile(file, "r"), compression) as stream:
+            yield io.BufferedReader(stream)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, extent: Extent | None = None) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, with or without a byte order mark."""
     line = 0
     try:
-        with _open(path) as file:  # decoded by line: text mode decodes far ahead
-            for line, raw in enumerate(file, 1):
+        # Of a text that is parsed whole, no part is read before the others.
+        with _open(path, extent or Extent()) as file:
+            for line, raw in enumerate(file, 1):  # text mode would decode far ahead
                 yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason})") from error
@@ -77,11 +100,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: cannot be read ({reason(error)})") from error
 
 
-def _paragraphs(path: Path) -> Iterator[tuple[int, Row]]:
+def _paragraphs(path: Path, extent: Extent) -> Iterator[tuple[int, Row]]:
     """The paragraphs of a text, which blank lines separate, each with the line it starts at."""
     start = 0
     lines: list[str] = []
-    for number, line in _lines(path):
+    for number, line in _lines(path, extent):
         if line.strip():
             start = start if lines else number
             lines.append(line)
@@ -92,8 +115,8 @@ def _paragraphs(path: Path) -> Iterator[tuple[int, Row]]:
         yield start, {"text": "".join(lines).strip()}
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    for line, text in _lines(path):
+def _json_lines(path: Path, extent: Extent) -> Iterator[tuple[int, Row]]:
+    for line, text in _lines(path, extent):
         if not text.strip():
             continue
         try:
@@ -104,7 +127,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
             yield line, BadRecord(f"broken JSON ({error})")
 
 
-def _json_list(path: Path) -> Iterator[tuple[int, Row]]:
+def _json_list(path: Path, extent: Extent) -> Iterator[tuple[int, Row]]:
     text = "".join(line for _, line in _lines(path))
     try:
         rows = json.loads(text)
@@ -114,13 +137,17 @@ def _json_list(path: Path) -> Iterator[tuple[int, Row]]:
         raise UserError(f"{path}: broken JSON ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: a JSON {type(rows).__name__}; accepted: a list of records")
-    yield from ((number, _as_row(row)) for number, row in enumerate(rows, 1))
+    yield from enumerate(map(_as_row, extent.counted(rows, len(rows))), 1)
 
 
-def _delimited(path: Path, delimiter: str, options: SourceOptions) -> Iterator[tuple[int, Row]]:
+def _delimited(
+    path: Path, delimiter: str, options: SourceOptions, extent: Extent
+) -> Iterator[tuple[int, Row]]:
     quoting: Literal[0, 3] = csv.QUOTE_NONE if options.quoting == "none" else csv.QUOTE_MINIMAL
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((text for _, text in _lines(path)), delimiter=delimiter, quoting=quoting)
+    reader = csv.reader(
+        (text for _, text in _lines(path, extent)), delimiter=delimiter, quoting=quoting
+    )
     names = options.columns
     try:
         for cells in reader:
@@ -136,14 +163,18 @@ def _delimited(path: Path, delimiter: str, options: SourceOptions) -> Iterator[t
         raise UserError(f"{path}:{reader.line_num}: {error}") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[dict]:
+def _parquet_rows(path: Path, extent: Extent) -> Iterator[dict]:
     import pyarrow.parquet as pq
 
     try:
-        with _open(path) as stream:  # decompressed in memory: a parquet file is read from its end
-            file = stream if path.suffix.lower() == ".parquet" else io.BytesIO(stream.read())
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH):
-                yield from map(without_nulls, batch.to_pylist())
+        content: Path | io.BytesIO = path
+        if path.suffix.lower() in COMPRESSED:  # whole in memory: it is read from its end
+            with _open(path, Extent()) as stream:
+                content = io.BytesIO(stream.read())
+        file = pq.ParquetFile(content)
+        batches = file.iter_batches(batch_size=_BATCH)
+        rows = (without_nulls(row) for batch in batches for row in batch.to_pylist())
+        yield from extent.counted(rows, file.metadata.num_rows)
     except Exception as error:  # Arrow's types, and Python's for unsupported values
         raise UserError(f"{path}: no parquet file ({first_line(error)})") from error
 

@@ -13,35 +13,56 @@ from pathlib import Path
 
 from trainer.config.data_options import SourceNames, SourceOptions
 from trainer.config.validation import local
+from trainer.data.extent import Extent
 from trainer.data.readers import FILES, Row, ending, read_file, without_nulls
 from trainer.errors import UserError, first_line, reason
 from trainer.files import sha256
 
 
 def read_rows(
-    source: SourceNames, split: str, options: SourceOptions, limit: int | None
-) -> Iterator[tuple[str, Row]]:
+    source: SourceNames, split: str, options: SourceOptions, limit: int | None,
+    extent: Extent | None = None,
+) -> Iterator[tuple[str, Row]]:  # fmt: skip
     """(place, row or BadRecord) of a source; the place is `FILE:LINE`, or the number of the record
-    in its file or data set, from 1."""
-    return itertools.islice(_all_rows(source, split, options), limit)
+    in its file or data set, from 1. `extent`: told how much was read."""
+    return itertools.islice(_all_rows(source, split, options, extent or Extent()), limit)
 
 
-def _all_rows(source: SourceNames, split: str, options: SourceOptions) -> Iterator[tuple[str, Row]]:
-    for part in _parts(source, split):
-        is_empty = True
-        for number, row in _rows_of(part, split, options):
+def _all_rows(
+    source: SourceNames, split: str, options: SourceOptions, extent: Extent
+) -> Iterator[tuple[str, Row]]:
+    parts = list(_parts(source, split))
+    sizes = [_size(part) for part in parts]
+    if len(parts) == 1 or all(sizes):  # else it is not known how much there is
+        extent.expect(sum(sizes) or 1)
+    before = 0
+    for part, size in zip(parts, sizes, strict=True):
+        own, is_empty = Extent(), True
+        for number, row in _rows_of(part, split, options, own):
             is_empty = False
+            extent.done = before + (size or 1) * (own.share or 0)
             yield f"{part}:{number}", row
         if is_empty:
             raise UserError(f"{part}: no records; accepted: at least one")
+        before += size
 
 
-def _rows_of(part: Path | str, split: str, options: SourceOptions) -> Iterator[tuple[int, Row]]:
+def _rows_of(
+    part: Path | str, split: str, options: SourceOptions, extent: Extent
+) -> Iterator[tuple[int, Row]]:
     if isinstance(part, str):
-        return enumerate(_hub_rows(part, split, options), 1)
+        return enumerate(_hub_rows(part, split, options, extent), 1)
     if part.is_dir():
-        return enumerate(_saved_rows(part), 1)
-    return read_file(part, options)
+        return enumerate(_saved_rows(part, extent), 1)
+    return read_file(part, options, extent)
+
+
+def _size(part: Path | str) -> int:
+    """Bytes on disk; 0: not known."""
+    if isinstance(part, str):
+        return 0
+    files = part.iterdir() if part.is_dir() else [part]
+    return sum(file.stat().st_size for file in files)
 
 
 def name_of(source: SourceNames) -> str:
@@ -144,17 +165,18 @@ def _split_of(folder: Path, split: str) -> Path:
     return folder / split
 
 
-def _saved_rows(folder: Path) -> Iterator[dict]:
+def _saved_rows(folder: Path, extent: Extent) -> Iterator[dict]:
     """The rows of a data set that `save_to_disk` wrote, memory-mapped."""
     import datasets
 
     try:
-        yield from map(without_nulls, datasets.load_from_disk(str(folder)))
+        rows = datasets.load_from_disk(str(folder))
+        yield from extent.counted(map(without_nulls, rows), len(rows))
     except Exception as error:  # of `datasets`, and of Arrow
         raise UserError(f"{folder}: no data set of save_to_disk ({first_line(error)})") from error
 
 
-def _hub_rows(source: str, split: str, options: SourceOptions) -> Iterator[dict]:
+def _hub_rows(source: str, split: str, options: SourceOptions, extent: Extent) -> Iterator[dict]:
     """The rows of a data set of the hub, as they come: it is never held whole."""
     import datasets
 
@@ -162,7 +184,9 @@ def _hub_rows(source: str, split: str, options: SourceOptions) -> Iterator[dict]
         rows = datasets.load_dataset(
             source, options.subset, split=split, revision=options.revision, streaming=True
         )
-        yield from map(without_nulls, rows)
+        splits = rows.info.splits or {}
+        number = splits[split].num_examples if split in splits else 0  # 0: not known
+        yield from extent.counted(map(without_nulls, rows), number)
     except Exception as error:  # the hub client raises many types
         raise UserError(
             f"{source}: neither a local file nor a data set that the hub gives "

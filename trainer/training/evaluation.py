@@ -91,7 +91,9 @@ def _mean(parts: list[_Part]) -> float:
 def evaluate_saved(config: Config, world: World, saved: Saved) -> dict[str, float]:
     """Scores of a checkpoint's adapters on the backbone that `config` describes. Collective."""
     unreached = saved.state.get("unreached", [])
-    session = open_session(config, world, saved.initial_adapters, unreached)
+    session = open_session(
+        config, world, saved.initial_adapters, unreached, frozen=lambda _: saved.frozen
+    )
     with world.all_or_none():
         load_trained(session, saved.checkpoint, saved.tensors)
     return evaluate(session)

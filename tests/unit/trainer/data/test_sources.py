@@ -14,6 +14,7 @@ import pytest
 
 from trainer.config.data_options import DataOptions, SourceNames
 from trainer.data.cache import cache_key
+from trainer.data.extent import Extent
 from trainer.data.sources import hub_ids, read_rows
 from trainer.data.tokenise import prepare
 from trainer.errors import UserError
@@ -248,9 +249,30 @@ def test_a_stream_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
         yield ROWS[0]
         raise ConnectionError("reset\nby peer")
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream())
+    rows = datasets.IterableDataset.from_generator(stream)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
     assert refusal("a/b") == ("a/b: neither a local file nor a data set that the hub gives (reset)")
 
 
 def test_hub_ids(shards: list[Path]) -> None:
     assert hub_ids([str(shards[0]), "a/b", f"{shards[0].parent}/*", "c/d.jsonl"]) == ["a/b"]
+
+
+# --- how much was read
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", FILES)
+def test_the_part_that_was_read_grows_to_the_whole(
+    tmp_path: Path, suffix: str, ending: str
+) -> None:
+    compress = {"": bytes, ".gz": gzip.compress, ".zst": zstd}[ending]
+    files = [
+        str(write(tmp_path / f"{i}{suffix}{ending}", compress(FILES[suffix]))) for i in range(3)
+    ]
+    extent = Extent()
+    shares = [
+        extent.share for _ in read_rows(files, "train", DataOptions(train=files), None, extent)
+    ]
+    assert shares == sorted(shares) and shares[9] == pytest.approx(shares[0] + 1 / 3, abs=0.01)
+    assert shares[-1] > 0.9 and extent.total == sum(Path(file).stat().st_size for file in files)
