@@ -29,6 +29,7 @@ _MUST_AGREE = {
         "micro_batch_tokens",
         "micro_batches_multiple_of",
         "leave_out",
+        "eval",
     ),
     "run": ("seed",),
 }
@@ -51,12 +52,19 @@ _EVALUATION = {
 
 def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint, naming the key, where `config` differs in a key that must agree."""
-    now = config.model_dump(mode="json")
-    for key, old, new in _differences(state["config"], now, _MUST_AGREE):
+    then, now = _without_eval_source(state["config"]), config.model_dump(mode="json")
+    for key, old, new in _differences(then, _without_eval_source(now), _MUST_AGREE):
         raise BadCheckpoint(
             f"{key}: {new!r} given, but {checkpoint} was made with {old!r}; "
             "accepted: the same, or another run.name for a new run"
         )
+
+
+def _without_eval_source(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with `data.eval` only where it takes records from the training data."""
+    data = config.get("data", {})
+    takes = isinstance(data.get("eval"), int | float)
+    return {**config, "data": {**data, "eval": data["eval"] if takes else None}}
 
 
 def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
@@ -76,14 +84,16 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
                 "new run"
             )
     data = session.config.data
-    then = state["config"].get("data", {}).get("train")
-    former = former_key(
-        str(then), data.train, data.train_split, data.train_records, data, session.task
-    )
-    if state["data"] not in (session.train_data.key, former):
+    accepted = [session.train_data.key]
+    if isinstance(data.train, str):
+        then = str(state["config"].get("data", {}).get("train"))
+        accepted.append(
+            former_key(then, data.train, data.train_split, data.train_records, data, session.task)
+        )
+    if state["data"] not in accepted:
         raise BadCheckpoint(
-            f"data.train: {session.config.data.train} does not hold the records (or not the same "
-            f"tokens of them) that {checkpoint} was made with; accepted: the same, or another "
+            f"{data.train_name} does not hold the records (or not the same tokens of them, or in "
+            f"other shares) that {checkpoint} was made with; accepted: the same, or another "
             "run.name for a new run"
         )
 

@@ -81,11 +81,13 @@ class Config(Section):
             raise ValueError(
                 f"data.padding_free: true given with task.kind={self.task.kind}; accepted: false"
             )
-        if self.data.format not in ("auto", *self.task.data_formats):
-            raise ValueError(
-                f"data.format: {self.data.format} given with task.kind={self.task.kind}; "
-                f"accepted: auto, {', '.join(self.task.data_formats)}"
-            )
+        for index, own in enumerate([self.data, *(self.data.mixture or [])]):
+            if own.format not in ("auto", *self.task.data_formats):
+                key = f"data.mixture.{index - 1}" if index else "data"
+                raise ValueError(
+                    f"{key}.format: {own.format} given with task.kind={self.task.kind}; "
+                    f"accepted: auto, {', '.join(self.task.data_formats)}"
+                )
         if self.run.eval_every and self.data.eval is None:
             raise ValueError(
                 f"run.eval_every: {self.run.eval_every} given without data.eval; accepted: 0"

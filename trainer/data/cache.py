@@ -10,12 +10,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trainer.config.data_options import DataOptions
+from trainer.config.data_options import DataOptions, SourceNames
 from trainer.config.validation import local
 from trainer.data.dataset import COUNTS, TOKENS
+from trainer.data.sources import origins
 from trainer.data.templates import templates_of
-from trainer.errors import UserError
-from trainer.files import sha256
 from trainer.tasks.base import Task
 
 _VERSION = 2  # of the cached file; raise it when `Example` or an encoding changes
@@ -68,7 +67,7 @@ def lock(folder: Path, check: Callable[[], None], say: Callable[[str], None]) ->
 
 
 def former_key(
-    named: str, source: str, split: str, limit: int | None, options: DataOptions, task: Task
+    named: str, source: SourceNames, split: str, limit: int | None, options: DataOptions, task: Task
 ) -> str:
     """`TokenDataset.key` of the version before, into which a file's path went too: `named`, as the
     data was called then."""
@@ -76,7 +75,7 @@ def former_key(
 
 
 def cache_key(
-    source: str,
+    source: SourceNames,
     split: str,
     limit: int | None,
     options: DataOptions,
@@ -85,10 +84,7 @@ def cache_key(
 ) -> str:
     """Digest of everything that tokenisation depends on; options of batching are excluded. A file
     is its content, wherever it lies."""
-    path = local(source)
-    is_file = path is not None and path.is_file()
-    content = _sha256(path) if path and is_file else f"{options.subset} {options.revision} {split}"
-    named = named or (Path(source).suffix if is_file else source)
+    (name, content), *more = origins(source, split, options)
     batching = {
         "packing",
         "shuffle",
@@ -103,6 +99,8 @@ def cache_key(
         "eval",
         "leave_out",
         "workers",
+        "mixture",
+        "mixture_until",
     }
     limits = {"train_records", "eval_records"}
     template = {"chat_template", "template_arguments"}  # its text counts, not where it lies
@@ -111,8 +109,9 @@ def cache_key(
     unset = {key for key in newer if not getattr(options, key)}
     parts = [
         _VERSION,
-        named,
+        named or name,
         content,
+        *more,
         limit,
         options.model_dump(exclude=batching | limits | template | unset),
         task.options.model_dump(),
@@ -127,10 +126,3 @@ def cache_key(
 def _tokenizer_state(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; accepted: a file that can be read") from error

@@ -1,6 +1,7 @@
 """What a run would be, without training: `--dry-run`."""
 
 from trainer.config.config import Config
+from trainer.data.held_out import hold_out
 from trainer.data.loader import Loader
 from trainer.data.templates import on_end_of_turn
 from trainer.device_memory import readable
@@ -8,8 +9,15 @@ from trainer.distributed.world import World
 from trainer.engine.select import make_engine
 from trainer.model.build import build
 from trainer.model.footprint import estimate, trainable_parameters
-from trainer.run.remarks import describe_engine, on_batch, on_length, on_rows
-from trainer.session import leave_out, open_data, refuse_longer
+from trainer.run.remarks import (
+    describe_engine,
+    on_batch,
+    on_evaluation,
+    on_length,
+    on_rows,
+    on_sources,
+)
+from trainer.session import open_data, refuse_longer
 
 
 def dry_run(config: Config, world: World) -> str:
@@ -18,8 +26,9 @@ def dry_run(config: Config, world: World) -> str:
     with world.all_or_none():
         backbone = build(config, task, world.device)
         refuse_longer(backbone.model, config.data, train_data, eval_data)
-        left_out = leave_out(config, train_data)
+        left_out, evaluated = hold_out(config, train_data, task)
     loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out, backbone.rows)
+    evaluation = on_evaluation(train_data, evaluated)
     notes = [
         *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(backbone.model, train_data, eval_data),
@@ -35,7 +44,8 @@ def dry_run(config: Config, world: World) -> str:
         by_kind.setdefault(f"{unit.kind} ({size})", []).append(unit.name)
     lines = [
         f"train data          {train_data.counts}",
-        f"eval data           {eval_data.counts if eval_data else 'none'}",
+        *(f"                    {line}" for line in on_sources(train_data)),
+        f"eval data           {eval_data.counts if eval_data else evaluation or 'none'}",
         f"engine              {describe_engine(engine)}, {world.size} rank(s), {world.device.type}",
         f"model               {type(backbone.model).__name__}, {backbone.dtype}, "
         f"{config.model.quantization}",

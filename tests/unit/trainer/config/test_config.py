@@ -92,7 +92,10 @@ REFUSED = {
     ),
     "number for string": ({"model.id": 7}, ["model.id: 7 given", "accepted: string"]),
     "null where none may be": ({"run.dir": None}, ["run.dir: None", "accepted: string"]),
-    "number for optional string": ({"data.eval": 3}, ["data.eval: 3", "accepted: string or null"]),
+    "number for optional string": (
+        {"data.subset": 3},
+        ["data.subset: 3", "accepted: string or null"],
+    ),
     "string for list": (
         {"data.columns": "a,b"},
         ["data.columns: 'a,b'", "accepted: a list of strings or null"],

@@ -443,8 +443,10 @@ def test_bad_file(tmp_path: Path, causal: CausalLM, name: str, content, reason: 
 
 
 def test_missing_file(tmp_path: Path, causal: CausalLM) -> None:
-    assert "none.jsonl: no such file; accepted: a .json" in stopped(tmp_path / "none.jsonl", causal)
-    assert "not a data file" in stopped(tmp_path, causal)
+    assert "none.jsonl: no such file; accepted: a file (.json" in stopped(
+        tmp_path / "none.jsonl", causal
+    )
+    assert "no data file in this folder; accepted: .json" in stopped(tmp_path, causal)
 
 
 def test_cache_folder_that_cannot_be_made(tmp_path: Path, causal: CausalLM) -> None:
