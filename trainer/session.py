@@ -16,6 +16,7 @@ from trainer.config.data_options import LEFT_OUT, DataOptions
 from trainer.data.cache import cache_root
 from trainer.data.dataset import TokenDataset
 from trainer.data.loader import left_out
+from trainer.data.templates import read_anew
 from trainer.data.tokenise import prepare, read_labels
 from trainer.distributed.watchdog import Watchdog
 from trainer.distributed.world import World
@@ -85,6 +86,7 @@ def open_data(
 ) -> tuple["PreTrainedTokenizerBase", Task, TokenDataset, TokenDataset | None]:
     """Tokenizer, task and tokenised data. Local rank 0 tokenises, then the others read its cache.
     Collective."""
+    read_anew()
     with world.all_or_none():
         tokenizer = load_tokenizer(config.model)
         task = TASKS[config.task.kind](config.task, tokenizer)
