@@ -151,6 +151,7 @@ class CheckpointWriter:
             "engine": session.engine.kind,
             "world_size": session.world.size,
             "backbone": session.backbone.digest,
+            "weights": dict(session.backbone.weights),
             "data": session.train_data.key,
             "labels": session.task.labels_state(),
             "chat_template": set_template(session.tokenizer, session.config.data),

@@ -29,9 +29,10 @@ class SourceOptions(Section):
     """Configuration name of a hub data set."""
     revision: str | None = None
     """Commit or tag of a hub data set."""
-    format: Literal["auto", "prompt_completion", "alpaca", "messages", "text", "classification"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "prompt_completion", "alpaca", "messages", "text", "classification",
+        "multiple_choice", "commonsense",
+    ] = "auto"  # fmt: skip
     """Format of the records; auto: inferred from the columns."""
     prompt: str = "prompt"
     """Column, or template such as `"{question}\\n"`, of the prompt."""
@@ -75,7 +76,16 @@ class SourceOptions(Section):
     """Put the end token after a text, and learn it; auto: where there is one. Never doubled. Chats:
     as the template."""
     label: str = "label"
-    """Label column of format `classification`."""
+    """Label column of formats `classification` and `multiple_choice` (one of `choice_labels`, or
+    the text of a choice)."""
+    choices: str | list[str] = "choices"
+    """Choices of format `multiple_choice`: a column with a list of texts, or with `text` and
+    `label` lists; or a list of columns or templates, one for each choice."""
+    choice_labels: list[str] | None = None
+    """Labels of the choices, in order; none: those that come with them, else 0, 1, …"""
+    answers: Literal["texts", "names"] = "texts"
+    """Choices of format `commonsense` (the json files of LLM-Adapters): the texts of the answers
+    ("a bacterial population"), or the sentence that names one ("the correct answer is answer2")."""
     columns: list[str] | None = None
     """Column names of csv and tsv files without a header line."""
     quoting: Literal["standard", "none"] = "standard"
@@ -150,6 +160,9 @@ class DataOptions(SourceOptions):
     leave_out: int = Field(0, ge=0)
     """Number of training records held out, drawn by the seed. Methods with validation hold out
     theirs anyway; set the same number for methods compared with them."""
+    workers: Literal["auto"] | int = "auto"
+    """Processes that tokenise. auto: this one, and, if it takes longer than some seconds, one for
+    each core, at most 16. What they make does not depend on their number."""
     cache: str | None = Field(None, pattern=PATH)
     """Cache folder of tokenised data; none: `rankcast` in the user's cache folder."""
 
@@ -183,6 +196,8 @@ class DataOptions(SourceOptions):
             raise ValueError(
                 f"data.row_lengths: {self.row_lengths} given; accepted: auto, or at least 0"
             )
+        if self.workers != "auto" and self.workers < 1:
+            raise ValueError(f"data.workers: {self.workers} given; accepted: auto, or at least 1")
         if size is not None and size > self.batch_size:
             raise ValueError(
                 f"data.micro_batch_size: {self.micro_batch_size} given; accepted: at most "

@@ -61,9 +61,10 @@ class Encoder:
                 [str(found)] if isinstance(found, BadRecord) else [next(encoded) for _ in found]
             )
             kept = [example for example in examples if isinstance(example, Example)]
-            if not kept:
+            lacks = self.task.options.whole_records and len(kept) < len(examples)
+            if not kept or lacks:
                 if self.options.on_bad_record == "stop":
-                    raise stop(place, examples[0])
+                    raise stop(place, next(e for e in examples if isinstance(e, str)))
                 counts.bad += 1
                 continue
             # A turn whose conversation fills max_length is left out, as from a single example.
