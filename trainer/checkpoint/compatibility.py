@@ -116,5 +116,6 @@ def _differences(
         made = then.get(section, {})
         for key in keys or sorted({*now[section], *made}, key=lambda k: (k != "kind", k)):
             old, new = made.get(key), now[section].get(key)
-            if old != new:
+            is_newer = key not in made and not new  # than the checkpoint, and not used
+            if old != new and not is_newer:
                 yield f"{section}.{key}", old, new

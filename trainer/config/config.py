@@ -198,4 +198,16 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
                 f"override {override!r}: {part} is not a section; accepted: section.key=value"
             )
         section = inner
-    section[path[-1]] = parse_yaml(text, f"override {override!r}")
+    section[path[-1]] = _value(key, text)
+
+
+def _value(key: str, text: str) -> Any:
+    """The value of an override. Raises UserError."""
+    try:
+        return parse_yaml(text, f"override {f'{key}={text}'!r}")
+    except UserError as error:
+        if "{" not in text or text.startswith(('"', "'")):
+            raise
+        raise UserError(
+            f"{error}; a template needs quotes inside those of the shell: {key}='\"{text}\"'"
+        ) from error
