@@ -15,6 +15,12 @@ _MUST_AGREE = {
     "method": None,
     "data": (
         "format",
+        "message_fields",
+        "roles",
+        "as_chat",
+        "system",
+        "chat_template",
+        "template_arguments",
         "max_length",
         "packing",
         "shuffle",
@@ -53,13 +59,30 @@ def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> No
         )
 
 
+def is_another_backbone(session: Session, state: Mapping[str, Any]) -> bool:
+    """Whether config.json or weights differ from those that a checkpoint was made on."""
+    return state["backbone"] != session.backbone.digest or bool(_changed_weights(session, state))
+
+
+def _changed_weights(session: Session, state: Mapping[str, Any]) -> list[str]:
+    """Tensors of the backbone that are not what they were at a checkpoint."""
+    now = session.backbone.weights
+    then: Mapping[str, str] = state.get("weights", {})
+    return [name for name, digest in then.items() if now.get(name, digest) != digest]
+
+
 def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint where backbone or training data differ from the checkpoint's."""
-    if state["backbone"] not in (session.backbone.digest, session.backbone.former_digest):
+    if state["backbone"] != session.backbone.digest:
         raise BadCheckpoint(
             f"{checkpoint}: was made on another backbone "
             f"({state['config'].get('model', {}).get('id')}), or its weights or config.json have "
             f"changed since; accepted: a checkpoint of {session.config.model.id}"
+        )
+    if changed := _changed_weights(session, state):
+        raise BadCheckpoint(
+            f"model.id: {session.config.model.id}: the values of {changed[0]} have changed since "
+            f"{checkpoint} was made; accepted: the same weights, or another run.name for a new run"
         )
     data = session.config.data
     then = state["config"].get("data", {}).get("train")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trainer.config.data_options import DataOptions
 from trainer.data.dataset import Counts, schema
-from trainer.data.records import detect_format, to_records
+from trainer.data.formats import detect_format, to_records
 from trainer.data.sources import Row
 from trainer.errors import BadRecord, UserError, first_line
 from trainer.tasks.base import Example, Record, Task

@@ -23,6 +23,7 @@ from trainer.distributed.world import World
 from trainer.errors import UserError, reason, refuse_mismatch
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
+from trainer.export.tokenizer import save_set_template, save_tokenizer
 from trainer.files import new_folder
 from trainer.model.backbone import BuiltModel
 from trainer.model.blocks import configure_compiler
@@ -71,6 +72,7 @@ def export_run(
             error = write_adapter(
                 saved, partial, note, rank=rank, same_rank=same_rank, experts=experts
             )
+            save_set_template(config, saved.state, partial)
             if rank is not None:
                 note = f"{note}\nCompressed to rank {rank}: relative error {error:.2%}.".strip()
         else:
@@ -257,6 +259,6 @@ def write_model(
     )  # fmt: skip
     write_shards(merger.tensors(), out)
     backbone.model.config.save_pretrained(out)
-    task.tokenizer.save_pretrained(out)
+    save_tokenizer(task.tokenizer, state.get("chat_template"), out)
     if (folder / "generation_config.json").is_file():
         shutil.copy(folder / "generation_config.json", out)

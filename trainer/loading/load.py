@@ -29,6 +29,7 @@ from trainer.errors import UserError
 from trainer.loading.assignment import ParamTask, param_tasks
 from trainer.loading.leftovers import left_out
 from trainer.loading.materialize import Materializer
+from trainer.loading.safetensors_files import tensor_digests
 from trainer.loading.source import Source
 from trainer.loading.spectral_init import SpectralInit
 from trainer.model.backbone import BuiltModel, LoadedBackbone, Loading, TrainedModule, set_module
@@ -73,12 +74,13 @@ def load_backbone(
     for path, head in heads.items():
         set_module(model, path, head)
     with world.all_or_none():
-        digest, former_digest = _digests(source)
+        digest = _digest(source)
+    weights = _weights(source, world)
     loaded = LoadedBackbone(
         **{f.name: getattr(built, f.name) for f in dataclasses.fields(built)} | {"heads": heads},
         blocks=blocks,
         digest=digest,
-        former_digest=former_digest,
+        weights=weights,
         quantization_error=materializer.quantization_error(),
         probes=materializer.probes(),
         loading=_figures(source, materializer, world, started),
@@ -218,9 +220,9 @@ def _buffer(source: Source, name: str, buffer: Tensor, persistent: bool) -> Tens
     return buffer.to(source.device)
 
 
-def _digests(source: Source) -> tuple[str, str]:
-    """Digest of the backbone: config.json and weights, or the seed of random ones; and that of the
-    version before, which took config.json by its bytes."""
+def _digest(source: Source) -> str:
+    """Digest of the backbone: config.json and a sample of the weights, or the seed of random
+    ones."""
     options = source.config.model
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     content = (folder / "config.json").read_bytes()
@@ -228,9 +230,26 @@ def _digests(source: Source) -> tuple[str, str]:
         weights = source.files.digest()
     else:
         weights = f"random {source.config.run.seed} {options.overrides}"
-    values = json.dumps(parse_json(content), sort_keys=True).encode()
-    now, former = (hashlib.sha256(part + weights.encode()) for part in (values, content))
-    return now.hexdigest(), former.hexdigest()
+    values = json.dumps(parse_json(content), sort_keys=True)
+    return hashlib.sha256(f"{values}{weights}".encode()).hexdigest()
+
+
+def _weights(source: Source, world: World) -> dict[str, str]:
+    """Digests of all tensors that any rank has read, by key. Raises UserError where two ranks have
+    read different bytes. Collective."""
+    whole: dict[tuple[str, int], bytes] = {}
+    if source.files is None:
+        return {}
+    gathered = world.gather(source.files.parts_read())
+    with world.all_or_none():
+        for rank, parts in enumerate(gathered):
+            for part, digest in parts.items():
+                if whole.setdefault(part, digest) != digest:
+                    raise UserError(
+                        f"model.id: {source.files.folder}: {part[0]} is not the same for rank "
+                        f"{rank} as for others; accepted: the same files on every host"
+                    )
+    return tensor_digests(whole)
 
 
 def _figures(source: Source, materializer: Materializer, world: World, started: float) -> Loading:

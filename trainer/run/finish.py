@@ -6,10 +6,12 @@ from adapters.layers.expert_modules import swapped_stacks
 from adapters.peft_export import NothingToExport, export_adapter
 from adapters.units import expert_counts, fan_in_fan_out
 from trainer.config.config import Config
+from trainer.data.templates import set_template
 from trainer.device_memory import peak_gib
 from trainer.errors import RunFailed
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.export import written_folder
+from trainer.export.tokenizer import save_tokenizer
 from trainer.files import ADAPTER, FIGURES, METRICS
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.records.jsonl import read_metrics
@@ -24,6 +26,9 @@ def finish(session: Session, folder: Path, steps: int, fault: str | None = None)
     try:
         with written_folder(adapter, RunFailed) as unfinished:
             note, where = _export(session, unfinished), str(adapter)
+            template = set_template(session.tokenizer, session.config.data)
+            if template is not None:
+                save_tokenizer(session.tokenizer, template, unfinished)
     except NothingToExport as error:
         note, where = "", f"none: {error}"
     figure = draw_loss([folder], folder / FIGURES / "loss")

@@ -20,6 +20,7 @@ from trainer.config.data_options import LEFT_OUT
 from trainer.config.validation import local
 from trainer.data.loader import Loader
 from trainer.data.prefetch import Prefetcher
+from trainer.data.templates import on_end_of_turn
 from trainer.decisions.replay import Replay
 from trainer.device_memory import readable
 from trainer.distributed.world import World
@@ -67,6 +68,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     session = open_session(
         config, world, found if stage is None else stage.initial_adapters, unreached,
         frozen=stage.frozen if stage is not None else lambda _: start.frozen,
+        stop=stop.raise_if_asked,
     )  # fmt: skip
     with world.all_or_none():
         if recomputed is not None and not session.method.splits_weight:
@@ -111,6 +113,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         *([folder.lock.note] if folder.lock.note else []),
         *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(session.backbone.model, session.train_data, session.eval_data),
+        *on_end_of_turn(session.tokenizer, config.data),
     ]
     introduction = _introduction(session, loader, steps, notes)
     for line in (*introduction, *stage_lines, *_resumption(start, config)):

@@ -19,6 +19,7 @@ from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter
 from adapters.methods.registry import METHODS
 from adapters.peft_export import lora_factors, parts_by_unit, stacked
+from trainer.checkpoint.compatibility import is_another_backbone
 from trainer.checkpoint.saved import Saved, is_saved, read_on_all
 from trainer.checkpoint.state import load_learned
 from trainer.config.config import Config
@@ -120,8 +121,7 @@ class SecondStage:
         UserError where it was made on another backbone, or for other labels."""
         saved = self._saved
         if saved is not None:
-            known = (session.backbone.digest, session.backbone.former_digest)
-            if saved.state["backbone"] not in known:
+            if is_another_backbone(session, saved.state):
                 made_on = saved.state["config"].get("model", {}).get("id")
                 raise self._refuse(
                     f"was trained on another backbone ({made_on})",
