@@ -16,6 +16,7 @@ from trainer.config.config import with_overrides
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, UserError
 from trainer.export.export import export_run
+from trainer.run.dry_run import dry_run
 from trainer.run.run import run
 from trainer.run.second_stage import SecondStage
 from trainer.session import open_session
@@ -232,6 +233,17 @@ def test_an_adapter_of_peft(tmp_path, model_type):
     session, lines = opened(config)
     assert (start_logits(session) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert "stays, frozen, beside the new lora" in lines[-1]
+
+
+def test_a_dry_run_says_how_it_is_taken_over(place):
+    source = trained(place, "lora").run_folder
+    for method, said in (
+        ("lora", "goes on with"),
+        ("lelora", "stays, frozen, beside the new lelora"),
+    ):
+        text = dry_run(configured(place, "x", f"model.adapter={source}", *METHODS[method]), World())
+        line = next(line for line in text.splitlines() if line.startswith("adapter "))
+        assert str(source) in line and "lora, 14 matrices of rank 4" in line and said in line
 
 
 def test_an_even_adapter_of_peft_goes_on_as_it_is(place, tmp_path):
