@@ -22,14 +22,18 @@ from trainer.run.remarks import (
     on_rows,
     on_sources,
 )
+from trainer.run.second_stage import SecondStage
 from trainer.session import open_data, refuse_longer
 
 
 def dry_run(config: Config, world: World) -> str:
     """Description of the run: data, units, parameters, memory. Trains and writes nothing."""
     tokenizer, task, train_data, eval_data = open_data(config, world)
+    stage = None if config.model.adapter is None else SecondStage(config, world)
     with world.all_or_none():
         backbone = build(config, task, world.device)
+        if stage is not None:
+            stage.frozen(backbone)
         refuse_longer(backbone.model, config.data, train_data, eval_data)
         left_out, evaluated = hold_out(config, train_data, task)
     loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out, backbone.rows)
@@ -62,6 +66,7 @@ def dry_run(config: Config, world: World) -> str:
         f"units               {len(backbone.units)}",
         *(f"                    {len(names)} x {kind}" for kind, names in by_kind.items()),
         *(f"                    {left}" for left in backbone.left_alone),
+        *([f"adapter             {stage.line}"] if stage is not None else []),
         f"trainable           {trainable_parameters(backbone, config):,} parameters",
         "memory per rank     without activations (`rankcast estimate` has them)",
         f"  backbone          {readable(needs.backbone)}",
