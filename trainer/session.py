@@ -13,8 +13,10 @@ from adapters.methods.spectral import SpectralMethod
 from adapters.optimizer import MaskedAdamW, Share, Trainable
 from trainer.config.config import Config
 from trainer.config.data_options import LEFT_OUT, DataOptions
-from trainer.data.dataset import TokenDataset, cache_root, prepare, read_labels
+from trainer.data.cache import cache_root
+from trainer.data.dataset import TokenDataset
 from trainer.data.loader import left_out
+from trainer.data.tokenise import prepare, read_labels
 from trainer.distributed.watchdog import Watchdog
 from trainer.distributed.world import World
 from trainer.engine.base import Engine

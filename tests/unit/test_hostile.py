@@ -29,7 +29,7 @@ from tests.hostile import (
 from tests.unit.adapters.methods.harness import Bench
 from trainer.config.config import Config, load_config, parse_config
 from trainer.config.data_options import DataOptions
-from trainer.data.dataset import prepare, read_labels
+from trainer.data.tokenise import prepare, read_labels
 from trainer.decisions.log import record
 from trainer.decisions.replay import Replay
 from trainer.records.jsonl import keep_lines, read_metrics

@@ -15,6 +15,7 @@ from adapters.unit import stem
 from trainer.errors import UserError
 from trainer.loading.key_mapping import Converted, KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
+from trainer.loading.source import names_of_parameters
 from trainer.model.backbone import BuiltModel
 from trainer.model.matrices import shared_matrices
 
@@ -51,6 +52,7 @@ class Merger:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, value on the CPU) of every tensor of the merged model's files."""
+        names_of = names_of_parameters(self.model)
         for name, parameter in self.model.named_parameters():
             path, _, attribute = name.rpartition(".")
             owner = self.model.get_submodule(path)
@@ -61,7 +63,9 @@ class Merger:
             else:
                 matrix = owner if isinstance(owner, PackedLayer) and attribute == "weight" else None
                 shape = tuple(parameter.shape) if matrix is None else matrix.stored_shape
-                key = self._files.check([name], shape)
+                names = names_of[id(parameter)]
+                key = self._files.check(names, shape)
+                name = next(known for known in names if self._files.find(known) is not None)
                 value = self._files.read(key).to(self.device, self.dtype)
                 if matrix is not None:
                     full = matrix.reoriented(value).unsqueeze(0)
