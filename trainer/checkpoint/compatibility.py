@@ -1,11 +1,14 @@
 """Whether a checkpoint can resume a configuration: keys that must agree, keys that may change."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from adapters.options import Section
 from trainer.config.config import Config
-from trainer.data.cache import former_key
 from trainer.errors import BadCheckpoint
 from trainer.session import Session
 
@@ -39,8 +42,7 @@ _MAY_CHANGE = {
 
 def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint, naming the key, where `config` differs in a key that must agree."""
-    now = config.model_dump(mode="json")
-    for key, old, new in _differences(state["config"], now, _MUST_AGREE):
+    for key, old, new in _differences(state["config"], config, _MUST_AGREE):
         raise BadCheckpoint(
             f"{key}: {new!r} given, but {checkpoint} was made with {old!r}; "
             "accepted: the same, or another run.name for a new run"
@@ -48,7 +50,8 @@ def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> No
 
 
 def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
-    """Raises BadCheckpoint where backbone or training data differ from the checkpoint's."""
+    """Raises BadCheckpoint where backbone or training data differ from the checkpoint's. (Earlier
+    checkpoints hold the data's key in the cache instead of its digest.)"""
     if state["backbone"] != session.backbone.digest:
         raise BadCheckpoint(
             f"{checkpoint}: was made on another backbone "
@@ -63,12 +66,7 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
                 f"{checkpoint} was made; accepted: the same weights, or another run.name for a "
                 "new run"
             )
-    data = session.config.data
-    then = state["config"].get("data", {}).get("train")
-    former = former_key(
-        str(then), data.train, data.train_split, data.train_records, data, session.task
-    )
-    if state["data"] not in (session.train_data.key, former):
+    if state["data"] not in (session.train_data.digest, session.train_data.key):
         raise BadCheckpoint(
             f"data.train: {session.config.data.train} does not hold the records (or not the same "
             f"tokens of them) that {checkpoint} was made with; accepted: the same, or another "
@@ -76,20 +74,30 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
         )
 
 
-def changes(state: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def changes(state: dict[str, Any], config: Config) -> list[str]:
     """Changed keys of a resumed run, as `key old -> new`."""
     return [
         f"{key} {old!r} -> {new!r}"
-        for key, old, new in _differences(state["config"], now, _MAY_CHANGE)
+        for key, old, new in _differences(state["config"], config, _MAY_CHANGE)
     ]
 
 
 def _differences(
-    then: dict[str, Any], now: dict[str, Any], table: Mapping[str, tuple[str, ...] | None]
+    then: dict[str, Any], config: Config, table: Mapping[str, tuple[str, ...] | None]
 ) -> Iterator[tuple[str, Any, Any]]:
+    now = config.model_dump(mode="json")
     for section, keys in table.items():
-        made = then.get(section, {})
+        made = _completed(then.get(section, {}), getattr(config, section))
         for key in keys or sorted({*now[section], *made}, key=lambda k: (k != "kind", k)):
             old, new = made.get(key), now[section].get(key)
             if old != new:
                 yield f"{section}.{key}", old, new
+
+
+def _completed(made: dict[str, Any], section: Section) -> dict[str, Any]:
+    """A recorded section with the defaults of keys that came later; unchanged where it is another
+    one (of another method, say)."""
+    try:
+        return type(section).model_validate_json(json.dumps(made)).model_dump(mode="json")
+    except ValidationError:
+        return made

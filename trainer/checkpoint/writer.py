@@ -151,7 +151,7 @@ class CheckpointWriter:
             "world_size": session.world.size,
             "backbone": session.backbone.digest,
             "weights": dict(session.backbone.weights),
-            "data": session.train_data.key,
+            "data": session.train_data.digest,
             "labels": session.task.labels_state(),
             "initial": self._initial_digest,
             "unreached": list(session.backbone.unreached),

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from adapters.options import Section
 from trainer.config.data_options import DataOptions
 from trainer.config.validation import local
 from trainer.errors import UserError
@@ -13,6 +14,12 @@ from trainer.files import sha256
 from trainer.tasks.base import Task
 
 _VERSION = 2  # of the cached file; raise it when `Example` or an encoding changes
+_ALWAYS = {
+    "subset", "revision", "train_split", "eval_split", "format", "prompt", "completion", "text",
+    "messages", "tools", "turns", "add_bos", "add_eos", "label", "columns", "quoting",
+    "max_length", "on_long_record", "on_bad_record", "kind", "loss_on", "problem",
+}  # fmt: skip
+"""Options that enter the key whatever their value; no new ones."""
 
 
 def cache_root(options: DataOptions) -> Path:
@@ -29,28 +36,15 @@ def entry(root: Path, key: str) -> Path:
     return shared if readable or not os.path.lexists(shared) else root / f"{key}-{os.getuid()}"
 
 
-def former_key(
-    named: str, source: str, split: str, limit: int | None, options: DataOptions, task: Task
-) -> str:
-    """`TokenDataset.key` of the version before, into which a file's path went too: `named`, as the
-    data was called then."""
-    return cache_key(source, split, limit, options, task, named)
-
-
 def cache_key(
-    source: str,
-    split: str,
-    limit: int | None,
-    options: DataOptions,
-    task: Task,
-    named: str | None = None,
+    source: str, split: str, limit: int | None, options: DataOptions, task: Task
 ) -> str:
     """Digest of everything that tokenisation depends on; options of batching are excluded. A file
     is its content, wherever it lies."""
     path = local(source)
     is_file = path is not None and path.is_file()
     content = _sha256(path) if path and is_file else f"{options.subset} {options.revision} {split}"
-    named = named or (Path(source).suffix if is_file else source)
+    named = Path(source).suffix if is_file else source
     batching = {
         "packing",
         "shuffle",
@@ -71,14 +65,25 @@ def cache_key(
         named,
         content,
         limit,
-        options.model_dump(exclude=batching | limits),
-        task.options.model_dump(),
+        _given(options, batching | limits),
+        _given(task.options, set()),
         task.labels_state(),
         _tokenizer_state(task.tokenizer),
         task.tokenizer.chat_template,
         [task.pad_token_id, task.tokenizer.bos_token_id, task.tokenizer.eos_token_id],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _given(options: Section, left_out: set[str]) -> dict[str, Any]:
+    """The options that enter a key: those that always did, and later ones where they differ from
+    their default, so that a new option makes no other data of what is there."""
+    fields = type(options).model_fields
+    return {
+        name: value
+        for name, value in options.model_dump(exclude=left_out).items()
+        if name in _ALWAYS or value != fields[name].get_default(call_default_factory=True)
+    }
 
 
 def _tokenizer_state(tokenizer: Any) -> str:

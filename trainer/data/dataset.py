@@ -5,6 +5,7 @@ import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 
 from trainer.tasks.base import Example
 
@@ -58,7 +59,7 @@ class TokenDataset:
 
     def __init__(self, table: "pa.Table", counts: Counts, key: str = ""):
         self.counts = counts
-        self.key = key  # digest of the records and of how they were tokenised
+        self.key = key  # of the cache: digest of the records and of how they were tokenised
         # By chunk, as in the file: joining the chunks would copy them into memory.
         chunks = [chunk for chunk in table.to_batches() if len(chunk)]
         self._first = np.cumsum([0, *(len(chunk) for chunk in chunks)])
@@ -73,6 +74,18 @@ class TokenDataset:
         self.weights = table.column("weight").to_numpy()
         self.labels = table.column("label").to_numpy()
         self.records = table.column("record").to_numpy()  # of each example; ascending, from 0
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Digest of all examples, whatever they were made of, and however they are cached."""
+        digests = [xxhash.xxh3_128(values) for values in (self.weights, self.labels, self.records)]
+        for name in ("input_ids", "loss_mask", "token_type_ids"):
+            lengths, values = xxhash.xxh3_128(), xxhash.xxh3_128()
+            for offsets, found in (chunk[name] for chunk in self._chunks):
+                lengths.update(np.diff(offsets))
+                values.update(found[offsets[0] : offsets[-1]])
+            digests += [lengths, values]
+        return xxhash.xxh3_128_hexdigest(b"".join(digest.digest() for digest in digests))
 
     def __len__(self) -> int:
         return len(self.lengths)

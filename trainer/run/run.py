@@ -234,7 +234,7 @@ def _resumption(start: _Start, config: Config) -> list[str]:
             f"resumed from {start.checkpoint} (made by {state['engine']} on "
             f"{state['world_size']} ranks) at step {state['step']}"
         )
-        changed = changes(state, config.model_dump(mode="json"))
+        changed = changes(state, config)
         lines += [f"changed   {change}" for change in changed]
     return lines
 

@@ -39,26 +39,28 @@ class CausalLM(Task):
             )
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
-        tokenised = tokenise(self.tokenizer, [record.segments for record in records])
+        tokenised = tokenise(self.tokenizer, [record.segments for record in records], max_length)
         special = functools.cache(functools.partial(special_tokens, self.tokenizer))
         return [
-            self._encode(*tokens, *special(record.add_bos, record.add_eos), max_length)
+            self._encode(record, *tokens, *special(record.add_bos, record.add_eos), max_length)
             for record, tokens in zip(records, tokenised, strict=True)
         ]
 
     def _encode(
-        self, ids: list[int], learned: list[int], before: list[int], after: list[int],
-        max_length: int,
+        self, record: Record, ids: list[int], learned: list[int], before: list[int],
+        after: list[int], max_length: int,
     ) -> Example | str:  # fmt: skip
         if self.options.loss_on == "all":
             learned = [1] * len(ids)
-        is_empty = not any(learned)  # whether or not an end token is added
+        # Of a long text there is the beginning only; whether or not an end token is added.
+        is_behind = len(ids) > max_length and _has_completion(record)
+        is_empty = not any(learned)
         ids, learned = surrounded(ids, learned, before, after)
         if self.options.loss_on == "all":
             learned = [1] * len(ids)
         if learned:
             learned[0] = 0  # the first token is not predicted
-        if is_empty or not any(learned):
+        if (is_empty or not any(learned)) and not is_behind:
             return "no token to learn: the completion is empty"
         truncated = len(ids) > max_length
         ids, learned = ids[:max_length], learned[:max_length]
@@ -114,6 +116,10 @@ class CausalLM(Task):
 
     def scores_of_loss(self, loss: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(loss, 700.0))}
+
+
+def _has_completion(record: Record) -> bool:
+    return any(is_learned and part for part, is_learned in record.segments)
 
 
 def _logits(model: Any, batch: Batch) -> Tensor:
