@@ -44,6 +44,16 @@ class Counts:
     dropped: int = 0
     bad: int = 0
     tokens: int = 0
+    formats: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Used records of each format."""
+
+    def add(self, other: "Counts") -> None:
+        """Count what `other` counts too."""
+        for name, value in vars(other).items():
+            if name != "formats":
+                setattr(self, name, getattr(self, name) + value)
+        for kind, number in other.formats.items():
+            self.formats[kind] = self.formats.get(kind, 0) + number
 
     def __str__(self) -> str:
         examples = f"{self.examples} examples, " if self.examples != self.used else ""
