@@ -53,7 +53,9 @@ def test_losses_gradients_and_export_are_those_of_transformers_and_peft(cases, n
         CHECKS[check](cases[name])
 
 
-def test_a_tied_head_that_comes_before_the_embedding_is_merged_under_its_name_in_the_files(tmp_path):
+def test_a_tied_head_that_comes_before_the_embedding_is_merged_under_its_name_in_the_files(
+    tmp_path,
+):
     CHECKS["merged"](Case("camembert", CAUSAL, tmp_path / "camembert"))
 
 

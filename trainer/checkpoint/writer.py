@@ -23,7 +23,7 @@ from trainer.checkpoint.store import (
     write_manifest,
 )
 from trainer.errors import RunFailed
-from trainer.files import sync
+from trainer.files import sync, take_place
 from trainer.records.progress import Progress
 from trainer.session import Session
 
@@ -129,8 +129,7 @@ class CheckpointWriter:
                 check_complete(partial, tensors.keys(), world.size)
                 (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
                 write_manifest(partial)
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
+                take_place(partial, final)
                 sync(self.folder)
                 for old in complete(self.folder)[: -self._options.keep]:
                     remove(old)

@@ -36,9 +36,7 @@ def entry(root: Path, key: str) -> Path:
     return shared if readable or not os.path.lexists(shared) else root / f"{key}-{os.getuid()}"
 
 
-def cache_key(
-    source: str, split: str, limit: int | None, options: DataOptions, task: Task
-) -> str:
+def cache_key(source: str, split: str, limit: int | None, options: DataOptions, task: Task) -> str:
     """Digest of everything that tokenisation depends on; options of batching are excluded. A file
     is its content, wherever it lies."""
     path = local(source)

@@ -39,6 +39,8 @@ class Counts:
     used: int = 0
     examples: int = 0
     truncated: int = 0
+    split: int = 0
+    """Texts cut into several examples."""
     turns_dropped: int = 0
     """Examples of used records that do not fit."""
     dropped: int = 0
@@ -58,9 +60,10 @@ class Counts:
     def __str__(self) -> str:
         examples = f"{self.examples} examples, " if self.examples != self.used else ""
         turns = f"{self.turns_dropped} turns dropped, " if self.turns_dropped else ""
+        split = f"{self.split} split, " if self.split else ""
         return (
             f"{self.used} of {self.records} records, {examples}{self.tokens} tokens "
-            f"({self.truncated} truncated, {turns}{self.dropped} dropped, {self.bad} bad)"
+            f"({self.truncated} truncated, {split}{turns}{self.dropped} dropped, {self.bad} bad)"
         )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.config.sections import ModelOptions
 from trainer.config.validation import local
 from trainer.errors import UserError, first_line
+from trainer.model.normalizer_growth import refuse_growing
 
 _COUNTED = re.compile(r"(layers?|experts|blocks|n_layer)$")
 _MOST = 10_000
@@ -54,6 +55,7 @@ def load_tokenizer(options: ModelOptions) -> "PreTrainedTokenizerBase":
     key = "model.id" if options.tokenizer is None else "model.tokenizer"
     revision = options.revision if options.tokenizer is None else None
     folder = resolve_folder(options.tokenizer or options.id, revision, with_weights=False)
+    refuse_growing(folder, key)
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     try:

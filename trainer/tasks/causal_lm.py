@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from trainer.errors import UserError
-from trainer.tasks.base import IGNORED, Batch, Example, Record, Task
+from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TooLong
 from trainer.tasks.causality import attends_ahead
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
 from trainer.tasks.documents import Documents, kept_apart
@@ -66,7 +66,10 @@ class CausalLM(Task):
         ids, learned = ids[:max_length], learned[:max_length]
         weight = sum(learned)
         if weight == 0:
-            return f"the prompt alone fills data.max_length ({max_length} tokens)"
+            return TooLong(
+                f"the prompt alone fills data.max_length ({max_length} tokens; "
+                "data.truncate=prompt cuts its beginning)"
+            )
         return Example(ids, learned, weight=weight, truncated=truncated)
 
     def collate(

@@ -52,7 +52,7 @@ def _tokens_before(tokenizer: Any, text: str, place: int) -> int:
 
 
 def _last_space(text: str, stop: int) -> int:
-    """The last space after a letter or digit in `text[:stop]`, with something behind it; 0: none."""
+    """The last space after a letter or digit in `text[:stop]`, but not at its end; 0: none."""
     place = stop - 1
     while (place := text.rfind(" ", 0, place)) > 0:
         if text[place - 1].isalnum():
