@@ -67,8 +67,8 @@ class CausalLM(Task):
         weight = sum(learned)
         if weight == 0:
             return TooLong(
-                f"the prompt alone fills data.max_length ({max_length} tokens; "
-                "data.truncate=prompt cuts its beginning)"
+                f"the prompt alone fills data.max_length ({max_length} tokens); "
+                "data.truncate=prompt cuts its beginning"
             )
         return Example(ids, learned, weight=weight, truncated=truncated)
 

@@ -17,7 +17,9 @@ def test_a_port_in_use_is_named_with_the_remedy(monkeypatch):
             ("MASTER_PORT", str(port)),
         ):  # fmt: skip
             monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=rf"127\.0\.0\.1:{port}: .*in use; .*--master_port"):
+        with pytest.raises(
+            UserError, match=rf"127\.0\.0\.1:{port}: .*in use.*; accepted: .*--master_port"
+        ):
             process_group._rendezvous(datetime.timedelta(seconds=1))
 
 
@@ -30,7 +32,7 @@ def test_a_port_in_use_that_torch_finds_is_named_too(monkeypatch):
     monkeypatch.setattr(process_group, "configure_rank", lambda: None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="in use; .*--master_port"):
+    with pytest.raises(UserError, match="in use.*; accepted: .*--master_port"):
         process_group.start("cpu", 1.0)
 
 
