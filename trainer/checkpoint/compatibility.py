@@ -13,11 +13,17 @@ from trainer.errors import BadCheckpoint
 from trainer.session import Session
 
 _MUST_AGREE = {
-    "model": ("quantization",),
+    "model": ("quantization", "adapter"),
     "task": None,
     "method": None,
     "data": (
         "format",
+        "message_fields",
+        "roles",
+        "as_chat",
+        "system",
+        "chat_template",
+        "template_arguments",
         "max_length",
         "packing",
         "shuffle",
@@ -38,6 +44,12 @@ _MAY_CHANGE = {
     "run": ("steps", "epochs"),
 }
 """Keys that a user may change on purpose; a change is logged."""
+
+_EVALUATION = {
+    "data": ("eval", "eval_split", "eval_records"),
+    "run": ("eval_every", "eval_at_start"),
+}
+"""Keys that change what a run reports."""
 
 
 def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> None:
@@ -74,11 +86,14 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
         )
 
 
-def changes(state: dict[str, Any], config: Config) -> list[str]:
-    """Changed keys of a resumed run, as `key old -> new`."""
+def changes(state: dict[str, Any], config: Config, *, evaluation: bool = False) -> list[str]:
+    """Changed keys of a resumed run, as `key old -> new`; `evaluation`: also those of what it
+    evaluates."""
+    tables = (_MAY_CHANGE, _EVALUATION) if evaluation else (_MAY_CHANGE,)
     return [
         f"{key} {old!r} -> {new!r}"
-        for key, old, new in _differences(state["config"], config, _MAY_CHANGE)
+        for table in tables
+        for key, old, new in _differences(state["config"], config, table)
     ]
 
 

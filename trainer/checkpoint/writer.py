@@ -22,6 +22,7 @@ from trainer.checkpoint.store import (
     remove,
     write_manifest,
 )
+from trainer.data.templates import set_template
 from trainer.errors import RunFailed
 from trainer.files import sync, take_place
 from trainer.records.progress import Progress
@@ -152,6 +153,7 @@ class CheckpointWriter:
             "weights": dict(session.backbone.weights),
             "data": session.train_data.digest,
             "labels": session.task.labels_state(),
+            "chat_template": set_template(session.tokenizer, session.config.data),
             "initial": self._initial_digest,
             "unreached": list(session.backbone.unreached),
             "verified": self._verified,

@@ -4,6 +4,7 @@
 `trainer/tasks/options.py`).
 """
 
+import sys
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,6 +13,9 @@ from adapters.formats.names import FORMAT_NAMES
 from adapters.options import PATH, Section
 from trainer.config.engines import ENGINES, engines_with, takes
 from trainer.config.validation import one_of
+
+Shown = Literal["bar", "plain", "none"]
+"""How progress is shown."""
 
 
 class RunOptions(Section):
@@ -73,6 +77,10 @@ class ModelOptions(Section):
     the `flash-attn` extra and a GPU."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` initialises from config.json without weight files, for benchmarks and tests."""
+    adapter: str | None = Field(None, pattern=PATH)
+    """What a new run starts from: an adapter's folder (ours or PEFT's), a run folder or a
+    checkpoint. The same method with the same ranks goes on; for another method it stays frozen
+    beside the new adapters. A resumed run does not need it any more."""
     overrides: dict[str, int | float | str | bool] = {}
     """Keys of the model's config.json to replace, such as num_hidden_layers."""
 
@@ -201,7 +209,7 @@ class LogOptions(Section):
     """Records of a run and progress output."""
 
     every: int = Field(10, gt=0)
-    """Steps between two log lines."""
+    """Steps between two log lines; the first and the last step are logged in any case."""
     tensorboard: bool = True
     """Write TensorBoard event files to the run folder, at most 10,000 points per curve."""
     decisions_mib: float = Field(64.0, gt=0)
@@ -209,6 +217,13 @@ class LogOptions(Section):
     are kept. A run without its first parts can be drawn, but not replayed."""
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
     """auto: a bar on a terminal, else plain lines."""
+
+    @property
+    def shown(self) -> Shown:
+        """How progress is shown."""
+        if self.progress == "auto":
+            return "bar" if sys.stderr.isatty() else "plain"
+        return self.progress
 
 
 class CheckpointOptions(Section):

@@ -3,12 +3,18 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from adapters.options import Section
 from trainer.config.data_options import DataOptions
 from trainer.config.validation import local
+from trainer.data.dataset import COUNTS, TOKENS
+from trainer.data.templates import templates_of
 from trainer.errors import UserError
 from trainer.files import sha256
 from trainer.tasks.base import Task
@@ -20,6 +26,7 @@ _ALWAYS = {
     "max_length", "on_long_record", "on_bad_record", "kind", "loss_on", "problem",
 }  # fmt: skip
 """Options that enter the key whatever their value; no new ones."""
+_LOOK = 0.2  # seconds between two looks whether to stop
 
 
 def cache_root(options: DataOptions) -> Path:
@@ -32,8 +39,39 @@ def cache_root(options: DataOptions) -> Path:
 def entry(root: Path, key: str) -> Path:
     """Where an entry is, or goes: one that another user wrote and this one cannot read is none."""
     shared = root / key
-    readable = all(os.access(shared / name, os.R_OK) for name in ("counts.json", "tokens.arrow"))
+    readable = all(os.access(shared / name, os.R_OK) for name in (COUNTS, TOKENS))
     return shared if readable or not os.path.lexists(shared) else root / f"{key}-{os.getuid()}"
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether an entry is there; it is renamed to its place when it is whole."""
+    return local(folder / COUNTS, "data.cache") is not None
+
+
+@contextmanager
+def lock(folder: Path, check: Callable[[], None], say: Callable[[str], None]) -> Iterator[Path]:
+    """Where this process alone may write what becomes the entry `folder`: a folder beside it, which
+    holds what an earlier process has left. Another process that writes the same is waited for;
+    `check` is called meanwhile. Raises OSError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    name = f"{folder.name}.{os.getuid()}"  # another user's could not be written to
+    held = FileLock(folder.with_name(f"{name}.lock"))
+    is_said = False
+    while not held.is_locked:
+        try:
+            held.acquire(_LOOK)
+        except Timeout:
+            check()
+            if not is_said:
+                say(f"waiting   for another process that tokenises the same data ({folder})")
+            is_said = True
+    try:
+        yield folder.with_name(f"{name}.partial")
+    finally:
+        Path(held.lock_file).unlink(
+            missing_ok=True
+        )  # before the release: who waits sees it is gone
+        held.release()
 
 
 def cache_key(source: str, split: str, limit: int | None, options: DataOptions, task: Task) -> str:
@@ -56,18 +94,20 @@ def cache_key(source: str, split: str, limit: int | None, options: DataOptions, 
         "train",
         "eval",
         "leave_out",
+        "workers",
     }
     limits = {"train_records", "eval_records"}
+    template = {"chat_template", "template_arguments"}  # its text counts, not where it lies
     parts = [
         _VERSION,
         named,
         content,
         limit,
-        _given(options, batching | limits),
+        _given(options, batching | limits | template),
         _given(task.options, set()),
         task.labels_state(),
         _tokenizer_state(task.tokenizer),
-        task.tokenizer.chat_template,
+        templates_of(task.tokenizer, options),
         [task.pad_token_id, task.tokenizer.bos_token_id, task.tokenizer.eos_token_id],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -1,16 +1,22 @@
-"""Tokenised records as a memory-mapped Arrow file that the ranks of a node share."""
+"""Tokenised records as a memory-mapped Arrow stream that the ranks of a node share."""
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
+from trainer.config.yaml import parse_json
+from trainer.errors import UserError, first_line
 from trainer.tasks.base import Example
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+TOKENS, COUNTS = "tokens.arrows", "counts.json"
+"""The files of an entry in the cache."""
 
 
 @functools.cache
@@ -122,3 +128,22 @@ class TokenDataset:
         offsets, values = self._chunks[chunk][name]
         start, stop = offsets[index - self._first[chunk] :][:2]
         return values[start:stop].tolist()
+
+
+def open_dataset(folder: Path, key: str) -> TokenDataset:
+    """The data set of an entry in the cache. Raises UserError."""
+    import pyarrow as pa
+
+    try:
+        counts = Counts(**parse_json((folder / COUNTS).read_text()))
+        with pa.memory_map(str(folder / TOKENS)) as file:
+            table = pa.ipc.open_stream(file).read_all()
+        if table.schema != schema():
+            raise ValueError(f"columns {', '.join(table.schema.names)}")
+        if len(table) != counts.examples:
+            raise ValueError(f"{len(table)} examples, not {counts.examples}")
+        return TokenDataset(table, counts, key)
+    except Exception as error:  # a damaged file, or another program's
+        raise UserError(
+            f"data.cache: {folder}: damaged ({first_line(error)}); accepted: delete that folder"
+        ) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from trainer.config.data_options import DataOptions
 from trainer.data.dataset import Counts, schema
 from trainer.data.fit import pieces, without_beginning
-from trainer.data.records import detect_format, to_records
+from trainer.data.formats import detect_format, to_records
 from trainer.data.sources import Row
 from trainer.errors import BadRecord, UserError, first_line
 from trainer.tasks.base import Example, Record, Task, TooLong
@@ -66,10 +66,12 @@ class Encoder:
             if self.options.on_long_record == "split":
                 examples = self._split(place, kind, examples, counts)
             kept = [example for example in examples if isinstance(example, Example)]
+            lacks = self.task.options.whole_records and len(kept) < len(examples)
             is_long = any(isinstance(example, TooLong) for example in examples)
-            if not kept and not (is_long and self.options.on_long_record in ("drop", "stop")):
+            is_left = is_long and self.options.on_long_record in ("drop", "stop")
+            if (not kept or lacks) and not is_left:
                 if self.options.on_bad_record == "stop":
-                    raise stop(place, examples[0])
+                    raise stop(place, next(e for e in examples if isinstance(e, str)))
                 counts.bad += 1
                 continue
             # A turn whose conversation fills max_length is left out, as from a single example.

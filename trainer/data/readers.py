@@ -6,12 +6,14 @@ A row that cannot be used is a `BadRecord` with the reason; a file that cannot b
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config.data_options import SourceOptions
+from trainer.data.extent import Extent
 from trainer.errors import BadRecord, UserError, first_line
 
 _BATCH = 1000  # rows read at a time from a parquet file
@@ -21,33 +23,39 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 Row = dict | BadRecord
 
 
-def read_file(path: Path, options: SourceOptions) -> Iterator[tuple[int, Row]]:
-    """(line or record number from 1, row or BadRecord) of a file."""
+def read_file(path: Path, options: SourceOptions, extent: Extent) -> Iterator[tuple[int, Row]]:
+    """(line or record number from 1, row or BadRecord) of a file. `extent` is told how much of it
+    was read."""
     suffix = path.suffix.lower()
     if not path.is_file() or suffix not in SUFFIXES:
         raise UserError(f"{path}: not a data file; accepted: {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: empty file; accepted: at least one record")
     if suffix == ".parquet":
-        yield from enumerate(_parquet_rows(path), 1)
+        yield from enumerate(_parquet_rows(path, extent), 1)
     elif suffix == ".jsonl":
-        yield from _json_lines(path)
+        yield from _json_lines(path, extent)
     elif suffix == ".json":
-        yield from _json_list(path)
+        yield from _json_list(path, extent)
     elif suffix == ".txt":
         text = "".join(line for _, line in _lines(path))
-        paragraphs = (part.strip() for part in re.split(r"\n\s*\n", text))
-        yield from ((number, {"text": part}) for number, part in enumerate(paragraphs, 1) if part)
+        paragraphs = re.split(r"\n\s*\n", text)
+        for number, part in enumerate(extent.counted(paragraphs, len(paragraphs)), 1):
+            if part.strip():
+                yield number, {"text": part.strip()}
     else:
-        yield from _delimited(path, "\t" if suffix == ".tsv" else ",", options)
+        yield from _delimited(path, "\t" if suffix == ".tsv" else ",", options, extent)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, extent: Extent | None = None) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, with or without a byte order mark."""
+    extent = extent or Extent()  # of whole texts no part is read before the other
     line = 0
     try:
         with path.open("rb") as file:  # decoded by line: text mode decodes far ahead
+            extent.expect(os.fstat(file.fileno()).st_size)
             for line, raw in enumerate(file, 1):
+                extent.add(len(raw))
                 yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason})") from error
@@ -55,8 +63,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
-    for line, text in _lines(path):
+def _json_lines(path: Path, extent: Extent) -> Iterator[tuple[int, Row]]:
+    for line, text in _lines(path, extent):
         if not text.strip():
             continue
         try:
@@ -67,7 +75,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
             yield line, BadRecord(f"broken JSON ({error})")
 
 
-def _json_list(path: Path) -> Iterator[tuple[int, Row]]:
+def _json_list(path: Path, extent: Extent) -> Iterator[tuple[int, Row]]:
     text = "".join(line for _, line in _lines(path))
     try:
         rows = json.loads(text)
@@ -77,13 +85,17 @@ def _json_list(path: Path) -> Iterator[tuple[int, Row]]:
         raise UserError(f"{path}: broken JSON ({error})") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: a JSON {type(rows).__name__}; accepted: a list of records")
-    yield from ((number, _as_row(row)) for number, row in enumerate(rows, 1))
+    yield from enumerate(map(_as_row, extent.counted(rows, len(rows))), 1)
 
 
-def _delimited(path: Path, delimiter: str, options: SourceOptions) -> Iterator[tuple[int, Row]]:
+def _delimited(
+    path: Path, delimiter: str, options: SourceOptions, extent: Extent
+) -> Iterator[tuple[int, Row]]:
     quoting: Literal[0, 3] = csv.QUOTE_NONE if options.quoting == "none" else csv.QUOTE_MINIMAL
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader((text for _, text in _lines(path)), delimiter=delimiter, quoting=quoting)
+    reader = csv.reader(
+        (text for _, text in _lines(path, extent)), delimiter=delimiter, quoting=quoting
+    )
     names = options.columns
     try:
         for cells in reader:
@@ -99,12 +111,14 @@ def _delimited(path: Path, delimiter: str, options: SourceOptions) -> Iterator[t
         raise UserError(f"{path}:{reader.line_num}: {error}") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[dict]:
+def _parquet_rows(path: Path, extent: Extent) -> Iterator[dict]:
     import pyarrow.parquet as pq
 
     try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=_BATCH):
-            yield from map(without_nulls, batch.to_pylist())
+        file = pq.ParquetFile(path)
+        batches = file.iter_batches(batch_size=_BATCH)
+        rows = (without_nulls(row) for batch in batches for row in batch.to_pylist())
+        yield from extent.counted(rows, file.metadata.num_rows)
     except Exception as error:  # Arrow's types, and Python's for unsupported values
         raise UserError(f"{path}: no parquet file ({first_line(error)})") from error
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from adapters.unit import Unit
 from adapters.units import transformer_blocks
 from trainer.config.config import Config
 from trainer.config.yaml import parse_json
@@ -62,14 +63,13 @@ def load_backbone(
         built = dataclasses.replace(built, left_out=left_out(source))
         if source.files is not None:
             source.files.check_copies()
-        if spectral_init is not None:
-            spectral_init.resume(built.units)
+        split = spectral_init.units(built) if spectral_init is not None else []
         for path, head in built.heads.items():
             _fill_head(source, path, head)
         _fill_buffers(source)
         for path in built.heads:
             set_module(model, path, None)  # no sharder sees it
-    materializer = _materialize(source, engine, world, spectral_init)
+    materializer = _materialize(source, engine, world, spectral_init, split)
     heads = {path: TrainedModule(head) for path, head in built.heads.items()}
     for path, head in heads.items():
         set_module(model, path, head)
@@ -103,14 +103,19 @@ def _take_over_blocks(config: Config, built: BuiltModel, engine: Engine, world: 
 
 
 def _materialize(
-    source: Source, engine: Engine, world: World, spectral_init: SpectralInit | None
+    source: Source,
+    engine: Engine,
+    world: World,
+    spectral_init: SpectralInit | None,
+    split: Sequence[Unit],
 ) -> Materializer:
-    """Materialize and shard the model, group by group. Collective."""
+    """Materialize and shard the model, group by group; `spectral_init` takes a part out of the
+    matrices of `split`. Collective."""
     model = source.model
     rest: tuple[str, nn.Module] = ("", model)
     groups = [*in_groups(model, world), [rest]]
     seen: set[int] = set()
-    tasks = [[param_tasks(source.backbone, [part], seen) for part in group] for group in groups]
+    tasks = [[param_tasks(model, split, [part], seen) for part in group] for group in groups]
     flat = [[task for of_part in of_group for task in of_part] for of_group in tasks]
     materializer = Materializer(source, world, spectral_init, flat)
     for group, of_group, all_of_it in zip(groups, tasks, flat, strict=True):

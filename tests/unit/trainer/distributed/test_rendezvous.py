@@ -32,7 +32,7 @@ def test_a_port_in_use_that_torch_finds_is_named_too(monkeypatch):
     monkeypatch.setattr(process_group, "configure_rank", lambda: None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="in use.*; accepted: .*--master_port"):
+    with pytest.raises(UserError, match=r"in use.*; accepted: .*--master_port"):
         process_group.start("cpu", 1.0)
 
 

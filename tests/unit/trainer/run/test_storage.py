@@ -53,7 +53,7 @@ def finished(tmp_path_factory):
         honest(descriptor)
 
     before = os.umask(0o027)
-    with patch("trainer.run.run.draw_loss"), patch.object(os, "fsync", fsync):
+    with patch("trainer.run.finish.draw_loss"), patch.object(os, "fsync", fsync):
         run(config(tmp), World())
     os.umask(before)
     return tmp, synced
@@ -87,7 +87,7 @@ def test_a_disk_that_fills_up_during_an_export(what, finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "named"),
-    [(5000, "tokens.arrow|data.cache"), (40_000, r"spectra/\w+.safetensors: cannot be written")],
+    [(5000, "tokens.arrows|data.cache"), (40_000, r"spectra/\w+.safetensors: cannot be written")],
 )
 def test_a_cache_that_is_full_is_named(size, named, tmp_path):
     more = ["data.train_records=8"] if size > 5000 else []
