@@ -503,6 +503,15 @@ def test_cache_is_left_when_anything_changes(tmp_path: Path, causal: CausalLM, c
     check(tokens_of(path, causal), causal, [("a b", "c"), ("a b", "c d e f g h i j"), ("z", "y")])
 
 
+def test_a_cache_entry_that_lost_a_file_is_made_again(tmp_path: Path, causal: CausalLM) -> None:
+    path = write(tmp_path / "data.jsonl", LONG)
+    for _ in range(3):
+        digest = tokens_of(path, causal).digest
+        for file in (tmp_path / "cache").glob("*/counts.json"):
+            file.unlink()
+    assert tokens_of(path, causal).digest == digest
+
+
 def test_an_option_that_comes_later_makes_no_other_data(tmp_path: Path, causal: CausalLM) -> None:
     class Later(DataOptions):
         other: int = 3
