@@ -61,6 +61,18 @@ def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> No
         )
 
 
+def is_another_backbone(session: Session, state: Mapping[str, Any]) -> bool:
+    """Whether config.json or weights differ from those that a checkpoint was made on."""
+    return state["backbone"] != session.backbone.digest or bool(_changed_weights(session, state))
+
+
+def _changed_weights(session: Session, state: Mapping[str, Any]) -> list[str]:
+    """Tensors of the backbone that are not what they were at a checkpoint."""
+    now = session.backbone.weights
+    then: Mapping[str, str] = state.get("weights", {})
+    return [name for name, digest in then.items() if now.get(name, digest) != digest]
+
+
 def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint where backbone or training data differ from the checkpoint's. (Earlier
     checkpoints hold the data's key in the cache instead of its digest.)"""
@@ -70,14 +82,11 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
             f"({state['config'].get('model', {}).get('id')}), or its weights or config.json have "
             f"changed since; accepted: a checkpoint of {session.config.model.id}"
         )
-    weights = session.backbone.weights
-    for name, digest in state.get("weights", {}).items():
-        if weights.get(name, digest) != digest:
-            raise BadCheckpoint(
-                f"model.id: {session.config.model.id}: the values of {name} have changed since "
-                f"{checkpoint} was made; accepted: the same weights, or another run.name for a "
-                "new run"
-            )
+    if changed := _changed_weights(session, state):
+        raise BadCheckpoint(
+            f"model.id: {session.config.model.id}: the values of {changed[0]} have changed since "
+            f"{checkpoint} was made; accepted: the same weights, or another run.name for a new run"
+        )
     if state["data"] not in (session.train_data.digest, session.train_data.key):
         raise BadCheckpoint(
             f"data.train: {session.config.data.train} does not hold the records (or not the same "

@@ -9,14 +9,18 @@ from trainer.engine.select import make_engine
 from trainer.model.build import build
 from trainer.model.footprint import estimate, trainable_parameters
 from trainer.run.remarks import describe_engine, on_batch, on_length, on_rows
+from trainer.run.second_stage import SecondStage
 from trainer.session import leave_out, open_data, refuse_longer
 
 
 def dry_run(config: Config, world: World) -> str:
     """Description of the run: data, units, parameters, memory. Trains and writes nothing."""
     tokenizer, task, train_data, eval_data = open_data(config, world)
+    stage = None if config.model.adapter is None else SecondStage(config, world)
     with world.all_or_none():
         backbone = build(config, task, world.device)
+        if stage is not None:
+            stage.frozen(backbone)
         refuse_longer(backbone.model, config.data, train_data, eval_data)
         left_out = leave_out(config, train_data)
     loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out, backbone.rows)
@@ -43,6 +47,7 @@ def dry_run(config: Config, world: World) -> str:
         f"units               {len(backbone.units)}",
         *(f"                    {len(names)} x {kind}" for kind, names in by_kind.items()),
         *(f"                    {left}" for left in backbone.left_alone),
+        *([f"adapter             {stage.line}"] if stage is not None else []),
         f"trainable           {trainable_parameters(backbone, config):,} parameters",
         "memory per rank     without activations (`rankcast estimate` has them)",
         f"  backbone          {readable(needs.backbone)}",
