@@ -88,6 +88,13 @@ class Config(Section):
                     f"{key}.format: {own.format} given with task.kind={self.task.kind}; "
                     f"accepted: auto, {', '.join(self.task.data_formats)}"
                 )
+        if "text" not in self.task.data_formats:
+            for key, value in (("on_long_record", "split"), ("truncate", "prompt")):
+                if getattr(self.data, key) == value:
+                    raise ValueError(
+                        f"data.{key}: {value} given with task.kind={self.task.kind}; accepted: "
+                        f"{DataOptions.model_fields[key].default}"
+                    )
         if self.run.eval_every and self.data.eval is None:
             raise ValueError(
                 f"run.eval_every: {self.run.eval_every} given without data.eval; accepted: 0"

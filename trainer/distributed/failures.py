@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from trainer.errors import EXIT_FAILED, EXIT_REQUEUE, UserError, first_line
@@ -91,6 +92,25 @@ def _in_process_group() -> bool:
     return module is not None and module.is_initialized()
 
 
+def _kills() -> int:
+    """Processes that the system has killed for want of memory since it started."""
+    try:
+        text = Path("/proc/vmstat").read_text(encoding="utf-8")
+    except OSError:
+        return 0
+    found = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+_KILLS = _kills()  # when this process began
+
+
+def killed_for_memory() -> bool:
+    """Whether the system has killed a process of this host for want of memory since this one began:
+    it has no time to say so itself."""
+    return _kills() > _KILLS
+
+
 def report_lost(reason: str) -> None:
     """Print once which ranks are dead or stalled; if none is, every rank prints its `reason`."""
     import torch.distributed as dist
@@ -98,6 +118,8 @@ def report_lost(reason: str) -> None:
     missing, is_lowest = _missing()
     rank = dist.get_rank()
     who = f" [rank {rank}]" if rank > 0 else ""
+    if killed_for_memory():
+        reason += "; meanwhile the system has killed a process on this host for want of memory"
     lost = f"rank {', '.join(map(str, missing))}" if missing else "another rank, though all respond"
     if is_lowest or not missing:
         print(f"error:{who} lost {lost} ({reason})", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from trainer.config.validation import local
 from trainer.config.yaml import parse_json
 from trainer.errors import UserError, first_line
 from trainer.files import CONFIG, METRICS
+from trainer.model.normalizer_growth import refuse_growing
 
 _COUNTED = re.compile(r"(layers?|experts|blocks|n_layer)$")
 _MOST = 10_000
@@ -96,6 +97,7 @@ def load_tokenizer(options: ModelOptions) -> "PreTrainedTokenizerBase":
     folder = resolve_folder(name, revision, with_weights=False, key=key)
     if options.tokenizer is None:
         _refuse_others(folder, name)
+    refuse_growing(folder, key)
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     try:

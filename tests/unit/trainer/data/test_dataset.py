@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from trainer.config.data_options import DataOptions
-from trainer.data.dataset import TokenDataset
+from trainer.data.cache import cache_key
+from trainer.data.dataset import TokenDataset, schema
 from trainer.data.sources import read_rows
 from trainer.data.tokenise import prepare, read_labels
 from trainer.errors import BadRecord, UserError
@@ -516,6 +517,52 @@ def test_cache_is_left_when_anything_changes(tmp_path: Path, causal: CausalLM, c
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert is_new(causal)
     check(tokens_of(path, causal), causal, [("a b", "c"), ("a b", "c d e f g h i j"), ("z", "y")])
+
+
+def test_a_cache_entry_that_lost_a_file_is_made_again(tmp_path: Path, causal: CausalLM) -> None:
+    path = write(tmp_path / "data.jsonl", LONG)
+    for _ in range(3):
+        digest = tokens_of(path, causal).digest
+        for file in (tmp_path / "cache").glob("*/counts.json"):
+            file.unlink()
+    assert tokens_of(path, causal).digest == digest
+
+
+def test_an_option_that_comes_later_makes_no_other_data(tmp_path: Path, causal: CausalLM) -> None:
+    class Later(DataOptions):
+        other: int = 3
+
+    path = str(write(tmp_path / "data.jsonl", LONG))
+
+    def key(options: DataOptions) -> str:
+        return cache_key(path, "train", None, options, causal)
+
+    assert key(Later(train=path)) == key(DataOptions(train=path))
+    assert key(Later(train=path, other=4)) != key(DataOptions(train=path))
+
+
+def test_a_data_set_is_the_digest_of_its_examples(tmp_path: Path, causal: CausalLM) -> None:
+    """However they are cut into chunks; every column counts."""
+    data = tokens_of(write(tmp_path / "data.jsonl", LONG), causal)
+    columns = {
+        "input_ids": [list(data[i].input_ids) for i in range(len(data))],
+        "loss_mask": [list(data[i].loss_mask) for i in range(len(data))],
+        "token_type_ids": [[] for _ in range(len(data))],
+        "label": list(data.labels), "weight": list(data.weights), "record": list(data.records),
+    }  # fmt: skip
+
+    def digest(changed: dict[str, Any], size: int = 10) -> str:
+        table = pa.table({**columns, **changed}, schema=schema())
+        chunks = [table.slice(i, size).combine_chunks() for i in range(0, len(table), size)]
+        return TokenDataset(pa.concat_tables(chunks), data.counts).digest
+
+    assert digest({}) == digest({}, size=1) == data.digest
+    for name, values in columns.items():
+        other = [[*values[0], 1] if isinstance(values[0], list) else values[0] + 1, *values[1:]]
+        assert digest({name: other}) != data.digest, name
+    ids = columns["input_ids"]
+    moved = [[*ids[0], ids[1][0]], ids[1][1:], *ids[2:]]
+    assert digest({"input_ids": moved}) != data.digest
 
 
 def test_many_records_stay_on_disk(tmp_path: Path, causal: CausalLM) -> None:
