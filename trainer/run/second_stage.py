@@ -25,7 +25,7 @@ from trainer.checkpoint.state import load_learned
 from trainer.config.config import Config
 from trainer.config.validation import local
 from trainer.distributed.world import World
-from trainer.errors import UserError
+from trainer.errors import UserError, refuse_mismatch
 from trainer.export.export import saved_adapters, saved_config, saved_heads, saved_initial
 from trainer.export.peft_folder import PeftFolder, is_adapter, read_peft_folder
 from trainer.model.backbone import BuiltModel, class_name
@@ -99,7 +99,8 @@ class SecondStage:
     def frozen(self, built: BuiltModel) -> Mapping[str, GatedAdapter]:
         """The adapters to freeze beside the new ones, by unit of a model without weights. Raises
         UserError naming what the model does not take."""
-        earlier = self._earlier(built)
+        with refuse_mismatch(self.path):
+            earlier = self._earlier(built)
         self._check(built, earlier)
         self._heads = earlier.heads
         count = f"{earlier.kind}, {_ranks(earlier.trained)}"

@@ -43,7 +43,7 @@ def test_a_diverged_run_is_a_failure_that_keeps_what_it_left(place, monkeypatch)
             run(config, World())
         assert failure.value.exit_code == 1
         heartbeat = read_heartbeat(config.run_folder)
-        assert heartbeat["state"] == "failed" and "diverged" in heartbeat["message"]
+        assert heartbeat["state"] == "failed" and "diverged" in heartbeat["reason"]
         assert (config.run_folder / "adapter/adapter_config.json").is_file()
         assert ": failed" in (config.run_folder / "README.md").read_text()
 

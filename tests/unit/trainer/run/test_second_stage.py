@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from adapters.layers.linear import AdaptedLinear
 from tests.helpers import losses, quick_config, sample, save_mixture, save_random_model
 from trainer.checkpoint.saved import read_saved
 from trainer.checkpoint.state import load_trained
@@ -20,6 +21,7 @@ from trainer.run.dry_run import dry_run
 from trainer.run.run import run
 from trainer.run.second_stage import SecondStage
 from trainer.session import open_session
+from trainer.verification.verify import verify_session
 
 METHODS = {
     "lora": ["method.kind=lora", "method.rank=4"],
@@ -171,6 +173,9 @@ def test_resumed_without_the_first_stage(place, tmp_path, first):
     tensors = [read_saved(config.run_folder).tensors for config in (whole, other)]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     check_export(other)
+    export_run(other.run_folder, tmp_path / "merged", World(), what="merged", measure=False)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(merged(ids()).logits, own_logits(other), rtol=1e-4, atol=1e-4)
     with pytest.raises(BadCheckpoint, match=r"model\.adapter: .* was made with"):
         run(with_overrides(other, ["model.adapter=another"]), World())
     if first == "pissa":  # which this method cannot compute again
@@ -244,6 +249,15 @@ def test_a_dry_run_says_how_it_is_taken_over(place):
         text = dry_run(configured(place, "x", f"model.adapter={source}", *METHODS[method]), World())
         line = next(line for line in text.splitlines() if line.startswith("adapter "))
         assert str(source) in line and "lora, 14 matrices of rank 4" in line and said in line
+
+
+def test_the_proof_knows_of_the_frozen_part(place, monkeypatch):
+    source = trained(place, "lora").run_folder
+    config = configured(place, "x", f"model.adapter={source}", *METHODS["rank 2"])
+    assert verify_session(opened(config)[0]).complete
+    monkeypatch.setattr(AdaptedLinear, "_fixed", lambda self, dtype: [])
+    with pytest.raises(UserError, match=r"model\.layers\.0"):
+        verify_session(opened(config)[0])
 
 
 def test_an_even_adapter_of_peft_goes_on_as_it_is(place, tmp_path):
@@ -357,14 +371,18 @@ def test_folders_that_are_no_adapters(place, tmp_path):
     [
         ("use_dora", True), ("peft_type", "IA3"), ("bias", "all"), ("lora_bias", True),
         ("init_lora_weights", "pissa"), ("layer_replication", [[0, 2]]),
-        ("trainable_token_indices", [5]), ("r", 3),
+        ("trainable_token_indices", [5]), ("r", 3), ("rank_pattern", "x"), ("r", "x"),
     ],
 )  # fmt: skip
 def test_more_than_a_plain_lora_is_refused_by_name(place, tmp_path, key, value):
     bad = shutil.copytree(trained(place, "lora").run_folder / "adapter", tmp_path / "a")
     given = json.loads((bad / "adapter_config.json").read_text())
     (bad / "adapter_config.json").write_text(json.dumps({**given, key: value}))
-    match = rf"{key}: .* more than a plain LoRA" if key != "r" else "has rank 4, its .* says 3"
+    match = rf"{key}: .* more than a plain LoRA"
+    if value == "x":
+        match = "does not match this configuration"
+    elif key == "r":
+        match = "has rank 4, its .* says 3"
     with pytest.raises(UserError, match=match):
         opened(configured(place, "x", f"model.adapter={bad}", *METHODS["lora"]))
 
