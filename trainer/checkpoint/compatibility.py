@@ -1,11 +1,14 @@
 """Whether a checkpoint can resume a configuration: keys that must agree, keys that may change."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from adapters.options import Section
 from trainer.config.config import Config
-from trainer.data.cache import former_key
 from trainer.errors import BadCheckpoint
 from trainer.session import Session
 
@@ -29,6 +32,7 @@ _MUST_AGREE = {
         "micro_batch_tokens",
         "micro_batches_multiple_of",
         "leave_out",
+        "eval",
     ),
     "run": ("seed",),
 }
@@ -51,8 +55,9 @@ _EVALUATION = {
 
 def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint, naming the key, where `config` differs in a key that must agree."""
-    now = config.model_dump(mode="json")
-    for key, old, new in _differences(state["config"], now, _MUST_AGREE):
+    for key, old, new in _differences(state["config"], config, _MUST_AGREE):
+        if key == "data.eval" and not {type(old), type(new)} & {int, float}:
+            continue  # another file takes nothing from the training records
         raise BadCheckpoint(
             f"{key}: {new!r} given, but {checkpoint} was made with {old!r}; "
             "accepted: the same, or another run.name for a new run"
@@ -72,7 +77,8 @@ def _changed_weights(session: Session, state: Mapping[str, Any]) -> list[str]:
 
 
 def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
-    """Raises BadCheckpoint where backbone or training data differ from the checkpoint's."""
+    """Raises BadCheckpoint where backbone or training data differ from the checkpoint's. (Earlier
+    checkpoints hold the data's key in the cache instead of its digest.)"""
     if state["backbone"] != session.backbone.digest:
         raise BadCheckpoint(
             f"{checkpoint}: was made on another backbone "
@@ -85,35 +91,42 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
             f"{checkpoint} was made; accepted: the same weights, or another run.name for a new run"
         )
     data = session.config.data
-    then = state["config"].get("data", {}).get("train")
-    former = former_key(
-        str(then), data.train, data.train_split, data.train_records, data, session.task
-    )
-    if state["data"] not in (session.train_data.key, former):
+    if state["data"] not in (session.train_data.digest, session.train_data.key):
         raise BadCheckpoint(
-            f"data.train: {session.config.data.train} does not hold the records (or not the same "
-            f"tokens of them) that {checkpoint} was made with; accepted: the same, or another "
+            f"{data.train_name} does not hold the records (or not the same tokens of them, or in "
+            f"other shares) that {checkpoint} was made with; accepted: the same, or another "
             "run.name for a new run"
         )
 
 
-def changes(state: dict[str, Any], now: dict[str, Any], *, evaluation: bool = False) -> list[str]:
+def changes(state: dict[str, Any], config: Config, *, evaluation: bool = False) -> list[str]:
     """Changed keys of a resumed run, as `key old -> new`; `evaluation`: also those of what it
     evaluates."""
     tables = (_MAY_CHANGE, _EVALUATION) if evaluation else (_MAY_CHANGE,)
     return [
         f"{key} {old!r} -> {new!r}"
         for table in tables
-        for key, old, new in _differences(state["config"], now, table)
+        for key, old, new in _differences(state["config"], config, table)
     ]
 
 
 def _differences(
-    then: dict[str, Any], now: dict[str, Any], table: Mapping[str, tuple[str, ...] | None]
+    then: dict[str, Any], config: Config, table: Mapping[str, tuple[str, ...] | None]
 ) -> Iterator[tuple[str, Any, Any]]:
+    now = config.model_dump(mode="json")
     for section, keys in table.items():
-        made = then.get(section, {})
+        made = _completed(then.get(section, {}), getattr(config, section))
         for key in keys or sorted({*now[section], *made}, key=lambda k: (k != "kind", k)):
             old, new = made.get(key), now[section].get(key)
-            if old != new:
+            is_newer = key not in made and not new  # than the checkpoint, and not used
+            if old != new and not is_newer:
                 yield f"{section}.{key}", old, new
+
+
+def _completed(made: dict[str, Any], section: Section) -> dict[str, Any]:
+    """A recorded section with the defaults of keys that came later; unchanged where it is another
+    one (of another method, say)."""
+    try:
+        return type(section).model_validate_json(json.dumps(made)).model_dump(mode="json")
+    except ValidationError:
+        return made
