@@ -33,6 +33,9 @@ from trainer.session import Session
 
 _HOW_IT_TRAINS = ("dropout", "dropout_on", "replay", "b_learning_rate_ratio")
 """Keys of a method that do not change what its adapters are."""
+_TAKEN_OVER = ("adapter/", "frozen/", "head/")
+_MADE_ANEW = ("optimizer/", "method/", "decider/", "random/")
+"""Groups of a checkpoint's tensors, if its method does not go on."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,12 @@ class SecondStage:
                 heads.setdefault(path, {})[parameter] = value
             return _Earlier(folder.adapters(built.model), heads, "lora")
         config = saved_config(saved.state)
+        known = (*_TAKEN_OVER, *_MADE_ANEW)
+        others = [name for name in saved.tensors if not name.startswith(known)]
+        if others and not self._resumes_method:
+            raise self._refuse(
+                f"{others[0]} was trained beside its adapters", "an adapter without it"
+            )
         return _Earlier(
             trained=saved_adapters(config, saved.tensors),
             heads=saved_heads(saved.tensors),

@@ -1,5 +1,6 @@
 """Second stages: what was learned is where the next run starts, and what is exported is all of it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -363,6 +364,18 @@ def test_folders_that_are_no_adapters(place, tmp_path):
         (bad / file).unlink()
         with pytest.raises(UserError, match=match):
             run(configured(place, "x", f"model.adapter={bad}", *METHODS["lora"]), World())
+
+
+def test_what_else_was_trained_is_not_dropped_silently(place, monkeypatch):
+    source = trained(place, "lora").run_folder
+
+    def more(path, world):
+        saved = read_saved(path)
+        return dataclasses.replace(saved, tensors={**saved.tensors, "rows/embed": torch.ones(1)})
+
+    monkeypatch.setattr("trainer.run.second_stage.read_on_all", more)
+    with pytest.raises(UserError, match="rows/embed was trained beside its adapters"):
+        opened(configured(place, "x", f"model.adapter={source}", *METHODS["rank 2"]))
 
 
 @pytest.mark.parametrize(
