@@ -10,7 +10,7 @@ from trainer.errors import BadCheckpoint
 from trainer.session import Session
 
 _MUST_AGREE = {
-    "model": ("quantization",),
+    "model": ("quantization", "added_tokens"),
     "task": None,
     "method": None,
     "data": (

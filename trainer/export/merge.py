@@ -13,6 +13,7 @@ from adapters.layers.base import PackedLayer
 from adapters.peft_export import merged
 from adapters.unit import stem
 from trainer.errors import UserError
+from trainer.export.added_tokens import with_rows
 from trainer.loading.key_mapping import Converted, KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
 from trainer.model.backbone import BuiltModel
@@ -22,7 +23,7 @@ _SHARD_BYTES = 4 * 2**30
 
 
 class Merger:
-    """Reads a model tensor by tensor and merges adapters and trained heads.
+    """Reads a model tensor by tensor and merges adapters, trained heads and `rows` of tokens.
 
     `backbone`: built, but not loaded. `initial`: initial adapters of the spectral initialisation.
     `dequantised`: W quantised and dequantised, as in training; else W of the files.
@@ -35,11 +36,13 @@ class Merger:
         adapters: Mapping[str, GatedAdapter],
         initial: Mapping[str, GatedAdapter],
         heads: Mapping[str, Mapping[str, Tensor]],
+        rows: Mapping[str, Tensor],
         *,
         dequantised: bool,
         device: torch.device,
     ):
         self.model, self.dtype, self.device = backbone.model, backbone.dtype, device
+        self._backbone, self._rows = backbone, rows
         self._adapters, self._initial, self._dequantised = adapters, initial, dequantised
         self._trained = {
             f"{path}.{name}": tensor
@@ -51,6 +54,7 @@ class Merger:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, value on the CPU) of every tensor of the merged model's files."""
+        backbone = self._backbone
         for name, parameter in self.model.named_parameters():
             path, _, attribute = name.rpartition(".")
             owner = self.model.get_submodule(path)
@@ -61,11 +65,14 @@ class Merger:
             else:
                 matrix = owner if isinstance(owner, PackedLayer) and attribute == "weight" else None
                 shape = tuple(parameter.shape) if matrix is None else matrix.stored_shape
+                if backbone.added is not None and path in backbone.tables:
+                    shape = (backbone.added.stored, *shape[1:])
                 key = self._files.check([name], shape)
                 value = self._files.read(key).to(self.device, self.dtype)
                 if matrix is not None:
                     full = matrix.reoriented(value).unsqueeze(0)
                     value = matrix.reoriented(self._final(matrix, [path], full)[0])
+                value = with_rows(backbone, name, value, self._rows)
                 yield self._published(name), value.cpu().contiguous()
         for name, _ in self.model.named_buffers():
             stored = self._files.find(name)

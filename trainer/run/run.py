@@ -25,6 +25,7 @@ from trainer.decisions.replay import Replay
 from trainer.device_memory import peak_gib, readable
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, RunFailed, UserError
+from trainer.export.added_tokens import trained_tokens
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.export import written_folder
 from trainer.files import ADAPTER, FIGURES, METRICS
@@ -204,6 +205,7 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
         ),
         *(f"note      {left}" for left in session.backbone.left_alone),
         *([f"note      {left_out}"] if (left_out := session.backbone.left_out) else []),
+        *([f"note      {added}"] if (added := session.backbone.added) else []),
         *(
             ["note      weights are stored as MXFP4, read as bfloat16"]
             if session.backbone.loading.mxfp4
@@ -294,6 +296,7 @@ def _export(session: Session, folder: Path) -> str:
         }
         for path, head in session.backbone.heads.items()
     }
+    rows = {path: one.values.detach() for path, one in session.backbone.token_rows.items()}
     note = ""
     if config.model.quantization != "none":
         note = (
@@ -324,7 +327,10 @@ def _export(session: Session, folder: Path) -> str:
             key=PeftKeys(session.backbone.model),
             modules_to_save=modules_to_save(session.backbone.model, heads),
             note=note,
+            tokens=trained_tokens(session.backbone, rows, session.tokenizer),
         )
+    if rows:
+        session.tokenizer.save_pretrained(folder)
     return note
 
 
