@@ -1,6 +1,6 @@
 """`Session`: data, engine, backbone, method and optimizer of a run, built in dependency order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,10 @@ from adapters.methods.spectral import SpectralMethod
 from adapters.optimizer import MaskedAdamW, Share, Trainable
 from trainer.config.config import Config
 from trainer.config.data_options import LEFT_OUT, DataOptions
-from trainer.data.dataset import TokenDataset, cache_root, prepare, read_labels
+from trainer.data.cache import cache_root
+from trainer.data.dataset import TokenDataset
 from trainer.data.loader import left_out
+from trainer.data.tokenise import prepare, read_labels
 from trainer.distributed.watchdog import Watchdog
 from trainer.distributed.world import World
 from trainer.engine.base import Engine
@@ -83,20 +85,21 @@ def _trainables(method: Method, backbone: LoadedBackbone) -> list[Trainable]:
 
 
 def open_data(
-    config: Config, world: World
+    config: Config, world: World, stop: Callable[[], None] = lambda: None
 ) -> tuple["PreTrainedTokenizerBase", Task, TokenDataset, TokenDataset | None]:
     """Tokenizer, task and tokenised data. Local rank 0 tokenises, then the others read its cache.
-    Collective."""
-    with world.all_or_none():
+    `stop` raises where this rank is asked to stop. Collective; it may take any time."""
+    with world.all_or_none(world.patience(stop)):
         tokenizer = load_tokenizer(config.model)
         task = TASKS[config.task.kind](config.task, tokenizer)
         if config.task.needs_labels:
             task.learn_labels(read_labels(config.data.train, config.data.train_split, config.data))
     prepared = None
     for turn in (True, False):
-        with world.all_or_none():
+        patience = world.patience(stop)
+        with world.all_or_none(patience):
             if (world.local_rank == 0) == turn:
-                prepared = _prepare(config.data, task)
+                prepared = _prepare(config, task, patience.check)
     assert prepared is not None
     keys = world.gather([data.key for data in prepared if data is not None])
     with world.all_or_none():
@@ -150,11 +153,14 @@ def refuse_longer(
                 )
 
 
-def _prepare(data: DataOptions, task: Task) -> tuple[TokenDataset, TokenDataset | None]:
-    train = prepare(data.train, data.train_split, data.train_records, data, task)
+def _prepare(
+    config: Config, task: Task, check: Callable[[], None]
+) -> tuple[TokenDataset, TokenDataset | None]:
+    data, shown = config.data, config.log.shown
+    train = prepare(data.train, data.train_split, data.train_records, data, task, shown, check)
     if data.eval is None or data.eval == LEFT_OUT:
         return train, None
-    return train, prepare(data.eval, data.eval_split, data.eval_records, data, task)
+    return train, prepare(data.eval, data.eval_split, data.eval_records, data, task, shown, check)
 
 
 def open_session(
@@ -162,13 +168,14 @@ def open_session(
     world: World,
     initial_adapters: Mapping[str, InitialAdapter] | None = None,
     unreached: Sequence[str] | None = None,
+    stop: Callable[[], None] = lambda: None,
 ) -> Session:
     """Load data and backbone, shard it, attach the method's adapters. Collective.
 
     `initial_adapters`, `unreached`: of a checkpoint's run; the first where its method uses spectral
-    initialisation, the second as for `trainer.model.build.build`.
+    initialisation, the second as for `trainer.model.build.build`. `stop`: as for `open_data`.
     """
-    tokenizer, task, train_data, eval_data = open_data(config, world)
+    tokenizer, task, train_data, eval_data = open_data(config, world, stop)
     with world.all_or_none():  # fails before any weight is loaded
         built = check_backbone(config, task, world.device, unreached)
         left_out = leave_out(config, train_data)

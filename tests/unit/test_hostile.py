@@ -29,7 +29,7 @@ from tests.hostile import (
 from tests.unit.adapters.methods.harness import Bench
 from trainer.config.config import Config, load_config, parse_config
 from trainer.config.data_options import DataOptions
-from trainer.data.dataset import prepare, read_labels
+from trainer.data.tokenise import prepare, read_labels
 from trainer.decisions.log import record
 from trainer.decisions.replay import Replay
 from trainer.records.jsonl import keep_lines, read_metrics
@@ -200,16 +200,16 @@ def test_cache_of_tokens(folder, tasks, data):
     options = DataOptions(train=str(path), cache=str(folder / "kept"))
     key = prepare(str(path), "train", None, options, tasks[0]).key
     cached = folder / "kept" / key
-    tokens = (cached / "tokens.arrow").read_bytes()
+    tokens = (cached / "tokens.arrows").read_bytes()
     counts = (cached / "counts.json").read_bytes()
     if data.draw(st.booleans()):
         (cached / "counts.json").write_bytes(data.draw(hostile_json(COUNTS)))
     else:
-        (cached / "tokens.arrow").write_bytes(data.draw(damaged(tokens)))
+        (cached / "tokens.arrows").write_bytes(data.draw(damaged(tokens)))
     try:
         attempt(folder, lambda: prepare(str(path), "train", None, options, tasks[0]))
     finally:
-        (cached / "tokens.arrow").write_bytes(tokens)
+        (cached / "tokens.arrows").write_bytes(tokens)
         (cached / "counts.json").write_bytes(counts)
 
 

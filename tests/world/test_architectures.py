@@ -53,6 +53,12 @@ def test_losses_gradients_and_export_are_those_of_transformers_and_peft(cases, n
         CHECKS[check](cases[name])
 
 
+def test_a_tied_head_that_comes_before_the_embedding_is_merged_under_its_name_in_the_files(
+    tmp_path,
+):
+    CHECKS["merged"](Case("camembert", CAUSAL, tmp_path / "camembert"))
+
+
 def test_layers_whose_gradient_is_always_zero_are_named_and_can_be_left_out(tmp_path):
     """The first token of Longformer, which alone is classified, has projections of its own."""
     case = Case("longformer", CLASSIFICATION, tmp_path)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.config import Config
-from trainer.data.dataset import former_key
+from trainer.data.cache import former_key
 from trainer.errors import BadCheckpoint
 from trainer.session import Session
 

@@ -10,22 +10,19 @@ LEFT_OUT = "left_out"
 """`data.eval`: evaluate on the held-out training records."""
 
 
-class DataOptions(Section):
-    """Records, tokenisation and batches."""
+class SourceOptions(Section):
+    """A source of training records: which they are, how they are read and converted."""
 
     train: str
     """Training data: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt) or a hub id."""
-    eval: str | None = None
-    """Evaluation data: a file or hub id as for `train`, or `left_out`, the training records held
-    out by `leave_out`; none: no evaluation."""
+    train_split: str = "train"
+    """Split of a hub data set to train on."""
+    train_records: int | None = Field(None, gt=0)
+    """Use only this many training records, the first ones."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     revision: str | None = None
     """Commit or tag of a hub data set."""
-    train_split: str = "train"
-    """Split of a hub data set to train on."""
-    eval_split: str = "test"
-    """Split of a hub data set to evaluate on."""
     format: Literal["auto", "prompt_completion", "alpaca", "messages", "text", "classification"] = (
         "auto"
     )
@@ -57,14 +54,28 @@ class DataOptions(Section):
     """Column names of csv and tsv files without a header line."""
     quoting: Literal["standard", "none"] = "standard"
     """Whether quotation marks delimit fields in csv and tsv files."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> "SourceOptions":
+        if isinstance(self.text, list) and len(self.text) not in (1, 2):
+            raise ValueError(f"data.text: {self.text} given; accepted: one or two columns")
+        return self
+
+
+class DataOptions(SourceOptions):
+    """Records, tokenisation and batches."""
+
+    eval: str | None = None
+    """Evaluation data: a file or hub id as for `train`, or `left_out`, the training records held
+    out by `leave_out`; none: no evaluation."""
+    eval_split: str = "test"
+    """Split of a hub data set to evaluate on."""
     max_length: int = Field(1024, gt=1)
     """Maximum sequence length in tokens."""
     on_long_record: Literal["truncate", "drop", "stop"] = "truncate"
     """Handling of longer records. A record whose prompt alone is too long is a bad record."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """Handling of invalid records: stop with file, line and reason, or skip and count them."""
-    train_records: int | None = Field(None, gt=0)
-    """Use only this many training records, the first ones."""
     eval_records: int | None = Field(None, gt=0)
     """Use only this many evaluation records, the first ones."""
     packing: bool = False
@@ -98,6 +109,9 @@ class DataOptions(Section):
     leave_out: int = Field(0, ge=0)
     """Number of training records held out, drawn by the seed. Methods with validation hold out
     theirs anyway; set the same number for methods compared with them."""
+    workers: Literal["auto"] | int = "auto"
+    """Processes that tokenise. auto: this one, and, if it takes longer than some seconds, one for
+    each core, at most 16. What they make does not depend on their number."""
     cache: str | None = Field(None, pattern=PATH)
     """Cache folder of tokenised data; none: `rankcast` in the user's cache folder."""
 
@@ -131,6 +145,8 @@ class DataOptions(Section):
             raise ValueError(
                 f"data.row_lengths: {self.row_lengths} given; accepted: auto, or at least 0"
             )
+        if self.workers != "auto" and self.workers < 1:
+            raise ValueError(f"data.workers: {self.workers} given; accepted: auto, or at least 1")
         if size is not None and size > self.batch_size:
             raise ValueError(
                 f"data.micro_batch_size: {self.micro_batch_size} given; accepted: at most "
@@ -141,6 +157,4 @@ class DataOptions(Section):
                 "data.leave_out: 0 given with data.eval=left_out; accepted: the number of training "
                 "records to evaluate on"
             )
-        if isinstance(self.text, list) and len(self.text) not in (1, 2):
-            raise ValueError(f"data.text: {self.text} given; accepted: one or two columns")
         return self

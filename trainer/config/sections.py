@@ -4,6 +4,7 @@
 `trainer/tasks/options.py`).
 """
 
+import sys
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,6 +13,9 @@ from adapters.formats.names import FORMAT_NAMES
 from adapters.options import PATH, Section
 from trainer.config.engines import ENGINES, engines_with, takes
 from trainer.config.validation import one_of
+
+Shown = Literal["bar", "plain", "none"]
+"""How progress is shown."""
 
 
 class RunOptions(Section):
@@ -220,6 +224,13 @@ class LogOptions(Section):
     are kept. A run without its first parts can be drawn, but not replayed."""
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
     """auto: a bar on a terminal, else plain lines."""
+
+    @property
+    def shown(self) -> Shown:
+        """How progress is shown."""
+        if self.progress == "auto":
+            return "bar" if sys.stderr.isatty() else "plain"
+        return self.progress
 
 
 class CheckpointOptions(Section):

@@ -1,39 +1,25 @@
-"""Tokenised records, cached as a memory-mapped Arrow file that the ranks of a node share.
-
-Records that cannot be used are reported with file, line and reason.
-"""
+"""Tokenised records as a memory-mapped Arrow stream that the ranks of a node share."""
 
 import dataclasses
 import functools
-import hashlib
-import itertools
-import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from trainer.config.data_options import DataOptions
-from trainer.config.validation import local
 from trainer.config.yaml import parse_json
-from trainer.data.records import detect_format, read_rows, to_records
-from trainer.errors import BadRecord, UserError, first_line, reason
-from trainer.files import sha256
-from trainer.tasks.base import Example, Record, Task
+from trainer.errors import UserError, first_line
+from trainer.tasks.base import Example
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_CHUNK = 1000  # records tokenised in one call
-_VERSION = 2  # of the cached file; raise it when `Example` or an encoding changes
+TOKENS, COUNTS = "tokens.arrows", "counts.json"
+"""The files of an entry in the cache."""
 
 
 @functools.cache
-def _schema() -> "pa.Schema":
+def schema() -> "pa.Schema":
     """The columns of the cached file."""
     import pyarrow as pa
 
@@ -63,6 +49,16 @@ class Counts:
     dropped: int = 0
     bad: int = 0
     tokens: int = 0
+    formats: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Used records of each format."""
+
+    def add(self, other: "Counts") -> None:
+        """Count what `other` counts too."""
+        for name, value in vars(other).items():
+            if name != "formats":
+                setattr(self, name, getattr(self, name) + value)
+        for kind, number in other.formats.items():
+            self.formats[kind] = self.formats.get(kind, 0) + number
 
     def __str__(self) -> str:
         examples = f"{self.examples} examples, " if self.examples != self.used else ""
@@ -118,236 +114,20 @@ class TokenDataset:
         return values[start:stop].tolist()
 
 
-def read_labels(source: str, split: str, options: DataOptions) -> list[str | float]:
-    """The raw labels of a classification source. Bad records raise UserError or are skipped."""
-    labels = []
-    for line, row in read_rows(source, split, options, options.train_records):
-        try:
-            if isinstance(row, BadRecord):
-                raise row
-            (record,) = to_records(row, "classification", options, None)
-        except BadRecord as reason:
-            if options.on_bad_record == "stop":
-                raise _stop(source, line, reason) from reason
-            continue
-        assert record.label is not None
-        labels.append(record.label)
-    if not labels:
-        raise UserError(f"{source}: no usable record; accepted: at least one")
-    return labels
-
-
-def _stop(source: str, line: int, reason: object) -> UserError:
-    return UserError(f"{source}:{line}: {reason} (data.on_bad_record=skip leaves such records out)")
-
-
-def prepare(
-    source: str, split: str, limit: int | None, options: DataOptions, task: Task
-) -> TokenDataset:
-    """Tokenise `source`, or read it from the cache. Call it on one rank of each node first. Raises
-    UserError."""
-    key = _cache_key(source, split, limit, options, task)
-    folder = _entry(cache_root(options), key)
-    if local(folder / "counts.json", "data.cache") is None:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            partial = folder.with_name(f"{key}.{secrets.token_hex(8)}")  # its mode is the umask's
-            partial.mkdir()
-        except OSError as error:
-            raise UserError(
-                f"data.cache: {folder.parent}: {error.strerror}; accepted: a folder to write into"
-            ) from error
-        try:
-            counts = _tokenise(source, split, limit, options, task, partial / "tokens.arrow")
-            (partial / "counts.json").write_text(json.dumps(dataclasses.asdict(counts)))
-            try:
-                partial.rename(folder)
-            except OSError:
-                if not (folder / "counts.json").exists():  # else another run was faster
-                    raise
-        except OSError as error:
-            raise UserError(
-                f"data.cache: {folder.parent}: cannot be written ({reason(error)})"
-            ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+def open_dataset(folder: Path, key: str) -> TokenDataset:
+    """The data set of an entry in the cache. Raises UserError."""
     import pyarrow as pa
 
     try:
-        counts = Counts(**parse_json((folder / "counts.json").read_text()))
-        with pa.memory_map(str(folder / "tokens.arrow")) as file:
-            table = pa.ipc.open_file(file).read_all()
-        if table.schema != _schema():
+        counts = Counts(**parse_json((folder / COUNTS).read_text()))
+        with pa.memory_map(str(folder / TOKENS)) as file:
+            table = pa.ipc.open_stream(file).read_all()
+        if table.schema != schema():
             raise ValueError(f"columns {', '.join(table.schema.names)}")
+        if len(table) != counts.examples:
+            raise ValueError(f"{len(table)} examples, not {counts.examples}")
         return TokenDataset(table, counts, key)
     except Exception as error:  # a damaged file, or another program's
         raise UserError(
             f"data.cache: {folder}: damaged ({first_line(error)}); accepted: delete that folder"
         ) from error
-
-
-def _entry(root: Path, key: str) -> Path:
-    """Where an entry is, or goes: one that another user wrote and this one cannot read is none."""
-    shared = root / key
-    readable = all(os.access(shared / name, os.R_OK) for name in ("counts.json", "tokens.arrow"))
-    return shared if readable or not os.path.lexists(shared) else root / f"{key}-{os.getuid()}"
-
-
-def _tokenise(
-    source: str, split: str, limit: int | None, options: DataOptions, task: Task, path: Path
-) -> Counts:
-    import pyarrow as pa
-
-    counts, schema = Counts(), _schema()
-    rows = read_rows(source, split, options, limit)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        while chunk := list(itertools.islice(rows, _CHUNK)):
-            kept = list(_encode_chunk(source, chunk, options, task, counts))
-            columns: dict[str, list] = {
-                name: [getattr(example, name) for _, example in kept]
-                for name in schema.names
-                if name != "record"
-            }
-            columns["record"] = [record for record, _ in kept]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-    if counts.records == 0:
-        raise UserError(f"{source}: no records; accepted: at least one")
-    if counts.used == 0:
-        raise UserError(f"{source}: no usable record ({counts})")
-    return counts
-
-
-def _encode_chunk(
-    source: str,
-    chunk: list[tuple[int, dict | BadRecord]],
-    options: DataOptions,
-    task: Task,
-    counts: Counts,
-) -> Iterator[tuple[int, Example]]:
-    """(number among the used records, example) of a chunk of rows; records that cannot be used are
-    counted or raise UserError."""
-    rows: list[list[Record] | BadRecord] = []
-    for _, row in chunk:
-        try:
-            if isinstance(row, BadRecord):
-                raise row
-            rows.append(to_records(row, detect_format(row, options, task), options, task.tokenizer))
-        except BadRecord as reason:
-            rows.append(reason)
-    usable = [record for row in rows if isinstance(row, list) for record in row]
-    encoded = iter(_encode(source, usable, options, task))
-    for (line, _), found in zip(chunk, rows, strict=True):
-        counts.records += 1
-        examples: list[Example | str] = (
-            [str(found)] if isinstance(found, BadRecord) else [next(encoded) for _ in found]
-        )
-        kept = [example for example in examples if isinstance(example, Example)]
-        if not kept:
-            if options.on_bad_record == "stop":
-                raise _stop(source, line, examples[0])
-            counts.bad += 1
-            continue
-        # A turn whose conversation fills max_length is left out, as it is from a single example.
-        is_cut = any(example.truncated for example in kept)
-        if len(kept) < len(examples) or is_cut:
-            if options.on_long_record == "stop":
-                raise UserError(
-                    f"{source}:{line}: longer than data.max_length ({options.max_length} tokens); "
-                    "accepted: shorter records, or data.on_long_record=truncate or drop"
-                )
-            if options.on_long_record == "drop":
-                counts.dropped += 1
-                continue
-            counts.truncated += is_cut
-            counts.turns_dropped += len(examples) - len(kept)
-        for example in kept:
-            yield counts.used, example
-        counts.used += 1
-        counts.examples += len(kept)
-        counts.tokens += sum(len(example.input_ids) for example in kept)
-
-
-def _encode(
-    source: str, records: list[Record], options: DataOptions, task: Task
-) -> list[Example | str]:
-    """`task.encode`; a panic inside the tokenizer, which is no Exception, is a UserError."""
-    try:
-        return list(task.encode(records, options.max_length))
-    except (Exception, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise UserError(
-            f"{source}: the tokenizer failed ({first_line(error)}); accepted: a tokenizer and "
-            "records that it can encode"
-        ) from error
-
-
-def cache_root(options: DataOptions) -> Path:
-    """Cache folder: tokenised data, matrix decompositions."""
-    if options.cache is not None:
-        return Path(options.cache)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankcast"
-
-
-def former_key(
-    named: str, source: str, split: str, limit: int | None, options: DataOptions, task: Task
-) -> str:
-    """`TokenDataset.key` of the version before, into which a file's path went too: `named`, as the
-    data was called then."""
-    return _cache_key(source, split, limit, options, task, named)
-
-
-def _cache_key(
-    source: str,
-    split: str,
-    limit: int | None,
-    options: DataOptions,
-    task: Task,
-    named: str | None = None,
-) -> str:
-    """Digest of everything that tokenisation depends on; options of batching are excluded. A file
-    is its content, wherever it lies."""
-    path = local(source)
-    is_file = path is not None and path.is_file()
-    content = _sha256(path) if path and is_file else f"{options.subset} {options.revision} {split}"
-    named = named or (Path(source).suffix if is_file else source)
-    batching = {
-        "packing",
-        "shuffle",
-        "batch_size",
-        "micro_batch_size",
-        "micro_batch_tokens",
-        "micro_batches_multiple_of",
-        "padding_free",
-        "row_lengths",
-        "cache",
-        "train",
-        "eval",
-        "leave_out",
-    }
-    limits = {"train_records", "eval_records"}
-    parts = [
-        _VERSION,
-        named,
-        content,
-        limit,
-        options.model_dump(exclude=batching | limits),
-        task.options.model_dump(),
-        task.labels_state(),
-        _tokenizer_state(task.tokenizer),
-        task.tokenizer.chat_template,
-        [task.pad_token_id, task.tokenizer.bos_token_id, task.tokenizer.eos_token_id],
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _tokenizer_state(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; accepted: a file that can be read") from error

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from trainer.distributed import object_exchange
 from trainer.distributed.failures import FailedElsewhere, exit_code
+from trainer.distributed.patience import Patience
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,15 @@ class World:
         if len(self.nodes[self.node]) > 1:
             dist.broadcast(tensor.view(-1).view(torch.uint8), source, group=self.local_group)
 
+    def patience(self, stop: Callable[[], None] = lambda: None) -> Patience:
+        """For a stage (`all_or_none`) that may take longer than `engine.timeout`, begun by all
+        ranks; `stop` raises where this rank is asked to stop."""
+        return Patience(self.size, self.saving, stop)
+
     @contextmanager
-    def all_or_none(self) -> Iterator[list[Any]]:
+    def all_or_none(self, patience: Patience | None = None) -> Iterator[list[Any]]:
         """Run a stage without collectives inside; if it fails on one rank, it fails on all.
-        Collective.
+        Collective; without `patience` ranks wait for each other `engine.timeout` long at most.
 
         The lowest failing rank raises its own error, the others `FailedElsewhere`, so that one
         line is printed and no rank hangs in a collective. A value (plain data) that the stage
@@ -103,11 +109,16 @@ class World:
         shared: list[Any] = []
         try:
             yield shared
+            if patience is not None:
+                patience.wait()
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # re-raised below, on every rank; also a library's panic
             failure = error
-        code = None if failure is None else exit_code(failure)
+            if patience is not None:
+                patience.fail()
+        is_own = failure is not None and not isinstance(failure, FailedElsewhere)
+        code = exit_code(failure) if failure is not None and is_own else None
         codes, values = zip(*self._gather_messages([code, shared]), strict=True)
         failed = [rank for rank, code in enumerate(codes) if code is not None]
         if failed:

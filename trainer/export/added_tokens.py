@@ -27,15 +27,3 @@ def trained_tokens(
         names={path: modules_to_save(built.model, [path])[0] for path in rows},
         resize=size if added.grown else None,
     )
-
-
-def with_rows(built: BuiltModel, name: str, table: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-    """A table by its parameter's `name`, as the files hold it: with all rows of the run's model,
-    trained ones where `rows` has some. Another tensor as it is."""
-    path = name.removesuffix(".weight")
-    if built.added is None or path not in built.tables:
-        return table
-    full = built.added.filled(table)
-    if path in rows:
-        full[list(built.added.ids)] = rows[path].to(full)
-    return full

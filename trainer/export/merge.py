@@ -13,9 +13,9 @@ from adapters.layers.base import PackedLayer
 from adapters.peft_export import merged
 from adapters.unit import stem
 from trainer.errors import UserError
-from trainer.export.added_tokens import with_rows
 from trainer.loading.key_mapping import Converted, KeyMapping
 from trainer.loading.safetensors_files import PretrainedFiles
+from trainer.loading.source import names_of_parameters
 from trainer.model.backbone import BuiltModel
 from trainer.model.matrices import shared_matrices
 
@@ -54,7 +54,7 @@ class Merger:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, value on the CPU) of every tensor of the merged model's files."""
-        backbone = self._backbone
+        backbone, names_of = self._backbone, names_of_parameters(self.model)
         for name, parameter in self.model.named_parameters():
             path, _, attribute = name.rpartition(".")
             owner = self.model.get_submodule(path)
@@ -65,14 +65,20 @@ class Merger:
             else:
                 matrix = owner if isinstance(owner, PackedLayer) and attribute == "weight" else None
                 shape = tuple(parameter.shape) if matrix is None else matrix.stored_shape
-                if backbone.added is not None and path in backbone.tables:
+                names = names_of[id(parameter)]
+                table = next((t for t in backbone.tables if f"{t}.weight" in names), None)
+                if table is not None and backbone.added is not None:
                     shape = (backbone.added.stored, *shape[1:])
-                key = self._files.check([name], shape)
+                key = self._files.check(names, shape)
+                name = next(known for known in names if self._files.find(known) is not None)
                 value = self._files.read(key).to(self.device, self.dtype)
                 if matrix is not None:
                     full = matrix.reoriented(value).unsqueeze(0)
                     value = matrix.reoriented(self._final(matrix, [path], full)[0])
-                value = with_rows(backbone, name, value, self._rows)
+                if table is not None and backbone.added is not None:
+                    value = backbone.added.filled(value)
+                    if table in self._rows:
+                        value[list(backbone.added.ids)] = self._rows[table].to(value)
                 yield self._published(name), value.cpu().contiguous()
         for name, _ in self.model.named_buffers():
             stored = self._files.find(name)

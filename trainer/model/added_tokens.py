@@ -107,19 +107,17 @@ class AddedTokens:
         return torch.tensor([n for n in self.ids if n not in known], dtype=torch.long).to(device)
 
     def __str__(self) -> str:
-        new = [token for token in self.tokens if token not in self.present]
-        parts = []
-        if new:
-            parts.append(f"{len(new)} added")
+        parts = [f"{len(self.tokens) - len(self.present)} added to the tokenizer"]
         if self.present:
-            parts.append(
-                f"{', '.join(map(repr, self.present))} in the tokenizer already: not added, "
-                "trained from the rows they have"
-            )
+            parts.append(f"{', '.join(map(repr, self.present))} in it already, not added again")
+        new = len(self._new_ids(torch.device("cpu")))
+        parts.append(
+            f"{new} rows start at the mean of {len(self.in_use)}, {len(self.ids) - new} as they are"
+        )
         parts.append(
             f"tables of {self.stored} rows grown to {self.rows}"
             if self.grown
-            else f"inside the {self.stored} rows of the tables"
+            else f"all inside the tables of {self.stored} rows"
         )
         return f"model.added_tokens: {'; '.join(parts)}"
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,10 +40,8 @@ class MetricsWriter:
         heartbeat.set_state("starting", step=start, steps=steps)
         self._steps, self._plain_after = steps, start
         self._bar: tqdm | None = None
-        self._progress = config.log.progress
-        if self._progress == "auto":
-            self._progress = "bar" if sys.stderr.isatty() else "plain"
-        if self._progress == "bar":
+        self._shown = config.log.shown
+        if self._shown == "bar":
             self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def write(self, values: dict[str, Any]) -> None:
@@ -75,7 +72,7 @@ class MetricsWriter:
 
     def log_line(self, line: str) -> None:
         """Print a line on the terminal, above the progress bar."""
-        if self._progress == "none":
+        if self._shown == "none":
             return
         with suppress(OSError):  # a closed terminal does not end the run
             if self._bar is not None:

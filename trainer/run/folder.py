@@ -10,7 +10,7 @@ from adapters.methods.base import InitialAdapter
 from trainer.checkpoint import store
 from trainer.config.validation import local
 from trainer.decisions.log import AllocationLog
-from trainer.errors import RunFailed, UserError
+from trainer.errors import EXIT_REQUEUE, RunFailed, UserError
 from trainer.files import (
     CHECKPOINTS,
     CONFIG,
@@ -29,7 +29,6 @@ from trainer.records.progress import Progress
 from trainer.records.recorder import Recorder, RunRecorder, SilentRecorder
 from trainer.run.lock import Lock
 from trainer.session import Session
-from trainer.training.stop_request import Interrupted
 
 
 class RunFolder:
@@ -128,7 +127,7 @@ class RunFolder:
         if self._heartbeat is not None and failure is None:
             self._heartbeat.end("done")
         elif self._heartbeat is not None:
-            stopped = isinstance(failure, Interrupted)
+            stopped = isinstance(failure, UserError) and failure.exit_code == EXIT_REQUEUE
             self._heartbeat.end("interrupted" if stopped else "failed", str(failure))
         with suppress(OSError):  # already reported
             self.recorder.close()

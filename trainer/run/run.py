@@ -65,7 +65,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         unreached = None if start.checkpoint is None else start.state.get("unreached", [])
         if world.is_main:
             folder.begin()
-    session = open_session(config, world, initial_adapters, unreached)
+    session = open_session(config, world, initial_adapters, unreached, stop.raise_if_asked)
     with world.all_or_none():
         if recomputed is not None and session.initial_adapters is not None:
             if initial_digest(session.initial_adapters) != start.state["initial"]:

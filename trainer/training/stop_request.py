@@ -55,6 +55,14 @@ class StopRequest:
             self._reason = late or launcher.gone()
         return self._reason
 
+    def raise_if_asked(self) -> None:
+        """For work before the first step that the next start goes on with. Raises Interrupted."""
+        if self.reason is not None:
+            raise Interrupted(
+                f"{self.reason}: stopped while data was tokenised; what is done is kept; restart "
+                "to resume"
+            )
+
     def __enter__(self) -> "StopRequest":
         self._stack.enter_context(launcher.saving())
         if threading.current_thread() is threading.main_thread():  # others cannot

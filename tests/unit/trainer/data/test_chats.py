@@ -18,9 +18,10 @@ from tests.unit.trainer.tasks.tokenizers_of_all_kinds import byte_level
 from trainer.config.data_options import DataOptions
 from trainer.data import chats as chats_module
 from trainer.data.chats import chats
-from trainer.data.dataset import TokenDataset, prepare
+from trainer.data.dataset import TokenDataset
 from trainer.data.loader import left_out
-from trainer.data.records import read_rows
+from trainer.data.sources import read_rows
+from trainer.data.tokenise import prepare
 from trainer.errors import BadRecord, UserError
 from trainer.tasks.base import Example, Record
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions

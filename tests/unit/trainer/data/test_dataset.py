@@ -11,8 +11,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from trainer.config.data_options import DataOptions
-from trainer.data.dataset import BadRecord, TokenDataset, prepare, read_labels, read_rows
-from trainer.errors import UserError
+from trainer.data.dataset import TokenDataset
+from trainer.data.sources import read_rows
+from trainer.data.tokenise import prepare, read_labels
+from trainer.errors import BadRecord, UserError
 from trainer.tasks.base import Task
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.tasks.sequence_classification import (
@@ -65,7 +67,8 @@ def tokens_of(path: Path, task: Task, limit: int | None = None, **keys: Any) -> 
 
 
 def rows_of(path: Path, **keys: Any) -> list[tuple[int, dict | BadRecord]]:
-    return list(read_rows(str(path), "train", DataOptions(train=str(path), **keys), None))
+    rows = read_rows(str(path), "train", DataOptions(train=str(path), **keys), None)
+    return [(int(place.removeprefix(f"{path}:")), row) for place, row in rows]
 
 
 def ids(task: Task, text: str) -> list[int]:

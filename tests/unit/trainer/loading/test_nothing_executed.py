@@ -20,8 +20,8 @@ from tests.hostile import attempt
 from trainer.config.config import load_config
 from trainer.config.data_options import DataOptions
 from trainer.config.yaml import parse_yaml
-from trainer.data.dataset import prepare
-from trainer.data.records import read_rows
+from trainer.data.sources import read_rows
+from trainer.data.tokenise import prepare
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.loading.safetensors_files import PretrainedFiles

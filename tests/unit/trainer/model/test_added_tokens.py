@@ -212,8 +212,8 @@ def test_tokens_that_the_tokenizer_has_are_not_added(tmp_path, capsys):
     assert rows.ids.tolist() == [2, 512]
     assert torch.equal(rows.values[0], stored[2]) and torch.equal(table[2], stored[2])
     assert str(session.backbone.added) == (
-        "model.added_tokens: 1 added; '</s>' in the tokenizer already: not added, trained from the "
-        "rows they have; inside the 576 rows of the tables"
+        "model.added_tokens: 1 added to the tokenizer; '</s>' in it already, not added again; "
+        "1 rows start at the mean of 512, 1 as they are; all inside the tables of 576 rows"
     )
 
 

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 
 from tests.helpers import quick_config
-from trainer.data import dataset
+from trainer.data import cache
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
 from trainer.export.export import export_run
@@ -87,7 +87,7 @@ def test_a_disk_that_fills_up_during_an_export(what, finished, tmp_path):
 
 @pytest.mark.parametrize(
     ("size", "named"),
-    [(5000, "tokens.arrow|data.cache"), (40_000, r"spectra/\w+.safetensors: cannot be written")],
+    [(5000, "tokens.arrows|data.cache"), (40_000, r"spectra/\w+.safetensors: cannot be written")],
 )
 def test_a_cache_that_is_full_is_named(size, named, tmp_path):
     more = ["data.train_records=8"] if size > 5000 else []
@@ -127,7 +127,7 @@ def test_a_cache_entry_that_cannot_be_read_is_a_miss(finished, tmp_path, monkeyp
     (theirs,) = [path for path in (tmp_path / "cache").iterdir() if path.name != "spectra"]
     honest = os.access
     monkeypatch.setattr(
-        dataset.os,
+        cache.os,
         "access",
         lambda path, mode: theirs not in Path(path).parents and honest(path, mode),
     )
