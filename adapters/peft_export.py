@@ -46,6 +46,32 @@ class TrainedTokens:
     """Argument of `resize_token_embeddings`, where the base model's tables lack rows."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a unit's update: an adapter, minus what it was initialised as (a part of W)."""
+
+    adapter: GatedAdapter
+    initial: GatedAdapter | None = None
+
+
+def parts_by_unit(
+    adapters: Mapping[str, GatedAdapter],
+    initial: Mapping[str, GatedAdapter],
+    frozen: Mapping[str, GatedAdapter],
+    *,
+    splits_weight: bool,
+) -> dict[str, list[Part]]:
+    """All that was learned, by unit: `adapters`, and the `frozen` ones of earlier stages.
+    `initial`, which was taken out of W, is where the former began if their method
+    `splits_weight`; else where the latter did."""
+    found: dict[str, list[Part]] = {}
+    for held, splits in ((adapters, splits_weight), (frozen, not splits_weight)):
+        for name, adapter in held.items():
+            part = Part(adapter, initial.get(name) if splits else None)
+            found.setdefault(name, []).append(part)
+    return found
+
+
 class NothingToExport(ValueError):
     """No unit has a component: PEFT would load a folder without adapters as the plain model."""
 
@@ -55,21 +81,31 @@ def lora_factors(
 ) -> tuple[Tensor, Tensor]:
     """(lora_A (r, in), lora_B (out, r)) in float32 with ΔW = lora_B lora_A; lora_B includes g.
 
-    Components whose gate is 0 are omitted. If the adapter was initialised as `initial`, a part of
-    W, the update relative to W is a LoRA of twice as many components as have ever changed,
+    Components whose gate is 0 are omitted. If the first components were initialised as `initial`, a
+    part of W, the update relative to W is a LoRA of twice as many of these as have ever changed,
 
         B g A − B₀ g₀ A₀ = (B g − B₀ g₀) A + B₀ g₀ (A − A₀),
 
     in this form because it does not lose small differences of large products at serving precision.
     """
     A, B = _folded(adapter)
+    nonzero = adapter.g.detach().cpu() != 0
     if initial is None:
-        nonzero = adapter.g.detach().cpu() != 0
         return A[nonzero], B[nonzero].T.contiguous()
     A0, B0 = _folded(initial)
-    changed = (A != A0).any(1) | (B != B0).any(1)
-    A, B, A0, B0 = A[changed], B[changed], A0[changed], B0[changed]
-    return torch.cat([A, A - A0]), torch.cat([B - B0, B0]).T.contiguous()
+    count = len(A0)
+    more = nonzero.clone()
+    more[:count] = False
+    changed = (A[:count] != A0).any(1) | (B[:count] != B0).any(1)
+    A0, B0, A1, B1 = A0[changed], B0[changed], A[:count][changed], B[:count][changed]
+    left, right = torch.cat([A1, A1 - A0, A[more]]), torch.cat([B1 - B0, B0, B[more]])
+    return left, right.T.contiguous()
+
+
+def stacked(parts: Sequence[Factors]) -> Factors:
+    """The sum of several products as one, of the sum of their ranks."""
+    left, right = zip(*parts, strict=True)
+    return torch.cat(left), torch.cat(right, 1)
 
 
 def _folded(adapter: GatedAdapter) -> tuple[Tensor, Tensor]:
@@ -101,6 +137,8 @@ def export_adapter(
     labels: int | None = None,
     note: str = "",
     initial: Mapping[str, GatedAdapter] | None = None,
+    frozen: Mapping[str, GatedAdapter] | None = None,
+    splits_weight: bool = True,
     rank: int | None = None,
     same_rank: bool = False,
     experts: Mapping[str, int] | None = None,
@@ -117,9 +155,10 @@ def export_adapter(
     `adapters` by module path; `heads`: fully trained modules by path, each its parameters by name;
     `task_type`: PEFT's name of the task, None if it has none; `model_class`: transformers' class
     that loads the backbone; `labels`: outputs of its new head, if any; `initial`: the parts of W
-    that adapters were initialised as; `experts`: number of experts by path of their stack. Stacks
-    in `layouts` are written expert by expert (`per_expert_factors`); the adapters of any other
-    become one LoRA on its parameter (PEFT's `target_parameters`), with the largest of their ranks;
+    that adapters were initialised as; `frozen`, `splits_weight`: as in `parts_by_unit`, further
+    components of the same LoRA; `experts`: number of experts by path of their stack. Stacks in
+    `layouts` are written expert by expert (`per_expert_factors`); the adapters of any other become
+    one LoRA on its parameter (PEFT's `target_parameters`), with the largest of their ranks;
     `swapped`: stacks that PEFT takes for transposed ones; `fan_in_fan_out`: adapted modules hold
     (in, out), as `Conv1D` does (PEFT corrects it per module); `former_experts`: names of modules
     that PEFT takes for experts; `key`: the name, of a module, from which PEFT finds it;
@@ -132,7 +171,8 @@ def export_adapter(
     ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it. Raises NothingToExport.
     """
     heads, experts = heads or {}, experts or {}
-    units, error = _factors(adapters, initial or {}, rank)
+    parts = parts_by_unit(adapters, initial or {}, frozen or {}, splits_weight=splits_weight)
+    units, error = _factors(parts, rank)
     if same_rank:
         largest = max((A.shape[0] for A, _ in units.values()), default=0)
         units = {name: padded(factors, largest) for name, factors in units.items()}
@@ -172,6 +212,11 @@ def export_adapter(
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     notes = [note, served]
+    if frozen:
+        notes.append(
+            "Holds what earlier stages learned and what was trained beside it, as one LoRA of the "
+            "sum of their ranks, for the original model."
+        )
     if rank is not None:
         notes.append(f"Compressed to rank {rank}: relative error {error:.2%} (Frobenius).")
     readme = _readme(base_model, model_class, labels, tokens, "\n\n".join(filter(None, notes)))
@@ -180,13 +225,13 @@ def export_adapter(
 
 
 def _factors(
-    adapters: Mapping[str, GatedAdapter], initial: Mapping[str, GatedAdapter], rank: int | None
+    parts: Mapping[str, Sequence[Part]], rank: int | None
 ) -> tuple[dict[str, Factors], float]:
     """(factors by unit, relative error of compressing them to `rank`)."""
     units: dict[str, Factors] = {}
     lost = whole = 0.0
-    for name, adapter in adapters.items():
-        A, B = lora_factors(adapter, initial.get(name))
+    for name, of_unit in parts.items():
+        A, B = stacked([lora_factors(part.adapter, part.initial) for part in of_unit])
         if rank is not None:
             whole += float((A @ A.T).double().mul((B.T @ B).double()).sum())  # ‖BA‖²
             if A.shape[0] > rank:
@@ -328,7 +373,12 @@ from transformers import {names}
 
 
 @torch.no_grad()
-def merged(weight: Tensor, adapter: GatedAdapter, initial: GatedAdapter | None = None) -> Tensor:
-    """W + ΔW − ΔW₀, summed in float32, cast to W's dtype."""
-    delta = adapter.delta() if initial is None else adapter.delta() - initial.delta()
-    return (weight.float() + delta.to(weight.device)).to(weight.dtype)
+def merged(weight: Tensor, parts: Sequence[Part]) -> Tensor:
+    """W + Σ (ΔW − ΔW₀), summed in float32, cast to W's dtype."""
+    total = weight.float()
+    for part in parts:
+        delta = part.adapter.delta()
+        if part.initial is not None:
+            delta = delta - part.initial.delta()
+        total = total + delta.to(weight.device)
+    return total.to(weight.dtype)

@@ -298,7 +298,7 @@ def _check_format(case: Case, weight_format: str) -> None:
 def _run(config: Config) -> str:
     """What the run printed."""
     with (
-        patch("trainer.run.run.draw_loss"),
+        patch("trainer.run.finish.draw_loss"),
         contextlib.redirect_stdout(io.StringIO()) as said,
         contextlib.redirect_stderr(said),
     ):

@@ -56,6 +56,10 @@ class RunFailed(UserError):
     exit_code = EXIT_FAILED
 
 
+class Diverged(RunFailed):
+    """A run whose last step left nothing of use; what it left was written all the same."""
+
+
 class BadCheckpoint(UserError):
     """A checkpoint that cannot be used; the message gives the reason."""
 

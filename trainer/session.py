@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import nn
 
+from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.registry import METHODS
 from adapters.methods.spectral import SpectralMethod
@@ -24,7 +25,7 @@ from trainer.engine.select import make_engine
 from trainer.errors import UserError
 from trainer.loading.load import check_backbone, load_backbone
 from trainer.loading.spectral_init import SpectralInit
-from trainer.model.backbone import LoadedBackbone
+from trainer.model.backbone import BuiltModel, LoadedBackbone
 from trainer.model.hub import load_tokenizer
 from trainer.tasks.base import Task
 from trainer.tasks.positions import longest_row, longest_text
@@ -53,11 +54,18 @@ class Session:
     optimizer: MaskedAdamW
     watchdog: Watchdog
     initial_adapters: Mapping[str, InitialAdapter] | None
-    """Rank 0: initial adapters of a method with spectral initialisation, else None."""
+    """Rank 0: what spectral initialisation, of this method or an earlier stage's, took out of W;
+    None without one."""
 
     @property
     def model(self) -> nn.Module:
         return self.backbone.model
+
+    @property
+    def frozen(self) -> dict[str, GatedAdapter]:
+        """What earlier stages learned, frozen beside the adapters, by the layer's name."""
+        layers = self.backbone.adapted_layers
+        return {name: layer.frozen for name, layer in layers.items() if layer.frozen is not None}
 
     def held_out(self) -> tuple[TokenDataset, np.ndarray]:
         """(evaluation data set, indices of its examples to evaluate on)."""
@@ -168,29 +176,33 @@ def open_session(
     world: World,
     initial_adapters: Mapping[str, InitialAdapter] | None = None,
     unreached: Sequence[str] | None = None,
+    frozen: Callable[[BuiltModel], Mapping[str, GatedAdapter]] = lambda _: {},
     stop: Callable[[], None] = lambda: None,
 ) -> Session:
     """Load data and backbone, shard it, attach the method's adapters. Collective.
 
-    `initial_adapters`, `unreached`: of a checkpoint's run; the first where its method uses spectral
-    initialisation, the second as for `trainer.model.build.build`. `stop`: as for `open_data`.
+    `initial_adapters`, `unreached`: of a checkpoint's run; the first where spectral initialisation
+    took them out of W, the second as for `trainer.model.build.build`. `frozen`: what earlier stages
+    learned, by the layer's name, given the model without weights. `stop`: as for `open_data`.
     """
     tokenizer, task, train_data, eval_data = open_data(config, world, stop)
     with world.all_or_none():  # fails before any weight is loaded
         built = check_backbone(config, task, world.device, unreached)
         left_out = leave_out(config, train_data)
         refuse_longer(built.model, config.data, train_data, eval_data)
+        beside = frozen(built)
     engine = make_engine(config, world, task)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     spectral_init = None
-    if method.splits_weight:
-        assert isinstance(method, SpectralMethod)
+    if isinstance(method, SpectralMethod) or initial_adapters is not None:
         spectra = cache_root(config.data) / "spectra"
         spectral_init = SpectralInit(method, world, spectra, initial_adapters)
     backbone = load_backbone(config, task, engine, world, spectral_init, built.unreached)
     if spectral_init is not None:
         initial_adapters = spectral_init.initial_adapters
     method.attach(backbone.units, backbone.adapted_layers, world.device, initial_adapters)
+    for name, adapter in beside.items():
+        backbone.adapted_layers[name].frozen = adapter.requires_grad_(False).to(world.device)
     return Session(
         config=config,
         world=world,

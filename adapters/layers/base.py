@@ -51,6 +51,9 @@ class AdaptedLayer(Protocol):
     initial: GatedAdapter | None
     """The part of W that spectral initialisation moved into the adapter; dropout then applies only
     to the adapter's difference from it."""
+    frozen: GatedAdapter | None
+    """What an earlier stage learned, if it is kept beside the adapter: added to the output, neither
+    trained nor dropped."""
 
     @property
     def out_features(self) -> int: ...

@@ -35,6 +35,7 @@ class ExpertLayer:
         self.adapter: GatedAdapter | None = None
         self.dropout: Dropout | None = None
         self.initial: GatedAdapter | None = None
+        self.frozen: GatedAdapter | None = None
         """As in `AdaptedLayer`."""
 
     @property
@@ -103,17 +104,15 @@ class StackedLinear(PackedLayer):
 
     def low_rank(self, x: Tensor, offsets: Tensor) -> Tensor | None:
         """(z ∘ g_e) B_e (rows, out) for rows x (rows, in); None without adapters."""
+        parts = []
         factors = self._factors(x.dtype)
-        if factors is None:
-            return None
-        A, g, B = factors
-        z = grouped(self._dropped_input(x), A.mT, offsets)
-        y = grouped(self._dropped_hidden(z), gated(g, B), offsets)
-        undropped = self._undropped(x.dtype)
-        if undropped is not None:
-            A0, g0, B0 = undropped
-            y += grouped(grouped(x, A0.mT, offsets), gated(g0, B0), offsets)
-        return y
+        if factors is not None:
+            A, g, B = factors
+            z = grouped(self._dropped_input(x), A.mT, offsets)
+            parts.append(grouped(self._dropped_hidden(z), gated(g, B), offsets))
+        for A, g, B in self._fixed(x.dtype):
+            parts.append(grouped(grouped(x, A.mT, offsets), gated(g, B), offsets))
+        return _summed(parts)
 
     def low_rank_backward(self, dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor | None:
         """Adds the adapters' gradients and the experts' token counts to `.grad`. Returns the
@@ -122,9 +121,13 @@ class StackedLinear(PackedLayer):
         As in `linear.py` for every expert's rows; with C = sᵀ dy (R, out), dB = g ∘ C and
         dg = Σ C ∘ B.
         """
+        parts = [
+            grouped(grouped(dy, gated(g, B).mT, offsets), A, offsets)
+            for A, g, B in self._fixed(x.dtype)
+        ]
         factors = self._factors(x.dtype)
         if factors is None:
-            return None
+            return _summed(parts)
         A, g, B = factors
         gB = gated(g, B)
         x_kept = self._dropped_input(x)
@@ -151,12 +154,7 @@ class StackedLinear(PackedLayer):
         counts = torch.zeros(self.experts, device=dy.device)
         counts.index_add_(0, expert_of, counted.float())
         add_gradients([(self.tokens, counts)])
-        dx = self._dropped_input(grouped(dz, A, offsets))
-        undropped = self._undropped(x.dtype)
-        if undropped is not None:
-            A0, g0, B0 = undropped
-            dx += grouped(grouped(dy, gated(g0, B0).mT, offsets), A0, offsets)
-        return dx
+        return _summed([self._dropped_input(grouped(dz, A, offsets)), *parts])
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
         """A (E, R, in), g (E, R) and B (E, R, out) of ΔW, or of ΔW − ΔW₀ where dropout applies only
@@ -168,6 +166,11 @@ class StackedLinear(PackedLayer):
         A, g, B = factors
         A0, g0, B0 = undropped
         return torch.cat([A, A0], 1), torch.cat([g, -g0], 1), torch.cat([B, B0], 1)
+
+    def _fixed(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Stacked factors of what is neither trained nor dropped."""
+        frozen = self._stacked([layer.frozen for layer in self.layers], dtype)
+        return [part for part in (self._undropped(dtype), frozen) if part is not None]
 
     def _undropped(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
         """The stacked factors of ΔW₀, the initial part of W; None without it or without dropout."""
@@ -217,6 +220,13 @@ class StackedLinear(PackedLayer):
             f"experts={self.experts}, in={self.in_features}, out={self.out_features}, "
             f"format={self.weight_format}"
         )
+
+
+def _summed(parts: Sequence[Tensor]) -> Tensor | None:
+    """Their sum, in the first one's place."""
+    for part in parts[1:]:
+        parts[0].add_(part)
+    return parts[0] if parts else None
 
 
 def gated(g: Tensor, B: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ class AdaptedLinear(PackedLayer):
     initial: GatedAdapter | None
     """The part of W that spectral initialisation moved into the adapter; dropout then applies only
     to the adapter's difference from it."""
+    frozen: GatedAdapter | None
+    """As in `AdaptedLayer`."""
 
     def __init__(self, linear: nn.Module, weight_format: str, *, transposed: bool = False):
         """`linear` has a weight of shape (out, in), (in, out) if `transposed`, and a bias or
@@ -48,10 +50,10 @@ class AdaptedLinear(PackedLayer):
         self.weight_format = weight_format
         self.weight = weight
         self.bias = bias
-        self.adapter = self.dropout = self.initial = None
+        self.adapter = self.dropout = self.initial = self.frozen = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("adapter", "initial"):
+        if name in ("adapter", "initial", "frozen"):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
@@ -77,17 +79,16 @@ class AdaptedLinear(PackedLayer):
         return adapted_linear(x, self.handle, self.out_features)
 
     def low_rank(self, x: Tensor) -> LowRank | None:
-        """The factors z ∘ g (T, R) and B (R, out) of the adapter's output for rows x (T, in);
-        None without an adapter."""
+        """The factors z ∘ g (T, R) and B (R, out) of the adapters' output for rows x (T, in);
+        None without one."""
+        parts = []
         factors = self._factors(x.dtype)
-        if factors is None:
-            return None
-        A, g, B = factors
-        s = self._dropped_hidden(self._dropped_input(x) @ A.T) * g
-        if self._undropped is not None:
-            A0, g0, B0 = self._undropped.cast(x.dtype)
-            s, B = torch.cat([s, (x @ A0.T) * g0], 1), torch.cat([B, B0])
-        return s, B
+        if factors is not None:
+            A, g, B = factors
+            parts.append((self._dropped_hidden(self._dropped_input(x) @ A.T) * g, B))
+        for A, g, B in self._fixed(x.dtype):
+            parts.append(((x @ A.T) * g, B))
+        return _joined(parts)
 
     def low_rank_backward(
         self, dy: Tensor, x: Tensor, need_x: bool
@@ -98,9 +99,10 @@ class AdaptedLinear(PackedLayer):
         With s = dropped z (or z): dB = (s ∘ g)ᵀ dy, ds = (dy Bᵀ) ∘ g, dg = Σ (dy Bᵀ) ∘ s,
         dz = dropped ds, dA = dzᵀ x, dx = dz A. Sums accumulate in float32.
         """
+        parts = [((dy @ B.T) * g, A) for A, g, B in self._fixed(x.dtype)] if need_x else []
         factors = self._factors(x.dtype)
         if factors is None:
-            return None, None
+            return _joined(parts), None
         A, g, B = factors
         adapter = self.adapter
         assert adapter is not None
@@ -119,14 +121,9 @@ class AdaptedLinear(PackedLayer):
         add_gradients(found)
         if not need_x:
             return None, None
-        dropped = None
         if self.dropout is not None and self.training and self.dropout.on_input:
-            dropped = self.dropout(dz @ A)
-            dz, A = dz[:, :0], A[:0]
-        if self._undropped is not None:
-            A0, g0, B0 = self._undropped.cast(x.dtype)
-            dz, A = torch.cat([dz, (dy @ B0.T) * g0], 1), torch.cat([A, A0])
-        return (dz, A) if A.shape[0] else None, dropped
+            return _joined(parts), self.dropout(dz @ A)
+        return _joined([(dz, A), *parts]), None
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
         """A, g, B of ΔW, or of ΔW − ΔW₀ where dropout applies only to this difference."""
@@ -138,6 +135,11 @@ class AdaptedLinear(PackedLayer):
             A0, g0, B0 = self._undropped.cast(dtype)
             A, g, B = torch.cat([A, A0]), torch.cat([g, -g0]), torch.cat([B, B0])
         return A, g, B
+
+    def _fixed(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """A, g, B of what is neither trained nor dropped."""
+        parts = (self._undropped, self.frozen)
+        return [adapter.cast(dtype) for adapter in parts if adapter is not None]
 
     @property
     def _undropped(self) -> GatedAdapter | None:
@@ -155,6 +157,14 @@ class AdaptedLinear(PackedLayer):
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, format={self.weight_format}"
+
+
+def _joined(parts: list[LowRank]) -> LowRank | None:
+    """The sum of low-rank products as one."""
+    if len(parts) > 1:
+        left, right = zip(*parts, strict=True)
+        return torch.cat(left, 1), torch.cat(right)
+    return parts[0] if parts else None
 
 
 @torch.library.custom_op("rankcast::adapted_linear", mutates_args=())

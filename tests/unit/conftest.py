@@ -60,7 +60,7 @@ def llama_config(tokenizer):
 def _no_figures(request, monkeypatch) -> None:
     """A run spends a fifth of its time on its curve: it draws one where a test asks for figures."""
     if request.node.get_closest_marker("figures") is None:
-        monkeypatch.setattr("trainer.run.run.draw_loss", lambda runs, out: out)
+        monkeypatch.setattr("trainer.run.finish.draw_loss", lambda runs, out: out)
 
 
 @pytest.fixture(autouse=True)

@@ -54,7 +54,7 @@ MIB = 2**20
 
 def train(world: World, config: dict[str, Any]) -> dict[str, Any]:
     """A whole run, as launch/train.py does it, without the curve at its end."""
-    with patch("trainer.run.run.draw_loss"):
+    with patch("trainer.run.finish.draw_loss"):
         run(parse_config(config), world)
     return {}
 
@@ -271,7 +271,7 @@ def verified(world: World, argument: dict[str, Any]) -> str:
 
 def train_only(world: World, config: dict[str, Any]) -> dict[str, Any]:
     """A whole run but for the export and the figures at its end."""
-    with patch("trainer.run.run._finish"):
+    with patch("trainer.run.run.finish"):
         return train(world, config)
 
 

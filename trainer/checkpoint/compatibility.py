@@ -10,11 +10,17 @@ from trainer.errors import BadCheckpoint
 from trainer.session import Session
 
 _MUST_AGREE = {
-    "model": ("quantization", "added_tokens"),
+    "model": ("quantization", "adapter", "added_tokens"),
     "task": None,
     "method": None,
     "data": (
         "format",
+        "message_fields",
+        "roles",
+        "as_chat",
+        "system",
+        "chat_template",
+        "template_arguments",
         "max_length",
         "packing",
         "shuffle",
@@ -36,6 +42,12 @@ _MAY_CHANGE = {
 }
 """Keys that a user may change on purpose; a change is logged."""
 
+_EVALUATION = {
+    "data": ("eval", "eval_split", "eval_records"),
+    "run": ("eval_every", "eval_at_start"),
+}
+"""Keys that change what a run reports."""
+
 
 def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint, naming the key, where `config` differs in a key that must agree."""
@@ -49,12 +61,20 @@ def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> No
 
 def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint where backbone or training data differ from the checkpoint's."""
-    if state["backbone"] not in (session.backbone.digest, session.backbone.former_digest):
+    if state["backbone"] != session.backbone.digest:
         raise BadCheckpoint(
             f"{checkpoint}: was made on another backbone "
             f"({state['config'].get('model', {}).get('id')}), or its weights or config.json have "
             f"changed since; accepted: a checkpoint of {session.config.model.id}"
         )
+    weights = session.backbone.weights
+    for name, digest in state.get("weights", {}).items():
+        if weights.get(name, digest) != digest:
+            raise BadCheckpoint(
+                f"model.id: {session.config.model.id}: the values of {name} have changed since "
+                f"{checkpoint} was made; accepted: the same weights, or another run.name for a "
+                "new run"
+            )
     data = session.config.data
     then = state["config"].get("data", {}).get("train")
     former = former_key(
@@ -68,11 +88,14 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
         )
 
 
-def changes(state: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Changed keys of a resumed run, as `key old -> new`."""
+def changes(state: dict[str, Any], now: dict[str, Any], *, evaluation: bool = False) -> list[str]:
+    """Changed keys of a resumed run, as `key old -> new`; `evaluation`: also those of what it
+    evaluates."""
+    tables = (_MAY_CHANGE, _EVALUATION) if evaluation else (_MAY_CHANGE,)
     return [
         f"{key} {old!r} -> {new!r}"
-        for key, old, new in _differences(state["config"], now, _MAY_CHANGE)
+        for table in tables
+        for key, old, new in _differences(state["config"], now, table)
     ]
 
 

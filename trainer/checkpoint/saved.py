@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter
 from trainer.checkpoint import store
-from trainer.checkpoint.state import read_initial_adapters
+from trainer.checkpoint.state import frozen_adapters, read_initial_adapters
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, UserError
 from trainer.files import CHECKPOINTS
@@ -30,12 +31,22 @@ class Saved:
     remarks: Sequence[str] = ()
     """On damaged newer ones."""
 
+    @property
+    def frozen(self) -> dict[str, GatedAdapter]:
+        """What earlier stages learned, frozen beside the adapters, by unit."""
+        return frozen_adapters(self.tensors)
+
 
 def read_saved(path: Path) -> Saved:
     """A checkpoint folder, or the newest undamaged checkpoint of a run folder, verified. Raises
     UserError."""
     saved, remarks = _find(path, _read)
     return replace(saved, remarks=remarks)
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a folder is a checkpoint, or a run folder with one."""
+    return (path / "manifest.json").is_file() or store.newest(path / CHECKPOINTS) is not None
 
 
 def read_state(path: Path) -> dict[str, Any]:

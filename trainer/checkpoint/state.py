@@ -1,7 +1,7 @@
 """A session's state as named tensors, and restoring it on any engine and number of ranks.
 
-Adapters, masks, heads, rows of added tokens, optimizer, method state and every rank's RNG states;
-never the frozen backbone. `store.py` describes the files.
+Adapters (those of earlier stages too), masks, heads, rows of added tokens, optimizer, method state
+and every rank's RNG states; never the frozen backbone. `store.py` describes the files.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapters import seeds
+from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter
 from trainer.checkpoint.compatibility import check_same_run
 from trainer.checkpoint.store import load
@@ -32,15 +33,21 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
     found, stored = load(checkpoint)
     if found != state:
         raise BadCheckpoint(f"{checkpoint}: was replaced meanwhile; accepted: try again")
-    load_trained(session, checkpoint, stored)
+    load_learned(session, checkpoint, stored)
     with refuse_mismatch(checkpoint):
         _check_tensors(session, checkpoint, stored, "optimizer/")
         session.optimizer.load_state_dict(_unflatten(stored, "optimizer/"))
-        if session.world.is_main:
-            session.method.load_decider_state(_below(stored, "decider/"))
         loader.load_state_dict(state["loader"])
         _restore_random_state(session, stored, state["step"])
         return Progress(**state["progress"])
+
+
+def load_learned(session: Session, checkpoint: Path, stored: dict[str, Tensor]) -> None:
+    """`load_trained`, and what the method decides by."""
+    load_trained(session, checkpoint, stored)
+    with refuse_mismatch(checkpoint):
+        if session.world.is_main:
+            session.method.load_decider_state(_below(stored, "decider/"))
 
 
 def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) -> None:
@@ -58,7 +65,7 @@ def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
             )
             session.optimizer.rebind_parameters(session.trainables())
         for name, tensor in _check_tensors(
-            session, checkpoint, stored, "adapter/", "head/", "rows/"
+            session, checkpoint, stored, "adapter/", "frozen/", "head/", "rows/"
         ).items():
             tensor.data.copy_(stored[name])
 
@@ -87,6 +94,9 @@ def session_tensors(session: Session) -> dict[str, Tensor]:
     for name, adapter in session.method.adapters.items():
         for role in ("A", "g", "B", "mask"):
             tensors[f"adapter/{name}/{role}"] = getattr(adapter, role)
+    for name, adapter in session.frozen.items():
+        for role in ("A", "g", "B"):
+            tensors[f"frozen/{name}/{role}"] = getattr(adapter, role)
     for path, head in session.backbone.heads.items():
         for name, parameter in head.named_parameters():
             tensors[f"head/{path}/{name}"] = parameter
@@ -114,6 +124,15 @@ def read_initial_adapters(
     files = [path.parents[1] / INITIAL for path in (checkpoint.absolute(), checkpoint.resolve())]
     file = next((file for file in files if file.exists()), files[0])
     return load_initial_adapters(file, digest)
+
+
+def frozen_adapters(stored: Mapping[str, Tensor]) -> dict[str, GatedAdapter]:
+    """What earlier stages learned, by unit, from a checkpoint's tensors."""
+    units = [name.split("/")[1] for name in stored if name.startswith("frozen/")]
+    return {
+        unit: GatedAdapter(*(stored[f"frozen/{unit}/{role}"] for role in ("A", "g", "B")))
+        for unit in dict.fromkeys(units)
+    }
 
 
 def _below(stored: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

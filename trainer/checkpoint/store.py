@@ -57,6 +57,8 @@ class _State(Section):
     engine: str
     world_size: int
     backbone: str
+    weights: dict[str, str] = {}
+    """Digests of the tensors that were read; earlier runs have none."""
     data: str
     labels: dict[str, list[str]]
     initial: str | None

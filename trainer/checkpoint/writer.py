@@ -22,6 +22,7 @@ from trainer.checkpoint.store import (
     remove,
     write_manifest,
 )
+from trainer.data.templates import set_template
 from trainer.errors import RunFailed
 from trainer.files import sync
 from trainer.records.progress import Progress
@@ -150,8 +151,10 @@ class CheckpointWriter:
             "engine": session.engine.kind,
             "world_size": session.world.size,
             "backbone": session.backbone.digest,
+            "weights": dict(session.backbone.weights),
             "data": session.train_data.key,
             "labels": session.task.labels_state(),
+            "chat_template": set_template(session.tokenizer, session.config.data),
             "initial": self._initial_digest,
             "unreached": list(session.backbone.unreached),
             "verified": self._verified,

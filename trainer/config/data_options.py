@@ -1,13 +1,19 @@
 """The `data` section of the configuration: records, tokenisation and batches."""
 
+import keyword
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from adapters.options import PATH, Section
 
 LEFT_OUT = "left_out"
 """`data.eval`: evaluate on the held-out training records."""
+
+
+_OF_RENDERING = ("messages", "tools", "documents", "add_generation_prompt")
+_CONSTANTS = ("true", "false", "none")
+"""Of Jinja, which otherwise has Python's keywords."""
 
 
 class SourceOptions(Section):
@@ -23,9 +29,10 @@ class SourceOptions(Section):
     """Configuration name of a hub data set."""
     revision: str | None = None
     """Commit or tag of a hub data set."""
-    format: Literal["auto", "prompt_completion", "alpaca", "messages", "text", "classification"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "prompt_completion", "alpaca", "messages", "text", "classification",
+        "multiple_choice", "commonsense",
+    ] = "auto"  # fmt: skip
     """Format of the records; auto: inferred from the columns."""
     prompt: str = "prompt"
     """Column, or template such as `"{question}\\n"`, of the prompt."""
@@ -34,8 +41,28 @@ class SourceOptions(Section):
     text: str | list[str] = "text"
     """Text column of format `text`; one or two text columns of `classification`."""
     messages: str = "messages"
-    """Column of format `messages`: a list of {role, content}. Assistant turns are learned, except
-    those with `train: false` or `weight: 0`."""
+    """Column of format `messages`: a list of {role, content}, or of ShareGPT's {from, value};
+    where there is no such column, `conversations`. Assistant turns are learned, except those with
+    `train: false` or `weight: 0`."""
+    message_fields: dict[str, str] | None = None
+    """Fields of messages that have other names in the data, such as `{role: speaker, content:
+    text}`."""
+    roles: dict[str, list[str]] | None = None
+    """Roles that have other names in the data, such as `{assistant: [bot], user: [customer]}`.
+    Those of ShareGPT (human, gpt, …) are known."""
+    as_chat: bool = False
+    """Put records of formats `prompt_completion` and `alpaca` through the chat template, as turns
+    of user and assistant."""
+    system: str | None = None
+    """System message of conversations that have none, as a message or in a column `system`. In
+    format `alpaca` it replaces the first sentences."""
+    chat_template: str | None = Field(None, pattern=PATH)
+    """Chat template in place of the tokenizer's: one of its names where it has several, alpaca,
+    chatml, gemma, llama-3, mistral, phi-3, or a file of Jinja text. Saved with the tokenizer in
+    exports."""
+    template_arguments: dict[str, JsonValue] | None = None
+    """Variables for the chat template, such as `{enable_thinking: false}`. Saved in the template as
+    their defaults."""
     tools: str = "tools"
     """Column of the tools that the chat template is given: a list of JSON schemas, or its text."""
     turns: Literal["auto", "all", "last"] = "auto"
@@ -49,7 +76,16 @@ class SourceOptions(Section):
     """Put the end token after a text, and learn it; auto: where there is one. Never doubled. Chats:
     as the template."""
     label: str = "label"
-    """Label column of format `classification`."""
+    """Label column of formats `classification` and `multiple_choice` (one of `choice_labels`, or
+    the text of a choice)."""
+    choices: str | list[str] = "choices"
+    """Choices of format `multiple_choice`: a column with a list of texts, or with `text` and
+    `label` lists; or a list of columns or templates, one for each choice."""
+    choice_labels: list[str] | None = None
+    """Labels of the choices, in order; none: those that come with them, else 0, 1, …"""
+    answers: Literal["texts", "names"] = "texts"
+    """Choices of format `commonsense` (the json files of LLM-Adapters): the texts of the answers
+    ("a bacterial population"), or the sentence that names one ("the correct answer is answer2")."""
     columns: list[str] | None = None
     """Column names of csv and tsv files without a header line."""
     quoting: Literal["standard", "none"] = "standard"
@@ -59,6 +95,21 @@ class SourceOptions(Section):
     def _check_source(self) -> "SourceOptions":
         if isinstance(self.text, list) and len(self.text) not in (1, 2):
             raise ValueError(f"data.text: {self.text} given; accepted: one or two columns")
+        if self.as_chat and self.format in ("text", "classification"):
+            raise ValueError(
+                f"data.as_chat: true given with data.format={self.format}; accepted: false"
+            )
+        for name in self.template_arguments or {}:
+            is_free = name not in (*_OF_RENDERING, *_CONSTANTS) and not name.endswith("_token")
+            if not name.isidentifier() or keyword.iskeyword(name) or not is_free:
+                raise ValueError(
+                    f"data.template_arguments: {name} given; accepted: names of variables that a "
+                    "rendering does not set itself"
+                )
+        names = [name for names in (self.roles or {}).values() for name in names]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"data.roles: {name} given for two roles; accepted: one of them")
         return self
 
 

@@ -81,6 +81,10 @@ class ModelOptions(Section):
     the `flash-attn` extra and a GPU."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """`random` initialises from config.json without weight files, for benchmarks and tests."""
+    adapter: str | None = Field(None, pattern=PATH)
+    """What a new run starts from: an adapter's folder (ours or PEFT's), a run folder or a
+    checkpoint. The same method with the same ranks goes on; for another method it stays frozen
+    beside the new adapters. A resumed run does not need it any more."""
     overrides: dict[str, int | float | str | bool] = {}
     """Keys of the model's config.json to replace, such as num_hidden_layers."""
 
@@ -216,7 +220,7 @@ class LogOptions(Section):
     """Records of a run and progress output."""
 
     every: int = Field(10, gt=0)
-    """Steps between two log lines."""
+    """Steps between two log lines; the first and the last step are logged in any case."""
     tensorboard: bool = True
     """Write TensorBoard event files to the run folder, at most 10,000 points per curve."""
     decisions_mib: float = Field(64.0, gt=0)

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from trainer.config.data_options import DataOptions
 from trainer.config.validation import local
 from trainer.data.dataset import COUNTS, TOKENS
+from trainer.data.templates import templates_of
 from trainer.errors import UserError
 from trainer.files import sha256
 from trainer.tasks.base import Task
@@ -104,16 +105,20 @@ def cache_key(
         "workers",
     }
     limits = {"train_records", "eval_records"}
+    template = {"chat_template", "template_arguments"}  # its text counts, not where it lies
+    # Keys that older versions did not have: where they are not used, what those wrote is the same.
+    newer = ("message_fields", "roles", "as_chat", "system")
+    unset = {key for key in newer if not getattr(options, key)}
     parts = [
         _VERSION,
         named,
         content,
         limit,
-        options.model_dump(exclude=batching | limits),
+        options.model_dump(exclude=batching | limits | template | unset),
         task.options.model_dump(),
         task.labels_state(),
         _tokenizer_state(task.tokenizer),
-        task.tokenizer.chat_template,
+        templates_of(task.tokenizer, options),
         [task.pad_token_id, task.tokenizer.bos_token_id, task.tokenizer.eos_token_id],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

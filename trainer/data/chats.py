@@ -12,44 +12,36 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.config.data_options import DataOptions
-from trainer.data.messages import is_assistant, messages_of, name_of, tools_of
+from trainer.config.data_options import SourceOptions
+from trainer.data.messages import Conversation, is_assistant, name_of
 from trainer.data.shown import REASONING, content_of, hidden, missing, reasoning_of
-from trainer.data.time_limit import time_limit
+from trainer.data.templates import Span, added_tokens, limited, render, template_of
 from trainer.errors import BadRecord
 
 Segments = list[tuple[str, bool]]
-Span = tuple[int, int]
 
 _MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PROBE, _ANSWER = "Xq7", "Zk8"
-_SECONDS = 10.0
-"""Of computing, for all renderings of a conversation; a thousand times what they take."""
-_REMEDY = "accepted: a template (chat_template of the tokenizer) whose loops end"
 _FEW = 3  # turns that are rendered one by one
 
 
-def chats(row: dict, options: DataOptions, tokenizer: Any) -> list[Segments]:
-    """The examples of a row of format `messages`, as segments. Raises BadRecord."""
-    messages, turns = messages_of(row, options.messages)
-    with time_limit(_SECONDS, f"the chat template does not end within {_SECONDS:g} s; {_REMEDY}"):
-        return _examples(row, messages, turns, options, tokenizer)
+def chats(chat: Conversation, options: SourceOptions, tokenizer: Any) -> list[Segments]:
+    """The examples of a conversation, as segments. Raises BadRecord."""
+    template = template_of(tokenizer, options, chat.tools)
+    with limited():
+        return _examples(chat, template, options, tokenizer)
 
 
 def _examples(
-    row: dict, messages: list[dict], turns: list[int], options: DataOptions, tokenizer: Any
+    said: Conversation, template: str, options: SourceOptions, tokenizer: Any
 ) -> list[Segments]:
-    column = options.messages
-    tools = tools_of(row.get(options.tools), options.tools)
-    if not getattr(tokenizer, "chat_template", None):
-        raise BadRecord("the tokenizer has no chat template; accepted: a model that has one")
-    template = tokenizer.get_chat_template(None, tools)
+    messages, turns = said.messages, said.turns
     if _wants_parts(tokenizer, template):
         messages = [_as_parts(message) for message in messages]
     if options.turns == "last":
         turns = turns[-1:]
     marked = options.turns != "all" and _MARK.search(template) is not None
-    chat = Chat(messages, tools, tokenizer, template, marked, column)
+    chat = Chat(messages, said.tools, tokenizer, template, marked, said.names)
     together = chat.together(turns)
     examples = [together] if together is not None else [chat.alone(turn) for turn in turns]
     ends = turns[-1:] if together is not None else turns
@@ -69,7 +61,8 @@ class Chat:
     template: str
     marked: bool
     """Whether the template's own marks say what is learned."""
-    column: str
+    names: list[str]
+    """Of the messages, in what is said of them."""
     _rendered: dict[tuple[int, bool], tuple[str, list[Span]]] = field(default_factory=dict)
 
     def together(self, turns: list[int]) -> tuple[str, list[Span]] | None:
@@ -157,12 +150,12 @@ class Chat:
             before, shared = self._kept(turn), _shared(opened, closed)
             if shared < before:
                 raise BadRecord(
-                    f"{self.column}[{turn}]: the chat template rewrites earlier turns when this "
+                    f"{self.names[turn]}: the chat template rewrites earlier turns when this "
                     "one is added: learned tokens are ambiguous"
                 )
         probed = self._probed(turn).find(_PROBE, before)  # own text may look like a header
         if not turn and probed < 0:
-            raise BadRecord(f"{self.column}[0]: the chat template does not show where it begins")
+            raise BadRecord(f"{self.names[0]}: the chat template does not show where it begins")
         return shared if probed < 0 else min(probed, shared)
 
     def _probed(self, turn: int) -> str:
@@ -171,7 +164,7 @@ class Chat:
         in_parts = isinstance(message.get("content"), list)
         message |= {"content": _PROBE} | {key: _PROBE for key in REASONING if key in message}
         other = [*self.messages[:turn], _as_parts(message) if in_parts else message]
-        return _apply(self.tokenizer, self.template, other, self.tools, False)[0]
+        return render(self.tokenizer, self.template, other, self.tools, False)[0]
 
     def _closed(self, turn: int) -> str:
         """The rendering that a turn ends, without the generation prompt that templates add which do
@@ -186,10 +179,10 @@ class Chat:
         # What is kept may hold the beginning of the prompt: that of all headers.
         content = str(content_of(self.messages[turn])).strip()
         at = text.rfind(content, start, kept) + len(content)
-        found = _first(text[at:kept], _added_tokens(self.tokenizer))
+        found = _first(text[at:kept], added_tokens(self.tokenizer))
         if at < start + len(content) or found is None or self.messages[turn].get("tool_calls"):
             raise BadRecord(
-                f"{self.column}[{turn}]: the chat template adds a generation prompt that is not "
+                f"{self.names[turn]}: the chat template adds a generation prompt that is not "
                 "asked for, and no special token shows where the turn ends; accepted: a template "
                 "that heeds add_generation_prompt"
             )
@@ -220,7 +213,7 @@ class Chat:
         for some in (said[:1], said):
             messages = [*self.messages[:turn], *some]
             try:
-                text = _apply(self.tokenizer, self.template, messages, self.tools, False)[0]
+                text = render(self.tokenizer, self.template, messages, self.tools, False)[0]
             except BadRecord:  # a template of one turn
                 return ""
             tails.append(text.rpartition(_PROBE)[2])
@@ -235,7 +228,7 @@ class Chat:
         """Marked turns with the end token that the marks leave out: the added token, if any, that
         directly follows the `last` one, of `turn`, unless marks end in a special one."""
         text, _ = self._render(turn + 1)
-        tokens = _added_tokens(self.tokenizer)
+        tokens = added_tokens(self.tokenizer)
         special = tuple(token for token, is_special in tokens.items() if is_special)
         end = _leading(text[last[1] : self._kept(turn + 1)], tokens)
         if end is None or _cut(text, last).rstrip().endswith(special):
@@ -255,13 +248,13 @@ class Chat:
     def _check(self, turn: int, learned: str) -> None:
         what = missing(self.messages[turn], learned)
         if what is not None:
-            raise BadRecord(f"{self.column}[{turn}]: the chat template leaves out its {what}")
+            raise BadRecord(f"{self.names[turn]}: the chat template leaves out its {what}")
 
     def check_history(self, end: int, text: str) -> None:
         """`text`: the rendering of the first `end` messages. Raises BadRecord."""
         for index, surely in hidden(self.messages[:end], text):
             if surely or not self._shows_probe(index, end):
-                raise BadRecord(f"{self.column}[{index}]: the chat template leaves out its content")
+                raise BadRecord(f"{self.names[index]}: the chat template leaves out its content")
 
     def _shows_probe(self, index: int, end: int) -> bool:
         """Whether another content of a message would be seen in a rendering."""
@@ -271,7 +264,7 @@ class Chat:
         messages = self.messages[:end]
         messages[index] = {**messages[index], "content": content}
         try:
-            shown = _apply(self.tokenizer, self.template, messages, self.tools, False)[0]
+            shown = render(self.tokenizer, self.template, messages, self.tools, False)[0]
         except BadRecord:
             return False
         return shown.count(_PROBE) > self._render(end)[0].count(_PROBE)
@@ -282,7 +275,7 @@ class Chat:
             return
         text, _ = self._render(end)
         try:
-            bare, _ = _apply(self.tokenizer, self.template, self.messages[:end], None, False)
+            bare, _ = render(self.tokenizer, self.template, self.messages[:end], None, False)
         except BadRecord:  # a template for tools only
             bare = ""
         for name in map(name_of, self.tools):
@@ -294,7 +287,7 @@ class Chat:
         if (end, prompt) not in self._rendered:
             messages = self.messages[:end]
             try:
-                found = _apply(
+                found = render(
                     self.tokenizer, self.template, messages, self.tools, prompt, self.marked
                 )
             except BadRecord:
@@ -302,34 +295,11 @@ class Chat:
                     raise
                 # Beside tool calls some templates need no content, others an empty one.
                 filled = [{"content": "", **message} for message in messages]
-                found = _apply(
+                found = render(
                     self.tokenizer, self.template, filled, self.tools, prompt, self.marked
                 )
             self._rendered[end, prompt] = found
         return self._rendered[end, prompt]
-
-
-def _apply(
-    tokenizer: Any, template: str, messages: list[dict], tools: list[dict] | None, prompt: bool,
-    marked: bool = False,
-) -> tuple[str, list[Span]]:  # fmt: skip
-    """As `apply_chat_template`, which does not give the marked spans of the text."""
-    from transformers.utils import chat_template_utils
-
-    render: Any = chat_template_utils.render_jinja_template  # annotated otherwise than it is
-    try:
-        texts, marks = render(
-            [messages],
-            tools=tools,
-            chat_template=template,
-            return_assistant_tokens_mask=marked,
-            add_generation_prompt=prompt,
-            **tokenizer.special_tokens_map,
-        )
-    except Exception as error:  # templates raise errors of any type
-        reason = " ".join(str(error).split()) or repr(error)
-        raise BadRecord(f"the chat template refuses it: {reason}") from error
-    return texts[0], [span for span in marks[0] if span[0] < span[1]] if marked else []
 
 
 @functools.lru_cache(maxsize=4)
@@ -339,18 +309,11 @@ def _wants_parts(tokenizer: Any, template: str) -> bool:
     def shows(content: Any) -> bool:
         try:
             messages = [{"role": "user", "content": content}]
-            return _PROBE in _apply(tokenizer, template, messages, None, False)[0]
+            return _PROBE in render(tokenizer, template, messages, None, False)[0]
         except BadRecord:
             return False
 
     return not shows(_PROBE) and shows([{"type": "text", "text": _PROBE}])
-
-
-@functools.lru_cache(maxsize=4)
-def _added_tokens(tokenizer: Any) -> dict[str, bool]:
-    """Tokens that the tokenizer does not split, and whether they are special."""
-    added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
-    return added | dict.fromkeys(tokenizer.all_special_tokens, True)
 
 
 def _leading(text: str, tokens: Iterable[str]) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trainer.config.data_options import DataOptions
 from trainer.data.dataset import Counts, schema
-from trainer.data.records import detect_format, to_records
+from trainer.data.formats import detect_format, to_records
 from trainer.data.sources import Row
 from trainer.errors import BadRecord, UserError, first_line
 from trainer.tasks.base import Example, Record, Task
@@ -61,9 +61,10 @@ class Encoder:
                 [str(found)] if isinstance(found, BadRecord) else [next(encoded) for _ in found]
             )
             kept = [example for example in examples if isinstance(example, Example)]
-            if not kept:
+            lacks = self.task.options.whole_records and len(kept) < len(examples)
+            if not kept or lacks:
                 if self.options.on_bad_record == "stop":
-                    raise stop(place, examples[0])
+                    raise stop(place, next(e for e in examples if isinstance(e, str)))
                 counts.bad += 1
                 continue
             # A turn whose conversation fills max_length is left out, as from a single example.

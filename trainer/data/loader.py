@@ -48,7 +48,8 @@ class Loader:
         self, data: TokenDataset, task: Task, options: DataOptions, seed: int, rank: int,
         world: int, left_out: Sequence[int] | np.ndarray = (), rows: Rows = Rows(),  # noqa: B008
     ):  # fmt: skip
-        self._records = np.setdiff1d(np.arange(len(data)), left_out)
+        # Examples without loss are for evaluation: choices that are not the right one.
+        self._records = np.setdiff1d(np.flatnonzero(data.weights), left_out)
         self.data, self.task, self.options = data, task, options
         self.seed, self.rank, self.world = seed, rank, world
         self.epoch, self.offset = 0, 0  # of the next sequence

@@ -17,8 +17,8 @@ from trainer.data.dataset import TokenDataset, open_dataset
 from trainer.data.display import Display, say
 from trainer.data.encode import Encoder, stop
 from trainer.data.extent import Extent
+from trainer.data.formats import to_records
 from trainer.data.parts import Parts
-from trainer.data.records import to_records
 from trainer.data.sources import Row, read_rows
 from trainer.data.workers import Workers
 from trainer.errors import EXIT_USAGE, BadRecord, UserError, reason

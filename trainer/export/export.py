@@ -13,7 +13,7 @@ from torch import Tensor
 from adapters.gated import GatedAdapter
 from adapters.layers.expert_modules import swapped_stacks
 from adapters.methods.registry import METHODS
-from adapters.peft_export import NothingToExport, export_adapter
+from adapters.peft_export import NothingToExport, Part, export_adapter, parts_by_unit
 from adapters.unit import stem
 from adapters.units import expert_counts, fan_in_fan_out
 from trainer.checkpoint.saved import Saved, read_saved
@@ -24,6 +24,7 @@ from trainer.errors import UserError, reason, refuse_mismatch
 from trainer.export.added_tokens import trained_tokens
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
+from trainer.export.tokenizer import save_set_template, save_tokenizer
 from trainer.files import new_folder
 from trainer.model.backbone import BuiltModel
 from trainer.model.blocks import configure_compiler
@@ -72,6 +73,7 @@ def export_run(
             error = write_adapter(
                 saved, partial, note, rank=rank, same_rank=same_rank, experts=experts
             )
+            save_set_template(config, saved.state, partial)
             if rank is not None:
                 note = f"{note}\nCompressed to rank {rank}: relative error {error:.2%}.".strip()
         else:
@@ -115,6 +117,14 @@ def saved_initial(saved: Saved) -> dict[str, GatedAdapter]:
     """Initial adapters by unit name; empty without spectral initialisation."""
     initial_adapters = saved.initial_adapters or {}
     return {name: initial.adapter for name, initial in initial_adapters.items()}
+
+
+def saved_parts(config: Config, saved: Saved) -> dict[str, list[Part]]:
+    """All that a checkpoint's run, and the stages before it, learned, by unit."""
+    return parts_by_unit(
+        saved_adapters(config, saved.tensors), saved_initial(saved), saved.frozen,
+        splits_weight=METHODS[config.method.kind].splits_weight,
+    )  # fmt: skip
 
 
 def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -168,7 +178,8 @@ def write_adapter(
     task = TASKS[config.task.kind]
     with refuse_mismatch(saved.checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
-    built = _layout_of(config, state, adapters)
+        adapted = list(saved_parts(config, saved))
+    built = _layout_of(config, state, adapted)
     model = None if built is None else built.model
     tokens = None
     if config.model.added_tokens and built is not None:
@@ -185,8 +196,10 @@ def write_adapter(
             modules_to_save=None if model is None else modules_to_save(model, heads),
             swapped=set() if model is None else swapped_stacks(model),
             fan_in_fan_out=built is not None
-            and fan_in_fan_out(built.adapted_layers[name] for name in adapters),
+            and fan_in_fan_out(built.adapted_layers[name] for name in adapted),
             initial=saved_initial(saved),
+            frozen=saved.frozen,
+            splits_weight=METHODS[config.method.kind].splits_weight,
             rank=rank,
             same_rank=same_rank,
             base_model=config.model.id,
@@ -207,14 +220,14 @@ def write_adapter(
 
 
 def _layout_of(
-    config: Config, state: Mapping[str, Any], adapters: Mapping[str, GatedAdapter]
+    config: Config, state: Mapping[str, Any], adapted: Sequence[str]
 ) -> BuiltModel | None:
     """The model without its weights, which tells how PEFT sees the adapted matrices. None, as if it
     had no experts, where it is no longer available and no expert has an adapter, no token rows."""
     try:
         return _built(config, state, torch.device("cpu"))[0]
     except UserError:
-        if config.model.added_tokens or any(stem(name) != name for name in adapters):
+        if config.model.added_tokens or any(stem(name) != name for name in adapted):
             raise
         return None
 
@@ -248,20 +261,20 @@ def write_model(
     backbone, task = _built(config, state, device)
     with refuse_mismatch(saved.checkpoint):
         heads = saved_heads(tensors)
-        adapters = saved_adapters(config, tensors) if with_adapter else {}
         rows = saved_rows(tensors) if with_adapter else {}
-    initial = saved_initial(saved)
-    refuse_tied_targets(backbone, adapters)
+        initial = saved_initial(saved)
+        parts = saved_parts(config, saved) if with_adapter else {}
+    refuse_tied_targets(backbone, parts)
     if device.type == "cuda":  # weight formats compile kernels
         configure_compiler()
     out.mkdir(parents=True, exist_ok=True)
     folder = resolve_folder(config.model.id, config.model.revision)
     merger = Merger(
-        backbone, folder, adapters, initial, heads, rows,
+        backbone, folder, parts, initial, heads, rows,
         dequantised=dequantised, device=device,
     )  # fmt: skip
     write_shards(merger.tensors(), out)
     backbone.model.config.save_pretrained(out)
-    task.tokenizer.save_pretrained(out)
+    save_tokenizer(task.tokenizer, state.get("chat_template"), out)
     if (folder / "generation_config.json").is_file():
         shutil.copy(folder / "generation_config.json", out)

@@ -1,7 +1,7 @@
 """Merge adapters into a model's tensors, in the layout of its pretrained files."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapters.gated import GatedAdapter
 from adapters.layers.base import PackedLayer
-from adapters.peft_export import merged
+from adapters.peft_export import Part, merged
 from adapters.unit import stem
 from trainer.errors import UserError
 from trainer.loading.key_mapping import Converted, KeyMapping
@@ -25,7 +25,8 @@ _SHARD_BYTES = 4 * 2**30
 class Merger:
     """Reads a model tensor by tensor and merges adapters, trained heads and `rows` of tokens.
 
-    `backbone`: built, but not loaded. `initial`: initial adapters of the spectral initialisation.
+    `backbone`: built, but not loaded. `parts`: what was learned, by unit. `initial`: what spectral
+    initialisation took out of W.
     `dequantised`: W quantised and dequantised, as in training; else W of the files.
     """
 
@@ -33,7 +34,7 @@ class Merger:
         self,
         backbone: BuiltModel,
         folder: Path,
-        adapters: Mapping[str, GatedAdapter],
+        parts: Mapping[str, Sequence[Part]],
         initial: Mapping[str, GatedAdapter],
         heads: Mapping[str, Mapping[str, Tensor]],
         rows: Mapping[str, Tensor],
@@ -43,7 +44,7 @@ class Merger:
     ):
         self.model, self.dtype, self.device = backbone.model, backbone.dtype, device
         self._backbone, self._rows = backbone, rows
-        self._adapters, self._initial, self._dequantised = adapters, initial, dequantised
+        self._parts, self._initial, self._dequantised = parts, initial, dequantised
         self._trained = {
             f"{path}.{name}": tensor
             for path, head in heads.items()
@@ -104,13 +105,11 @@ class Merger:
                 yield self._prefixed(path, str(key)), rows.contiguous()
 
     def _final(self, layer: PackedLayer, units: Sequence[str], value: Tensor) -> Tensor:
-        """W + ΔW − ΔW₀ (units, out, in)."""
-        initial_adapters = [self._initial.get(unit) for unit in units]
+        """W + Σ (ΔW − ΔW₀) (units, out, in)."""
         if self._dequantised:
-            value = _as_trained(layer, value, initial_adapters)
+            value = _as_trained(layer, value, [self._initial.get(unit) for unit in units])
         for index, unit in enumerate(units):
-            if unit in self._adapters:
-                value[index] = merged(value[index], self._adapters[unit], initial_adapters[index])
+            value[index] = merged(value[index], self._parts.get(unit, ()))
         return value
 
     def _published(self, name: str) -> str:
@@ -172,11 +171,11 @@ def write_shards(parameters: Iterator[tuple[str, Tensor]], out: Path) -> None:
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def refuse_tied_targets(backbone: BuiltModel, adapters: Mapping[str, GatedAdapter]) -> None:
+def refuse_tied_targets(backbone: BuiltModel, adapted: Iterable[str]) -> None:
     """Raises UserError where an adapted layer shares W with another module: the merge would change
     that too."""
     shared = shared_matrices(backbone.model)
-    for path in map(stem, adapters):
+    for path in map(stem, adapted):
         if path in shared:
             raise UserError(
                 f"{path} shares its matrix with {shared[path]}, so its adapter cannot be merged; "

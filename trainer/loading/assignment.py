@@ -12,7 +12,6 @@ from adapters.spectral import cost
 from adapters.unit import Unit, stem
 from trainer.distributed.world import World
 from trainer.loading.source import Request
-from trainer.model.backbone import BuiltModel
 
 
 @dataclass(eq=False)
@@ -23,7 +22,7 @@ class ParamTask:
     parameter: nn.Parameter
     owner: nn.Module
     units: Sequence[Unit]
-    """Units whose matrices it holds: several in a stack of experts."""
+    """Units to split whose matrices it holds: several in a stack of experts."""
     reader: int = 0
     """The rank on this host that reads and packs it."""
     deferred: bool = False
@@ -53,19 +52,22 @@ class ParamTask:
 
 
 def param_tasks(
-    backbone: BuiltModel, modules: Iterable[tuple[str, nn.Module]], seen: set[int]
+    model: nn.Module,
+    split: Sequence[Unit],
+    modules: Iterable[tuple[str, nn.Module]],
+    seen: set[int],
 ) -> list[ParamTask]:
-    """Tasks for the meta parameters of `modules` (path, module) whose ids are not in `seen`; adds
-    them to it."""
+    """Tasks for the meta parameters of `modules` (path, module) of a model whose ids are not in
+    `seen`; adds them to it. `split`: units of whose matrices a part is taken out."""
     units: dict[str, list[Unit]] = {}
-    for unit in backbone.units:
+    for unit in split:
         units.setdefault(f"{stem(unit.name)}.weight", []).append(unit)
     tasks = []
     for path, module in modules:
         for local, parameter in module.named_parameters(prefix=path):
             if parameter.is_meta and id(parameter) not in seen:
                 seen.add(id(parameter))
-                owner = backbone.model.get_submodule(local.rpartition(".")[0])
+                owner = model.get_submodule(local.rpartition(".")[0])
                 tasks.append(ParamTask(local, parameter, owner, units.get(local, [])))
     return tasks
 

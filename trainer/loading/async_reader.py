@@ -11,6 +11,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
+import xxhash
 from torch import Tensor
 
 from trainer.errors import UserError
@@ -20,11 +21,13 @@ _THREADS = 4  # per rank; more are no faster, since all ranks of a host share a 
 
 
 class Reader:
-    """Reads in background threads; `bytes_read` counts the bytes requested."""
+    """Reads in background threads; `bytes_read` counts the bytes requested, and `digests` holds
+    the XXH3-128 of what was read, by file and offset."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.bytes_read = 0
+        self.digests: dict[tuple[Path, int], bytes] = {}
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="reading")
         self._buffers: SimpleQueue[Tensor] = SimpleQueue()
         self._stream: torch.cuda.Stream | None = None
@@ -39,14 +42,14 @@ class Reader:
         if self.device.type == "cuda":
             self._prepare_copies()
         self.bytes_read += data.numel()
-        pieces: list[Future] = [
+        pieces: list[Future[bytes]] = [
             self._pool.submit(self._fill, data[start : start + _PIECE], file, offset + start)
             for start in range(0, data.numel(), _PIECE)
         ]
 
         def wait() -> Tensor:
-            for piece in pieces:
-                piece.result()
+            digests = b"".join(piece.result() for piece in pieces)
+            self.digests[file, offset] = xxhash.xxh3_128_digest(digests)
             return tensor
 
         return wait
@@ -60,10 +63,12 @@ class Reader:
         # Queued kernels may still use the memory of the new tensor.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
-    def _fill(self, target: Tensor, file: Path, offset: int) -> None:
+    def _fill(self, target: Tensor, file: Path, offset: int) -> bytes:
+        """Read a piece; returns its digest."""
         if self._stream is None:
-            read_into(target.numpy().data, file, offset)
-            return
+            data = target.numpy().data
+            read_into(data, file, offset)
+            return xxhash.xxh3_128_digest(data)
         buffer = self._buffers.get()
         try:
             piece = buffer[: target.numel()]
@@ -71,7 +76,9 @@ class Reader:
             with torch.cuda.stream(self._stream):
                 target.copy_(piece, non_blocking=True)
                 copied = self._stream.record_event()
+            digest = xxhash.xxh3_128_digest(piece.numpy().data)  # while it is copied
             copied.synchronize()
+            return digest
         finally:
             self._buffers.put(buffer)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.token_rows import TokenRows
+from adapters.unit import Unit
 from adapters.units import transformer_blocks
 from trainer.config.config import Config
 from trainer.config.yaml import parse_json
@@ -29,6 +30,7 @@ from trainer.errors import UserError
 from trainer.loading.assignment import ParamTask, param_tasks
 from trainer.loading.leftovers import left_out
 from trainer.loading.materialize import Materializer
+from trainer.loading.safetensors_files import tensor_digests
 from trainer.loading.source import Source
 from trainer.loading.spectral_init import SpectralInit
 from trainer.model.backbone import BuiltModel, LoadedBackbone, Loading, TrainedModule, set_module
@@ -62,26 +64,26 @@ def load_backbone(
         built = dataclasses.replace(built, left_out=left_out(source))
         if source.files is not None:
             source.files.check_copies()
-        if spectral_init is not None:
-            spectral_init.resume(built.units)
+        split = spectral_init.units(built) if spectral_init is not None else []
         for path, head in built.heads.items():
             _fill_head(source, path, head)
         _fill_buffers(source)
         for path in built.heads:
             set_module(model, path, None)  # no sharder sees it
-    materializer = _materialize(source, engine, world, spectral_init)
+    materializer = _materialize(source, engine, world, spectral_init, split)
     heads = {path: TrainedModule(head) for path, head in built.heads.items()}
     for path, head in heads.items():
         set_module(model, path, head)
     token_rows = _train_rows(built, engine)
     with world.all_or_none():
-        digest, former_digest = _digests(source)
+        digest = _digest(source)
+    weights = _weights(source, world)
     loaded = LoadedBackbone(
         **{f.name: getattr(built, f.name) for f in dataclasses.fields(built)} | {"heads": heads},
         token_rows=token_rows,
         blocks=blocks,
         digest=digest,
-        former_digest=former_digest,
+        weights=weights,
         quantization_error=materializer.quantization_error(),
         probes=materializer.probes(),
         loading=_figures(source, materializer, world, started),
@@ -104,14 +106,19 @@ def _take_over_blocks(config: Config, built: BuiltModel, engine: Engine, world: 
 
 
 def _materialize(
-    source: Source, engine: Engine, world: World, spectral_init: SpectralInit | None
+    source: Source,
+    engine: Engine,
+    world: World,
+    spectral_init: SpectralInit | None,
+    split: Sequence[Unit],
 ) -> Materializer:
-    """Materialize and shard the model, group by group. Collective."""
+    """Materialize and shard the model, group by group; `spectral_init` takes a part out of the
+    matrices of `split`. Collective."""
     model = source.model
     rest: tuple[str, nn.Module] = ("", model)
     groups = [*in_groups(model, world), [rest]]
     seen: set[int] = set()
-    tasks = [[param_tasks(source.backbone, [part], seen) for part in group] for group in groups]
+    tasks = [[param_tasks(model, split, [part], seen) for part in group] for group in groups]
     flat = [[task for of_part in of_group for task in of_part] for of_group in tasks]
     materializer = Materializer(source, world, spectral_init, flat)
     for group, of_group, all_of_it in zip(groups, tasks, flat, strict=True):
@@ -236,9 +243,9 @@ def _buffer(source: Source, name: str, buffer: Tensor, persistent: bool) -> Tens
     return buffer.to(source.device)
 
 
-def _digests(source: Source) -> tuple[str, str]:
-    """Digest of the backbone: config.json and weights, or the seed of random ones; and that of the
-    version before, which took config.json by its bytes."""
+def _digest(source: Source) -> str:
+    """Digest of the backbone: config.json and a sample of the weights, or the seed of random
+    ones."""
     options = source.config.model
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     content = (folder / "config.json").read_bytes()
@@ -246,9 +253,26 @@ def _digests(source: Source) -> tuple[str, str]:
         weights = source.files.digest()
     else:
         weights = f"random {source.config.run.seed} {options.overrides}"
-    values = json.dumps(parse_json(content), sort_keys=True).encode()
-    now, former = (hashlib.sha256(part + weights.encode()) for part in (values, content))
-    return now.hexdigest(), former.hexdigest()
+    values = json.dumps(parse_json(content), sort_keys=True)
+    return hashlib.sha256(f"{values}{weights}".encode()).hexdigest()
+
+
+def _weights(source: Source, world: World) -> dict[str, str]:
+    """Digests of all tensors that any rank has read, by key. Raises UserError where two ranks have
+    read different bytes. Collective."""
+    whole: dict[tuple[str, int], bytes] = {}
+    if source.files is None:
+        return {}
+    gathered = world.gather(source.files.parts_read())
+    with world.all_or_none():
+        for rank, parts in enumerate(gathered):
+            for part, digest in parts.items():
+                if whole.setdefault(part, digest) != digest:
+                    raise UserError(
+                        f"model.id: {source.files.folder}: {part[0]} is not the same for rank "
+                        f"{rank} as for others; accepted: the same files on every host"
+                    )
+    return tensor_digests(whole)
 
 
 def _figures(source: Source, materializer: Materializer, world: World, started: float) -> Loading:

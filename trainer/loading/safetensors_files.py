@@ -3,12 +3,14 @@
 import difflib
 import hashlib
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -29,6 +31,9 @@ _DTYPES = {
 }  # fmt: skip
 
 
+_EXPERT = re.compile(r"(?<=experts\.)\d+")
+
+
 @dataclass(frozen=True)
 class Location:
     """File, offset, shape and dtype of a stored tensor."""
@@ -38,6 +43,7 @@ class Location:
     shape: tuple[int, ...]
     kind: str
     """Its dtype by safetensors' name."""
+    key: str
 
     @property
     def dtype(self) -> torch.dtype:
@@ -49,7 +55,7 @@ class Location:
         """The location of one slice along the first dimension."""
         shape = self.shape[1:]
         offset = self.offset + index * math.prod(shape) * self.dtype.itemsize
-        return Location(self.file, offset, shape, self.kind)
+        return Location(self.file, offset, shape, self.kind, self.key)
 
 
 class PretrainedFiles:
@@ -67,6 +73,8 @@ class PretrainedFiles:
         self._index = self._key_mapping.index(self._file_of)
         self._locations: dict[str, dict[str, Location]] = {}
         self._reader = Reader(device)
+        self._begun: dict[tuple[Path, int], str] = {}
+        """Keys of what was read, by file and offset."""
         self._converted: tuple[Conversion, dict[str, Tensor]] | None = None
         """The last conversion and what it made: its tensors are asked for in turn."""
 
@@ -229,6 +237,7 @@ class PretrainedFiles:
         return made[key.name]
 
     def _begin(self, location: Location) -> Callable[[], Tensor]:
+        self._begun[location.file, location.offset] = location.key
         try:
             return self._reader.begin(
                 location.file, location.offset, location.shape, location.dtype
@@ -247,11 +256,16 @@ class PretrainedFiles:
             raise unreadable(self.folder / file, KeyError(key))
         return self._locations[file][key]
 
-    def digest(self) -> str:
-        """Digest of the weights: every tensor's name, dtype, shape and a sample of its bytes.
+    def parts_read(self) -> dict[tuple[str, int], bytes]:
+        """Digests of all that was read, by key and position (bytes) within its tensor."""
+        return {
+            (key := self._begun[file, offset], offset - self.stored(key).offset): digest
+            for (file, offset), digest in self._reader.digests.items()
+        }
 
-        A sample, since hashing 140 GB to resume a run would take longer than loading it.
-        """
+    def digest(self) -> str:
+        """Digest of the weights: every tensor's name, dtype, shape and a sample of its bytes,
+        whether or not it was read."""
         digest = hashlib.sha256()
         for key in sorted(self._file_of):
             location = self.stored(key)
@@ -263,6 +277,16 @@ class PretrainedFiles:
             digest.update(f"{key} {row.dtype} {[count]}".encode())
             digest.update(sample)
         return digest.hexdigest()
+
+
+def tensor_digests(parts: Mapping[tuple[str, int], bytes]) -> dict[str, str]:
+    """Digests of whole tensors from those of their parts (`PretrainedFiles.parts_read` of all
+    ranks), by key; of all experts of a layer together."""
+    digests: dict[str, xxhash.xxh3_64] = {}
+    for (key, position), digest in sorted(parts.items()):
+        whole = digests.setdefault(_EXPERT.sub("*", key), xxhash.xxh3_64())
+        whole.update(f"{key} {position} ".encode() + digest)
+    return {name: whole.hexdigest() for name, whole in digests.items()}
 
 
 def _described(key: Key) -> str:
@@ -279,7 +303,7 @@ def _locations(file: Path) -> dict[str, Location]:
             header = parse_json(stream.read(length))
         start = 8 + length
         return {
-            key: Location(file, start + e["data_offsets"][0], tuple(e["shape"]), e["dtype"])
+            key: Location(file, start + e["data_offsets"][0], tuple(e["shape"]), e["dtype"], key)
             for key, e in header.items()
             if key != "__metadata__"
         }

@@ -15,13 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapters import seeds
-from adapters.methods.base import InitialAdapter
+from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.spectral import SpectralMethod
 from adapters.spectral import Triplets, singular_triplets
 from adapters.unit import Unit
+from adapters.units import make_units
 from trainer.distributed.world import World
-from trainer.errors import UserError
+from trainer.errors import BadCheckpoint, UserError
+from trainer.files import INITIAL
 from trainer.loading.initial_adapters import initial_adapter_of, save_tensors
+from trainer.model.backbone import BuiltModel
 
 _VERSION = 2  # of the cached decompositions; raise it when their computation changes
 _WORDS = 1024  # 32-bit words in a row of the fingerprint
@@ -29,11 +32,14 @@ _ROWS = 4096  # of them at a time, 32 MiB as 64-bit numbers
 
 
 class SpectralInit:
-    """Computes or loads each unit's initial adapter ΔW₀ and its residual W − ΔW₀."""
+    """Computes or loads each unit's initial adapter ΔW₀ and its residual W − ΔW₀.
+
+    `method` computes them; one that is not spectral needs `stored`, which an earlier stage took out
+    of W and which stay out."""
 
     def __init__(
         self,
-        method: SpectralMethod,
+        method: Method,
         world: World,
         cache: Path,
         stored: Mapping[str, InitialAdapter] | None = None,
@@ -48,13 +54,21 @@ class SpectralInit:
         """Whether the initial adapters come from the run's file."""
         return self._stored is not None
 
-    def resume(self, units: Sequence[Unit]) -> None:
-        """Take the initial adapters of `units` from the run's file, if there is one. Raises
-        BadCheckpoint where one is absent or of another shape."""
-        if self._stored is not None:
-            self.initial_adapters |= {
-                unit.name: initial_adapter_of(self._stored, unit) for unit in units
-            }
+    def units(self, built: BuiltModel) -> Sequence[Unit]:
+        """The matrices to split. Takes their initial adapters from the run's file, if there is one.
+        Raises BadCheckpoint where one is absent or of another shape."""
+        units = built.units
+        if self._stored is None:
+            return units
+        if not isinstance(self.method, SpectralMethod):
+            units = make_units(built.model, [n for n in self._stored if n in built.adapted_layers])
+            if missing := self._stored.keys() - {unit.name for unit in units}:
+                raise BadCheckpoint(
+                    f"{min(missing)}: in {INITIAL}, but no matrix of this model takes adapters "
+                    "there; accepted: the model and the method.include_head of that run"
+                )
+        self.initial_adapters |= {u.name: initial_adapter_of(self._stored, u) for u in units}
+        return units
 
     def residual(self, unit: Unit, weight: Tensor) -> Tensor:
         """W − ΔW₀ (out, in), in float32 on W's device, of a unit's original matrix (out, in).
@@ -71,6 +85,7 @@ class SpectralInit:
         self._new = {}
 
     def _compute(self, unit: Unit, weight: Tensor) -> InitialAdapter:
+        assert isinstance(self.method, SpectralMethod)
         ranges = self.method.ranges(unit)
         file = self.cache / f"{_key(weight, ranges)}.safetensors"
         held = _cached(file)

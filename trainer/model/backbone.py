@@ -112,9 +112,9 @@ class LoadedBackbone(BuiltModel):
     blocks: Blocks
     """Controls how the transformer blocks run."""
     digest: str
-    """Digest of config.json and weights."""
-    former_digest: str
-    """That of the version before, for its checkpoints."""
+    """Digest of config.json and a sample of the weights."""
+    weights: Mapping[str, str]
+    """Digests of all tensors that were read from files, by key; of a layer's experts together."""
     quantization_error: float
     """‖W − Ŵ‖ / ‖W‖ over all quantised matrices (Frobenius)."""
     probes: Mapping[str, tuple[list[list[float]], float]]

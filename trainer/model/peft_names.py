@@ -76,20 +76,20 @@ class PeftKeys:
 
     def __call__(self, path: str) -> str:
         """The key for a module's path. Raises UserError where PEFT would find another module."""
-        if self._found(path) == path:
+        if self.found(path) == path:
             return path
         published = f"{path}.weight"
         for renaming in reversed(self._renamings):
             published, _ = renaming.reverse_transform().rename_source_key(published)
         published = published.removesuffix(".weight")
-        if self._found(published) == path:
+        if self.found(published) == path:
             return published
         raise UserError(
-            f"method.targets: {path}: PEFT would load its adapter as that of {self._found(path)}, "
+            f"method.targets: {path}: PEFT would load its adapter as that of {self.found(path)}, "
             f"by transformers' conversions for {self._model}; accepted: other layers"
         )
 
-    def _found(self, key: str) -> str:
+    def found(self, key: str) -> str:
         """Path of the module that PEFT finds: as in its
         `convert_peft_adapter_state_dict_for_transformers` (0.21)."""
         stored = f"{key}.lora_A.weight"

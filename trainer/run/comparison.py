@@ -36,7 +36,7 @@ from trainer.config.aliases import with_old_names
 from trainer.config.config import Config, load_config, with_overrides
 from trainer.config.validation import validate
 from trainer.config.yaml import parse_json, parse_yaml
-from trainer.errors import UserError
+from trainer.errors import Diverged, UserError
 from trainer.files import METRICS
 from trainer.records.jsonl import read_metrics
 
@@ -221,7 +221,8 @@ def _run(identity: Result, config: Config) -> Result:
     try:
         if config.run_folder.exists():  # interrupted or failed
             shutil.rmtree(config.run_folder)
-        run(config, World(device=_worker_device()))
+        with suppress(Diverged):  # a result, if a bad one
+            run(config, World(device=_worker_device()))
         return {**identity, "run": config.run.name, **summary(config.run_folder)}
     except Exception as error:  # the other runs continue; the table counts the runs
         return {**identity, "error": f"{type(error).__name__}: {error}",

@@ -2,6 +2,7 @@
 
 from trainer.config.config import Config
 from trainer.data.loader import Loader
+from trainer.data.templates import on_end_of_turn
 from trainer.device_memory import readable
 from trainer.distributed.world import World
 from trainer.engine.select import make_engine
@@ -13,7 +14,7 @@ from trainer.session import leave_out, open_data, refuse_longer
 
 def dry_run(config: Config, world: World) -> str:
     """Description of the run: data, units, parameters, memory. Trains and writes nothing."""
-    _, task, train_data, eval_data = open_data(config, world)
+    tokenizer, task, train_data, eval_data = open_data(config, world)
     with world.all_or_none():
         backbone = build(config, task, world.device)
         refuse_longer(backbone.model, config.data, train_data, eval_data)
@@ -22,6 +23,7 @@ def dry_run(config: Config, world: World) -> str:
     notes = [
         *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(backbone.model, train_data, eval_data),
+        *on_end_of_turn(tokenizer, config.data),
     ]
     engine = make_engine(config, world, task)
     needs = estimate(

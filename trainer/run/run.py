@@ -2,42 +2,39 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from adapters import seeds
-from adapters.layers.expert_modules import swapped_stacks
+from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter
-from adapters.peft_export import NothingToExport, export_adapter
-from adapters.units import expert_counts, fan_in_fan_out
 from trainer.checkpoint.compatibility import changes, check_options
-from trainer.checkpoint.state import read_initial_adapters, restore
-from trainer.checkpoint.store import clear_the_way, find, verify
+from trainer.checkpoint.state import frozen_adapters, read_initial_adapters, restore
+from trainer.checkpoint.store import clear_the_way, find, read_tensors, verify
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.config import Config
 from trainer.config.data_options import LEFT_OUT
 from trainer.config.validation import local
 from trainer.data.loader import Loader
 from trainer.data.prefetch import Prefetcher
+from trainer.data.templates import on_end_of_turn
 from trainer.decisions.replay import Replay
-from trainer.device_memory import peak_gib, readable
+from trainer.device_memory import readable
 from trainer.distributed.world import World
-from trainer.errors import BadCheckpoint, RunFailed, UserError
-from trainer.export.added_tokens import trained_tokens
-from trainer.export.expert_layouts import chosen_layouts
-from trainer.export.export import written_folder
-from trainer.files import ADAPTER, FIGURES, METRICS
+from trainer.errors import BadCheckpoint, Diverged, UserError
+from trainer.files import METRICS
 from trainer.loading.initial_adapters import initial_digest
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading, class_name
-from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
-from trainer.records.jsonl import read_metrics
 from trainer.records.progress import Progress
-from trainer.report.loss_curve import draw_loss
+from trainer.run.finish import finish
 from trainer.run.folder import RunFolder
+from trainer.run.outcome import find_fault
 from trainer.run.remarks import describe_engine, on_batch, on_length, on_rows
+from trainer.run.second_stage import SecondStage
 from trainer.run.shared import refuse_unshared
 from trainer.session import Session, open_session
 from trainer.training.loop import Run, make_loader, total_steps, train
@@ -61,16 +58,26 @@ def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
 def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> None:
     start = _choose_start(config, world, folder)
     with world.all_or_none():
-        initial_adapters, recomputed = _initial_adapters(start)
+        found, recomputed = _initial_adapters(start)
         unreached = None if start.checkpoint is None else start.state.get("unreached", [])
         if world.is_main:
             folder.begin()
-    session = open_session(config, world, initial_adapters, unreached, stop.raise_if_asked)
+    stage = None
+    if config.model.adapter is not None and start.checkpoint is None:
+        stage = SecondStage(config, world)
+    session = open_session(
+        config, world, found if stage is None else stage.initial_adapters, unreached,
+        frozen=stage.frozen if stage is not None else lambda _: start.frozen,
+        stop=stop.raise_if_asked,
+    )  # fmt: skip
     with world.all_or_none():
+        if recomputed is not None and not session.method.splits_weight:
+            raise recomputed  # an earlier stage's, which this method cannot compute
         if recomputed is not None and session.initial_adapters is not None:
             if initial_digest(session.initial_adapters) != start.state["initial"]:
                 raise recomputed
             start.remarks.append(f"{recomputed}; computed again, and the same")
+        stage_lines = stage.begin(session) if stage is not None else []
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
@@ -88,6 +95,13 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
                 f"{given}: {steps} steps given, but {start.checkpoint} has made {progress.step}; "
                 f"accepted: {progress.step} or more, or another run.name for a new run"
             )
+        if edited := _edited(start, config) if progress.step == steps else []:
+            raise UserError(
+                f"run.name: {folder.path} has made all of its {steps} steps, so this configuration "
+                f"({', '.join(edited)}) would train nothing; accepted: another run.name (with "
+                f"model.adapter={folder.path} it starts from what that run learned), more steps or "
+                "epochs, or the configuration as it was"
+            )
         _set_horizon(session, steps)
         if world.is_main:
             if config.method.replay is not None:
@@ -99,8 +113,10 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         *([folder.lock.note] if folder.lock.note else []),
         *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(session.backbone.model, session.train_data, session.eval_data),
+        *on_end_of_turn(session.tokenizer, config.data),
     ]
-    for line in (*_introduction(session, loader, steps, notes), *_resumption(start, config)):
+    introduction = _introduction(session, loader, steps, notes)
+    for line in (*introduction, *stage_lines, *_resumption(start, config)):
         folder.recorder.log_line(line)
     folder.recorder.log_line(f"verified  {proof}")
     log_plan(folder.recorder, plan)
@@ -116,8 +132,15 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     writer.close()
     with world.all_or_none():
         folder.recorder.close()
+    fault = find_fault(session, folder.path, steps)
+    with world.all_or_none():
         if world.is_main:
-            _finish(session, folder.path, steps)
+            finish(session, folder.path, steps, fault)
+        if fault is not None:
+            raise Diverged(
+                f"{fault}; what it left is in {folder.path}, its adapter too; accepted: a lower "
+                "optim.learning_rate or a longer optim.warmup_steps, and another run.name"
+            )
 
 
 @dataclass(frozen=True)
@@ -130,6 +153,13 @@ class _Start:
     """The checkpoint's state.json."""
     remarks: list[str]
     """On damaged checkpoints."""
+
+    @cached_property
+    def frozen(self) -> dict[str, GatedAdapter]:
+        """What earlier stages learned, by unit, from the checkpoint."""
+        if self.checkpoint is None or self.state["config"]["model"].get("adapter") is None:
+            return {}
+        return frozen_adapters(read_tensors(self.checkpoint))
 
 
 def _choose_start(config: Config, world: World, folder: RunFolder) -> _Start:
@@ -241,6 +271,13 @@ def _resumption(start: _Start, config: Config) -> list[str]:
     return lines
 
 
+def _edited(start: _Start, config: Config) -> list[str]:
+    """Keys that differ from those of the resumed run and change what it trains or reports."""
+    if start.checkpoint is None:
+        return []
+    return changes(start.state, config.model_dump(mode="json"), evaluation=True)
+
+
 def _loading(figures: Loading) -> str:
     return (
         f"          loaded in {figures.seconds:.1f} s, {readable(figures.bytes_read)} read, "
@@ -259,100 +296,3 @@ def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
     ):
         if name not in (None, LEFT_OUT) and revision is None and local(name) is None:
             yield key, name, fixed
-
-
-def _finish(session: Session, folder: Path, steps: int) -> None:
-    """Export the adapter, draw the loss, write README.md. Rank 0 only: adapters are replicated."""
-    adapter = folder / ADAPTER
-    try:
-        with written_folder(adapter, RunFailed) as unfinished:
-            note, where = _export(session, unfinished), str(adapter)
-    except NothingToExport as error:
-        note, where = "", f"none: {error}"
-    figure = draw_loss([folder], folder / FIGURES / "loss")
-    lines = read_metrics(folder / METRICS)
-    losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    scores: dict = next((line for line in reversed(lines) if "eval_loss" in line), {})
-    summary = f"done      {steps} steps"
-    if losses:
-        summary += f", loss {losses[0]:.4f} -> {losses[-1]:.4f}"
-    for name, value in scores.items():
-        if name != "step" and value is not None:
-            summary += f", {name} {value:.4g}"
-    summary += f", peak {peak_gib(session.world.device):.2f} GiB"
-    (folder / "README.md").write_text(
-        _readme(session.config, summary.removeprefix("done").strip(), note), encoding="utf-8"
-    )
-    if session.config.log.progress != "none":
-        print(f"{summary}\nadapter   {where}\nfigure    {figure}", flush=True)
-
-
-def _export(session: Session, folder: Path) -> str:
-    config = session.config
-    heads = {
-        path: {
-            name.removeprefix("inner."): parameter.detach()
-            for name, parameter in head.named_parameters()
-        }
-        for path, head in session.backbone.heads.items()
-    }
-    rows = {path: one.values.detach() for path, one in session.backbone.token_rows.items()}
-    note = ""
-    if config.model.quantization != "none":
-        note = (
-            f"Trained on the {config.model.quantization} backbone, whose matrices differ from the "
-            f"unquantised ones by {session.backbone.quantization_error:.2%} (Frobenius). `python "
-            "launch/export.py RUN OUT` measures the effect on held-out data."
-        )
-    with session.method.inference():
-        export_adapter(
-            folder,
-            session.method.adapters,
-            initial={
-                name: initial.adapter for name, initial in (session.initial_adapters or {}).items()
-            },
-            base_model=config.model.id,
-            revision=config.model.revision,
-            task_type=session.task.peft_task_type,
-            model_class=session.task.auto_class.__name__,
-            heads=heads,
-            labels=session.task.head_outputs(session.task.labels_state()),
-            experts=expert_counts(session.model),
-            swapped=swapped_stacks(session.model),
-            fan_in_fan_out=fan_in_fan_out(
-                session.backbone.adapted_layers[unit.name] for unit in session.backbone.units
-            ),
-            layouts=chosen_layouts(session.backbone.model),
-            former_experts=former_experts(session.backbone.model),
-            key=PeftKeys(session.backbone.model),
-            modules_to_save=modules_to_save(session.backbone.model, heads),
-            note=note,
-            tokens=trained_tokens(session.backbone, rows, session.tokenizer),
-        )
-    if rows:
-        session.tokenizer.save_pretrained(folder)
-    return note
-
-
-def _readme(config: Config, summary: str, note: str) -> str:
-    return f"""# {config.run.name}
-
-{config.method.kind} on `{config.model.id}` ({config.model.quantization}): {summary}.
-
-| | |
-|---|---|
-| `config.yaml` | the resolved configuration |
-| `units.json` | the adapted matrices |
-| `allocation.jsonl` | the decisions of an adaptive method |
-| `initial.safetensors` | initial adapters (LeLoRA, PiSSA, MiLoRA); checkpoints need it |
-| `metrics.jsonl` | one object per logged step or evaluation |
-| `heartbeat.json` | state of the run, for `rankcast watch` and monitoring |
-| `tensorboard/` | the metrics, for `tensorboard --logdir` |
-| `checkpoints/` | resumable on any engine and number of ranks |
-| `adapter/` | a LoRA that `peft.PeftModel.from_pretrained` loads |
-| `figures/` | the loss curve |
-
-![loss](figures/loss.png)
-
-{note}
-"""

@@ -137,8 +137,11 @@ class Task(ABC):
         """Scores computed from the mean loss alone."""
         return {}
 
-    def metrics(self, predictions: Sequence[Any], labels: Sequence[float]) -> dict[str, float]:
-        """Scores over the whole evaluation set, in record order."""
+    def metrics(
+        self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
+    ) -> dict[str, float]:
+        """Scores over the whole evaluation set, in the order of its examples; `records`: the record
+        of each."""
         return {}
 
 

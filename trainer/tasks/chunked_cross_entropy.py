@@ -4,8 +4,8 @@ The logits of 4096 tokens over a vocabulary of 128,256 are 1 GiB in bfloat16, an
 works on float32 copies of twice that size. Here the head is applied to a chunk of rows at a time.
 As it is frozen, forward already computes the gradient p W − W_target of a row and saves it (as
 large as the hidden states); backward uses neither the head's weight nor the logits. Where the head
-has trained rows R of some tokens, these take the place of W's, and forward computes their gradient
-pᵀ x too.
+has trained rows R of some tokens, these take the place of W's; their p and x are saved for the
+gradient pᵀ x.
 """
 
 import functools
@@ -26,7 +26,7 @@ CHUNK = 2**27
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy of x Wᵀ + b; x (rows, in), W (vocabulary, in), targets (rows). `ids`,
+    """Cross entropy (rows) of x Wᵀ + b; x (rows, in), W (vocabulary, in), targets (rows). `ids`,
     `values` (n, in), float32: tokens, and the rows R that replace theirs in W."""
 
     @staticmethod
@@ -39,10 +39,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ids: Tensor | None,
         values: Tensor | None,
     ) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         R = None if values is None else values.to(x.dtype)
-        dR = torch.zeros_like(values) if values is not None and ctx.needs_input_grad[5] else None
+        own = None if R is None else x.new_empty(x.shape[0], len(R))  # p of these tokens
         rows = max(1, CHUNK // weight.shape[0])
         for start in range(0, x.shape[0], rows):
             part = slice(start, start + rows)
@@ -51,30 +51,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits[:, ids] = F.linear(x[part], R).float()
             total = logits.logsumexp(1, keepdim=True)
             chosen = targets[part].unsqueeze(1)
-            loss += (total - logits.gather(1, chosen)).sum()
-            if dx is None and dR is None:
-                continue
-            p = logits.sub_(total).exp_()
-            p.scatter_add_(1, chosen, p.new_full(chosen.shape, -1.0))
-            if R is not None:
-                own = p[:, ids].to(x.dtype)
-                p[:, ids] = 0.0
-                if dR is not None:
-                    dR += own.T @ x[part]
+            losses[part] = (total - logits.gather(1, chosen)).squeeze(1)
             if dx is not None:
+                p = logits.sub_(total).exp_()
+                p.scatter_add_(1, chosen, p.new_full(chosen.shape, -1.0))
+                if own is not None:
+                    own[part] = p[:, ids].to(x.dtype)
+                    p[:, ids] = 0.0
                 dx[part] = p.to(x.dtype) @ weight
-                if R is not None:
-                    dx[part] += own @ R
-        ctx.save_for_backward(dx, dR)
-        return loss
+        if dx is not None and own is not None and R is not None:
+            dx += own @ R
+        ctx.save_for_backward(dx, own, None if own is None else x)
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dx, dR = ctx.saved_tensors
-        return (
-            None if dx is None else dx * dloss.to(dx.dtype), None, None, None, None,
-            None if dR is None else dR * dloss,
-        )  # fmt: skip
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx, own, x = ctx.saved_tensors
+        scale = dlosses.to(dx.dtype).unsqueeze(1)
+        dR = None if own is None else ((own * scale).T @ x).float()
+        return dx * scale, None, None, None, None, dR
 
 
 def loss_head(model: nn.Module) -> nn.Linear | None:
@@ -97,16 +92,16 @@ def _returns_head_output(forward: Callable[..., Any]) -> bool:
 
 @contextmanager
 def loss_inside(head: nn.Linear, learned: Tensor, targets: Tensor) -> Iterator[None]:
-    """Within this context the head returns, in place of logits, the summed loss of the `learned`
-    positions (batch, length − 1) with these `targets`. It runs where the model calls the head, when
-    a sharder has gathered its weight."""
+    """Within this context the head returns, in place of logits, the losses of the `learned`
+    positions of (batch, length − 1), in their order, with these `targets`. It runs where
+    the model calls the head, when a sharder has gathered its weight."""
 
     def forward(hidden: Tensor) -> Tensor:
         x, trained = hidden[:, :-1][learned], rows_of(head)
         rows = (None, None) if trained is None else (trained.ids, trained.values)
-        loss = _LinearCrossEntropy.apply(x, head.weight, head.bias, targets, *rows)
-        assert isinstance(loss, Tensor)
-        return loss
+        losses = _LinearCrossEntropy.apply(x, head.weight, head.bias, targets, *rows)
+        assert isinstance(losses, Tensor)
+        return losses
 
     own = vars(head).get("forward")  # of a head with trained rows
     head.forward = forward  # type: ignore[assignment,method-assign]

@@ -133,7 +133,9 @@ class SequenceClassification(Task):
         loss = F.cross_entropy(logits, batch.targets, reduction="sum", ignore_index=IGNORED)
         return loss, logits.detach().argmax(-1)
 
-    def metrics(self, predictions: Sequence[Any], labels: Sequence[float]) -> dict[str, float]:
+    def metrics(
+        self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int] = ()
+    ) -> dict[str, float]:
         """Accuracy, F1 (of label 1 where there are two, else macro), Matthews; or correlations."""
         if self.is_regression:
             from scipy import stats  # takes a second to import

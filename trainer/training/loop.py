@@ -60,7 +60,8 @@ def train(run: Run) -> None:
             clock.count(done.tokens)
             last = progress.step == training.steps
             training.recorder.advance(progress.step, done.update.loss, skipped=done.update.skipped)
-            if last or _due(config.log.every, progress.step):
+            # The first loss is the untrained model's: what the end is judged by.
+            if last or progress.step == 1 or _due(config.log.every, progress.step):
                 _log(run, done, clock)
                 clock = Clock()
             if progress.skipped_in_a_row >= min(config.optim.max_skipped_steps, training.steps):

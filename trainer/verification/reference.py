@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.layers.base import PackedLayer
+from adapters.peft_export import Part, merged
 from adapters.units import transformer_blocks
 from trainer.distributed.failures import is_lost_connection
 from trainer.errors import UserError, first_line
@@ -206,6 +207,11 @@ def plain_value(model: nn.Module, name: str, dtype: torch.dtype, *, keeps: bool)
     if not isinstance(layer, PackedLayer):
         return held.detach() if keeps and not trained else held.detach().to(dtype)
     value = layer.dequantised(dtype)
+    for index, adapted in layer.adapted_layers.items():
+        if adapted.frozen is not None:  # an earlier stage's, a part of what is started from
+            value = value.clone()
+            matrix = value if index is None else value[index]
+            matrix.copy_(merged(matrix, [Part(adapted.frozen)]))
     return value.mT if layer.transposed else value  # the plain model holds (in, out)
 
 

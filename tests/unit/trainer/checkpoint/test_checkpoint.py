@@ -22,7 +22,7 @@ from trainer.run.run import run
 def finished(tmp_path_factory):
     """A folder with a finished run of six steps, with checkpoints at 2, 4 and 6."""
     tmp = tmp_path_factory.mktemp("finished")
-    with patch("trainer.run.run.draw_loss"):
+    with patch("trainer.run.finish.draw_loss"):
         run(quick_config(tmp, "run.steps=6", "checkpoint.every=2"), World())
     return tmp
 

@@ -24,7 +24,7 @@ OPTIONS = [
 
 
 def test_a_run_of_the_version_before_goes_on_to_the_same_losses(tmp_path):
-    with patch("trainer.run.run.draw_loss"):
+    with patch("trainer.run.finish.draw_loss"):
         run(quick_config(tmp_path, *OPTIONS, "run.name=whole"), World())
         shutil.copytree(KEPT, tmp_path / "runs/kept")
         before = (KEPT / "metrics.jsonl").read_text()
@@ -44,7 +44,7 @@ def test_a_run_of_the_version_before_is_exported(tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("finished")
-    with patch("trainer.run.run.draw_loss"):
+    with patch("trainer.run.finish.draw_loss"):
         run(config(tmp), World())
     return tmp
 

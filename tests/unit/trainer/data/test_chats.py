@@ -17,8 +17,8 @@ from tests.unit.trainer.data.chat_templates import CHATML, END_OF_TURN, LLAMA3, 
 from tests.unit.trainer.tasks.tokenizers_of_all_kinds import byte_level
 from trainer.config.data_options import DataOptions
 from trainer.data import chats as chats_module
-from trainer.data.chats import chats
 from trainer.data.dataset import TokenDataset
+from trainer.data.formats import to_records
 from trainer.data.loader import left_out
 from trainer.data.sources import read_rows
 from trainer.data.tokenise import prepare
@@ -43,7 +43,8 @@ def options(**keys: Any) -> DataOptions:
 
 def examples(template: str, messages: list, row: dict | None = None, **keys: Any) -> list[list]:
     TOKENIZER.chat_template = template
-    return chats({"messages": messages, **(row or {})}, options(**keys), TOKENIZER)
+    row = {"messages": messages, **(row or {})}
+    return [record.segments for record in to_records(row, "messages", options(**keys), TOKENIZER)]
 
 
 def learned(segments: list) -> list[str]:
@@ -128,8 +129,8 @@ def test_many_turns_are_found_as_few_are(family: str, contents: list, forged: bo
 
 def test_many_turns_need_few_renderings() -> None:
     messages = [m for i in range(40) for m in (user(f"q{i}"), assistant(f"a{i}"))]
-    applied = mock.Mock(side_effect=chats_module._apply)
-    with mock.patch.object(chats_module, "_apply", applied):
+    applied = mock.Mock(side_effect=chats_module.render)
+    with mock.patch.object(chats_module, "render", applied):
         (segments,) = examples(CHATML, messages)
     assert len(learned(segments)) == 40 and applied.call_count <= 8
 

@@ -233,7 +233,8 @@ def test_messages(tmp_path: Path, chat: CausalLM) -> None:
     ("messages", "reason"),
     [
         ([], "messages: no messages"),
-        ("hello", "messages: no messages"),
+        ("hello", "messages: a text that is no JSON; accepted: a list, or its JSON"),
+        ({"role": "user"}, "messages holds a dict; accepted: a list"),
         ([{"role": "user", "content": "a"}], "messages: no assistant message"),
         ([{"role": "user"}], "messages[0]: no message with role and content"),
         (["a"], "messages[0]: no message with role and content"),

@@ -24,7 +24,7 @@ def finished(tmp_path_factory):
     config = quick_config(
         tmp, "run.steps=2", "checkpoint.every=1", "method.rank=2", "data.eval=null"
     )
-    with patch("trainer.run.run.draw_loss"):
+    with patch("trainer.run.finish.draw_loss"):
         run(config, World())
     exported = []
     for checkpoint in store.complete(config.run_folder / "checkpoints"):

@@ -273,7 +273,7 @@ def test_templates_of_the_data_are_no_code(tmp_path):
     path = str(tmp_path / "d.jsonl")
     options = DataOptions(train=path, prompt="{prompt} {prompt.__class__} {0}")
     ((_, row),) = read_rows(path, "train", options, None)
-    from trainer.data.records import BadRecord, to_records
+    from trainer.data.formats import BadRecord, to_records
 
     with pytest.raises(BadRecord, match="no column '0'"):
         to_records(row, "prompt_completion", options, None)

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 from tests.helpers import ROOT, TINY, environment, losses, quick_config
 from trainer.config.data_options import DataOptions
-from trainer.data import chats
+from trainer.data import templates
+from trainer.data.formats import to_records
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.records.heartbeat import read_heartbeat
@@ -93,7 +94,7 @@ def test_any_other_panic_is_one_line_too():
 
 def test_a_chat_template_that_loops_is_ended(monkeypatch):
     """Whatever it catches; and what takes less time is not."""
-    monkeypatch.setattr(chats, "_SECONDS", 0.3)
+    monkeypatch.setattr(templates, "_SECONDS", 0.3)
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     body = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -101,10 +102,10 @@ def test_a_chat_template_that_loops_is_ended(monkeypatch):
     tokenizer.chat_template = loops + body
     began = time.process_time()
     with pytest.raises(UserError, match=r"does not end within 0\.3 s; accepted: a template"):
-        chats.chats(row, DataOptions(train="x"), tokenizer)
+        to_records(row, "messages", DataOptions(train="x"), tokenizer)
     assert time.process_time() - began < 20
     assert sum(range(10**6)) == 499999500000, "nothing is raised later"
     tokenizer.chat_template = body
-    monkeypatch.setattr(chats, "_SECONDS", 60.0)
-    (segments,) = chats.chats(row, DataOptions(train="x"), tokenizer)
-    assert "".join(text for text, _ in segments) == "ab"
+    monkeypatch.setattr(templates, "_SECONDS", 60.0)
+    (record,) = to_records(row, "messages", DataOptions(train="x"), tokenizer)
+    assert "".join(text for text, _ in record.segments) == "ab"

@@ -25,7 +25,7 @@ def config(tmp, *more):
 
 @pytest.fixture(scope="module", autouse=True)
 def without_figures():
-    with patch("trainer.run.run.draw_loss"):
+    with patch("trainer.run.finish.draw_loss"):
         yield
 
 

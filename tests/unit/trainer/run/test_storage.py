@@ -53,7 +53,7 @@ def finished(tmp_path_factory):
         honest(descriptor)
 
     before = os.umask(0o027)
-    with patch("trainer.run.run.draw_loss"), patch.object(os, "fsync", fsync):
+    with patch("trainer.run.finish.draw_loss"), patch.object(os, "fsync", fsync):
         run(config(tmp), World())
     os.umask(before)
     return tmp, synced
