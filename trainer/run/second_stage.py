@@ -26,7 +26,13 @@ from trainer.config.config import Config
 from trainer.config.validation import local
 from trainer.distributed.world import World
 from trainer.errors import UserError, refuse_mismatch
-from trainer.export.export import saved_adapters, saved_config, saved_heads, saved_initial
+from trainer.export.export import (
+    saved_adapters,
+    saved_config,
+    saved_heads,
+    saved_initial,
+    saved_rows,
+)
 from trainer.export.peft_folder import PeftFolder, is_adapter, read_peft_folder
 from trainer.model.backbone import BuiltModel, class_name
 from trainer.session import Session
@@ -133,6 +139,8 @@ class SecondStage:
             labels = session.task.labels_state()
             if self._heads and saved.state["labels"] not in ({}, labels):
                 raise self._refuse("was trained for other labels", "the same labels in the data")
+            for path, rows in saved_rows(saved.tensors).items():
+                session.backbone.token_rows[path].values.data.copy_(rows)
         if saved is not None and self._resumes_method:
             load_learned(session, saved.checkpoint, saved.tensors)
         for name, adapter in self._taken_over.items():
@@ -175,6 +183,13 @@ class SecondStage:
 
     def _check(self, built: BuiltModel, earlier: _Earlier) -> None:
         """Raises UserError naming what this model does not take."""
+        if self._saved is not None:
+            then = saved_config(self._saved.state).model.added_tokens
+            if then != self.config.model.added_tokens and (then or self._resumes_method):
+                raise self._refuse(
+                    f"was trained with model.added_tokens: {then}",
+                    f"the same in place of {self.config.model.added_tokens}",
+                )
         model, layers = class_name(built.model), built.adapted_layers
         for name, adapter in [*earlier.trained.items(), *earlier.frozen.items()]:
             layer = layers.get(name)
