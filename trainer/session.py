@@ -18,6 +18,7 @@ from trainer.data.cache import cache_root
 from trainer.data.dataset import TokenDataset
 from trainer.data.held_out import hold_out
 from trainer.data.mixture import prepare_training
+from trainer.data.templates import read_anew
 from trainer.data.tokenise import prepare, read_labels
 from trainer.distributed.watchdog import Watchdog
 from trainer.distributed.world import World
@@ -95,6 +96,7 @@ def open_data(
 ) -> tuple["PreTrainedTokenizerBase", Task, TokenDataset, TokenDataset | None]:
     """Tokenizer, task and tokenised data. Local rank 0 tokenises, then the others read its cache.
     `stop` raises where this rank is asked to stop. Collective; it may take any time."""
+    read_anew()
     with world.all_or_none(world.patience(stop)):
         tokenizer = load_tokenizer(config.model)
         task = TASKS[config.task.kind](config.task, tokenizer)

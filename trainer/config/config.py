@@ -88,6 +88,13 @@ class Config(Section):
                     f"{key}.format: {own.format} given with task.kind={self.task.kind}; "
                     f"accepted: auto, {', '.join(self.task.data_formats)}"
                 )
+        if "text" not in self.task.data_formats:
+            for key, value in (("on_long_record", "split"), ("truncate", "prompt")):
+                if getattr(self.data, key) == value:
+                    raise ValueError(
+                        f"data.{key}: {value} given with task.kind={self.task.kind}; accepted: "
+                        f"{DataOptions.model_fields[key].default}"
+                    )
         if self.run.eval_every and self.data.eval is None:
             raise ValueError(
                 f"run.eval_every: {self.run.eval_every} given without data.eval; accepted: 0"
@@ -198,4 +205,16 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
                 f"override {override!r}: {part} is not a section; accepted: section.key=value"
             )
         section = inner
-    section[path[-1]] = parse_yaml(text, f"override {override!r}")
+    section[path[-1]] = _value(key, text)
+
+
+def _value(key: str, text: str) -> Any:
+    """The value of an override. Raises UserError."""
+    try:
+        return parse_yaml(text, f"override {f'{key}={text}'!r}")
+    except UserError as error:
+        if "{" not in text or text.startswith(('"', "'")):
+            raise
+        raise UserError(
+            f"{error}; a template needs quotes inside those of the shell: {key}='\"{text}\"'"
+        ) from error

@@ -34,9 +34,10 @@ class SourceOptions(Section):
     """Configuration name of a hub data set."""
     revision: str | None = None
     """Commit or tag of a hub data set."""
-    format: Literal["auto", "prompt_completion", "alpaca", "messages", "text", "classification"] = (
-        "auto"
-    )
+    format: Literal[
+        "auto", "prompt_completion", "alpaca", "messages", "text", "classification",
+        "multiple_choice", "commonsense",
+    ] = "auto"  # fmt: skip
     """Format of the records; auto: inferred from the columns."""
     prompt: str = "prompt"
     """Column, or template such as `"{question}\\n"`, of the prompt."""
@@ -80,7 +81,16 @@ class SourceOptions(Section):
     """Put the end token after a text, and learn it; auto: where there is one. Never doubled. Chats:
     as the template."""
     label: str = "label"
-    """Label column of format `classification`."""
+    """Label column of formats `classification` and `multiple_choice` (one of `choice_labels`, or
+    the text of a choice)."""
+    choices: str | list[str] = "choices"
+    """Choices of format `multiple_choice`: a column with a list of texts, or with `text` and
+    `label` lists; or a list of columns or templates, one for each choice."""
+    choice_labels: list[str] | None = None
+    """Labels of the choices, in order; none: those that come with them, else 0, 1, …"""
+    answers: Literal["texts", "names"] = "texts"
+    """Choices of format `commonsense` (the json files of LLM-Adapters): the texts of the answers
+    ("a bacterial population"), or the sentence that names one ("the correct answer is answer2")."""
     columns: list[str] | None = None
     """Column names of csv and tsv files without a header line."""
     quoting: Literal["standard", "none"] = "standard"
@@ -132,8 +142,17 @@ class DataOptions(SourceOptions):
     """Split to evaluate on, likewise."""
     max_length: int = Field(1024, gt=1)
     """Maximum sequence length in tokens."""
-    on_long_record: Literal["truncate", "drop", "stop"] = "truncate"
-    """Handling of longer records. A record whose prompt alone is too long is a bad record."""
+    on_long_record: Literal["truncate", "split", "drop", "stop"] = "truncate"
+    """Handling of longer records: cut them (`truncate` says where), cut plain text into pieces of
+    max_length, leave them out and count them, or end the run. Of a longer record that is no plain
+    text, `split` ends the run."""
+    truncate: Literal["end", "prompt"] = "end"
+    """What a longer record loses. end: its last tokens; a record whose prompt alone is too long is
+    a bad record. prompt: the first tokens of its prompt, that is of what precedes the first learned
+    token, but for the begin token; and its end only if that is not enough."""
+    overlap: int = Field(0, ge=0)
+    """With `on_long_record: split`: tokens of a piece that the next one begins with, as context;
+    they are not learned again."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """Handling of invalid records: stop with file, line and reason, or skip and count them."""
     eval_records: int | None = Field(None, gt=0)
@@ -272,6 +291,7 @@ class DataOptions(SourceOptions):
                 f"data.micro_batches_multiple_of: {self.micro_batches_multiple_of} given without "
                 "data.micro_batch_tokens; accepted: null"
             )
+        self._check_length()
         if self.row_lengths != "auto" and self.row_lengths < 0:
             raise ValueError(
                 f"data.row_lengths: {self.row_lengths} given; accepted: auto, or at least 0"
@@ -289,3 +309,26 @@ class DataOptions(SourceOptions):
                 "records to evaluate on"
             )
         return self
+
+    def _check_length(self) -> None:
+        how = self.on_long_record
+        if how == "split" and self.format not in ("auto", "text"):
+            raise ValueError(
+                f"data.on_long_record: split given with data.format={self.format}; accepted: plain "
+                "text, or truncate, drop, stop"
+            )
+        if self.overlap and how != "split":
+            raise ValueError(
+                f"data.overlap: {self.overlap} given with data.on_long_record={how}; accepted: 0, "
+                "or data.on_long_record=split"
+            )
+        if self.overlap >= self.max_length:
+            raise ValueError(
+                f"data.overlap: {self.overlap} given; accepted: less than data.max_length "
+                f"({self.max_length})"
+            )
+        if self.truncate == "prompt" and how != "truncate":
+            raise ValueError(
+                f"data.truncate: prompt given with data.on_long_record={how}; accepted: end, or "
+                "data.on_long_record=truncate"
+            )

@@ -43,7 +43,20 @@ def _explain(prefix: str, error: ErrorDetails, kind: type[BaseModel]) -> str:
     accepted = _accepted(kind, fields, error["msg"])
     if error["type"] == "literal_error":
         accepted += _nearest(error["input"], re.findall(r"'(\w+)'", accepted))
+    if isinstance(error["input"], dict) and str in _members(kind, fields):
+        accepted += (
+            f"; a template needs quotes, since YAML reads {{…}} as a mapping: '{{column}}' in a "
+            f"file, {key}='\"{{column}}\"' in a shell"
+        )
     return f"{key}: {error['input']!r} given; accepted: {accepted}"
+
+
+def _members(kind: type[BaseModel], path: list[str]) -> tuple[Any, ...]:
+    """The types that a field accepts."""
+    field = kind.model_fields.get(path[0]) if path else None
+    if field is None:
+        return ()
+    return typing.get_args(field.annotation) or (field.annotation,)
 
 
 def _section_of(kind: type[BaseModel], name: str) -> type[BaseModel] | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from adapters.options import Section
 from trainer.config.data_options import DataOptions, SourceNames
 from trainer.config.validation import local
 from trainer.data.dataset import COUNTS, TOKENS
@@ -18,6 +19,12 @@ from trainer.data.templates import templates_of
 from trainer.tasks.base import Task
 
 _VERSION = 2  # of the cached file; raise it when `Example` or an encoding changes
+_ALWAYS = {
+    "subset", "revision", "train_split", "eval_split", "format", "prompt", "completion", "text",
+    "messages", "tools", "turns", "add_bos", "add_eos", "label", "columns", "quoting",
+    "max_length", "on_long_record", "on_bad_record", "kind", "loss_on", "problem",
+}  # fmt: skip
+"""Options that enter the key whatever their value; no new ones."""
 _LOOK = 0.2  # seconds between two looks whether to stop
 
 
@@ -66,21 +73,8 @@ def lock(folder: Path, check: Callable[[], None], say: Callable[[str], None]) ->
         held.release()
 
 
-def former_key(
-    named: str, source: SourceNames, split: str, limit: int | None, options: DataOptions, task: Task
-) -> str:
-    """`TokenDataset.key` of the version before, into which a file's path went too: `named`, as the
-    data was called then."""
-    return cache_key(source, split, limit, options, task, named)
-
-
 def cache_key(
-    source: SourceNames,
-    split: str,
-    limit: int | None,
-    options: DataOptions,
-    task: Task,
-    named: str | None = None,
+    source: SourceNames, split: str, limit: int | None, options: DataOptions, task: Task
 ) -> str:
     """Digest of everything that tokenisation depends on; options of batching are excluded. A file
     is its content, wherever it lies."""
@@ -104,23 +98,31 @@ def cache_key(
     }
     limits = {"train_records", "eval_records"}
     template = {"chat_template", "template_arguments"}  # its text counts, not where it lies
-    # Keys that older versions did not have: where they are not used, what those wrote is the same.
-    newer = ("message_fields", "roles", "as_chat", "system")
-    unset = {key for key in newer if not getattr(options, key)}
     parts = [
         _VERSION,
-        named or name,
+        name,
         content,
         *more,
         limit,
-        options.model_dump(exclude=batching | limits | template | unset),
-        task.options.model_dump(),
+        _given(options, batching | limits | template),
+        _given(task.options, set()),
         task.labels_state(),
         _tokenizer_state(task.tokenizer),
         templates_of(task.tokenizer, options),
         [task.pad_token_id, task.tokenizer.bos_token_id, task.tokenizer.eos_token_id],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _given(options: Section, left_out: set[str]) -> dict[str, Any]:
+    """The options that enter a key: those that always did, and later ones where they differ from
+    their default, so that a new option makes no other data of what is there."""
+    fields = type(options).model_fields
+    return {
+        name: value
+        for name, value in options.model_dump(exclude=left_out).items()
+        if name in _ALWAYS or value != fields[name].get_default(call_default_factory=True)
+    }
 
 
 def _tokenizer_state(tokenizer: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trainer.config.data_options import SourceOptions
 from trainer.data.chats import chats
+from trainer.data.choices import commonsense, multiple_choice
 from trainer.data.messages import Conversation, conversation, from_json, no_column, tools_of
 from trainer.errors import BadRecord
 from trainer.tasks.base import Record, Task
@@ -34,6 +35,9 @@ def detect_format(row: dict, options: SourceOptions, task: Task) -> str:
         return options.format
     if len(task.options.data_formats) == 1:
         return task.options.data_formats[0]
+    if "commonsense" in task.options.data_formats:
+        is_commonsense = {"instruction", "output", "answer"} <= row.keys()
+        return "commonsense" if is_commonsense else "multiple_choice"
     _refuse_preferences(row, options)
     if _messages_column(row, options) in row:
         return "messages"
@@ -71,6 +75,13 @@ def to_records(row: dict, kind: str, options: SourceOptions, tokenizer: Any) -> 
             Record(segments, add_bos=False, add_eos=False)
             for segments in chats(chat, options, tokenizer)
         ]
+    elif kind == "multiple_choice":
+        _refuse_chat_options(kind, options)
+        found = multiple_choice(row, options, _part)
+    elif kind == "commonsense":
+        _refuse_chat_options(kind, options)
+        *_, (asked, _), _ = _alpaca(row, options, tokenizer)
+        found = commonsense(row, options, asked)
     else:
         found = [_record(row, kind, options, tokenizer)]
     try:  # JSON can hold lone surrogates, which no tokenizer accepts

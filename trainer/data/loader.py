@@ -51,10 +51,12 @@ class Loader:
         self, data: TokenDataset, task: Task, options: DataOptions, seed: int, rank: int,
         world: int, left_out: Sequence[int] | np.ndarray = (), rows: Rows = Rows(),  # noqa: B008
     ):  # fmt: skip
-        self._records = np.setdiff1d(np.arange(len(data)), left_out)
+        # Examples without loss are for evaluation: choices that are not the right one.
+        unused = np.union1d(np.asarray(left_out, dtype=int), np.flatnonzero(data.weights == 0))
+        self._records = np.setdiff1d(np.arange(len(data)), unused)
         self._mixed: MixedOrder | None = None
         if isinstance(data, MixedDataset):
-            self._mixed = MixedOrder(data, np.asarray(left_out), seed, options.shuffle)
+            self._mixed = MixedOrder(data, unused, seed, options.shuffle)
         self.data, self.task, self.options = data, task, options
         self.seed, self.rank, self.world = seed, rank, world
         self.epoch, self.offset = 0, 0  # of the next sequence

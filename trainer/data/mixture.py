@@ -7,6 +7,7 @@ again and again, every pass shuffled anew, also where an epoch of the mixture en
 one. So the order depends on the seed only, and `until` only says where epochs end.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -52,6 +53,12 @@ class MixedDataset(TokenDataset):
         )
         keys = [[source.data.key, source.weight] for source in sources]
         self.key = hashlib.sha256(json.dumps([keys, until]).encode()).hexdigest()[:32]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Digest of all examples and of their shares."""
+        parts = [[source.data.digest, source.weight] for source in self.sources]
+        return hashlib.sha256(json.dumps([parts, self.until]).encode()).hexdigest()[:32]
 
     def __getitem__(self, index: int) -> Example:
         source = int(self.source_of(np.array(index)))

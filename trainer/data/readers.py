@@ -46,7 +46,7 @@ def read_file(path: Path, options: SourceOptions, extent: Extent) -> Iterator[tu
     elif suffix == ".jsonl":
         yield from _json_lines(path, extent)
     elif suffix == ".json":
-        yield from _json_list(path, extent)
+        yield from (_json_lines if _is_lines(path) else _json_list)(path, extent)
     elif suffix == ".txt":
         yield from _paragraphs(path, extent)
     else:
@@ -127,16 +127,30 @@ def _json_lines(path: Path, extent: Extent) -> Iterator[tuple[int, Row]]:
             yield line, BadRecord(f"broken JSON ({error})")
 
 
+def _is_lines(path: Path) -> bool:
+    """Whether a file called .json holds an object a line, as .jsonl does."""
+    first = next((text for _, text in _lines(path) if text.strip()), "")
+    try:
+        return first.lstrip().startswith("{") and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _json_list(path: Path, extent: Extent) -> Iterator[tuple[int, Row]]:
     text = "".join(line for _, line in _lines(path))
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from error
+        mixed = error.msg == "Extra data"
+        more = "; accepted: one list of records, or an object a line" if mixed else ""
+        raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg}){more}") from error
     except (ValueError, RecursionError) as error:  # a huge number, or nested too deep
         raise UserError(f"{path}: broken JSON ({error})") from error
     if not isinstance(rows, list):
-        raise UserError(f"{path}: a JSON {type(rows).__name__}; accepted: a list of records")
+        raise UserError(
+            f"{path}: a JSON {type(rows).__name__}; accepted: a list of records, or an object a "
+            "line"
+        )
     yield from enumerate(map(_as_row, extent.counted(rows, len(rows))), 1)
 
 

@@ -22,6 +22,7 @@ from trainer.data.parts import Parts
 from trainer.data.sources import Row, name_of, read_rows
 from trainer.data.workers import Workers
 from trainer.errors import EXIT_USAGE, BadRecord, UserError, reason
+from trainer.files import take_place
 from trainer.tasks.base import Task
 
 _RECORDS, _CHARACTERS = 1000, 2**20
@@ -68,7 +69,7 @@ def prepare(
                 if not is_whole(folder):
                     work = Encoder(source, options, task)
                     _tokenise(work, split, limit, unfinished, shown, check)
-                    unfinished.rename(folder)
+                    take_place(unfinished, folder)  # of a damaged one, if there is any
     except OSError as error:
         raise UserError(
             f"data.cache: {folder.parent}: cannot be written ({reason(error)}); accepted: a folder "

@@ -272,7 +272,7 @@ def _resumption(start: _Start, config: Config) -> list[str]:
             f"resumed from {start.checkpoint} (made by {state['engine']} on "
             f"{state['world_size']} ranks) at step {state['step']}"
         )
-        changed = changes(state, config.model_dump(mode="json"))
+        changed = changes(state, config)
         lines += [f"changed   {change}" for change in changed]
     return lines
 
@@ -281,7 +281,7 @@ def _edited(start: _Start, config: Config) -> list[str]:
     """Keys that differ from those of the resumed run and change what it trains or reports."""
     if start.checkpoint is None:
         return []
-    return changes(start.state, config.model_dump(mode="json"), evaluation=True)
+    return changes(start.state, config, evaluation=True)
 
 
 def _loading(figures: Loading) -> str:

@@ -19,6 +19,7 @@ from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter
 from adapters.methods.registry import METHODS
 from adapters.peft_export import lora_factors, parts_by_unit, stacked
+from trainer.checkpoint.compatibility import is_another_backbone
 from trainer.checkpoint.saved import Saved, is_saved, read_on_all
 from trainer.checkpoint.state import load_learned
 from trainer.config.config import Config
@@ -66,7 +67,8 @@ class SecondStage:
         self._folder: PeftFolder | None = None
         self._taken_over: Mapping[str, GatedAdapter] = {}
         self._heads: Mapping[str, Mapping[str, Tensor]] = {}
-        self._line = ""
+        self.line = ""
+        """How it is taken over, for the log; once `frozen` was called."""
         with world.all_or_none():
             found = _kind_of(self.path)
         if found == "run":
@@ -102,17 +104,15 @@ class SecondStage:
         self._heads = earlier.heads
         count = f"{earlier.kind}, {_ranks(earlier.trained)}"
         if self._resumes_method:
-            self._line = f"goes on with {self.path} ({count})"
+            self.line = f"goes on with {self.path} ({count})"
             return earlier.frozen
         ranks = {name: adapter.rank for name, adapter in earlier.trained.items()}
         plain = _is_plain(self.config.method.kind) and _is_plain(earlier.kind)
         if plain and ranks == {unit.name: self.config.method.rank for unit in built.units}:
             self._taken_over = earlier.trained
-            self._line = f"goes on with {self.path} ({count})"
+            self.line = f"goes on with {self.path} ({count})"
             return earlier.frozen
-        self._line = (
-            f"{self.path} ({count}) stays, frozen, beside the new {self.config.method.kind}"
-        )
+        self.line = f"{self.path} ({count}) stays, frozen, beside the new {self.config.method.kind}"
         return self._all_frozen(earlier)
 
     def begin(self, session: Session) -> list[str]:
@@ -120,7 +120,7 @@ class SecondStage:
         UserError where it was made on another backbone, or for other labels."""
         saved = self._saved
         if saved is not None:
-            if saved.state["backbone"] != session.backbone.digest:
+            if is_another_backbone(session, saved.state):
                 made_on = saved.state["config"].get("model", {}).get("id")
                 raise self._refuse(
                     f"was trained on another backbone ({made_on})",
@@ -142,7 +142,7 @@ class SecondStage:
         if base is not None and Path(base).name != Path(self.config.model.id).name:
             notes.append(f"note      model.adapter: {self.path} names {base} as its base model")
         heads = f", with {', '.join(self._heads)}" if self._heads else ""
-        return [*notes, f"adapter   {self._line}{heads}"]
+        return [*notes, f"adapter   {self.line}{heads}"]
 
     def _earlier(self, built: BuiltModel) -> _Earlier:
         saved, folder = self._saved, self._folder

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from trainer.errors import UserError
-from trainer.tasks.base import IGNORED, Batch, Example, Record, Task
+from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TooLong
 from trainer.tasks.causality import attends_ahead
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
 from trainer.tasks.documents import Documents, kept_apart
-from trainer.tasks.options import CausalLMOptions
+from trainer.tasks.options import CausalLMOptions, TaskOptions
 from trainer.tasks.positions import handed, takes_positions
 from trainer.tasks.tokenisation import special_tokens, surrounded, tokenise
 
@@ -27,9 +27,14 @@ if TYPE_CHECKING:
 class CausalLM(Task):
     """Fine-tune a decoder on text."""
 
-    Options = CausalLMOptions
+    Options: ClassVar[type[TaskOptions]] = CausalLMOptions
     auto_class = AutoModelForCausalLM
     peft_task_type = "CAUSAL_LM"
+
+    @property
+    def learns_all(self) -> bool:
+        """Whether prompts are learned too."""
+        return self.options.loss_on == "all"
 
     def check_model(self, model: "PreTrainedModel") -> None:
         if attends_ahead(model):
@@ -39,32 +44,37 @@ class CausalLM(Task):
             )
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
-        tokenised = tokenise(self.tokenizer, [record.segments for record in records])
+        tokenised = tokenise(self.tokenizer, [record.segments for record in records], max_length)
         special = functools.cache(functools.partial(special_tokens, self.tokenizer))
         return [
-            self._encode(*tokens, *special(record.add_bos, record.add_eos), max_length)
+            self._encode(record, *tokens, *special(record.add_bos, record.add_eos), max_length)
             for record, tokens in zip(records, tokenised, strict=True)
         ]
 
     def _encode(
-        self, ids: list[int], learned: list[int], before: list[int], after: list[int],
-        max_length: int,
+        self, record: Record, ids: list[int], learned: list[int], before: list[int],
+        after: list[int], max_length: int,
     ) -> Example | str:  # fmt: skip
-        if self.options.loss_on == "all":
+        if self.learns_all:
             learned = [1] * len(ids)
-        is_empty = not any(learned)  # whether or not an end token is added
+        # Of a long text there is the beginning only; whether or not an end token is added.
+        is_behind = len(ids) > max_length and _has_completion(record)
+        is_empty = not any(learned)
         ids, learned = surrounded(ids, learned, before, after)
-        if self.options.loss_on == "all":
+        if self.learns_all:
             learned = [1] * len(ids)
         if learned:
             learned[0] = 0  # the first token is not predicted
-        if is_empty or not any(learned):
+        if (is_empty or not any(learned)) and not is_behind:
             return "no token to learn: the completion is empty"
         truncated = len(ids) > max_length
         ids, learned = ids[:max_length], learned[:max_length]
         weight = sum(learned)
         if weight == 0:
-            return f"the prompt alone fills data.max_length ({max_length} tokens)"
+            return TooLong(
+                f"the prompt alone fills data.max_length ({max_length} tokens); "
+                "data.truncate=prompt cuts its beginning"
+            )
         return Example(ids, learned, weight=weight, truncated=truncated)
 
     def collate(
@@ -100,20 +110,27 @@ class CausalLM(Task):
         figures = (0, 0) if empty else (weight, tokens)
         return Batch(inputs, torch.from_numpy(targets), *figures, documents=documents)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, None]:
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        return self.token_losses(model, batch).sum(), None
+
+    def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross entropy in float32 of each learned token, in order of rows and positions."""
         targets = batch.targets[:, 1:]
         learned = targets != IGNORED
         head = loss_head(model)
         if head is not None:
             with loss_inside(head, learned, targets[learned]):
-                return _logits(model, batch), None
+                return _logits(model, batch)
         logits = _logits(model, batch)[:, :-1]
         # Selected before the cast: float32 logits only where there is a loss.
-        loss = F.cross_entropy(logits[learned].float(), targets[learned], reduction="sum")
-        return loss, None
+        return F.cross_entropy(logits[learned].float(), targets[learned], reduction="none")
 
     def scores_of_loss(self, loss: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(loss, 700.0))}
+
+
+def _has_completion(record: Record) -> bool:
+    return any(is_learned and part for part, is_learned in record.segments)
 
 
 def _logits(model: Any, batch: Batch) -> Tensor:

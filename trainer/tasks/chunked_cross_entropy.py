@@ -22,13 +22,13 @@ CHUNK = 2**27
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy of x Wᵀ + b; x (rows, in), W (vocabulary, in), targets (rows)."""
+    """Cross entropy (rows) of x Wᵀ + b; x (rows, in), W (vocabulary, in), targets (rows)."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> Tensor:
-        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         needed = ctx.needs_input_grad[0]
         dx = torch.empty_like(x) if needed else None
         rows = max(1, CHUNK // weight.shape[0])
@@ -37,18 +37,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(x[part], weight, bias).float()
             total = logits.logsumexp(1, keepdim=True)
             chosen = targets[part].unsqueeze(1)
-            loss += (total - logits.gather(1, chosen)).sum()
+            losses[part] = (total - logits.gather(1, chosen)).squeeze(1)
             if dx is not None:
                 p = logits.sub_(total).exp_()
                 p.scatter_add_(1, chosen, p.new_full(chosen.shape, -1.0))
                 dx[part] = p.to(x.dtype) @ weight
         ctx.save_for_backward(*([dx] if dx is not None else []))
-        return loss
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (dx,) = ctx.saved_tensors
-        return dx * dloss.to(dx.dtype), None, None, None
+        return dx * dlosses.to(dx.dtype).unsqueeze(1), None, None, None
 
 
 def loss_head(model: nn.Module) -> nn.Linear | None:
@@ -71,15 +71,15 @@ def _returns_head_output(forward: Callable[..., Any]) -> bool:
 
 @contextmanager
 def loss_inside(head: nn.Linear, learned: Tensor, targets: Tensor) -> Iterator[None]:
-    """Within this context the head returns, in place of logits, the summed loss of the `learned`
-    positions (batch, length − 1) with these `targets`. It runs where the model calls the head, when
-    a sharder has gathered its weight."""
+    """Within this context the head returns, in place of logits, the losses of the `learned`
+    positions of (batch, length − 1), in their order, with these `targets`. It runs where
+    the model calls the head, when a sharder has gathered its weight."""
 
     def forward(hidden: Tensor) -> Tensor:
         rows = hidden[:, :-1][learned]
-        loss = _LinearCrossEntropy.apply(rows, head.weight, head.bias, targets)
-        assert isinstance(loss, Tensor)
-        return loss
+        losses = _LinearCrossEntropy.apply(rows, head.weight, head.bias, targets)
+        assert isinstance(losses, Tensor)
+        return losses
 
     head.forward = forward  # type: ignore[assignment,method-assign]
     try:

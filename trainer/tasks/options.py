@@ -12,6 +12,8 @@ class TaskOptions(Section):
     """Records have labels, which the task receives (`learn_labels`) before anything is encoded."""
     supports_packing: ClassVar[bool] = True
     """Several records may share a sequence (`data.packing`)."""
+    whole_records: ClassVar[bool] = False
+    """A record is used with all of its examples or not at all."""
     data_formats: ClassVar[tuple[str, ...]]
     """The values of `data.format` that it accepts. With a single one, `auto` means it; else
     `auto` looks at the columns."""
@@ -29,6 +31,16 @@ class CausalLMOptions(TaskOptions):
     """Name of the task."""
     loss_on: Literal["completion", "all"] = "completion"
     """Learn the completion (assistant turns) only, or the prompt too."""
+
+
+class MultipleChoiceOptions(TaskOptions):
+    """Options of `task.kind: multiple_choice`."""
+
+    data_formats = ("multiple_choice", "commonsense")
+    whole_records = True
+
+    kind: Literal["multiple_choice"] = "multiple_choice"
+    """Name of the task."""
 
 
 class SequenceClassificationOptions(TaskOptions):

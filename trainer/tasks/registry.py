@@ -16,6 +16,7 @@ TASKS: "Registry[Task, TaskOptions]" = Registry(
     __package__,
     {
         "causal_lm": (".causal_lm:CausalLM", ".options:CausalLMOptions"),
+        "multiple_choice": (".multiple_choice:MultipleChoice", ".options:MultipleChoiceOptions"),
         "sequence_classification": (
             ".sequence_classification:SequenceClassification",
             ".options:SequenceClassificationOptions",

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from trainer.errors import UserError
 from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
+from trainer.tasks.long_texts import beginning
 from trainer.tasks.options import SequenceClassificationOptions
 
 
@@ -79,6 +80,8 @@ class SequenceClassification(Task):
             return str(error)
         if self.tokenizer.sep_token is None:  # separated by a newline
             texts = ["\n".join(texts)]
+        if len(texts) == 1:
+            texts = [beginning(self.tokenizer, texts[0], max_length)]
         encoded = self.tokenizer(*texts)
         truncated = len(encoded["input_ids"]) > max_length
         if truncated:
@@ -133,7 +136,9 @@ class SequenceClassification(Task):
         loss = F.cross_entropy(logits, batch.targets, reduction="sum", ignore_index=IGNORED)
         return loss, logits.detach().argmax(-1)
 
-    def metrics(self, predictions: Sequence[Any], labels: Sequence[float]) -> dict[str, float]:
+    def metrics(
+        self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int] = ()
+    ) -> dict[str, float]:
         """Accuracy, F1 (of label 1 where there are two, else macro), Matthews; or correlations."""
         if self.is_regression:
             from scipy import stats  # takes a second to import

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,18 @@ def evaluate(session: Session) -> dict[str, float]:
         parts = _forward(session, data, records)
     scores = {"eval_loss": _mean(parts)}
     metrics = session.task.scores_of_loss(scores["eval_loss"])
-    guesses = [guess for part in parts for guess in part.predictions]
+    guesses = {
+        example: guess
+        for part in parts
+        for example, guess in zip(part.examples, part.predictions, strict=False)
+    }
     if guesses:
-        labels = [float(data.labels[record]) for part in parts for record in part.records]
-        metrics |= session.task.metrics(guesses, labels)
+        examples = sorted(guesses)
+        metrics |= session.task.metrics(
+            [guesses[example] for example in examples],
+            data.labels[examples].tolist(),
+            data.records[examples].tolist(),
+        )
     return scores | {f"eval_{name}": score for name, score in metrics.items()}
 
 
@@ -51,8 +60,8 @@ class _Part:
     index: int
     loss: float
     weight: int
-    records: list[int]
-    predictions: list[float]
+    examples: list[int]
+    predictions: list[Any]
 
 
 def _forward(

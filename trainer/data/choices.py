@@ -1,0 +1,121 @@
+"""Questions with several choices, of which one is right: a row's question, choices and label."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trainer.config.data_options import SourceOptions
+from trainer.data.messages import no_column
+from trainer.errors import BadRecord
+from trainer.tasks.base import Record
+
+Texts = Callable[[str, dict], str]
+"""(column or template, row) -> text."""
+
+_FORMAT = re.compile(r"\s*Answer format:\s*(.+?)\s*$")
+_LEAD = re.compile(r"^Please [^:]*?(?:: |, question: )")
+_NUMBERED = re.compile(r"[1-9]$")
+
+
+def multiple_choice(row: dict, options: SourceOptions, part: Texts) -> list[Record]:
+    """A record for each choice; `label`: whether it is the right one. Raises BadRecord."""
+    question = part(options.prompt, row)
+    if isinstance(options.choices, list):
+        texts, labels = [part(choice, row) for choice in options.choices], None
+    else:
+        texts, labels = _column(row.get(options.choices), options.choices)
+    labels = options.choice_labels or labels or [str(number) for number in range(len(texts))]
+    right = _right(row, options.label, texts, labels)
+    return _records(question, [f" {text}" for text in texts], right, options)
+
+
+def commonsense(row: dict, options: SourceOptions, asked: str) -> list[Record]:
+    """LLM-Adapters' form: the answers stand in the instruction, and their names at its end.
+    `asked`: the instruction in Alpaca's form, for `data.answers: names`."""
+    for column in ("instruction", "output", "answer"):
+        if not isinstance(row.get(column), str):
+            raise BadRecord(no_column(column, row) if column not in row else f"{column}: no text")
+    instruction, answer = row["instruction"], row["answer"]
+    found = _FORMAT.search(instruction)
+    if found is None:
+        raise BadRecord("instruction has no 'Answer format: …' at its end")
+    names = found.group(1).split("/")
+    if answer not in names:
+        raise BadRecord(f"answer {answer!r}; accepted: one of {', '.join(names)}")
+    right = names.index(answer)
+    if options.answers == "names":
+        sentence = row["output"]
+        if answer not in sentence:
+            raise BadRecord(f"output does not name the answer {answer!r}")
+        before, _, after = sentence.rpartition(answer)
+        texts = [f"{before}{name}{after}" for name in names]
+        return _records(asked, texts, right, options)
+    body = _LEAD.sub("", instruction[: found.start()])
+    question, texts = _answers(body, names)
+    texts = [f" {text}" for text in texts]
+    return _records(f"Question: {question}\nAnswer:", texts, right, options)
+
+
+def _answers(body: str, names: Sequence[str]) -> tuple[str, list[str]]:
+    """The question and the texts of the answers of `Question Answer1: … Answer2: …`; names without
+    numbers (true, false) are the answers themselves."""
+    if not all(_NUMBERED.search(name) for name in names):
+        return body.strip(), list(names)
+    marks = [re.escape(name[0].upper() + name[1:]) + ":" for name in names]
+    found = re.fullmatch(
+        r"(.*?)\s*" + r"\s+".join(rf"{mark}\s*(.*?)" for mark in marks), body, re.DOTALL
+    )
+    if found is None:
+        raise BadRecord(f"instruction does not have {', '.join(names)} in this order")
+    question, *texts = (text.strip() for text in found.groups())
+    return question, texts
+
+
+def _column(value: Any, column: str) -> tuple[list[str], list[str] | None]:
+    """Texts and labels of a column of choices."""
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        labels = value.get("label")
+        return _texts(value["text"], column), None if labels is None else _texts(labels, column)
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        texts = [one.get("text") for one in value]
+        labels = [one.get("label") for one in value]
+        return _texts(texts, column), None if None in labels else _texts(labels, column)
+    if isinstance(value, list):
+        return _texts(value, column), None
+    raise BadRecord(f"{column} holds a {type(value).__name__}; accepted: a list of texts")
+
+
+def _texts(values: list, column: str) -> list[str]:
+    for value in values:
+        if not isinstance(value, str | int | float):
+            raise BadRecord(f"{column} holds a {type(value).__name__} among its texts")
+    return [str(value) for value in values]
+
+
+def _right(row: dict, column: str, texts: Sequence[str], labels: Sequence[str]) -> int:
+    """Index of the right choice."""
+    value = row.get(column)
+    if len(labels) < len(texts):
+        raise BadRecord(f"{len(texts)} choices for {len(labels)} labels ({', '.join(labels)})")
+    # JSON's true is "true" in a list of labels, but 1 where choices are numbered.
+    for given in [str(value).lower(), str(int(value))] if isinstance(value, bool) else [str(value)]:
+        for known in (labels[: len(texts)], texts):
+            if list(known).count(given) == 1:
+                return list(known).index(given)
+    raise BadRecord(
+        f"{column} is {value!r}; accepted: {', '.join(labels[: len(texts)])}, or a choice"
+    )
+
+
+def _records(
+    question: str, texts: Sequence[str], right: int, options: SourceOptions
+) -> list[Record]:
+    if len(texts) < 2:
+        raise BadRecord(f"{len(texts)} choices; accepted: two or more")
+    return [
+        Record(
+            [(question, False), (text, True)],
+            label=float(index == right), add_bos=options.add_bos, add_eos=options.add_eos,
+        )
+        for index, text in enumerate(texts)
+    ]  # fmt: skip

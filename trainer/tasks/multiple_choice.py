@@ -1,0 +1,99 @@
+"""Choose one of several texts by their likelihood: train on the right one, score all of them.
+
+A record gives one example per choice, the question with the choice as its completion. Only the
+right choice is learned. In an evaluation a choice's score is log p(choice | question), summed over
+its tokens, as it is (`accuracy`) or per byte of the choice (`accuracy_norm`), which does not favour
+short choices: `acc` and `acc_norm` of EleutherAI's harness.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.tasks.base import Batch, Example, Record
+from trainer.tasks.causal_lm import CausalLM
+from trainer.tasks.options import MultipleChoiceOptions
+
+
+@dataclass
+class Choices(Batch):
+    """A micro-batch of choices, in order of rows and positions."""
+
+    tokens_of: list[int] = field(default_factory=list)
+    """Learned tokens of each choice."""
+    right: list[bool] = field(default_factory=list)
+    """Whether each is the right one."""
+
+
+class MultipleChoice(CausalLM):
+    """Fine-tune a decoder to give the right choice the highest likelihood."""
+
+    Options = MultipleChoiceOptions
+    learns_all = False
+
+    def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
+        """Each record is one choice; its label is whether it is the right one. A choice that does
+        not fit loses the beginning of its question."""
+        plain = [replace(record, add_eos=record.add_eos is True) for record in records]
+        encoded = super().encode(plain, sys.maxsize)
+        return [
+            found if isinstance(found, str) else self._choice(found, record, max_length)
+            for found, record in zip(encoded, records, strict=True)
+        ]
+
+    def _choice(self, example: Example, record: Record, max_length: int) -> Example | str:
+        cut = len(example.input_ids) - max_length
+        if cut > 0:
+            if example.weight >= max_length:
+                return f"a choice alone fills data.max_length ({max_length} tokens)"
+            ids, learned = example.input_ids[cut:], example.loss_mask[cut:]
+            example = replace(example, input_ids=ids, loss_mask=learned, truncated=True)
+        length = sum(len(text.strip().encode()) for text, learned in record.segments if learned)
+        weight = example.weight if record.label else 0
+        return replace(example, label=float(length), weight=weight)
+
+    def collate(
+        self, sequences: Sequence[Sequence[Example]], *, empty: bool = False, width: int = 0
+    ) -> Choices:
+        batch = super().collate(sequences, empty=empty, width=width)
+        examples = [example for packed in sequences for example in packed]
+        tokens = [0 if empty else sum(example.loss_mask) for example in examples]
+        return Choices(**vars(batch), tokens_of=tokens, right=[e.weight > 0 for e in examples])
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(loss of the right choices, (choices, 2): log-likelihood and whether it is the right
+        one)"""
+        assert isinstance(batch, Choices)
+        losses = torch.stack([
+            part.sum() for part in self.token_losses(model, batch).split(batch.tokens_of)
+        ])  # fmt: skip
+        right = torch.tensor(batch.right, device=losses.device)
+        return losses[right].sum(), torch.stack([-losses.detach(), right.to(losses.dtype)], -1)
+
+    def metrics(
+        self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
+    ) -> dict[str, float]:
+        """`accuracy`, `accuracy_norm`, and half the width of their 95 % intervals (normal
+        approximation)."""
+        rows = zip(records, predictions, labels, strict=True)
+        questions = [
+            [(score, score / length, is_right) for _, (score, is_right), length in choices]
+            for _, choices in groupby(rows, key=lambda row: row[0])
+        ]
+        number = len(questions)
+        found = {
+            name: sum(max(q, key=itemgetter(column))[2] for q in questions) / number
+            for name, column in (("accuracy", 0), ("accuracy_norm", 1))
+        }
+        intervals = {
+            f"{name}_interval": 1.96 * math.sqrt(share * (1 - share) / number)
+            for name, share in found.items()
+        }
+        return found | intervals
