@@ -29,6 +29,7 @@ def configuration(tmp: Path, engine: str, name: str, *more: str) -> Config:
         {
             "train": f"{data}/commonsense/*/test.json",
             "weight": 2,
+            "format": "prompt_completion",
             "prompt": "{answer}: ",
             "completion": "output",
         },

@@ -74,6 +74,7 @@ def dry_run(config: Config, world: World) -> str:
         f"  trainable state   {readable(needs.trainable)}",
         f"  total             {readable(needs.total)}",
         *([f"note                {backbone.left_out}"] if backbone.left_out else []),
+        *([f"note                {backbone.added}"] if backbone.added else []),
         *(f"note                {note}" for note in notes),
     ]
     first = records_as_tokens(train_data, tokenizer, 1, colour=False)

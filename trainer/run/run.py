@@ -241,6 +241,7 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
         ),
         *(f"note      {left}" for left in session.backbone.left_alone),
         *([f"note      {left_out}"] if (left_out := session.backbone.left_out) else []),
+        *([f"note      {added}"] if (added := session.backbone.added) else []),
         *(
             ["note      weights are stored as MXFP4, read as bfloat16"]
             if session.backbone.loading.mxfp4
