@@ -1,5 +1,6 @@
 """Names of the files in a run folder; atomic replacement, sync and SHA-256 of files."""
 
+import errno
 import hashlib
 import os
 import secrets
@@ -69,11 +70,23 @@ def new_folder(folder: Path) -> Iterator[Path]:
                 file.chmod(mode)
             sync(file)
         sync(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        take_place(partial, folder)
         sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def take_place(partial: Path, folder: Path) -> None:
+    """Rename a folder, in place of one that is there. Raises OSError with the remedy where that one
+    cannot be deleted whole (such as one that another user's files are in)."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        partial.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+            raise
+        problem = f"{folder} is there and cannot be deleted; accepted: delete or rename it"
+        raise OSError(error.errno, problem, str(folder)) from error
 
 
 def write_text(file: Path, text: str, *, durable: bool = False) -> None:

@@ -1,16 +1,19 @@
 """Whether a checkpoint can resume a configuration: keys that must agree, keys that may change."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from adapters.options import Section
 from trainer.config.config import Config
-from trainer.data.cache import former_key
 from trainer.errors import BadCheckpoint
 from trainer.session import Session
 
 _MUST_AGREE = {
-    "model": ("quantization", "adapter"),
+    "model": ("quantization", "adapter", "added_tokens"),
     "task": None,
     "method": None,
     "data": (
@@ -29,6 +32,7 @@ _MUST_AGREE = {
         "micro_batch_tokens",
         "micro_batches_multiple_of",
         "leave_out",
+        "eval",
     ),
     "run": ("seed",),
 }
@@ -51,60 +55,78 @@ _EVALUATION = {
 
 def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint, naming the key, where `config` differs in a key that must agree."""
-    now = config.model_dump(mode="json")
-    for key, old, new in _differences(state["config"], now, _MUST_AGREE):
+    for key, old, new in _differences(state["config"], config, _MUST_AGREE):
+        if key == "data.eval" and not {type(old), type(new)} & {int, float}:
+            continue  # another file takes nothing from the training records
         raise BadCheckpoint(
             f"{key}: {new!r} given, but {checkpoint} was made with {old!r}; "
             "accepted: the same, or another run.name for a new run"
         )
 
 
+def is_another_backbone(session: Session, state: Mapping[str, Any]) -> bool:
+    """Whether config.json or weights differ from those that a checkpoint was made on."""
+    return state["backbone"] != session.backbone.digest or bool(_changed_weights(session, state))
+
+
+def _changed_weights(session: Session, state: Mapping[str, Any]) -> list[str]:
+    """Tensors of the backbone that are not what they were at a checkpoint."""
+    now = session.backbone.weights
+    then: Mapping[str, str] = state.get("weights", {})
+    return [name for name, digest in then.items() if now.get(name, digest) != digest]
+
+
 def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) -> None:
-    """Raises BadCheckpoint where backbone or training data differ from the checkpoint's."""
+    """Raises BadCheckpoint where backbone or training data differ from the checkpoint's. (Earlier
+    checkpoints hold the data's key in the cache instead of its digest.)"""
     if state["backbone"] != session.backbone.digest:
         raise BadCheckpoint(
             f"{checkpoint}: was made on another backbone "
             f"({state['config'].get('model', {}).get('id')}), or its weights or config.json have "
             f"changed since; accepted: a checkpoint of {session.config.model.id}"
         )
-    weights = session.backbone.weights
-    for name, digest in state.get("weights", {}).items():
-        if weights.get(name, digest) != digest:
-            raise BadCheckpoint(
-                f"model.id: {session.config.model.id}: the values of {name} have changed since "
-                f"{checkpoint} was made; accepted: the same weights, or another run.name for a "
-                "new run"
-            )
-    data = session.config.data
-    then = state["config"].get("data", {}).get("train")
-    former = former_key(
-        str(then), data.train, data.train_split, data.train_records, data, session.task
-    )
-    if state["data"] not in (session.train_data.key, former):
+    if changed := _changed_weights(session, state):
         raise BadCheckpoint(
-            f"data.train: {session.config.data.train} does not hold the records (or not the same "
-            f"tokens of them) that {checkpoint} was made with; accepted: the same, or another "
+            f"model.id: {session.config.model.id}: the values of {changed[0]} have changed since "
+            f"{checkpoint} was made; accepted: the same weights, or another run.name for a new run"
+        )
+    data = session.config.data
+    if state["data"] not in (session.train_data.digest, session.train_data.key):
+        raise BadCheckpoint(
+            f"{data.train_name} does not hold the records (or not the same tokens of them, or in "
+            f"other shares) that {checkpoint} was made with; accepted: the same, or another "
             "run.name for a new run"
         )
 
 
-def changes(state: dict[str, Any], now: dict[str, Any], *, evaluation: bool = False) -> list[str]:
+def changes(state: dict[str, Any], config: Config, *, evaluation: bool = False) -> list[str]:
     """Changed keys of a resumed run, as `key old -> new`; `evaluation`: also those of what it
     evaluates."""
     tables = (_MAY_CHANGE, _EVALUATION) if evaluation else (_MAY_CHANGE,)
     return [
         f"{key} {old!r} -> {new!r}"
         for table in tables
-        for key, old, new in _differences(state["config"], now, table)
+        for key, old, new in _differences(state["config"], config, table)
     ]
 
 
 def _differences(
-    then: dict[str, Any], now: dict[str, Any], table: Mapping[str, tuple[str, ...] | None]
+    then: dict[str, Any], config: Config, table: Mapping[str, tuple[str, ...] | None]
 ) -> Iterator[tuple[str, Any, Any]]:
+    now = config.model_dump(mode="json")
     for section, keys in table.items():
-        made = then.get(section, {})
+        made = _completed(then.get(section, {}), getattr(config, section))
         for key in keys or sorted({*now[section], *made}, key=lambda k: (k != "kind", k)):
             old, new = made.get(key), now[section].get(key)
-            if old != new:
+            is_newer = key not in made and not new  # than the checkpoint, and not used
+            if old != new and not is_newer:
                 yield f"{section}.{key}", old, new
+
+
+def _completed(made: dict[str, Any], section: Section) -> dict[str, Any]:
+    """A recorded section with the defaults of keys that came later; unchanged where it is another
+    one (of another method, say)."""
+    try:
+        return type(section).model_validate_json(json.dumps(made)).model_dump(mode="json")
+    except ValidationError:
+        return made

@@ -61,6 +61,8 @@ class _State(Section):
     """Digests of the tensors that were read; earlier runs have none."""
     data: str
     labels: dict[str, list[str]]
+    chat_template: str | dict[str, str] | None = None
+    """The template that `data.chat_template` and `data.template_arguments` set, if they do."""
     initial: str | None
     unreached: list[str] = []
     """Earlier runs trained adapters of all layers."""

@@ -24,7 +24,7 @@ from trainer.checkpoint.store import (
 )
 from trainer.data.templates import set_template
 from trainer.errors import RunFailed
-from trainer.files import sync
+from trainer.files import sync, take_place
 from trainer.records.progress import Progress
 from trainer.session import Session
 
@@ -130,8 +130,7 @@ class CheckpointWriter:
                 check_complete(partial, tensors.keys(), world.size)
                 (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
                 write_manifest(partial)
-                shutil.rmtree(final, ignore_errors=True)
-                partial.rename(final)
+                take_place(partial, final)
                 sync(self.folder)
                 for old in complete(self.folder)[: -self._options.keep]:
                     remove(old)
@@ -152,7 +151,7 @@ class CheckpointWriter:
             "world_size": session.world.size,
             "backbone": session.backbone.digest,
             "weights": dict(session.backbone.weights),
-            "data": session.train_data.key,
+            "data": session.train_data.digest,
             "labels": session.task.labels_state(),
             "chat_template": set_template(session.tokenizer, session.config.data),
             "initial": self._initial_digest,

@@ -10,15 +10,21 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from trainer.config.data_options import DataOptions
+from adapters.options import Section
+from trainer.config.data_options import DataOptions, SourceNames
 from trainer.config.validation import local
 from trainer.data.dataset import COUNTS, TOKENS
+from trainer.data.sources import origins
 from trainer.data.templates import templates_of
-from trainer.errors import UserError
-from trainer.files import sha256
 from trainer.tasks.base import Task
 
 _VERSION = 2  # of the cached file; raise it when `Example` or an encoding changes
+_ALWAYS = {
+    "subset", "revision", "train_split", "eval_split", "format", "prompt", "completion", "text",
+    "messages", "tools", "turns", "add_bos", "add_eos", "label", "columns", "quoting",
+    "max_length", "on_long_record", "on_bad_record", "kind", "loss_on", "problem",
+}  # fmt: skip
+"""Options that enter the key whatever their value; no new ones."""
 _LOOK = 0.2  # seconds between two looks whether to stop
 
 
@@ -67,28 +73,12 @@ def lock(folder: Path, check: Callable[[], None], say: Callable[[str], None]) ->
         held.release()
 
 
-def former_key(
-    named: str, source: str, split: str, limit: int | None, options: DataOptions, task: Task
-) -> str:
-    """`TokenDataset.key` of the version before, into which a file's path went too: `named`, as the
-    data was called then."""
-    return cache_key(source, split, limit, options, task, named)
-
-
 def cache_key(
-    source: str,
-    split: str,
-    limit: int | None,
-    options: DataOptions,
-    task: Task,
-    named: str | None = None,
+    source: SourceNames, split: str, limit: int | None, options: DataOptions, task: Task
 ) -> str:
     """Digest of everything that tokenisation depends on; options of batching are excluded. A file
     is its content, wherever it lies."""
-    path = local(source)
-    is_file = path is not None and path.is_file()
-    content = _sha256(path) if path and is_file else f"{options.subset} {options.revision} {split}"
-    named = named or (Path(source).suffix if is_file else source)
+    (name, content), *more = origins(source, split, options)
     batching = {
         "packing",
         "shuffle",
@@ -103,19 +93,19 @@ def cache_key(
         "eval",
         "leave_out",
         "workers",
+        "mixture",
+        "mixture_until",
     }
     limits = {"train_records", "eval_records"}
     template = {"chat_template", "template_arguments"}  # its text counts, not where it lies
-    # Keys that older versions did not have: where they are not used, what those wrote is the same.
-    newer = ("message_fields", "roles", "as_chat", "system")
-    unset = {key for key in newer if not getattr(options, key)}
     parts = [
         _VERSION,
-        named,
+        name,
         content,
+        *more,
         limit,
-        options.model_dump(exclude=batching | limits | template | unset),
-        task.options.model_dump(),
+        _given(options, batching | limits | template),
+        _given(task.options, set()),
         task.labels_state(),
         _tokenizer_state(task.tokenizer),
         templates_of(task.tokenizer, options),
@@ -124,13 +114,17 @@ def cache_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
+def _given(options: Section, left_out: set[str]) -> dict[str, Any]:
+    """The options that enter a key: those that always did, and later ones where they differ from
+    their default, so that a new option makes no other data of what is there."""
+    fields = type(options).model_fields
+    return {
+        name: value
+        for name, value in options.model_dump(exclude=left_out).items()
+        if name in _ALWAYS or value != fields[name].get_default(call_default_factory=True)
+    }
+
+
 def _tokenizer_state(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; accepted: a file that can be read") from error

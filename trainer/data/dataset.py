@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 
 from trainer.config.yaml import parse_json
 from trainer.errors import UserError, first_line
@@ -44,6 +45,8 @@ class Counts:
     used: int = 0
     examples: int = 0
     truncated: int = 0
+    split: int = 0
+    """Texts cut into several examples."""
     turns_dropped: int = 0
     """Examples of used records that do not fit."""
     dropped: int = 0
@@ -63,9 +66,10 @@ class Counts:
     def __str__(self) -> str:
         examples = f"{self.examples} examples, " if self.examples != self.used else ""
         turns = f"{self.turns_dropped} turns dropped, " if self.turns_dropped else ""
+        split = f"{self.split} split, " if self.split else ""
         return (
             f"{self.used} of {self.records} records, {examples}{self.tokens} tokens "
-            f"({self.truncated} truncated, {turns}{self.dropped} dropped, {self.bad} bad)"
+            f"({self.truncated} truncated, {split}{turns}{self.dropped} dropped, {self.bad} bad)"
         )
 
 
@@ -74,7 +78,7 @@ class TokenDataset:
 
     def __init__(self, table: "pa.Table", counts: Counts, key: str = ""):
         self.counts = counts
-        self.key = key  # digest of the records and of how they were tokenised
+        self.key = key  # of the cache: digest of the records and of how they were tokenised
         # By chunk, as in the file: joining the chunks would copy them into memory.
         chunks = [chunk for chunk in table.to_batches() if len(chunk)]
         self._first = np.cumsum([0, *(len(chunk) for chunk in chunks)])
@@ -89,6 +93,18 @@ class TokenDataset:
         self.weights = table.column("weight").to_numpy()
         self.labels = table.column("label").to_numpy()
         self.records = table.column("record").to_numpy()  # of each example; ascending, from 0
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Digest of all examples, whatever they were made of, and however they are cached."""
+        digests = [xxhash.xxh3_128(values) for values in (self.weights, self.labels, self.records)]
+        for name in ("input_ids", "loss_mask", "token_type_ids"):
+            lengths, values = xxhash.xxh3_128(), xxhash.xxh3_128()
+            for offsets, found in (chunk[name] for chunk in self._chunks):
+                lengths.update(np.diff(offsets))
+                values.update(found[offsets[0] : offsets[-1]])
+            digests += [lengths, values]
+        return xxhash.xxh3_128_hexdigest(b"".join(digest.digest() for digest in digests))
 
     def __len__(self) -> int:
         return len(self.lengths)

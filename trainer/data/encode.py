@@ -7,15 +7,18 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from trainer.config.data_options import DataOptions
+from trainer.config.data_options import DataOptions, SourceNames
 from trainer.data.dataset import Counts, schema
+from trainer.data.fit import pieces, without_beginning
 from trainer.data.formats import detect_format, to_records
-from trainer.data.sources import Row
+from trainer.data.sources import Row, name_of
 from trainer.errors import BadRecord, UserError, first_line
-from trainer.tasks.base import Example, Record, Task
+from trainer.tasks.base import Example, Record, Task, TooLong
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_ANY = 2**31  # tokens: no limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Encoder:
     """What turns the rows of a source into examples: plain data and a tokenizer, which other
     processes can be sent."""
 
-    source: str
+    source: SourceNames
     options: DataOptions
     task: Task
 
@@ -60,9 +63,13 @@ class Encoder:
             examples: list[Example | str] = (
                 [str(found)] if isinstance(found, BadRecord) else [next(encoded) for _ in found]
             )
+            if self.options.on_long_record == "split":
+                examples = self._split(place, kind, examples, counts)
             kept = [example for example in examples if isinstance(example, Example)]
             lacks = self.task.options.whole_records and len(kept) < len(examples)
-            if not kept or lacks:
+            is_long = any(isinstance(example, TooLong) for example in examples)
+            is_left = is_long and self.options.on_long_record in ("drop", "stop")
+            if (not kept or lacks) and not is_left:
                 if self.options.on_bad_record == "stop":
                     raise stop(place, next(e for e in examples if isinstance(e, str)))
                 counts.bad += 1
@@ -100,15 +107,45 @@ class Encoder:
 
     def _encode(self, records: list[Record]) -> list[Example | str]:
         """`task.encode`; a panic inside the tokenizer, which is no Exception, is a UserError."""
+        options, bos = self.options, self.task.tokenizer.bos_token_id
+        is_whole = options.on_long_record == "split" or options.truncate == "prompt"
         try:
-            return list(self.task.encode(records, self.options.max_length))
+            examples = self.task.encode(records, _ANY if is_whole else options.max_length)
+            if options.truncate != "prompt":
+                return list(examples)
+            return [
+                found
+                if isinstance(found, str)
+                else without_beginning(found, options.max_length, bos)
+                for found in examples
+            ]
         except (Exception, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
             raise UserError(
-                f"{self.source}: the tokenizer failed ({first_line(error)}); accepted: a tokenizer "
-                "and records that it can encode"
+                f"{name_of(self.source)}: the tokenizer failed ({first_line(error)}); accepted: a "
+                "tokenizer and records that it can encode"
             ) from error
+
+    def _split(
+        self, place: str, kind: str, examples: list[Example | str], counts: Counts
+    ) -> list[Example | str]:
+        """The examples of a record, longer texts in pieces."""
+        length, overlap = self.options.max_length, self.options.overlap
+        fits = [isinstance(found, str) or len(found.input_ids) <= length for found in examples]
+        if all(fits):
+            return examples
+        if kind != "text":
+            raise UserError(
+                f"{place}: longer than data.max_length ({length} tokens), and of format {kind}; "
+                "accepted: plain text with data.on_long_record=split, or truncate, drop or stop"
+            )
+        counts.split += 1
+        return [
+            part
+            for found in examples
+            for part in ([found] if isinstance(found, str) else pieces(found, length, overlap))
+        ]
 
 
 def stop(place: str, reason: object) -> UserError:

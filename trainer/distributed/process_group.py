@@ -1,6 +1,7 @@
 """Joins and leaves the process group of the ranks that the launcher started."""
 
 import datetime
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -43,6 +44,8 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
             **_rendezvous(gloo_timeout),
         )
     except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise _unusable(OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))) from error
         raise RunFailed(
             f"the {os.environ['WORLD_SIZE']} processes of this run did not find each other at "
             f"{_address()} within {timeout:g} s, engine.timeout ({first_line(error)})"
@@ -130,13 +133,17 @@ def _rendezvous(timeout: datetime.timedelta) -> dict[str, Any]:
             return {}
         listener = socket.create_server((host, port)) if os.environ["RANK"] == "0" else None
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"MASTER_ADDR:MASTER_PORT: {_address()}: {error}; accepted: rank 0's host and "
-            "a free port on it"
-        ) from error
+        raise _unusable(error) from error
     descriptor = None if listener is None else listener.detach()
     own = dist.TCPStore(host, port, size, rank == 0, timeout, master_listen_fd=descriptor)
     return {"store": own, "rank": rank, "world_size": size}
+
+
+def _unusable(error: Exception) -> UserError:
+    return UserError(
+        f"MASTER_ADDR:MASTER_PORT: {_address()}: {error}; accepted: rank 0's host and a free port "
+        "on it, as --master_port 29501 gives it to torchrun or deepspeed"
+    )
 
 
 def _address() -> str:

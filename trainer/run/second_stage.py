@@ -19,19 +19,29 @@ from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter
 from adapters.methods.registry import METHODS
 from adapters.peft_export import lora_factors, parts_by_unit, stacked
+from trainer.checkpoint.compatibility import is_another_backbone
 from trainer.checkpoint.saved import Saved, is_saved, read_on_all
 from trainer.checkpoint.state import load_learned
 from trainer.config.config import Config
 from trainer.config.validation import local
 from trainer.distributed.world import World
-from trainer.errors import UserError
-from trainer.export.export import saved_adapters, saved_config, saved_heads, saved_initial
+from trainer.errors import UserError, refuse_mismatch
+from trainer.export.export import (
+    saved_adapters,
+    saved_config,
+    saved_heads,
+    saved_initial,
+    saved_rows,
+)
 from trainer.export.peft_folder import PeftFolder, is_adapter, read_peft_folder
 from trainer.model.backbone import BuiltModel, class_name
 from trainer.session import Session
 
 _HOW_IT_TRAINS = ("dropout", "dropout_on", "replay", "b_learning_rate_ratio")
 """Keys of a method that do not change what its adapters are."""
+_TAKEN_OVER = ("adapter/", "frozen/", "head/")
+_MADE_ANEW = ("optimizer/", "method/", "decider/", "random/")
+"""Groups of a checkpoint's tensors, if its method does not go on."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,8 @@ class SecondStage:
         self._folder: PeftFolder | None = None
         self._taken_over: Mapping[str, GatedAdapter] = {}
         self._heads: Mapping[str, Mapping[str, Tensor]] = {}
-        self._line = ""
+        self.line = ""
+        """How it is taken over, for the log; once `frozen` was called."""
         with world.all_or_none():
             found = _kind_of(self.path)
         if found == "run":
@@ -97,22 +108,21 @@ class SecondStage:
     def frozen(self, built: BuiltModel) -> Mapping[str, GatedAdapter]:
         """The adapters to freeze beside the new ones, by unit of a model without weights. Raises
         UserError naming what the model does not take."""
-        earlier = self._earlier(built)
+        with refuse_mismatch(self.path):
+            earlier = self._earlier(built)
         self._check(built, earlier)
         self._heads = earlier.heads
         count = f"{earlier.kind}, {_ranks(earlier.trained)}"
         if self._resumes_method:
-            self._line = f"goes on with {self.path} ({count})"
+            self.line = f"goes on with {self.path} ({count})"
             return earlier.frozen
         ranks = {name: adapter.rank for name, adapter in earlier.trained.items()}
         plain = _is_plain(self.config.method.kind) and _is_plain(earlier.kind)
         if plain and ranks == {unit.name: self.config.method.rank for unit in built.units}:
             self._taken_over = earlier.trained
-            self._line = f"goes on with {self.path} ({count})"
+            self.line = f"goes on with {self.path} ({count})"
             return earlier.frozen
-        self._line = (
-            f"{self.path} ({count}) stays, frozen, beside the new {self.config.method.kind}"
-        )
+        self.line = f"{self.path} ({count}) stays, frozen, beside the new {self.config.method.kind}"
         return self._all_frozen(earlier)
 
     def begin(self, session: Session) -> list[str]:
@@ -120,7 +130,7 @@ class SecondStage:
         UserError where it was made on another backbone, or for other labels."""
         saved = self._saved
         if saved is not None:
-            if saved.state["backbone"] != session.backbone.digest:
+            if is_another_backbone(session, saved.state):
                 made_on = saved.state["config"].get("model", {}).get("id")
                 raise self._refuse(
                     f"was trained on another backbone ({made_on})",
@@ -129,6 +139,8 @@ class SecondStage:
             labels = session.task.labels_state()
             if self._heads and saved.state["labels"] not in ({}, labels):
                 raise self._refuse("was trained for other labels", "the same labels in the data")
+            for path, rows in saved_rows(saved.tensors).items():
+                session.backbone.token_rows[path].values.data.copy_(rows)
         if saved is not None and self._resumes_method:
             load_learned(session, saved.checkpoint, saved.tensors)
         for name, adapter in self._taken_over.items():
@@ -142,7 +154,7 @@ class SecondStage:
         if base is not None and Path(base).name != Path(self.config.model.id).name:
             notes.append(f"note      model.adapter: {self.path} names {base} as its base model")
         heads = f", with {', '.join(self._heads)}" if self._heads else ""
-        return [*notes, f"adapter   {self._line}{heads}"]
+        return [*notes, f"adapter   {self.line}{heads}"]
 
     def _earlier(self, built: BuiltModel) -> _Earlier:
         saved, folder = self._saved, self._folder
@@ -154,6 +166,12 @@ class SecondStage:
                 heads.setdefault(path, {})[parameter] = value
             return _Earlier(folder.adapters(built.model), heads, "lora")
         config = saved_config(saved.state)
+        known = (*_TAKEN_OVER, *_MADE_ANEW)
+        others = [name for name in saved.tensors if not name.startswith(known)]
+        if others and not self._resumes_method:
+            raise self._refuse(
+                f"{others[0]} was trained beside its adapters", "an adapter without it"
+            )
         return _Earlier(
             trained=saved_adapters(config, saved.tensors),
             heads=saved_heads(saved.tensors),
@@ -165,6 +183,13 @@ class SecondStage:
 
     def _check(self, built: BuiltModel, earlier: _Earlier) -> None:
         """Raises UserError naming what this model does not take."""
+        if self._saved is not None:
+            then = saved_config(self._saved.state).model.added_tokens
+            if then != self.config.model.added_tokens and (then or self._resumes_method):
+                raise self._refuse(
+                    f"was trained with model.added_tokens: {then}",
+                    f"the same in place of {self.config.model.added_tokens}",
+                )
         model, layers = class_name(built.model), built.adapted_layers
         for name, adapter in [*earlier.trained.items(), *earlier.frozen.items()]:
             layer = layers.get(name)

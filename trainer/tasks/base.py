@@ -51,6 +51,10 @@ class Example:
     truncated: bool = False
 
 
+class TooLong(str):
+    """Why a record gives no example: nothing that is learned is within `data.max_length`."""
+
+
 @dataclass
 class Batch:
     """One micro-batch. Positions and records without loss have target -100 (NaN in regression)."""
@@ -120,7 +124,7 @@ class Task(ABC):
     @abstractmethod
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
         """For each record an example, truncated to `max_length` (`truncated` says so); or, as a
-        string, the reason why the record cannot be used."""
+        string (`TooLong` where that is it), the reason why the record cannot be used."""
 
     @abstractmethod
     def collate(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from trainer.errors import UserError
-from trainer.tasks.base import IGNORED, Batch, Example, Record, Task
+from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TooLong
 from trainer.tasks.causality import attends_ahead
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
 from trainer.tasks.documents import Documents, kept_apart
@@ -44,32 +44,37 @@ class CausalLM(Task):
             )
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
-        tokenised = tokenise(self.tokenizer, [record.segments for record in records])
+        tokenised = tokenise(self.tokenizer, [record.segments for record in records], max_length)
         special = functools.cache(functools.partial(special_tokens, self.tokenizer))
         return [
-            self._encode(*tokens, *special(record.add_bos, record.add_eos), max_length)
+            self._encode(record, *tokens, *special(record.add_bos, record.add_eos), max_length)
             for record, tokens in zip(records, tokenised, strict=True)
         ]
 
     def _encode(
-        self, ids: list[int], learned: list[int], before: list[int], after: list[int],
-        max_length: int,
+        self, record: Record, ids: list[int], learned: list[int], before: list[int],
+        after: list[int], max_length: int,
     ) -> Example | str:  # fmt: skip
         if self.learns_all:
             learned = [1] * len(ids)
-        is_empty = not any(learned)  # whether or not an end token is added
+        # Of a long text there is the beginning only; whether or not an end token is added.
+        is_behind = len(ids) > max_length and _has_completion(record)
+        is_empty = not any(learned)
         ids, learned = surrounded(ids, learned, before, after)
         if self.learns_all:
             learned = [1] * len(ids)
         if learned:
             learned[0] = 0  # the first token is not predicted
-        if is_empty or not any(learned):
+        if (is_empty or not any(learned)) and not is_behind:
             return "no token to learn: the completion is empty"
         truncated = len(ids) > max_length
         ids, learned = ids[:max_length], learned[:max_length]
         weight = sum(learned)
         if weight == 0:
-            return f"the prompt alone fills data.max_length ({max_length} tokens)"
+            return TooLong(
+                f"the prompt alone fills data.max_length ({max_length} tokens); "
+                "data.truncate=prompt cuts its beginning"
+            )
         return Example(ids, learned, weight=weight, truncated=truncated)
 
     def collate(
@@ -122,6 +127,10 @@ class CausalLM(Task):
 
     def scores_of_loss(self, loss: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(loss, 700.0))}
+
+
+def _has_completion(record: Record) -> bool:
+    return any(is_learned and part for part, is_learned in record.segments)
 
 
 def _logits(model: Any, batch: Batch) -> Tensor:

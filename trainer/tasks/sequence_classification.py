@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from trainer.errors import UserError
 from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
+from trainer.tasks.long_texts import beginning
 from trainer.tasks.options import SequenceClassificationOptions
 
 
@@ -79,6 +80,8 @@ class SequenceClassification(Task):
             return str(error)
         if self.tokenizer.sep_token is None:  # separated by a newline
             texts = ["\n".join(texts)]
+        if len(texts) == 1:
+            texts = [beginning(self.tokenizer, texts[0], max_length)]
         encoded = self.tokenizer(*texts)
         truncated = len(encoded["input_ids"]) > max_length
         if truncated:

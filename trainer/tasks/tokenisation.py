@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.errors import UserError
 from trainer.tasks.base import Switch
+from trainer.tasks.long_texts import beginning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,16 +19,34 @@ if TYPE_CHECKING:
 Segments = Sequence[tuple[str, bool]]
 
 _PROBES = ("a", "A", "0", ".", "あ")
+_CHARACTERS = 2**20  # tokenised in one call: what it returns takes a hundred times as many bytes
 
 
 def tokenise(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Segments]
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[Segments], first: int | None = None
 ) -> Iterator[tuple[list[int], list[int]]]:
     """(token ids, 1 for each learned token) of texts given as (part, whether it is learned) pairs.
-    The ids are those of the whole text without special tokens around it."""
-    if not texts:  # the tokenizer refuses an empty list
-        return
-    whole = ["".join(part for part, _ in segments) for segments in texts]
+    The ids are those of the whole text without special tokens around it; of a text that has more
+    than `first`, others may follow the first of them, at least one."""
+    group: list[tuple[Segments, str]] = []
+    size = 0
+    for segments in texts:
+        text = "".join(part for part, _ in segments)
+        if first is not None:
+            text = beginning(tokenizer, text, first)
+        if group and size + len(text) > _CHARACTERS:
+            yield from _tokenise(tokenizer, group)
+            group, size = [], 0
+        group.append((segments, text))
+        size += len(text)
+    if group:  # the tokenizer refuses an empty list
+        yield from _tokenise(tokenizer, group)
+
+
+def _tokenise(
+    tokenizer: "PreTrainedTokenizerBase", group: Sequence[tuple[Segments, str]]
+) -> Iterator[tuple[list[int], list[int]]]:
+    texts, whole = [segments for segments, _ in group], [text for _, text in group]
     settings: dict[str, Any] = {
         "add_special_tokens": False, "return_attention_mask": False,
         "return_token_type_ids": False, "verbose": False,

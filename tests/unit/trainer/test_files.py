@@ -69,3 +69,13 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         with new_folder(tmp_path / "folder") as partial:
             (partial / content).touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "new"]
+
+
+def test_a_folder_that_cannot_be_deleted_is_named_with_the_remedy(tmp_path, monkeypatch):
+    """Such as one with another user's files in it. (Root deletes all: made up.)"""
+    monkeypatch.setattr("trainer.files.shutil.rmtree", lambda *_, **__: None)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/old").touch()
+    with pytest.raises(OSError, match=r"adapter is there and cannot be deleted; accepted: delete"):
+        with new_folder(tmp_path / "adapter"):
+            pass

@@ -98,6 +98,31 @@ def test_a_stack_without_adapters_passes_gradients_through():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("ranks", [(3, None, 2, 5), (None,) * E])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_frozen_adapters_are_as_if_they_were_in_the_weights(ranks, dropped):
+    (stack, W), (twin, _) = stack_of(ranks=ranks), stack_of(ranks=ranks)
+    for layer, rank in zip(stack.layers, (9, 2, None, 1), strict=True):
+        if rank is not None:
+            layer.frozen = GatedAdapter(
+                torch.randn(rank, IN), torch.rand(rank), torch.randn(rank, OUT) / 4
+            )
+            W[layer.index] += layer.frozen.delta()
+    twin.weight = nn.Parameter(W, requires_grad=False)
+    counts = ROUTINGS["some get none"]
+    found = []
+    for one in (stack, twin):
+        if dropped:
+            for layer in one.layers:
+                layer.dropout = Dropout(0.3, True, torch.tensor(3), 0)
+        x = torch.randn(sum(counts), IN, generator=torch.Generator().manual_seed(1))
+        x.requires_grad_(True)
+        y = one(x, offsets_of(counts))
+        found.append([y.detach(), *gradients(one, x, y)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("ranks", [(8, 3, None, 8), (None,) * 4])
 def test_the_operator_keeps_its_promises_to_autograd_and_the_compiler(ranks):
     stack, _ = stack_of("nf4", ranks)

@@ -244,3 +244,33 @@ def test_a_conv1d_becomes_the_same_layer():
     assert torch.allclose(layer(x), conv(x), atol=1e-5)
     assert torch.equal(layer.reoriented(conv.weight.data), layer.weight.data)
     assert torch.equal(layer.reoriented(layer.weight.data), conv.weight.data)
+
+
+@pytest.mark.parametrize(
+    "trained", ["alone", "dropped hidden", "dropped input", "of the weight", None]
+)
+def test_a_frozen_adapter_is_as_if_it_were_in_the_weight(trained):
+    layer, twin = host(), host()
+    layer.frozen = GatedAdapter(torch.randn(6, 64), torch.rand(6), torch.randn(6, 48))
+    twin.weight = nn.Parameter(twin.weight + layer.frozen.delta(), requires_grad=False)
+    assert not any("frozen" in name for name, _ in layer.named_parameters())
+    for one in (layer, twin):
+        if trained is None:
+            one.adapter = None
+        elif trained != "alone":
+            one.dropout = Dropout(0.4, trained == "dropped input", torch.tensor(3), 0)
+        if trained == "of the weight":
+            one.initial = one.adapter.copy()
+            one.adapter.A.data += 0.1
+    x = torch.randn(2, 5, 64)
+    found = []
+    for one in (layer, twin):
+        rows = x.clone().requires_grad_(True)
+        y = one(rows)
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+        held = (
+            [] if trained is None else [one.adapter.A.grad, one.adapter.g.grad, one.adapter.B.grad]
+        )
+        found.append([y.detach(), rows.grad, *held])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

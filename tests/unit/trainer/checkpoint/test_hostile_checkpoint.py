@@ -72,7 +72,7 @@ class Saved:
         assert found is not None and state is not None
         check_options(self.config, found, state)
         read_initial_adapters(found, state)
-        changes(state, self.config.model_dump(mode="json"))
+        changes(state, self.config)
         progress = restore(self.session, self.loader, found, state)
         next(iter(self.loader))
         stored = store.read_tensors(found)

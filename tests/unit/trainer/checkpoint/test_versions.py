@@ -15,8 +15,8 @@ from trainer.export.export import export_run
 from trainer.run.run import run
 
 KEPT = ROOT / "tests/kept/pissa"
-"""A run of 6 steps that was stopped after 3, as the version of 2026-11-27 left it (format 1, no
-version in its files)."""
+"""A run of 6 steps that was stopped after 3, as an earlier version left it: commit d465223 of
+2026-11-27, version 0.1.0, whose checkpoints hold the data's key and a sample of the weights."""
 OPTIONS = [
     "run.name=kept", "run.steps=6", "checkpoint.every=3", "checkpoint.keep=1",
     "method.kind=pissa", "method.rank=2", "method.targets=[q_proj]",

@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from trainer.config.data_options import DataOptions
-from trainer.data.dataset import TokenDataset
+from trainer.data.cache import cache_key
+from trainer.data.dataset import TokenDataset, schema
 from trainer.data.sources import read_rows
 from trainer.data.tokenise import prepare, read_labels
 from trainer.errors import BadRecord, UserError
@@ -122,6 +123,8 @@ FILES = {
     + "\r\n\r\n".join(json.dumps(row) for row in QA),
     "json": json.dumps(QA, indent=1),
     "json with BOM": "\ufeff" + json.dumps(QA),
+    "json, an object a line": "\n" + "\n".join(map(json.dumps, QA)),
+    "json, an object a line, BOM": "\ufeff" + "\n".join(map(json.dumps, QA)),
     "csv": "q,a\ntwo and two?,four\n,no question\nx,y z\n",
     "csv, quoted, CRLF": '"q","a"\r\n"two and two?","four"\r\n"","no question"\r\nx,"y z"\r\n',
     "csv with BOM": "\ufeffq,a\ntwo and two?,four\n,no question\nx,y z",
@@ -403,6 +406,12 @@ def test_bad_record(tmp_path: Path, causal: CausalLM, line: str, reason: str) ->
     assert (data.counts.records, data.counts.used, data.counts.bad) == (3, 2, 1)
 
 
+def test_a_list_among_lines_of_objects(tmp_path: Path, causal: CausalLM) -> None:
+    good = '{"prompt": "a", "completion": "b"}\n'
+    path = write(tmp_path / "data.json", good + f"[{good.strip()}]")
+    assert stopped(path, causal).startswith(f"{path}:2: a JSON list")
+
+
 def test_rows_with_a_wrong_number_of_columns(tmp_path: Path, causal: CausalLM) -> None:
     path = write(tmp_path / "data.csv", "prompt,completion\na,b\nc\nd,e,f\ng,h\n")
     assert f"{path}:3: 1 columns, expected 2" in stopped(path, causal)
@@ -426,7 +435,13 @@ BAD_FILES = {
     "broken JSON list": ("data.json", '[{"a": 1},\n {"a": 2\n]', "data.json:3: broken JSON"),
     "huge number": ("data.json", "1" * 5000, "broken JSON"),
     "nested too deep": ("data.json", "[" * 100_000, "broken JSON"),
-    "JSON object": ("data.json", '{"a": 1}', "a JSON dict; accepted: a list of records"),
+    "JSON object": ("data.json", '{\n"a": 1\n}', "a JSON dict; accepted: a list of records, or an"),
+    "JSON lists, a line each": (
+        "data.json",
+        '[{"a": 1}]\n[{"a": 2}]',
+        "data.json:2: broken JSON (Extra data); accepted: one list of records, or an object a line",
+    ),
+    "JSON objects of several lines": ("data.json", '{\n"a": 1}\n{"a": 2}', "or an object a line"),
     "not UTF-8": ("data.jsonl", b'{"prompt": "a"}\n' * 40 + b"\xff\n", ":41: not UTF-8"),
     "no parquet": ("data.parquet", "words", "no parquet file"),
     "another type": ("data.xml", "<a/>", "not a data file; accepted: .json, .jsonl, .csv"),
@@ -443,8 +458,10 @@ def test_bad_file(tmp_path: Path, causal: CausalLM, name: str, content, reason: 
 
 
 def test_missing_file(tmp_path: Path, causal: CausalLM) -> None:
-    assert "none.jsonl: no such file; accepted: a .json" in stopped(tmp_path / "none.jsonl", causal)
-    assert "not a data file" in stopped(tmp_path, causal)
+    assert "none.jsonl: no such file; accepted: a file (.json" in stopped(
+        tmp_path / "none.jsonl", causal
+    )
+    assert "no data file in this folder; accepted: .json" in stopped(tmp_path, causal)
 
 
 def test_cache_folder_that_cannot_be_made(tmp_path: Path, causal: CausalLM) -> None:
@@ -500,6 +517,52 @@ def test_cache_is_left_when_anything_changes(tmp_path: Path, causal: CausalLM, c
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert is_new(causal)
     check(tokens_of(path, causal), causal, [("a b", "c"), ("a b", "c d e f g h i j"), ("z", "y")])
+
+
+def test_a_cache_entry_that_lost_a_file_is_made_again(tmp_path: Path, causal: CausalLM) -> None:
+    path = write(tmp_path / "data.jsonl", LONG)
+    for _ in range(3):
+        digest = tokens_of(path, causal).digest
+        for file in (tmp_path / "cache").glob("*/counts.json"):
+            file.unlink()
+    assert tokens_of(path, causal).digest == digest
+
+
+def test_an_option_that_comes_later_makes_no_other_data(tmp_path: Path, causal: CausalLM) -> None:
+    class Later(DataOptions):
+        other: int = 3
+
+    path = str(write(tmp_path / "data.jsonl", LONG))
+
+    def key(options: DataOptions) -> str:
+        return cache_key(path, "train", None, options, causal)
+
+    assert key(Later(train=path)) == key(DataOptions(train=path))
+    assert key(Later(train=path, other=4)) != key(DataOptions(train=path))
+
+
+def test_a_data_set_is_the_digest_of_its_examples(tmp_path: Path, causal: CausalLM) -> None:
+    """However they are cut into chunks; every column counts."""
+    data = tokens_of(write(tmp_path / "data.jsonl", LONG), causal)
+    columns = {
+        "input_ids": [list(data[i].input_ids) for i in range(len(data))],
+        "loss_mask": [list(data[i].loss_mask) for i in range(len(data))],
+        "token_type_ids": [[] for _ in range(len(data))],
+        "label": list(data.labels), "weight": list(data.weights), "record": list(data.records),
+    }  # fmt: skip
+
+    def digest(changed: dict[str, Any], size: int = 10) -> str:
+        table = pa.table({**columns, **changed}, schema=schema())
+        chunks = [table.slice(i, size).combine_chunks() for i in range(0, len(table), size)]
+        return TokenDataset(pa.concat_tables(chunks), data.counts).digest
+
+    assert digest({}) == digest({}, size=1) == data.digest
+    for name, values in columns.items():
+        other = [[*values[0], 1] if isinstance(values[0], list) else values[0] + 1, *values[1:]]
+        assert digest({name: other}) != data.digest, name
+    ids = columns["input_ids"]
+    moved = [[*ids[0], ids[1][0]], ids[1][1:], *ids[2:]]
+    assert digest({"input_ids": moved}) != data.digest
 
 
 def test_many_records_stay_on_disk(tmp_path: Path, causal: CausalLM) -> None:

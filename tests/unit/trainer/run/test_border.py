@@ -1,5 +1,6 @@
 """What would hang, or come as a library's own error, ends in one line."""
 
+import base64
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ from transformers import AutoTokenizer
 
 from tests.helpers import ROOT, TINY, environment, losses, quick_config
 from trainer.config.data_options import DataOptions
+from trainer.config.sections import ModelOptions
 from trainer.data import templates
 from trainer.data.formats import to_records
 from trainer.distributed.world import World
 from trainer.errors import UserError
+from trainer.model.hub import load_tokenizer
 from trainer.records.heartbeat import read_heartbeat
 from trainer.records.jsonl import read_metrics
 from trainer.run.run import run
@@ -64,6 +67,50 @@ def test_a_newline_in_config_json_is_no_other_backbone(model, tmp_path):
     (model / "config.json").write_text((model / "config.json").read_text() + "\n")
     run(config(tmp_path, f"model.id={model}", "run.steps=2"), World())
     assert len(losses(tmp_path / "runs/quickstart")) == 2
+
+
+def replacing(content, **pattern):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+GROWING = {
+    "a long text for a letter": [replacing("a" * 2000, String="e")],
+    "letters that double": [replacing("ee", String="e")] * 40,
+    "something between all letters": [replacing("-", Regex="x*")] * 40,
+    "a long text for any letter": [replacing("ab" * 700, Regex="[a-z]")],
+    "a table of long texts": [
+        {
+            "type": "Precompiled",
+            "precompiled_charsmap": base64.b64encode(bytes([4, 0, 0, 0]) + b"trie" + b"x" * 5000),
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_a_normalizer_that_makes_texts_very_long_is_refused(kind, model, tmp_path):
+    """It would compute for minutes, and then end the process (tokenizers aborts for want of
+    memory)."""
+    file = model / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    whole["normalizer"] = {"type": "Sequence", "normalizers": GROWING[kind]}
+    file.write_text(json.dumps(whole, default=bytes.decode))
+    with pytest.raises(UserError, match=r"model\.id: .*its normalizer can make .* of one; accept"):
+        load_tokenizer(ModelOptions(id=str(model)))
+
+
+def test_usual_normalizers_are_not_refused(model):
+    for normalizer in (
+        None,
+        {"type": "NFKC"},
+        {
+            "type": "Sequence",
+            "normalizers": [replacing("▁", String=" "), replacing(" ", Regex=" +")],
+        },
+    ):
+        file = model / "tokenizer.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": normalizer}))
+        load_tokenizer(ModelOptions(id=str(model)))
 
 
 class Panic(BaseException):

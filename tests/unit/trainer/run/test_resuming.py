@@ -118,13 +118,34 @@ def test_the_same_data_under_another_path(saved):
     assert len(losses(folder)) == 3
 
 
-def test_the_same_data_under_another_path_for_a_run_of_the_version_before(tmp_path):
-    """Whose checkpoints hold a digest of the path, too."""
-    shutil.copytree(ROOT / "tests/kept/pissa", tmp_path / "runs/kept")
-    shutil.copy(ROOT / "configs/quickstart/train.jsonl", tmp_path / "moved.jsonl")
-    kept = ["run.name=kept", "run.steps=4", f"data.train={tmp_path}/moved.jsonl"]
-    run(config(tmp_path, *kept), World())
-    assert len(losses(tmp_path / "runs/kept")) == 4
+def test_the_same_tokens_of_other_records_are_the_same_data(saved):
+    """And other tokens of the same number of records are not."""
+    tmp, folder = saved
+    rows = [json.loads(line) for line in (ROOT / "configs/quickstart/train.jsonl").open()]
+    texts = [{"q": f"{row['question']}\n", "a": row["answer"]} for row in rows]
+    named = [f"data.train={tmp}/texts.json", "data.prompt=q", "data.completion=a"]
+    (tmp / "texts.json").write_text(json.dumps(texts))
+    run(config(tmp, "run.steps=3", *named), World())
+    assert len(losses(folder)) == 3
+    texts[0]["a"] += "."
+    (tmp / "texts.json").write_text(json.dumps(texts))
+    with pytest.raises(UserError, match=r"data\.train: .*does not hold the records"):
+        run(config(tmp, "run.steps=4", *named), World())
+
+
+def test_a_key_that_came_later_is_taken_at_its_default(saved):
+    """In the recorded configuration and in the key of the cache."""
+    tmp, folder = saved
+    checkpoint = folder / "checkpoints/step-00000002"
+    then = json.loads((checkpoint / "state.json").read_text())["config"]
+    for section, key in (("data", "on_bad_record"), ("data", "shuffle"), ("method", "alpha")):
+        del then[section][key]
+    rewritten(checkpoint, config=then)
+    run(config(tmp, "run.steps=3"), World())
+    assert len(losses(folder)) == 3
+    shutil.rmtree(folder / "checkpoints/step-00000003")
+    with pytest.raises(UserError, match=r"data\.shuffle: False given, but .* made with True"):
+        run(config(tmp, "run.steps=3", "data.shuffle=false"), World())
 
 
 def rewritten(checkpoint: Path, **changes) -> None:
