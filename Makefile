@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install install-dev quickstart test test-slurm test-all faults campaign architectures lint clean
+.PHONY: install install-dev quickstart test test-slurm test-all faults campaign hosts soak architectures lint clean
 
 # torch first: whatever depends on it then finds it installed. deepspeed is a source package
 # whose build needs torch, so it is built against the one that is there.
@@ -52,6 +52,16 @@ faults: $(BIN)/.installed-dev
 campaign: $(BIN)/.installed-dev
 	python -m tests.campaigns.faults build/faults
 	python -m tests.campaigns.long_run build/long_run
+
+# Runs over two and three hosts, which are network namespaces: cut, killed, different from one another.
+# Needs root, and Debian's nftables and faketime. About half an hour on two cores; where it was
+# stopped it goes on.
+hosts: $(BIN)/.installed-dev
+	python -m tests.campaigns.hosts build/hosts
+
+# Sixty interrupted starts over engines, numbers of processes and launchers. About half an hour.
+soak: $(BIN)/.installed-dev
+	python -m tests.campaigns.soak build/soak
 
 # Every architecture of the installed transformers, tiny, against transformers and PEFT; rewrites the
 # table in docs/models.md. About half an hour on two cores, and resumed where it was stopped.

@@ -4,6 +4,7 @@
     rankcast evaluate   evaluate a run's adapter
     rankcast export     export a LoRA for PEFT, or the merged model
     rankcast estimate   estimate a run's memory per GPU and whether it fits
+    rankcast data       tokenise the data, and show what is learned of it
     rankcast report     draw figures of runs
     rankcast watch      monitor a run from its folder
     rankcast compare    compare methods on one task
@@ -20,7 +21,7 @@ from trainer.config.arguments import Parser
 from trainer.config.validation import one_of
 from trainer.distributed.failures import guarded
 
-COMMANDS = ("train", "evaluate", "export", "estimate", "report", "watch", "compare")
+COMMANDS = ("train", "evaluate", "export", "estimate", "data", "report", "watch", "compare")
 """Modules of this package, each with a `main(argv, prog)`."""
 
 

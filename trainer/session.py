@@ -13,10 +13,12 @@ from adapters.methods.registry import METHODS
 from adapters.methods.spectral import SpectralMethod
 from adapters.optimizer import MaskedAdamW, Share, Trainable
 from trainer.config.config import Config
-from trainer.config.data_options import LEFT_OUT, DataOptions
+from trainer.config.data_options import DataOptions
 from trainer.data.cache import cache_root
 from trainer.data.dataset import TokenDataset
-from trainer.data.loader import left_out
+from trainer.data.held_out import hold_out
+from trainer.data.mixture import prepare_training
+from trainer.data.templates import read_anew
 from trainer.data.tokenise import prepare, read_labels
 from trainer.distributed.watchdog import Watchdog
 from trainer.distributed.world import World
@@ -48,6 +50,8 @@ class Session:
     eval_data: TokenDataset | None
     left_out: np.ndarray
     """Indices of the training examples held out from training, record by record."""
+    evaluated: np.ndarray
+    """Those of them that are evaluated on, where there is no `eval_data`."""
     engine: Engine
     backbone: LoadedBackbone
     method: Method
@@ -71,8 +75,7 @@ class Session:
         """(evaluation data set, indices of its examples to evaluate on)."""
         if self.eval_data is not None:
             return self.eval_data, np.arange(len(self.eval_data))
-        count = self.config.data.leave_out
-        return self.train_data, self.train_data.first_records(self.left_out, count)
+        return self.train_data, self.evaluated
 
     def trainables(self) -> list[Trainable]:
         """Adapters first, then the parameters of new heads."""
@@ -93,11 +96,15 @@ def open_data(
 ) -> tuple["PreTrainedTokenizerBase", Task, TokenDataset, TokenDataset | None]:
     """Tokenizer, task and tokenised data. Local rank 0 tokenises, then the others read its cache.
     `stop` raises where this rank is asked to stop. Collective; it may take any time."""
+    read_anew()
     with world.all_or_none(world.patience(stop)):
         tokenizer = load_tokenizer(config.model)
         task = TASKS[config.task.kind](config.task, tokenizer)
         if config.task.needs_labels:
-            task.learn_labels(read_labels(config.data.train, config.data.train_split, config.data))
+            labels = [
+                read_labels(source, own.train_split, own) for source, own in config.data.sources
+            ]
+            task.learn_labels([label for of_source in labels for label in of_source])
     prepared = None
     for turn in (True, False):
         patience = world.patience(stop)
@@ -110,27 +117,10 @@ def open_data(
         for rank, key in enumerate(keys):
             if key != keys[0]:
                 raise UserError(
-                    f"data.train: {config.data.train}, or data.eval or the tokenizer, is not the "
+                    f"{config.data.train_name}, or data.eval or the tokenizer, is not the "
                     f"same for rank {rank} as for rank 0; accepted: the same files on every host"
                 )
     return tokenizer, task, *prepared
-
-
-def leave_out(config: Config, data: TokenDataset) -> np.ndarray:
-    """Examples of the held-out training records; evaluation and the method's validation each use
-    the first records of them. Raises UserError where none would be left to train on."""
-    count = max(config.data.leave_out, config.method.validation_samples)
-    records = data.counts.used
-    if count >= records:
-        key = (
-            "data.leave_out"
-            if config.data.leave_out == count
-            else "method.policy.validation_samples"
-        )
-        raise UserError(
-            f"{key}: {count} given; accepted: fewer than {records}, the training records"
-        )
-    return left_out(data, count, config.run.seed)
 
 
 def refuse_longer(
@@ -161,10 +151,11 @@ def _prepare(
     config: Config, task: Task, check: Callable[[], None]
 ) -> tuple[TokenDataset, TokenDataset | None]:
     data, shown = config.data, config.log.shown
-    train = prepare(data.train, data.train_split, data.train_records, data, task, shown, check)
-    if data.eval is None or data.eval == LEFT_OUT:
+    train = prepare_training(data, task, shown, check)
+    if data.eval_source is None:
         return train, None
-    return train, prepare(data.eval, data.eval_split, data.eval_records, data, task, shown, check)
+    split, limit = data.eval_split, data.eval_records
+    return train, prepare(data.eval_source, split, limit, data, task, shown, check)
 
 
 def open_session(
@@ -184,7 +175,7 @@ def open_session(
     tokenizer, task, train_data, eval_data = open_data(config, world, stop)
     with world.all_or_none():  # fails before any weight is loaded
         built = check_backbone(config, task, world.device, unreached)
-        left_out = leave_out(config, train_data)
+        left_out, evaluated = hold_out(config, train_data, task)
         refuse_longer(built.model, config.data, train_data, eval_data)
         beside = frozen(built)
     engine = make_engine(config, world, task)
@@ -207,6 +198,7 @@ def open_session(
         train_data=train_data,
         eval_data=eval_data,
         left_out=left_out,
+        evaluated=evaluated,
         engine=engine,
         backbone=backbone,
         method=method,

@@ -184,7 +184,7 @@ FAULTS = [
     ),
     Fault(
         "a failure on one rank leaves the others waiting", "trainer/distributed/world.py",
-        "            raise FailedElsewhere(codes[failed[0]]) from failure\n",
+        "            raise self._elsewhere(failed[0], reports[failed[0]]) from failure\n",
         "            return\n",
         ("tests/world/test_bad_input.py",),
     ),

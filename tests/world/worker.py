@@ -18,15 +18,18 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 from adapters.layers.experts import StackedLinear
 from adapters.layers.linear import AdaptedLinear
@@ -37,6 +40,7 @@ from trainer.config.config import parse_config
 from trainer.distributed import failures, process_group
 from trainer.distributed.world import World
 from trainer.engine.peer_memory import open_peer_memory
+from trainer.errors import UserError
 from trainer.loading import async_reader
 from trainer.loading.assignment import ParamTask
 from trainer.loading.materialize import Materializer
@@ -406,6 +410,27 @@ def resident() -> int:
     raise RuntimeError("no RssAnon in /proc/self/status")
 
 
+def patience(world: World, how: str) -> list[str]:
+    """A stage in which rank 0 works longer than collectives of the group may last, and rank 1 has
+    nothing to do; or one of them fails, while the other works or waits."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=5))
+    began = time.monotonic()
+
+    def stop() -> None:
+        if how == "fails in the wait" and world.rank == 1:
+            raise UserError("asked to stop")
+
+    patience = replace(world, saving=group).patience(stop)
+    with world.all_or_none(patience) as said:
+        if how == "fails" and world.rank == 0:
+            raise UserError("a bad record")
+        while world.rank == 0 and (how != "long" or time.monotonic() < began + 6):
+            patience.check()
+            threading.Event().wait(0.05)
+        said.append("worked" if world.rank == 0 else "waited")
+    return said
+
+
 CASES = {
     "train": train,
     "train_compiled": train_compiled,
@@ -425,6 +450,7 @@ CASES = {
     "moments": moments,
     "validation": validation,
     "evaluate": evaluate,
+    "patience": patience,
 }
 
 

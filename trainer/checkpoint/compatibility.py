@@ -32,6 +32,7 @@ _MUST_AGREE = {
         "micro_batch_tokens",
         "micro_batches_multiple_of",
         "leave_out",
+        "eval",
     ),
     "run": ("seed",),
 }
@@ -55,6 +56,8 @@ _EVALUATION = {
 def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint, naming the key, where `config` differs in a key that must agree."""
     for key, old, new in _differences(state["config"], config, _MUST_AGREE):
+        if key == "data.eval" and not {type(old), type(new)} & {int, float}:
+            continue  # another file takes nothing from the training records
         raise BadCheckpoint(
             f"{key}: {new!r} given, but {checkpoint} was made with {old!r}; "
             "accepted: the same, or another run.name for a new run"
@@ -87,10 +90,11 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
             f"model.id: {session.config.model.id}: the values of {changed[0]} have changed since "
             f"{checkpoint} was made; accepted: the same weights, or another run.name for a new run"
         )
+    data = session.config.data
     if state["data"] not in (session.train_data.digest, session.train_data.key):
         raise BadCheckpoint(
-            f"data.train: {session.config.data.train} does not hold the records (or not the same "
-            f"tokens of them) that {checkpoint} was made with; accepted: the same, or another "
+            f"{data.train_name} does not hold the records (or not the same tokens of them, or in "
+            f"other shares) that {checkpoint} was made with; accepted: the same, or another "
             "run.name for a new run"
         )
 
@@ -114,7 +118,8 @@ def _differences(
         made = _completed(then.get(section, {}), getattr(config, section))
         for key in keys or sorted({*now[section], *made}, key=lambda k: (k != "kind", k)):
             old, new = made.get(key), now[section].get(key)
-            if old != new:
+            is_newer = key not in made and not new  # than the checkpoint, and not used
+            if old != new and not is_newer:
                 yield f"{section}.{key}", old, new
 
 

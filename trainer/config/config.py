@@ -81,11 +81,13 @@ class Config(Section):
             raise ValueError(
                 f"data.padding_free: true given with task.kind={self.task.kind}; accepted: false"
             )
-        if self.data.format not in ("auto", *self.task.data_formats):
-            raise ValueError(
-                f"data.format: {self.data.format} given with task.kind={self.task.kind}; "
-                f"accepted: auto, {', '.join(self.task.data_formats)}"
-            )
+        for index, own in enumerate([self.data, *(self.data.mixture or [])]):
+            if own.format not in ("auto", *self.task.data_formats):
+                key = f"data.mixture.{index - 1}" if index else "data"
+                raise ValueError(
+                    f"{key}.format: {own.format} given with task.kind={self.task.kind}; "
+                    f"accepted: auto, {', '.join(self.task.data_formats)}"
+                )
         if "text" not in self.task.data_formats:
             for key, value in (("on_long_record", "split"), ("truncate", "prompt")):
                 if getattr(self.data, key) == value:
@@ -203,4 +205,16 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
                 f"override {override!r}: {part} is not a section; accepted: section.key=value"
             )
         section = inner
-    section[path[-1]] = parse_yaml(text, f"override {override!r}")
+    section[path[-1]] = _value(key, text)
+
+
+def _value(key: str, text: str) -> Any:
+    """The value of an override. Raises UserError."""
+    try:
+        return parse_yaml(text, f"override {f'{key}={text}'!r}")
+    except UserError as error:
+        if "{" not in text or text.startswith(('"', "'")):
+            raise
+        raise UserError(
+            f"{error}; a template needs quotes inside those of the shell: {key}='\"{text}\"'"
+        ) from error

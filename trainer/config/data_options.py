@@ -1,5 +1,6 @@
 """The `data` section of the configuration: records, tokenisation and batches."""
 
+import itertools
 import keyword
 from typing import Literal
 
@@ -11,6 +12,8 @@ LEFT_OUT = "left_out"
 """`data.eval`: evaluate on the held-out training records."""
 
 
+SourceNames = str | list[str]
+"""What `data.train` and `data.eval` name."""
 _OF_RENDERING = ("messages", "tools", "documents", "add_generation_prompt")
 _CONSTANTS = ("true", "false", "none")
 """Of Jinja, which otherwise has Python's keywords."""
@@ -19,10 +22,12 @@ _CONSTANTS = ("true", "false", "none")
 class SourceOptions(Section):
     """A source of training records: which they are, how they are read and converted."""
 
-    train: str
-    """Training data: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt) or a hub id."""
+    train: SourceNames | None = None
+    """Training data: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt, each also with .gz or
+    .zst), a glob, a folder of files of one kind, a folder that `datasets.save_to_disk` wrote, or a
+    hub id; or a list of those, read one after the other."""
     train_split: str = "train"
-    """Split of a hub data set to train on."""
+    """Split to train on, of a hub data set or a saved DatasetDict."""
     train_records: int | None = Field(None, gt=0)
     """Use only this many training records, the first ones."""
     subset: str | None = None
@@ -113,14 +118,28 @@ class SourceOptions(Section):
         return self
 
 
+class MixtureSource(SourceOptions):
+    """One of the sources of `data.mixture`."""
+
+    weight: float = Field(gt=0)
+    """Its records among all that are trained on, relative to the other weights."""
+
+
 class DataOptions(SourceOptions):
     """Records, tokenisation and batches."""
 
-    eval: str | None = None
-    """Evaluation data: a file or hub id as for `train`, or `left_out`, the training records held
-    out by `leave_out`; none: no evaluation."""
+    mixture: list[MixtureSource] | None = Field(None, min_length=1)
+    """Several sources by weight, in place of `train`. Each entry has `train` and `weight`, and
+    the keys above in which it differs; see [data.md](data.md#sources-and-mixtures)."""
+    mixture_until: Literal["first", "last"] = "first"
+    """When an epoch of a mixture ends: the first source is used up, or the last, while the others
+    repeat."""
+    eval: SourceNames | int | float | None = None
+    """Evaluation data: a source as for `train`; a share (0.05) or a number of the training records,
+    drawn by the seed and never trained on; or `left_out`, the training records held out by
+    `leave_out`; none: no evaluation."""
     eval_split: str = "test"
-    """Split of a hub data set to evaluate on."""
+    """Split to evaluate on, likewise."""
     max_length: int = Field(1024, gt=1)
     """Maximum sequence length in tokens."""
     on_long_record: Literal["truncate", "split", "drop", "stop"] = "truncate"
@@ -175,6 +194,46 @@ class DataOptions(SourceOptions):
     cache: str | None = Field(None, pattern=PATH)
     """Cache folder of tokenised data; none: `rankcast` in the user's cache folder."""
 
+    @property
+    def sources(self) -> list[tuple[SourceNames, "DataOptions"]]:
+        """Each source of training records, and the options by which it is read: these, or those of
+        an entry of the mixture."""
+        if self.mixture is None:
+            return [(self.train or [], self)]
+        own = SourceOptions.model_fields
+        return [
+            (entry.train or [], self.model_copy(update={key: getattr(entry, key) for key in own}))
+            for entry in self.mixture
+        ]
+
+    @property
+    def train_name(self) -> str:
+        """Key and sources of the training records, in messages."""
+        key = "data.train" if self.mixture is None else "data.mixture"
+        names = [[name] if isinstance(name, str) else name for name, _ in self.sources]
+        return f"{key}: {', '.join(itertools.chain(*names))}"
+
+    @property
+    def eval_source(self) -> SourceNames | None:
+        """What `eval` names besides the training records."""
+        return self.eval if isinstance(self.eval, str | list) and self.eval != LEFT_OUT else None
+
+    @property
+    def eval_drawn(self) -> int | float | None:
+        """The number, or share, of the training records that are drawn for evaluation."""
+        return self.eval if isinstance(self.eval, int | float) else None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, given: object) -> object:
+        """Each source of a mixture has the section's keys, where it gives none of its own."""
+        if not isinstance(given, dict) or not isinstance(given.get("mixture"), list):
+            return given
+        keys = SourceOptions.model_fields.keys() & given.keys() - {"train"}
+        common = {key: given[key] for key in keys}
+        mixture = [{**common, **one} if isinstance(one, dict) else one for one in given["mixture"]]
+        return {**given, "mixture": mixture}
+
     @model_validator(mode="before")
     @classmethod
     def _micro_batches(cls, given: object) -> object:
@@ -182,6 +241,37 @@ class DataOptions(SourceOptions):
             size = given.get("micro_batch_size")
             return {**given, "micro_batch_size": 4 if size is None else size}
         return given
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> "DataOptions":
+        if self.mixture is not None and self.train is not None:
+            raise ValueError(
+                f"data.mixture: given together with data.train ({self.train}); accepted: one of "
+                "them"
+            )
+        for index, (source, _) in enumerate(self.sources):
+            if not source and self.mixture is None:
+                raise ValueError(
+                    "data.train: missing; accepted: string or a list of strings, or data.mixture"
+                )
+            if not source:
+                raise ValueError(
+                    f"data.mixture.{index}.train: missing; accepted: string or a list of strings"
+                )
+        drawn = self.eval_drawn
+        if drawn is not None and not (drawn >= 1 if isinstance(drawn, int) else 0 < drawn < 1):
+            raise ValueError(
+                f"data.eval: {drawn} given; accepted: a share of the training records between 0 "
+                "and 1, a number of them from 1, or a source"
+            )
+        if drawn is not None and self.eval_records is not None:
+            raise ValueError(
+                f"data.eval_records: {self.eval_records} given with data.eval={drawn}; "
+                "accepted: null"
+            )
+        if self.eval == []:
+            raise ValueError("data.eval: [] given; accepted: at least one source")
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":

@@ -27,10 +27,12 @@ def validate(prefix: str, value: Any, kind: type[Section]) -> Any:
 def _explain(prefix: str, error: ErrorDetails, kind: type[BaseModel]) -> str:
     """One line for pydantic's first error."""
     path = [str(part) for part in error["loc"]]
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])  # our validators name the key
+    given = prefix
     while len(path) > 1 and (inner := _section_of(kind, path[0])) is not None:
-        prefix, kind, path = f"{prefix}.{path[0]}".lstrip("."), inner, path[1:]
+        at = 2 if path[1].isdigit() else 1  # 2: an entry of a list of sections
+        prefix, kind, path = ".".join([prefix, *path[:at]]).lstrip("."), inner, path[at:]
+    if error["type"] == "value_error":  # our validators name the key, but not an entry of a list
+        return str(error["ctx"]["error"]).replace(f"{given}.", f"{prefix}.", prefix != given)
     if error["type"] == "extra_forbidden":
         return unknown_key(path[-1], [prefix, *path[:-1]], kind)
     # Members of a union appear in the location ("eval.str"); keep only keys.
@@ -41,14 +43,33 @@ def _explain(prefix: str, error: ErrorDetails, kind: type[BaseModel]) -> str:
     accepted = _accepted(kind, fields, error["msg"])
     if error["type"] == "literal_error":
         accepted += _nearest(error["input"], re.findall(r"'(\w+)'", accepted))
+    if isinstance(error["input"], dict) and str in _members(kind, fields):
+        accepted += (
+            f"; a template needs quotes, since YAML reads {{…}} as a mapping: '{{column}}' in a "
+            f"file, {key}='\"{{column}}\"' in a shell"
+        )
     return f"{key}: {error['input']!r} given; accepted: {accepted}"
 
 
+def _members(kind: type[BaseModel], path: list[str]) -> tuple[Any, ...]:
+    """The types that a field accepts."""
+    field = kind.model_fields.get(path[0]) if path else None
+    if field is None:
+        return ()
+    return typing.get_args(field.annotation) or (field.annotation,)
+
+
 def _section_of(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The class of a nested section; None for other fields."""
+    """The class of a nested section, or of the entries of a list of sections; None for other
+    fields."""
     field = kind.model_fields.get(name)
-    annotation = None if field is None else field.annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    return None if field is None else _section_in(field.annotation)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, typing.get_args(annotation))), None)
 
 
 def _accepted(kind: type[BaseModel], path: list[str], message: str = "") -> str:
@@ -80,6 +101,8 @@ def type_name(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(type_name(part) for part in typing.get_args(annotation))
     if origin is list:
+        if _section_in(annotation) is not None:
+            return "a list of sections"
         return f"a list of {type_name(typing.get_args(annotation)[0])}s"
     if origin is dict:
         return "a mapping"

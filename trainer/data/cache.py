@@ -11,12 +11,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from adapters.options import Section
-from trainer.config.data_options import DataOptions
+from trainer.config.data_options import DataOptions, SourceNames
 from trainer.config.validation import local
 from trainer.data.dataset import COUNTS, TOKENS
+from trainer.data.sources import origins
 from trainer.data.templates import templates_of
-from trainer.errors import UserError
-from trainer.files import sha256
 from trainer.tasks.base import Task
 
 _VERSION = 2  # of the cached file; raise it when `Example` or an encoding changes
@@ -74,13 +73,12 @@ def lock(folder: Path, check: Callable[[], None], say: Callable[[str], None]) ->
         held.release()
 
 
-def cache_key(source: str, split: str, limit: int | None, options: DataOptions, task: Task) -> str:
+def cache_key(
+    source: SourceNames, split: str, limit: int | None, options: DataOptions, task: Task
+) -> str:
     """Digest of everything that tokenisation depends on; options of batching are excluded. A file
     is its content, wherever it lies."""
-    path = local(source)
-    is_file = path is not None and path.is_file()
-    content = _sha256(path) if path and is_file else f"{options.subset} {options.revision} {split}"
-    named = Path(source).suffix if is_file else source
+    (name, content), *more = origins(source, split, options)
     batching = {
         "packing",
         "shuffle",
@@ -95,13 +93,16 @@ def cache_key(source: str, split: str, limit: int | None, options: DataOptions, 
         "eval",
         "leave_out",
         "workers",
+        "mixture",
+        "mixture_until",
     }
     limits = {"train_records", "eval_records"}
     template = {"chat_template", "template_arguments"}  # its text counts, not where it lies
     parts = [
         _VERSION,
-        named,
+        name,
         content,
+        *more,
         limit,
         _given(options, batching | limits | template),
         _given(task.options, set()),
@@ -127,10 +128,3 @@ def _given(options: Section, left_out: set[str]) -> dict[str, Any]:
 def _tokenizer_state(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; accepted: a file that can be read") from error

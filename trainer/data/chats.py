@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.config.data_options import SourceOptions
+from trainer.data.forms import accepted, as_parts
 from trainer.data.messages import Conversation, is_assistant, name_of
 from trainer.data.shown import REASONING, content_of, hidden, missing, reasoning_of
 from trainer.data.templates import Span, added_tokens, limited, render, template_of
@@ -36,10 +37,9 @@ def _examples(
     said: Conversation, template: str, options: SourceOptions, tokenizer: Any
 ) -> list[Segments]:
     messages, turns = said.messages, said.turns
-    if _wants_parts(tokenizer, template):
-        messages = [_as_parts(message) for message in messages]
     if options.turns == "last":
         turns = turns[-1:]
+    messages = accepted(messages[: turns[-1] + 1], said.tools, template, tokenizer)
     marked = options.turns != "all" and _MARK.search(template) is not None
     chat = Chat(messages, said.tools, tokenizer, template, marked, said.names)
     together = chat.together(turns)
@@ -64,6 +64,7 @@ class Chat:
     names: list[str]
     """Of the messages, in what is said of them."""
     _rendered: dict[tuple[int, bool], tuple[str, list[Span]]] = field(default_factory=dict)
+    _headers: dict[bool, str] = field(default_factory=dict)
 
     def together(self, turns: list[int]) -> tuple[str, list[Span]] | None:
         """The conversation up to the last of `turns`, and the spans of all of them; None where it
@@ -75,7 +76,7 @@ class Chat:
                 return None
             of_turn = dict(zip(assistants, marks, strict=True))
             marked = [(turn, of_turn[turn]) for turn in turns]
-            if any(missing(self.messages[turn], _cut(text, span)) for turn, span in marked):
+            if any(missing(self.messages[turn], *_parted(text, [span])) for turn, span in marked):
                 return None
             return text, self._ended(turns[-1], [span for _, span in marked], marks[-1])
         text = self._closed(turns[-1])
@@ -89,7 +90,7 @@ class Chat:
             if not text.startswith(closed) or (spans and start < spans[-1][1]):
                 return None
             spans.append((start, len(closed)))
-            self._check(turn, _cut(text, spans[-1]))
+            self._check(turn, text, spans[-1:])
         return text, spans
 
     def _by_first_turn(self, turns: list[int], text: str) -> list[Span] | None:
@@ -100,7 +101,7 @@ class Chat:
         if assistants[0] == 0 or any(map(self._is_more, assistants)):
             return None
         contents = [content_of(self.messages[i]) for i in assistants]
-        before, closed = (self._render(assistants[0] + done)[0] for done in (0, 1))
+        before, closed = self._render(assistants[0])[0], self._closed(assistants[0])
         start, content = self._start(assistants[0]), contents[0].strip()
         header = closed[len(before) : start]
         if not (header and content and closed.startswith(before)):
@@ -135,7 +136,7 @@ class Chat:
         else:
             text = self._closed(turn)
             spans = [(self._start(turn), len(text))]
-        self._check(turn, "".join(_cut(text, span) for span in spans))
+        self._check(turn, text, spans)
         return text, spans
 
     def _start(self, turn: int) -> int:
@@ -163,19 +164,19 @@ class Chat:
         message = {key: value for key, value in self.messages[turn].items() if key != "tool_calls"}
         in_parts = isinstance(message.get("content"), list)
         message |= {"content": _PROBE} | {key: _PROBE for key in REASONING if key in message}
-        other = [*self.messages[:turn], _as_parts(message) if in_parts else message]
+        other = [*self.messages[:turn], as_parts(message) if in_parts else message]
         return render(self.tokenizer, self.template, other, self.tools, False)[0]
 
     def _closed(self, turn: int) -> str:
-        """The rendering that a turn ends, without the generation prompt that templates add which do
-        not heed whether it is asked for."""
+        """The rendering that a turn ends, with the token that ends it, and without the generation
+        prompt that templates add which do not heed whether it is asked for."""
         (text, _), start, kept = self._render(turn + 1), self._start(turn), self._kept(turn + 1)
         again = text[kept:].strip()
         before = [text[:start]]
         if turn and again != self.tokenizer.eos_token:  # which may end whatever is rendered
             before.append(self._render(turn)[0])
         if not again or not any(part.rstrip().endswith(again) for part in before):
-            return text
+            return text + self._next_header(turn, text)
         # What is kept may hold the beginning of the prompt: that of all headers.
         content = str(content_of(self.messages[turn])).strip()
         at = text.rfind(content, start, kept) + len(content)
@@ -189,6 +190,38 @@ class Chat:
         end = at + found
         spaces = len(text[end:kept]) - len(text[end:kept].lstrip())
         return text[: end + spaces]
+
+    def _next_header(self, turn: int, closed: str) -> str:
+        """Where a turn ends in no special token, but the next one begins with one, that: it is what
+        generation stops at."""
+        ends = tuple(token for token, special in added_tokens(self.tokenizer).items() if special)
+        content = str(content_of(self.messages[turn])).rstrip()
+        if closed.rstrip().endswith(ends) and not content.endswith(ends):
+            return ""
+        calls = bool(self.messages[turn].get("tool_calls"))
+        if calls not in self._headers:
+            self._headers[calls] = self._followed(turn, calls, ends)
+        return self._headers[calls]
+
+    def _followed(self, turn: int, calls: bool, ends: tuple[str, ...]) -> str:
+        """The token of `ends` that a turn is followed by, and it does not end in one itself."""
+        said = {"role": "assistant", "content": _PROBE}
+        said = {**self.messages[turn], **said} if calls else said
+        answer = {"role": "tool" if calls else "user", "content": _ANSWER}
+        messages = [*self.messages[:turn], said, answer]
+        if any(isinstance(message.get("content"), list) for message in messages):
+            messages = list(map(as_parts, messages))
+        try:
+            closed, text = (
+                render(self.tokenizer, self.template, messages[:end], self.tools, False)[0]
+                for end in (turn + 1, turn + 2)
+            )
+        except BadRecord:  # a template of one turn
+            return ""
+        if closed.rstrip().endswith(ends) or not text.startswith(closed):
+            return ""
+        found = _leading(text[len(closed) :], ends)
+        return "" if found in (None, self.tokenizer.bos_token) else found
 
     @functools.cached_property
     def _heeds_prompt(self) -> bool:
@@ -208,7 +241,7 @@ class Chat:
         turn = next(i for i, message in enumerate(self.messages) if is_assistant(message))
         said = [{"role": "assistant", "content": _PROBE}, {"role": "user", "content": _ANSWER}]
         if any(isinstance(message.get("content"), list) for message in self.messages):
-            said = list(map(_as_parts, said))
+            said = list(map(as_parts, said))
         tails = []
         for some in (said[:1], said):
             messages = [*self.messages[:turn], *some]
@@ -245,8 +278,8 @@ class Chat:
         message = self.messages[turn]
         return bool(message.get("tool_calls") or reasoning_of(message))
 
-    def _check(self, turn: int, learned: str) -> None:
-        what = missing(self.messages[turn], learned)
+    def _check(self, turn: int, text: str, spans: list[Span]) -> None:
+        what = missing(self.messages[turn], *_parted(text, spans))
         if what is not None:
             raise BadRecord(f"{self.names[turn]}: the chat template leaves out its {what}")
 
@@ -285,35 +318,10 @@ class Chat:
     def _render(self, end: int, prompt: bool = False) -> tuple[str, list[Span]]:
         """(text of the first `end` messages, with a generation prompt if `prompt`; marked spans)"""
         if (end, prompt) not in self._rendered:
-            messages = self.messages[:end]
-            try:
-                found = render(
-                    self.tokenizer, self.template, messages, self.tools, prompt, self.marked
-                )
-            except BadRecord:
-                if all("content" in message for message in messages):
-                    raise
-                # Beside tool calls some templates need no content, others an empty one.
-                filled = [{"content": "", **message} for message in messages]
-                found = render(
-                    self.tokenizer, self.template, filled, self.tools, prompt, self.marked
-                )
-            self._rendered[end, prompt] = found
+            self._rendered[end, prompt] = render(
+                self.tokenizer, self.template, self.messages[:end], self.tools, prompt, self.marked
+            )
         return self._rendered[end, prompt]
-
-
-@functools.lru_cache(maxsize=4)
-def _wants_parts(tokenizer: Any, template: str) -> bool:
-    """Whether a template shows contents as lists of parts only, not as strings."""
-
-    def shows(content: Any) -> bool:
-        try:
-            messages = [{"role": "user", "content": content}]
-            return _PROBE in render(tokenizer, template, messages, None, False)[0]
-        except BadRecord:
-            return False
-
-    return not shows(_PROBE) and shows([{"type": "text", "text": _PROBE}])
 
 
 def _leading(text: str, tokens: Iterable[str]) -> str | None:
@@ -328,13 +336,6 @@ def _first(text: str, tokens: Iterable[str]) -> int | None:
     return min(found)[0] - min(found)[1] if found else None
 
 
-def _as_parts(message: dict) -> dict:
-    content = message.get("content")
-    if not isinstance(content, str):
-        return message
-    return {**message, "content": [{"type": "text", "text": content}]}
-
-
 def _segments(text: str, spans: list[Span]) -> Iterator[tuple[str, bool]]:
     done = 0
     for start, end in spans:
@@ -342,6 +343,12 @@ def _segments(text: str, spans: list[Span]) -> Iterator[tuple[str, bool]]:
         yield text[start:end], True
         done = end
     yield text[done:], False
+
+
+def _parted(text: str, spans: list[Span]) -> tuple[str, str]:
+    """(what is learned, what stands before it)"""
+    before = text[: spans[0][0]] if spans else text
+    return "".join(_cut(text, span) for span in spans), before
 
 
 def _cut(text: str, span: Span) -> str:

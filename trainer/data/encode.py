@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from trainer.config.data_options import DataOptions
+from trainer.config.data_options import DataOptions, SourceNames
 from trainer.data.dataset import Counts, schema
 from trainer.data.fit import pieces, without_beginning
 from trainer.data.formats import detect_format, to_records
-from trainer.data.sources import Row
+from trainer.data.sources import Row, name_of
 from trainer.errors import BadRecord, UserError, first_line
 from trainer.tasks.base import Example, Record, Task, TooLong
 
@@ -26,7 +26,7 @@ class Encoder:
     """What turns the rows of a source into examples: plain data and a tokenizer, which other
     processes can be sent."""
 
-    source: str
+    source: SourceNames
     options: DataOptions
     task: Task
 
@@ -123,8 +123,8 @@ class Encoder:
             raise
         except BaseException as error:
             raise UserError(
-                f"{self.source}: the tokenizer failed ({first_line(error)}); accepted: a tokenizer "
-                "and records that it can encode"
+                f"{name_of(self.source)}: the tokenizer failed ({first_line(error)}); accepted: a "
+                "tokenizer and records that it can encode"
             ) from error
 
     def _split(

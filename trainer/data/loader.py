@@ -19,12 +19,15 @@ from trainer.data.micro_batches import (
     by_tokens,
     row_length,
 )
+from trainer.data.mixture import MixedDataset, MixedOrder
 from trainer.data.packing import best_fit, fill
 from trainer.data.rows import Rows
 from trainer.tasks.base import Batch, Task
 
 _LOOKED_AHEAD = 200
 """Steps by whose rows the row lengths are chosen."""
+_PACKED_TOGETHER = 8192
+"""Records of a mixture that are packed together: enough to fill rows."""
 
 
 @dataclass
@@ -49,7 +52,11 @@ class Loader:
         world: int, left_out: Sequence[int] | np.ndarray = (), rows: Rows = Rows(),  # noqa: B008
     ):  # fmt: skip
         # Examples without loss are for evaluation: choices that are not the right one.
-        self._records = np.setdiff1d(np.flatnonzero(data.weights), left_out)
+        unused = np.union1d(np.asarray(left_out, dtype=int), np.flatnonzero(data.weights == 0))
+        self._records = np.setdiff1d(np.arange(len(data)), unused)
+        self._mixed: MixedOrder | None = None
+        if isinstance(data, MixedDataset):
+            self._mixed = MixedOrder(data, unused, seed, options.shuffle)
         self.data, self.task, self.options = data, task, options
         self.seed, self.rank, self.world = seed, rank, world
         self.epoch, self.offset = 0, 0  # of the next sequence
@@ -68,19 +75,25 @@ class Loader:
         self.rows = self._fitted_rows()
 
     def sequences(self, epoch: int) -> list[np.ndarray]:
-        """Record indices of each sequence of an epoch, in order; as many in every epoch."""
+        """Record indices of each sequence of an epoch, in order; of a mixture, an epoch can have a
+        few more than another."""
         if self._order is None or self._order[0] != epoch:
-            order, rng = self._records, np.random.default_rng([self.seed, epoch])
-            if self.options.shuffle:
-                order = rng.permutation(order)
-            if self.options.packing:
-                sequences = best_fit(order, self.data.lengths, self.options.max_length)
-                if self.options.shuffle:
-                    sequences = [sequences[row] for row in rng.permutation(len(sequences))]
+            rng = np.random.default_rng([self.seed, epoch])
+            if self._mixed is not None:
+                # Packed part by part, so that the shares hold long before the end of an epoch.
+                order = self._mixed(epoch)
+                parts = np.split(order, range(_PACKED_TOGETHER, len(order), _PACKED_TOGETHER))
             else:
-                sequences = list(order[:, None])
-            self._order = (epoch, sequences)
+                parts = [rng.permutation(self._records) if self.options.shuffle else self._records]
+            self._order = (epoch, [row for part in parts for row in self._packed(part, rng)])
         return self._order[1]
+
+    def _packed(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+        """The sequences of some records."""
+        rows = packed_records(order, self.data, self.options)
+        if self.options.packing and self.options.shuffle:
+            return [rows[row] for row in rng.permutation(len(rows))]
+        return rows
 
     def fill(self) -> float:
         """Real tokens of packed sequences over their length, `data.max_length`."""
@@ -89,7 +102,7 @@ class Loader:
     def steps_for(self, epochs: float) -> int:
         """Number of optimizer steps of `epochs` epochs; the last may extend into the next epoch."""
         # Rounded first: 1.1 epochs of 50 sequences are 55, not a little more.
-        sequences = round(epochs * len(self.sequences(self.epoch)), 6)
+        sequences = round(epochs * len(self.sequences(0)), 6)  # also of a run that resumes
         return max(1, int(np.ceil(sequences / self.options.batch_size)))
 
     def __iter__(self) -> Iterator[Step]:
@@ -197,14 +210,3 @@ def packed_records(
     if options.packing:
         return best_fit(records, data.lengths, options.max_length)
     return list(records[:, None])
-
-
-def left_out(data: TokenDataset, count: int, seed: int) -> np.ndarray:
-    """The examples of `count` records drawn by `seed`, record by record: independent of the world
-    size, and a prefix of those of every larger draw."""
-    records = int(data.records[-1]) + 1
-    drawn = np.random.default_rng([seed, 0x1EF7]).permutation(records)[:count]
-    first = np.searchsorted(data.records, drawn)
-    last = np.searchsorted(data.records, drawn, side="right")
-    ranges = [np.arange(a, b) for a, b in zip(first, last, strict=True)]
-    return np.concatenate([np.arange(0), *ranges])

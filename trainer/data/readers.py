@@ -5,30 +5,40 @@ A row that cannot be used is a `BadRecord` with the reason; a file that cannot b
 """
 
 import csv
+import io
 import json
 import os
-import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config.data_options import SourceOptions
 from trainer.data.extent import Extent
-from trainer.errors import BadRecord, UserError, first_line
+from trainer.errors import BadRecord, UserError, first_line, reason
 
 _BATCH = 1000  # rows read at a time from a parquet file
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+FILES = f"{', '.join(SUFFIXES)}, each also with {' or '.join(COMPRESSED)}"
+"""The files that are read, in words."""
 
 Row = dict | BadRecord
+
+
+def ending(path: Path) -> str:
+    """`.jsonl`, or with its compression `.jsonl.gz`; empty: not a data file."""
+    endings = (suffix + packed for suffix in SUFFIXES for packed in ("", *COMPRESSED))
+    return next((found for found in endings if path.name.lower().endswith(found)), "")
 
 
 def read_file(path: Path, options: SourceOptions, extent: Extent) -> Iterator[tuple[int, Row]]:
     """(line or record number from 1, row or BadRecord) of a file. `extent` is told how much of it
     was read."""
-    suffix = path.suffix.lower()
-    if not path.is_file() or suffix not in SUFFIXES:
-        raise UserError(f"{path}: not a data file; accepted: {', '.join(SUFFIXES)}")
+    suffix = Path(ending(path)).stem  # without that of a compression
+    if not suffix or not path.is_file():
+        raise UserError(f"{path}: not a data file; accepted: {FILES}")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: empty file; accepted: at least one record")
     if suffix == ".parquet":
@@ -36,31 +46,73 @@ def read_file(path: Path, options: SourceOptions, extent: Extent) -> Iterator[tu
     elif suffix == ".jsonl":
         yield from _json_lines(path, extent)
     elif suffix == ".json":
-        yield from _json_list(path, extent)
+        yield from (_json_lines if _is_lines(path) else _json_list)(path, extent)
     elif suffix == ".txt":
-        text = "".join(line for _, line in _lines(path))
-        paragraphs = re.split(r"\n\s*\n", text)
-        for number, part in enumerate(extent.counted(paragraphs, len(paragraphs)), 1):
-            if part.strip():
-                yield number, {"text": part.strip()}
+        yield from _paragraphs(path, extent)
     else:
         yield from _delimited(path, "\t" if suffix == ".tsv" else ",", options, extent)
 
 
+class _Counted(io.FileIO):
+    """A file that tells how much of it was read."""
+
+    def __init__(self, path: Path, extent: Extent):
+        super().__init__(path)
+        self._extent = extent
+        extent.expect(os.fstat(self.fileno()).st_size)
+
+    def read(self, size: int | None = -1) -> bytes:
+        found = super().read(size)
+        self._extent.add(len(found))
+        return found
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        self._extent.add(count)
+        return count
+
+
+@contextmanager
+def _open(path: Path, extent: Extent) -> Iterator[io.BufferedReader]:
+    """A file's bytes, decompressed."""
+    compression = COMPRESSED.get(path.suffix.lower())
+    with _Counted(path, extent) as file:
+        if compression is None:
+            yield io.BufferedReader(file)
+            return
+        import pyarrow as pa
+
+        with pa.CompressedInputStream(pa.PythonFile(file, "r"), compression) as stream:
+            yield io.BufferedReader(stream)
+
+
 def _lines(path: Path, extent: Extent | None = None) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, with or without a byte order mark."""
-    extent = extent or Extent()  # of whole texts no part is read before the other
     line = 0
     try:
-        with path.open("rb") as file:  # decoded by line: text mode decodes far ahead
-            extent.expect(os.fstat(file.fileno()).st_size)
-            for line, raw in enumerate(file, 1):
-                extent.add(len(raw))
+        # Of a text that is parsed whole, no part is read before the others.
+        with _open(path, extent or Extent()) as file:
+            for line, raw in enumerate(file, 1):  # text mode would decode far ahead
                 yield line, raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{line}: not UTF-8 ({error.reason})") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+    except OSError as error:  # also of a compressed file that is damaged
+        raise UserError(f"{path}: cannot be read ({reason(error)})") from error
+
+
+def _paragraphs(path: Path, extent: Extent) -> Iterator[tuple[int, Row]]:
+    """The paragraphs of a text, which blank lines separate, each with the line it starts at."""
+    start = 0
+    lines: list[str] = []
+    for number, line in _lines(path, extent):
+        if line.strip():
+            start = start if lines else number
+            lines.append(line)
+        elif lines:
+            yield start, {"text": "".join(lines).strip()}
+            lines = []
+    if lines:
+        yield start, {"text": "".join(lines).strip()}
 
 
 def _json_lines(path: Path, extent: Extent) -> Iterator[tuple[int, Row]]:
@@ -75,16 +127,30 @@ def _json_lines(path: Path, extent: Extent) -> Iterator[tuple[int, Row]]:
             yield line, BadRecord(f"broken JSON ({error})")
 
 
+def _is_lines(path: Path) -> bool:
+    """Whether a file called .json holds an object a line, as .jsonl does."""
+    first = next((text for _, text in _lines(path) if text.strip()), "")
+    try:
+        return first.lstrip().startswith("{") and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _json_list(path: Path, extent: Extent) -> Iterator[tuple[int, Row]]:
     text = "".join(line for _, line in _lines(path))
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg})") from error
+        mixed = error.msg == "Extra data"
+        more = "; accepted: one list of records, or an object a line" if mixed else ""
+        raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg}){more}") from error
     except (ValueError, RecursionError) as error:  # a huge number, or nested too deep
         raise UserError(f"{path}: broken JSON ({error})") from error
     if not isinstance(rows, list):
-        raise UserError(f"{path}: a JSON {type(rows).__name__}; accepted: a list of records")
+        raise UserError(
+            f"{path}: a JSON {type(rows).__name__}; accepted: a list of records, or an object a "
+            "line"
+        )
     yield from enumerate(map(_as_row, extent.counted(rows, len(rows))), 1)
 
 
@@ -115,7 +181,11 @@ def _parquet_rows(path: Path, extent: Extent) -> Iterator[dict]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
+        content: Path | io.BytesIO = path
+        if path.suffix.lower() in COMPRESSED:  # whole in memory: it is read from its end
+            with _open(path, Extent()) as stream:
+                content = io.BytesIO(stream.read())
+        file = pq.ParquetFile(content)
         batches = file.iter_batches(batch_size=_BATCH)
         rows = (without_nulls(row) for batch in batches for row in batch.to_pylist())
         yield from extent.counted(rows, file.metadata.num_rows)

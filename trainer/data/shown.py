@@ -15,12 +15,17 @@ from trainer.data.messages import is_assistant, name_of
 REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _THOUGHTS_END = re.compile(r"</[\w:|]*(?:think|thought|reason)\w*>|\[/THINK\]", re.IGNORECASE)
+_THOUGHT_OPENED = re.compile(
+    r"(?:<[\w:|]*(?:think|thought|reason)\w*>|\[THINK\])\s*\Z", re.IGNORECASE
+)
 _SWITCH = re.compile(r"/(?:no_?)?think\b")  # in system and user messages, for the template itself
 
 
-def missing(message: dict, learned: str) -> str | None:
-    """What of a learned turn is not in its learned text: a message and the text of its turn."""
-    squeezed = _squeezed(learned)
+def missing(message: dict, learned: str, before: str) -> str | None:
+    """What of a learned turn is not in its learned text: a message, the text of its turn, and the
+    text before it. The generation prompt may have opened the thought with which the turn begins."""
+    opened = _THOUGHT_OPENED.search(before)
+    squeezed = _squeezed((opened.group() if opened else "") + learned)
     own: list[tuple[str, Any]] = [("content", content_of(message))]
     own += [("tool calls", [name_of(c), _arguments(c)]) for c in message.get("tool_calls", ())]
     own += [("reasoning", text) for text in reasoning_of(message)]

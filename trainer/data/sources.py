@@ -1,48 +1,201 @@
-"""What a source's name stands for, and its rows: a file, or a data set of the hub."""
+"""What a source's name stands for, and its rows.
 
+A source is a file, a glob of files, a folder of files of one kind, a folder that
+`datasets.save_to_disk` wrote, or a data set of the hub, which is streamed; or a list of those, one
+after the other.
+"""
+
+import glob
 import itertools
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.config.data_options import SourceOptions
+from trainer.config.data_options import SourceNames, SourceOptions
 from trainer.config.validation import local
 from trainer.data.extent import Extent
-from trainer.data.readers import SUFFIXES, Row, read_file, without_nulls
-from trainer.errors import UserError, first_line
+from trainer.data.readers import FILES, Row, ending, read_file, without_nulls
+from trainer.errors import UserError, first_line, reason
+from trainer.files import sha256
 
 
 def read_rows(
-    source: str, split: str, options: SourceOptions, limit: int | None, extent: Extent | None = None
-) -> Iterator[tuple[str, Row]]:
-    """(place, row or BadRecord) of a file or a hub data set; the place is `NAME:LINE`, or the
-    number of the record, from 1. `extent`: told how much was read."""
+    source: SourceNames, split: str, options: SourceOptions, limit: int | None,
+    extent: Extent | None = None,
+) -> Iterator[tuple[str, Row]]:  # fmt: skip
+    """(place, row or BadRecord) of a source; the place is `FILE:LINE`, or the number of the record
+    in its file or data set, from 1. `extent`: told how much was read."""
     return itertools.islice(_all_rows(source, split, options, extent or Extent()), limit)
 
 
 def _all_rows(
-    source: str, split: str, options: SourceOptions, extent: Extent
+    source: SourceNames, split: str, options: SourceOptions, extent: Extent
 ) -> Iterator[tuple[str, Row]]:
-    path = local(source)
-    if path is not None:
-        yield from ((f"{path}:{line}", row) for line, row in read_file(path, options, extent))
-        return
-    is_path = Path(source).suffix.lower() in SUFFIXES or source.startswith((".", "/"))
-    if is_path or source.count("/") != 1:
+    parts = list(_parts(source, split))
+    sizes = [_size(part) for part in parts]
+    if len(parts) == 1 or all(sizes):  # else it is not known how much there is
+        extent.expect(sum(sizes) or 1)
+    before = 0
+    for part, size in zip(parts, sizes, strict=True):
+        own, is_empty = Extent(), True
+        for number, row in _rows_of(part, split, options, own):
+            is_empty = False
+            extent.done = before + (size or 1) * (own.share or 0)
+            yield f"{part}:{number}", row
+        if is_empty:
+            raise UserError(f"{part}: no records; accepted: at least one")
+        before += size
+
+
+def _rows_of(
+    part: Path | str, split: str, options: SourceOptions, extent: Extent
+) -> Iterator[tuple[int, Row]]:
+    if isinstance(part, str):
+        return enumerate(_hub_rows(part, split, options, extent), 1)
+    if part.is_dir():
+        return enumerate(_saved_rows(part, extent), 1)
+    return read_file(part, options, extent)
+
+
+def _size(part: Path | str) -> int:
+    """Bytes on disk; 0: not known."""
+    if isinstance(part, str):
+        return 0
+    files = part.iterdir() if part.is_dir() else [part]
+    return sum(file.stat().st_size for file in files)
+
+
+def name_of(source: SourceNames) -> str:
+    """A source in messages."""
+    return source if isinstance(source, str) else ", ".join(source)
+
+
+def hub_ids(source: SourceNames) -> list[str]:
+    """The data sets of the hub among a source's names."""
+    return [name for name in _names(source) if _is_hub_id(name)]
+
+
+def origins(source: SourceNames, split: str, options: SourceOptions) -> list[tuple[str, str]]:
+    """What the records of a source depend on: (suffix, digest) of each file, wherever it lies;
+    (name, subset, revision and split) of a data set of the hub."""
+    found = []
+    for part in _parts(source, split):
+        if isinstance(part, str):
+            found.append((part, f"{options.subset} {options.revision} {split}"))
+        elif part.is_dir():
+            files = sorted(path for path in part.iterdir() if path.is_file())
+            found += [(path.name, _sha256(path)) for path in files]
+        else:
+            found.append((ending(part), _sha256(part)))
+    return found
+
+
+def _parts(source: SourceNames, split: str) -> Iterator[Path | str]:
+    """The files, folders of `save_to_disk` and hub ids of a source, in order. Raises UserError."""
+    for name in _names(source):
+        path = local(name)
+        if path is not None:
+            yield from _in_folder(path, split) if path.is_dir() else [path]
+        elif _is_glob(name):
+            # Unlike Path.glob, this leaves hidden files out.
+            found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
+            files = [Path(match) for match in found if Path(match).is_file()]
+            if not files:
+                raise UserError(f"{name}: no file matches; accepted: a glob of data files")
+            yield from files
+        elif _is_hub_id(name):
+            yield name
+        else:
+            raise UserError(
+                f"{name}: no such file; accepted: a file ({FILES}), a glob or folder of them, or a "
+                "hub id"
+            )
+
+
+def _names(source: SourceNames) -> list[str]:
+    return [source] if isinstance(source, str) else source
+
+
+def _is_glob(name: str) -> bool:
+    return glob.has_magic(name)
+
+
+def _is_hub_id(name: str) -> bool:
+    is_path = name.startswith((".", "/")) or bool(ending(Path(name)))
+    return local(name) is None and not is_path and not _is_glob(name) and name.count("/") == 1
+
+
+def _in_folder(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder, or the folder of a split that `save_to_disk` wrote."""
+    if (folder / "dataset_dict.json").is_file():
+        return [_split_of(folder, split)]
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return [folder]
+    try:
+        inside = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "_")))
+    except OSError as error:
         raise UserError(
-            f"{source}: no such file; accepted: a {', '.join(SUFFIXES)} file or a hub id"
+            f"{folder}: {reason(error)}; accepted: a folder that can be read"
+        ) from error
+    files = [path for path in inside if path.is_file() and ending(path)]
+    kinds = sorted({ending(path) for path in files})
+    if not files:
+        raise UserError(
+            f"{folder}: no data file in this folder; accepted: {FILES}, or a glob such as "
+            f"{folder}/**/*.parquet"
         )
-    rows = _hub_rows(source, split, options, extent)
-    yield from ((f"{source}:{number}", row) for number, row in enumerate(rows, 1))
+    if len(kinds) > 1:
+        raise UserError(
+            f"{folder}: files of several kinds ({', '.join(kinds)}); accepted: one kind, or a glob "
+            f"such as {folder}/*{kinds[0]}"
+        )
+    return files
 
 
-def _hub_rows(source: str, split: str, options: SourceOptions, extent: Extent) -> Iterable[dict]:
+def _split_of(folder: Path, split: str) -> Path:
+    """The folder of a split that a DatasetDict was saved to."""
+    try:
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}/dataset_dict.json: no list of splits ({reason(error)})"
+        ) from error
+    if split not in splits or not (folder / split).is_dir():
+        raise UserError(f"{folder}: no split {split!r}; accepted: {', '.join(map(str, splits))}")
+    return folder / split
+
+
+def _saved_rows(folder: Path, extent: Extent) -> Iterator[dict]:
+    """The rows of a data set that `save_to_disk` wrote, memory-mapped."""
     import datasets
 
     try:
-        rows = datasets.load_dataset(source, options.subset, split=split, revision=options.revision)
+        rows = datasets.load_from_disk(str(folder))
+        yield from extent.counted(map(without_nulls, rows), len(rows))
+    except Exception as error:  # of `datasets`, and of Arrow
+        raise UserError(f"{folder}: no data set of save_to_disk ({first_line(error)})") from error
+
+
+def _hub_rows(source: str, split: str, options: SourceOptions, extent: Extent) -> Iterator[dict]:
+    """The rows of a data set of the hub, as they come: it is never held whole."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            source, options.subset, split=split, revision=options.revision, streaming=True
+        )
+        splits = rows.info.splits or {}
+        number = splits[split].num_examples if split in splits else 0  # 0: not known
+        yield from extent.counted(map(without_nulls, rows), number)
     except Exception as error:  # the hub client raises many types
         raise UserError(
             f"{source}: neither a local file nor a data set that the hub gives "
             f"({first_line(error)})"
         ) from error
-    return extent.counted(map(without_nulls, rows), len(rows))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; accepted: a file that can be read") from error

@@ -23,6 +23,12 @@ _KEY = "data.chat_template"
 _QUESTION, _ANSWER = "Xq7", "Zk8"
 
 
+def read_anew() -> None:
+    """Templates' files are read once in a run, which calls this at its start: a file that is edited
+    or removed while it trains changes nothing."""
+    _of_file.cache_clear()
+
+
 def limited() -> AbstractContextManager[None]:
     """Raises UserError in a context that renders for too long."""
     return time_limit(
@@ -108,7 +114,7 @@ def _begins(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer.bos_token_id in before
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def _of_file(path: Path) -> str:
     from jinja2 import TemplateSyntaxError
 

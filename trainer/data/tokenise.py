@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer.config.data_options import DataOptions
+from trainer.config.data_options import DataOptions, SourceNames
 from trainer.config.sections import Shown
 from trainer.data.cache import cache_key, cache_root, entry, is_whole, lock
 from trainer.data.dataset import TokenDataset, open_dataset
@@ -19,7 +19,7 @@ from trainer.data.encode import Encoder, stop
 from trainer.data.extent import Extent
 from trainer.data.formats import to_records
 from trainer.data.parts import Parts
-from trainer.data.sources import Row, read_rows
+from trainer.data.sources import Row, name_of, read_rows
 from trainer.data.workers import Workers
 from trainer.errors import EXIT_USAGE, BadRecord, UserError, reason
 from trainer.files import take_place
@@ -32,7 +32,7 @@ _LOOK = 0.2  # seconds between two looks whether to stop
 Chunk = list[tuple[str, Row]]
 
 
-def read_labels(source: str, split: str, options: DataOptions) -> list[str | float]:
+def read_labels(source: SourceNames, split: str, options: DataOptions) -> list[str | float]:
     """The raw labels of a classification source. Bad records raise UserError or are skipped."""
     labels = []
     for place, row in read_rows(source, split, options, options.train_records):
@@ -47,12 +47,12 @@ def read_labels(source: str, split: str, options: DataOptions) -> list[str | flo
         assert record.label is not None
         labels.append(record.label)
     if not labels:
-        raise UserError(f"{source}: no usable record; accepted: at least one")
+        raise UserError(f"{name_of(source)}: no usable record; accepted: at least one")
     return labels
 
 
 def prepare(
-    source: str, split: str, limit: int | None, options: DataOptions, task: Task,
+    source: SourceNames, split: str, limit: int | None, options: DataOptions, task: Task,
     shown: Shown = "none", check: Callable[[], None] = lambda: None,
 ) -> TokenDataset:  # fmt: skip
     """Tokenise `source`, or read it from the cache. Where another process tokenises the same, its
@@ -87,10 +87,8 @@ def _tokenise(
     try:
         with closing(Parts(folder)) as parts:
             _fill(parts, work, split, limit, shown, check)
-            if parts.counts.records == 0:
-                raise UserError(f"{work.source}: no records; accepted: at least one")
             if parts.counts.used == 0:
-                raise UserError(f"{work.source}: no usable record ({parts.counts})")
+                raise UserError(f"{name_of(work.source)}: no usable record ({parts.counts})")
             parts.finish()
     except (UserError, OSError) as error:
         if not isinstance(error, UserError) or error.exit_code == EXIT_USAGE:
@@ -106,7 +104,7 @@ def _fill(
     extent, options, kept = Extent(), work.options, parts.counts.records
     rows = read_rows(work.source, split, options, limit, extent)
     with (
-        Display(work.source, shown, kept) as display,
+        Display(name_of(work.source), shown, kept) as display,
         Workers(work, options.workers, look := _at_times(check, display.refresh)) as workers,
     ):
         for _ in itertools.islice(rows, kept):

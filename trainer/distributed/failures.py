@@ -1,4 +1,4 @@
-"""Ends a process on failure: one error line, from the rank that failed, and an exit code.
+"""Ends a process on failure: one error line on every host, and an exit code.
 
 Imports no torch, so that a configuration error is reported before torch is imported.
 """
@@ -19,17 +19,21 @@ from trainer.errors import EXIT_FAILED, EXIT_REQUEUE, UserError, first_line
 _CONNECTION = "gloo|NCCL|TCPStore|pair closure|Connection (closed|reset)|Broken pipe"
 """Errors that collectives raise when a peer is gone."""
 
+_NOISE = r"\[\S+?\.(cc|cpp|h):\d+\] |\. This is typically caused by .*"
+"""What such errors say besides: where in the library, and gloo's advice."""
+
 _GRACE = 5.0
 """Seconds within which every live rank notices the loss of another."""
 _POLL = 0.1  # seconds between two looks into the store
 
 
 class FailedElsewhere(UserError):
-    """Another rank failed and reports why; this one exits silently, with the same code."""
+    """Another rank failed and reports why; this one exits with the same code, silently unless it is
+    `told` what to say to whoever looks at its own host."""
 
-    def __init__(self, exit_code: int):
-        super().__init__("another rank failed")
-        self.exit_code = exit_code
+    def __init__(self, exit_code: int, told: str = ""):
+        super().__init__(told or "another rank failed")
+        self.exit_code, self.told = exit_code, told
 
 
 def exit_code(error: BaseException) -> int:
@@ -39,7 +43,7 @@ def exit_code(error: BaseException) -> int:
 
 def _missing() -> tuple[list[int], bool]:
     """(ranks that are dead or stalled, as they set no flag in the store within `_GRACE`; whether
-    this rank is the lowest live one)."""
+    this rank is the lowest live one of its host)."""
     import torch.distributed as dist
 
     rank, others = dist.get_rank(), set(range(dist.get_world_size())) - {dist.get_rank()}
@@ -60,7 +64,8 @@ def _missing() -> tuple[list[int], bool]:
     thread.start()
     thread.join(_GRACE)
     missing = others - noticed if responds.is_set() else {0}
-    return sorted(missing), rank == min({rank, *others} - missing)
+    first_of_host = rank - int(os.environ.get("LOCAL_RANK", "0"))
+    return sorted(missing), rank == min(set(range(first_of_host, rank + 1)) - missing)
 
 
 def also_failing(key: str, rank: int, size: int, store: Any = None) -> set[int]:
@@ -112,7 +117,8 @@ def killed_for_memory() -> bool:
 
 
 def report_lost(reason: str) -> None:
-    """Print once which ranks are dead or stalled; if none is, every rank prints its `reason`."""
+    """Print, once on every host, which ranks are dead or stalled; if none is, every rank prints its
+    `reason`."""
     import torch.distributed as dist
 
     missing, is_lowest = _missing()
@@ -127,7 +133,7 @@ def report_lost(reason: str) -> None:
 
 def report(error: BaseException) -> None:
     """Print a failure to stderr: one line for a UserError or a lost rank, a traceback for a bug."""
-    if isinstance(error, FailedElsewhere):
+    if isinstance(error, FailedElsewhere) and not error.told:
         return
     rank = int(os.environ.get("RANK", "0"))
     who = f" [rank {rank}]" if rank > 0 else ""
@@ -139,7 +145,7 @@ def report(error: BaseException) -> None:
         print(f"error:{who} a library failed: {first_line(error)}", file=sys.stderr, flush=True)
         return
     if is_lost_connection(error):
-        report_lost(re.sub(r"\[\S+?\.(cc|cpp|h):\d+\] ", "", first_line(error)))
+        report_lost(re.sub(_NOISE, "", first_line(error)))
         return
     traceback.print_exception(error)
     print(f"error:{who} {type(error).__name__}: {error}", file=sys.stderr, flush=True)

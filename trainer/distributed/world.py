@@ -15,6 +15,7 @@ import torch.distributed as dist
 from trainer.distributed import object_exchange
 from trainer.distributed.failures import FailedElsewhere, exit_code
 from trainer.distributed.patience import Patience
+from trainer.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ class World:
         Collective; without `patience` ranks wait for each other `engine.timeout` long at most.
 
         The lowest failing rank raises its own error, the others `FailedElsewhere`, so that one
-        line is printed and no rank hangs in a collective. A value (plain data) that the stage
-        appends to the yielded list is all-gathered: the list then holds those of all ranks, in
-        rank order.
+        line is printed on every host and no rank hangs in a collective. A value (plain data) that
+        the stage appends to the yielded list is all-gathered: the list then holds those of all
+        ranks, in rank order.
         """
         failure: BaseException | None = None
         shared: list[Any] = []
@@ -118,13 +119,13 @@ class World:
             if patience is not None:
                 patience.fail()
         is_own = failure is not None and not isinstance(failure, FailedElsewhere)
-        code = exit_code(failure) if failure is not None and is_own else None
-        codes, values = zip(*self._gather_messages([code, shared]), strict=True)
-        failed = [rank for rank, code in enumerate(codes) if code is not None]
+        report = _report(failure) if failure is not None and is_own else None
+        reports, values = zip(*self._gather_messages([report, shared]), strict=True)
+        failed = [rank for rank, report in enumerate(reports) if report is not None]
         if failed:
             if failed[0] == self.rank and failure is not None:
                 raise failure
-            raise FailedElsewhere(codes[failed[0]]) from failure
+            raise self._elsewhere(failed[0], reports[failed[0]]) from failure
         shared[:] = [value for values_of_rank in values for value in values_of_rank]
 
     def on_rank0(self, function: Callable[[], Any]) -> Any:
@@ -136,13 +137,20 @@ class World:
                 result = function()
             except Exception as error:  # re-raised below
                 failure = error
-        code = None if failure is None else exit_code(failure)
-        result, code = self._broadcast_message([result, code])
+        report = None if failure is None else _report(failure)
+        result, report = self._broadcast_message([result, report])
         if failure is not None:
             raise failure
-        if code is not None:
-            raise FailedElsewhere(code)
+        if report is not None:
+            raise self._elsewhere(0, report)
         return result
+
+    def _elsewhere(self, rank: int, report: tuple[int, str]) -> FailedElsewhere:
+        """What this rank raises where `rank` failed: the first rank of another host says why."""
+        code, text = report
+        ranks = self.nodes[self.node]
+        speaks = rank not in ranks and self.rank == ranks[0]
+        return FailedElsewhere(code, f"rank {rank}, on another host: {text}" if speaks else "")
 
     def _gather_messages(self, value: Any) -> list[Any]:
         """All-gather a message; those of all ranks, in rank order."""
@@ -166,3 +174,9 @@ class World:
             return buffer.unsqueeze(0)
 
         return object_exchange.exchange(value, exchange_buffers, object_exchange.MESSAGE_BYTES)[0]
+
+
+def _report(failure: BaseException) -> tuple[int, str]:
+    """(exit code, first line) of a failure, for the other ranks."""
+    kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
+    return exit_code(failure), kind + first_line(failure)

@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.config.sections import ModelOptions
 from trainer.config.validation import local
+from trainer.config.yaml import parse_json
 from trainer.errors import UserError, first_line
+from trainer.files import CONFIG, METRICS
 from trainer.model.normalizer_growth import refuse_growing
 
 _COUNTED = re.compile(r"(layers?|experts|blocks|n_layer)$")
 _MOST = 10_000
+_MODEL_FOLDER = "a folder with config.json and .safetensors files, or a hub id"
+_ADAPTER_CONFIG = "adapter_config.json"
 
 
 if TYPE_CHECKING:
@@ -18,20 +22,25 @@ if TYPE_CHECKING:
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
-def resolve_folder(name: str, revision: str | None, *, with_weights: bool = True) -> Path:
+def resolve_folder(
+    name: str, revision: str | None, *, with_weights: bool = True, key: str = "model.id"
+) -> Path:
     """The local folder of a model, downloaded from the hub if needed (safetensors only). Raises
-    UserError where there is none."""
+    UserError, naming `key`, where there is none."""
     path = local(name)
     if path is not None and path.is_dir():
         for file in path.iterdir():
             if not file.is_file() and not file.is_dir() and file.exists():
                 raise UserError(
-                    f"model.id: {file}: neither a file nor a folder (such as a named pipe, which "
+                    f"{key}: {file}: neither a file nor a folder (such as a named pipe, which "
                     "nobody may write to); accepted: regular files"
                 )
         return path
-    if path is not None or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"model.id: {name}: no such folder; accepted: a local folder or a hub id")
+    if path is not None:
+        what = "a GGUF file" if path.suffix == ".gguf" else "a file"
+        raise UserError(f"{key}: {name}: {what}; accepted: {_MODEL_FOLDER}")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"{key}: {name}: no such folder; accepted: a local folder or a hub id")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
@@ -46,15 +55,48 @@ def resolve_folder(name: str, revision: str | None, *, with_weights: bool = True
         )
     except Exception as error:  # the hub client raises many types
         raise UserError(
-            f"model.id: {name}: neither a local folder nor a model on the hub ({first_line(error)})"
+            f"{key}: {name}: neither a local folder nor a model on the hub ({first_line(error)})"
         ) from error
+
+
+def _refuse_others(folder: Path, name: str) -> None:
+    """Raises UserError, saying what it is, for a folder that holds no model."""
+    if _holds_adapter(folder):
+        what = (
+            f"an adapter, no model; accepted: model.id={_base_of(folder)} with model.adapter={name}"
+        )
+    elif (folder / "config.json").is_file():
+        return
+    elif (folder / CONFIG).is_file() and (folder / METRICS).is_file():
+        what = f"a run, no model; accepted: the model that it trained, with model.adapter={name}"
+    elif any(folder.glob("*.gguf")):
+        what = f"a folder of GGUF files; accepted: {_MODEL_FOLDER}"
+    else:
+        what = f"no config.json in it; accepted: {_MODEL_FOLDER}"
+    raise UserError(f"model.id: {name}: {what}")
+
+
+def _holds_adapter(folder: Path) -> bool:
+    """Some write the model's config.json beside it, but no weights of it."""
+    return (folder / _ADAPTER_CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        base = parse_json((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return str(base["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its base model"
 
 
 def load_tokenizer(options: ModelOptions) -> "PreTrainedTokenizerBase":
     """The model's tokenizer, or the one that `model.tokenizer` names. Raises UserError."""
     key = "model.id" if options.tokenizer is None else "model.tokenizer"
     revision = options.revision if options.tokenizer is None else None
-    folder = resolve_folder(options.tokenizer or options.id, revision, with_weights=False)
+    name = options.tokenizer or options.id
+    folder = resolve_folder(name, revision, with_weights=False, key=key)
+    if options.tokenizer is None:
+        _refuse_others(folder, name)
     refuse_growing(folder, key)
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
@@ -80,6 +122,7 @@ def load_model_config(folder: Path, options: ModelOptions) -> "PretrainedConfig"
     """The model's configuration with `model.overrides` applied. Raises UserError."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
+    _refuse_others(folder, options.id)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as for the tokenizer

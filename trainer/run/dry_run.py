@@ -1,6 +1,11 @@
 """What a run would be, without training: `--dry-run`."""
 
+from itertools import zip_longest
+
 from trainer.config.config import Config
+from trainer.config.data_options import DataOptions
+from trainer.data.dataset import TokenDataset
+from trainer.data.held_out import hold_out
 from trainer.data.loader import Loader
 from trainer.data.templates import on_end_of_turn
 from trainer.device_memory import readable
@@ -8,9 +13,17 @@ from trainer.distributed.world import World
 from trainer.engine.select import make_engine
 from trainer.model.build import build
 from trainer.model.footprint import estimate, trainable_parameters
-from trainer.run.remarks import describe_engine, on_batch, on_length, on_rows
+from trainer.report.data_view import records_as_tokens, summary
+from trainer.run.remarks import (
+    describe_engine,
+    on_batch,
+    on_evaluation,
+    on_length,
+    on_rows,
+    on_sources,
+)
 from trainer.run.second_stage import SecondStage
-from trainer.session import leave_out, open_data, refuse_longer
+from trainer.session import open_data, refuse_longer
 
 
 def dry_run(config: Config, world: World) -> str:
@@ -22,8 +35,9 @@ def dry_run(config: Config, world: World) -> str:
         if stage is not None:
             stage.frozen(backbone)
         refuse_longer(backbone.model, config.data, train_data, eval_data)
-        left_out = leave_out(config, train_data)
+        left_out, evaluated = hold_out(config, train_data, task)
     loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out, backbone.rows)
+    evaluation = on_evaluation(train_data, evaluated)
     notes = [
         *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(backbone.model, train_data, eval_data),
@@ -38,8 +52,13 @@ def dry_run(config: Config, world: World) -> str:
         size = f"{unit.out_features} x {unit.in_features}"
         by_kind.setdefault(f"{unit.kind} ({size})", []).append(unit.name)
     lines = [
-        f"train data          {train_data.counts}",
-        f"eval data           {eval_data.counts if eval_data else 'none'}",
+        *_data("train data", train_data, config.data),
+        *(f"                    {line}" for line in on_sources(train_data)),
+        *(
+            _data("eval data", eval_data, config.data)
+            if eval_data
+            else [f"eval data           {evaluation or 'none'}"]
+        ),
         f"engine              {describe_engine(engine)}, {world.size} rank(s), {world.device.type}",
         f"model               {type(backbone.model).__name__}, {backbone.dtype}, "
         f"{config.model.quantization}",
@@ -57,4 +76,13 @@ def dry_run(config: Config, world: World) -> str:
         *([f"note                {backbone.left_out}"] if backbone.left_out else []),
         *(f"note                {note}" for note in notes),
     ]
-    return "\n".join(lines)
+    first = records_as_tokens(train_data, tokenizer, 1, colour=False)
+    return "\n".join([*lines, *(text.plain for text in first)])
+
+
+def _data(name: str, data: TokenDataset, options: DataOptions) -> list[str]:
+    """Lines of a data set, under its name."""
+    return [
+        f"{title:<20}{line}"
+        for title, line in zip_longest([name], summary(data, options), fillvalue="")
+    ]

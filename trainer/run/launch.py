@@ -48,8 +48,9 @@ def launched(path: str, overrides: Sequence[str]) -> Iterator[tuple[Config, "Wor
 
 @contextmanager
 def join(config: Config | None, failure: UserError | None = None) -> Iterator["World"]:
-    """Join the process group. Raises UserError where the ranks' configurations differ."""
+    """Join the process group. Raises UserError where the ranks' code or configurations differ."""
     from trainer.distributed import process_group
+    from trainer.run.versions import refuse_other_versions
 
     launcher.watch()
     engine = config.engine if config is not None else None
@@ -58,6 +59,7 @@ def join(config: Config | None, failure: UserError | None = None) -> Iterator["W
         if failure is not None:
             raise failure
     assert config is not None
+    refuse_other_versions(world)
     texts = world.gather(config.to_yaml())
     with world.all_or_none():
         for rank, text in enumerate(texts):

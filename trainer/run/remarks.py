@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from trainer.config.data_options import DataOptions
 from trainer.data.dataset import TokenDataset
 from trainer.data.loader import Loader
+from trainer.data.mixture import MixedDataset
 from trainer.engine.base import Engine
 from trainer.tasks.positions import rotary_length
 
@@ -20,6 +23,19 @@ def on_batch(data: DataOptions, sequences: int) -> Iterator[str]:
             f"data.batch_size: {data.batch_size} sequences, but the data has {sequences}: each "
             f"step repeats records ({data.batch_size / sequences:.2f} epochs a step)"
         )
+
+
+def on_sources(data: TokenDataset) -> list[str]:
+    """The sources of a mixture."""
+    return data.lines() if isinstance(data, MixedDataset) else []
+
+
+def on_evaluation(data: TokenDataset, examples: np.ndarray) -> str:
+    """The records that are evaluated on; empty: none."""
+    if len(examples) == len(data):
+        return str(data.counts)
+    records = len(np.unique(data.records[examples]))
+    return f"{records} of the training records" if records else ""
 
 
 def on_rows(loader: Loader) -> Iterator[str]:

@@ -16,10 +16,10 @@ from trainer.checkpoint.state import frozen_adapters, read_initial_adapters, res
 from trainer.checkpoint.store import clear_the_way, find, read_tensors, verify
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.config.config import Config
-from trainer.config.data_options import LEFT_OUT
 from trainer.config.validation import local
 from trainer.data.loader import Loader
 from trainer.data.prefetch import Prefetcher
+from trainer.data.sources import hub_ids
 from trainer.data.templates import on_end_of_turn
 from trainer.decisions.replay import Replay
 from trainer.device_memory import readable
@@ -33,7 +33,14 @@ from trainer.records.progress import Progress
 from trainer.run.finish import finish
 from trainer.run.folder import RunFolder
 from trainer.run.outcome import find_fault
-from trainer.run.remarks import describe_engine, on_batch, on_length, on_rows
+from trainer.run.remarks import (
+    describe_engine,
+    on_batch,
+    on_evaluation,
+    on_length,
+    on_rows,
+    on_sources,
+)
 from trainer.run.second_stage import SecondStage
 from trainer.run.shared import refuse_unshared
 from trainer.session import Session, open_session
@@ -226,7 +233,6 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
     """Lines that describe the run on the terminal; `notes`: what else is to be said."""
     config, data = session.config, session.config.data
     engine, world = session.engine, session.world
-    eval_data = session.eval_data
     return [
         *(f"note      {note}" for note in notes),
         *(
@@ -242,7 +248,8 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
         ),
         f"run       {config.run_folder}",
         f"data      train {session.train_data.counts}",
-        *([f"          eval {eval_data.counts}"] if eval_data is not None else []),
+        *(f"          {line}" for line in on_sources(session.train_data)),
+        *([f"          eval {held}"] if (held := on_evaluation(*session.held_out())) else []),
         f"backbone  {class_name(session.model)}, {session.backbone.dtype}, "
         f"{config.model.quantization}, "
         f"{readable(engine.local_bytes(session.model))} per rank",
@@ -287,11 +294,17 @@ def _loading(figures: Loading) -> str:
 def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
     """(key, hub id, what pins it) of models and data sets from the hub without a fixed revision."""
     model, data = config.model, config.data
+    train = "data.train" if data.mixture is None else "data.mixture"
+    sources = [(train, source, own.revision) for source, own in data.sources]
+    sources.append(("data.eval", data.eval_source or [], data.revision))
     for key, name, revision, fixed in (
         ("model.id", model.id, model.revision, "model.revision=COMMIT"),
         ("model.tokenizer", model.tokenizer, None, "a local folder"),
-        ("data.train", data.train, data.revision, "data.revision=COMMIT"),
-        ("data.eval", data.eval, data.revision, "data.revision=COMMIT"),
+        *(
+            (key, name, revision, "data.revision=COMMIT")
+            for key, source, revision in sources
+            for name in hub_ids(source)
+        ),
     ):
-        if name not in (None, LEFT_OUT) and revision is None and local(name) is None:
+        if name is not None and revision is None and local(name) is None:
             yield key, name, fixed

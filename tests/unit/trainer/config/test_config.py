@@ -92,7 +92,10 @@ REFUSED = {
     ),
     "number for string": ({"model.id": 7}, ["model.id: 7 given", "accepted: string"]),
     "null where none may be": ({"run.dir": None}, ["run.dir: None", "accepted: string"]),
-    "number for optional string": ({"data.eval": 3}, ["data.eval: 3", "accepted: string or null"]),
+    "number for optional string": (
+        {"data.subset": 3},
+        ["data.subset: 3", "accepted: string or null"],
+    ),
     "string for list": (
         {"data.columns": "a,b"},
         ["data.columns: 'a,b'", "accepted: a list of strings or null"],
@@ -376,6 +379,34 @@ def test_shipped_configurations_load(root: Path) -> None:
 
 
 # --- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.prompt={q}", ["data.prompt: {'q': None} given; accepted: string", "'\"{column}\"'"]),
+        (
+            "data.prompt=Q: {q}",
+            ["data.prompt: {'Q': {'q': None}} given", "a template needs quotes"],
+        ),
+        ("data.completion={q} {a}", ["not valid YAML", "data.completion='\"{q} {a}\"'"]),
+    ],
+)
+def test_templates_without_quotes(tmp_path: Path, override: str, words: list[str]) -> None:
+    path = file_of(tmp_path, MINIMAL_TEXT)
+    with pytest.raises(UserError) as caught:
+        load_config(path, [override])
+    assert all(word in str(caught.value) for word in words)
+    key, _, text = override.partition("=")
+    section, name = key.split(".")
+    config = load_config(path, [f'{key}="{text}"'])
+    assert getattr(getattr(config, section), name) == text
+
+
+def test_a_template_without_quotes_in_the_file(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "model: {id: some/model}\ndata:\n  train: a\n  prompt: {q}\n")
+    with pytest.raises(UserError, match=r"a template needs quotes, .* '\{column\}' in a file"):
+        load_config(path)
 
 
 def test_overrides_apply_in_order_and_the_last_wins(tmp_path: Path) -> None:

@@ -123,6 +123,8 @@ FILES = {
     + "\r\n\r\n".join(json.dumps(row) for row in QA),
     "json": json.dumps(QA, indent=1),
     "json with BOM": "\ufeff" + json.dumps(QA),
+    "json, an object a line": "\n" + "\n".join(map(json.dumps, QA)),
+    "json, an object a line, BOM": "\ufeff" + "\n".join(map(json.dumps, QA)),
     "csv": "q,a\ntwo and two?,four\n,no question\nx,y z\n",
     "csv, quoted, CRLF": '"q","a"\r\n"two and two?","four"\r\n"","no question"\r\nx,"y z"\r\n',
     "csv with BOM": "\ufeffq,a\ntwo and two?,four\n,no question\nx,y z",
@@ -404,6 +406,12 @@ def test_bad_record(tmp_path: Path, causal: CausalLM, line: str, reason: str) ->
     assert (data.counts.records, data.counts.used, data.counts.bad) == (3, 2, 1)
 
 
+def test_a_list_among_lines_of_objects(tmp_path: Path, causal: CausalLM) -> None:
+    good = '{"prompt": "a", "completion": "b"}\n'
+    path = write(tmp_path / "data.json", good + f"[{good.strip()}]")
+    assert stopped(path, causal).startswith(f"{path}:2: a JSON list")
+
+
 def test_rows_with_a_wrong_number_of_columns(tmp_path: Path, causal: CausalLM) -> None:
     path = write(tmp_path / "data.csv", "prompt,completion\na,b\nc\nd,e,f\ng,h\n")
     assert f"{path}:3: 1 columns, expected 2" in stopped(path, causal)
@@ -427,7 +435,13 @@ BAD_FILES = {
     "broken JSON list": ("data.json", '[{"a": 1},\n {"a": 2\n]', "data.json:3: broken JSON"),
     "huge number": ("data.json", "1" * 5000, "broken JSON"),
     "nested too deep": ("data.json", "[" * 100_000, "broken JSON"),
-    "JSON object": ("data.json", '{"a": 1}', "a JSON dict; accepted: a list of records"),
+    "JSON object": ("data.json", '{\n"a": 1\n}', "a JSON dict; accepted: a list of records, or an"),
+    "JSON lists, a line each": (
+        "data.json",
+        '[{"a": 1}]\n[{"a": 2}]',
+        "data.json:2: broken JSON (Extra data); accepted: one list of records, or an object a line",
+    ),
+    "JSON objects of several lines": ("data.json", '{\n"a": 1}\n{"a": 2}', "or an object a line"),
     "not UTF-8": ("data.jsonl", b'{"prompt": "a"}\n' * 40 + b"\xff\n", ":41: not UTF-8"),
     "no parquet": ("data.parquet", "words", "no parquet file"),
     "another type": ("data.xml", "<a/>", "not a data file; accepted: .json, .jsonl, .csv"),
@@ -444,8 +458,10 @@ def test_bad_file(tmp_path: Path, causal: CausalLM, name: str, content, reason: 
 
 
 def test_missing_file(tmp_path: Path, causal: CausalLM) -> None:
-    assert "none.jsonl: no such file; accepted: a .json" in stopped(tmp_path / "none.jsonl", causal)
-    assert "not a data file" in stopped(tmp_path, causal)
+    assert "none.jsonl: no such file; accepted: a file (.json" in stopped(
+        tmp_path / "none.jsonl", causal
+    )
+    assert "no data file in this folder; accepted: .json" in stopped(tmp_path, causal)
 
 
 def test_cache_folder_that_cannot_be_made(tmp_path: Path, causal: CausalLM) -> None:

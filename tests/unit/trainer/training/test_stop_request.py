@@ -14,6 +14,8 @@ import pytest
 from tests.helpers import ROOT, SERVER, environment, error_lines, free_port, losses, quick_config
 from trainer.checkpoint.store import newest
 from trainer.config.sections import RunOptions
+from trainer.data import tokenise
+from trainer.data.encode import Encoder
 from trainer.distributed.world import World
 from trainer.errors import EXIT_REQUEUE, UserError
 from trainer.records.heartbeat import Heartbeat, read_heartbeat
@@ -121,6 +123,25 @@ def test_a_run_asked_before_its_first_step_saves_nothing(tmp_path):
     stop._on_signal(signal.SIGTERM, None)
     with pytest.raises(Interrupted, match="after step 0; last checkpoint: none"):
         run(quick_config(tmp_path, "run.name=early"), World(), stop)
+
+
+def test_a_run_asked_while_it_tokenises_keeps_what_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenise, "_RECORDS", 10)
+    monkeypatch.setattr(tokenise, "_LOOK", 0.0)
+    stop, encode, rows = StopRequest(RunOptions()), Encoder.__call__, []
+
+    def asked(work, chunk, *tick):
+        rows.append(len(chunk))
+        if len(rows) == 3:
+            stop._on_signal(signal.SIGTERM, None)
+        return encode(work, chunk, *tick)
+
+    with patch.object(Encoder, "__call__", asked):
+        with pytest.raises(Interrupted, match=r"SIGTERM: stopped while data was tokenised.*kept"):
+            run(quick_config(tmp_path, "run.name=asked"), World(), stop)
+        assert rows == [10, 10, 10]
+        run(quick_config(tmp_path, "run.name=asked"), World())
+    assert rows == [10, 10, 10, *[10] * 4, 4, 10, 6]  # 64 records to train on, 16 to evaluate
 
 
 def test_a_failed_run_says_so(tmp_path):
