@@ -54,8 +54,7 @@ campaign: $(BIN)/.installed-dev
 	python -m tests.campaigns.long_run build/long_run
 
 # Runs over two and three hosts, which are network namespaces: cut, killed, different from one another.
-# Needs root, and Debian's nftables and faketime. About half an hour on two cores; where it was
-# stopped it goes on.
+# Needs root, and Debian's nftables. About half an hour on two cores; where it was stopped it goes on.
 hosts: $(BIN)/.installed-dev
 	python -m tests.campaigns.hosts build/hosts
 

@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable
 
 from tests.campaigns.host_trial import MARGIN, TIMEOUT, Case, Trial
-from tests.helpers import ROOT
+from tests.helpers import ROOT, environment
 
-FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
 LOST = r"lost rank \d"
 
 
@@ -68,7 +67,7 @@ def refused(trial: Trial, pattern: str, **last: object) -> None:
     """A difference of the last host is named by every host; without it the run starts."""
     started = trial.begin(last=last)
     trial.until_said(started)
-    trial.ends(started, pattern, time.monotonic(), MARGIN)
+    trial.ends(started, pattern, time.monotonic(), TIMEOUT + MARGIN)
     trial.goes_on_forked()
 
 
@@ -89,7 +88,7 @@ def relative_data(trial: Trial) -> None:
     started = trial.begin("data.train=mine.jsonl", only=[0], last={"cwd": here})
     started += trial.begin("data.train=mine.jsonl", only=[1], last={"cwd": there})
     trial.until_said(started)
-    trial.ends(started, r"mine\.jsonl: no such file", time.monotonic(), MARGIN)
+    trial.ends(started, r"mine\.jsonl: no such file", time.monotonic(), TIMEOUT + MARGIN)
     trial.goes_on_forked()
 
 
@@ -120,11 +119,10 @@ def code(trial: Trial) -> None:
 
 
 def clock(trial: Trial) -> None:
-    """The last host's clock is a day ahead."""
-    variables = {
-        "LD_PRELOAD": FAKETIME, "FAKETIME": "+1d", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }  # fmt: skip
-    trial.goes_on(trial.begin(last={"variables": variables}))
+    """The last host's clock is a day behind, its monotonic clock 100,000 s ahead."""
+    inject = f"{ROOT}/tests/campaigns/inject:{environment()['PYTHONPATH']}"
+    variables = {"RANKCAST_INJECT": "clock:0", "PYTHONPATH": inject}
+    trial.goes_on(trial.begin(last={"variables": variables, "monotonic": 100_000}))
 
 
 def late(trial: Trial) -> None:

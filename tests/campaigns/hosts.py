@@ -2,7 +2,7 @@
 
     python -m tests.campaigns.hosts OUT [--only cut-fsdp2,…]
 
-Needs root, and Debian's nftables and faketime. In every case each host that is left says, within
+Needs root, and Debian's nftables. In every case each host that is left says, within
 `engine.timeout` + 15 s of the fault, what is wrong; no process and no listening port is left; and
 the run, started again on healthy hosts, ends with the losses of an undisturbed one, to the last bit
 (on fewer hosts within 1e-4). Prints a Markdown table; OUT/hosts.json holds the single cases.

@@ -90,17 +90,22 @@ class Host:
         cwd: Path = ROOT,
         variables: Mapping[str, str] | None = None,
         mounts: Mapping[Path, Path] | None = None,
+        monotonic: int = 0,
     ) -> "Started":
-        """Start a command. `mounts`: what is seen at a path, by path."""
+        """Start a command. `mounts`: what is seen at a path, by path; `monotonic`: seconds that the
+        monotonic clock is ahead."""
         binds = {Path("/etc/hosts"): self._network.names, **(mounts or {})}
         steps = [f"hostname {self.name}"]
         steps += [f"mount --bind {source} {target}" for target, source in binds.items()]
         shell = " && ".join([*steps, 'exec "$@"'])
+        unshare = ["unshare", "--uts", "--mount"]
+        if monotonic:
+            unshare += ["--time", "--monotonic", str(monotonic), "--fork"]
         mark = uuid.uuid4().hex
         with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount", "sh", "-c",
-                 shell, "sh", *command],
+                ["ip", "netns", "exec", self.namespace, *unshare, "sh", "-c", shell, "sh",
+                 *command],
                 cwd=cwd, env=environment() | {MARK: mark} | dict(variables or {}),
                 stdout=out, stderr=err, start_new_session=True,
             )  # fmt: skip

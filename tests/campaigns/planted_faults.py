@@ -188,6 +188,11 @@ FAULTS = [
         "            return\n",
         ("tests/world/test_bad_input.py",),
     ),
+    Fault(
+        "hosts on which nothing failed end without a word", "trainer/distributed/world.py",
+        "speaks = rank not in ranks and self.rank == ranks[0]", "speaks = False",
+        ("tests/unit/trainer/distributed/test_hosts.py",),
+    ),
 ]  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from trainer.session import Session
 
 _HOW_IT_TRAINS = ("dropout", "dropout_on", "replay", "b_learning_rate_ratio")
 """Keys of a method that do not change what its adapters are."""
-_TAKEN_OVER = ("adapter/", "frozen/", "head/")
+_TAKEN_OVER = ("adapter/", "frozen/", "head/", "rows/")
 _MADE_ANEW = ("optimizer/", "method/", "decider/", "random/")
 """Groups of a checkpoint's tensors, if its method does not go on."""
 

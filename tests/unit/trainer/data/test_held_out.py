@@ -9,12 +9,14 @@ import pytest
 from tests.helpers import quick_config
 from tests.unit.trainer.data.test_loader import dataset
 from tests.unit.trainer.data.test_mixture import mixed
+from trainer.checkpoint.compatibility import check_options
 from trainer.config.config import Config
 from trainer.config.data_options import DataOptions
 from trainer.data.dataset import TokenDataset
 from trainer.data.held_out import apportion, for_evaluation, hold_out, left_out
+from trainer.data.mixture import MixedDataset
 from trainer.distributed.world import World
-from trainer.errors import UserError
+from trainer.errors import BadCheckpoint, UserError
 from trainer.session import open_data
 
 
@@ -134,3 +136,38 @@ def test_a_source_of_a_mixture_that_is_left_out_whole(tmp_path) -> None:
         UserError, match=r"data.mixture: all 1 records of \S+few.jsonl are held out"
     ):
         held(tmp_path, *changes, "data.eval=63")
+
+
+def test_labels_of_real_mixtures(tmp_path, shared_data) -> None:
+    """All sources' labels are learned, and each source's are drawn in proportion."""
+    mixture = [
+        {"train": f"{shared_data}/glue/SST-2/dev.tsv", "weight": 1, "text": "sentence"},
+        {
+            "train": f"{shared_data}/glue/CoLA/dev.tsv",
+            "weight": 2,
+            "columns": ["source", "label", "star", "sentence"],
+            "text": "sentence",
+        },
+    ]
+    changes = [
+        f"data.mixture={json.dumps(mixture)}", "data.train=null", "data.quoting=none", "data.eval=0.2",
+        "data.train_records=null", "task.kind=sequence_classification", LORA, "data.format=auto",
+    ]  # fmt: skip
+    data, _, evaluated = held(tmp_path, *changes)
+    assert isinstance(data, MixedDataset)
+    for source in range(2):
+        own = np.flatnonzero(data.source_of(np.arange(len(data))) == source)
+        drawn = evaluated[data.source_of(evaluated) == source]
+        for label in np.unique(data.labels):
+            there, taken = (np.count_nonzero(data.labels[of] == label) for of in (own, drawn))
+            assert there > 100 and abs(taken - 0.2 * there) < 1
+
+
+def test_a_run_resumes_with_the_same_records_held_out_only(tmp_path) -> None:
+    then = quick_config(tmp_path, "data.eval_records=null", "data.eval=0.25")
+    state = {"config": then.model_dump(mode="json")}
+    check_options(then, tmp_path, state)
+    for other in ("0.5", "16", "null", "configs/quickstart/eval.jsonl"):
+        config = quick_config(tmp_path, "data.eval_records=null", f"data.eval={other}")
+        with pytest.raises(BadCheckpoint, match=r"data.eval: .* given, but .* was made with 0.25"):
+            check_options(config, tmp_path, state)

@@ -244,6 +244,22 @@ def test_hub_data_sets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("a/b", "s", {"split": "train", "revision": "r", "streaming": True})]
 
 
+def test_a_real_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` itself streams files, which stand for the hub's."""
+    files = [str(write(tmp_path / f"{i}.jsonl", lines(ROWS[3 * i :][:3]))) for i in range(3)]
+    real = datasets.load_dataset
+
+    def load(name: str, subset: str | None, **keys: Any) -> datasets.IterableDataset:
+        assert (name, subset) == ("a/b", None)
+        return real("json", data_files={"train": files}, **keys)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert rows_of("a/b") == ROWS
+    assert refusal("a/b", "other").startswith(
+        "a/b: neither a local file nor a data set that the hub"
+    )
+
+
 def test_a_stream_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
     def stream() -> Iterator[dict]:
         yield ROWS[0]

@@ -371,10 +371,10 @@ def test_what_else_was_trained_is_not_dropped_silently(place, monkeypatch):
 
     def more(path, world):
         saved = read_saved(path)
-        return dataclasses.replace(saved, tensors={**saved.tensors, "rows/embed": torch.ones(1)})
+        return dataclasses.replace(saved, tensors={**saved.tensors, "other/embed": torch.ones(1)})
 
     monkeypatch.setattr("trainer.run.second_stage.read_on_all", more)
-    with pytest.raises(UserError, match="rows/embed was trained beside its adapters"):
+    with pytest.raises(UserError, match="other/embed was trained beside its adapters"):
         opened(configured(place, "x", f"model.adapter={source}", *METHODS["rank 2"]))
 
 
