@@ -148,7 +148,11 @@ REFUSED = {
     "no method": ({"method.kind": None}, ["method.kind: None", "accepted: lora"]),
     "task": (
         {"task.kind": "causal"},
-        ["task.kind: 'causal'", "causal_lm, sequence_classification", "mean 'causal_lm'?"],
+        [
+            "task.kind: 'causal'",
+            "causal_lm, multiple_choice, sequence_classification",
+            "mean 'causal_lm'?",
+        ],
     ),
     "quantization": (
         {"model.quantization": "nf5"},

@@ -250,6 +250,9 @@ def test_ends_of_turns_that_are_no_token(tmp_path) -> None:
         "this tokenizer: all are learned, and generation stops there only if it is told to; "
         "model.added_tokens makes it one"
     ]
+    grown = byte_level(False, True)
+    grown.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    assert not remarks(grown, chat_template="chatml")
     for name in ("alpaca", "mistral", "phi-3"):  # </s>, <|end|>
         assert not remarks(PLAIN, chat_template=name)
     path = tmp_path / "t.jinja"
