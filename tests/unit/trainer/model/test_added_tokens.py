@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.architectures import Case
-from tests.helpers import TINY, quick_config, sample, save_random_model
+from tests.helpers import TINY, quick_config, sample, save_random_model, thorough
 from tests.references import reference_loss, summed_loss
 from tests.tiny_models import CAUSAL, CLASSIFICATION, architectures, not_buildable
+from trainer.checkpoint import store
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import export_run
@@ -94,9 +95,12 @@ def check_gradients(session, model):
         assert (found - whole).abs().max() <= 1e-6 * whole.abs().max(), path
 
 
-@pytest.mark.parametrize("size", [INSIDE, BEYOND])
-@pytest.mark.parametrize("tied", [True, False])
-def test_rows_start_at_the_mean_and_have_the_gradients_of_whole_tables(tmp_path, tied, size):
+TABLES = [*itertools.product([True, False], [INSIDE, BEYOND])]
+
+
+@pytest.mark.parametrize("case", sample(TABLES, (True, BEYOND), (False, INSIDE)))
+def test_rows_start_at_the_mean_and_have_the_gradients_of_whole_tables(tmp_path, case):
+    tied, size = case
     folder = save_random_model(
         tmp_path / "model", "llama", AutoModelForCausalLM, tie_word_embeddings=tied,
         vocab_size=size,
@@ -121,7 +125,7 @@ def test_rows_start_at_the_mean_and_have_the_gradients_of_whole_tables(tmp_path,
     )
 
 
-SAMPLE = ["gemma3_text", "gemma2", "gpt2", "opt", "gemma3n_text", "phi"]
+SAMPLE = ["gemma3_text", "gemma2", "gemma3n_text", "phi"]
 REFUSED = {
     "gemma3n_text": "has another table of tokens, model.embed_tokens_per_layer",
     "phi": "has an output head with a bias",
@@ -215,6 +219,26 @@ def test_tokens_that_the_tokenizer_has_are_not_added(tmp_path, capsys):
         "model.added_tokens: 1 added to the tokenizer; '</s>' in it already, not added again; "
         "1 rows start at the mean of 512, 1 as they are; all inside the tables of 576 rows"
     )
+
+
+@thorough
+def test_a_second_stage_goes_on_with_the_rows_of_a_run(tmp_path):
+    save_random_model(tmp_path / "model", "llama", AutoModelForCausalLM, vocab_size=BEYOND)
+    first = configured(tmp_path, "run.name=first", "run.steps=3")
+    run(first, World())
+    adapter = f"model.adapter={first.run_folder}"
+    second = configured(
+        tmp_path, "run.name=second", "run.steps=1", "optim.learning_rate=1e-12", adapter
+    )
+    run(second, World())
+    then, now = (store.read_tensors(store.newest(one.run_folder / "checkpoints"))
+                 for one in (first, second))  # fmt: skip
+    rows = [name for name in then if name.startswith("rows/")]
+    assert rows
+    for name in rows:
+        torch.testing.assert_close(now[name], then[name], rtol=0, atol=1e-8)
+    with pytest.raises(UserError, match="was trained with model.added_tokens: "):
+        run(configured(tmp_path, "run.name=third", "model.added_tokens=null", adapter), World())
 
 
 @pytest.mark.parametrize(
