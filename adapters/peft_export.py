@@ -27,6 +27,23 @@ and one rank for all matrices (`rankcast export --same-rank`)."""
 _STACKED = """The experts' factors are stacked as PEFT's `target_parameters`, which PEFT loads.
 Servers that want every expert by itself refuse or drop them: `rankcast export --experts per_expert`
 where the model's files hold every expert by itself, or serve the merged model."""
+_ADDED_TOKENS = """The tokenizer in this folder has tokens of this adapter, which holds their rows
+of the embedding and the output head (`trainable_token_indices`). Servers that read LoRA alone need
+the merged model."""
+
+
+@dataclass(frozen=True)
+class TrainedTokens:
+    """Rows of a few tokens, for PEFT's `trainable_token_indices`."""
+
+    ids: Sequence[int]
+    rows: Mapping[str, Tensor]
+    """(n, width) by path of the embedding and of a head that is not tied to it: PEFT ties one that
+    is."""
+    names: Mapping[str, str]
+    """The names from which PEFT finds these modules."""
+    resize: str | None
+    """Argument of `resize_token_embeddings`, where the base model's tables lack rows."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +148,7 @@ def export_adapter(
     former_experts: Collection[str] = (),
     key: Callable[[str], str] = str,
     modules_to_save: Sequence[str] | None = None,
+    tokens: TrainedTokens | None = None,
 ) -> float:
     """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
 
@@ -144,8 +162,9 @@ def export_adapter(
     `swapped`: stacks that PEFT takes for transposed ones; `fan_in_fan_out`: adapted modules hold
     (in, out), as `Conv1D` does (PEFT corrects it per module); `former_experts`: names of modules
     that PEFT takes for experts; `key`: the name, of a module, from which PEFT finds it;
-    `modules_to_save`: the names from which PEFT finds `heads`, if not their paths. Units of rank 0
-    are omitted, since PEFT rejects them.
+    `modules_to_save`: the names from which PEFT finds `heads`, if not their paths; `tokens`: rows
+    of tokens, whose tokenizer the caller saves beside. Units of rank 0 are omitted, since PEFT
+    rejects them.
 
     `rank`: compress every unit to at most this rank. `same_rank`: pad all units with zeros to the
     largest rank, empty ones too. Returns the relative error of the compression,
@@ -171,12 +190,19 @@ def export_adapter(
     for path, head in heads.items():
         for name, value in head.items():
             lora.tensors[f"base_model.model.{path}.{name}"] = value.cpu().contiguous()
+    for path, rows in tokens.rows.items() if tokens is not None else ():
+        name = f"base_model.model.{key(path)}.token_adapter.trainable_tokens_delta"
+        lora.tensors[name] = rows.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(lora.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = _peft_config(
         lora.ranks, lora.joined, sorted(lora.modules), modules_to_save or sorted(heads)
     )
     config["fan_in_fan_out"] = fan_in_fan_out
+    if tokens is not None:
+        config["trainable_token_indices"] = {
+            tokens.names[path]: list(tokens.ids) for path in tokens.rows
+        }
     if lora.parameters:
         config["target_parameters"] = sorted(lora.parameters)
     config |= {
@@ -193,7 +219,7 @@ def export_adapter(
         )
     if rank is not None:
         notes.append(f"Compressed to rank {rank}: relative error {error:.2%} (Frobenius).")
-    readme = _readme(base_model, model_class, labels, "\n\n".join(filter(None, notes)))
+    readme = _readme(base_model, model_class, labels, tokens, "\n\n".join(filter(None, notes)))
     (folder / "README.md").write_text(readme, encoding="utf-8")
     return error
 
@@ -316,8 +342,17 @@ def _peft_config(
     }
 
 
-def _readme(base_model: str, model_class: str, labels: int | None, note: str) -> str:
+def _readme(
+    base_model: str, model_class: str, labels: int | None, tokens: TrainedTokens | None, note: str
+) -> str:
     arguments = f'"{base_model}"' + (f", num_labels={labels}" if labels is not None else "")
+    names, first, resized = model_class, "", ""
+    if tokens is not None:
+        names = ", ".join(sorted(["AutoTokenizer", model_class]))
+        first = 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
+        note = f"{_ADDED_TOKENS}\n\n{note}".rstrip()
+        if tokens.resize is not None:
+            resized = f"model.resize_token_embeddings({tokens.resize})\n"
     return f"""---
 base_model: {base_model}
 library_name: peft
@@ -327,10 +362,10 @@ library_name: peft
 
 ```python
 from peft import PeftModel
-from transformers import {model_class}
+from transformers import {names}
 
-model = {model_class}.from_pretrained({arguments})
-model = PeftModel.from_pretrained(model, "path/to/this/folder")
+{first}model = {model_class}.from_pretrained({arguments})
+{resized}model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 
 {note}

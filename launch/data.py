@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     configure_libraries()
     config = load_config(arguments.config, arguments.overrides)
+    from trainer.data.mixture import MixedDataset
     from trainer.distributed.world import World
     from trainer.report.data_view import show
     from trainer.session import open_data
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     with StopRequest(config.run) as stop:
         tokenizer, _, train, evaluation = open_data(config, World(), stop.raise_if_asked)
-    for name, data in (("train", train), ("eval", evaluation)):
+    parts = train.named_parts() if isinstance(train, MixedDataset) else {"train": train}
+    for name, data in {**parts, "eval": evaluation}.items():
         if data is not None:
             show(name, data, tokenizer, config.data, arguments.records)
     return 0

@@ -78,7 +78,7 @@ class Session:
         return self.train_data, self.evaluated
 
     def trainables(self) -> list[Trainable]:
-        """Adapters first, then the parameters of new heads."""
+        """Adapters first, then the parameters of new heads, then the rows of added tokens."""
         return _trainables(self.method, self.backbone)
 
 
@@ -88,7 +88,11 @@ def _trainables(method: Method, backbone: LoadedBackbone) -> list[Trainable]:
         for path, head in backbone.heads.items()
         for name, parameter in head.named_parameters()
     ]
-    return method.adapters.trainables() + heads
+    rows = [  # decay would pull them towards 0, from where no row in use is
+        Trainable(f"{path}.token_rows", rows.values, decay_ratio=0.0)
+        for path, rows in backbone.token_rows.items()
+    ]
+    return method.adapters.trainables() + heads + rows
 
 
 def open_data(

@@ -37,17 +37,18 @@ class Learned:
 
 
 @functools.cache
-def _tokenizer(family: str | None) -> Any:
+def tokenizer(family: str | None) -> Any:
+    """Of a family, made once."""
     return tokenizer_of(family)
 
 
 def ours(case: Input) -> list[Learned] | str:
     """The examples of an input, or the reason for which it is refused."""
-    tokenizer = _tokenizer(case.family)
+    reader = tokenizer(case.family)
     options = DataOptions(train="-", **case.data)
-    task = CausalLM(CausalLMOptions(loss_on=case.loss_on), tokenizer)
+    task = CausalLM(CausalLMOptions(loss_on=case.loss_on), reader)
     try:
-        records = to_records(case.row, detect_format(case.row, options, task), options, tokenizer)
+        records = to_records(case.row, detect_format(case.row, options, task), options, reader)
     except BadRecord as error:
         return str(error)
     examples = []
@@ -101,7 +102,7 @@ def shown(case: Input, examples: list[Learned] | str) -> str:
         spans: list[list[str]] = [[]]
         for token, is_learned in zip(example.ids, example.learned, strict=True):
             if is_learned:
-                spans[-1].append(_tokenizer(case.family).decode([token]))
+                spans[-1].append(tokenizer(case.family).decode([token]))
             elif spans[-1]:
                 spans.append([])
         lines.append(" … ".join(_code("·".join(span)) for span in spans if span))

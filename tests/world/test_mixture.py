@@ -29,6 +29,7 @@ def configuration(tmp: Path, engine: str, name: str, *more: str) -> Config:
         {
             "train": f"{data}/commonsense/*/test.json",
             "weight": 2,
+            "format": "prompt_completion",
             "prompt": "{answer}: ",
             "completion": "output",
         },
@@ -37,8 +38,8 @@ def configuration(tmp: Path, engine: str, name: str, *more: str) -> Config:
     return quick_config(
         tmp, f"model.id={tmp}/model", f"run.name={name}", f"run.steps={STEPS}",
         f"data.mixture={json.dumps(mixture)}", "data.train=null", "data.prompt=prompt",
-        "data.completion=completion", "data.train_records=24", "data.eval=0.1",
-        "data.eval_records=null", "run.eval_every=2", "data.max_length=256", "data.packing=true", "data.on_bad_record=skip",
+        "data.completion=completion", "data.train_records=40", "data.eval=0.1",
+        "data.eval_records=null", "run.eval_every=2", "data.max_length=128", "data.packing=true", "data.on_bad_record=skip",
         "data.batch_size=4", "data.micro_batch_size=1", "checkpoint.every=2", "checkpoint.keep=9",
         f"engine.kind={engine}", "method.kind=lora", *more,
     )  # fmt: skip

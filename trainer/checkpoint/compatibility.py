@@ -13,7 +13,7 @@ from trainer.errors import BadCheckpoint
 from trainer.session import Session
 
 _MUST_AGREE = {
-    "model": ("quantization", "adapter"),
+    "model": ("quantization", "adapter", "added_tokens"),
     "task": None,
     "method": None,
     "data": (

@@ -1,7 +1,7 @@
 """A session's state as named tensors, and restoring it on any engine and number of ranks.
 
-Adapters (those of earlier stages too), masks, heads, optimizer, method state and every rank's RNG
-states; never the frozen backbone. `store.py` describes the files.
+Adapters (those of earlier stages too), masks, heads, rows of added tokens, optimizer, method state
+and every rank's RNG states; never the frozen backbone. `store.py` describes the files.
 """
 
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
             )
             session.optimizer.rebind_parameters(session.trainables())
         for name, tensor in _check_tensors(
-            session, checkpoint, stored, "adapter/", "frozen/", "head/"
+            session, checkpoint, stored, "adapter/", "frozen/", "head/", "rows/"
         ).items():
             tensor.data.copy_(stored[name])
 
@@ -100,6 +100,8 @@ def session_tensors(session: Session) -> dict[str, Tensor]:
     for path, head in session.backbone.heads.items():
         for name, parameter in head.named_parameters():
             tensors[f"head/{path}/{name}"] = parameter
+    for path, rows in session.backbone.token_rows.items():
+        tensors[f"rows/{path}"] = rows.values
     for name, moments in session.optimizer.state_dict().items():
         for part, tensor in moments.items():
             tensors[f"optimizer/{name}/{part}"] = tensor

@@ -65,6 +65,11 @@ class Config(Section):
                 f"method.replay: {self.method.replay} given, but {self.method.kind} decides "
                 "nothing; accepted: null"
             )
+        if self.model.added_tokens and self.method.include_head:
+            raise ValueError(
+                "method.include_head: true given with model.added_tokens, whose rows of the head "
+                "are trained in full; accepted: false"
+            )
         flash = self.model.attention == "flash_attention_2"
         padded = self.data.padding_free is False and self.data.micro_batch_size != 1
         if self.data.packing and flash and padded:

@@ -65,6 +65,10 @@ class ModelOptions(Section):
     """Commit or tag of a hub id."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer, if it is not the model's."""
+    added_tokens: list[str] | None = Field(None, min_length=1)
+    """Special tokens to add to the tokenizer, whose rows of the embedding and the output head are
+    trained in full beside the adapters. New rows start at the mean of those in use; a token that
+    the tokenizer has already is not added, and its row trained from the value it has."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of activations and unquantised weights; auto: bfloat16 on a GPU, float32 on a CPU
     (most CPUs emulate bfloat16 matrix products, several times slower)."""
@@ -87,6 +91,13 @@ class ModelOptions(Section):
     @model_validator(mode="after")
     def _check(self) -> "ModelOptions":
         one_of("model.quantization", self.quantization, FORMAT_NAMES)
+        tokens = self.added_tokens or []
+        wrong = next((t for t in tokens if not t.strip() or tokens.count(t) > 1), None)
+        if wrong is not None:
+            raise ValueError(
+                f"model.added_tokens: {wrong!r} given; accepted: tokens that are not blank, each "
+                "once"
+            )
         if self.overrides and self.weights == "pretrained":
             raise ValueError(
                 "model.overrides: given with model.weights=pretrained; accepted: only with "

@@ -68,13 +68,13 @@ class MixedDataset(TokenDataset):
         """The index of the source of each example."""
         return np.searchsorted(self.bounds, examples, side="right") - 1
 
-    def lines(self) -> list[str]:
-        """The share and the counts of each source, in words."""
+    def named_parts(self) -> dict[str, TokenDataset]:
+        """The sources by their numbers, names and shares."""
         total = sum(source.weight for source in self.sources)
-        return [
-            f"{source.weight / total:.1%} of {source.name}: {source.data.counts}"
-            for source in self.sources
-        ]
+        return {
+            f"source {number}: {source.name}, {source.weight / total:.1%}": source.data
+            for number, source in enumerate(self.sources, 1)
+        }
 
 
 def prepare_training(

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from trainer.config.data_options import SourceOptions
+from trainer.config.data_options import DataOptions, SourceOptions
 from trainer.config.validation import local
 from trainer.data.known_templates import KNOWN
 from trainer.data.time_limit import time_limit
@@ -68,10 +68,13 @@ def templates_of(tokenizer: Any, options: SourceOptions) -> Templates | None:
     return defaults + found
 
 
-def set_template(tokenizer: Any, options: SourceOptions) -> Templates | None:
-    """`templates_of`, where the configuration sets anything; None: the tokenizer's own serve."""
-    is_set = options.chat_template is not None or options.template_arguments
-    return templates_of(tokenizer, options) if is_set else None
+def set_template(tokenizer: Any, options: DataOptions) -> Templates | None:
+    """What exports have in place of the tokenizer's own template: the one that all sources are
+    rendered by, or, where they differ, that of the section. None: the tokenizer's own."""
+    found = [templates_of(tokenizer, source) for _, source in options.sources]
+    same = all(one == found[0] for one in found)
+    template = found[0] if same else templates_of(tokenizer, options)
+    return None if template == getattr(tokenizer, "chat_template", None) else template
 
 
 def template_of(tokenizer: Any, options: SourceOptions, tools: list[dict] | None) -> str:
@@ -174,22 +177,32 @@ def added_tokens(tokenizer: Any) -> dict[str, bool]:
     return added | dict.fromkeys(tokenizer.all_special_tokens, True)
 
 
-def on_end_of_turn(tokenizer: Any, options: SourceOptions) -> Iterator[str]:
-    """Remarks where `data.chat_template` ends turns with what is no token of the tokenizer."""
+def on_templates(tokenizer: Any, options: DataOptions) -> Iterator[str]:
+    """Remarks on templates that the configuration sets."""
+    sources = [source for _, source in options.sources]
+    yield from dict.fromkeys(filter(None, (_end_of_turn(tokenizer, one) for one in sources)))
+    found = [templates_of(tokenizer, one) for one in sources]
+    if any(one != found[0] for one in found):
+        yield f"{_KEY}: differs between sources; exports have that of `data`, not an entry's"
+
+
+def _end_of_turn(tokenizer: Any, options: SourceOptions) -> str | None:
+    """The remark where a template that is set ends turns with what is no token of the tokenizer."""
     if options.chat_template is None:
-        return
+        return None
     said = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     try:
         text, _ = render(tokenizer, template_of(tokenizer, options, None), said, None, False)
     except BadRecord:  # as every record will say
-        return
+        return None
     name = f"{_KEY}: {options.chat_template} ends a turn with"
     end = text.rpartition(_ANSWER)[2].strip()
     if not end:
-        yield f"{name} nothing: the model does not learn to stop"
-    elif not any(token in end for token in added_tokens(tokenizer)):
-        count = len(tokenizer(end, add_special_tokens=False)["input_ids"])
-        yield (
-            f"{name} {end!r}, which is no token in the tokenizer's vocabulary but {count} of them: "
-            "all are learned, and generation stops there only if it is told to"
-        )
+        return f"{name} nothing: the model does not learn to stop"
+    if any(token in end for token in added_tokens(tokenizer)):
+        return None
+    count = len(tokenizer(end, add_special_tokens=False)["input_ids"])
+    return (
+        f"{name} {end!r}, which is {count} tokens for this tokenizer: all are learned, and "
+        "generation stops there only if it is told to; model.added_tokens makes it one"
+    )

@@ -21,6 +21,7 @@ from trainer.config.config import Config, on_engine, parse_config, with_override
 from trainer.config.engines import AUTO
 from trainer.distributed.world import World
 from trainer.errors import UserError, reason, refuse_mismatch
+from trainer.export.added_tokens import trained_tokens
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
 from trainer.export.tokenizer import save_set_template, save_tokenizer
@@ -136,6 +137,11 @@ def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return heads
 
 
+def saved_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of added tokens by path of their table."""
+    return {n.removeprefix("rows/"): t for n, t in tensors.items() if n.startswith("rows/")}
+
+
 def cost_of_dequantising(config: Config, world: World, saved: Saved) -> str:
     """Remark on the held-out loss of the adapter on the quantised and the unquantised backbone."""
     if config.data.eval is None:
@@ -175,8 +181,12 @@ def write_adapter(
         adapted = list(saved_parts(config, saved))
     built = _layout_of(config, state, adapted)
     model = None if built is None else built.model
+    tokens = None
+    if config.model.added_tokens and built is not None:
+        tokenizer = load_tokenizer(config.model)
+        tokens = trained_tokens(built, saved_rows(tensors), tokenizer)
     try:
-        return export_adapter(
+        error = export_adapter(
             out,
             adapters,
             experts={} if model is None else expert_counts(model),
@@ -199,20 +209,25 @@ def write_adapter(
             heads=heads,
             labels=task.head_outputs(state["labels"]),
             note=note,
+            tokens=tokens,
         )
-    except NothingToExport as error:
-        raise UserError(f"{saved.checkpoint}: {error}; accepted: a checkpoint with some") from error
+    except NothingToExport as nothing:
+        accepted = "accepted: a checkpoint with some"
+        raise UserError(f"{saved.checkpoint}: {nothing}; {accepted}") from nothing
+    if tokens is not None:
+        tokenizer.save_pretrained(out)
+    return error
 
 
 def _layout_of(
     config: Config, state: Mapping[str, Any], adapted: Sequence[str]
 ) -> BuiltModel | None:
     """The model without its weights, which tells how PEFT sees the adapted matrices. None, as if it
-    had no experts, where it is no longer available and no expert has an adapter."""
+    had no experts, where it is no longer available and no expert has an adapter, no token rows."""
     try:
         return _built(config, state, torch.device("cpu"))[0]
     except UserError:
-        if any(stem(name) != name for name in adapted):
+        if config.model.added_tokens or any(stem(name) != name for name in adapted):
             raise
         return None
 
@@ -246,6 +261,7 @@ def write_model(
     backbone, task = _built(config, state, device)
     with refuse_mismatch(saved.checkpoint):
         heads = saved_heads(tensors)
+        rows = saved_rows(tensors) if with_adapter else {}
         initial = saved_initial(saved)
         parts = saved_parts(config, saved) if with_adapter else {}
     refuse_tied_targets(backbone, parts)
@@ -254,7 +270,7 @@ def write_model(
     out.mkdir(parents=True, exist_ok=True)
     folder = resolve_folder(config.model.id, config.model.revision)
     merger = Merger(
-        backbone, folder, parts, initial, heads,
+        backbone, folder, parts, initial, heads, rows,
         dequantised=dequantised, device=device,
     )  # fmt: skip
     write_shards(merger.tensors(), out)

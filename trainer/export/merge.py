@@ -23,7 +23,7 @@ _SHARD_BYTES = 4 * 2**30
 
 
 class Merger:
-    """Reads a model tensor by tensor and merges adapters and trained heads.
+    """Reads a model tensor by tensor and merges adapters, trained heads and `rows` of tokens.
 
     `backbone`: built, but not loaded. `parts`: what was learned, by unit. `initial`: what spectral
     initialisation took out of W.
@@ -37,11 +37,13 @@ class Merger:
         parts: Mapping[str, Sequence[Part]],
         initial: Mapping[str, GatedAdapter],
         heads: Mapping[str, Mapping[str, Tensor]],
+        rows: Mapping[str, Tensor],
         *,
         dequantised: bool,
         device: torch.device,
     ):
         self.model, self.dtype, self.device = backbone.model, backbone.dtype, device
+        self._backbone, self._rows = backbone, rows
         self._parts, self._initial, self._dequantised = parts, initial, dequantised
         self._trained = {
             f"{path}.{name}": tensor
@@ -53,7 +55,7 @@ class Merger:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, value on the CPU) of every tensor of the merged model's files."""
-        names_of = names_of_parameters(self.model)
+        backbone, names_of = self._backbone, names_of_parameters(self.model)
         for name, parameter in self.model.named_parameters():
             path, _, attribute = name.rpartition(".")
             owner = self.model.get_submodule(path)
@@ -65,12 +67,19 @@ class Merger:
                 matrix = owner if isinstance(owner, PackedLayer) and attribute == "weight" else None
                 shape = tuple(parameter.shape) if matrix is None else matrix.stored_shape
                 names = names_of[id(parameter)]
+                table = next((t for t in backbone.tables if f"{t}.weight" in names), None)
+                if table is not None and backbone.added is not None:
+                    shape = (backbone.added.stored, *shape[1:])
                 key = self._files.check(names, shape)
                 name = next(known for known in names if self._files.find(known) is not None)
                 value = self._files.read(key).to(self.device, self.dtype)
                 if matrix is not None:
                     full = matrix.reoriented(value).unsqueeze(0)
                     value = matrix.reoriented(self._final(matrix, [path], full)[0])
+                if table is not None and backbone.added is not None:
+                    value = backbone.added.filled(value)
+                    if table in self._rows:
+                        value[list(backbone.added.ids)] = self._rows[table].to(value)
                 yield self._published(name), value.cpu().contiguous()
         for name, _ in self.model.named_buffers():
             stored = self._files.find(name)

@@ -63,7 +63,7 @@ class PeftFolder:
     heads: Mapping[str, Tensor]
     """All other tensors: parameters of modules trained in full, by name."""
     digest: str
-    """SHA-256 of the tensors' file."""
+    """SHA-256 of both files."""
 
     @property
     def base(self) -> str | None:
@@ -112,7 +112,8 @@ def read_peft_folder(path: Path) -> PeftFolder:
     """Raises UserError naming what is missing, damaged, or more than a plain LoRA."""
     file = path / TENSORS
     try:
-        config = parse_json((path / CONFIG).read_text(encoding="utf-8"))
+        text = (path / CONFIG).read_text(encoding="utf-8")
+        config = parse_json(text)
         if not isinstance(config, dict):
             raise ValueError("no mapping")
         content = file.read_bytes()
@@ -142,7 +143,8 @@ def read_peft_folder(path: Path) -> PeftFolder:
             else:
                 heads[key] = tensor
         pairs = {key: Factors(parts["A"], parts["B"]) for key, parts in factors.items()}
-    return PeftFolder(path, config, pairs, heads, hashlib.sha256(content).hexdigest())
+    digest = hashlib.sha256(text.encode() + content).hexdigest()
+    return PeftFolder(path, config, pairs, heads, digest)
 
 
 def _refuse_other_kinds(path: Path, config: Mapping[str, Any]) -> None:

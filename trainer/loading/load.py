@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from adapters.token_rows import TokenRows
 from adapters.unit import Unit
 from adapters.units import transformer_blocks
 from trainer.config.config import Config
@@ -73,11 +74,13 @@ def load_backbone(
     heads = {path: TrainedModule(head) for path, head in built.heads.items()}
     for path, head in heads.items():
         set_module(model, path, head)
+    token_rows = _train_rows(built, engine)
     with world.all_or_none():
         digest = _digest(source)
     weights = _weights(source, world)
     loaded = LoadedBackbone(
         **{f.name: getattr(built, f.name) for f in dataclasses.fields(built)} | {"heads": heads},
+        token_rows=token_rows,
         blocks=blocks,
         digest=digest,
         weights=weights,
@@ -131,6 +134,26 @@ def _materialize(
             # ones, would add up to the whole unquantised model.
             trim()
     return materializer
+
+
+def _train_rows(built: BuiltModel, engine: Engine) -> dict[str, TokenRows]:
+    """Give the added tokens trained rows, which start as those that were loaded. Collective."""
+    if built.added is None:
+        return {}
+    model, ids = built.model, list(built.added.ids)
+    with engine.unsharded(model):
+        rows = {
+            path: TokenRows(ids, model.get_submodule(path).weight[ids])  # type: ignore[index]
+            for path in built.tables
+        }
+    of_embedding, *_ = of_head = [rows[path] for path in built.tables]
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    of_embedding.attach_to_embedding(embedding)
+    head = model.get_output_embeddings()
+    if head is not None:
+        of_head[-1].attach_to_head(head)
+    return rows
 
 
 def in_groups(model: nn.Module, world: World) -> list[list[tuple[str, nn.Module]]]:

@@ -37,6 +37,9 @@ class Source:
             for path, module in self.model.named_modules()
             if isinstance(module, PackedLayer)
         }
+        self._grown = {
+            name for path in backbone.tables for name in self._known_as[f"{path}.weight"]
+        }
         self.files: PretrainedFiles | None = None
         if config.model.weights == "pretrained":
             self.files = open_files(config, backbone, device)
@@ -89,6 +92,13 @@ class Source:
             )  # fmt: skip
 
     def _begin(self, name: str, expert: int | None) -> Callable[[], Tensor]:
+        wait = self._begin_stored(name, expert)
+        added = self.backbone.added
+        if added is None or name not in self._grown:
+            return wait
+        return lambda: added.filled(wait())
+
+    def _begin_stored(self, name: str, expert: int | None) -> Callable[[], Tensor]:
         shape = self._shapes[name]
         if self.files is None:
             if expert is None:
@@ -110,7 +120,9 @@ class Source:
 
     def _stored_shape(self, name: str) -> tuple[int, ...]:
         """Shape of a parameter in the files."""
-        matrix = self._matrices.get(name)
+        added, matrix = self.backbone.added, self._matrices.get(name)
+        if added is not None and name in self._grown:
+            return (added.stored, *self._shapes[name][1:])
         return self._shapes[name] if matrix is None else matrix.stored_shape
 
     def _tied(self, names: list[str], wait: Callable[[], Tensor]) -> Tensor:

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from adapters.layers.base import AdaptedLayer
+from adapters.token_rows import TokenRows
 from adapters.unit import Unit
 from trainer.data.rows import Rows
 from trainer.model.blocks import Blocks
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
+
+    from trainer.model.added_tokens import AddedTokens
 
 
 class TrainedModule(nn.Module):
@@ -68,6 +71,20 @@ class BuiltModel:
     parameters on meta."""
     initial: Mapping[str, Tensor] = field(default_factory=dict)
     """Initial values of the small parameters that are neither weights nor biases."""
+    added: "AddedTokens | None" = None
+    """`model.added_tokens`."""
+    tables: Sequence[str] = ()
+    """Paths of the modules of which rows of these tokens train: the embedding, and the output head
+    where it is not tied to it; none without any."""
+
+    @property
+    def row_parameters(self) -> int:
+        """Number of trained scalars in rows of tokens."""
+        if self.added is None:
+            return 0
+        tables = (self.model.get_submodule(path) for path in self.tables)
+        widths = (getattr(table, "embedding_dim", None) or table.in_features for table in tables)
+        return len(self.added.ids) * sum(map(int, widths))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,8 @@ class Loading:
 class LoadedBackbone(BuiltModel):
     """The model with its weights, sharded by the engine; `heads` are `TrainedModule`s."""
 
+    token_rows: Mapping[str, TokenRows]
+    """Trained rows of `tables`, by path."""
     blocks: Blocks
     """Controls how the transformer blocks run."""
     digest: str

@@ -11,10 +11,10 @@ from adapters.layers.linear import AdaptedLinear
 from adapters.units import is_conv1d, is_linear, linear_names, make_units
 from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
-from trainer.config.sections import ModelOptions
 from trainer.errors import UserError, first_line
+from trainer.model.added_tokens import AddedTokens, check_vocabulary, token_tables
 from trainer.model.attention import OURS, register_attention
-from trainer.model.backbone import BuiltModel, LeftAlone, set_module, vocabulary
+from trainer.model.backbone import BuiltModel, LeftAlone, set_module
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.matrices import install_adapted_layers
 from trainer.model.meta import keep_float32, on_meta
@@ -28,7 +28,6 @@ from trainer.tasks.base import Task
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
-    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
 def build(
@@ -39,12 +38,13 @@ def build(
     where model, task and method do not fit together."""
     options = config.model
     dtype = compute_dtype(options, device)
-    model, initial = _unmodified(config, task, dtype)
+    model, initial, added = _unmodified(config, task, dtype)
     task.check_model(model)
     tensors = model.state_dict()
     model.requires_grad_(False)
     model.eval()
     read = layers_read(model)
+    tables = () if added is None else token_tables(model, added, read)
     if config.data.packing:
         check_packing(model)
     register_attention()
@@ -57,7 +57,7 @@ def build(
         elif is_conv1d(module) and path not in read:
             set_module(model, path, AdaptedLinear(module, "none", transposed=True))
     check_experts(model, dtype)
-    _check_vocabulary(task.tokenizer, model, options)
+    check_vocabulary(task.tokenizer, model, options)
     trained = task.trained_modules(model)
     if config.method.train_router:
         trained += routers(model)
@@ -95,17 +95,23 @@ def build(
         unreached=unreached,
         tensors=tensors,
         initial=initial,
+        added=added,
+        tables=tables,
     )
 
 
 def _unmodified(
     config: Config, task: Task, dtype: torch.dtype
-) -> tuple["PreTrainedModel", dict[str, torch.Tensor]]:
-    """transformers' model on meta, and the initial values of its small special parameters."""
+) -> tuple["PreTrainedModel", dict[str, torch.Tensor], AddedTokens | None]:
+    """transformers' model on meta, the initial values of its small special parameters, and the
+    tokens for which its tables were resized."""
     options = config.model
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     model_config = load_model_config(folder, options)
     task.configure(model_config)
+    added = AddedTokens.of(options, task.tokenizer, model_config)
+    if added is not None:
+        added.resize(model_config)
     try:
         with on_meta(config.run.seed) as initial_values:
             model = task.auto_class.from_config(
@@ -115,7 +121,7 @@ def _unmodified(
                 attn_implementation=None if options.attention in OURS else options.attention,
                 trust_remote_code=False,
             )
-            return model, initial_values(model)
+            return model, initial_values(model), added
     except Exception as error:  # a model's constructor raises whatever its shapes lead to
         raise UserError(
             f"model.id: {folder} with model.attention={options.attention}: {first_line(error)}"
@@ -142,14 +148,3 @@ def _left_alone(
     return [
         LeftAlone(tuple(within_blocks(model, paths)), reason) for reason, paths in kinds if paths
     ]
-
-
-def _check_vocabulary(
-    tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", options: ModelOptions
-) -> None:
-    size = vocabulary(model)
-    if size is not None and len(tokenizer) > size:
-        raise UserError(
-            f"model.tokenizer: {options.tokenizer or options.id} has {len(tokenizer)} tokens; "
-            f"accepted: at most {size}, the size of the model's embedding"
-        )

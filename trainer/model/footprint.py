@@ -28,8 +28,8 @@ class Estimate:
     """Peak of gathered parameters: one block in use and one prefetched, and the layers outside the
     blocks where these are sharded too."""
     held: int
-    """Adapters and heads with gradients and two moments, float32; with `optim.shard_state` only the
-    rank's shard of the moments."""
+    """Adapters, heads and rows of added tokens with gradients and two moments, float32; with
+    `optim.shard_state` only the rank's shard of the moments."""
     update: int
     """Temporaries of the optimizer's step, sharded likewise."""
 
@@ -85,14 +85,15 @@ def blocks_that_fit(blocks: int, nbytes: int, available: int) -> int:
 
 
 def trainable_parameters(backbone: BuiltModel, config: Config) -> int:
-    """Number of trained scalars: fixed-rank adapters on every unit and the task's heads."""
+    """Number of trained scalars: fixed-rank adapters on every unit, the task's heads, and rows of
+    added tokens."""
     gates = int(METHODS[config.method.kind].gates == "learned")
     adapters = sum(
         config.method.components * (unit.in_features + unit.out_features + gates)
         for unit in backbone.units
     )
     heads = sum(p.numel() for module in backbone.heads.values() for p in module.parameters())
-    return adapters + heads
+    return adapters + heads + backbone.row_parameters
 
 
 def _frozen_bytes(module: nn.Module, backbone: BuiltModel, *, adapted_only: bool = False) -> int:

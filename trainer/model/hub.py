@@ -90,7 +90,21 @@ def _base_of(folder: Path) -> str:
 
 
 def load_tokenizer(options: ModelOptions) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer, or the one that `model.tokenizer` names. Raises UserError."""
+    """The model's tokenizer, or the one that `model.tokenizer` names, with `model.added_tokens`.
+    Raises UserError."""
+    from transformers import AddedToken
+
+    tokenizer = plain_tokenizer(options)
+    known = tokenizer.get_vocab() if options.added_tokens else {}
+    new = [token for token in options.added_tokens or () if token not in known]
+    tokenizer.add_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True
+    )
+    return tokenizer
+
+
+def plain_tokenizer(options: ModelOptions) -> "PreTrainedTokenizerBase":
+    """The tokenizer without `model.added_tokens`. Raises UserError."""
     key = "model.id" if options.tokenizer is None else "model.tokenizer"
     revision = options.revision if options.tokenizer is None else None
     name = options.tokenizer or options.id

@@ -7,7 +7,7 @@ from trainer.config.data_options import DataOptions
 from trainer.data.dataset import TokenDataset
 from trainer.data.held_out import hold_out
 from trainer.data.loader import Loader
-from trainer.data.templates import on_end_of_turn
+from trainer.data.templates import on_templates
 from trainer.device_memory import readable
 from trainer.distributed.world import World
 from trainer.engine.select import make_engine
@@ -41,7 +41,7 @@ def dry_run(config: Config, world: World) -> str:
     notes = [
         *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(backbone.model, train_data, eval_data),
-        *on_end_of_turn(tokenizer, config.data),
+        *on_templates(tokenizer, config.data),
     ]
     engine = make_engine(config, world, task)
     needs = estimate(
@@ -74,6 +74,7 @@ def dry_run(config: Config, world: World) -> str:
         f"  trainable state   {readable(needs.trainable)}",
         f"  total             {readable(needs.total)}",
         *([f"note                {backbone.left_out}"] if backbone.left_out else []),
+        *([f"note                {backbone.added}"] if backbone.added else []),
         *(f"note                {note}" for note in notes),
     ]
     first = records_as_tokens(train_data, tokenizer, 1, colour=False)

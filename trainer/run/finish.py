@@ -9,6 +9,7 @@ from trainer.config.config import Config
 from trainer.data.templates import set_template
 from trainer.device_memory import peak_gib
 from trainer.errors import RunFailed
+from trainer.export.added_tokens import trained_tokens
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.export import written_folder
 from trainer.export.tokenizer import save_tokenizer
@@ -27,7 +28,7 @@ def finish(session: Session, folder: Path, steps: int, fault: str | None = None)
         with written_folder(adapter, RunFailed) as unfinished:
             note, where = _export(session, unfinished), str(adapter)
             template = set_template(session.tokenizer, session.config.data)
-            if template is not None:
+            if template is not None or session.backbone.added is not None:
                 save_tokenizer(session.tokenizer, template, unfinished)
     except NothingToExport as error:
         note, where = "", f"none: {error}"
@@ -59,6 +60,7 @@ def _export(session: Session, folder: Path) -> str:
         }
         for path, head in session.backbone.heads.items()
     }
+    rows = {path: one.values.detach() for path, one in session.backbone.token_rows.items()}
     note = ""
     if config.model.quantization != "none":
         note = (
@@ -92,6 +94,7 @@ def _export(session: Session, folder: Path) -> str:
             key=PeftKeys(session.backbone.model),
             modules_to_save=modules_to_save(session.backbone.model, heads),
             note=note,
+            tokens=trained_tokens(session.backbone, rows, session.tokenizer),
         )
     return note
 

@@ -27,7 +27,8 @@ def on_batch(data: DataOptions, sequences: int) -> Iterator[str]:
 
 def on_sources(data: TokenDataset) -> list[str]:
     """The sources of a mixture."""
-    return data.lines() if isinstance(data, MixedDataset) else []
+    parts = data.named_parts() if isinstance(data, MixedDataset) else {}
+    return [f"{name}: {part.counts}" for name, part in parts.items()]
 
 
 def on_evaluation(data: TokenDataset, examples: np.ndarray) -> str:

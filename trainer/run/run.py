@@ -20,7 +20,7 @@ from trainer.config.validation import local
 from trainer.data.loader import Loader
 from trainer.data.prefetch import Prefetcher
 from trainer.data.sources import hub_ids
-from trainer.data.templates import on_end_of_turn
+from trainer.data.templates import on_templates
 from trainer.decisions.replay import Replay
 from trainer.device_memory import readable
 from trainer.distributed.world import World
@@ -120,7 +120,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         *([folder.lock.note] if folder.lock.note else []),
         *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(session.backbone.model, session.train_data, session.eval_data),
-        *on_end_of_turn(session.tokenizer, config.data),
+        *on_templates(session.tokenizer, config.data),
     ]
     introduction = _introduction(session, loader, steps, notes)
     for line in (*introduction, *stage_lines, *_resumption(start, config)):
@@ -241,6 +241,7 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
         ),
         *(f"note      {left}" for left in session.backbone.left_alone),
         *([f"note      {left_out}"] if (left_out := session.backbone.left_out) else []),
+        *([f"note      {added}"] if (added := session.backbone.added) else []),
         *(
             ["note      weights are stored as MXFP4, read as bfloat16"]
             if session.backbone.loading.mxfp4

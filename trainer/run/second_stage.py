@@ -25,14 +25,23 @@ from trainer.checkpoint.state import load_learned
 from trainer.config.config import Config
 from trainer.config.validation import local
 from trainer.distributed.world import World
-from trainer.errors import UserError
-from trainer.export.export import saved_adapters, saved_config, saved_heads, saved_initial
+from trainer.errors import UserError, refuse_mismatch
+from trainer.export.export import (
+    saved_adapters,
+    saved_config,
+    saved_heads,
+    saved_initial,
+    saved_rows,
+)
 from trainer.export.peft_folder import PeftFolder, is_adapter, read_peft_folder
 from trainer.model.backbone import BuiltModel, class_name
 from trainer.session import Session
 
 _HOW_IT_TRAINS = ("dropout", "dropout_on", "replay", "b_learning_rate_ratio")
 """Keys of a method that do not change what its adapters are."""
+_TAKEN_OVER = ("adapter/", "frozen/", "head/", "rows/")
+_MADE_ANEW = ("optimizer/", "method/", "decider/", "random/")
+"""Groups of a checkpoint's tensors, if its method does not go on."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,8 @@ class SecondStage:
     def frozen(self, built: BuiltModel) -> Mapping[str, GatedAdapter]:
         """The adapters to freeze beside the new ones, by unit of a model without weights. Raises
         UserError naming what the model does not take."""
-        earlier = self._earlier(built)
+        with refuse_mismatch(self.path):
+            earlier = self._earlier(built)
         self._check(built, earlier)
         self._heads = earlier.heads
         count = f"{earlier.kind}, {_ranks(earlier.trained)}"
@@ -129,6 +139,8 @@ class SecondStage:
             labels = session.task.labels_state()
             if self._heads and saved.state["labels"] not in ({}, labels):
                 raise self._refuse("was trained for other labels", "the same labels in the data")
+            for path, rows in saved_rows(saved.tensors).items():
+                session.backbone.token_rows[path].values.data.copy_(rows)
         if saved is not None and self._resumes_method:
             load_learned(session, saved.checkpoint, saved.tensors)
         for name, adapter in self._taken_over.items():
@@ -154,6 +166,12 @@ class SecondStage:
                 heads.setdefault(path, {})[parameter] = value
             return _Earlier(folder.adapters(built.model), heads, "lora")
         config = saved_config(saved.state)
+        known = (*_TAKEN_OVER, *_MADE_ANEW)
+        others = [name for name in saved.tensors if not name.startswith(known)]
+        if others and not self._resumes_method:
+            raise self._refuse(
+                f"{others[0]} was trained beside its adapters", "an adapter without it"
+            )
         return _Earlier(
             trained=saved_adapters(config, saved.tensors),
             heads=saved_heads(saved.tensors),
@@ -165,6 +183,13 @@ class SecondStage:
 
     def _check(self, built: BuiltModel, earlier: _Earlier) -> None:
         """Raises UserError naming what this model does not take."""
+        if self._saved is not None:
+            then = saved_config(self._saved.state).model.added_tokens
+            if then != self.config.model.added_tokens and (then or self._resumes_method):
+                raise self._refuse(
+                    f"was trained with model.added_tokens: {then}",
+                    f"the same in place of {self.config.model.added_tokens}",
+                )
         model, layers = class_name(built.model), built.adapted_layers
         for name, adapter in [*earlier.trained.items(), *earlier.frozen.items()]:
             layer = layers.get(name)

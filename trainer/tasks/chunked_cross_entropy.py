@@ -3,7 +3,9 @@
 The logits of 4096 tokens over a vocabulary of 128,256 are 1 GiB in bfloat16, and cross entropy
 works on float32 copies of twice that size. Here the head is applied to a chunk of rows at a time.
 As it is frozen, forward already computes the gradient p W − W_target of a row and saves it (as
-large as the hidden states); backward uses neither the head's weight nor the logits.
+large as the hidden states); backward uses neither the head's weight nor the logits. Where the head
+has trained rows R of some tokens, these take the place of W's; their p and x are saved for the
+gradient pᵀ x.
 """
 
 import functools
@@ -17,38 +19,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapters.token_rows import rows_of
+
 CHUNK = 2**27
 """Logits per chunk: 512 MiB in float32."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross entropy (rows) of x Wᵀ + b; x (rows, in), W (vocabulary, in), targets (rows)."""
+    """Cross entropy (rows) of x Wᵀ + b; x (rows, in), W (vocabulary, in), targets (rows). `ids`,
+    `values` (n, in), float32: tokens, and the rows R that replace theirs in W."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        ids: Tensor | None,
+        values: Tensor | None,
     ) -> Tensor:
         losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-        needed = ctx.needs_input_grad[0]
-        dx = torch.empty_like(x) if needed else None
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        R = None if values is None else values.to(x.dtype)
+        own = None if R is None else x.new_empty(x.shape[0], len(R))  # p of these tokens
         rows = max(1, CHUNK // weight.shape[0])
         for start in range(0, x.shape[0], rows):
             part = slice(start, start + rows)
             logits = F.linear(x[part], weight, bias).float()
+            if R is not None:
+                logits[:, ids] = F.linear(x[part], R).float()
             total = logits.logsumexp(1, keepdim=True)
             chosen = targets[part].unsqueeze(1)
             losses[part] = (total - logits.gather(1, chosen)).squeeze(1)
             if dx is not None:
                 p = logits.sub_(total).exp_()
                 p.scatter_add_(1, chosen, p.new_full(chosen.shape, -1.0))
+                if own is not None:
+                    own[part] = p[:, ids].to(x.dtype)
+                    p[:, ids] = 0.0
                 dx[part] = p.to(x.dtype) @ weight
-        ctx.save_for_backward(*([dx] if dx is not None else []))
+        if dx is not None and own is not None and R is not None:
+            dx += own @ R
+        ctx.save_for_backward(dx, own, None if own is None else x)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        (dx,) = ctx.saved_tensors
-        return dx * dlosses.to(dx.dtype).unsqueeze(1), None, None, None
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dx, own, x = ctx.saved_tensors
+        scale = dlosses.to(dx.dtype).unsqueeze(1)
+        dR = None if own is None else ((own * scale).T @ x).float()
+        return dx * scale, None, None, None, None, dR
 
 
 def loss_head(model: nn.Module) -> nn.Linear | None:
@@ -76,13 +97,18 @@ def loss_inside(head: nn.Linear, learned: Tensor, targets: Tensor) -> Iterator[N
     the model calls the head, when a sharder has gathered its weight."""
 
     def forward(hidden: Tensor) -> Tensor:
-        rows = hidden[:, :-1][learned]
-        losses = _LinearCrossEntropy.apply(rows, head.weight, head.bias, targets)
+        x, trained = hidden[:, :-1][learned], rows_of(head)
+        rows = (None, None) if trained is None else (trained.ids, trained.values)
+        losses = _LinearCrossEntropy.apply(x, head.weight, head.bias, targets, *rows)
         assert isinstance(losses, Tensor)
         return losses
 
+    own = vars(head).get("forward")  # of a head with trained rows
     head.forward = forward  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        del head.forward
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own  # type: ignore[method-assign]

@@ -149,7 +149,9 @@ def _figures(session: Session, progress: Progress, clock: Clock) -> dict[str, An
         "peak_memory_gib": max(peaks),
         **({"peak_memory_gib_by_rank": peaks} if len(peaks) > 1 else {}),
         "trainable_parameters": session.optimizer.numel,
-        "active_parameters": session.method.adapters.active_parameters() + heads,
+        "active_parameters": session.method.adapters.active_parameters()
+        + heads
+        + session.backbone.row_parameters,
         "skipped_steps": progress.skipped,
     }
 

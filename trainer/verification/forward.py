@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters.token_rows import frozen_tables
 from adapters.units import transformer_blocks
 from trainer.device_memory import readable, release
 from trainer.errors import UserError
@@ -127,13 +128,14 @@ def _own_fault(
 
 @contextmanager
 def as_verified(session: Session) -> Iterator[None]:
-    """Context without adapters, dropout, gradients and compiled programs."""
+    """Context without adapters, trained rows, dropout, gradients and compiled programs."""
     adapters = session.method.adapters
     held = {name: adapters.layers[name].adapter for name in adapters}
     was_training = session.model.training
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(session.backbone.blocks.uncompiled())
+        stack.enter_context(frozen_tables(session.backbone.token_rows))
         try:
             for name in held:
                 adapters.layers[name].adapter = None

@@ -178,6 +178,8 @@ def plain_model(session: Session) -> "PreTrainedModel":
     folder = resolve_folder(options.id, options.revision, with_weights=False)
     config = load_model_config(folder, options)
     session.task.configure(config)
+    if session.backbone.added is not None:
+        session.backbone.added.resize(config)
     with parameters_on_meta():
         model = session.task.auto_class.from_config(
             config,

@@ -13,7 +13,7 @@ from tests.unit.trainer.data.test_loader import dataset, loader, records_of, ste
 from tests.unit.trainer.tasks.test_documents import alone, examples, gradients, made
 from trainer.data.micro_batches import assign_micro_batches
 from trainer.data.rows import Rows, few_lengths
-from trainer.model.attention import VARLEN
+from trainer.model.attention import VARLEN, register_attention
 from trainer.tasks.base import IGNORED
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 
@@ -74,6 +74,7 @@ def test_end_to_end_by_document(llama_config, task) -> None:
     model, records = LlamaForCausalLM(llama_config("sdpa")), examples()
     expected = alone(model, records)
     reference = gradients(model, expected)
+    register_attention()
     model.set_attn_implementation(VARLEN)
     for width in (0, 60):
         batch = task.collate(END_TO_END.laid([[record] for record in records]), width=width)

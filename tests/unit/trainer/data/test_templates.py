@@ -11,7 +11,7 @@ from tests.unit.trainer.tasks.tokenizers_of_all_kinds import BOS, byte_level
 from trainer.config.data_options import DataOptions
 from trainer.data.formats import to_records
 from trainer.data.known_templates import KNOWN
-from trainer.data.templates import on_end_of_turn, set_template, template_of, templates_of
+from trainer.data.templates import on_templates, set_template, template_of, templates_of
 from trainer.errors import BadRecord, UserError
 from trainer.export.tokenizer import save_tokenizer
 
@@ -239,16 +239,16 @@ def test_arguments_that_no_template_uses() -> None:
 
 
 def remarks(tokenizer: Any, **keys: Any) -> list[str]:
-    return list(on_end_of_turn(tokenizer, options(**keys)))
+    return list(on_templates(tokenizer, options(**keys)))
 
 
 def test_ends_of_turns_that_are_no_token(tmp_path) -> None:
     count = len(PLAIN("<|im_end|>", add_special_tokens=False)["input_ids"])
     assert count > 1
     assert remarks(PLAIN, chat_template="chatml") == [
-        f"data.chat_template: chatml ends a turn with '<|im_end|>', which is no token in the "
-        f"tokenizer's vocabulary but {count} of them: all are learned, and generation stops there "
-        "only if it is told to"
+        f"data.chat_template: chatml ends a turn with '<|im_end|>', which is {count} tokens for "
+        "this tokenizer: all are learned, and generation stops there only if it is told to; "
+        "model.added_tokens makes it one"
     ]
     for name in ("alpaca", "mistral", "phi-3"):  # </s>, <|end|>
         assert not remarks(PLAIN, chat_template=name)
@@ -275,3 +275,22 @@ def test_saved_with_the_tokenizer(tmp_path) -> None:
         trained = "".join(text for text, _ in segments(PLAIN, messages[:3], **keys))
         assert read.apply_chat_template(messages[:3], tokenize=False) == trained
     assert PLAIN.chat_template == QWEN3 + "{{ tools_in }}"
+
+
+def test_sources_with_templates_of_their_own() -> None:
+    PLAIN.chat_template = QWEN3
+    one, two = {"train": "a", "weight": 1, "chat_template": "phi-3"}, {"train": "b", "weight": 1}
+
+    def mixed(**keys: Any) -> DataOptions:
+        return DataOptions(mixture=[one, {**two, **keys}])
+
+    assert set_template(PLAIN, mixed(chat_template="phi-3")) == KNOWN["phi-3"]
+    assert not list(on_templates(PLAIN, mixed(chat_template="phi-3")))
+    assert set_template(PLAIN, mixed()) is None
+    differs = (
+        "data.chat_template: differs between sources; exports have that of `data`, not an entry's"
+    )
+    assert list(on_templates(PLAIN, mixed())) == [differs]
+    both = DataOptions(mixture=[one, two], chat_template="alpaca")
+    assert set_template(PLAIN, both) == KNOWN["alpaca"]
+    assert list(on_templates(PLAIN, both)) == [differs]

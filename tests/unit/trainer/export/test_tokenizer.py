@@ -35,7 +35,7 @@ def config(tmp: Path, *more: str) -> Config:
 
 @pytest.fixture(scope="module", autouse=True)
 def without_figures() -> Iterator[None]:
-    with patch("trainer.run.run.draw_loss"):
+    with patch("trainer.run.finish.draw_loss"):
         yield
 
 
@@ -60,7 +60,7 @@ def template_in(folder: Path) -> str:
 
 def test_every_export_has_it(trained: tuple, tmp_path: Path) -> None:
     tmp, _, said = trained
-    assert "ends a turn with 'istant', which is no token" in said
+    assert "ends a turn with 'istant', which is 5 tokens" in said
     folder = tmp / "runs/quickstart"
     assert template_in(folder / "adapter") == SAVED
     for what in ("adapter", "merged"):

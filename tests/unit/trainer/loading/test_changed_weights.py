@@ -19,7 +19,7 @@ from trainer.run.run import run
 
 @pytest.fixture(scope="module", autouse=True)
 def without_figures():
-    with patch("trainer.run.run.draw_loss"):
+    with patch("trainer.run.finish.draw_loss"):
         yield
 
 

@@ -1,5 +1,6 @@
 """Second stages: what was learned is where the next run starts, and what is exported is all of it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from adapters.layers.linear import AdaptedLinear
 from tests.helpers import losses, quick_config, sample, save_mixture, save_random_model
 from trainer.checkpoint.saved import read_saved
 from trainer.checkpoint.state import load_trained
@@ -20,6 +22,7 @@ from trainer.run.dry_run import dry_run
 from trainer.run.run import run
 from trainer.run.second_stage import SecondStage
 from trainer.session import open_session
+from trainer.verification.verify import verify_session
 
 METHODS = {
     "lora": ["method.kind=lora", "method.rank=4"],
@@ -118,7 +121,7 @@ STAYS = [
     ("lelora", "milora dropped", "none"), ("q and v", "weightlora", "none"),
     ("dylora", "dropped", "none"), ("weightlora", "adalora", "int8"),
 ]  # fmt: skip
-USUAL = [GOES_ON[3], STAYS[1], STAYS[3]]
+USUAL = [GOES_ON[3], STAYS[3]]  # a third stage below splits W beside what is frozen
 
 
 @pytest.mark.parametrize("chain", sample([*GOES_ON, *STAYS], *USUAL), ids=" > ".join)
@@ -171,6 +174,9 @@ def test_resumed_without_the_first_stage(place, tmp_path, first):
     tensors = [read_saved(config.run_folder).tensors for config in (whole, other)]
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     check_export(other)
+    export_run(other.run_folder, tmp_path / "merged", World(), what="merged", measure=False)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(merged(ids()).logits, own_logits(other), rtol=1e-4, atol=1e-4)
     with pytest.raises(BadCheckpoint, match=r"model\.adapter: .* was made with"):
         run(with_overrides(other, ["model.adapter=another"]), World())
     if first == "pissa":  # which this method cannot compute again
@@ -246,6 +252,15 @@ def test_a_dry_run_says_how_it_is_taken_over(place):
         assert str(source) in line and "lora, 14 matrices of rank 4" in line and said in line
 
 
+def test_the_proof_knows_of_the_frozen_part(place, monkeypatch):
+    source = trained(place, "lora").run_folder
+    config = configured(place, "x", f"model.adapter={source}", *METHODS["rank 2"])
+    assert verify_session(opened(config)[0]).complete
+    monkeypatch.setattr(AdaptedLinear, "_fixed", lambda self, dtype: [])
+    with pytest.raises(UserError, match=r"model\.layers\.0"):
+        verify_session(opened(config)[0])
+
+
 def test_an_even_adapter_of_peft_goes_on_as_it_is(place, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
     given = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["q_proj", "v_proj"])
@@ -272,7 +287,7 @@ def test_experts_of_an_export(tmp_path, experts):
             tmp_path, "second", f"model.adapter={source}", *METHODS[method], *quiet
         ))[0])
         for source, method in (
-            (first.run_folder, "rank 2"), (tmp_path / "a", "rank 2"), (tmp_path / "a", "pissa"),
+            (first.run_folder, "rank 2"), (tmp_path / "a", "pissa"),
         )
     ]  # fmt: skip
     expected = own_logits(first)
@@ -294,14 +309,13 @@ def test_trained_heads_are_taken_over(place, tmp_path):
     first = classification(place, "classes")
     run(first, World())
     expected = own_logits(first)
-    for source in (first.run_folder, first.run_folder / "adapter"):
-        for rank in (4, 2):
-            session, lines = opened(classification(
-                place, "more", f"model.adapter={source}", f"method.rank={rank}"
-            ))  # fmt: skip
-            found = start_logits(session)
-            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-            assert bool(session.frozen) == (rank == 2) and lines[-1].endswith("with score")
+    for source, rank in ((first.run_folder, 2), (first.run_folder / "adapter", 4)):
+        session, lines = opened(
+            classification(place, "more", f"model.adapter={source}", f"method.rank={rank}")
+        )
+        found = start_logits(session)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert bool(session.frozen) == (rank == 2) and lines[-1].endswith("with score")
     fewer = classification(
         place, "fewer", f"model.adapter={first.run_folder}", f"data.train={place}/two.csv"
     )
@@ -352,19 +366,35 @@ def test_folders_that_are_no_adapters(place, tmp_path):
             run(configured(place, "x", f"model.adapter={bad}", *METHODS["lora"]), World())
 
 
+def test_what_else_was_trained_is_not_dropped_silently(place, monkeypatch):
+    source = trained(place, "lora").run_folder
+
+    def more(path, world):
+        saved = read_saved(path)
+        return dataclasses.replace(saved, tensors={**saved.tensors, "other/embed": torch.ones(1)})
+
+    monkeypatch.setattr("trainer.run.second_stage.read_on_all", more)
+    with pytest.raises(UserError, match="other/embed was trained beside its adapters"):
+        opened(configured(place, "x", f"model.adapter={source}", *METHODS["rank 2"]))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("use_dora", True), ("peft_type", "IA3"), ("bias", "all"), ("lora_bias", True),
         ("init_lora_weights", "pissa"), ("layer_replication", [[0, 2]]),
-        ("trainable_token_indices", [5]), ("r", 3),
+        ("trainable_token_indices", [5]), ("r", 3), ("rank_pattern", "x"), ("r", "x"),
     ],
 )  # fmt: skip
 def test_more_than_a_plain_lora_is_refused_by_name(place, tmp_path, key, value):
     bad = shutil.copytree(trained(place, "lora").run_folder / "adapter", tmp_path / "a")
     given = json.loads((bad / "adapter_config.json").read_text())
     (bad / "adapter_config.json").write_text(json.dumps({**given, key: value}))
-    match = rf"{key}: .* more than a plain LoRA" if key != "r" else "has rank 4, its .* says 3"
+    match = rf"{key}: .* more than a plain LoRA"
+    if value == "x":
+        match = "does not match this configuration"
+    elif key == "r":
+        match = "has rank 4, its .* says 3"
     with pytest.raises(UserError, match=match):
         opened(configured(place, "x", f"model.adapter={bad}", *METHODS["lora"]))
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters.layers.linear import AdaptedLinear
+from adapters.token_rows import TokenRows, frozen_tables
 from tests.helpers import SMALL
 from trainer.tasks import chunked_cross_entropy
 from trainer.tasks.base import IGNORED
@@ -49,26 +50,57 @@ def test_loss_and_gradient_are_those_of_whole_logits(model_type, rows, monkeypat
 
     monkeypatch.setattr(F, "linear", watched)
     with loss_inside(head, learned, targets[learned]):
-        loss = model(inputs_embeds=embedded, use_cache=False).logits
+        losses = model(inputs_embeds=embedded, use_cache=False).logits
     assert max(largest) == min(rows, int(learned.sum()))
-    found = torch.autograd.grad(loss / 3, embedded)[0]
+    weights = torch.linspace(0.5, 1.5, len(losses))
+    found = torch.autograd.grad(losses @ weights, embedded)[0]
     logits = model(inputs_embeds=embedded, use_cache=False).logits
     assert logits.shape == (3, 21, SMALL["vocab_size"])  # the head is what it was
-    expected = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).double(), targets.flatten(), reduction="sum"
-    )
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    expected = F.cross_entropy(logits[:, :-1][learned].double(), targets[learned], reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
-        found, torch.autograd.grad(expected / 3, embedded)[0], rtol=1e-4, atol=1e-5
+        found, torch.autograd.grad(expected @ weights.double(), embedded)[0], rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_trained_rows_of_tokens_have_the_gradients_of_a_whole_head(rows, monkeypatch):
+    monkeypatch.setattr(chunked_cross_entropy, "CHUNK", rows * SMALL["vocab_size"])
+    model, (ids, targets) = model_of("llama"), inputs()
+    head, learned, tokens = model.lm_head, targets != IGNORED, [7, 300, 575]
+    targets[0, :3] = torch.tensor(tokens)  # learned, and in the sums of all others
+    learned[0, :3] = True
+    start = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
+    whole = head.weight.detach().clone()
+    whole[tokens] = start
+    whole.requires_grad_(True)
+    trained = TokenRows(tokens, start)
+    trained.attach_to_head(head)
+    embedded = model.get_input_embeddings()(ids).requires_grad_(True)
+    with loss_inside(head, learned, targets[learned]):
+        losses = model(inputs_embeds=embedded, use_cache=False).logits
+    weights = torch.rand(losses.shape, generator=torch.Generator().manual_seed(2))
+    found = torch.autograd.grad((losses * weights).sum(), [embedded, trained.values])
+    logits = model(inputs_embeds=embedded, use_cache=False).logits
+    plain = torch.func.functional_call(
+        model_of("llama"), {"lm_head.weight": whole}, kwargs={"inputs_embeds": embedded}
+    ).logits
+    torch.testing.assert_close(logits, plain)
+    with frozen_tables({"lm_head": trained}):
+        frozen = model(inputs_embeds=embedded, use_cache=False).logits
+    assert not torch.allclose(frozen[..., tokens], plain[..., tokens], atol=0.1)
+    expected = F.cross_entropy(plain[:, :-1][learned], targets[learned], reduction="none")
+    dx, dW = torch.autograd.grad((expected * weights).sum(), [embedded, whole])
+    for ours, theirs in zip(found, (dx, dW[tokens]), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
 
 
 def test_without_gradients_only_the_loss_is_computed():
     model, (ids, targets) = model_of("llama"), inputs()
     learned = targets != IGNORED
     with torch.no_grad(), loss_inside(model.lm_head, learned, targets[learned]):
-        loss = model(ids, use_cache=False).logits
-    assert not loss.requires_grad and loss.dim() == 0
+        losses = model(ids, use_cache=False).logits
+    assert not losses.requires_grad and losses.shape == (int(learned.sum()),)
 
 
 def test_nothing_to_learn_is_no_loss():
@@ -76,9 +108,9 @@ def test_nothing_to_learn_is_no_loss():
     learned = torch.zeros_like(targets, dtype=torch.bool)
     embedded = model.get_input_embeddings()(ids).requires_grad_(True)
     with loss_inside(model.lm_head, learned, targets[learned]):
-        loss = model(inputs_embeds=embedded, use_cache=False).logits
-    assert loss.item() == 0
-    assert not torch.autograd.grad(loss, embedded)[0].any()
+        losses = model(inputs_embeds=embedded, use_cache=False).logits
+    assert losses.shape == (0,)
+    assert not torch.autograd.grad(losses.sum(), embedded)[0].any()
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "granite", "cohere"])

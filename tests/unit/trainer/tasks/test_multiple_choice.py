@@ -1,0 +1,168 @@
+"""Multiple choice: what is read, learned and scored, against the plain model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import shared
+from tests.helpers import losses, quick_config
+from trainer.checkpoint.saved import read_saved
+from trainer.config.data_options import DataOptions
+from trainer.data.choices import commonsense, multiple_choice
+from trainer.data.formats import _part
+from trainer.distributed.world import World
+from trainer.errors import BadRecord
+from trainer.export.export import saved_config
+from trainer.records.jsonl import read_metrics
+from trainer.run.run import run
+from trainer.session import open_session
+from trainer.tasks.multiple_choice import MultipleChoice
+from trainer.training.evaluation import evaluate_saved
+
+QUESTION = "Question: Which of them is a fruit?\nAnswer:"
+
+
+def read(row, **options) -> list[tuple[str, str, float]]:
+    """(question, choice, whether it is right) of a row."""
+    options = {"prompt": "Question: {question}\nAnswer:", **options}
+    records = multiple_choice(row, DataOptions(train="x", **options), _part)
+    return [(r.segments[0][0], r.segments[1][0], r.label) for r in records]
+
+
+@pytest.mark.parametrize(
+    ("row", "options"),
+    [
+        (  # ARC, OpenBookQA
+            {"choices": {"text": ["stone", "plum"], "label": ["A", "B"]}, "answerKey": "B"},
+            {"label": "answerKey"},
+        ),
+        ({"choices": [{"text": "stone", "label": "1"}, {"text": "plum", "label": "2"}], "label": "2"}, {}),
+        ({"choices": ["stone", "plum"], "label": 1}, {}),  # HellaSwag (endings)
+        ({"choices": ["stone", "plum"], "label": "plum"}, {}),
+        ({"sol1": "stone", "sol2": "plum", "label": 1}, {"choices": ["sol1", "sol2"]}),  # PIQA
+        (  # Social IQa
+            {"answerA": "stone", "answerB": "plum", "label": "2"},
+            {"choices": ["answerA", "answerB"], "choice_labels": ["1", "2"]},
+        ),
+        ({"label": True, "no": "stone", "yes": "plum"}, {"choices": ["no", "yes"]}),  # BoolQ
+        (
+            {"label": True, "no": "stone", "yes": "plum"},
+            {"choices": ["no", "yes"], "choice_labels": ["false", "true"]},
+        ),
+    ],
+)  # fmt: skip
+def test_the_sets_forms_are_read(row, options):
+    found = read({"question": "Which of them is a fruit?", **row}, **options)
+    assert found == [(QUESTION, " stone", 0.0), (QUESTION, " plum", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"choices": ["stone"], "label": 0}, "1 choices; accepted: two or more"),
+        ({"choices": ["stone", "plum"], "label": 2}, "label is 2; accepted: 0, 1, or a choice"),
+        ({"choices": ["stone", "stone"], "label": "stone"}, "label is 'stone'"),
+        ({"choices": "stone", "label": 0}, "choices holds a str; accepted: a list of texts"),
+        ({"choices": ["stone", None], "label": 0}, "choices holds a NoneType among its texts"),
+    ],
+)
+def test_what_cannot_be_used_is_a_bad_record(row, message):
+    with pytest.raises(BadRecord, match=message):
+        read({"question": "?", **row})
+
+
+def test_llm_adapters_json_gives_the_answers_texts_or_names():
+    options = DataOptions(train="x")
+    for name, count in (("ARC-Easy", 2376), ("boolq", 3270), ("openbookqa", 500)):
+        rows = json.loads(shared(f"data/commonsense/{name}/test.json").read_text())
+        right = [
+            next(r.segments[1][0] for r in commonsense(row, options, "") if r.label) for row in rows
+        ]
+        assert len(right) == count
+        for row, text in zip(rows, right, strict=True):
+            if name == "boolq":
+                assert text == f" {row['answer']}"
+            else:
+                mark = f"{row['answer'].capitalize()}:{text}"
+                assert mark in row["instruction"]
+    row = json.loads(shared("data/commonsense/boolq/test.json").read_text())[0]
+    named = commonsense(row, options.model_copy(update={"answers": "names"}), "asked")
+    assert [(r.segments[0][0], r.segments[1][0], r.label) for r in named] == [
+        ("asked", "the correct answer is true", 0.0),
+        ("asked", "the correct answer is false", 1.0),
+    ]
+    with pytest.raises(BadRecord, match="instruction has no 'Answer format"):
+        commonsense({**row, "instruction": "Is it so?"}, options, "")
+
+
+def arc(tmp_path, *changes):
+    folder = shared("data/commonsense/ARC-Easy")
+    return quick_config(
+        tmp_path, "task.kind=multiple_choice", f"data.train={folder / 'train.json'}",
+        f"data.eval={folder / 'test.json'}", "data.train_records=40", "data.eval_records=12",
+        "data.packing=false", "run.steps=4", "run.eval_at_start=true", "optim.learning_rate=1e-2",
+        *changes,
+    )  # fmt: skip
+
+
+def test_scores_are_those_of_the_plain_model(tmp_path):
+    """Log-likelihoods by transformers, each choice alone; accuracy as EleutherAI's harness has it."""
+    config = arc(tmp_path, "data.max_length=96")
+    session = open_session(config, World())
+    model = AutoModelForCausalLM.from_pretrained(config.model.id, dtype=torch.float32).eval()
+    tokenizer, data = session.tokenizer, session.eval_data
+    rows = json.loads(shared("data/commonsense/ARC-Easy/test.json").read_text())[:12]
+    hits, normalised, total, tokens, example = 0, 0, 0.0, 0, 0
+    options = config.data
+    for row in rows:
+        scores = []
+        for record in commonsense(row, options, ""):
+            question, choice = (text for text, _ in record.segments)
+            asked = tokenizer(question)["input_ids"]
+            ids = tokenizer(question + choice)["input_ids"]
+            assert ids[: len(asked)] == asked
+            learned = len(ids) - len(asked)
+            ids = ids[-96:]
+            assert data[example].input_ids == ids and sum(data[example].loss_mask) == learned
+            with torch.no_grad():
+                logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            positions = range(len(ids) - learned, len(ids))
+            score = sum(float(logp[at - 1, ids[at]]) for at in positions)
+            scores.append((score, score / len(choice.strip().encode()), bool(record.label)))
+            if record.label:
+                total, tokens = total - score, tokens + learned
+            example += 1
+        hits += scores[int(np.argmax([s[0] for s in scores]))][2]
+        normalised += scores[int(np.argmax([s[1] for s in scores]))][2]
+    run(config, World())
+    found = read_metrics(config.run_folder / "metrics.jsonl")[0]
+    assert found["eval_accuracy"] == hits / 12 and found["eval_accuracy_norm"] == normalised / 12
+    assert found["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    half = 1.96 * (hits / 12 * (1 - hits / 12) / 12) ** 0.5
+    assert found["eval_accuracy_interval"] == pytest.approx(half)
+
+
+def test_only_right_choices_are_learned_and_padding_changes_nothing(tmp_path):
+    config = arc(tmp_path)
+    run(config, World())
+    trained = losses(config.run_folder)
+    assert trained[-1] < trained[0]
+    saved = read_saved(config.run_folder)
+    scores = read_metrics(config.run_folder / "metrics.jsonl")[-1]
+    for changes in ({"micro_batch_size": 1}, {"micro_batch_size": 8, "padding_free": True}):
+        changed = saved_config(saved.state)
+        changed = changed.model_copy(update={"data": changed.data.model_copy(update=changes)})
+        again = evaluate_saved(changed, World(), saved)
+        assert again["eval_loss"] == pytest.approx(scores["eval_loss"], rel=1e-5)
+        assert again["eval_accuracy"] == scores["eval_accuracy"]
+
+
+def test_accuracy_of_grouped_choices():
+    predictions = [[-1.0, 0.0], [-2.0, 1.0], [-3.0, 1.0], [-9.0, 0.0], [-5.0, 0.0]]
+    lengths = [2.0, 8.0, 30.0, 10.0, 10.0]
+    found = MultipleChoice.metrics(None, predictions, lengths, [0, 0, 1, 1, 1])
+    assert (found["accuracy"], found["accuracy_norm"]) == (0.5, 1.0)
+    assert found["accuracy_norm_interval"] == 0.0
