@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from trainer.config.sections import ModelOptions
 from trainer.errors import UserError
-from trainer.model.backbone import vocabulary
 from trainer.model.hub import plain_tokenizer, resolve_folder
 
 if TYPE_CHECKING:
@@ -160,6 +159,19 @@ def token_tables(model: "PreTrainedModel", added: AddedTokens, read: set[str]) -
             f"vocab_size of {added.rows}"
         )
     return tuple(paths[id(table)] for table in tables)
+
+
+def vocabulary(model: "PreTrainedModel") -> int | None:
+    """The number of tokens that the model can embed; None where it has no table of them (characters
+    are hashed)."""
+    try:
+        table = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        return None
+    if isinstance(table, Tensor):
+        return table.shape[0]
+    size = getattr(model.config, "vocab_size", None)  # Perceiver's inputs are its latents
+    return size if isinstance(size, int) else None
 
 
 def check_vocabulary(

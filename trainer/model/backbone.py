@@ -135,16 +135,3 @@ def class_name(module: nn.Module) -> str:
 def set_module(model: nn.Module, path: str, module: nn.Module | None) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
-
-
-def vocabulary(model: "PreTrainedModel") -> int | None:
-    """The number of tokens that the model can embed; None where it has no table of them (characters
-    are hashed)."""
-    try:
-        table = getattr(model.get_input_embeddings(), "weight", None)
-    except NotImplementedError:
-        return None
-    if isinstance(table, Tensor):
-        return table.shape[0]
-    size = getattr(model.config, "vocab_size", None)  # Perceiver's inputs are its latents
-    return size if isinstance(size, int) else None

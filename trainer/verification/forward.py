@@ -20,7 +20,8 @@ from adapters.token_rows import frozen_tables
 from adapters.units import transformer_blocks
 from trainer.device_memory import readable, release
 from trainer.errors import UserError
-from trainer.model.backbone import class_name, vocabulary
+from trainer.model.added_tokens import vocabulary
+from trainer.model.backbone import class_name
 from trainer.session import Session
 from trainer.tasks.base import IGNORED, Batch, Example
 from trainer.verification.calls import Calls, recorded, relative_error
