@@ -94,8 +94,12 @@ def _parts(source: SourceNames, split: str) -> Iterator[Path | str]:
     """The files, folders of `save_to_disk` and hub ids of a source, in order. Raises UserError."""
     for name in _names(source):
         path = local(name)
-        if path is not None:
-            yield from _in_folder(path, split) if path.is_dir() else [path]
+        if path is not None and path.is_dir():
+            yield from _in_folder(path, split)
+        elif path is not None:
+            if not path.is_file():  # reading a pipe would wait for its other end
+                raise UserError(f"{name}: not a data file; accepted: {FILES}")
+            yield path
         elif _is_glob(name):
             # Unlike Path.glob, this leaves hidden files out.
             found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207
