@@ -1,6 +1,7 @@
 """What tokenised data is: the first records as tokens, those marked that are learned; lengths."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,8 @@ def records_as_tokens(
     put in [[ ]]."""
     for index in data.first_records(np.arange(len(data)), count):
         example = data[int(index)]
+        if not example.weight:  # a wrong choice, which is scored only
+            example = replace(example, loss_mask=[0] * len(example.loss_mask))
         learned = sum(example.loss_mask)
         what = f"{learned} learned" if example.loss_mask else f"label {example.label:g}"
         yield Text(
