@@ -304,6 +304,7 @@ BAD: dict[str, tuple[dict, dict, str]] = {
         "data.system: given, but a record of format prompt_completion has no system message; "),
     "an empty answer": ({"prompt": "a", "completion": None}, {"as_chat": True},
                         "completion is null"),
+    "a text that pandas lacks": ({"text": float("nan")}, {}, "text is NaN; accepted: text"),
 }  # fmt: skip
 
 

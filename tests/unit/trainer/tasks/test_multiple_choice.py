@@ -69,6 +69,7 @@ def test_the_sets_forms_are_read(row, options):
         ({"choices": ["stone", "stone"], "label": "stone"}, "label is 'stone'"),
         ({"choices": "stone", "label": 0}, "choices holds a str; accepted: a list of texts"),
         ({"choices": ["stone", None], "label": 0}, "choices holds a NoneType among its texts"),
+        ({"choices": ["stone", float("nan")], "label": 0}, "choices holds NaN among its texts"),
     ],
 )
 def test_what_cannot_be_used_is_a_bad_record(row, message):
