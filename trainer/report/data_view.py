@@ -16,6 +16,7 @@ from trainer.tasks.base import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_NAME = 9  # characters before what is said of a data set
 _LEARNED = "bold green"
 _BORDER = "¦"  # between two tokens
 _CONTEXT = 8  # tokens before one, by which its text is found
@@ -31,7 +32,10 @@ def show(
     """Print all of it on the terminal."""
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     first, *rest = summary(data, options)
-    console.print(f"{name:<9} {first}", *rest, *histogram(data.lengths), sep="\n")
+    if len(name) > _NAME:  # a mixture's source
+        console.print(name)
+        name = ""
+    console.print(f"{name:<{_NAME}} {first}", *rest, *histogram(data.lengths), sep="\n")
     for text in records_as_tokens(data, tokenizer, records, colour=console.is_terminal):
         console.print()
         console.print(text)
