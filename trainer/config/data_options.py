@@ -100,7 +100,7 @@ class SourceOptions(Section):
     def _check_source(self) -> "SourceOptions":
         if isinstance(self.text, list) and len(self.text) not in (1, 2):
             raise ValueError(f"data.text: {self.text} given; accepted: one or two columns")
-        if self.as_chat and self.format in ("text", "classification"):
+        if self.as_chat and self.format not in ("auto", "prompt_completion", "alpaca", "messages"):
             raise ValueError(
                 f"data.as_chat: true given with data.format={self.format}; accepted: false"
             )
@@ -248,6 +248,11 @@ class DataOptions(SourceOptions):
             raise ValueError(
                 f"data.mixture: given together with data.train ({self.train}); accepted: one of "
                 "them"
+            )
+        if self.mixture is None and self.mixture_until != "first":
+            raise ValueError(
+                f"data.mixture_until: {self.mixture_until} given without data.mixture; accepted: "
+                "first"
             )
         for index, (source, _) in enumerate(self.sources):
             if not source and self.mixture is None:

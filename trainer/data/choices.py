@@ -87,8 +87,9 @@ def _column(value: Any, column: str) -> tuple[list[str], list[str] | None]:
 
 def _texts(values: list, column: str) -> list[str]:
     for value in values:
-        if not isinstance(value, str | int | float):
-            raise BadRecord(f"{column} holds a {type(value).__name__} among its texts")
+        if not isinstance(value, str | int | float) or value != value:
+            what = "NaN" if value != value else f"a {type(value).__name__}"
+            raise BadRecord(f"{column} holds {what} among its texts")
     return [str(value) for value in values]
 
 

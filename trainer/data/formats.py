@@ -272,4 +272,6 @@ def _text(row: dict, column: str) -> str:
         raise BadRecord(no_column(column, row) if column not in row else f"{column} is null")
     if not isinstance(value, str | int | float):
         raise BadRecord(f"{column} holds a {type(value).__name__}; accepted: text")
+    if value != value:  # what pandas writes for a text that is missing
+        raise BadRecord(f"{column} is NaN; accepted: text")
     return str(value)

@@ -1,6 +1,7 @@
 """What tokenised data is: the first records as tokens, those marked that are learned; lengths."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from trainer.tasks.base import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_NAME = 9  # characters before what is said of a data set
 _LEARNED = "bold green"
 _BORDER = "¦"  # between two tokens
 _CONTEXT = 8  # tokens before one, by which its text is found
@@ -30,7 +32,10 @@ def show(
     """Print all of it on the terminal."""
     console = Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
     first, *rest = summary(data, options)
-    console.print(f"{name:<9} {first}", *rest, *histogram(data.lengths), sep="\n")
+    if len(name) > _NAME:  # a mixture's source
+        console.print(name)
+        name = ""
+    console.print(f"{name:<{_NAME}} {first}", *rest, *histogram(data.lengths), sep="\n")
     for text in records_as_tokens(data, tokenizer, records, colour=console.is_terminal):
         console.print()
         console.print(text)
@@ -43,6 +48,8 @@ def records_as_tokens(
     put in [[ ]]."""
     for index in data.first_records(np.arange(len(data)), count):
         example = data[int(index)]
+        if not example.weight:  # a wrong choice, which is scored only
+            example = replace(example, loss_mask=[0] * len(example.loss_mask))
         learned = sum(example.loss_mask)
         what = f"{learned} learned" if example.loss_mask else f"label {example.label:g}"
         yield Text(

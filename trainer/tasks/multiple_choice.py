@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.tasks.base import Batch, Example, Record
+from trainer.tasks.base import Batch, Example, Record, TooLong
 from trainer.tasks.causal_lm import CausalLM
 from trainer.tasks.options import MultipleChoiceOptions
 
@@ -52,7 +52,7 @@ class MultipleChoice(CausalLM):
         cut = len(example.input_ids) - max_length
         if cut > 0:
             if example.weight >= max_length:
-                return f"a choice alone fills data.max_length ({max_length} tokens)"
+                return TooLong(f"a choice alone fills data.max_length ({max_length} tokens)")
             ids, learned = example.input_ids[cut:], example.loss_mask[cut:]
             example = replace(example, input_ids=ids, loss_mask=learned, truncated=True)
         length = sum(len(text.strip().encode()) for text, learned in record.segments if learned)

@@ -304,6 +304,7 @@ BAD: dict[str, tuple[dict, dict, str]] = {
         "data.system: given, but a record of format prompt_completion has no system message; "),
     "an empty answer": ({"prompt": "a", "completion": None}, {"as_chat": True},
                         "completion is null"),
+    "a text that pandas lacks": ({"text": float("nan")}, {}, "text is NaN; accepted: text"),
 }  # fmt: skip
 
 
@@ -341,6 +342,7 @@ def test_one_of_a_pair_can_be_trained_on() -> None:
 @pytest.mark.parametrize(
     ("keys", "reason"),
     [({"as_chat": True, "format": "text"}, "data.as_chat: true given with data.format=text"),
+     ({"as_chat": True, "format": "commonsense"}, "data.as_chat: true given with data.format=commonsense"),
      ({"roles": {"user": ["a"], "assistant": ["b", "a"]}}, "data.roles: a given for two roles"),
      ({"template_arguments": {"tools": 1}}, "data.template_arguments: tools given; accepted: names"),
      ({"template_arguments": {"a b": 1}}, "data.template_arguments: a b given"),

@@ -273,6 +273,8 @@ def test_mixture_and_train_exclude_one_another() -> None:
     mixture = [{"train": "a", "weight": 1}]
     with pytest.raises(ValueError, match=r"data.mixture: given together with data.train \(c\)"):
         DataOptions.model_validate({"train": "c", "mixture": mixture})
+    with pytest.raises(ValueError, match=r"data\.mixture_until: last given without data.mixture"):
+        DataOptions.model_validate({"train": "c", "mixture_until": "last"})
     with pytest.raises(ValueError, match=r"data.train: missing; .* or data.mixture"):
         DataOptions.model_validate({})
 

@@ -60,3 +60,31 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([str(QUICKSTART), "--records", "0", *given]) == 0
     again = capsys.readouterr().out
     assert "tokenising" not in again and "record 1" not in again  # from the cache
+
+
+def test_wrong_choices_are_not_shown_as_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"question": "One?", "choices": ["1", "2"], "label": 0}) + "\n")
+    given = [f"data.train={path}", "data.eval=null", "run.eval_every=0", "run.eval_at_start=false"]
+    given += [f"data.cache={tmp_path}/cache", "task.kind=multiple_choice", "data.prompt=question"]
+    assert main([str(QUICKSTART), *given]) == 0
+    _, right, wrong = capsys.readouterr().out.split("record 1:")
+    assert "[[ ¦1]]" in right and "¦2" in wrong
+    assert " 0 learned" in wrong and "[[" not in wrong
+
+
+def test_sources_of_a_mixture_have_a_line_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"question": "One?", "answer": "1"}) + "\n")
+    one = f"{{train: {path}, weight: 1}}"
+    given = [f"data.mixture=[{one}, {one}]", "data.train=null", "data.eval=null"]
+    given += ["run.eval_every=0", "run.eval_at_start=false", f"data.cache={tmp_path}/cache"]
+    assert main([str(QUICKSTART), "--records", "0", *given]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for number in (1, 2):
+        at = lines.index(f"source {number}: {path}, 50.0%")
+        assert lines[at + 1].startswith("          1 of 1 records")

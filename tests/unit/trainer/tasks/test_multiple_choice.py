@@ -5,21 +5,23 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import shared
-from tests.helpers import losses, quick_config
+from tests.helpers import TINY, losses, quick_config
 from trainer.checkpoint.saved import read_saved
 from trainer.config.data_options import DataOptions
 from trainer.data.choices import commonsense, multiple_choice
 from trainer.data.formats import _part
+from trainer.data.tokenise import prepare
 from trainer.distributed.world import World
-from trainer.errors import BadRecord
+from trainer.errors import BadRecord, UserError
 from trainer.export.export import saved_config
 from trainer.records.jsonl import read_metrics
 from trainer.run.run import run
 from trainer.session import open_session
 from trainer.tasks.multiple_choice import MultipleChoice
+from trainer.tasks.options import MultipleChoiceOptions
 from trainer.training.evaluation import evaluate_saved
 
 QUESTION = "Question: Which of them is a fruit?\nAnswer:"
@@ -67,6 +69,7 @@ def test_the_sets_forms_are_read(row, options):
         ({"choices": ["stone", "stone"], "label": "stone"}, "label is 'stone'"),
         ({"choices": "stone", "label": 0}, "choices holds a str; accepted: a list of texts"),
         ({"choices": ["stone", None], "label": 0}, "choices holds a NoneType among its texts"),
+        ({"choices": ["stone", float("nan")], "label": 0}, "choices holds NaN among its texts"),
     ],
 )
 def test_what_cannot_be_used_is_a_bad_record(row, message):
@@ -158,6 +161,30 @@ def test_only_right_choices_are_learned_and_padding_changes_nothing(tmp_path):
         again = evaluate_saved(changed, World(), saved)
         assert again["eval_loss"] == pytest.approx(scores["eval_loss"], rel=1e-5)
         assert again["eval_accuracy"] == scores["eval_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("how", "outcome"),
+    [
+        ("drop", "1 of 2 records, 2 examples, 4 tokens (0 truncated, 1 dropped, 0 bad)"),
+        ("stop", "data.jsonl:1: longer than data.max_length (8 tokens)"),
+        ("truncate", "data.jsonl:1: a choice alone fills data.max_length (8 tokens)"),
+    ],
+)
+def test_a_choice_that_does_not_fit(tmp_path, how, outcome):
+    path = tmp_path / "data.jsonl"
+    rows = [{"question": "q", "choices": [choice, "b"], "label": 1} for choice in ("a a " * 9, "a")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = DataOptions(
+        train=str(path), prompt="question", max_length=8, on_long_record=how, cache=str(tmp_path)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    task = MultipleChoice(MultipleChoiceOptions(kind="multiple_choice"), tokenizer)
+    try:
+        found = str(prepare(str(path), "train", None, options, task).counts)
+    except UserError as error:
+        found = str(error)
+    assert outcome in found
 
 
 def test_accuracy_of_grouped_choices():
