@@ -237,7 +237,7 @@ def test_a_second_stage_goes_on_with_the_rows_of_a_run(tmp_path):
     assert rows
     for name in rows:
         torch.testing.assert_close(now[name], then[name], rtol=0, atol=1e-8)
-    with pytest.raises(UserError, match="was trained with model.added_tokens: "):
+    with pytest.raises(UserError, match=r"was trained with model\.added_tokens: "):
         run(configured(tmp_path, "run.name=third", "model.added_tokens=null", adapter), World())
 
 
