@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 
 import peft
@@ -16,6 +17,7 @@ from tests.helpers import losses, quick_config, sample, save_mixture, save_rando
 from trainer.checkpoint.saved import read_saved
 from trainer.checkpoint.state import load_trained
 from trainer.config.config import with_overrides
+from trainer.device_memory import readable
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, UserError
 from trainer.export.export import export_run
@@ -252,6 +254,11 @@ def test_a_dry_run_says_how_it_is_taken_over(place):
         text = dry_run(configured(place, "x", f"model.adapter={source}", *METHODS[method]), World())
         line = next(line for line in text.splitlines() if line.startswith("adapter "))
         assert str(source) in line and "lora, 14 matrices of rank 4" in line and said in line
+        adapters = read_saved(source).tensors
+        nbytes = sum(
+            adapters[name].nbytes for name in adapters if re.match("adapter/.*/[AgB]$", name)
+        )
+        assert (f"earlier stages    {readable(nbytes)}" in text) == (method == "lelora")
 
 
 def test_the_proof_knows_of_the_frozen_part(place, monkeypatch):
