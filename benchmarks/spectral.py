@@ -137,7 +137,7 @@ def assigned(backbone: BuiltModel, world: World) -> list[list[tuple[int, Unit]]]
     seen: set[int] = set()
     groups = []
     for group in [*in_groups(backbone.model, world), [("", backbone.model)]]:
-        tasks = param_tasks(backbone, group, seen)
+        tasks = param_tasks(backbone.model, backbone.units, group, seen)
         assign(tasks, world, decompose=True)
         groups.append([
             (task.reader, unit) for task in tasks for unit in task.units if not task.deferred

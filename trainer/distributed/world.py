@@ -179,4 +179,6 @@ class World:
 def _report(failure: BaseException) -> tuple[int, str]:
     """(exit code, first line) of a failure, for the other ranks."""
     kind = "" if isinstance(failure, UserError) else f"{type(failure).__name__}: "
-    return exit_code(failure), kind + first_line(failure)
+    # Names of files may hold bytes that are no text, which no message takes.
+    line = first_line(failure).encode(errors="backslashreplace").decode()
+    return exit_code(failure), kind + line

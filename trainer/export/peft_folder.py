@@ -116,6 +116,8 @@ def read_peft_folder(path: Path) -> PeftFolder:
         config = parse_json(text)
         if not isinstance(config, dict):
             raise ValueError("no mapping")
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{TENSORS} is no regular file")
         content = file.read_bytes()
     except FileNotFoundError as error:
         raise UserError(

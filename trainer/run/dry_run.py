@@ -32,8 +32,7 @@ def dry_run(config: Config, world: World) -> str:
     stage = None if config.model.adapter is None else SecondStage(config, world)
     with world.all_or_none():
         backbone = build(config, task, world.device)
-        if stage is not None:
-            stage.frozen(backbone)
+        beside = stage.frozen(backbone) if stage is not None else {}
         refuse_longer(backbone.model, config.data, train_data, eval_data)
         left_out, evaluated = hold_out(config, train_data, task)
     loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out, backbone.rows)
@@ -47,6 +46,7 @@ def dry_run(config: Config, world: World) -> str:
     needs = estimate(
         backbone, config, world.size, engine.spread, local_ranks=len(world.nodes[world.node])
     )
+    frozen = sum(p.nbytes for adapter in beside.values() for p in adapter.parameters())
     by_kind: dict[str, list[str]] = {}
     for unit in backbone.units:
         size = f"{unit.out_features} x {unit.in_features}"
@@ -72,7 +72,8 @@ def dry_run(config: Config, world: World) -> str:
         f"  backbone          {readable(needs.backbone)}",
         f"  gathered layers   {readable(needs.gathered)}",
         f"  trainable state   {readable(needs.trainable)}",
-        f"  total             {readable(needs.total)}",
+        *([f"  earlier stages    {readable(frozen)}"] if frozen else []),
+        f"  total             {readable(needs.total + frozen)}",
         *([f"note                {backbone.left_out}"] if backbone.left_out else []),
         *([f"note                {backbone.added}"] if backbone.added else []),
         *(f"note                {note}" for note in notes),

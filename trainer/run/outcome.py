@@ -65,6 +65,9 @@ def _absurd(session: Session) -> str | None:
         for parameter_name, parameter in head.named_parameters():
             if (found := _beyond(parameter, _ABSURD)) is not None:
                 return f"{path}.{parameter_name.removeprefix('inner.')} {found}"
+    for path, rows in session.backbone.token_rows.items():
+        if (found := _beyond(rows.values, _ABSURD)) is not None:
+            return f"the table of added tokens, {path}, {found}"
     return None
 
 

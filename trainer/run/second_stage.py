@@ -7,7 +7,7 @@ trains: W, quantised or not, stays as it was. If they began as a part of W, that
 unless the new method takes out its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,17 +78,16 @@ class SecondStage:
         self._heads: Mapping[str, Mapping[str, Tensor]] = {}
         self.line = ""
         """How it is taken over, for the log; once `frozen` was called."""
-        with world.all_or_none():
-            found = _kind_of(self.path)
-        if found == "run":
+        with world.all_or_none() as kinds:
+            kinds.append(_kind_of(self.path))
+        self._refuse_differing(kinds, world)
+        if kinds[0] == "run":
             self._saved = read_on_all(self.path, world)
         else:
-            with world.all_or_none():
+            with world.all_or_none() as digests:
                 self._folder = read_peft_folder(self.path)
-            digests = world.gather(self._folder.digest)
-            with world.all_or_none():
-                if len(set(digests)) > 1:
-                    raise self._refuse("not the same for every rank", "the same on every host")
+                digests.append(self._folder.digest)
+            self._refuse_differing(digests, world)
 
     @property
     def initial_adapters(self) -> Mapping[str, InitialAdapter] | None:
@@ -244,7 +243,17 @@ class SecondStage:
             ))
             for name, adapters in found.items()
         }  # fmt: skip
-        return {name: adapter for name, adapter in joined.items() if bool((adapter.g != 0).any())}
+        return {  # of what began as a part of W, which stays out, even nothing is a change
+            name: adapter
+            for name, adapter in joined.items()
+            if name in earlier.initial or bool((adapter.g != 0).any())
+        }
+
+    def _refuse_differing(self, found: Sequence[str], world: World) -> None:
+        """Raises UserError where the ranks have not found the same. Collective."""
+        with world.all_or_none():
+            if len(set(found)) > 1:
+                raise self._refuse("not the same for every rank", "the same on every host")
 
     def _refuse(self, what: str, accepted: str) -> UserError:
         return UserError(f"model.adapter: {self.path}: {what}; accepted: {accepted}")

@@ -9,6 +9,7 @@ from torch.distributed import HashStore
 
 from trainer.distributed import failures
 from trainer.distributed.failures import FailedElsewhere, report
+from trainer.distributed.object_exchange import encoded
 from trainer.distributed.world import World
 from trainer.errors import EXIT_FAILED, EXIT_USAGE, UserError
 from trainer.run import versions
@@ -65,11 +66,14 @@ def test_a_failure_is_told_with_its_kind():
             sent.append(value)
             return [value] * self.size
 
-    for error in (UserError("run.dir: x"), ZeroDivisionError("by zero\nand more")):
+    named = UserError("run.dir: \udcff")  # a byte that is no text
+    for error in (UserError("run.dir: x"), ZeroDivisionError("by zero\nand more"), named):
         with pytest.raises(type(error)), Sends(rank=0).all_or_none():
             raise error
     assert sent[0][0] == (EXIT_USAGE, "run.dir: x")
     assert sent[1][0] == (EXIT_FAILED, "ZeroDivisionError: by zero")
+    assert encoded(sent[2])  # or this rank would never arrive in the collective
+    assert sent[2][0] == (EXIT_USAGE, r"run.dir: \udcff")
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,15 @@ def test_every_trained_tensor_is_looked_at(place, kind):
         assert find_fault(session, place, 1) is None
 
 
+def test_rows_of_added_tokens_are_looked_at(place):
+    session = open_session(configured(place, "rows", 'model.added_tokens=["<|new|>"]'), World())
+    assert find_fault(session, place, 1) is None
+    path, rows = next(iter(session.backbone.token_rows.items()))
+    rows.values.data[0, 0] = float("nan")
+    fault = f"the table of added tokens, {path}, has values not finite"
+    assert find_fault(session, place, 1) == fault
+
+
 def test_what_is_not_divergence(place):
     """Noise, short runs, tiny losses, a rise that warms down again, logs without a first step."""
     session = open_session(configured(place, "judged"), World())

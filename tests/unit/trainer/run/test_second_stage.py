@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 
 import peft
@@ -15,10 +17,12 @@ from tests.helpers import losses, quick_config, sample, save_mixture, save_rando
 from trainer.checkpoint.saved import read_saved
 from trainer.checkpoint.state import load_trained
 from trainer.config.config import with_overrides
+from trainer.device_memory import readable
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, UserError
 from trainer.export.export import export_run
 from trainer.run.dry_run import dry_run
+from trainer.run.finish import finish
 from trainer.run.run import run
 from trainer.run.second_stage import SecondStage
 from trainer.session import open_session
@@ -250,6 +254,11 @@ def test_a_dry_run_says_how_it_is_taken_over(place):
         text = dry_run(configured(place, "x", f"model.adapter={source}", *METHODS[method]), World())
         line = next(line for line in text.splitlines() if line.startswith("adapter "))
         assert str(source) in line and "lora, 14 matrices of rank 4" in line and said in line
+        adapters = read_saved(source).tensors
+        nbytes = sum(
+            adapters[name].nbytes for name in adapters if re.match("adapter/.*/[AgB]$", name)
+        )
+        assert (f"earlier stages    {readable(nbytes)}" in text) == (method == "lelora")
 
 
 def test_the_proof_knows_of_the_frozen_part(place, monkeypatch):
@@ -364,6 +373,44 @@ def test_folders_that_are_no_adapters(place, tmp_path):
         (bad / file).unlink()
         with pytest.raises(UserError, match=match):
             run(configured(place, "x", f"model.adapter={bad}", *METHODS["lora"]), World())
+
+
+def test_a_named_pipe_is_not_waited_for(place, tmp_path):
+    bad = shutil.copytree(trained(place, "lora").run_folder / "adapter", tmp_path / "a")
+    (bad / "adapter_model.safetensors").unlink()
+    os.mkfifo(bad / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is no regular file"):
+        run(configured(place, "x", f"model.adapter={bad}", *METHODS["lora"]), World())
+
+
+def test_a_folder_that_is_a_run_on_another_host(place):
+    """All ranks must know before they read it, each in its own way."""
+
+    class Hosts(World):
+        def _gather_messages(self, value):
+            return [value, [None, ["folder"]]]
+
+    config = configured(place, "x", f"model.adapter={trained(place, 'lora').run_folder}")
+    with pytest.raises(UserError, match="not the same for every rank; accepted: the same on"):
+        SecondStage(config, Hosts())
+
+
+def test_what_began_as_a_part_of_w_and_has_become_nothing_is_a_change(place, tmp_path):
+    source = trained(place, "pissa").run_folder
+    saved = read_saved(source)
+    unit = next(iter(saved.initial_adapters))
+    saved.tensors[f"adapter/{unit}/g"].zero_()
+    config = configured(place, "x", f"model.adapter={source}", *METHODS["rank 2"])
+    stage = SecondStage(config, World())
+    stage._saved = saved
+    session = open_session(config, World(), stage.initial_adapters, frozen=stage.frozen)
+    stage.begin(session)
+    assert session.frozen.keys() == session.method.adapters.keys()
+    expected = start_logits(session)
+    finish(session, tmp_path, 0)
+    model = AutoModelForCausalLM.from_pretrained(config.model.id, dtype=torch.float32)
+    found = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()(ids()).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_what_else_was_trained_is_not_dropped_silently(place, monkeypatch):
