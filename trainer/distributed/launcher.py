@@ -8,6 +8,7 @@ started a process ends, and not from the launcher of a launcher.
 """
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from trainer.errors import EXIT_REQUEUE
 
 _EVERY = 1.0  # seconds between two looks
+_INIT = 1
 _AGENT = "TORCHELASTIC_RUN_ID"
 
 _ancestors: list[tuple[int, str]] = []
@@ -44,6 +46,17 @@ def gone() -> str | None:
         if _started(process) != started:
             return f"the launcher (process {process}) is gone"
     return None
+
+
+def remarks() -> list[str]:
+    """What to say where a container's process 1 is a launcher that SIGTERM does not reach."""
+    if _INIT not in (process for process, _ in _ancestors) or _catches(_INIT, signal.SIGTERM):
+        return []
+    return [
+        "process 1 is the launcher and does not handle SIGTERM, which the kernel therefore drops: "
+        "stopping this container loses the steps since the last checkpoint; start it with --init, "
+        "or use torchrun"
+    ]
 
 
 @contextmanager
@@ -84,6 +97,16 @@ def _launchers() -> list[tuple[int, str]]:
             break
         process = _parent(process)
     return found
+
+
+def _catches(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except OSError:
+        return True  # not known
+    caught = next((line for line in status.splitlines() if line.startswith("SigCgt:")), "")
+    return not caught or bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def _strings(process: int, name: str) -> list[str]:

@@ -23,6 +23,7 @@ from trainer.data.sources import hub_ids
 from trainer.data.templates import on_templates
 from trainer.decisions.replay import Replay
 from trainer.device_memory import readable
+from trainer.distributed import launcher
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, Diverged, UserError
 from trainer.files import METRICS
@@ -118,6 +119,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
             folder.record(session, steps, progress)
     notes = [
         *([folder.lock.note] if folder.lock.note else []),
+        *launcher.remarks(),
         *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(session.backbone.model, session.train_data, session.eval_data),
         *on_templates(session.tokenizer, config.data),

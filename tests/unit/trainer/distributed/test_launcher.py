@@ -122,3 +122,26 @@ def test_a_hangup_is_a_stop_request_unless_it_is_ignored(prefix, said):
         env=environment(), check=True, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.stdout.strip() == said
+
+
+PROCESS_1 = """
+import os, signal, subprocess, sys
+if sys.argv[2] == "handles":
+    signal.signal(signal.SIGTERM, lambda *_: None)
+subprocess.run([sys.executable, "-c", sys.argv[1], *sys.argv])
+"""
+UNDER_IT = """
+from trainer.distributed import launcher
+launcher._ancestors.append((1, launcher._started(1)))
+print(launcher.remarks())
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="process 1 of a namespace needs root")
+@pytest.mark.parametrize("handles", ["handles", "does not"])
+def test_a_launcher_that_a_containers_sigterm_does_not_reach_is_named(handles):
+    found = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", PROCESS_1, UNDER_IT, handles],
+        capture_output=True, text=True, cwd=ROOT, env=environment(), check=True,
+    )  # fmt: skip
+    assert ("start it with --init" in found.stdout) == (handles == "does not")
