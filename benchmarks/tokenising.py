@@ -4,7 +4,8 @@
         [--workers 1,2,16] [--stop 0.5] [--out FILE.json]
 
 The records of GSM8K are repeated with other numbers, drawn by a seed: as chats of one to three
-questions and answers, or as short prompts and completions. Memory is that of all processes, sampled
+questions and answers (about 410 tokens), as short chats of one (about 80), or as short prompts and
+completions. Memory is that of all processes, sampled
 twice a second; pages that processes share count once (PSS). `--stop`: kill a first start when that
 share of the records is done, and measure what the second one has left to do.
 """
@@ -25,7 +26,7 @@ import psutil
 from trainer.config.arguments import Parser, at_least, new_file
 
 _NUMBER = re.compile(r"\d+")
-_KINDS = ("chats", "short")
+_KINDS = ("chats", "short-chats", "short")
 _EVERY = 0.5  # seconds between two samples of memory
 
 
@@ -39,15 +40,23 @@ def made(source: Path, kind: str, records: int) -> Iterator[dict]:
 
     for number in range(records):
         row = rows[number % len(rows)]
-        if kind == "short":
-            sentence = row["question"].partition(". ")[0]
-            yield {"prompt": varied(sentence), "completion": varied(row["answer"].splitlines()[-1])}
+        if kind != "chats":
+            asked = varied(row["question"].partition(". ")[0])
+            answer = varied(row["answer"].splitlines()[-1])
+            if kind == "short":
+                yield {"prompt": asked, "completion": answer}
+            else:
+                yield {"messages": [_said("user", asked), _said("assistant", answer)]}
             continue
         messages = []
         for said in rng.sample(rows, rng.randrange(1, 4)):
-            messages.append({"role": "user", "content": varied(said["question"])})
-            messages.append({"role": "assistant", "content": varied(said["answer"])})
+            messages.append(_said("user", varied(said["question"])))
+            messages.append(_said("assistant", varied(said["answer"])))
         yield {"messages": messages}
+
+
+def _said(role: str, text: str) -> dict:
+    return {"role": role, "content": text}
 
 
 def tokenised(tokenizer: str, data: str, cache: str, workers: int, out: Connection) -> None:
