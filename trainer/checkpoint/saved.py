@@ -67,6 +67,8 @@ def _find(path: Path, read: Callable[[Path], _T]) -> tuple[_T, list[str]]:
                 raise
             continue  # the run, which trains, has replaced it
         if found is None:
+            if newest is not None or store.newest(folder) is not None:
+                continue  # replaced while the folder was listed, which is not done at one moment
             raise UserError(
                 f"{path}: neither a run folder with a checkpoint nor a checkpoint; accepted: "
                 "runs/NAME or runs/NAME/checkpoints/step-00000100"

@@ -83,6 +83,13 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(stage, folder, finished, 
     assert same(tmp_path / "out", finished[1][1])
 
 
+def test_a_listing_between_two_checkpoints_that_has_neither(folder, finished, tmp_path):
+    find, missed = store.find, [(None, None, [])]
+    with patch.object(store, "find", lambda *where: missed.pop() if missed else find(*where)):
+        export_run(folder, tmp_path / "out", World())
+    assert not missed and same(tmp_path / "out", finished[1][1])
+
+
 def test_a_run_that_deletes_faster_than_one_can_read_is_named(folder, tmp_path):
     with patch.object(store, "_open", lambda *_: replace_by_newer(folder)):
         with patch.object(saved, "_TRIES", 3), pytest.raises(UserError, match=r"checkpoint\.keep"):
