@@ -93,8 +93,9 @@ def complete(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    return max(complete(folder), default=None)
+    """The newest complete checkpoint, or None. A folder is not listed at one moment: the listing
+    may miss both a checkpoint and the one that replaces it, so an empty one is made again."""
+    return max(complete(folder) or complete(folder), default=None)
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:

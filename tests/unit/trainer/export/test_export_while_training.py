@@ -88,6 +88,10 @@ def test_a_listing_between_two_checkpoints_that_has_neither(folder, finished, tm
     with patch.object(store, "find", lambda *where: missed.pop() if missed else find(*where)):
         export_run(folder, tmp_path / "out", World())
     assert not missed and same(tmp_path / "out", finished[1][1])
+    complete, missed = store.complete, [[]]
+    with patch.object(store, "complete", lambda of: missed.pop() if missed else complete(of)):
+        assert saved.is_saved(folder)
+    assert not missed
 
 
 def test_a_run_that_deletes_faster_than_one_can_read_is_named(folder, tmp_path):
