@@ -2,6 +2,7 @@
 
 import itertools
 import keyword
+import re
 from typing import Literal
 
 from pydantic import Field, JsonValue, model_validator
@@ -17,6 +18,8 @@ SourceNames = str | list[str]
 _OF_RENDERING = ("messages", "tools", "documents", "add_generation_prompt")
 _CONSTANTS = ("true", "false", "none")
 """Of Jinja, which otherwise has Python's keywords."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""Of a set that is evaluated on: a part of its scores' names."""
 
 
 class SourceOptions(Section):
@@ -134,10 +137,11 @@ class DataOptions(SourceOptions):
     mixture_until: Literal["first", "last"] = "first"
     """When an epoch of a mixture ends: the first source is used up, or the last, while the others
     repeat."""
-    eval: SourceNames | int | float | None = None
-    """Evaluation data: a source as for `train`; a share (0.05) or a number of the training records,
-    drawn by the seed and never trained on; or `left_out`, the training records held out by
-    `leave_out`; none: no evaluation."""
+    eval: SourceNames | int | float | dict[str, SourceNames] | None = None
+    """Evaluation data: a source as for `train`, or several, by name (`{arc: FILE, boolq: FILE}`),
+    each evaluated by itself; a share (0.05) or a number of the training records, drawn by the seed
+    and never trained on; or `left_out`, the training records held out by `leave_out`; none: no
+    evaluation."""
     eval_split: str = "test"
     """Split to evaluate on, likewise."""
     max_length: int = Field(1024, gt=1)
@@ -214,9 +218,17 @@ class DataOptions(SourceOptions):
         return f"{key}: {', '.join(itertools.chain(*names))}"
 
     @property
-    def eval_source(self) -> SourceNames | None:
-        """What `eval` names besides the training records."""
-        return self.eval if isinstance(self.eval, str | list) and self.eval != LEFT_OUT else None
+    def eval_sources(self) -> dict[str, SourceNames]:
+        """What `eval` names besides the training records, by name; that of a single one is ""."""
+        if isinstance(self.eval, dict):
+            return self.eval
+        is_source = isinstance(self.eval, str | list) and self.eval != LEFT_OUT
+        return {"": self.eval} if is_source else {}  # type: ignore[dict-item]
+
+    @property
+    def eval_names(self) -> list[str]:
+        """The sets that are evaluated on; that of a single one is ""."""
+        return list(self.eval) if isinstance(self.eval, dict) else [""] * (self.eval is not None)
 
     @property
     def eval_drawn(self) -> int | float | None:
@@ -274,9 +286,21 @@ class DataOptions(SourceOptions):
                 f"data.eval_records: {self.eval_records} given with data.eval={drawn}; "
                 "accepted: null"
             )
-        if self.eval == []:
-            raise ValueError("data.eval: [] given; accepted: at least one source")
+        self._check_eval()
         return self
+
+    def _check_eval(self) -> None:
+        if self.eval in ([], {}):
+            raise ValueError(f"data.eval: {self.eval} given; accepted: at least one source")
+        for name, source in self.eval_sources.items():
+            if name and not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"data.eval: {name!r} given as a name; accepted: letters, digits, - and _"
+                )
+            if not source or source == LEFT_OUT:
+                raise ValueError(
+                    f"data.eval.{name}: {source!r} given; accepted: a source as for data.train"
+                )
 
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":

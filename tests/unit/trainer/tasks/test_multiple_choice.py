@@ -116,7 +116,7 @@ def test_scores_are_those_of_the_plain_model(tmp_path):
     config = arc(tmp_path, "data.max_length=96")
     session = open_session(config, World())
     model = AutoModelForCausalLM.from_pretrained(config.model.id, dtype=torch.float32).eval()
-    tokenizer, data = session.tokenizer, session.eval_data
+    tokenizer, data = session.tokenizer, session.eval_data[""]
     rows = json.loads(shared("data/commonsense/ARC-Easy/test.json").read_text())[:12]
     hits, normalised, total, tokens, example = 0, 0, 0.0, 0, 0
     options = config.data
