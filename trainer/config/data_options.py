@@ -89,6 +89,12 @@ class SourceOptions(Section):
     choices: str | list[str] = "choices"
     """Choices of format `multiple_choice`: a column with a list of texts, or with `text` and
     `label` lists; or a list of columns or templates, one for each choice."""
+    choice_texts: list[str] | None = Field(None, min_length=2)
+    """Choices that are the same for every record, in place of `choices`, such as `["no", "yes"]`;
+    in format `commonsense` in place of its answers' texts."""
+    blank: str | None = Field(None, min_length=1)
+    """Mark in the prompt that the choices fill in, such as `_` (WinoGrande): what follows it is
+    scored, given the sentence up to it with the choice."""
     choice_labels: list[str] | None = None
     """Labels of the choices, in order; none: those that come with them, else 0, 1, …"""
     answers: Literal["texts", "names"] = "texts"
@@ -107,6 +113,14 @@ class SourceOptions(Section):
             raise ValueError(
                 f"data.as_chat: true given with data.format={self.format}; accepted: false"
             )
+        if self.choice_texts is not None and self.choices != "choices":
+            raise ValueError(
+                f"data.choice_texts: given together with data.choices ({self.choices}); accepted: "
+                "one of them"
+            )
+        if self.answers == "names" and (self.blank or self.choice_texts):
+            key = "blank" if self.blank else "choice_texts"
+            raise ValueError(f"data.{key}: given with data.answers=names; accepted: null")
         for name in self.template_arguments or {}:
             is_free = name not in (*_OF_RENDERING, *_CONSTANTS) and not name.endswith("_token")
             if not name.isidentifier() or keyword.iskeyword(name) or not is_free:
