@@ -90,7 +90,8 @@ class Loader:
 
     def _packed(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """The sequences of some records."""
-        rows = packed_records(order, self.data, self.options, self.task)
+        together = self.task.options.records_together
+        rows = packed_records(order, self.data, self.options, together=together)
         if self.options.packing and self.options.shuffle:
             return [rows[row] for row in rng.permutation(len(rows))]
         return rows
@@ -204,11 +205,11 @@ def cut(
 
 
 def packed_records(
-    records: np.ndarray, data: TokenDataset, options: DataOptions, task: Task
+    records: np.ndarray, data: TokenDataset, options: DataOptions, *, together: bool = False
 ) -> list[np.ndarray]:
-    """Sequences of some records in order, packed with `data.packing`; or all examples of a record,
-    where the task learns them together."""
-    if task.options.records_together:
+    """Sequences of some records in order, packed with `data.packing`; `together`: all examples of
+    a record each (`TaskOptions.records_together`)."""
+    if together:
         return data.whole_records(records)
     if options.packing:
         return best_fit(records, data.lengths, options.max_length)

@@ -143,7 +143,8 @@ def _forward(
     was_training = session.model.training
     session.model.eval()
     options, rows = session.config.data, session.backbone.rows
-    sequences = packed_records(np.asarray(records), data, options, task)
+    together = task.options.records_together
+    sequences = packed_records(np.asarray(records), data, options, together=together)
     micro_batches = cut(sequences, data, options, options.micro_batch_size, rows)
     lengths = [row_length(one, data, rows) for one in micro_batches]
     rows = rows.fitted(lengths, max(lengths))
