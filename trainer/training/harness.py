@@ -25,7 +25,7 @@ def run_harness(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, dict[str, Any]]:
-    """The harness's own results by task: metrics by name, as fractions.
+    """The harness's own results by task: metrics by name, as fractions. Rank 0 has them.
 
     `include`: folder of further task files. `shots`: of examples in the prompt, the task's own
     number where None. `limit`: only so many records of a task. Collective. Raises UserError for
@@ -34,7 +34,8 @@ def run_harness(
     named = harness.load(tasks)
     with _untouched(session):
         found = harness.evaluate(session, named, shots, limit, batch_size)
-    return {name: dict(scores) for name, scores in sorted(found["results"].items())}
+    results = {} if found is None else found["results"]  # None: on ranks other than 0
+    return {name: dict(scores) for name, scores in sorted(results.items())}
 
 
 def refuse_missing() -> None:
