@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from trainer.errors import UserError
 from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
-from trainer.tasks.long_texts import beginning
+from trainer.tasks.long_texts import beginning, bounded, truncated_pair
 from trainer.tasks.options import SequenceClassificationOptions
 
 
@@ -82,14 +82,20 @@ class SequenceClassification(Task):
             texts = ["\n".join(texts)]
         if len(texts) == 1:
             texts = [beginning(self.tokenizer, texts[0], max_length)]
+        else:  # which of a pair is cut first depends on both lengths
+            texts = [bounded(self.tokenizer, text, max_length) for text in texts]
         encoded = self.tokenizer(*texts)
-        truncated = len(encoded["input_ids"]) > max_length
-        if truncated:
+        ids, types = encoded["input_ids"], encoded.get("token_type_ids", ())
+        truncated = len(ids) > max_length
+        if truncated and len(texts) == 2 and all(texts) and self.tokenizer.is_fast:
+            found = truncated_pair(self.tokenizer, *texts, max_length)
+            ids, types = found.ids, found.type_ids if types else ()
+        elif truncated:
             encoded = self.tokenizer(*texts, truncation="longest_first", max_length=max_length)
-        if not encoded["input_ids"]:
+            ids, types = encoded["input_ids"], encoded.get("token_type_ids", ())
+        if not ids:
             return "no text"
-        types = encoded.get("token_type_ids", ())
-        return Example(encoded["input_ids"], token_type_ids=types, label=label, truncated=truncated)
+        return Example(ids, token_type_ids=types, label=label, truncated=truncated)
 
     def _label(self, raw: str | float | None) -> float:
         if self.is_regression:
