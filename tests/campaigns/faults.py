@@ -155,7 +155,7 @@ def kill(campaign: Campaign, kills: int) -> None:
             alive = until(lambda: any((run / "checkpoints").glob(".step-*")), process)
         else:
             alive = until(lambda: step_of(run) > origin, process)
-            time.sleep(campaign.dice.uniform(0, 2.5))
+            time.sleep(campaign.dice.uniform(0, 1 if campaign.gpus else 2.5))
         victim = campaign.dice.choice(campaign.ranks)
         if not alive or process.poll() is not None:
             campaign.note("kill -9", "the run ended before it was killed", None)
