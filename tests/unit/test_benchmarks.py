@@ -5,7 +5,9 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import python, thorough
+from tests.helpers import python, quick_config, thorough
+from trainer.distributed.world import World
+from trainer.run.run import run
 
 TINY = [
     "model.overrides.hidden_size=64", "model.overrides.intermediate_size=96",
@@ -32,6 +34,22 @@ def test_throughput_measures_both_on_the_same_shapes(tmp_path, config):
     assert ours["tflops"] * ours["step_seconds"] == pytest.approx(
         theirs["tflops"] * theirs["step_seconds"]
     )
+
+
+@thorough
+def test_generation_gives_what_transformers_gives_on_the_same_prompts(tmp_path):
+    run(quick_config(tmp_path, "data.eval=null", "run.name=short"), World())
+    code, _, err = python(
+        "-m", "benchmarks.generation", str(tmp_path / "runs/short"), "--prompts", "6", "--length",
+        "16", "--peer", "merged,peft", "--out", str(tmp_path / "out.json"),
+        "generation.max_new_tokens=8", "generation.batch_size=4",
+    )  # fmt: skip
+    assert code == 0, err[-2000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert list(found) == ["rankcast", "merged", "peft"]
+    for figures in found.values():
+        assert (figures["tokens"], figures["same_answers"]) == (48, "6 of 6")
+        assert figures["tokens_per_second"] > 0
 
 
 @thorough
