@@ -1,4 +1,6 @@
-"""`Session`: data, engine, backbone, method and optimizer of a run, built in dependency order."""
+"""`Session`: data, engine, backbone, method and optimizer of a run, built in dependency order; and
+`LoadedModel`, the same without data.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,19 +41,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Session:
-    """The components that training, evaluation and export share."""
+class LoadedModel:
+    """All of a session but its data: enough to generate."""
 
     config: Config
     world: World
     tokenizer: "PreTrainedTokenizerBase"
     task: Task
-    train_data: TokenDataset
-    eval_data: TokenDataset | None
-    left_out: np.ndarray
-    """Indices of the training examples held out from training, record by record."""
-    evaluated: np.ndarray
-    """Those of them that are evaluated on, where there is no `eval_data`."""
     engine: Engine
     backbone: LoadedBackbone
     method: Method
@@ -71,15 +67,27 @@ class Session:
         layers = self.backbone.adapted_layers
         return {name: layer.frozen for name, layer in layers.items() if layer.frozen is not None}
 
+    def trainables(self) -> list[Trainable]:
+        """Adapters first, then the parameters of new heads, then the rows of added tokens."""
+        return _trainables(self.method, self.backbone)
+
+
+@dataclass(frozen=True)
+class Session(LoadedModel):
+    """The components that training, evaluation and export share."""
+
+    train_data: TokenDataset
+    eval_data: TokenDataset | None
+    left_out: np.ndarray
+    """Indices of the training examples held out from training, record by record."""
+    evaluated: np.ndarray
+    """Those of them that are evaluated on, where there is no `eval_data`."""
+
     def held_out(self) -> tuple[TokenDataset, np.ndarray]:
         """(evaluation data set, indices of its examples to evaluate on)."""
         if self.eval_data is not None:
             return self.eval_data, np.arange(len(self.eval_data))
         return self.train_data, self.evaluated
-
-    def trainables(self) -> list[Trainable]:
-        """Adapters first, then the parameters of new heads, then the rows of added tokens."""
-        return _trainables(self.method, self.backbone)
 
 
 def _trainables(method: Method, backbone: LoadedBackbone) -> list[Trainable]:
@@ -182,27 +190,60 @@ def open_session(
         left_out, evaluated = hold_out(config, train_data, task)
         refuse_longer(built.model, config.data, train_data, eval_data)
         beside = frozen(built)
+    model = _load(config, world, tokenizer, task, built.unreached, initial_adapters, beside)
+    return Session(
+        **vars(model),
+        train_data=train_data,
+        eval_data=eval_data,
+        left_out=left_out,
+        evaluated=evaluated,
+    )
+
+
+def open_model(
+    config: Config,
+    world: World,
+    initial_adapters: Mapping[str, InitialAdapter] | None = None,
+    unreached: Sequence[str] | None = None,
+    frozen: Callable[[BuiltModel], Mapping[str, GatedAdapter]] = lambda _: {},
+) -> LoadedModel:
+    """`open_session` without data, for tasks that learn no labels. Collective."""
+    read_anew()
+    with world.all_or_none():
+        tokenizer = load_tokenizer(config.model)
+        task = TASKS[config.task.kind](config.task, tokenizer)
+        built = check_backbone(config, task, world.device, unreached)
+        beside = frozen(built)
+    return _load(config, world, tokenizer, task, built.unreached, initial_adapters, beside)
+
+
+def _load(
+    config: Config,
+    world: World,
+    tokenizer: "PreTrainedTokenizerBase",
+    task: Task,
+    unreached: Sequence[str],
+    initial_adapters: Mapping[str, InitialAdapter] | None,
+    beside: Mapping[str, GatedAdapter],
+) -> LoadedModel:
+    """Load the backbone, shard it, attach the method's adapters. Collective."""
     engine = make_engine(config, world, task)
     method = METHODS[config.method.kind](config.method, config.run.seed)
     spectral_init = None
     if isinstance(method, SpectralMethod) or initial_adapters is not None:
         spectra = cache_root(config.data) / "spectra"
         spectral_init = SpectralInit(method, world, spectra, initial_adapters)
-    backbone = load_backbone(config, task, engine, world, spectral_init, built.unreached)
+    backbone = load_backbone(config, task, engine, world, spectral_init, unreached)
     if spectral_init is not None:
         initial_adapters = spectral_init.initial_adapters
     method.attach(backbone.units, backbone.adapted_layers, world.device, initial_adapters)
     for name, adapter in beside.items():
         backbone.adapted_layers[name].frozen = adapter.requires_grad_(False).to(world.device)
-    return Session(
+    return LoadedModel(
         config=config,
         world=world,
         tokenizer=tokenizer,
         task=task,
-        train_data=train_data,
-        eval_data=eval_data,
-        left_out=left_out,
-        evaluated=evaluated,
         engine=engine,
         backbone=backbone,
         method=method,

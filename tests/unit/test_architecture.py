@@ -27,7 +27,7 @@ LEVELS = [
     "trainer.tasks", "trainer.config", "trainer.records", "trainer.data", "trainer.model",
     "trainer.engine", "trainer.decisions", "trainer.report", "trainer.loading",
     "trainer.session", "trainer.checkpoint", "trainer.memory", "trainer.verification",
-    "trainer.training",
+    "trainer.generation", "trainer.training",
     "trainer.export", "trainer.run",
     "launch",
 ]  # fmt: skip

@@ -7,7 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.mixed_records import mixed
 from benchmarks.parts import table
-from tests.helpers import python, thorough
+from tests.helpers import python, quick_config, thorough
+from trainer.distributed.world import World
+from trainer.run.run import run
 
 TINY = [
     "model.overrides.hidden_size=64", "model.overrides.intermediate_size=96",
@@ -93,6 +95,22 @@ def test_mixed_records():
     assert all(words[int(piece[0]) : int(piece[0]) + len(piece)] == piece for piece in cut)
     lengths = sorted(map(len, cut))
     assert lengths[0] < 20 and 200 < lengths[-1] <= 300 and lengths[100] < 100
+
+
+@thorough
+def test_generation_gives_what_transformers_gives_on_the_same_prompts(tmp_path):
+    run(quick_config(tmp_path, "data.eval=null", "run.name=short"), World())
+    code, _, err = python(
+        "-m", "benchmarks.generation", str(tmp_path / "runs/short"), "--prompts", "6", "--length",
+        "16", "--peer", "merged,peft", "--out", str(tmp_path / "out.json"),
+        "generation.max_new_tokens=8", "generation.batch_size=4",
+    )  # fmt: skip
+    assert code == 0, err[-2000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert list(found) == ["rankcast", "merged", "peft"]
+    for figures in found.values():
+        assert (figures["tokens"], figures["same_answers"]) == (48, "6 of 6")
+        assert figures["tokens_per_second"] > 0
 
 
 @thorough

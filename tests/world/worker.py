@@ -41,11 +41,13 @@ from trainer.distributed import failures, process_group
 from trainer.distributed.world import World
 from trainer.engine.peer_memory import open_peer_memory
 from trainer.errors import UserError
+from trainer.generation.generate import generate
 from trainer.loading import async_reader
 from trainer.loading.assignment import ParamTask
 from trainer.loading.materialize import Materializer
 from trainer.memory.planner import make_plan
 from trainer.run.run import run
+from trainer.run.saved_model import open_saved_model
 from trainer.session import Session, open_session
 from trainer.training.evaluation import evaluate_saved
 from trainer.training.loop import make_loader
@@ -396,6 +398,16 @@ def evaluate(world: World, argument: dict[str, Any]) -> dict[str, float]:
     )
 
 
+def generated(world: World, argument: dict[str, Any]) -> list[dict[str, Any]]:
+    """Answers to prompts of token ids, and the forward passes that this rank made for them."""
+    config = parse_config(argument["config"])
+    model = open_saved_model(Path(argument["source"]), config, world)
+    passes: list[None] = []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(None))
+    answers = generate(model, argument["prompts"], config.generation, seed=3)
+    return [vars(answer) | {"passes": len(passes)} for answer in answers]
+
+
 def settle() -> None:
     """Give freed memory back to the system, so that resident memory says what is in use."""
     gc.collect()
@@ -450,6 +462,7 @@ CASES = {
     "moments": moments,
     "validation": validation,
     "evaluate": evaluate,
+    "generated": generated,
     "patience": patience,
 }
 

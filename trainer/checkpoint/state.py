@@ -21,7 +21,7 @@ from trainer.errors import BadCheckpoint, refuse_mismatch
 from trainer.files import INITIAL
 from trainer.loading.initial_adapters import load_initial_adapters
 from trainer.records.progress import Progress
-from trainer.session import Session
+from trainer.session import LoadedModel, Session
 
 
 def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> Progress:
@@ -42,7 +42,7 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
         return Progress(**state["progress"])
 
 
-def load_learned(session: Session, checkpoint: Path, stored: dict[str, Tensor]) -> None:
+def load_learned(session: LoadedModel, checkpoint: Path, stored: dict[str, Tensor]) -> None:
     """`load_trained`, and what the method decides by."""
     load_trained(session, checkpoint, stored)
     with refuse_mismatch(checkpoint):
@@ -50,7 +50,7 @@ def load_learned(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
             session.method.load_decider_state(_below(stored, "decider/"))
 
 
-def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) -> None:
+def load_trained(session: LoadedModel, checkpoint: Path, stored: dict[str, Tensor]) -> None:
     """Load adapters (resized to the stored ranks), masks and heads, but no training state."""
     method = session.method
     with refuse_mismatch(checkpoint):
@@ -71,7 +71,7 @@ def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
 
 
 def _check_tensors(
-    session: Session, checkpoint: Path, stored: dict[str, Tensor], *groups: str
+    session: LoadedModel, checkpoint: Path, stored: dict[str, Tensor], *groups: str
 ) -> dict[str, Tensor]:
     """The session's tensors of some groups. Raises BadCheckpoint where the stored names, shapes or
     dtypes differ."""
@@ -87,7 +87,7 @@ def _check_tensors(
     return wanted
 
 
-def session_tensors(session: Session) -> dict[str, Tensor]:
+def session_tensors(session: LoadedModel) -> dict[str, Tensor]:
     """Replicated tensors by name, and on rank 0 the state by which the method decides. All-gathers
     sharded moments (`optim.shard_state`), so collective once a step was made."""
     tensors: dict[str, Tensor] = {}

@@ -20,6 +20,7 @@ from adapters.options import Section
 from trainer.config.aliases import note_renamed, rename_keys, rename_overrides
 from trainer.config.data_options import DataOptions
 from trainer.config.engines import ENGINES
+from trainer.config.generation_options import GenerationOptions
 from trainer.config.sections import (
     CheckpointOptions,
     EngineOptions,
@@ -45,6 +46,7 @@ class Config(Section):
     data: DataOptions
     method: SerializeAsAny[MethodOptions]
     optim: OptimOptions
+    generation: GenerationOptions
     engine: EngineOptions
     log: LogOptions
     checkpoint: CheckpointOptions
@@ -106,7 +108,23 @@ class Config(Section):
             )
         if self.run.eval_at_start and self.data.eval is None:
             raise ValueError("run.eval_at_start: true given without data.eval; accepted: false")
+        self._check_generation()
         return self
+
+    def _check_generation(self) -> None:
+        records = self.generation.records
+        if records and self.data.eval is None:
+            raise ValueError(f"generation.records: {records} given without data.eval; accepted: 0")
+        if records and not self.task.generates:
+            raise ValueError(
+                f"generation.records: {records} given with task.kind={self.task.kind}, which "
+                "generates no text; accepted: 0"
+            )
+        if records and getattr(self.task, "loss_on", None) == "all":
+            raise ValueError(
+                f"generation.records: {records} given with task.loss_on=all, where no prompt is "
+                "told from its completion; accepted: 0, or task.loss_on=completion"
+            )
 
     @property
     def run_folder(self) -> Path:

@@ -14,6 +14,8 @@ class TaskOptions(Section):
     """Several records may share a sequence (`data.packing`)."""
     whole_records: ClassVar[bool] = False
     """A record is used with all of its examples or not at all."""
+    generates: ClassVar[bool] = False
+    """Its model generates text (`generation`)."""
     data_formats: ClassVar[tuple[str, ...]]
     """The values of `data.format` that it accepts. With a single one, `auto` means it; else
     `auto` looks at the columns."""
@@ -25,6 +27,7 @@ class TaskOptions(Section):
 class CausalLMOptions(TaskOptions):
     """Options of `task.kind: causal_lm`."""
 
+    generates = True
     data_formats = ("prompt_completion", "alpaca", "messages", "text")
 
     kind: Literal["causal_lm"] = "causal_lm"
