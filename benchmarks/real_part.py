@@ -31,6 +31,7 @@ from trainer.data.loader import Loader, Step  # noqa: E402
 from trainer.data.prefetch import Prefetcher  # noqa: E402
 from trainer.device_memory import peak_gib  # noqa: E402
 from trainer.distributed.world import World  # noqa: E402
+from trainer.memory.graphs import capture_graphs, row_batches  # noqa: E402
 from trainer.memory.planner import make_plan  # noqa: E402
 from trainer.model.compilations import Compilations  # noqa: E402
 from trainer.run.launch import launched  # noqa: E402
@@ -152,7 +153,7 @@ def real(config: Config, world: World, total: int, about: list[str], stack: Exit
     loader = make_loader(session, world)
     batches = stack.enter_context(Prefetcher(loader, world.device, total))
     about.append(str(loader.rows))
-    return _ours(session, batches, None, about)
+    return _ours(session, batches, None, row_batches(session, loader), about)
 
 
 def single(config: Config, world: World, total: int, about: list[str], stack: ExitStack) -> Steps:
@@ -162,7 +163,8 @@ def single(config: Config, world: World, total: int, about: list[str], stack: Ex
     rows = data.micro_batch_size or -(-(data.micro_batch_tokens or 1) // data.max_length)
     count = -(-data.batch_size // (rows * world.size))
     batches = _Documents((rows, data.max_length), count, session, world)
-    return _ours(session, batches, batches.batch(), about)
+    batch = batches.batch()
+    return _ours(session, batches, batch, [batch], about)
 
 
 class _Documents:
@@ -207,11 +209,14 @@ class _Counted:
         return step
 
 
-def _ours(session: Session, source, batch: Batch | None, about: list[str]) -> Steps:
+def _ours(
+    session: Session, source, batch: Batch | None, shapes: list[Batch], about: list[str]
+) -> Steps:
     if session.config.run.verify != "off":
         about.append(verify_session(session).line)
     plan = make_plan(session, batch=batch)
-    about += [session.backbone.attention, str(plan or "no plan for memory")]
+    graphs = capture_graphs(session, shapes)
+    about += [session.backbone.attention, str(plan or "no plan for memory"), str(graphs)]
     validate, batches = make_validate(session), _Counted(source)
     training = Training(session, batches, 10**6, validate)
     session.method.set_horizon(10**6, lambda step: 1.0)

@@ -42,6 +42,7 @@ from trainer.config.config import Config, with_overrides
 from trainer.data.loader import Step
 from trainer.device_memory import peak_gib, release
 from trainer.distributed.world import World
+from trainer.memory.graphs import capture_graphs
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import BuiltModel
 from trainer.model.build import build
@@ -171,7 +172,7 @@ def ours(config: Config, world: World) -> tuple[Callable[[], None], int]:
     weight = ids.numel() - ids.shape[0]
     batch = Batch({"input_ids": ids}, ids, weight, ids.numel())
     plan = make_plan(session, batch=batch)
-    for remark in (session.engine.gathers, plan):
+    for remark in (session.engine.gathers, plan, capture_graphs(session, [batch])):
         if world.is_main and remark:
             print(remark, flush=True)
 

@@ -202,10 +202,15 @@ def _probe(session: Session, batch: Batch) -> _Probe | None:
 
 
 def reduce_plan(session: Session) -> str:
-    """Reduce memory after an out-of-memory error: keep no block unsharded; next time, checkpoint an
-    eighth of the blocks more; at last, offload none. Returns a line for the log. Raises RunFailed
-    where the configuration rules that out, or all blocks are checkpointed already."""
+    """Reduce memory after an out-of-memory error: no CUDA graphs; keep no block unsharded; next
+    time, checkpoint an eighth of the blocks more; at last, offload none. Returns a line for the
+    log. Raises RunFailed where the configuration rules that out, or all blocks are checkpointed
+    already."""
     blocks, engine = session.backbone.blocks, session.engine
+    if len(blocks.graphs) and session.config.engine.cuda_graphs == "auto":
+        blocks.graphs.forget()
+        release(session.world.device)
+        return "out of memory: no CUDA graphs from here"
     if engine.unsharded_blocks and session.config.engine.unsharded_blocks == "auto":
         engine.keep_unsharded(0)
         release(session.world.device)

@@ -28,6 +28,7 @@ from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, Diverged, UserError
 from trainer.files import METRICS
 from trainer.loading.initial_adapters import initial_digest
+from trainer.memory.graphs import capture_graphs, row_batches
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading, class_name
 from trainer.records.progress import Progress
@@ -47,7 +48,7 @@ from trainer.run.shared import refuse_unshared
 from trainer.session import Session, open_session
 from trainer.training.loop import Run, make_loader, total_steps, train
 from trainer.training.lr_schedule import learning_rate
-from trainer.training.step import Training, log_plan
+from trainer.training.step import Training, log_graphs, log_plan
 from trainer.training.stop_request import StopRequest
 from trainer.training.validation import make_validate
 from trainer.verification.first_steps import FirstSteps
@@ -129,13 +130,19 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         folder.recorder.log_line(line)
     folder.recorder.log_line(f"verified  {proof}")
     log_plan(folder.recorder, plan)
+
+    def capture() -> str | None:
+        return capture_graphs(session, row_batches(session, loader))
+
+    log_graphs(folder.recorder, capture())
     # Later in a run whole units may be masked or pruned, on purpose.
     watched = {"auto": start.checkpoint is None, "full": True, "off": False}[config.run.verify]
     first_steps = FirstSteps(session, folder.recorder) if watched else None
     with Prefetcher(loader, world.device, steps - progress.step) as batches:
         training = Training(
-            session, batches, steps, make_validate(session), folder.recorder, replay, first_steps
-        )
+            session, batches, steps, make_validate(session), folder.recorder, replay, first_steps,
+            capture,
+        )  # fmt: skip
         writer = CheckpointWriter(session, batches, folder.checkpoints, digest, verified)
         train(Run(training, writer, progress, stop))
     writer.close()

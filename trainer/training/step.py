@@ -52,6 +52,8 @@ class Training:
     """Rank 0: recorded decisions to apply in place of the method's own."""
     first_steps: FirstSteps | None = None
     """Proves that every adapter trains; None: not proved (again)."""
+    capture: Callable[[], str | None] = lambda: None
+    """Captures CUDA graphs anew, after tensors were replaced; returns a line for the log."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def _rebind(training: Training, step: int) -> None:
     """Rebind the optimizer's buffers after adapters were removed or resized, and free memory."""
     session = training.session
     device, before = session.world.device, held_bytes(session.world.device)
+    session.backbone.blocks.graphs.forget()  # they hold memory, and tensors that are replaced
     session.optimizer.rebind_parameters(session.trainables())
     release(device)
     adapters = session.method.adapters.values()
@@ -144,6 +147,7 @@ def _rebind(training: Training, step: int) -> None:
         f"{max((adapter.rank for adapter in adapters), default=0)}, memory "
         f"{readable(before)} -> {readable(held_bytes(device))}"
     )
+    log_graphs(training.recorder, training.capture())
 
 
 def _gradients(training: Training, step: int) -> tuple[Step, torch.Tensor]:
@@ -153,7 +157,9 @@ def _gradients(training: Training, step: int) -> tuple[Step, torch.Tensor]:
     size = session.method.micro_batch_size or session.config.data.micro_batch_size
     if size != batches.micro_batch_size:
         batches.micro_batch_size = size
+        session.backbone.blocks.graphs.forget()
         log_plan(training.recorder, planner.make_plan(session, size))
+        log_graphs(training.recorder, training.capture())
     batch = batches.next_step()
     return batch, _accumulate_within_memory(training, batch, step)
 
@@ -189,7 +195,8 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
         # Dropout (adapters and backbone) depends on the micro-batch, not on the rank that runs it.
         session.method.adapters.set_dropout_seed(step, index)
         torch.manual_seed(seeds.mixed(session.config.run.seed, step, index))
-        loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
+        with session.backbone.blocks.graphs.replaying():
+            loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
         loss = loss / batch.weight
         if not loss.requires_grad:
             raise UserError(
@@ -205,3 +212,9 @@ def log_plan(recorder: Recorder, plan: planner.Plan | None) -> None:
     """Log the plan for the GPU's memory, if there is one."""
     if plan is not None:
         recorder.log_line(f"memory    {plan}")
+
+
+def log_graphs(recorder: Recorder, line: str | None) -> None:
+    """Log what is known of CUDA graphs, if anything."""
+    if line is not None:
+        recorder.log_line(f"graphs    {line}")
