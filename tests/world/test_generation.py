@@ -133,3 +133,20 @@ def test_the_source_may_be_a_checkpoint_or_the_exported_adapter(work, reference)
         model = open_saved_model(source, own, World())
         answers = generate(model, prompts(), own.generation)
         assert [answer.tokens for answer in answers] == reference["none"]
+
+
+@pytest.mark.parametrize("engine", sample(ENGINES, "fsdp2"))
+def test_a_runs_answers_do_not_depend_on_the_engine(tmp_path, engine):
+    asked = [
+        "run.steps=3", "generation.records=5", "generation.pattern=gsm8k", *DECODING,
+        "generation.temperature=0.5", "optim.learning_rate=0.01",
+    ]  # fmt: skip
+    alone = quick_config(tmp_path, "run.name=alone", *asked)
+    run(alone, World())
+    spread = quick_config(tmp_path, "run.name=spread", f"engine.kind={engine}", *asked)
+    for results in run_cases(tmp_path / "work", {"run": ("train", spread.model_dump())}).values():
+        ok(results)
+    first, second = (
+        (config.run_folder / "predictions.jsonl").read_text() for config in (alone, spread)
+    )
+    assert first == second and len(first.splitlines()) == 5

@@ -49,6 +49,7 @@ _MAY_CHANGE = {
 _EVALUATION = {
     "data": ("eval", "eval_split", "eval_records"),
     "run": ("eval_every", "eval_at_start"),
+    "generation": None,
 }
 """Keys that change what a run reports."""
 

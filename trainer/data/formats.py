@@ -39,12 +39,12 @@ def detect_format(row: dict, options: SourceOptions, task: Task) -> str:
         is_commonsense = {"instruction", "output", "answer"} <= row.keys()
         return "commonsense" if is_commonsense else "multiple_choice"
     _refuse_preferences(row, options)
-    if _messages_column(row, options) in row:
+    if messages_column(row, options) in row:
         return "messages"
     if "instruction" in row and "output" in row:
         return "alpaca"
     text = options.text if isinstance(options.text, str) else options.text[0]
-    needed = _columns_of(options.prompt) | _columns_of(options.completion)
+    needed = columns_of(options.prompt) | columns_of(options.completion)
     if text in row and not needed <= row.keys():
         return "text"
     return "prompt_completion"
@@ -53,7 +53,7 @@ def detect_format(row: dict, options: SourceOptions, task: Task) -> str:
 def _refuse_preferences(row: dict, options: SourceOptions) -> None:
     """Pairs of answers, or answers with a judgement (KTO): trained as if all were good they would
     teach the bad ones too."""
-    used = {options.messages} | _columns_of(options.prompt) | _columns_of(options.completion)
+    used = {options.messages} | columns_of(options.prompt) | columns_of(options.completion)
     if {"chosen", "rejected"} <= row.keys() and not used & {"chosen", "rejected"}:
         raise BadRecord(
             "chosen and rejected are a preference pair, and there is no preference training; "
@@ -97,10 +97,10 @@ def to_records(row: dict, kind: str, options: SourceOptions, tokenizer: Any) -> 
 
 def _conversation(row: dict, kind: str, options: SourceOptions) -> Conversation | None:
     """The conversation of a row; None for a row that goes through no chat template."""
-    asked = _columns_of(options.prompt)
+    asked = columns_of(options.prompt)
     system = None if kind == "prompt_completion" and "system" in asked else _system(row)
     if kind == "messages":
-        given = _messages(row, _messages_column(row, options))
+        given = _messages(row, messages_column(row, options))
     elif kind == "prompt_completion" and _is_conversational(row, options):
         given = [(name, message, False) for name, message, _ in _messages(row, options.prompt)]
         given += _messages(row, options.completion)
@@ -130,7 +130,7 @@ def _said(role: str, name: str, text: str) -> Given:
     return name, {"role": role, "content": text}, True
 
 
-def _messages_column(row: dict, options: SourceOptions) -> str:
+def messages_column(row: dict, options: SourceOptions) -> str:
     """The column of messages: the configured one, or else ShareGPT's."""
     default = SourceOptions.model_fields["messages"].default
     if options.messages == default and default not in row and _SHAREGPT in row:
@@ -253,7 +253,7 @@ def _refuse_chat_options(kind: str, options: SourceOptions) -> None:
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
-def _columns_of(template: str) -> set[str]:
+def columns_of(template: str) -> set[str]:
     return set(_FIELD.findall(template)) or {template}
 
 

@@ -18,7 +18,9 @@ from transformers import GenerationConfig
 from adapters import seeds
 from trainer.config.generation_options import GenerationOptions
 from trainer.config.sections import Shown
+from trainer.data.templates import stops
 from trainer.errors import RunFailed, UserError
+from trainer.generation.prompts import text_of
 from trainer.model.attention import with_cache
 from trainer.model.backbone import class_name
 from trainer.model.hub import end_tokens
@@ -73,7 +75,7 @@ def generate(
                 rows = [prompts[prompt] for prompt in own] or [prompts[batches[first][0]][:1]]
                 torch.manual_seed(seeds.mixed(seed, _SEED, index))
                 sequences = _continue(model, rows, settings, synced, streamer)
-                answers = [_answer(model, row, settings, options.stop) for row in sequences]
+                answers = [_answer(model, row, settings) for row in sequences]
                 found += zip(own, answers, strict=False)
             bar.update(min(size, len(batches) - first))
     by_prompt = dict(pair for of_rank in world.gather(found) for pair in of_rank)
@@ -101,14 +103,15 @@ def _settings(model: LoadedModel, options: GenerationOptions) -> GenerationConfi
     """Complete: what a model's own generation_config.json says of sampling has no effect."""
     drawn = options.temperature > 0
     sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
+    tokens, texts = stops(model.tokenizer, model.config.data)
     ends = end_tokens(model.config.model, model.backbone.model.config, model.tokenizer)
     return GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         do_sample=drawn,
         num_beams=1,
-        eos_token_id=ends or None,
+        eos_token_id=[*ends, *tokens] or None,
         pad_token_id=model.task.pad_token_id,
-        stop_strings=list(options.stop) or None,
+        stop_strings=[*options.stop, *texts] or None,
         **(sampling if drawn else {}),
     )
 
@@ -179,14 +182,11 @@ def _continue(
     return sequences[:, width:].tolist()
 
 
-def _answer(
-    model: LoadedModel, tokens: list[int], settings: GenerationConfig, stop: Sequence[str]
-) -> Answer:
+def _answer(model: LoadedModel, tokens: list[int], settings: GenerationConfig) -> Answer:
     ends: Any = settings.eos_token_id or []
+    stop: Any = settings.stop_strings or []
     end = next((place for place, token in enumerate(tokens) if token in ends), None)
     tokens = tokens[:end]
-    text = str(model.tokenizer.decode(tokens, skip_special_tokens=True))
-    places = [text.index(one) for one in stop if one in text]
-    if places:
-        text = text[: min(places)]
-    return Answer(tokens, text, end is not None or bool(places))
+    text = text_of(tokens, model.tokenizer, stop)
+    stopped = any(one in model.tokenizer.decode(tokens, skip_special_tokens=True) for one in stop)
+    return Answer(tokens, text, end is not None or stopped)

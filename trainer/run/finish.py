@@ -13,8 +13,9 @@ from trainer.export.added_tokens import trained_tokens
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.export import written_folder
 from trainer.export.tokenizer import save_tokenizer
-from trainer.files import ADAPTER, FIGURES, METRICS
+from trainer.files import ADAPTER, FIGURES, METRICS, PREDICTIONS
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
+from trainer.records.answers import answers_table
 from trainer.records.jsonl import read_metrics
 from trainer.report.loss_curve import draw_loss
 from trainer.session import Session
@@ -44,6 +45,9 @@ def finish(session: Session, folder: Path, steps: int, fault: str | None = None)
         if name != "step" and value is not None:
             summary += f", {name} {value:.4g}"
     summary += f", peak {peak_gib(session.world.device):.2f} GiB"
+    answers = answers_table(read_metrics(folder / PREDICTIONS), session.config.generation.shown)
+    if answers:
+        note = f"{note}\n\n## Answers to held-out records\n\n{answers}".strip()
     (folder / "README.md").write_text(
         _readme(session.config, summary.removeprefix("done").strip(), note), encoding="utf-8"
     )
@@ -111,6 +115,7 @@ def _readme(config: Config, summary: str, note: str) -> str:
 | `allocation.jsonl` | the decisions of an adaptive method |
 | `initial.safetensors` | initial adapters (LeLoRA, PiSSA, MiLoRA); checkpoints need it |
 | `metrics.jsonl` | one object per logged step or evaluation |
+| `predictions.jsonl` | answers to records of the last evaluation, where there are any |
 | `heartbeat.json` | state of the run, for `rankcast watch` and monitoring |
 | `tensorboard/` | the metrics, for `tensorboard --logdir` |
 | `checkpoints/` | resumable on any engine and number of ranks |

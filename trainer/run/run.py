@@ -27,6 +27,7 @@ from trainer.distributed import launcher
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, Diverged, UserError
 from trainer.files import METRICS
+from trainer.generation.evaluation import check_generation
 from trainer.loading.initial_adapters import initial_digest
 from trainer.memory.graphs import capture_graphs, row_batches
 from trainer.memory.planner import make_plan
@@ -80,6 +81,8 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         stop=stop.raise_if_asked,
     )  # fmt: skip
     with world.all_or_none():
+        if config.generation.records:
+            check_generation(session, *session.held_out())
         if recomputed is not None and not session.method.splits_weight:
             raise recomputed  # an earlier stage's, which this method cannot compute
         if recomputed is not None and session.initial_adapters is not None:

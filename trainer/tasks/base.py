@@ -137,6 +137,11 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(summed loss in float32, predictions for `metrics` where the task has any)."""
 
+    def prompt_of(self, example: Example) -> tuple[list[int], list[int]]:
+        """(what precedes the first learned token, the learned tokens that follow), of a task that
+        generates text."""
+        raise NotImplementedError
+
     def scores_of_loss(self, loss: float) -> dict[str, float]:
         """Scores computed from the mean loss alone."""
         return {}

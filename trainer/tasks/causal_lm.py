@@ -125,6 +125,12 @@ class CausalLM(Task):
         # Selected before the cast: float32 logits only where there is a loss.
         return F.cross_entropy(logits[learned].float(), targets[learned], reduction="none")
 
+    def prompt_of(self, example: Example) -> tuple[list[int], list[int]]:
+        mask = [*example.loss_mask, 0]
+        start = mask.index(1)
+        end = mask.index(0, start)
+        return list(example.input_ids[:start]), list(example.input_ids[start:end])
+
     def scores_of_loss(self, loss: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(loss, 700.0))}
 

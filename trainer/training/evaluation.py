@@ -1,7 +1,7 @@
 """Loss and metrics on held-out data, independent of the number of ranks."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from trainer.data.dataset import TokenDataset
 from trainer.data.loader import cut, packed_records
 from trainer.data.micro_batches import assign_micro_batches, row_length
 from trainer.distributed.world import World
+from trainer.generation.evaluation import Answered, answer_records
 from trainer.session import Session, open_session
 
 
@@ -39,6 +40,15 @@ def evaluate(session: Session) -> dict[str, float]:
             data.records[examples].tolist(),
         )
     return scores | {f"eval_{name}": score for name, score in metrics.items()}
+
+
+def answer(session: Session) -> Answered | None:
+    """Generated answers to evaluation records and their scores, named as those of `evaluate`; None
+    where the configuration asks for none. Collective."""
+    if session.config.generation.records == 0:
+        return None
+    found = answer_records(session, *session.held_out())
+    return replace(found, scores={f"eval_{name}": value for name, value in found.scores.items()})
 
 
 def mean_loss(
@@ -105,4 +115,5 @@ def evaluate_saved(config: Config, world: World, saved: Saved) -> dict[str, floa
     )
     with world.all_or_none():
         load_trained(session, saved.checkpoint, saved.tensors)
-    return evaluate(session)
+    scores, answered = evaluate(session), answer(session)
+    return scores if answered is None else scores | answered.scores

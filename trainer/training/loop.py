@@ -16,7 +16,7 @@ from trainer.distributed.world import World
 from trainer.errors import RunFailed
 from trainer.records.progress import Progress
 from trainer.session import Session
-from trainer.training.evaluation import evaluate
+from trainer.training.evaluation import answer, evaluate
 from trainer.training.step import StepDone, Training, train_step
 from trainer.training.stop_request import Interrupted, StopRequest
 
@@ -115,9 +115,15 @@ def _evaluate(run: Run) -> None:
     if run.session.config.data.eval is None:
         return
     run.training.recorder.set_state("evaluating")
-    scores = evaluate(run.session)
-    run.progress.evaluated = run.progress.step
-    run.training.recorder.write({"step": run.progress.step, **scores})
+    began, recorder, step = time.perf_counter(), run.training.recorder, run.progress.step
+    scores, answered = evaluate(run.session), answer(run.session)
+    if answered is not None:
+        scores |= answered.scores
+        recorder.answered(step, answered.answers)
+    run.progress.evaluated = step
+    recorder.write({"step": step, **scores})
+    seconds, how = time.perf_counter() - began, f", {answered}" if answered is not None else ""
+    recorder.log_line(f"step {step}: evaluated in {seconds:.1f} s{how}")
 
 
 def _log(run: Run, done: StepDone, clock: Clock) -> None:
