@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import xxhash
 from torch import nn
 
 from adapters.gated import GatedAdapter
@@ -77,17 +78,27 @@ class Session(LoadedModel):
     """The components that training, evaluation and export share."""
 
     train_data: TokenDataset
-    eval_data: TokenDataset | None
+    eval_data: Mapping[str, TokenDataset]
+    """Evaluation data other than training records, by name ("": that of a single set)."""
     left_out: np.ndarray
     """Indices of the training examples held out from training, record by record."""
     evaluated: np.ndarray
     """Those of them that are evaluated on, where there is no `eval_data`."""
 
-    def held_out(self) -> tuple[TokenDataset, np.ndarray]:
-        """(evaluation data set, indices of its examples to evaluate on)."""
-        if self.eval_data is not None:
-            return self.eval_data, np.arange(len(self.eval_data))
+    def held_out(self, name: str = "") -> tuple[TokenDataset, np.ndarray]:
+        """(evaluation data set, indices of its examples to evaluate on) of that name."""
+        if name in self.eval_data:
+            return self.eval_data[name], np.arange(len(self.eval_data[name]))
         return self.train_data, self.evaluated
+
+    def evaluation_digest(self) -> str:
+        """Digest of all that is evaluated on, whatever it was read from."""
+        digest = xxhash.xxh3_128()
+        for name in self.config.data.eval_names:
+            data, examples = self.held_out(name)
+            digest.update(f"{name} {data.digest} ".encode())
+            digest.update(examples.tobytes())
+        return digest.hexdigest()
 
 
 def _trainables(method: Method, backbone: LoadedBackbone) -> list[Trainable]:
@@ -105,9 +116,10 @@ def _trainables(method: Method, backbone: LoadedBackbone) -> list[Trainable]:
 
 def open_data(
     config: Config, world: World, stop: Callable[[], None] = lambda: None
-) -> tuple["PreTrainedTokenizerBase", Task, TokenDataset, TokenDataset | None]:
-    """Tokenizer, task and tokenised data. Local rank 0 tokenises, then the others read its cache.
-    `stop` raises where this rank is asked to stop. Collective; it may take any time."""
+) -> tuple["PreTrainedTokenizerBase", Task, TokenDataset, dict[str, TokenDataset]]:
+    """Tokenizer, task, tokenised training data, and evaluation data by name. Local rank 0
+    tokenises, then the others read its cache. `stop` raises where this rank is asked to stop.
+    Collective; it may take any time."""
     read_anew()
     with world.all_or_none(world.patience(stop)):
         tokenizer = load_tokenizer(config.model)
@@ -124,7 +136,7 @@ def open_data(
             if (world.local_rank == 0) == turn:
                 prepared = _prepare(config, task, patience.check)
     assert prepared is not None
-    keys = world.gather([data.key for data in prepared if data is not None])
+    keys = world.gather([prepared[0].key, *(data.key for data in prepared[1].values())])
     with world.all_or_none():
         for rank, key in enumerate(keys):
             if key != keys[0]:
@@ -139,15 +151,13 @@ def refuse_longer(
     model: "PreTrainedModel",
     options: DataOptions,
     train_data: TokenDataset,
-    eval_data: TokenDataset | None,
+    eval_data: Mapping[str, TokenDataset],
 ) -> None:
     """Raises UserError where a record, or a row of packed ones, is longer than the model's position
     tables. Positions of packed records restart at 0 where the model takes them; so only tables that
     they do not look up limit a row."""
     of_text, of_row = longest_text(model), longest_row(model) if options.packing else None
-    for data in (train_data, eval_data):
-        if data is None:
-            continue
+    for data in (train_data, *eval_data.values()):
         text = int(data.lengths.max())
         row = max(text, min(options.max_length, int(data.lengths.sum())))
         for what, length, limit in (("texts", text, of_text), ("packed rows", row, of_row)):
@@ -161,13 +171,14 @@ def refuse_longer(
 
 def _prepare(
     config: Config, task: Task, check: Callable[[], None]
-) -> tuple[TokenDataset, TokenDataset | None]:
+) -> tuple[TokenDataset, dict[str, TokenDataset]]:
     data, shown = config.data, config.log.shown
     train = prepare_training(data, task, shown, check)
-    if data.eval_source is None:
-        return train, None
     split, limit = data.eval_split, data.eval_records
-    return train, prepare(data.eval_source, split, limit, data, task, shown, check)
+    return train, {
+        name: prepare(source, split, limit, data, task, shown, check)
+        for name, source in data.eval_sources.items()
+    }
 
 
 def open_session(

@@ -35,6 +35,7 @@ from adapters.layers.experts import StackedLinear
 from adapters.layers.linear import AdaptedLinear
 from adapters.methods.registry import METHODS
 from adapters.units import transformer_blocks
+from trainer.checkpoint import store
 from trainer.checkpoint.saved import read_saved
 from trainer.config.config import parse_config
 from trainer.distributed import failures, process_group
@@ -298,6 +299,23 @@ def cut_run(source: Path, target: Path, step: int) -> None:
             shutil.rmtree(saved)
 
 
+def go_on(world: World, argument: dict[str, Any]) -> dict[str, Any]:
+    """`resume`, to the export. `missed`: the run was stopped before the evaluation of `step`."""
+    if world.is_main:
+        target, step = parse_config(argument["config"]).run_folder, argument["step"]
+        cut_run(Path(argument["source"]), target, step)
+        if argument.get("missed"):
+            states = [store.of_step(target / "checkpoints", n) for n in (step - 1, step)]
+            before, last = (json.loads((path / "state.json").read_text()) for path in states)
+            last["best"] = before["best"]
+            last["progress"] = {**before["progress"], "step": step}
+            (states[1] / "state.json").write_text(json.dumps(last))
+            (states[1] / "manifest.json").unlink()
+            store.write_manifest(states[1])
+    world.gather(None)
+    return train(world, argument["config"])
+
+
 def desynchronised(world: World, argument: dict[str, Any]) -> dict[str, Any]:
     """A run in which rank 1 applies the decision before step `step` wrongly."""
     config, calls = parse_config(argument["config"]), itertools.count()
@@ -457,6 +475,7 @@ CASES = {
     "verified": verified,
     "train_only": train_only,
     "resume": resume,
+    "go_on": go_on,
     "desynchronised": desynchronised,
     "masked_steps": masked_steps,
     "moments": moments,

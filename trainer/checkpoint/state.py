@@ -20,7 +20,7 @@ from trainer.data.loader import Loader
 from trainer.errors import BadCheckpoint, refuse_mismatch
 from trainer.files import INITIAL
 from trainer.loading.initial_adapters import load_initial_adapters
-from trainer.records.progress import Progress
+from trainer.records.progress import Best, Progress
 from trainer.session import LoadedModel, Session
 
 
@@ -39,7 +39,10 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
         session.optimizer.load_state_dict(_unflatten(stored, "optimizer/"))
         loader.load_state_dict(state["loader"])
         _restore_random_state(session, stored, state["step"])
-        return Progress(**state["progress"])
+        best = state.get("best")
+        return Progress(
+            **state["progress"], best=None if best is None else Best.model_validate(best)
+        )
 
 
 def load_learned(session: LoadedModel, checkpoint: Path, stored: dict[str, Tensor]) -> None:

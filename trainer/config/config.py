@@ -32,7 +32,7 @@ from trainer.config.sections import (
 from trainer.config.validation import names_of, one_of, unknown_key, validate
 from trainer.config.yaml import dump_yaml, parse_yaml
 from trainer.errors import UserError
-from trainer.tasks.options import TaskOptions
+from trainer.tasks.options import Direction, TaskOptions
 from trainer.tasks.registry import DEFAULT as DEFAULT_TASK
 from trainer.tasks.registry import OPTIONS as TASK_OPTIONS
 
@@ -109,6 +109,7 @@ class Config(Section):
         if self.run.eval_at_start and self.data.eval is None:
             raise ValueError("run.eval_at_start: true given without data.eval; accepted: false")
         self._check_generation()
+        self._check_best()
         return self
 
     def _check_generation(self) -> None:
@@ -125,6 +126,34 @@ class Config(Section):
                 f"generation.records: {records} given with task.loss_on=all, where no prompt is "
                 "told from its completion; accepted: 0, or task.loss_on=completion"
             )
+
+    def _check_best(self) -> None:
+        metric, patience = self.run.keep_best, self.run.patience
+        if patience is not None and metric is None:
+            raise ValueError(
+                f"run.patience: {patience} given without run.keep_best; accepted: with it, one of "
+                f"{', '.join(self.metrics)}"
+            )
+        if metric is None:
+            return
+        if not self.run.eval_every:
+            raise ValueError(
+                f"run.keep_best: {metric} given without data.eval and run.eval_every, so that "
+                "there would be one evaluation; accepted: null"
+            )
+        one_of("run.keep_best", metric, self.metrics)
+
+    @property
+    def metrics(self) -> dict[str, Direction]:
+        """The scores of an evaluation by which it may be judged, by their names in metrics.jsonl,
+        and whether the least or the largest is the best."""
+        sets = [name for name in self.data.eval_names if name]
+        directions = {**self.task.metrics(), **self.generation.metrics}
+        return {
+            f"eval_{prefix}{name}": direction
+            for prefix in ("", *(f"{name}_" for name in sets))
+            for name, direction in directions.items()
+        }
 
     @property
     def run_folder(self) -> Path:

@@ -35,6 +35,11 @@ class RunOptions(Section):
     """Steps between two evaluations; 0: only after the last step."""
     eval_at_start: bool = False
     """Also evaluate before the first step."""
+    keep_best: str | None = None
+    """Metric, such as eval_loss or eval_accuracy, by which evaluations are compared: the checkpoint
+    of the best one is kept, and its adapter exported instead of the last one."""
+    patience: int | None = Field(None, gt=0)
+    """End the run after this many evaluations in a row without a better `keep_best`."""
     max_hours: float | None = Field(None, gt=0)
     """Hours after which the run saves and stops with exit code 75; the next start resumes it."""
     slurm_margin: float = Field(120.0, ge=0)

@@ -81,7 +81,7 @@ def to_records(row: dict, kind: str, options: SourceOptions, tokenizer: Any) -> 
     elif kind == "commonsense":
         _refuse_chat_options(kind, options)
         *_, (asked, _), _ = _alpaca(row, options, tokenizer)
-        found = commonsense(row, options, asked)
+        found = commonsense(row, options, _part, asked)
     else:
         found = [_record(row, kind, options, tokenizer)]
     try:  # JSON can hold lone surrogates, which no tokenizer accepts

@@ -54,9 +54,9 @@ def export_run(
     `base`: take a quantised backbone's matrices as `trained` (dequantised) or from the `original`
     files. `rank`: compress the adapter to it. `same_rank`: pad all
     its matrices to one rank. `experts`: their layout in the adapter, `per_expert` or
-    `stacked`; None: the first where the model has it. Returns remarks: the held-out loss without
-    quantisation ("" where the backbone was not quantised, or `measure` is off) and the error of the
-    compression. Raises UserError.
+    `stacked`; None: the first where the model has it. Returns remarks, a line each: the held-out
+    loss without quantisation (where the backbone was quantised and `measure` is on), the error of
+    the compression, and which checkpoint was exported. Raises UserError.
     """
     if rank is not None and rank < 1:
         raise UserError(f"--rank: {rank} given; accepted: 1 or more")
@@ -81,7 +81,8 @@ def export_run(
                 saved, partial,
                 with_adapter=what == "merged", dequantised=base == "trained", device=world.device,
             )  # fmt: skip
-    return "\n".join([*(f"damaged   {remark}" for remark in saved.remarks), *filter(None, [note])])
+    remarks = [f"damaged   {remark}" for remark in saved.remarks]
+    return "\n".join([*remarks, *filter(None, [note]), f"{saved.title}, {saved.checkpoint}"])
 
 
 @contextmanager
@@ -176,6 +177,8 @@ def write_adapter(
     `experts`: as in `export_run`."""
     config, tensors, state = saved_config(saved.state), saved.tensors, saved.state
     task = TASKS[config.task.kind]
+    if state.get("best") is not None:
+        note = f"{note}\n\nThis is {saved.title}.".strip()
     with refuse_mismatch(saved.checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
         adapted = list(saved_parts(config, saved))

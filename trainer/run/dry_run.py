@@ -55,9 +55,12 @@ def dry_run(config: Config, world: World) -> str:
         *_data("train data", train_data, config.data),
         *(f"                    {line}" for line in on_sources(train_data)),
         *(
-            _data("eval data", eval_data, config.data)
-            if eval_data
-            else [f"eval data           {evaluation or 'none'}"]
+            [
+                line
+                for name, data in eval_data.items()
+                for line in _data(f"eval data {name}".strip(), data, config.data)
+            ]
+            or [f"eval data           {evaluation or 'none'}"]
         ),
         f"engine              {describe_engine(engine)}, {world.size} rank(s), {world.device.type}",
         f"model               {type(backbone.model).__name__}, {backbone.dtype}, "

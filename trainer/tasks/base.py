@@ -153,6 +153,13 @@ class Task(ABC):
         of each."""
         return {}
 
+    def answers(
+        self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """What was answered to each record, given what `metrics` is given: its `id` (number in the
+        set, from 0), `answer`, the right `label`, and `score`, as plain data."""
+        return []
+
 
 def pad(values: Sequence[int], width: int, filler: int) -> list[int]:
     """`values` padded on the right to `width`."""

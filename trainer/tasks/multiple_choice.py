@@ -8,7 +8,7 @@ short choices: `acc` and `acc_norm` of EleutherAI's harness.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
@@ -82,11 +82,7 @@ class MultipleChoice(CausalLM):
     ) -> dict[str, float]:
         """`accuracy`, `accuracy_norm`, and half the width of their 95 % intervals (normal
         approximation)."""
-        rows = zip(records, predictions, labels, strict=True)
-        questions = [
-            [(score, score / length, is_right) for _, (score, is_right), length in choices]
-            for _, choices in groupby(rows, key=lambda row: row[0])
-        ]
+        questions = [choices for _, choices in _questions(predictions, labels, records)]
         number = len(questions)
         found = {
             name: sum(max(q, key=itemgetter(column))[2] for q in questions) / number
@@ -97,3 +93,28 @@ class MultipleChoice(CausalLM):
             for name, share in found.items()
         }
         return found | intervals
+
+    def answers(
+        self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """Numbers of choices, 1 or 0 as the score (as `accuracy` counts), and the log-likelihood of
+        every choice."""
+        found = []
+        for record, choices in _questions(predictions, labels, records):
+            likelihoods = [likelihood for likelihood, _, _ in choices]
+            answer = likelihoods.index(max(likelihoods))
+            label = [is_right for _, _, is_right in choices].index(1.0)
+            found.append({
+                "id": record, "answer": answer, "label": label, "score": float(answer == label),
+                "log_likelihoods": likelihoods,
+            })  # fmt: skip
+        return found
+
+
+def _questions(
+    predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
+) -> Iterator[tuple[int, list[tuple[float, float, float]]]]:
+    """(record, (log-likelihood, the same per byte, whether it is right) of each of its choices)"""
+    rows = zip(records, predictions, labels, strict=True)
+    for record, choices in groupby(rows, key=itemgetter(0)):
+        yield record, [(score, score / length, right) for _, (score, right), length in choices]

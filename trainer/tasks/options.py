@@ -1,8 +1,12 @@
 """The keys under `task:`, and what a task declares to the configuration; imports no torch."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from adapters.options import Section
+
+Direction = Literal["min", "max"]
+"""Whether the least or the largest value of a metric is the best."""
 
 
 class TaskOptions(Section):
@@ -23,6 +27,10 @@ class TaskOptions(Section):
     kind: str
     """Name of the task."""
 
+    def metrics(self) -> Mapping[str, Direction]:
+        """The scores by which an evaluation may be judged (`run.keep_best`), without `eval_`."""
+        return {"loss": "min"}
+
 
 class CausalLMOptions(TaskOptions):
     """Options of `task.kind: causal_lm`."""
@@ -35,6 +43,9 @@ class CausalLMOptions(TaskOptions):
     loss_on: Literal["completion", "all"] = "completion"
     """Learn the completion (assistant turns) only, or the prompt too."""
 
+    def metrics(self) -> Mapping[str, Direction]:
+        return {"loss": "min", "perplexity": "min"}
+
 
 class MultipleChoiceOptions(TaskOptions):
     """Options of `task.kind: multiple_choice`."""
@@ -44,6 +55,9 @@ class MultipleChoiceOptions(TaskOptions):
 
     kind: Literal["multiple_choice"] = "multiple_choice"
     """Name of the task."""
+
+    def metrics(self) -> Mapping[str, Direction]:
+        return {"loss": "min", "perplexity": "min", "accuracy": "max", "accuracy_norm": "max"}
 
 
 class SequenceClassificationOptions(TaskOptions):
@@ -57,3 +71,8 @@ class SequenceClassificationOptions(TaskOptions):
     """Name of the task."""
     problem: Literal["classification", "regression"] = "classification"
     """Labels are names, or numbers to be predicted."""
+
+    def metrics(self) -> Mapping[str, Direction]:
+        if self.problem == "regression":
+            return {"loss": "min", "pearson": "max", "spearman": "max"}
+        return {"loss": "min", "accuracy": "max", "f1": "max", "matthews": "max"}

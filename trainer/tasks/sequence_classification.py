@@ -165,6 +165,24 @@ class SequenceClassification(Task):
             "matthews": float(scores.matthews_corrcoef(truth, guess)),
         }
 
+    def answers(
+        self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """Names of labels and 1 or 0 as the score; or numbers, and the squared error."""
+        rows = zip(records, predictions, labels, strict=True)
+        if self.is_regression:
+            return [
+                {"id": record, "answer": guess, "label": label, "score": (guess - label) ** 2}
+                for record, guess, label in rows
+            ]
+        return [
+            {
+                "id": record, "answer": self.labels[int(guess)],
+                "label": self.labels[int(label)], "score": float(guess == label),
+            }
+            for record, guess, label in rows
+        ]  # fmt: skip
+
 
 def _sort_key(name: str) -> tuple[bool, int, str]:
     """Integers by value, then all other names; a total order."""

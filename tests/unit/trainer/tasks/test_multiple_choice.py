@@ -82,7 +82,8 @@ def test_llm_adapters_json_gives_the_answers_texts_or_names():
     for name, count in (("ARC-Easy", 2376), ("boolq", 3270), ("openbookqa", 500)):
         rows = json.loads(shared(f"data/commonsense/{name}/test.json").read_text())
         right = [
-            next(r.segments[1][0] for r in commonsense(row, options, "") if r.label) for row in rows
+            next(r.segments[1][0] for r in commonsense(row, options, _part, "") if r.label)
+            for row in rows
         ]
         assert len(right) == count
         for row, text in zip(rows, right, strict=True):
@@ -92,13 +93,13 @@ def test_llm_adapters_json_gives_the_answers_texts_or_names():
                 mark = f"{row['answer'].capitalize()}:{text}"
                 assert mark in row["instruction"]
     row = json.loads(shared("data/commonsense/boolq/test.json").read_text())[0]
-    named = commonsense(row, options.model_copy(update={"answers": "names"}), "asked")
+    named = commonsense(row, options.model_copy(update={"answers": "names"}), _part, "asked")
     assert [(r.segments[0][0], r.segments[1][0], r.label) for r in named] == [
         ("asked", "the correct answer is true", 0.0),
         ("asked", "the correct answer is false", 1.0),
     ]
     with pytest.raises(BadRecord, match="instruction has no 'Answer format"):
-        commonsense({**row, "instruction": "Is it so?"}, options, "")
+        commonsense({**row, "instruction": "Is it so?"}, options, _part, "")
 
 
 def arc(tmp_path, *changes):
@@ -116,13 +117,13 @@ def test_scores_are_those_of_the_plain_model(tmp_path):
     config = arc(tmp_path, "data.max_length=96")
     session = open_session(config, World())
     model = AutoModelForCausalLM.from_pretrained(config.model.id, dtype=torch.float32).eval()
-    tokenizer, data = session.tokenizer, session.eval_data
+    tokenizer, data = session.tokenizer, session.eval_data[""]
     rows = json.loads(shared("data/commonsense/ARC-Easy/test.json").read_text())[:12]
     hits, normalised, total, tokens, example = 0, 0, 0.0, 0, 0
     options = config.data
     for row in rows:
         scores = []
-        for record in commonsense(row, options, ""):
+        for record in commonsense(row, options, _part, ""):
             question, choice = (text for text, _ in record.segments)
             asked = tokenizer(question)["input_ids"]
             ids = tokenizer(question + choice)["input_ids"]
