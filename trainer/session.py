@@ -1,6 +1,7 @@
 """`Session`: data, engine, backbone, method and optimizer of a run, built in dependency order."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.registry import METHODS
 from adapters.methods.spectral import SpectralMethod
 from adapters.optimizer import MaskedAdamW, Share, Trainable
+from adapters.units import transformer_blocks
 from trainer.config.config import Config
 from trainer.config.data_options import DataOptions
 from trainer.data.cache import cache_root
@@ -22,7 +24,7 @@ from trainer.data.templates import read_anew
 from trainer.data.tokenise import prepare, read_labels
 from trainer.distributed.watchdog import Watchdog
 from trainer.distributed.world import World
-from trainer.engine.base import Engine
+from trainer.engine.base import Engine, Optimizer
 from trainer.engine.select import make_engine
 from trainer.errors import UserError
 from trainer.loading.load import check_backbone, load_backbone
@@ -55,7 +57,7 @@ class Session:
     engine: Engine
     backbone: LoadedBackbone
     method: Method
-    optimizer: MaskedAdamW
+    optimizer: Optimizer
     watchdog: Watchdog
     initial_adapters: Mapping[str, InitialAdapter] | None
     """Rank 0: what spectral initialisation, of this method or an earlier stage's, took out of W;
@@ -64,6 +66,12 @@ class Session:
     @property
     def model(self) -> nn.Module:
         return self.backbone.model
+
+    @property
+    def masked_optimizer(self) -> MaskedAdamW:
+        """The optimizer of what every rank holds whole: adapters."""
+        assert isinstance(self.optimizer, MaskedAdamW), "the backbone trains, sharded"
+        return self.optimizer
 
     @property
     def frozen(self) -> dict[str, GatedAdapter]:
@@ -92,7 +100,8 @@ def _trainables(method: Method, backbone: LoadedBackbone) -> list[Trainable]:
         Trainable(f"{path}.token_rows", rows.values, decay_ratio=0.0)
         for path, rows in backbone.token_rows.items()
     ]
-    return method.adapters.trainables() + heads + rows
+    own = [Trainable(name, parameter) for name, parameter in method.trained_parameters.items()]
+    return method.adapters.trainables() + own + heads + rows
 
 
 def open_data(
@@ -182,8 +191,12 @@ def open_session(
         left_out, evaluated = hold_out(config, train_data, task)
         refuse_longer(built.model, config.data, train_data, eval_data)
         beside = frozen(built)
+        method = METHODS[config.method.kind](config.method, config.run.seed)
+        try:
+            method.check(built.units)
+        except ValueError as error:
+            raise UserError(str(error)) from error
     engine = make_engine(config, world, task)
-    method = METHODS[config.method.kind](config.method, config.run.seed)
     spectral_init = None
     if isinstance(method, SpectralMethod) or initial_adapters is not None:
         spectra = cache_root(config.data) / "spectra"
@@ -192,6 +205,9 @@ def open_session(
     if spectral_init is not None:
         initial_adapters = spectral_init.initial_adapters
     method.attach(backbone.units, backbone.adapted_layers, world.device, initial_adapters)
+    optimizer = engine.sharded_optimizer(backbone.model)
+    if config.method.trains != "adapters" and optimizer is None:
+        _attach_modules(method, backbone, engine, world)
     for name, adapter in beside.items():
         backbone.adapted_layers[name].frozen = adapter.requires_grad_(False).to(world.device)
     return Session(
@@ -206,10 +222,24 @@ def open_session(
         engine=engine,
         backbone=backbone,
         method=method,
-        optimizer=_make_optimizer(config, world, method, backbone),
+        optimizer=optimizer or _make_optimizer(config, world, method, backbone),
         watchdog=Watchdog(world, config.engine.timeout),
         initial_adapters=initial_adapters if world.is_main else None,
     )
+
+
+def _attach_modules(method: Method, backbone: LoadedBackbone, engine: Engine, world: World) -> None:
+    """Let the method put its own modules into the model. Collective."""
+    with ExitStack() as stack:
+        if method.reads_weights:
+            for _, block in transformer_blocks(backbone.model):
+                stack.enter_context(engine.unsharded(block))
+            stack.enter_context(engine.unsharded(backbone.model))
+        with world.all_or_none():
+            try:
+                method.attach_modules(backbone.model)
+            except ValueError as error:
+                raise UserError(str(error)) from error
 
 
 def _make_optimizer(

@@ -2,33 +2,49 @@
 
 from pathlib import Path
 
+import torch
+
 from adapters.layers.expert_modules import swapped_stacks
+from adapters.methods.peft import Peft
 from adapters.peft_export import NothingToExport, export_adapter
 from adapters.units import expert_counts, fan_in_fan_out
+from trainer.checkpoint.saved import read_saved
 from trainer.config.config import Config
 from trainer.data.templates import set_template
 from trainer.device_memory import peak_gib
 from trainer.errors import RunFailed
 from trainer.export.added_tokens import trained_tokens
+from trainer.export.baselines import write_peft
 from trainer.export.expert_layouts import chosen_layouts
-from trainer.export.export import written_folder
+from trainer.export.export import write_model, written_folder
 from trainer.export.tokenizer import save_tokenizer
-from trainer.files import ADAPTER, FIGURES, METRICS
+from trainer.files import ADAPTER, FIGURES, METRICS, MODEL
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.records.jsonl import read_metrics
 from trainer.report.loss_curve import draw_loss
 from trainer.session import Session
 
+_CPU = torch.device("cpu")
+_RESULT = {
+    "adapters": "| `adapter/` | a LoRA that `peft.PeftModel.from_pretrained` loads |",
+    "modules": "| `adapter/` | PEFT's adapter, which `peft.PeftModel.from_pretrained` loads |",
+    "backbone": "| `model/` | the trained model, for `from_pretrained` |",
+}
+
 
 def finish(session: Session, folder: Path, steps: int, fault: str | None = None) -> None:
     """Export the adapter, draw the loss, write README.md, also where the run ends with a `fault`.
     Rank 0 only: adapters are replicated."""
-    adapter = folder / ADAPTER
+    full = session.config.method.trains == "backbone"
+    adapter = folder / (MODEL if full else ADAPTER)
     try:
         with written_folder(adapter, RunFailed) as unfinished:
-            note, where = _export(session, unfinished), str(adapter)
+            if full:
+                note, where = _export_model(session, folder, unfinished), str(adapter)
+            else:
+                note, where = _export(session, unfinished), str(adapter)
             template = set_template(session.tokenizer, session.config.data)
-            if template is not None or session.backbone.added is not None:
+            if full or template is not None or session.backbone.added is not None:
                 save_tokenizer(session.tokenizer, template, unfinished)
     except NothingToExport as error:
         note, where = "", f"none: {error}"
@@ -48,7 +64,15 @@ def finish(session: Session, folder: Path, steps: int, fault: str | None = None)
         _readme(session.config, summary.removeprefix("done").strip(), note), encoding="utf-8"
     )
     if session.config.log.progress != "none":
-        print(f"{summary}\nadapter   {where}\nfigure    {figure}", flush=True)
+        print(f"{summary}\n{adapter.name:<10}{where}\nfigure    {figure}", flush=True)
+
+
+def _export_model(session: Session, run: Path, folder: Path) -> str:
+    """The whole model, from the last checkpoint: no rank holds it."""
+    if session.config.model.weights == "random":
+        raise NothingToExport("model.weights=random has no files to take the rest from")
+    write_model(read_saved(run), folder, with_adapter=True, dequantised=False, device=_CPU)
+    return ""
 
 
 def _export(session: Session, folder: Path) -> str:
@@ -68,6 +92,10 @@ def _export(session: Session, folder: Path) -> str:
             f"unquantised ones by {session.backbone.quantization_error:.2%} (Frobenius). `python "
             "launch/export.py RUN OUT` measures the effect on held-out data."
         )
+    if isinstance(session.method, Peft):
+        labels = session.task.labels_state()
+        write_peft(folder, *session.method.exported(), config, heads, labels)
+        return note
     with session.method.inference():
         export_adapter(
             folder,
@@ -114,7 +142,7 @@ def _readme(config: Config, summary: str, note: str) -> str:
 | `heartbeat.json` | state of the run, for `rankcast watch` and monitoring |
 | `tensorboard/` | the metrics, for `tensorboard --logdir` |
 | `checkpoints/` | resumable on any engine and number of ranks |
-| `adapter/` | a LoRA that `peft.PeftModel.from_pretrained` loads |
+{_RESULT[config.method.trains]}
 | `figures/` | the loss curve |
 
 ![loss](figures/loss.png)
