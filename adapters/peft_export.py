@@ -219,8 +219,8 @@ def export_adapter(
         )
     if rank is not None:
         notes.append(f"Compressed to rank {rank}: relative error {error:.2%} (Frobenius).")
-    readme = _readme(base_model, model_class, labels, tokens, "\n\n".join(filter(None, notes)))
-    (folder / "README.md").write_text(readme, encoding="utf-8")
+    page = readme(base_model, model_class, labels, tokens, "\n\n".join(filter(None, notes)))
+    (folder / "README.md").write_text(page, encoding="utf-8")
     return error
 
 
@@ -342,9 +342,16 @@ def _peft_config(
     }
 
 
-def _readme(
-    base_model: str, model_class: str, labels: int | None, tokens: TrainedTokens | None, note: str
+def readme(
+    base_model: str,
+    model_class: str,
+    labels: int | None,
+    tokens: TrainedTokens | None,
+    note: str,
+    kind: str = "LoRA",
 ) -> str:
+    """The README.md of an adapter's folder, which says how to load it; arguments as for
+    `export_adapter`, `kind`: PEFT's name."""
     arguments = f'"{base_model}"' + (f", num_labels={labels}" if labels is not None else "")
     names, first, resized = model_class, "", ""
     if tokens is not None:
@@ -358,7 +365,7 @@ base_model: {base_model}
 library_name: peft
 ---
 
-# LoRA adapter
+# {kind} adapter
 
 ```python
 from peft import PeftModel

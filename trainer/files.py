@@ -27,6 +27,7 @@ INITIAL = "initial.safetensors"
 """The initial adapters of a run with spectral initialisation."""
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
+MODEL = "model"
 FIGURES = "figures"
 BOARD = "tensorboard"
 

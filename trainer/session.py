@@ -3,6 +3,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.registry import METHODS
 from adapters.methods.spectral import SpectralMethod
 from adapters.optimizer import MaskedAdamW, Share, Trainable
+from adapters.units import transformer_blocks
 from trainer.config.config import Config
 from trainer.config.data_options import DataOptions
 from trainer.data.cache import cache_root
@@ -25,7 +27,7 @@ from trainer.data.templates import read_anew
 from trainer.data.tokenise import prepare, read_labels
 from trainer.distributed.watchdog import Watchdog
 from trainer.distributed.world import World
-from trainer.engine.base import Engine
+from trainer.engine.base import Engine, Optimizer
 from trainer.engine.select import make_engine
 from trainer.errors import UserError
 from trainer.loading.load import check_backbone, load_backbone
@@ -52,7 +54,7 @@ class LoadedModel:
     engine: Engine
     backbone: LoadedBackbone
     method: Method
-    optimizer: MaskedAdamW
+    optimizer: Optimizer
     watchdog: Watchdog
     initial_adapters: Mapping[str, InitialAdapter] | None
     """Rank 0: what spectral initialisation, of this method or an earlier stage's, took out of W;
@@ -61,6 +63,12 @@ class LoadedModel:
     @property
     def model(self) -> nn.Module:
         return self.backbone.model
+
+    @property
+    def masked_optimizer(self) -> MaskedAdamW:
+        """The optimizer of what every rank holds whole: adapters."""
+        assert isinstance(self.optimizer, MaskedAdamW), "the backbone trains, sharded"
+        return self.optimizer
 
     @property
     def frozen(self) -> dict[str, GatedAdapter]:
@@ -111,7 +119,8 @@ def _trainables(method: Method, backbone: LoadedBackbone) -> list[Trainable]:
         Trainable(f"{path}.token_rows", rows.values, decay_ratio=0.0)
         for path, rows in backbone.token_rows.items()
     ]
-    return method.adapters.trainables() + heads + rows
+    own = [Trainable(name, parameter) for name, parameter in method.trained_parameters.items()]
+    return method.adapters.trainables() + own + heads + rows
 
 
 def open_data(
@@ -201,7 +210,8 @@ def open_session(
         left_out, evaluated = hold_out(config, train_data, task)
         refuse_longer(built.model, config.data, train_data, eval_data)
         beside = frozen(built)
-    model = _load(config, world, tokenizer, task, built.unreached, initial_adapters, beside)
+        method = _make_method(config, built)
+    model = _load(config, world, tokenizer, task, method, built, initial_adapters, beside)
     return Session(
         **vars(model),
         train_data=train_data,
@@ -225,7 +235,17 @@ def open_model(
         task = TASKS[config.task.kind](config.task, tokenizer)
         built = check_backbone(config, task, world.device, unreached)
         beside = frozen(built)
-    return _load(config, world, tokenizer, task, built.unreached, initial_adapters, beside)
+        method = _make_method(config, built)
+    return _load(config, world, tokenizer, task, method, built, initial_adapters, beside)
+
+
+def _make_method(config: Config, built: BuiltModel) -> Method:
+    method = METHODS[config.method.kind](config.method, config.run.seed)
+    try:
+        method.check(built.units)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return method
 
 
 def _load(
@@ -233,21 +253,24 @@ def _load(
     world: World,
     tokenizer: "PreTrainedTokenizerBase",
     task: Task,
-    unreached: Sequence[str],
+    method: Method,
+    built: BuiltModel,
     initial_adapters: Mapping[str, InitialAdapter] | None,
     beside: Mapping[str, GatedAdapter],
 ) -> LoadedModel:
     """Load the backbone, shard it, attach the method's adapters. Collective."""
     engine = make_engine(config, world, task)
-    method = METHODS[config.method.kind](config.method, config.run.seed)
     spectral_init = None
     if isinstance(method, SpectralMethod) or initial_adapters is not None:
         spectra = cache_root(config.data) / "spectra"
         spectral_init = SpectralInit(method, world, spectra, initial_adapters)
-    backbone = load_backbone(config, task, engine, world, spectral_init, unreached)
+    backbone = load_backbone(config, task, engine, world, spectral_init, built.unreached)
     if spectral_init is not None:
         initial_adapters = spectral_init.initial_adapters
     method.attach(backbone.units, backbone.adapted_layers, world.device, initial_adapters)
+    optimizer = engine.sharded_optimizer(backbone.model)
+    if config.method.trains != "adapters" and optimizer is None:
+        _attach_modules(method, backbone, engine, world)
     for name, adapter in beside.items():
         backbone.adapted_layers[name].frozen = adapter.requires_grad_(False).to(world.device)
     return LoadedModel(
@@ -258,10 +281,24 @@ def _load(
         engine=engine,
         backbone=backbone,
         method=method,
-        optimizer=_make_optimizer(config, world, method, backbone),
+        optimizer=optimizer or _make_optimizer(config, world, method, backbone),
         watchdog=Watchdog(world, config.engine.timeout),
         initial_adapters=initial_adapters if world.is_main else None,
     )
+
+
+def _attach_modules(method: Method, backbone: LoadedBackbone, engine: Engine, world: World) -> None:
+    """Let the method put its own modules into the model. Collective."""
+    with ExitStack() as stack:
+        if method.reads_weights:
+            for _, block in transformer_blocks(backbone.model):
+                stack.enter_context(engine.unsharded(block))
+            stack.enter_context(engine.unsharded(backbone.model))
+        with world.all_or_none():
+            try:
+                method.attach_modules(backbone.model)
+            except ValueError as error:
+                raise UserError(str(error)) from error
 
 
 def _make_optimizer(

@@ -4,16 +4,22 @@ Does not import torch, so that mistakes in a configuration are reported at once.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from adapters.options import Section
 from adapters.unit import Unit
 
+Trains = Literal["adapters", "modules", "backbone"]
+"""What a method trains: `adapters` of the project's own; `modules` that another library puts among
+the frozen backbone's own layers, whole on every rank; the `backbone`, sharded by the engine."""
+
 
 class MethodOptions(Section):
     """Keys of all methods."""
+
+    trains: ClassVar[Trains] = "adapters"
 
     kind: str
     """Name of the method."""

@@ -26,6 +26,8 @@ METHODS: "Registry[Method, MethodOptions]" = Registry(
         "weightlora_plus": (".weightlora:WeightLoRAPlus", ".options:WeightLoRAPlusOptions"),
         "lalora": (".lalora:LaLoRA", ".options:LaLoRAOptions"),
         "lelora": (".lelora.method:LeLoRA", ".lelora.options:LeLoRAOptions"),
+        "peft": (".peft:Peft", ".baseline_options:PeftOptions"),
+        "full": (".full:Full", ".baseline_options:FullOptions"),
     },
 )
 

@@ -19,7 +19,7 @@ from adapters.methods.registry import OPTIONS as METHOD_OPTIONS
 from adapters.options import Section
 from trainer.config.aliases import note_renamed, rename_keys, rename_overrides
 from trainer.config.data_options import DataOptions
-from trainer.config.engines import ENGINES
+from trainer.config.engines import ENGINES, engines_that_train
 from trainer.config.generation_options import GenerationOptions
 from trainer.config.sections import (
     CheckpointOptions,
@@ -67,6 +67,8 @@ class Config(Section):
                 f"method.replay: {self.method.replay} given, but {self.method.kind} decides "
                 "nothing; accepted: null"
             )
+        if self.method.trains != "adapters":
+            self._check_without_adapters()
         if self.model.added_tokens and self.method.include_head:
             raise ValueError(
                 "method.include_head: true given with model.added_tokens, whose rows of the head "
@@ -154,6 +156,30 @@ class Config(Section):
             for prefix in ("", *(f"{name}_" for name in sets))
             for name, direction in directions.items()
         }
+
+    def _check_without_adapters(self) -> None:
+        """Raises ValueError for what only the adapters here can do."""
+        method, kind = self.method, self.engine.kind
+        for key, given, accepted in (
+            ("model.quantization", self.model.quantization, "none"),
+            ("model.added_tokens", self.model.added_tokens, None),
+            ("model.adapter", self.model.adapter, None),
+        ):
+            if given != accepted:
+                raise ValueError(
+                    f"{key}: {given} given with method.kind={method.kind}; accepted: "
+                    f"{accepted or 'null'}"
+                )
+        if method.trains == "backbone" and self.engine.unsharded_blocks not in ("auto", 0):
+            raise ValueError(
+                f"engine.unsharded_blocks: {self.engine.unsharded_blocks} given with "
+                f"method.kind={method.kind}; accepted: auto or 0"
+            )
+        if kind != "auto" and method.trains not in ENGINES[kind].trains:
+            raise ValueError(
+                f"engine.kind: {kind} given with method.kind={method.kind}; accepted: auto, "
+                f"{engines_that_train(method.trains)}"
+            )
 
     @property
     def run_folder(self) -> Path:

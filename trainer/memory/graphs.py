@@ -68,6 +68,8 @@ def _refuse(session: Session, batches: Sequence[Batch]) -> None:
         raise NoGraph(f"on {'ROCm' if device.type == 'cuda' else device.type} there are none")
     if session.engine.kind not in ENGINES:
         raise NoGraph(f"engine.kind={session.engine.kind} moves the weights of blocks")
+    if config.method.trains != "adapters":
+        raise NoGraph(f"method.kind={config.method.kind} trains more than adapters")
     if blocks.saved < len(blocks):
         raise NoGraph("not all blocks keep their activations")
     if config.method.dropout > 0:

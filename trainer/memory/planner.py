@@ -31,6 +31,7 @@ import torch
 from trainer.config.data_options import DataOptions
 from trainer.data.rows import Rows
 from trainer.device_memory import GIB, allowance, held_bytes, peak_bytes, readable, release
+from trainer.engine.sharded_optimizer import ShardedOptimizer
 from trainer.errors import RunFailed
 from trainer.model.footprint import blocks_that_fit, update_bytes
 from trainer.session import Session
@@ -120,7 +121,8 @@ def make_plan(session: Session, size: int | None = None, batch: Batch | None = N
         blocks.keep(saved, offloaded, buffer_bytes)
     peak = needs.peak(saved, offloaded)
     if plans_unsharded:
-        share = world.size if session.config.optim.shard_state else 1
+        sharded = isinstance(session.optimizer, ShardedOptimizer)
+        share = world.size if sharded or session.config.optim.shard_state else 1
         updating = held_bytes(device) + update_bytes(session.optimizer.numel, share)
         left = min(world.gather(budget - max(peak, updating)))
         engine.keep_unsharded(blocks_that_fit(len(blocks), engine.largest_block, left))

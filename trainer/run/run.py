@@ -95,10 +95,10 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
+    proof, verified = _prove(session, start)  # of what was loaded, before a backbone trains
     if start.checkpoint is not None:
         with world.all_or_none():
             progress = restore(session, loader, start.checkpoint, start.state)
-    proof, verified = _prove(session, start)
     plan = make_plan(session)
     steps = total_steps(session, loader)
     replay, digest = None, start.state.get("initial")

@@ -88,7 +88,7 @@ class SequenceClassification(Task):
         ids, types = encoded["input_ids"], encoded.get("token_type_ids", ())
         truncated = len(ids) > max_length
         if truncated and len(texts) == 2 and all(texts) and self.tokenizer.is_fast:
-            found = truncated_pair(self.tokenizer, *texts, max_length)
+            found = truncated_pair(self.tokenizer, texts[0], texts[1], max_length)
             ids, types = found.ids, found.type_ids if types else ()
         elif truncated:
             encoded = self.tokenizer(*texts, truncation="longest_first", max_length=max_length)

@@ -117,7 +117,7 @@ def mean_loss(
     weight = int(data.weights[records].sum())
     parts = _forward(session, data, records, weight if gradients else None)
     if gradients:
-        session.world.sum_(session.optimizer.gradients)
+        session.world.sum_(session.masked_optimizer.gradients)
     return _mean(parts)
 
 

@@ -12,7 +12,6 @@ import torch
 
 from adapters import seeds
 from adapters.methods.base import Method, Validate
-from adapters.optimizer import MaskedAdamW
 from trainer.data.loader import Step
 from trainer.decisions import consensus
 from trainer.decisions.replay import Replay
@@ -112,7 +111,7 @@ def gradients_and_decision(
 def observed_update(
     method: Method,
     step: int,
-    optimizer: MaskedAdamW,
+    optimizer: Any,
     update: Callable[[], Update],
     validate: Validate,
 ) -> Update:
@@ -139,7 +138,7 @@ def _rebind(training: Training, step: int) -> None:
     session = training.session
     device, before = session.world.device, held_bytes(session.world.device)
     session.backbone.blocks.graphs.forget()  # they hold memory, and tensors that are replaced
-    session.optimizer.rebind_parameters(session.trainables())
+    session.masked_optimizer.rebind_parameters(session.trainables())
     release(device)
     adapters = session.method.adapters.values()
     training.recorder.log_line(

@@ -135,6 +135,7 @@ def as_verified(session: Session) -> Iterator[None]:
     was_training = session.model.training
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(session.method.without())
         stack.enter_context(session.backbone.blocks.uncompiled())
         stack.enter_context(frozen_tables(session.backbone.token_rows))
         try:
