@@ -2,6 +2,8 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from adapters.options import Section
 
 
@@ -41,6 +43,26 @@ class MultipleChoiceOptions(TaskOptions):
 
     kind: Literal["multiple_choice"] = "multiple_choice"
     """Name of the task."""
+
+
+class QuestionAnsweringOptions(TaskOptions):
+    """Options of `task.kind: question_answering`."""
+
+    supports_packing = False
+    data_formats = ("question_answering",)
+
+    kind: Literal["question_answering"] = "question_answering"
+    """Name of the task."""
+    stride: int = Field(128, ge=0)
+    """Tokens of a long context that a window shares with the one before."""
+    max_answer_length: int = Field(30, gt=0)
+    """Tokens of a predicted answer, at most."""
+    no_answer: bool = False
+    """Questions may have no answer, as in SQuAD 2.0, whose script's scores are logged; without it
+    such questions are bad records."""
+    null_threshold: float = 0.0
+    """With `no_answer`: none is predicted where its score is larger than the best answer's by more
+    than this."""
 
 
 class SequenceClassificationOptions(TaskOptions):

@@ -35,7 +35,7 @@ def evaluate(session: Session) -> dict[str, float]:
         examples = sorted(guesses)
         metrics |= session.task.metrics(
             [guesses[example] for example in examples],
-            data.labels[examples].tolist(),
+            data.labels_of(examples),
             data.records[examples].tolist(),
         )
     return scores | {f"eval_{name}": score for name, score in metrics.items()}
