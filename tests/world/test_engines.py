@@ -1,9 +1,11 @@
 """The same run under every engine: the same losses, and a backbone that is really sharded."""
 
+import json
+
 import numpy as np
 import pytest
 
-from tests.helpers import ALL, losses, quick_config, save_mixture
+from tests.helpers import ALL, losses, quick_config, save_mixture, save_random_model
 from tests.world.cases import ok, run_cases
 from trainer.config.config import Config
 from trainer.distributed.world import World
@@ -39,6 +41,11 @@ VARIANTS = {
         "task.kind=sequence_classification", "data.train=TRAIN", "data.eval=TRAIN",
         "model.quantization=nf4",
     ],
+    "questions": [
+        "model.id=ENCODER", "task.kind=question_answering", "data.train=QUESTIONS",
+        "data.eval=QUESTIONS", "data.max_length=48", "task.stride=8", "model.quantization=int8",
+        "method.targets=all-linear",
+    ],
     # Every rank routes its own tokens in its own way.
     "experts": [
         "model.id=MIXTURE", "method.targets=all-linear", "method.alpha=2",
@@ -61,7 +68,10 @@ PAIRS = [
 
 
 def configuration(tmp, variant: str, engine: str) -> Config:
-    places = {"TRAIN": "labels.csv", "MIXTURE": "mixture"}
+    places = {
+        "TRAIN": "labels.csv", "QUESTIONS": "questions.jsonl", "MIXTURE": "mixture",
+        "ENCODER": "encoder",
+    }  # fmt: skip
     changes = VARIANTS[variant]
     for name, place in places.items():
         changes = [change.replace(name, str(tmp / place)) for change in changes]
@@ -71,6 +81,16 @@ def configuration(tmp, variant: str, engine: str) -> Config:
         tmp, f"run.steps={STEPS[variant]}", f"engine.kind={engine}", f"run.name={variant}-{engine}",
         "method.alpha=8", "data.batch_size=4", "data.eval_records=4", *changes,
     )  # fmt: skip
+
+
+def question(number: int) -> str:
+    """A line of SQuAD's form, whose context is longer than a window."""
+    context = (
+        f"There are {number} red apples, {number + 5} green ones and {2 * number} old ones here."
+    )
+    row = {"question": "how many red?", "context": context}
+    answers = {"text": [str(number)], "answer_start": [10]}
+    return json.dumps(row | {"answers": answers}) + "\n"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +104,9 @@ def runs(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("engines")
     rows = [f"the {'good' if i % 3 else 'bad'} apple number {i},{i % 3 > 0}" for i in range(60)]
     (tmp / "labels.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    (tmp / "questions.jsonl").write_text("".join(map(question, range(30))))
     save_mixture(tmp / "mixture", "mixtral")
+    save_random_model(tmp / "encoder", "bert")
     for variant in VARIANTS:
         run(configuration(tmp, variant, "single"), World())
     cases = {

@@ -39,7 +39,7 @@ class SourceOptions(Section):
     """Commit or tag of a hub data set."""
     format: Literal[
         "auto", "prompt_completion", "alpaca", "messages", "text", "classification",
-        "multiple_choice", "commonsense",
+        "multiple_choice", "commonsense", "question_answering",
     ] = "auto"  # fmt: skip
     """Format of the records; auto: inferred from the columns."""
     prompt: str = "prompt"

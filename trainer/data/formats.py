@@ -10,6 +10,7 @@ from trainer.config.data_options import SourceOptions
 from trainer.data.chats import chats
 from trainer.data.choices import commonsense, multiple_choice
 from trainer.data.messages import Conversation, conversation, from_json, no_column, tools_of
+from trainer.data.squad import question_answering
 from trainer.errors import BadRecord
 from trainer.tasks.base import Record, Task
 
@@ -82,6 +83,9 @@ def to_records(row: dict, kind: str, options: SourceOptions, tokenizer: Any) -> 
         _refuse_chat_options(kind, options)
         *_, (asked, _), _ = _alpaca(row, options, tokenizer)
         found = commonsense(row, options, _part, asked)
+    elif kind == "question_answering":
+        _refuse_chat_options(kind, options)
+        found = [question_answering(row)]
     else:
         found = [_record(row, kind, options, tokenizer)]
     try:  # JSON can hold lone surrogates, which no tokenizer accepts

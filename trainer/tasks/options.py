@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from adapters.options import Section
 
 Direction = Literal["min", "max"]
@@ -58,6 +60,29 @@ class MultipleChoiceOptions(TaskOptions):
 
     def metrics(self) -> Mapping[str, Direction]:
         return {"loss": "min", "perplexity": "min", "accuracy": "max", "accuracy_norm": "max"}
+
+
+class QuestionAnsweringOptions(TaskOptions):
+    """Options of `task.kind: question_answering`."""
+
+    supports_packing = False
+    data_formats = ("question_answering",)
+
+    kind: Literal["question_answering"] = "question_answering"
+    """Name of the task."""
+    stride: int = Field(128, ge=0)
+    """Tokens of a long context that a window shares with the one before."""
+    max_answer_length: int = Field(30, gt=0)
+    """Tokens of a predicted answer, at most."""
+    no_answer: bool = False
+    """Questions may have no answer, as in SQuAD 2.0, whose script's scores are logged; without it
+    such questions are bad records."""
+    null_threshold: float = 0.0
+    """With `no_answer`: none is predicted where its score is larger than the best answer's by more
+    than this."""
+
+    def metrics(self) -> Mapping[str, Direction]:
+        return {"loss": "min", "exact_match": "max", "f1": "max"}
 
 
 class SequenceClassificationOptions(TaskOptions):

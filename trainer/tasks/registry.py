@@ -17,6 +17,10 @@ TASKS: "Registry[Task, TaskOptions]" = Registry(
     {
         "causal_lm": (".causal_lm:CausalLM", ".options:CausalLMOptions"),
         "multiple_choice": (".multiple_choice:MultipleChoice", ".options:MultipleChoiceOptions"),
+        "question_answering": (
+            ".question_answering:QuestionAnswering",
+            ".options:QuestionAnsweringOptions",
+        ),
         "sequence_classification": (
             ".sequence_classification:SequenceClassification",
             ".options:SequenceClassificationOptions",

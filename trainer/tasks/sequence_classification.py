@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from typing import Any
 
 import torch
@@ -11,7 +10,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from trainer.errors import UserError
-from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
+from trainer.tasks.base import (
+    IGNORED,
+    Batch,
+    Example,
+    Record,
+    Task,
+    new_heads,
+    pad,
+    without_cache,
+)
 from trainer.tasks.long_texts import beginning, bounded, truncated_pair
 from trainer.tasks.options import SequenceClassificationOptions
 
@@ -62,12 +70,7 @@ class SequenceClassification(Task):
         self.pad_token_id = text.pad_token_id  # by which the model finds the last token
 
     def trained_modules(self, model: nn.Module) -> list[str]:
-        backbone = model.base_model_prefix
-        return [
-            name
-            for name, child in model.named_children()
-            if name != backbone and any(True for _ in child.parameters())
-        ]
+        return new_heads(model)
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
         return [self._encode(record, max_length) for record in records]
@@ -130,11 +133,7 @@ class SequenceClassification(Task):
         return Batch(inputs, targets, 0 if empty else len(examples), tokens)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        # A decoder would fill a KV cache, to which a recomputed block would append again.
-        decoder = (
-            {"use_cache": False} if "use_cache" in signature(type(model).forward).parameters else {}
-        )
-        logits = model(**batch.inputs, **decoder).logits.float()
+        logits = model(**batch.inputs, **without_cache(model)).logits.float()
         if self.is_regression:
             predicted = logits.squeeze(-1)
             error = torch.where(batch.targets.isnan(), 0.0, predicted - batch.targets)

@@ -85,7 +85,7 @@ def _evaluate_set(session: Session, name: str) -> tuple[dict[str, float], list[d
     examples = sorted(guesses)
     given = (
         [guesses[example] for example in examples],
-        data.labels[examples].tolist(),
+        data.labels_of(examples),
         data.records[examples].tolist(),
     )
     return scores | session.task.metrics(*given), session.task.answers(*given)

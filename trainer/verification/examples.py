@@ -43,6 +43,7 @@ def cut(example: Example, length: int) -> Example:
         loss_mask=learned,
         token_type_ids=[example.token_type_ids[i] for i in kept] if example.token_type_ids else (),
         weight=max(1, sum(learned)),
+        reference="",
     )
 
 

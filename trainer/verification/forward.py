@@ -167,7 +167,7 @@ def _ours(session: Session, sequences: Sequences) -> Result:
     batch = session.task.collate(sequences).to(session.world.device)
     outputs: list[Tensor] = []
     handle = session.model.register_forward_hook(
-        lambda model, inputs, output: outputs.append(output.logits.detach())
+        lambda model, inputs, output: outputs.append(session.task.logits(output).detach())
     )
     try:
         with recorded(_blocks(session)) as calls, computing(session):
@@ -181,7 +181,7 @@ def _ours(session: Session, sequences: Sequences) -> Result:
     ]
     hidden = _hidden(calls, batch, spans)
     learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
-    logits = [] if learned_tokens else list(outputs[0])
+    logits = [] if learned_tokens else _by_record(outputs[0], spans)
     return Result(
         [call.path for call in calls], hidden, float(loss) if learned_tokens else None, logits
     )
@@ -215,7 +215,7 @@ def _alone(
         loss = _loss(done.logits[:1], batch) if learned_tokens else None
         parts.append(
             Result([c.path for c in done.calls], hidden, loss,
-                   [] if learned_tokens else list(done.logits[:1]))
+                   [] if learned_tokens else _by_record(done.logits, spans))
         )  # fmt: skip
     return _joined(parts)
 
@@ -239,8 +239,15 @@ def _padded(session: Session, reference: Reference, examples: Sequence[Example])
         [call.path for call in done.calls],
         hidden,
         _loss(done.logits, batch) if learned_tokens else None,
-        [] if learned_tokens else list(done.logits),
+        [] if learned_tokens else _by_record(done.logits, spans),
     )
+
+
+def _by_record(logits: Tensor, spans: list[tuple[int, int, int]]) -> list[Tensor]:
+    """The logits of each record: of its row, or of its tokens (rows, tokens, outputs)."""
+    if logits.dim() == 2:
+        return list(logits[: len(spans)])
+    return [logits[row, start : start + length] for row, start, length in spans]
 
 
 def _rows(values: Sequence[Sequence[int]], width: int, filler: int) -> Tensor:
