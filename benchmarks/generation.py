@@ -3,11 +3,12 @@
     python -m benchmarks.generation SOURCE [--prompts 32] [--length 256] [--peer merged,peft]
         [--out FILE.json] [generation.batch_size=32 section.key=value ...]
 
-SOURCE is a run, a checkpoint or an adapter's folder. Prompts are random tokens of `--length`,
-and half of it, in turn; every answer has exactly `generation.max_new_tokens` tokens, and is the
-likeliest. `--peer`: also transformers' `generate` on the exported model with the adapter merged
-(dequantised), and on the base model with PEFT's adapter (not quantised), on the same prompts in the
-same batches. The first batch of each is not timed. One process.
+SOURCE is a run, a checkpoint, an adapter's folder, or the configuration of a run with random
+weights (answers then differ). Prompts are random tokens of `--length`, and half of it, in turn;
+every answer has exactly `generation.max_new_tokens` tokens, and is the likeliest. `--peer`: also
+transformers' `generate` on the model with the adapter merged (dequantised), and with PEFT's adapter
+beside it (of random weights: as quantised as ours, by bitsandbytes; else not), on the same prompts
+in the same batches. The first batch of each is not timed. One process.
 """
 
 import argparse
@@ -18,19 +19,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import peft
 import torch
+from transformers import AutoModelForCausalLM
 
+from benchmarks.peer import PeftJob, _random_model
 from trainer.config.arguments import Parser, among, at_least, new_file
-from trainer.config.config import Config
-from trainer.device_memory import peak_gib
+from trainer.config.config import Config, load_config, with_overrides
+from trainer.config.dtype import compute_dtype
+from trainer.device_memory import peak_gib, release
 from trainer.distributed import process_group
 from trainer.distributed.world import World
+from trainer.errors import UserError
 from trainer.export.export import export_run
 from trainer.export.peft_folder import is_adapter
 from trainer.generation.generate import generate
+from trainer.model.build import build
+from trainer.model.hub import load_tokenizer
 from trainer.run.launch import configure_libraries
 from trainer.run.saved_model import open_saved_model, saved_model_config
+from trainer.session import open_model
+from trainer.tasks.registry import TASKS
 
 Generate = Callable[[list[list[int]]], list[list[int]]]
 """New tokens of each prompt."""
@@ -47,16 +58,18 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     configure_libraries()
-    config = saved_model_config(arguments.source, arguments.overrides)
+    config = configuration(arguments.source, arguments.overrides)
     world = process_group.start(config.engine.device)
     rows = prompts(arguments, config)
     found, answers = {}, {}
     contestants: dict[str, Any] = {"rankcast": ours, "merged": merged, "peft": with_peft}
     for who in ["rankcast", *arguments.peer]:
         if world.device.type == "cuda":
+            release(world.device)  # what the one before has left
             torch.cuda.reset_peak_memory_stats(world.device)
         with contestants[who](arguments.source, config, world) as continue_prompts:
             figures, answers[who] = timed(continue_prompts, rows, config, world)
+        del continue_prompts  # and with it the model
         same = sum(a == b for a, b in zip(answers[who], answers["rankcast"], strict=True))
         found[who] = figures | {"same_answers": f"{same} of {len(rows)}"}
         print(f"{who:<10}{json.dumps(found[who])}", flush=True)
@@ -65,10 +78,21 @@ def main() -> None:
     process_group.stop()
 
 
+def configuration(source: Path, overrides: Sequence[str]) -> Config:
+    if not is_random(source):
+        return saved_model_config(source, overrides)
+    config = load_config(source, overrides)
+    if config.model.weights != "random":
+        raise UserError(f"{source}: model.weights: pretrained given; accepted: random, or a run")
+    return config
+
+
+def is_random(source: Path) -> bool:
+    return source.suffix == ".yaml"
+
+
 def prompts(arguments: argparse.Namespace, config: Config) -> list[list[int]]:
     """Random tokens, the longest first."""
-    from trainer.model.hub import load_tokenizer
-
     size = len(load_tokenizer(config.model))
     generator = torch.Generator().manual_seed(0)
     lengths = [arguments.length // (1 + index % 2) for index in range(arguments.prompts)]
@@ -97,9 +121,10 @@ def timed(
 
 @contextmanager
 def ours(source: Path, config: Config, world: World) -> Iterator[Generate]:
-    from unittest.mock import patch
-
-    model = open_saved_model(source, config, world)
+    if is_random(source):
+        model = open_model(config, world)
+    else:
+        model = open_saved_model(source, config, world)
     # Answers of one length: no token ends them.
     model.backbone.model.generation_config.eos_token_id = None
     with patch("trainer.generation.generate.end_tokens", lambda *_: []):
@@ -109,8 +134,11 @@ def ours(source: Path, config: Config, world: World) -> Iterator[Generate]:
 @contextmanager
 def merged(source: Path, config: Config, world: World) -> Iterator[Generate]:
     """transformers on the merged model."""
-    from transformers import AutoModelForCausalLM
-
+    if is_random(source):
+        shapes = build(config, TASKS["causal_lm"](config.task, load_tokenizer(config.model)),
+                       world.device).model.config  # fmt: skip
+        yield by_transformers(_random_model(shapes, "none", world.device).eval(), config, world)
+        return
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "merged"
         if is_adapter(source):
@@ -123,9 +151,10 @@ def merged(source: Path, config: Config, world: World) -> Iterator[Generate]:
 @contextmanager
 def with_peft(source: Path, config: Config, world: World) -> Iterator[Generate]:
     """transformers on PEFT's model."""
-    import peft
-    from transformers import AutoModelForCausalLM
-
+    if is_random(source):
+        adapted = PeftJob(with_overrides(config, ["engine.activation_checkpointing=false"]), world)
+        yield by_transformers(adapted.model.eval(), config, world)
+        return
     model = AutoModelForCausalLM.from_pretrained(config.model.id, dtype=dtype_of(config, world))
     with tempfile.TemporaryDirectory() as folder:
         adapter = source
@@ -137,8 +166,6 @@ def with_peft(source: Path, config: Config, world: World) -> Iterator[Generate]:
 
 
 def dtype_of(config: Config, world: World) -> torch.dtype:
-    from trainer.config.dtype import compute_dtype
-
     return compute_dtype(config.model, world.device)
 
 

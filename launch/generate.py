@@ -5,9 +5,13 @@
     rankcast generate runs/NAME --data questions.jsonl --out answers.jsonl
     torchrun --nproc_per_node 2 launch/generate.py runs/NAME --data questions.jsonl
 
+    rankcast generate runs/NAME --data HumanEval.jsonl --run-code --samples 20 --k 1,10 \\
+        generation.temperature=0.8
+
 The source may also be a checkpoint, or an adapter's folder (model.quantization is then none unless
 given). Rows of `--data` are read as the run's own data, and need no answers. How tokens are chosen
-is the configuration's section `generation`, such as generation.temperature=0.7.
+is the configuration's section `generation`, such as generation.temperature=0.7. `--run-code` runs
+the answers with the tests of HumanEval or MBPP and prints pass@k; see docs/generation.md first.
 """
 
 import argparse
@@ -18,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.arguments import Parser, at_least, new_file
+from trainer.config.arguments import Parser, at_least, counts, new_file
 from trainer.distributed.failures import guarded
 from trainer.errors import UserError
 
@@ -38,6 +42,8 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser.add_argument("--records", type=at_least(1), help="the first rows of --data only")
     parser.add_argument("--samples", type=at_least(1), default=1, help="answers to each prompt")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of what is drawn")
+    parser.add_argument("--run-code", action="store_true", help="run answers with their tests")
+    parser.add_argument("--k", type=counts, default=[1], help="of pass@k, by comma")
     parser.add_argument("--out", type=new_file, help="JSONL file to write")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -46,6 +52,7 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse(argv, prog)
+    from trainer.generation.code import WARNING, program
     from trainer.generation.generate import generate
     from trainer.run.launch import configure_libraries, join
     from trainer.run.saved_model import open_saved_model, saved_model_config
@@ -57,10 +64,23 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             f"--samples: {arguments.samples} given with generation.temperature=0, where all would "
             "be the same; accepted: a temperature above 0"
         )
+    if arguments.run_code:
+        if arguments.data is None:
+            raise UserError("--run-code: given without --data; accepted: with problems and tests")
+        if max(arguments.k) > arguments.samples:
+            raise UserError(
+                f"--k: {max(arguments.k)} given with --samples {arguments.samples}; accepted: at "
+                "most as many"
+            )
+        print(f"warning: {WARNING}", file=sys.stderr)
+    lines: list[dict[str, Any]] = []
     with join(config) as world:
         model = open_saved_model(arguments.source, config, world)
         with world.all_or_none():
             prompts = _prompts(arguments, model)
+            if arguments.run_code:  # fails before anything is generated
+                for prompt in prompts:
+                    program(prompt.row or {}, "")
         began = time.perf_counter()
         with model.watchdog:
             answers = generate(
@@ -72,10 +92,33 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             )
         seconds = time.perf_counter() - began
         if world.is_main:
-            _write(arguments, model, prompts, answers)
+            lines = list(_lines(model, prompts, answers, arguments.samples))
+            if not arguments.run_code:
+                _write(arguments, lines)
             tokens = sum(len(answer.tokens) for answer in answers)
             print(f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f}/s", file=sys.stderr)
+    if arguments.run_code and lines:
+        _run_code(arguments, prompts, lines)
     return 0
+
+
+def _run_code(
+    arguments: argparse.Namespace, prompts: list["Prompt"], lines: list[dict[str, Any]]
+) -> None:
+    """Run the answers with their tests; no process group is joined any more."""
+    from trainer.generation.code import mean_pass_at_k, program, run_programs
+
+    rows = [prompts[line["record"]].row or {} for line in lines]
+    pairs = zip(rows, lines, strict=True)
+    results = run_programs([program(row, line["text"]) for row, line in pairs])
+    for line, result in zip(lines, results, strict=True):
+        line |= {"passed": result == "passed", "result": result}
+    if arguments.out is not None:
+        _write(arguments, lines)
+    outcomes = [line["passed"] for line in lines]
+    size = arguments.samples
+    by_problem = [outcomes[first : first + size] for first in range(0, len(outcomes), size)]
+    print(json.dumps(mean_pass_at_k(by_problem, arguments.k)))
 
 
 def _prompts(arguments: argparse.Namespace, model: "LoadedModel") -> list["Prompt"]:
@@ -99,19 +142,16 @@ def _prompts(arguments: argparse.Namespace, model: "LoadedModel") -> list["Promp
         raise UserError(f"--chat: {error}") from error
 
 
-def _write(
-    arguments: argparse.Namespace, model: "LoadedModel", prompts: list["Prompt"],
-    answers: list["Answer"],
-) -> None:  # fmt: skip
-    """JSONL, or on a terminal's output the answers to `--prompt` as they are."""
+def _write(arguments: argparse.Namespace, lines: list[dict[str, Any]]) -> None:
+    """As JSONL; to `--prompt`, without `--out`, the texts as they are."""
     if arguments.out is None and arguments.prompt is not None:
-        print("\n\n".join(answer.text for answer in answers))
+        print("\n\n".join(line["text"] for line in lines))
         return
-    lines = [json.dumps(line) for line in _lines(model, prompts, answers, arguments.samples)]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     if arguments.out is None:
-        print("\n".join(lines))
+        print(text)
     else:
-        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        arguments.out.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _lines(

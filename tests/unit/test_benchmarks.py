@@ -114,6 +114,19 @@ def test_generation_gives_what_transformers_gives_on_the_same_prompts(tmp_path):
 
 
 @thorough
+def test_generation_is_timed_on_random_weights_too(tmp_path):
+    code, _, err = python(
+        "-m", "benchmarks.generation", "configs/llama70b_random.yaml", "--prompts", "3", "--length",
+        "12", "--peer", "merged,peft", "--out", str(tmp_path / "out.json"),
+        "generation.max_new_tokens=4", "model.overrides.num_hidden_layers=1", *TINY,
+        "model.overrides.intermediate_size=128",  # bitsandbytes on a CPU takes whole blocks of 64
+    )  # fmt: skip
+    assert code == 0, err[-2000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [figures["tokens"] for figures in found.values()] == [12, 12, 12]
+
+
+@thorough
 @pytest.mark.parametrize(
     ("config", "processes", "changes"),
     [

@@ -1,7 +1,7 @@
 """Prompts: the beginning of records, texts as they are, and conversations."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.config.data_options import DataOptions, SourceOptions
@@ -23,6 +23,8 @@ class Prompt:
     ids: list[int]
     reference: str | None = None
     """What the data has in this place, if anything."""
+    row: Mapping[str, Any] | None = None
+    """The row that it was made of."""
 
 
 def of_text(text: str, options: SourceOptions, task: Task) -> Prompt:
@@ -57,11 +59,12 @@ def of_rows(rows: Iterator[tuple[str, Row]], options: DataOptions, task: Task) -
             *_, record = to_records(full, kind, last, task.tokenizer)
             is_prompt = (bool(text) and not learned for text, learned in record.segments)
             if kind == "text":  # of which all is learned
-                yield of_text("".join(text for text, _ in record.segments), options, task)
+                found = of_text("".join(text for text, _ in record.segments), options, task)
             elif any(is_prompt):
-                yield _of_record(record, lacks, options, task)
+                found = _of_record(record, lacks, options, task)
             else:
                 raise BadRecord("nothing before its answer; accepted: records with a prompt")
+            yield replace(found, row=row)
         except BadRecord as reason:
             raise UserError(f"{place}: {reason}") from reason
 
