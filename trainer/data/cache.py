@@ -18,7 +18,7 @@ from trainer.data.sources import origins
 from trainer.data.templates import templates_of
 from trainer.tasks.base import Task
 
-_VERSION = 3  # of the cached file; raise it when `Example` or an encoding changes
+_VERSION = 2  # of the cached file; raise it when `Example` or an encoding changes
 _ALWAYS = {
     "subset", "revision", "train_split", "eval_split", "format", "prompt", "completion", "text",
     "messages", "tools", "turns", "add_bos", "add_eos", "label", "columns", "quoting",

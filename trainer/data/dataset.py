@@ -97,7 +97,8 @@ class TokenDataset:
         self.weights = table.column("weight").to_numpy()
         self.labels = table.column("label").to_numpy()
         self.records = table.column("record").to_numpy()  # of each example; ascending, from 0
-        self._references = table.column("reference")
+        has = "reference" in table.column_names  # not in files of earlier versions
+        self._references = table.column("reference") if has else None
 
     @functools.cached_property
     def digest(self) -> str:
@@ -109,7 +110,7 @@ class TokenDataset:
                 lengths.update(np.diff(offsets))
                 values.update(found[offsets[0] : offsets[-1]])
             digests += [lengths, values]
-        if self.reference(0):  # few tasks have them
+        if self._references is not None and self.reference(0):  # few tasks have them
             texts = xxhash.xxh3_128()
             for chunk in self._references.chunks:
                 texts.update("\0".join(chunk.to_pylist()).encode())
@@ -137,7 +138,7 @@ class TokenDataset:
 
     def reference(self, index: int) -> str:
         """An example's `reference`, alone."""
-        return self._references[index].as_py()
+        return "" if self._references is None else self._references[index].as_py()
 
     def first_records(self, examples: np.ndarray, count: int) -> np.ndarray:
         """Those of `examples`, given record by record, that belong to the first `count` records."""

@@ -302,7 +302,7 @@ def test_answers_are_those_of_the_plain_model(tmp_path, encoder, no_answer):
         )  # fmt: skip
         best, text, null = -np.inf, "", np.inf
         for number in range(len(theirs["input_ids"])):
-            example = session.eval_data[windows]
+            example = session.eval_data[""][windows]
             at = [i for i, learned in enumerate(example.loss_mask) if learned]
             with torch.no_grad():
                 out = model(
@@ -322,7 +322,7 @@ def test_answers_are_those_of_the_plain_model(tmp_path, encoder, no_answer):
                         text = row["context"][offsets[a][0] : offsets[b][1]]
         texts.append("" if no_answer and null > best else text)
         answers.append(row["answers"]["text"])
-    assert windows == len(session.eval_data) > 24
+    assert windows == len(session.eval_data[""]) > 24
     scores = evaluate(session)
     assert scores["eval_loss"] == pytest.approx(total / windows, rel=1e-5)
     expected = squad_scores(texts, answers, no_answer=no_answer)
@@ -358,7 +358,7 @@ def check_peft(tmp_path, config, saved) -> None:
     theirs = PeftModel.from_pretrained(base, config.run_folder / "adapter").eval()
     session = open_session(config, World(), saved.initial_adapters)
     load_trained(session, saved.checkpoint, saved.tensors)
-    batch = session.task.collate([[session.eval_data[0]], [session.eval_data[1]]])
+    batch = session.task.collate([[session.eval_data[""][0]], [session.eval_data[""][1]]])
     with torch.no_grad(), session.method.inference():
         ours = session.task.logits(session.model.eval()(**batch.inputs))
         found = theirs(**batch.inputs)
