@@ -15,14 +15,14 @@ class EngineEntry:
     """`module:Class`."""
     options: tuple[str, ...] = ()
     """Engine-specific keys of `engine:` that this engine supports: `config`, `copy_engines`,
-    `unsharded_blocks`."""
+    `cuda_graphs`, `unsharded_blocks`."""
     one_process: bool = False
     """Runs in one process without a launcher."""
 
 
 ENGINES = {
-    "single": EngineEntry("trainer.engine.single:SingleEngine", one_process=True),
-    "ddp": EngineEntry("trainer.engine.ddp:DDPEngine"),
+    "single": EngineEntry("trainer.engine.single:SingleEngine", ("cuda_graphs",), one_process=True),
+    "ddp": EngineEntry("trainer.engine.ddp:DDPEngine", ("cuda_graphs",)),
     "peer": EngineEntry("trainer.engine.peer:PeerEngine", ("unsharded_blocks",)),
     "fsdp2": EngineEntry("trainer.engine.fsdp2:FSDP2Engine", ("unsharded_blocks", "copy_engines")),
     "deepspeed": EngineEntry("trainer.engine.deepspeed:DeepSpeedEngine", ("config",)),
