@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import nn
 
+from adapters.casts import Casts
 from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.registry import METHODS
@@ -60,6 +62,11 @@ class Session:
     initial_adapters: Mapping[str, InitialAdapter] | None
     """Rank 0: what spectral initialisation, of this method or an earlier stage's, took out of W;
     None without one."""
+
+    @cached_property
+    def casts(self) -> Casts:
+        """The adapters in the dtype of the products."""
+        return Casts(self.optimizer, self.method.adapters, self.backbone.dtype)
 
     @property
     def model(self) -> nn.Module:
@@ -194,7 +201,7 @@ def open_session(
     method.attach(backbone.units, backbone.adapted_layers, world.device, initial_adapters)
     for name, adapter in beside.items():
         backbone.adapted_layers[name].frozen = adapter.requires_grad_(False).to(world.device)
-    return Session(
+    session = Session(
         config=config,
         world=world,
         tokenizer=tokenizer,
@@ -210,6 +217,8 @@ def open_session(
         watchdog=Watchdog(world, config.engine.timeout),
         initial_adapters=initial_adapters if world.is_main else None,
     )
+    session.casts  # noqa: B018 (their memory is there before any is planned)
+    return session
 
 
 def _make_optimizer(

@@ -37,7 +37,8 @@ def capture_graphs(session: Session, batches: Sequence[Batch]) -> str | None:
     skipped = nbytes = 0
     try:
         _refuse(session, batches)
-        skipped, nbytes = _capture(session, batches)
+        with session.casts.fresh():  # as in a step
+            skipped, nbytes = _capture(session, batches)
     except NoGraph as error:
         reason = str(error)
     finally:
