@@ -5,12 +5,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import xxhash
 from torch import nn
 
+from adapters.casts import Casts
 from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.registry import METHODS
@@ -59,6 +62,14 @@ class LoadedModel:
     initial_adapters: Mapping[str, InitialAdapter] | None
     """Rank 0: what spectral initialisation, of this method or an earlier stage's, took out of W;
     None without one."""
+
+    @cached_property
+    def casts(self) -> Casts:
+        """The adapters in the dtype of the products."""
+        optimizer = self.optimizer
+        if not isinstance(optimizer, MaskedAdamW):  # there are no adapters
+            return Casts(None, {}, torch.float32)
+        return Casts(optimizer, self.method.adapters, self.backbone.dtype)
 
     @property
     def model(self) -> nn.Module:
@@ -212,13 +223,15 @@ def open_session(
         beside = frozen(built)
         method = _make_method(config, built)
     model = _load(config, world, tokenizer, task, method, built, initial_adapters, beside)
-    return Session(
+    session = Session(
         **vars(model),
         train_data=train_data,
         eval_data=eval_data,
         left_out=left_out,
         evaluated=evaluated,
     )
+    session.casts  # noqa: B018 (their memory is there before any is planned)
+    return session
 
 
 def open_model(

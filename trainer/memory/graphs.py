@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from trainer.config.engines import takes
 from trainer.data.loader import Loader
 from trainer.device_memory import allowance, held_bytes, peak_bytes, readable, release
 from trainer.errors import UserError
@@ -19,8 +20,6 @@ from trainer.session import Session
 from trainer.tasks.base import Batch, Example
 from trainer.tasks.documents import Documents
 
-ENGINES = ("single", "ddp")
-"""Engines with which the blocks' weights stay where they are."""
 _WAITING = 0.7
 """Of the time of a pass, the part that launching it takes where the GPU waits for it."""
 
@@ -38,7 +37,8 @@ def capture_graphs(session: Session, batches: Sequence[Batch]) -> str | None:
     skipped = nbytes = 0
     try:
         _refuse(session, batches)
-        skipped, nbytes = _capture(session, batches)
+        with session.casts.fresh():  # as in a step
+            skipped, nbytes = _capture(session, batches)
     except NoGraph as error:
         reason = str(error)
     finally:
@@ -66,7 +66,7 @@ def _refuse(session: Session, batches: Sequence[Batch]) -> None:
     config, blocks, device = session.config, session.backbone.blocks, session.world.device
     if device.type != "cuda" or torch.version.hip is not None:
         raise NoGraph(f"on {'ROCm' if device.type == 'cuda' else device.type} there are none")
-    if session.engine.kind not in ENGINES:
+    if not takes(session.engine.kind, "cuda_graphs"):
         raise NoGraph(f"engine.kind={session.engine.kind} moves the weights of blocks")
     if config.method.trains != "adapters":
         raise NoGraph(f"method.kind={config.method.kind} trains more than adapters")
@@ -105,8 +105,9 @@ def _capture(session: Session, batches: Sequence[Batch]) -> tuple[int, int]:
     for batch in batches:
         calls = _record(session, batch)
         buffers = buffers or Buffers(calls)
-        trials.append(_try(BlocksGraph(calls, buffers), stream, first=not trials))
-        calls.clear()
+        graph = BlocksGraph(calls, buffers)
+        calls.clear()  # they hold the recorded pass's activations
+        trials.append(_try(graph, stream, first=not trials))
     needed, peak = max(trial.nbytes for trial in trials), peak_bytes(device)
     if world.any(peak + needed > allowance(device, config.memory_fraction)):
         raise NoGraph(f"the memory does not suffice for {readable(needed)} more")

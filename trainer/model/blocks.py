@@ -5,8 +5,10 @@ of one class share one compiled program: their differences (weights, adapters) a
 hidden from it (`adapters/layers/handles.py`).
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +26,17 @@ from trainer.model.graphs import BlockGraphs
 BACKEND = "inductor"
 
 
-def configure_compiler() -> None:
-    """Set torch.compile's global options. Must be called before anything is compiled."""
+def configure_compiler(cache: str | None = None) -> None:
+    """Set torch.compile's global options. Must be called before anything is compiled. `cache`:
+    folder of compiled programs and kernels; None: torch's and Triton's own."""
     import torch._dynamo.config
     import torch._functorch.config
     import torch.fx.experimental._config
 
+    if cache is not None:
+        folder = Path(cache).absolute()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     # Programs differ by gradients, mask, and one sequence or several. Beyond the limit blocks would
     # silently run uncompiled.
     torch._dynamo.config.recompile_limit = 64
@@ -44,9 +51,12 @@ def configure_compiler() -> None:
 class Blocks:
     """Wraps the blocks of `model`; must be made before they are sharded."""
 
-    def __init__(self, model: nn.Module, device: torch.device, *, compiled: bool):
+    def __init__(
+        self, model: nn.Module, device: torch.device, *, compiled: bool, cache: str | None = None
+    ):
+        """`cache`: as for `configure_compiler`."""
         if compiled or device.type == "cuda":  # weight formats compile kernels on GPUs
-            configure_compiler()
+            configure_compiler(cache)
         self.host, self.graphs = HostMemory(device), BlockGraphs()
         self._blocks = [
             _Block(index, block, self.host, self.graphs, compiled)

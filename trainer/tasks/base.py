@@ -74,12 +74,24 @@ class Batch:
     """Indices of the records in their data set."""
     documents: Documents | None = None
     """Where rows hold several records: which token belongs to which."""
+    learned: tuple[Tensor, Tensor] | None = None
+    """(rows, positions before) of the targets with a loss, where they are tokens: known beforehand,
+    a GPU need not be waited for to count them."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """With `function` applied to every tensor."""
         inputs = {name: function(tensor) for name, tensor in self.inputs.items()}
         documents = None if self.documents is None else self.documents.map(function)
-        return replace(self, inputs=inputs, targets=function(self.targets), documents=documents)
+        learned = None
+        if self.learned is not None:
+            learned = (function(self.learned[0]), function(self.learned[1]))
+        return replace(
+            self,
+            inputs=inputs,
+            targets=function(self.targets),
+            documents=documents,
+            learned=learned,
+        )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
         return self.map(lambda tensor: tensor.to(device))

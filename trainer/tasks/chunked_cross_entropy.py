@@ -91,10 +91,12 @@ def _returns_head_output(forward: Callable[..., Any]) -> bool:
 
 
 @contextmanager
-def loss_inside(head: nn.Linear, learned: Tensor, targets: Tensor) -> Iterator[None]:
+def loss_inside(
+    head: nn.Linear, learned: Tensor | tuple[Tensor, Tensor], targets: Tensor
+) -> Iterator[None]:
     """Within this context the head returns, in place of logits, the losses of the `learned`
-    positions of (batch, length − 1), in their order, with these `targets`. It runs where
-    the model calls the head, when a sharder has gathered its weight."""
+    positions of (batch, length − 1), a mask or indices, in their order, with these `targets`. It
+    runs where the model calls the head, when a sharder has gathered its weight."""
 
     def forward(hidden: Tensor) -> Tensor:
         x, trained = hidden[:, :-1][learned], rows_of(head)

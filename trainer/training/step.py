@@ -22,6 +22,7 @@ from trainer.memory import planner
 from trainer.model.backbone import class_name
 from trainer.records.recorder import Recorder, SilentRecorder
 from trainer.session import Session
+from trainer.tasks.base import Batch
 from trainer.training.lr_schedule import learning_rate
 from trainer.verification.first_steps import FirstSteps
 
@@ -194,17 +195,23 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
         # Dropout (adapters and backbone) depends on the micro-batch, not on the rank that runs it.
         session.method.adapters.set_dropout_seed(step, index)
         torch.manual_seed(seeds.mixed(session.config.run.seed, step, index))
-        with session.backbone.blocks.graphs.replaying():
-            loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
-        loss = loss / batch.weight
-        if not loss.requires_grad:
-            raise UserError(
-                f"model.id: the loss of {class_name(session.model)} has no gradient: the model "
-                "runs its layers outside of autograd's record; accepted: other models"
-            )
-        session.engine.backward(loss)
-        total += loss.detach()
+        with session.casts.fresh():
+            total += _gradients_of(session, micro_batch, batch.weight)
     return total
+
+
+def _gradients_of(session: Session, micro_batch: Batch, weight: int) -> torch.Tensor:
+    """Forward and backward of a micro-batch; its part of the mean loss."""
+    with session.backbone.blocks.graphs.replaying():
+        loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
+    loss = loss / weight
+    if not loss.requires_grad:
+        raise UserError(
+            f"model.id: the loss of {class_name(session.model)} has no gradient: the model "
+            "runs its layers outside of autograd's record; accepted: other models"
+        )
+    session.engine.backward(loss)
+    return loss.detach()
 
 
 def log_plan(recorder: Recorder, plan: planner.Plan | None) -> None:
