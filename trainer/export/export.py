@@ -161,7 +161,7 @@ def cost_of_dequantising(config: Config, world: World, saved: Saved) -> str:
             f"Trained on the {config.model.quantization} backbone. The loss on the unquantised "
             "one was not measured: the run has no data.eval."
         )
-    config = on_engine(config, AUTO["one process"])
+    config = on_engine(with_overrides(config, ["generation.records=0"]), AUTO["one process"])
     plain = config.model.model_copy(update={"quantization": "none"})
     losses = [
         evaluate_saved(config.model_copy(update={"model": model}), world, saved)["eval_loss"]

@@ -30,11 +30,14 @@ def _of_adapter(folder: Path) -> Config:
             f"{folder / CONFIG}: base_model_name_or_path: missing; accepted: the model that the "
             "adapter was trained on"
         )
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    model = {
+        "id": found.base, "revision": found.config.get("revision"), "adapter": str(folder),
+        "tokenizer": str(folder) if has_tokenizer else None,
+    }  # fmt: skip
     return parse_config({
         "run": {"name": "generation"},
-        "model": {
-            "id": found.base, "revision": found.config.get("revision"), "adapter": str(folder),
-        },
+        "model": model,
         "data": {"train": "-"},  # which is not opened
     })  # fmt: skip
 

@@ -12,6 +12,7 @@ from tests.tiny_models import tiny_model
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.generation.generate import generate
+from trainer.model.attention import VARLEN, with_cache
 from trainer.session import open_model
 
 PROMPTS = [[1, 44, 90, 81, 76, 302], [1, 17], [1, 60, 61, 62], [1, 33, 35]]
@@ -100,6 +101,16 @@ def test_an_answer_beyond_the_models_positions_is_refused(tmp_path, opened, toke
     with pytest.raises(UserError, match=r"max_new_tokens: 256 given.*positions for 16.*at most 10"):
         generate(model, PROMPTS, options)
     generate(model, PROMPTS, options.model_copy(update={"max_new_tokens": 10}))
+
+
+def test_attention_by_spans_gives_way_to_the_cache(opened):
+    model = opened("generation.max_new_tokens=6")
+    expected = generate(model, PROMPTS, model.config.generation)
+    model.backbone.model.config._attn_implementation = VARLEN
+    assert generate(model, PROMPTS, model.config.generation) == expected
+    assert model.backbone.model.config._attn_implementation == VARLEN
+    with with_cache(model.backbone.model):
+        assert model.backbone.model.config._attn_implementation == "sdpa"
 
 
 def test_the_watchdog_hears_of_every_pass(opened):
