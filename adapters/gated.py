@@ -1,7 +1,12 @@
 """The gated adapter, the parametrisation that all methods share."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from adapters.layers.magnitude import Magnitude
 
 
 class GatedAdapter(nn.Module):
@@ -15,6 +20,8 @@ class GatedAdapter(nn.Module):
     """
 
     mask: Tensor
+    magnitude: "Magnitude | None" = None
+    """DoRA's norms of the rows of W + ΔW (`adapters/layers/magnitude.py`); a copy has none."""
 
     def __init__(self, A: Tensor, g: Tensor, B: Tensor):
         super().__init__()
