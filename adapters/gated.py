@@ -1,7 +1,12 @@
 """The gated adapter, the parametrisation that all methods share."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from adapters.layers.magnitude import Magnitude
 
 
 class Held:
@@ -23,6 +28,8 @@ class GatedAdapter(nn.Module):
     mask: Tensor
     held: tuple[Held, Tensor, Tensor] | None = None
     """Casts of A and B, for use while they are valid (`casts.py`)."""
+    magnitude: "Magnitude | None" = None
+    """DoRA's norms of the rows of W + ΔW (`adapters/layers/magnitude.py`); a copy has none."""
 
     def __init__(self, A: Tensor, g: Tensor, B: Tensor):
         super().__init__()

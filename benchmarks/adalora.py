@@ -1,9 +1,9 @@
 """AdaLoRA here against PEFT's, trained by PEFT's own loop, on one job.
 
-    python benchmarks/adalora.py configs/quickstart.yaml run.steps=120
+    python -m benchmarks.adalora configs/quickstart.yaml run.steps=120
 
 Both start from the same A and B, see the same batches and have the same budget, schedule and
-penalty. PEFT scores components after the update instead of before it.
+penalty. PEFT scores components by clipped gradients, after the update.
 """
 
 import sys
@@ -95,6 +95,7 @@ def _wrapped(config: Config, session: Session) -> PeftModel:
         tinit=first, tfinal=(config.run.steps or 0) - last, deltaT=options.delta_t,
         beta1=options.beta1, beta2=options.beta2, orth_reg_weight=options.orthogonality,
         target_modules=list(method.adapters),
+        task_type="CAUSAL_LM",  # else PEFT leaves its penalty out
     )  # fmt: skip
     plain = AutoModelForCausalLM.from_pretrained(config.model.id, dtype=torch.float32)
     model = get_peft_model(plain, made)

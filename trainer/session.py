@@ -282,6 +282,8 @@ def _load(
         initial_adapters = spectral_init.initial_adapters
     method.attach(backbone.units, backbone.adapted_layers, world.device, initial_adapters)
     optimizer = engine.sharded_optimizer(backbone.model)
+    if config.method.scales_rows:
+        _read_weights(method, backbone, engine)
     if config.method.trains != "adapters" and optimizer is None:
         _attach_modules(method, backbone, engine, world)
     for name, adapter in beside.items():
@@ -298,6 +300,16 @@ def _load(
         watchdog=Watchdog(world, config.engine.timeout),
         initial_adapters=initial_adapters if world.is_main else None,
     )
+
+
+def _read_weights(method: Method, backbone: LoadedBackbone, engine: Engine) -> None:
+    """Let the method read the weights of its units, block by block. Collective."""
+    left = [unit.name for unit in method.units]
+    for path, module in [*transformer_blocks(backbone.model), ("", backbone.model)]:
+        names = [name for name in left if f"{name}.".startswith(f"{path}." if path else "")]
+        left = [name for name in left if name not in names]
+        with engine.unsharded(module):
+            method.read_weights(names, backbone.dtype)
 
 
 def _attach_modules(method: Method, backbone: LoadedBackbone, engine: Engine, world: World) -> None:

@@ -103,6 +103,10 @@ class Method:
     def check(self, units: Sequence[Unit]) -> None:
         """Raises ValueError, before any weight is loaded, where the method does not fit these."""
 
+    def read_weights(self, names: Sequence[str], dtype: torch.dtype) -> None:
+        """Called where `options.scales_rows`, once the adapters are attached, for the units of one
+        block after the other, whose layers' weights are whole; `dtype`: that of the backbone."""
+
     @classmethod
     def trained_size(cls, model: nn.Module, options: Any, targets: Sequence[str]) -> int:
         """Number of scalars that `attach_modules` will train, of a model on the meta device."""

@@ -51,6 +51,9 @@ class PeftOptions(MethodOptions):
             )
         return self
 
+    def described(self, units: int) -> str:
+        return f"{self.kind}, {self.peft['peft_type'].upper()}, {units} layers"
+
     def check_units(self, units: object) -> None:
         """PEFT itself refuses what does not fit."""
 
@@ -67,3 +70,6 @@ class FullOptions(MethodOptions):
     def _check(self) -> "FullOptions":
         _refuse(self, ("targets", "include_head", *_OF_ADAPTERS), "none: every parameter trains")
         return self
+
+    def described(self, units: int) -> str:
+        return f"{self.kind}, every parameter"

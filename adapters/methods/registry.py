@@ -17,6 +17,7 @@ METHODS: "Registry[Method, MethodOptions]" = Registry(
     __package__,
     {
         "lora": (".lora:LoRA", ".options:LoRAOptions"),
+        "dora": (".dora:DoRA", ".options:DoRAOptions"),
         "pissa": (".pissa:PiSSA", ".options:PiSSAOptions"),
         "milora": (".pissa:MiLoRA", ".options:MiLoRAOptions"),
         "adalora": (".adalora:AdaLoRA", ".options:AdaLoRAOptions"),

@@ -36,8 +36,8 @@ CONFIGS = {
 }  # fmt: skip
 ENGINES = ("ddp", "fsdp2")
 EVERY = [(kind, engine) for kind in KINDS for engine in ENGINES]
-USUAL = [(kind, "fsdp2") for kind in KINDS] + [("lora", "ddp"), ("vera", "ddp")]
-RESUMED = list(KINDS) if ALL else ["dora", "vera"]
+USUAL = [("dora", "fsdp2"), ("vera", "fsdp2"), ("lora", "ddp")]
+RESUMED = list(KINDS) if ALL else ["vera"]
 
 
 def configuration(tmp: Path, kind: str, engine: str, *more: str, name: str = "") -> Config:
@@ -155,6 +155,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_and_moves_to_one_process(runs, kin
 
 FULL = ["fsdp2", "deepspeed"]
 MOVES = [("fsdp2", "deepspeed"), ("deepspeed", "fsdp2"), ("fsdp2", "single"), ("single", "fsdp2")]
+USUAL_MOVES = MOVES if ALL else MOVES[:1]
 
 
 def full(tmp: Path, engine: str, name: str = "") -> Config:
@@ -177,7 +178,7 @@ def full_runs(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
     cases: dict[str, Any] = {
         f"full-{engine}": ("train", full(tmp, engine).model_dump()) for engine in ("ddp", *FULL)
     }
-    for source, target in [*((engine, engine) for engine in FULL), *MOVES]:
+    for source, target in [*((engine, engine) for engine in FULL), *USUAL_MOVES]:
         name = f"full-{source}-{target}"
         if target != "single":
             argument = {
@@ -190,7 +191,7 @@ def full_runs(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
     results = {name: ok(found) for name, found in run_cases(tmp / "work", cases).items()}
     alone = {e: ("held", full(tmp, e).model_dump()) for e in FULL}
     held = {f"{e}-1": ok(found) for e, found in run_cases(tmp / "one", alone, 1).items()}
-    for source, target in MOVES:
+    for source, target in USUAL_MOVES:
         if target == "single":
             moved = full(tmp, target, f"full-{source}-{target}")
             cut_run(tmp / "runs" / f"full-{source}", moved.run_folder, SAVED)
@@ -226,7 +227,7 @@ def test_full_fine_tuning_resumes_to_the_bit(full_runs, engine):
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("move", MOVES, ids="-".join)
+@pytest.mark.parametrize("move", sample(MOVES, *USUAL_MOVES), ids="-".join)
 def test_full_fine_tuning_moves_to_another_engine_and_number_of_ranks(full_runs, move):
     expected, found = (full_runs[0] / "runs" / f"full-{e}" for e in (move[0], "-".join(move)))
     assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
@@ -243,3 +244,50 @@ def test_a_rank_of_two_holds_half_of_the_weights_gradients_and_moments(full_runs
     assert alone == pytest.approx(weights * (5 if engine == "deepspeed" else 4), rel=0.05)
     for rank in full_runs[1][f"{engine}-2"]:
         assert rank - buffer == pytest.approx(alone / 2, rel=0.02)
+
+
+PLACES = [(e, f) for e in ("ddp", "peer", "fsdp2", "deepspeed") for f in ("none", "nf4", "int8")]
+USUAL_PLACES = [("fsdp2", "nf4"), ("deepspeed", "none")]
+
+
+def dora(tmp: Path, engine: str, fmt: str, name: str = "") -> Config:
+    return quick_config(
+        tmp, f"model.id={tmp}/model", f"run.name={name or f'dora-{engine}-{fmt}'}",
+        f"run.steps={STEPS}", f"engine.kind={engine}", "method.kind=dora",
+        f"model.quantization={fmt}", "optim.learning_rate=1e-2", "optim.schedule=constant",
+        f"checkpoint.every={SAVED}", "data.eval=null", "run.verify=auto",
+        "method.dropout=0.1",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dora_runs(tmp_path_factory) -> Path:
+    os.chdir(ROOT)
+    tmp = tmp_path_factory.mktemp("dora")
+    save_random_model(tmp / "model", "llama", AutoModelForCausalLM)
+    places = PLACES if ALL else USUAL_PLACES
+    for fmt in {fmt for _, fmt in places}:
+        train(World(), dora(tmp, "single", fmt).model_dump())
+    cases: dict[str, Any] = {}
+    for engine, fmt in places:
+        cases[f"{engine}-{fmt}"] = "train", dora(tmp, engine, fmt).model_dump()
+        again = dora(tmp, engine, fmt, f"dora-{engine}-{fmt}-resumed")
+        source = str(tmp / "runs" / f"dora-{engine}-{fmt}")
+        argument = {"config": again.model_dump(), "source": source, "step": SAVED}
+        cases[f"{engine}-{fmt}-resumed"] = "resume", argument
+    for results in run_cases(tmp / "work", cases).values():
+        ok(results)
+    return tmp / "runs"
+
+
+@pytest.mark.parametrize("place", sample(PLACES, *USUAL_PLACES), ids="-".join)
+def test_dora_is_the_same_on_every_engine_and_resumes_to_the_bit(dora_runs, place):
+    engine, fmt = place
+    alone, two = (dora_runs / f"dora-{where}-{fmt}" for where in ("single", engine))
+    resumed = dora_runs / f"dora-{engine}-{fmt}-resumed"
+    assert losses(two) == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(resumed) == losses(two)
+    expected, found = (read_tensors(newest(run / "checkpoints")) for run in (two, resumed))
+    assert any(name.endswith(".magnitude") for name in found)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

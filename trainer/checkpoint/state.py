@@ -34,7 +34,8 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
     Not collective: a new optimizer, sharded or not, has no moments to gather.
     """
     check_same_run(session, checkpoint, state)
-    found, stored = load(checkpoint)
+    mapped = isinstance(session.optimizer, ShardedOptimizer)  # larger than a rank's memory
+    found, stored = load(checkpoint, mapped=mapped)
     if found != state:
         raise BadCheckpoint(f"{checkpoint}: was replaced meanwhile; accepted: try again")
     load_learned(session, checkpoint, stored)

@@ -69,6 +69,11 @@ class Config(Section):
             )
         if self.method.trains != "adapters":
             self._check_without_adapters()
+        if self.model.adapter is not None and self.method.scales_rows:
+            raise ValueError(
+                f"model.adapter: given with method.kind={self.method.kind}, which scales all of "
+                "W + ΔW; accepted: null"
+            )
         if self.model.added_tokens and self.method.include_head:
             raise ValueError(
                 "method.include_head: true given with model.added_tokens, whose rows of the head "

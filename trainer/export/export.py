@@ -139,6 +139,16 @@ def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return heads
 
 
+def saved_magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DoRA's m by unit."""
+    ending = ".magnitude"
+    return {
+        name.removeprefix("trained/").removesuffix(ending): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("trained/") and name.endswith(ending)
+    }
+
+
 def saved_backbone(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Parameters by name of all modules of a backbone that trained, by path."""
     modules: dict[str, dict[str, Tensor]] = {}
@@ -193,6 +203,8 @@ def write_adapter(
     with refuse_mismatch(saved.checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
         adapted = list(saved_parts(config, saved))
+    if config.method.scales_rows:
+        refuse_layout(config, rank=rank, same_rank=same_rank, experts=experts)
     if config.method.trains == "backbone":
         raise UserError(
             f"--what: adapter given for a run of method.kind={config.method.kind}, which has none; "
@@ -234,6 +246,7 @@ def write_adapter(
             labels=task.head_outputs(state["labels"]),
             note=note,
             tokens=tokens,
+            magnitudes=saved_magnitudes(tensors),
         )
     except NothingToExport as nothing:
         accepted = "accepted: a checkpoint with some"
@@ -302,6 +315,7 @@ def write_model(
     folder = resolve_folder(config.model.id, config.model.revision)
     merger = Merger(
         backbone, folder, parts, initial, heads, rows,
+        saved_magnitudes(tensors) if with_adapter else {},
         dequantised=dequantised, device=device,
     )  # fmt: skip
     write_shards(merger.tensors(), out)

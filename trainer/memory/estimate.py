@@ -107,6 +107,11 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     UserError where the configuration, or this number of GPUs, cannot run."""
     if config.engine.device == "cpu":
         raise UserError("engine.device: cpu given; accepted: auto or cuda, the estimate is a GPU's")
+    if config.method.trains != "adapters":
+        raise UserError(
+            f"method.kind: {config.method.kind} given; accepted: methods whose adapters are those "
+            "here; `rankcast train --dry-run` tells the weights, gradients and moments of others"
+        )
     task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))
     task.learn_labels(["0", "1"])  # their number hardly matters
     device = torch.device("cuda")

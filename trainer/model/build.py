@@ -92,6 +92,8 @@ def build(
         adapted_layers = install_adapted_layers(
             model, options.quantization, targets.chosen, unquantized, read
         )
+        for name in targets.chosen if config.method.scales_rows else ():
+            adapted_layers[name].layer.scales_rows = True
     keep_float32(model, held)
     heads = {path: model.get_submodule(path) for path in trained}
     return BuiltModel(

@@ -111,6 +111,8 @@ def trainable_parameters(backbone: BuiltModel, config: Config) -> int:
         config.method.components * (unit.in_features + unit.out_features + gates)
         for unit in backbone.units
     )
+    if config.method.scales_rows:
+        adapters += sum(unit.out_features for unit in backbone.units)
     return adapters + heads + backbone.row_parameters
 
 

@@ -137,6 +137,11 @@ def _export(session: Session, folder: Path, note: str) -> None:
             modules_to_save=modules_to_save(session.backbone.model, heads),
             note=note,
             tokens=trained_tokens(session.backbone, rows, session.tokenizer),
+            magnitudes={
+                name: adapter.magnitude.m
+                for name, adapter in session.method.adapters.items()
+                if adapter.magnitude is not None
+            },
         )
 
 

@@ -276,8 +276,8 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
         _loading(session.backbone.loading),
         f"attention {session.backbone.attention}",
         f"engine    {describe_engine(engine)}, {world.size} rank(s), {world.device}",
-        f"method    {config.method.kind}, rank {config.method.rank}, "
-        f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",
+        f"method    {config.method.described(len(session.method.units))}, "
+        f"{session.optimizer.numel:,} trainable parameters",
         f"steps     {steps} of {data.batch_size} sequences",
         *(f"          {line}" for line in on_rows(loader)),
     ]

@@ -14,6 +14,7 @@ from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import export_run
+from trainer.memory.estimate import predict
 from trainer.model.build import build
 from trainer.model.footprint import estimate, trainable_parameters
 from trainer.run.run import run
@@ -100,3 +101,7 @@ def test_its_memory_is_16_bytes_a_parameter_split_where_it_is_sharded(tmp_path):
     assert trainable_parameters(built, config) == scalars
     assert estimate(built, config, 2, "whole").held == 16 * scalars
     assert estimate(built, config, 2, "split").held == 8 * scalars
+    with pytest.raises(
+        UserError, match=r"method.kind: full given; accepted: methods whose adapters"
+    ):
+        predict(configuration(tmp_path, "engine.device=auto"), 1, 2**36)
