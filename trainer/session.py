@@ -172,14 +172,20 @@ def refuse_longer(
     options: DataOptions,
     train_data: TokenDataset,
     eval_data: Mapping[str, TokenDataset],
+    *,
+    together: bool = False,
 ) -> None:
     """Raises UserError where a record, or a row of packed ones, is longer than the model's position
     tables. Positions of packed records restart at 0 where the model takes them; so only tables that
-    they do not look up limit a row."""
-    of_text, of_row = longest_text(model), longest_row(model) if options.packing else None
+    they do not look up limit a row. `together`: a row holds all examples of a record."""
+    packs = options.packing or together
+    of_text, of_row = longest_text(model), longest_row(model) if packs else None
     for data in (train_data, *eval_data.values()):
         text = int(data.lengths.max())
         row = max(text, min(options.max_length, int(data.lengths.sum())))
+        if together:
+            starts = np.flatnonzero(np.diff(data.records, prepend=-1))
+            row = int(np.add.reduceat(data.lengths, starts).max())
         for what, length, limit in (("texts", text, of_text), ("packed rows", row, of_row)):
             if limit is not None and length > limit:
                 raise UserError(
@@ -219,7 +225,9 @@ def open_session(
     with world.all_or_none():  # fails before any weight is loaded
         built = check_backbone(config, task, world.device, unreached)
         left_out, evaluated = hold_out(config, train_data, task)
-        refuse_longer(built.model, config.data, train_data, eval_data)
+        refuse_longer(
+            built.model, config.data, train_data, eval_data, together=task.options.records_together
+        )
         beside = frozen(built)
         method = _make_method(config, built)
     model = _load(config, world, tokenizer, task, method, built, initial_adapters, beside)

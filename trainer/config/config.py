@@ -91,6 +91,11 @@ class Config(Section):
             raise ValueError(
                 f"data.packing: true given with task.kind={self.task.kind}; accepted: false"
             )
+        if self.data.packing and self.task.records_together:
+            raise ValueError(
+                "data.packing: true given with task.train_on=distribution, whose choices have a "
+                "row of their own; accepted: false"
+            )
         if self.data.padding_free is True and not self.task.supports_packing:
             raise ValueError(
                 f"data.padding_free: true given with task.kind={self.task.kind}; accepted: false"
@@ -149,6 +154,11 @@ class Config(Section):
                 "there would be one evaluation; accepted: null"
             )
         one_of("run.keep_best", metric, self.metrics)
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether a row may hold several documents, apart from those that lie end to end."""
+        return self.data.packing or self.task.records_together
 
     @property
     def metrics(self) -> dict[str, Direction]:

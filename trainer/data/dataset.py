@@ -140,6 +140,13 @@ class TokenDataset:
         """An example's `reference`, alone."""
         return "" if self._references is None else self._references[index].as_py()
 
+    def whole_records(self, examples: np.ndarray) -> list[np.ndarray]:
+        """All examples of each record that one of `examples` belongs to, in their order."""
+        numbers = np.fromiter(dict.fromkeys(self.records[examples].tolist()), np.int64)
+        first = np.searchsorted(self.records, numbers)
+        last = np.searchsorted(self.records, numbers, side="right")
+        return [np.arange(a, b) for a, b in zip(first, last, strict=True)]
+
     def first_records(self, examples: np.ndarray, count: int) -> np.ndarray:
         """Those of `examples`, given record by record, that belong to the first `count` records."""
         is_next = np.diff(self.records[examples], prepend=-1) != 0

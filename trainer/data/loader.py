@@ -92,7 +92,7 @@ class Loader:
 
     def _packed(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """The sequences of some records."""
-        rows = packed_records(order, self.data, self.options)
+        rows = packed_records(order, self.data, self.options, self.task)
         if self.options.packing and self.options.shuffle:
             return [rows[row] for row in rng.permutation(len(rows))]
         return rows
@@ -172,7 +172,7 @@ class Loader:
         return max(longest, min(self.options.micro_batch_tokens, int(lengths.sum())))
 
     def _sequence_lengths(self) -> np.ndarray:
-        if not self.options.packing:
+        if not self.options.packing and not self.task.options.records_together:
             return self.data.lengths[self._records]
         return np.array([self.data.lengths[row].sum() for row in self.sequences(self.epoch)])
 
@@ -212,9 +212,12 @@ def cut(
 
 
 def packed_records(
-    records: np.ndarray, data: TokenDataset, options: DataOptions
+    records: np.ndarray, data: TokenDataset, options: DataOptions, task: Task
 ) -> list[np.ndarray]:
-    """Sequences of some records in order, packed with `data.packing`."""
+    """Sequences of some records in order, packed with `data.packing`; or all examples of a record,
+    where the task learns them together."""
+    if task.options.records_together:
+        return data.whole_records(records)
     if options.packing:
         return best_fit(records, data.lengths, options.max_length)
     return list(records[:, None])

@@ -97,5 +97,6 @@ def assign_micro_batches(
         examples = [[data[int(record)] for record in packed] for packed in chosen]
         width = rows.rounded(row_length(chosen, data, rows))
         batch = task.collate(rows.laid(examples), empty=empty, width=width)
+        batch.sequences = [len(packed) for packed in chosen]
         batch.records = [] if empty else [int(r) for packed in chosen for r in packed]
         yield index, batch

@@ -106,7 +106,11 @@ def make_plan(session: Session, size: int | None = None, batch: Batch | None = N
     data = session.config.data
     if batch is None:
         size = size or data.micro_batch_size
-        lengths = np.sort(session.train_data.lengths)[::-1][: size or 1].tolist()
+        lengths = session.train_data.lengths
+        if session.task.options.records_together:
+            every = session.train_data.whole_records(np.arange(len(lengths)))
+            lengths = np.array([lengths[record].sum() for record in every])
+        lengths = np.sort(lengths)[::-1][: size or 1].tolist()
         batch = largest_batch(session.task, data, session.backbone.rows, lengths, size)
     engine = session.engine
     plans_unsharded = options.unsharded_blocks == "auto" and engine.supports_unsharded_blocks
@@ -272,6 +276,8 @@ def largest_batch(
     if data.packing:
         whole = data.max_length
         documents, longest = [whole // 2, whole - whole // 2], whole
+    elif task.options.records_together:
+        documents = [longest // 2, longest - longest // 2]
     else:
         documents = [longest]
     if size is None:

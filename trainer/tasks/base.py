@@ -72,6 +72,8 @@ class Batch:
     """Number of tokens without padding."""
     records: list[int] = field(default_factory=list)
     """Indices of the records in their data set."""
+    sequences: list[int] = field(default_factory=list)
+    """Number of records of each sequence, as a loader cuts them."""
     documents: Documents | None = None
     """Where rows hold several records: which token belongs to which."""
     learned: tuple[Tensor, Tensor] | None = None

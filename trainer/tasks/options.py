@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adapters.options import Section
 
@@ -28,6 +28,11 @@ class TaskOptions(Section):
 
     kind: str
     """Name of the task."""
+
+    @property
+    def records_together(self) -> bool:
+        """The examples of a record are learned as one, in a row of their own."""
+        return False
 
     def metrics(self) -> Mapping[str, Direction]:
         """The scores by which an evaluation may be judged (`run.keep_best`), without `eval_`."""
@@ -57,6 +62,24 @@ class MultipleChoiceOptions(TaskOptions):
 
     kind: Literal["multiple_choice"] = "multiple_choice"
     """Name of the task."""
+    train_on: Literal["answer", "distribution"] = "answer"
+    """What is learned. answer: the tokens of the right choice; distribution: which choice is right,
+    by the cross entropy of a softmax over the log-likelihoods of all of them."""
+    likelihood: Literal["sum", "per_byte"] = "sum"
+    """With `train_on: distribution`: log-likelihoods as they are, or per byte of the choice, as
+    `accuracy_norm` compares them."""
+
+    @property
+    def records_together(self) -> bool:
+        return self.train_on == "distribution"
+
+    @model_validator(mode="after")
+    def _check(self) -> "MultipleChoiceOptions":
+        if self.train_on == "answer" and self.likelihood != "sum":
+            raise ValueError(
+                f"task.likelihood: {self.likelihood} given with task.train_on=answer; accepted: sum"
+            )
+        return self
 
     def metrics(self) -> Mapping[str, Direction]:
         return {"loss": "min", "perplexity": "min", "accuracy": "max", "accuracy_norm": "max"}

@@ -147,7 +147,7 @@ def _forward(
     was_training = session.model.training
     session.model.eval()
     options, rows = session.config.data, session.backbone.rows
-    sequences = packed_records(np.asarray(records), data, options)
+    sequences = packed_records(np.asarray(records), data, options, task)
     micro_batches = cut(sequences, data, options, options.micro_batch_size, rows)
     lengths = [row_length(one, data, rows) for one in micro_batches]
     rows = rows.fitted(lengths, max(lengths))

@@ -99,8 +99,9 @@ def arrangements(session: Session, examples: list[Example]) -> dict[str, list[Se
     records are padded too, unless they lie end to end."""
     ways: dict[str, list[Sequences]] = {}
     end_to_end, size = session.backbone.rows.end_to_end, session.config.data.micro_batch_size
-    if session.config.data.packing or end_to_end:
-        ways["packed" if session.config.data.packing else "end to end"] = [[examples]]
+    packs = session.config.packs_rows
+    if packs or end_to_end:
+        ways["packed" if packs else "end to end"] = [[examples]]
     several = size is None or session.method.largest_micro_batch(size) > 1
     several = several or session.backbone.rows.few > 0  # rows are padded to few lengths
     if several and not end_to_end:
