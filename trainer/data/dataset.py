@@ -36,6 +36,7 @@ def schema() -> "pa.Schema":
             "weight": pa.int32(),
             "record": pa.int32(),
             "reference": pa.string(),
+            "image": pa.large_binary(),
         }
     )
 
@@ -97,7 +98,7 @@ class TokenDataset:
         self.weights = table.column("weight").to_numpy()
         self.labels = table.column("label").to_numpy()
         self.records = table.column("record").to_numpy()  # of each example; ascending, from 0
-        self._references = table.column("reference")
+        self._references, self._images = table.column("reference"), table.column("image")
 
     @functools.cached_property
     def digest(self) -> str:
@@ -114,6 +115,11 @@ class TokenDataset:
             for chunk in self._references.chunks:
                 texts.update("\0".join(chunk.to_pylist()).encode())
             digests.append(texts)
+        if len(self._images[0].as_py()):
+            images = xxhash.xxh3_128()
+            for index in range(len(self)):
+                images.update(xxhash.xxh3_128_digest(self._images[index].as_py()))
+            digests.append(images)
         return xxhash.xxh3_128_hexdigest(b"".join(digest.digest() for digest in digests))
 
     def __len__(self) -> int:
@@ -127,6 +133,7 @@ class TokenDataset:
             label=float(self.labels[index]),
             weight=int(self.weights[index]),
             reference=self.reference(index),
+            image=self._images[index].as_py(),
         )
 
     def labels_of(self, examples: np.ndarray | Sequence[int]) -> list:

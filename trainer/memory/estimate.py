@@ -20,7 +20,7 @@ from trainer.memory.fake_probe import Probe, probe
 from trainer.model.blocks import check_unsharded_blocks
 from trainer.model.build import build
 from trainer.model.footprint import Estimate, blocks_that_fit, estimate
-from trainer.model.hub import load_tokenizer
+from trainer.model.image_processor import load_processor
 from trainer.tasks.registry import TASKS
 
 CONTEXT = GIB
@@ -100,7 +100,7 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     UserError where the configuration, or this number of GPUs, cannot run."""
     if config.engine.device == "cpu":
         raise UserError("engine.device: cpu given; accepted: auto or cuda, the estimate is a GPU's")
-    task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))
+    task = TASKS[config.task.kind](config.task, load_processor(config))
     task.learn_labels(["0", "1"])  # their number hardly matters
     device = torch.device("cuda")
     launcher = "torchrun" if gpus > 1 or config.engine.config else "none"

@@ -16,6 +16,8 @@ class TaskOptions(Section):
     """Several records may share a sequence (`data.packing`)."""
     whole_records: ClassVar[bool] = False
     """A record is used with all of its examples or not at all."""
+    reads_images: ClassVar[bool] = False
+    """Records are images, which the model's image processor prepares, not texts."""
     data_formats: ClassVar[tuple[str, ...]]
     """The values of `data.format` that it accepts. With a single one, `auto` means it; else
     `auto` looks at the columns."""
@@ -33,6 +35,18 @@ class CausalLMOptions(TaskOptions):
     """Name of the task."""
     loss_on: Literal["completion", "all"] = "completion"
     """Learn the completion (assistant turns) only, or the prompt too."""
+
+
+class ImageClassificationOptions(TaskOptions):
+    """Options of `task.kind: image_classification`."""
+
+    needs_labels = True
+    supports_packing = False
+    reads_images = True
+    data_formats = ("images",)
+
+    kind: Literal["image_classification"] = "image_classification"
+    """Name of the task."""
 
 
 class MultipleChoiceOptions(TaskOptions):
