@@ -36,7 +36,7 @@ from trainer.errors import UserError
 from trainer.loading.load import check_backbone, load_backbone
 from trainer.loading.spectral_init import SpectralInit
 from trainer.model.backbone import BuiltModel, LoadedBackbone
-from trainer.model.hub import load_tokenizer
+from trainer.model.image_processor import load_processor
 from trainer.tasks.base import Task
 from trainer.tasks.positions import longest_row, longest_text
 from trainer.tasks.registry import TASKS
@@ -142,11 +142,12 @@ def open_data(
     Collective; it may take any time."""
     read_anew()
     with world.all_or_none(world.patience(stop)):
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = load_processor(config)
         task = TASKS[config.task.kind](config.task, tokenizer)
         if config.task.needs_labels:
             labels = [
-                read_labels(source, own.train_split, own) for source, own in config.data.sources
+                read_labels(source, own.train_split, own, config.task.data_formats[0])
+                for source, own in config.data.sources
             ]
             task.learn_labels([label for of_source in labels for label in of_source])
     prepared = None

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import ALL, losses, quick_config, save_mixture, save_random_model
+from tests.images import save_images, save_vit
 from tests.world.cases import ok, run_cases
 from trainer.config.config import Config
 from trainer.distributed.world import World
@@ -41,11 +42,6 @@ VARIANTS = {
         "task.kind=sequence_classification", "data.train=TRAIN", "data.eval=TRAIN",
         "model.quantization=nf4",
     ],
-    "questions": [
-        "model.id=ENCODER", "task.kind=question_answering", "data.train=QUESTIONS",
-        "data.eval=QUESTIONS", "data.max_length=48", "task.stride=8", "model.quantization=int8",
-        "method.targets=all-linear",
-    ],
     # Every rank routes its own tokens in its own way.
     "experts": [
         "model.id=MIXTURE", "method.targets=all-linear", "method.alpha=2",
@@ -54,6 +50,15 @@ VARIANTS = {
     "experts-nf4-checkpointed": [
         "model.id=MIXTURE", "method.targets=all-linear", "model.quantization=nf4",
         "engine.activation_checkpointing=true", "method.dropout=0.1", "method.alpha=2",
+    ],
+    "questions": [
+        "model.id=ENCODER", "task.kind=question_answering", "data.train=QUESTIONS",
+        "data.eval=QUESTIONS", "data.max_length=48", "task.stride=8", "model.quantization=int8",
+        "method.targets=all-linear",
+    ],
+    "images": [
+        "model.id=VIT", "task.kind=image_classification", "data.train=IMAGES", "data.eval=IMAGES",
+        "model.quantization=nf4", "method.targets=all-linear", "data.eval_split=train",
     ],
 }  # fmt: skip
 STEPS = {variant: 20 if ALL or variant == "experts" else 8 for variant in VARIANTS}
@@ -70,7 +75,7 @@ PAIRS = [
 def configuration(tmp, variant: str, engine: str) -> Config:
     places = {
         "TRAIN": "labels.csv", "QUESTIONS": "questions.jsonl", "MIXTURE": "mixture",
-        "ENCODER": "encoder",
+        "ENCODER": "encoder", "VIT": "vit", "IMAGES": "images",
     }  # fmt: skip
     changes = VARIANTS[variant]
     for name, place in places.items():
@@ -107,6 +112,8 @@ def runs(tmp_path_factory):
     (tmp / "questions.jsonl").write_text("".join(map(question, range(30))))
     save_mixture(tmp / "mixture", "mixtral")
     save_random_model(tmp / "encoder", "bert")
+    save_vit(tmp / "vit")
+    save_images(tmp / "images", 24)
     for variant in VARIANTS:
         run(configuration(tmp, variant, "single"), World())
     cases = {

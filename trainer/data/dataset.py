@@ -36,6 +36,7 @@ def schema() -> "pa.Schema":
             "weight": pa.int32(),
             "record": pa.int32(),
             "reference": pa.string(),
+            "image": pa.large_binary(),
         }
     )
 
@@ -97,8 +98,7 @@ class TokenDataset:
         self.weights = table.column("weight").to_numpy()
         self.labels = table.column("label").to_numpy()
         self.records = table.column("record").to_numpy()  # of each example; ascending, from 0
-        has = "reference" in table.column_names  # not in files of earlier versions
-        self._references = table.column("reference") if has else None
+        self._references, self._images = _column(table, "reference"), _column(table, "image")
 
     @functools.cached_property
     def digest(self) -> str:
@@ -110,11 +110,16 @@ class TokenDataset:
                 lengths.update(np.diff(offsets))
                 values.update(found[offsets[0] : offsets[-1]])
             digests += [lengths, values]
-        if self._references is not None and self.reference(0):  # few tasks have them
+        if self.reference(0):  # few tasks have them
             texts = xxhash.xxh3_128()
             for chunk in self._references.chunks:
                 texts.update("\0".join(chunk.to_pylist()).encode())
             digests.append(texts)
+        if len(self._images[0].as_py()):
+            images = xxhash.xxh3_128()
+            for index in range(len(self)):
+                images.update(xxhash.xxh3_128_digest(self._images[index].as_py()))
+            digests.append(images)
         return xxhash.xxh3_128_hexdigest(b"".join(digest.digest() for digest in digests))
 
     def __len__(self) -> int:
@@ -128,6 +133,7 @@ class TokenDataset:
             label=float(self.labels[index]),
             weight=int(self.weights[index]),
             reference=self.reference(index),
+            image=self._images[index].as_py(),
         )
 
     def labels_of(self, examples: np.ndarray | Sequence[int]) -> list:
@@ -138,7 +144,7 @@ class TokenDataset:
 
     def reference(self, index: int) -> str:
         """An example's `reference`, alone."""
-        return "" if self._references is None else self._references[index].as_py()
+        return self._references[index].as_py()
 
     def whole_records(self, examples: np.ndarray) -> list[np.ndarray]:
         """All examples of each record that one of `examples` belongs to, in their order."""
@@ -157,6 +163,16 @@ class TokenDataset:
         offsets, values = self._chunks[chunk][name]
         start, stop = offsets[index - self._first[chunk] :][:2]
         return values[start:stop].tolist()
+
+
+def _column(table: "pa.Table", name: str) -> "pa.ChunkedArray":
+    """A column; of empty values in files of earlier versions, which do not have it."""
+    import pyarrow as pa
+
+    if name in table.column_names:
+        return table.column(name)
+    empty = pa.scalar("", schema().field(name).type)
+    return pa.chunked_array([pa.repeat(empty, table.num_rows)])
 
 
 def open_dataset(folder: Path, key: str) -> TokenDataset:

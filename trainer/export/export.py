@@ -31,6 +31,7 @@ from trainer.model.backbone import BuiltModel
 from trainer.model.blocks import configure_compiler
 from trainer.model.build import build
 from trainer.model.hub import load_tokenizer, resolve_folder
+from trainer.model.image_processor import load_processor
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.tasks.base import Task
 from trainer.tasks.registry import TASKS
@@ -273,8 +274,7 @@ def _built(
     config: Config, state: Mapping[str, Any], device: torch.device
 ) -> tuple[BuiltModel, Task]:
     """The model, without its weights, and the task of a checkpoint."""
-    tokenizer = load_tokenizer(config.model)
-    task = TASKS[config.task.kind](config.task, tokenizer)
+    task = TASKS[config.task.kind](config.task, load_processor(config))
     task.load_labels_state(state["labels"])
     return build(config, task, device, state.get("unreached", [])), task
 

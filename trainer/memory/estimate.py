@@ -20,7 +20,7 @@ from trainer.memory.fake_probe import Probe, probe
 from trainer.model.blocks import check_unsharded_blocks
 from trainer.model.build import build
 from trainer.model.footprint import Estimate, blocks_that_fit, estimate
-from trainer.model.hub import load_tokenizer
+from trainer.model.image_processor import load_processor
 from trainer.tasks.registry import TASKS
 
 CONTEXT = GIB
@@ -112,7 +112,7 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
             f"method.kind: {config.method.kind} given; accepted: methods whose adapters are those "
             "here; `rankcast train --dry-run` tells the weights, gradients and moments of others"
         )
-    task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))
+    task = TASKS[config.task.kind](config.task, load_processor(config))
     task.learn_labels(["0", "1"])  # their number hardly matters
     device = torch.device("cuda")
     launcher = "torchrun" if gpus > 1 or config.engine.config else "none"

@@ -36,6 +36,8 @@ class Record:
     label: str | float | None = None
     answers: Sequence[tuple[str, int]] = ()
     """(text, its first character in the context) of each answer to a question."""
+    image: bytes = b""
+    """An encoded image, in place of segments."""
     add_bos: Switch = "auto"
     add_eos: Switch = "auto"
     """Whether begin and end tokens are added; auto: as the tokenizer does it, and an end token
@@ -54,6 +56,8 @@ class Example:
     truncated: bool = False
     reference: str = ""
     """What its prediction is compared with, where a label does not say it; the task's own text."""
+    image: bytes = b""
+    """An encoded image; `input_ids` then only say how many tokens the model makes of it."""
 
 
 class TooLong(str):
@@ -163,6 +167,11 @@ class Task(ABC):
         """(what precedes the first learned token, the learned tokens that follow), of a task that
         generates text."""
         raise NotImplementedError
+
+    def shape(self, batch: Batch) -> tuple[int, int]:
+        """(rows, tokens) of a micro-batch's hidden states."""
+        rows, tokens = batch.inputs["input_ids"].shape
+        return rows, tokens
 
     def logits(self, output: Any) -> Tensor:
         """What the loss is made of in the model's output, (rows, …)."""

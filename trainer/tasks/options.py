@@ -22,6 +22,8 @@ class TaskOptions(Section):
     """A record is used with all of its examples or not at all."""
     generates: ClassVar[bool] = False
     """Its model generates text (`generation`)."""
+    reads_images: ClassVar[bool] = False
+    """Records are images, which the model's image processor prepares, not texts."""
     data_formats: ClassVar[tuple[str, ...]]
     """The values of `data.format` that it accepts. With a single one, `auto` means it; else
     `auto` looks at the columns."""
@@ -52,6 +54,21 @@ class CausalLMOptions(TaskOptions):
 
     def metrics(self) -> Mapping[str, Direction]:
         return {"loss": "min", "perplexity": "min"}
+
+
+class ImageClassificationOptions(TaskOptions):
+    """Options of `task.kind: image_classification`."""
+
+    needs_labels = True
+    supports_packing = False
+    reads_images = True
+    data_formats = ("images",)
+
+    kind: Literal["image_classification"] = "image_classification"
+    """Name of the task."""
+
+    def metrics(self) -> Mapping[str, Direction]:
+        return {"loss": "min", "accuracy": "max", "f1": "max", "matthews": "max"}
 
 
 class MultipleChoiceOptions(TaskOptions):

@@ -16,6 +16,10 @@ TASKS: "Registry[Task, TaskOptions]" = Registry(
     __package__,
     {
         "causal_lm": (".causal_lm:CausalLM", ".options:CausalLMOptions"),
+        "image_classification": (
+            ".image_classification:ImageClassification",
+            ".options:ImageClassificationOptions",
+        ),
         "multiple_choice": (".multiple_choice:MultipleChoice", ".options:MultipleChoiceOptions"),
         "question_answering": (
             ".question_answering:QuestionAnswering",

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +21,15 @@ from trainer.tasks.base import (
     without_cache,
 )
 from trainer.tasks.long_texts import beginning, bounded, truncated_pair
-from trainer.tasks.options import SequenceClassificationOptions
+from trainer.tasks.options import SequenceClassificationOptions, TaskOptions
 
 
 class SequenceClassification(Task):
     """Classification or regression of one or two texts, by a new head."""
 
-    Options = SequenceClassificationOptions
-    auto_class = AutoModelForSequenceClassification
-    peft_task_type = "SEQ_CLS"
+    Options: ClassVar[type[TaskOptions]] = SequenceClassificationOptions
+    auto_class: ClassVar[Any] = AutoModelForSequenceClassification
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
     labels: list[str] = []
 
     @property

@@ -180,8 +180,8 @@ def _ours(session: Session, sequences: Sequences) -> Result:
         for row, packed in enumerate(sequences)
         for place, example in enumerate(packed)
     ]
-    hidden = _hidden(calls, batch, spans)
-    learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
+    hidden = _hidden(calls, session.task.shape(batch), spans)
+    learned_tokens = batch.targets.shape == session.task.shape(batch)
     logits = [] if learned_tokens else _by_record(outputs[0], spans)
     return Result(
         [call.path for call in calls], hidden, float(loss) if learned_tokens else None, logits
@@ -197,7 +197,7 @@ def _alone(
     for number, example in enumerate(examples):
         changed, start = changed_at_the_end(example)
         batch = session.task.collate([[example]]).to(session.world.device)
-        learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
+        learned_tokens = batch.targets.shape == session.task.shape(batch)
         inputs = batch.inputs
         if learned_tokens and number == 0:
             inputs = session.task.collate([[example], [changed]]).to(session.world.device).inputs
@@ -212,7 +212,9 @@ def _alone(
                     "model, or another task.kind"
                 )
         spans = [(0, 0, len(example.input_ids))]
-        hidden = _hidden(done.calls, batch, spans, rows=len(inputs["input_ids"]))
+        hidden = _hidden(
+            done.calls, session.task.shape(batch), spans, rows=len(next(iter(inputs.values())))
+        )
         loss = _loss(done.logits[:1], batch) if learned_tokens else None
         parts.append(
             Result([c.path for c in done.calls], hidden, loss,
@@ -226,7 +228,10 @@ def _padded(session: Session, reference: Reference, examples: Sequence[Example])
     lengths = [len(example.input_ids) for example in examples]
     batch = session.task.collate([[example] for example in examples])
     width = max(lengths)
-    inputs = {"input_ids": _rows([e.input_ids for e in examples], width, session.task.pad_token_id)}
+    inputs = dict(batch.inputs)
+    if "input_ids" in batch.inputs:
+        ids = [example.input_ids for example in examples]
+        inputs = {"input_ids": _rows(ids, width, session.task.pad_token_id)}
     if "token_type_ids" in batch.inputs:
         inputs["token_type_ids"] = _rows([e.token_type_ids for e in examples], width, 0)
     if "attention_mask" in batch.inputs:
@@ -234,8 +239,8 @@ def _padded(session: Session, reference: Reference, examples: Sequence[Example])
     batch = replace(batch, inputs=inputs).to(session.world.device)
     done = reference.run(batch.inputs, session.backbone.dtype)
     spans = [(row, 0, length) for row, length in enumerate(lengths)]
-    hidden = _hidden(done.calls, batch, spans)
-    learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
+    hidden = _hidden(done.calls, session.task.shape(batch), spans)
+    learned_tokens = batch.targets.shape == session.task.shape(batch)
     return Result(
         [call.path for call in done.calls],
         hidden,
@@ -280,10 +285,10 @@ def _loss(logits: Tensor, batch: Batch) -> float:
 
 
 def _hidden(
-    calls: Calls, batch: Batch, spans: list[tuple[int, int, int]], rows: int | None = None
+    calls: Calls, shape: tuple[int, int], spans: list[tuple[int, int, int]], rows: int | None = None
 ) -> list[list[Tensor | None]]:
     """By block and record, the hidden states (tokens, width) of the record's tokens."""
-    count, width = batch.inputs["input_ids"].shape
+    count, width = shape
     shape = (count if rows is None else rows, width)
     found: list[list[Tensor | None]] = []
     for call in calls:
