@@ -253,7 +253,7 @@ def open_model(
     """`open_session` without data, for tasks that learn no labels. Collective."""
     read_anew()
     with world.all_or_none():
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = load_processor(config)
         task = TASKS[config.task.kind](config.task, tokenizer)
         built = check_backbone(config, task, world.device, unreached)
         beside = frozen(built)

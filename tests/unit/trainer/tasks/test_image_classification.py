@@ -87,7 +87,7 @@ def test_pixels_loss_and_accuracy_are_those_of_the_plain_model(tmp_path, place):
     labels = torch.tensor([sorted(BRIGHT).index(file.parent.name) for file in files])
     with torch.no_grad():
         logits = model(pixels).logits
-    batch = session.task.collate([[session.eval_data[i]] for i in range(len(files))])
+    batch = session.task.collate([[session.eval_data[""][i]] for i in range(len(files))])
     torch.testing.assert_close(batch.inputs["pixel_values"], pixels, rtol=0, atol=0)
     scores = evaluate(session)
     loss = torch.nn.functional.cross_entropy(logits, labels)
@@ -115,7 +115,7 @@ def test_it_learns_and_exports(tmp_path, place, capsys):
     )
     session = open_session(plain, World(), saved.initial_adapters)
     load_trained(session, saved.checkpoint, saved.tensors)
-    batch = session.task.collate([[session.eval_data[i]] for i in range(12)])
+    batch = session.task.collate([[session.eval_data[""][i]] for i in range(12)])
     with torch.no_grad(), session.method.inference():
         ours = session.model.eval()(**batch.inputs).logits
     base = AutoModelForImageClassification.from_pretrained(
