@@ -17,7 +17,7 @@ from trainer.errors import RunFailed
 from trainer.records.progress import Progress
 from trainer.session import Session
 from trainer.training.evaluation import evaluate
-from trainer.training.step import StepDone, Training, train_step
+from trainer.training.step import StepDone, Training, settled, train_step
 from trainer.training.stop_request import Interrupted, StopRequest
 
 
@@ -48,7 +48,7 @@ def train(run: Run) -> None:
     """Train from `run.progress` to the last step. Raises Interrupted, on every rank, once the state
     at a stop request is saved. Collective."""
     training, progress, config = run.training, run.progress, run.session.config
-    with run.session.watchdog:
+    with run.session.watchdog, settled():
         stopping = run.asked_to_stop()
         if not stopping:
             _begin(run)
