@@ -38,7 +38,7 @@ from trainer.run.launch import launched  # noqa: E402
 from trainer.session import Session, open_data, open_session  # noqa: E402
 from trainer.tasks.base import Batch  # noqa: E402
 from trainer.training.loop import make_loader  # noqa: E402
-from trainer.training.step import Training, train_step  # noqa: E402
+from trainer.training.step import Training, settled, train_step  # noqa: E402
 from trainer.training.validation import make_validate  # noqa: E402
 from trainer.verification.verify import verify_session  # noqa: E402
 
@@ -110,7 +110,7 @@ def measure(part: str, steps: Steps, warm_up: int, count: int, world: World) -> 
         torch.cuda.reset_peak_memory_stats(world.device)
     seconds, tokens, positions, first = [], [], [], 0.0
     before = 0
-    with Compilations() as compiled:
+    with Compilations() as compiled, settled():
         for index in range(warm_up + count):
             if index == warm_up:
                 before = compiled.programs

@@ -152,12 +152,14 @@ class Loader:
         seen = [row_length(part, self.data, self.rows) for part in parts]
         largest = max(self.largest_row(), *seen)
         together = sum if self.rows.end_to_end else max
-        documents = max(together(map(len, part)) for part in parts)
+        counts = [together(map(len, part)) for part in parts]
+        documents = max(counts)
         self.epoch, self.offset, self._order = position["epoch"], position["offset"], order
         return replace(
             self.rows.fitted(seen, largest),
             documents=documents + documents // 4 + _PADDING,
             longest=int(self.data.lengths[self._records].max()),
+            apart=self.rows.end_to_end and 2 * counts.count(1) < len(counts),
         )
 
     def largest_row(self) -> int:

@@ -34,6 +34,9 @@ class Rows:
     """Documents of a row, hardly ever more; 0: not known."""
     longest: int = 0
     """Length of the longest document; 0: not known."""
+    apart: bool = False
+    """Whether a row of a single document is marked as one too, though attention would need no mask:
+    where most rows hold several, so that all of a length run the same program and CUDA graph."""
 
     def laid(self, sequences: Sequence[Sequence[Example]]) -> Sequence[Sequence[Example]]:
         """The sequences of a micro-batch as rows of documents."""

@@ -79,7 +79,10 @@ def _refuse(session: Session, batches: Sequence[Batch]) -> None:
     if blocks.has_trained_parameters:
         raise NoGraph("routers are trained")
     if not batches:
-        raise NoGraph("rows are of any length (data.row_lengths), or of varying number")
+        raise NoGraph(
+            f"rows of task.kind={config.task.kind} are of any form (data.row_lengths, "
+            "data.micro_batch_tokens)"
+        )
 
 
 def _dropout(model: nn.Module) -> str | None:
@@ -169,9 +172,10 @@ def _try(graph: BlocksGraph, stream: torch.cuda.Stream, *, first: bool) -> _Tria
 
 def row_batches(session: Session, loader: Loader) -> list[Batch]:
     """A micro-batch of each row length, the longest first; none where rows are of any length or
-    number."""
+    number, or the task's are not of text alone."""
     rows, size = loader.rows, loader.micro_batch_size
-    if not rows.lengths or (size is None and not rows.end_to_end):
+    of_text = session.config.task.supports_packing
+    if not of_text or not rows.lengths or (size is None and not rows.end_to_end):
         return []
     made = []
     for length in reversed(rows.lengths):

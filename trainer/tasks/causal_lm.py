@@ -123,7 +123,7 @@ class CausalLM(Task):
         learned = targets != IGNORED if batch.learned is None else batch.learned
         head = loss_head(model)
         if head is not None:
-            with loss_inside(head, learned, targets[learned]):
+            with loss_inside(model, head, learned, targets[learned]):
                 return _logits(model, batch)
         logits = _logits(model, batch)[:, :-1]
         # Selected before the cast: float32 logits only where there is a loss.

@@ -19,7 +19,7 @@ from trainer.records.progress import Progress
 from trainer.session import Session
 from trainer.training.best import is_exhausted, judge
 from trainer.training.evaluation import full_evaluation
-from trainer.training.step import StepDone, Training, train_step
+from trainer.training.step import StepDone, Training, settled, train_step
 from trainer.training.stop_request import Interrupted, StopRequest
 
 
@@ -56,7 +56,7 @@ def train(run: Run) -> None:
     """Train from `run.progress` to the end. Raises Interrupted, on every rank, once the state
     at a stop request is saved. Collective."""
     training, progress, config = run.training, run.progress, run.session.config
-    with run.session.watchdog:
+    with run.session.watchdog, settled():
         stopping = run.asked_to_stop()
         if not stopping:
             _begin(run)

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from adapters.units import transformer_blocks
 from tests.helpers import losses, quick_config
+from trainer.data.micro_batches import assign_micro_batches
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
 from trainer.memory.graphs import _with_room, capture_graphs, row_batches
@@ -167,10 +169,37 @@ def test_a_batch_of_every_row_length(tmp_path):
     assert [batch.targets.shape[1] for batch in made] == sorted(loader.rows.lengths, reverse=True)
     for _ in range(20):
         for _, batch in loader.next_step().micro_batches:
-            if batch.documents is not None:
-                like = next(b for b in made if b.targets.shape == batch.targets.shape)
-                assert len(batch.documents.boundaries) <= len(like.documents.boundaries)
-                assert batch.documents.longest <= like.documents.longest
+            like = next(b for b in made if b.targets.shape == batch.targets.shape)
+            assert batch.inputs.keys() == like.inputs.keys()
+            assert len(batch.documents.boundaries) <= len(like.documents.boundaries)
+            assert batch.documents.longest <= like.documents.longest
+
+
+@pytest.mark.parametrize("most", ["several", "one"])
+def test_rows_of_one_document_are_as_most_rows_are(tmp_path, most):
+    """A rare one is marked as such, and then the loss is the same; many keep their kernel."""
+    changes = {
+        "several": ["data.max_length=96", "data.packing=true"],
+        "one": ["data.micro_batch_size=1"],
+    }
+    config = quick_config(
+        tmp_path, "run.verify=off", "data.eval=null", "data.row_lengths=3", "data.padding_free=true",
+        "data.on_bad_record=skip", *changes[most],
+    )  # fmt: skip
+    session = open_session(config, World())
+    loader = make_loader(session, World())
+    assert loader.rows.apart == (most == "several")
+    record = min(range(len(session.train_data)), key=lambda r: session.train_data.lengths[r])
+    loader.micro_batch_size = 1
+    parts = [[np.array([record])]]
+    rows = replace(loader.rows, apart=True)
+    (_, marked), (_, plain) = (
+        next(assign_micro_batches(parts, session.train_data, session.task, form, 0, 1))
+        for form in (rows, replace(rows, apart=False))
+    )
+    assert plain.documents is None and marked.documents.boundaries[1] == plain.tokens
+    losses_of = [session.task.loss(session.model, batch)[0] for batch in (marked, plain)]
+    torch.testing.assert_close(*losses_of)
 
 
 def test_on_a_cpu_there_are_none(tmp_path):
