@@ -77,7 +77,7 @@ def _refuse(session: Session, batches: Sequence[Batch]) -> None:
     if drops := _dropout(session.model):
         raise NoGraph(f"the model drops at random ({drops})")
     if blocks.has_trained_parameters:
-        raise NoGraph("routers are trained")
+        raise NoGraph("blocks have trained parameters beside adapters")
     if not batches:
         raise NoGraph(
             f"rows of task.kind={config.task.kind} are of any form (data.row_lengths, "
