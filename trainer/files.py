@@ -12,9 +12,13 @@ from pathlib import Path
 
 METRICS = "metrics.jsonl"
 """A line for every logged step and every evaluation."""
+PREDICTIONS = "predictions.jsonl"
+"""The answer to each record of the last evaluation, of a task with answers."""
 DECISIONS = "allocation.jsonl"
 """A line for every decision; rotated parts of it are `DECISION_PARTS`."""
 DECISION_PARTS = "allocation-[0-9]*-[0-9]*.jsonl.gz"
+PREDICTIONS = "predictions.jsonl"
+"""The answer to every record of the evaluation."""
 HEARTBEAT = "heartbeat.json"
 LOCK = ".lock"
 CONFIG = "config.yaml"

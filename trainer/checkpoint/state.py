@@ -22,8 +22,8 @@ from trainer.engine.sharded_optimizer import Gathered, ShardedOptimizer
 from trainer.errors import BadCheckpoint, refuse_mismatch
 from trainer.files import INITIAL
 from trainer.loading.initial_adapters import load_initial_adapters
-from trainer.records.progress import Progress
-from trainer.session import Session
+from trainer.records.progress import Best, Progress
+from trainer.session import LoadedModel, Session
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -45,10 +45,13 @@ def restore(session: Session, loader: Loader, checkpoint: Path, state: dict) -> 
             session.optimizer.load_state_dict(_unflatten(stored, "optimizer/"))
         loader.load_state_dict(state["loader"])
         _restore_random_state(session, stored, state["step"])
-        return Progress(**state["progress"])
+        best = state.get("best")
+        return Progress(
+            **state["progress"], best=None if best is None else Best.model_validate(best)
+        )
 
 
-def load_learned(session: Session, checkpoint: Path, stored: dict[str, Tensor]) -> None:
+def load_learned(session: LoadedModel, checkpoint: Path, stored: dict[str, Tensor]) -> None:
     """`load_trained`, and what the method decides by."""
     load_trained(session, checkpoint, stored)
     with refuse_mismatch(checkpoint):
@@ -56,7 +59,7 @@ def load_learned(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
             session.method.load_decider_state(_below(stored, "decider/"))
 
 
-def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) -> None:
+def load_trained(session: LoadedModel, checkpoint: Path, stored: dict[str, Tensor]) -> None:
     """Load adapters (resized to the stored ranks), masks and heads, but no training state."""
     method = session.method
     with refuse_mismatch(checkpoint):
@@ -80,7 +83,7 @@ def load_trained(session: Session, checkpoint: Path, stored: dict[str, Tensor]) 
 
 
 def _check_tensors(
-    session: Session, checkpoint: Path, stored: dict[str, Tensor], *groups: str
+    session: LoadedModel, checkpoint: Path, stored: dict[str, Tensor], *groups: str
 ) -> dict[str, Tensor]:
     """The session's tensors of some groups. Raises BadCheckpoint where the stored names, shapes or
     dtypes differ."""
@@ -97,7 +100,7 @@ def _check_tensors(
     return wanted
 
 
-def session_tensors(session: Session) -> dict[str, Tensor]:
+def session_tensors(session: LoadedModel) -> dict[str, Tensor]:
     """Replicated tensors by name, and on rank 0 the state by which the method decides. All-gathers
     sharded moments (`optim.shard_state`), so collective once a step was made."""
     tensors: dict[str, Tensor] = {}
@@ -161,7 +164,7 @@ def _counts(shape: torch.Size, steps: int) -> Tensor:
     return torch.full(shape[:1], float(steps))
 
 
-def _sharded_layout(session: Session) -> dict[str, Tensor]:
+def _sharded_layout(session: LoadedModel) -> dict[str, Tensor]:
     """All tensors of such a backbone by name, without values."""
     optimizer = session.optimizer
     if not isinstance(optimizer, ShardedOptimizer):
@@ -173,7 +176,7 @@ def _sharded_layout(session: Session) -> dict[str, Tensor]:
     }
 
 
-def _load_sharded(session: Session, checkpoint: Path, stored: dict[str, Tensor]) -> None:
+def _load_sharded(session: LoadedModel, checkpoint: Path, stored: dict[str, Tensor]) -> None:
     """Load values and moments of such a backbone; every rank takes its part."""
     optimizer = session.optimizer
     assert isinstance(optimizer, ShardedOptimizer)

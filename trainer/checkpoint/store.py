@@ -34,6 +34,7 @@ from trainer.config.validation import validate
 from trainer.config.yaml import parse_json
 from trainer.errors import BadCheckpoint, DamagedCheckpoint, UserError, refuse_mismatch
 from trainer.files import sha256, sync
+from trainer.records.progress import Best
 
 _T = TypeVar("_T")
 
@@ -54,6 +55,8 @@ class _State(Section):
     version: str = ""
     step: int = Field(ge=0, lt=_MOST)
     progress: Counts
+    best: Best | None = None
+    """The best evaluation so far, whose checkpoint is kept too; None without `run.keep_best`."""
     loader: Counts
     engine: str
     world_size: int
@@ -97,6 +100,27 @@ def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None. A folder is not listed at one moment: the listing
     may miss both a checkpoint and the one that replaces it, so an empty one is made again."""
     return max(complete(folder) or complete(folder), default=None)
+
+
+def of_step(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or goes."""
+    return folder / f"step-{step:08d}"
+
+
+def expired(folder: Path, keep: int) -> list[Path]:
+    """Complete checkpoints besides the newest `keep` and the best ones that these name."""
+    found = complete(folder)
+    best = {of_step(folder, step) for step in map(_best_step, found[-keep:]) if step is not None}
+    return [path for path in found[:-keep] if path not in best]
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    """The step of the best evaluation up to a checkpoint; None where it names none."""
+    try:
+        best = parse_json((checkpoint / "state.json").read_text(encoding="utf-8"))["best"]
+        return None if best is None else int(best["step"])
+    except (OSError, ValueError, TypeError, KeyError):  # damaged, or an earlier version's
+        return None
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ class EngineEntry:
     """`module:Class`."""
     options: tuple[str, ...] = ()
     """Engine-specific keys of `engine:` that this engine supports: `config`, `copy_engines`,
-    `unsharded_blocks`."""
+    `cuda_graphs`, `unsharded_blocks`."""
     one_process: bool = False
     """Runs in one process without a launcher."""
     trains: tuple[str, ...] = ("adapters",)
@@ -27,8 +27,10 @@ class EngineEntry:
 _ALL = ("adapters", "modules", "backbone")
 
 ENGINES = {
-    "single": EngineEntry("trainer.engine.single:SingleEngine", one_process=True, trains=_ALL),
-    "ddp": EngineEntry("trainer.engine.ddp:DDPEngine", trains=_ALL),
+    "single": EngineEntry(
+        "trainer.engine.single:SingleEngine", ("cuda_graphs",), one_process=True, trains=_ALL
+    ),
+    "ddp": EngineEntry("trainer.engine.ddp:DDPEngine", ("cuda_graphs",), trains=_ALL),
     "peer": EngineEntry("trainer.engine.peer:PeerEngine", ("unsharded_blocks",)),
     "fsdp2": EngineEntry(
         "trainer.engine.fsdp2:FSDP2Engine",

@@ -31,6 +31,7 @@ from trainer.model.backbone import BuiltModel
 from trainer.model.blocks import configure_compiler
 from trainer.model.build import build
 from trainer.model.hub import load_tokenizer, resolve_folder
+from trainer.model.image_processor import load_processor
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.tasks.base import Task
 from trainer.tasks.registry import TASKS
@@ -55,9 +56,9 @@ def export_run(
     `base`: take a quantised backbone's matrices as `trained` (dequantised) or from the `original`
     files. `rank`: compress the adapter to it. `same_rank`: pad all
     its matrices to one rank. `experts`: their layout in the adapter, `per_expert` or
-    `stacked`; None: the first where the model has it. Returns remarks: the held-out loss without
-    quantisation ("" where the backbone was not quantised, or `measure` is off) and the error of the
-    compression. Raises UserError.
+    `stacked`; None: the first where the model has it. Returns remarks, a line each: the held-out
+    loss without quantisation (where the backbone was quantised and `measure` is on), the error of
+    the compression, and which checkpoint was exported. Raises UserError.
     """
     if rank is not None and rank < 1:
         raise UserError(f"--rank: {rank} given; accepted: 1 or more")
@@ -82,7 +83,8 @@ def export_run(
                 saved, partial,
                 with_adapter=what == "merged", dequantised=base == "trained", device=world.device,
             )  # fmt: skip
-    return "\n".join([*(f"damaged   {remark}" for remark in saved.remarks), *filter(None, [note])])
+    remarks = [f"damaged   {remark}" for remark in saved.remarks]
+    return "\n".join([*remarks, *filter(None, [note]), f"{saved.title}, {saved.checkpoint}"])
 
 
 @contextmanager
@@ -170,7 +172,7 @@ def cost_of_dequantising(config: Config, world: World, saved: Saved) -> str:
             f"Trained on the {config.model.quantization} backbone. The loss on the unquantised "
             "one was not measured: the run has no data.eval."
         )
-    config = on_engine(config, AUTO["one process"])
+    config = on_engine(with_overrides(config, ["generation.records=0"]), AUTO["one process"])
     plain = config.model.model_copy(update={"quantization": "none"})
     losses = [
         evaluate_saved(config.model_copy(update={"model": model}), world, saved)["eval_loss"]
@@ -197,6 +199,8 @@ def write_adapter(
     `experts`: as in `export_run`."""
     config, tensors, state = saved_config(saved.state), saved.tensors, saved.state
     task = TASKS[config.task.kind]
+    if state.get("best") is not None:
+        note = f"{note}\n\nThis is {saved.title}.".strip()
     with refuse_mismatch(saved.checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
         adapted = list(saved_parts(config, saved))
@@ -270,8 +274,7 @@ def _built(
     config: Config, state: Mapping[str, Any], device: torch.device
 ) -> tuple[BuiltModel, Task]:
     """The model, without its weights, and the task of a checkpoint."""
-    tokenizer = load_tokenizer(config.model)
-    task = TASKS[config.task.kind](config.task, tokenizer)
+    task = TASKS[config.task.kind](config.task, load_processor(config))
     task.load_labels_state(state["labels"])
     return build(config, task, device, state.get("unreached", [])), task
 

@@ -100,7 +100,8 @@ def load_backbone(
 
 def _take_over_blocks(config: Config, built: BuiltModel, engine: Engine, world: World) -> Blocks:
     compiled = compiles(config, type(engine), built, world.device)
-    blocks = Blocks(built.model, world.device, compiled=compiled)
+    cache = config.engine.compile_cache
+    blocks = Blocks(built.model, world.device, compiled=compiled, cache=cache)
     if config.engine.activation_checkpointing is True:
         blocks.keep(0)
     check_unsharded_blocks(config.engine, len(blocks))

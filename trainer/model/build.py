@@ -50,6 +50,8 @@ def build(
     tables = () if added is None else token_tables(model, added, read)
     if config.data.packing:
         check_packing(model)
+    elif config.packs_rows:
+        check_packing(model, "task.train_on: distribution")
     register_attention()
     rows, attention = choose_rows(model, config, device, dtype)
     if attention.name is not None:

@@ -28,8 +28,8 @@ class Estimate:
     """Peak of gathered parameters: one block in use and one prefetched, and the layers outside the
     blocks where these are sharded too."""
     held: int
-    """Adapters, heads and rows of added tokens with gradients and two moments, float32; with
-    `optim.shard_state` only the rank's shard of the moments."""
+    """Adapters, heads and rows of added tokens with gradients and two moments, float32 (with
+    `optim.shard_state` only the rank's shard of the moments), and casts to the model's dtype."""
     update: int
     """Temporaries of the optimizer's step, sharded likewise."""
 
@@ -75,11 +75,12 @@ def estimate(
         )
     share = ranks if config.optim.shard_state else 1
     split = -(-trained // share)
+    cast = 0 if backbone.dtype.itemsize == 4 else backbone.dtype.itemsize
     return Estimate(
         backbone=backbone_bytes,
         block=largest if gathered else 0,
         gathered=gathered,
-        held=4 * (2 * trained + 2 * split),
+        held=4 * (2 * trained + 2 * split) + cast * trained,
         update=update_bytes(trained, share),
     )
 
