@@ -158,12 +158,12 @@ MOVES = [("fsdp2", "deepspeed"), ("deepspeed", "fsdp2"), ("fsdp2", "single"), ("
 USUAL_MOVES = MOVES if ALL else MOVES[:1]
 
 
-def full(tmp: Path, engine: str, name: str = "") -> Config:
+def full(tmp: Path, engine: str, name: str = "", *more: str) -> Config:
     return quick_config(
         tmp, f"model.id={tmp}/model", f"run.name={name or f'full-{engine}'}",
         f"run.steps={STEPS}", f"engine.kind={engine}", "method.kind=full",
         "optim.learning_rate=1e-3", "optim.schedule=constant", "optim.weight_decay=0.1",
-        f"checkpoint.every={SAVED}", "data.eval=null", "run.verify=auto",
+        f"checkpoint.every={SAVED}", "data.eval=null", "run.verify=auto", *more,
     )  # fmt: skip
 
 
@@ -188,6 +188,8 @@ def full_runs(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
             cases[name] = "resume", argument
     for engine in FULL:
         cases[f"held-{engine}"] = "held", full(tmp, engine).model_dump()
+        low = full(tmp, engine, f"low-{engine}", "model.dtype=bfloat16")
+        cases[f"low-{engine}"] = "train", low.model_dump()
     results = {name: ok(found) for name, found in run_cases(tmp / "work", cases).items()}
     alone = {e: ("held", full(tmp, e).model_dump()) for e in FULL}
     held = {f"{e}-1": ok(found) for e, found in run_cases(tmp / "one", alone, 1).items()}
@@ -215,6 +217,19 @@ def test_full_fine_tuning_has_the_losses_of_a_plain_loop(full_runs):
         with torch.no_grad():
             found, wanted = saved(ids).logits, model.eval()(ids).logits
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("engine", FULL)
+def test_it_computes_in_bfloat16_and_holds_float32(full_runs, engine):
+    runs = full_runs[0] / "runs"
+    exact, low = losses(runs / f"full-{engine}"), losses(runs / f"low-{engine}")
+    assert low == pytest.approx(exact, rel=0.01) and low != exact
+    stored = read_tensors(newest(runs / f"low-{engine}" / "checkpoints"))
+    weights = [tensor for name, tensor in stored.items() if name.startswith("trained/")]
+    assert all(tensor.dtype == torch.float32 for tensor in weights)
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights)
+    saved = AutoModelForCausalLM.from_pretrained(runs / f"low-{engine}" / "model", dtype="auto")
+    assert saved.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("engine", FULL)
