@@ -12,6 +12,8 @@ from pathlib import Path
 
 METRICS = "metrics.jsonl"
 """A line for every logged step and every evaluation."""
+PREDICTIONS = "predictions.jsonl"
+"""The answer to each record of the last evaluation, of a task with answers."""
 DECISIONS = "allocation.jsonl"
 """A line for every decision; rotated parts of it are `DECISION_PARTS`."""
 DECISION_PARTS = "allocation-[0-9]*-[0-9]*.jsonl.gz"
@@ -25,6 +27,7 @@ INITIAL = "initial.safetensors"
 """The initial adapters of a run with spectral initialisation."""
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
+MODEL = "model"
 FIGURES = "figures"
 BOARD = "tensorboard"
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from adapters.options import Section
 from trainer.config.config import Config
 from trainer.errors import BadCheckpoint
-from trainer.session import Session
+from trainer.session import LoadedModel, Session
 
 _MUST_AGREE = {
     "model": ("quantization", "adapter", "added_tokens"),
@@ -49,6 +49,7 @@ _MAY_CHANGE = {
 _EVALUATION = {
     "data": ("eval", "eval_split", "eval_records"),
     "run": ("eval_every", "eval_at_start", "patience"),
+    "generation": None,
 }
 """Keys that change what a run reports."""
 
@@ -64,12 +65,12 @@ def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> No
         )
 
 
-def is_another_backbone(session: Session, state: Mapping[str, Any]) -> bool:
+def is_another_backbone(session: LoadedModel, state: Mapping[str, Any]) -> bool:
     """Whether config.json or weights differ from those that a checkpoint was made on."""
     return state["backbone"] != session.backbone.digest or bool(_changed_weights(session, state))
 
 
-def _changed_weights(session: Session, state: Mapping[str, Any]) -> list[str]:
+def _changed_weights(session: LoadedModel, state: Mapping[str, Any]) -> list[str]:
     """Tensors of the backbone that are not what they were at a checkpoint."""
     now = session.backbone.weights
     then: Mapping[str, str] = state.get("weights", {})

@@ -24,6 +24,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file
 from torch import Tensor
 
 from adapters.options import Section
@@ -128,10 +129,11 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     return _read(checkpoint, None)
 
 
-def load(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(state.json, all tensors on the CPU) of the bytes that were verified. Raises as `verify`."""
+def load(checkpoint: Path, *, mapped: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(state.json, all tensors on the CPU) of the bytes that were verified; `mapped`: of the files,
+    mapped into memory, of which all ranks of a host hold one copy. Raises as `verify`."""
     tensors: dict[str, Tensor] = {}
-    return _read(checkpoint, tensors), tensors
+    return _read(checkpoint, tensors, mapped=mapped), tensors
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
@@ -139,7 +141,9 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     return load(checkpoint)[1]
 
 
-def _read(checkpoint: Path, tensors: dict[str, Tensor] | None) -> dict[str, Any]:
+def _read(
+    checkpoint: Path, tensors: dict[str, Tensor] | None, *, mapped: bool = False
+) -> dict[str, Any]:
     """Read every file once: verify it and, if it holds tensors and `tensors` is given, add them."""
     content = b""
     try:
@@ -155,12 +159,13 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor] | None) -> dict[str, Any]
             opened = {name: stack.enter_context(_open(checkpoint, name)) for name in manifest}
             for name, (size, digest) in manifest.items():
                 kept = name == "state.json" or (name in held and tensors is not None)
-                data = _verified(checkpoint / name, opened[name], size, digest, keep=kept)
+                keep = kept and not (mapped and name in held)
+                data = _verified(checkpoint / name, opened[name], size, digest, keep=keep)
                 if name == "state.json":
                     content = data
                 elif kept and tensors is not None:
                     with refuse_mismatch(checkpoint / name):
-                        tensors |= load_tensors(data)
+                        tensors |= load_tensors(data) if keep else load_file(checkpoint / name)
     except OSError as error:
         if error.errno == errno.EIO:
             raise DamagedCheckpoint(f"{error.filename or checkpoint}: {error.strerror}") from error

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from trainer import __version__
-from trainer.checkpoint.state import random_state, session_tensors
+from trainer.checkpoint.state import random_state, session_tensors, sharded_tensors
 from trainer.checkpoint.store import (
     FORMAT,
     PARTIAL,
@@ -63,6 +63,7 @@ class CheckpointWriter:
             name: tensor.detach().to("cpu", copy=True)
             for name, tensor in (session_tensors(self.session) | random_state(self.session)).items()
         }
+        tensors |= sharded_tensors(self.session)
         state = self._describe(progress)
         self._pending_step = progress.step
         self._pending = self._thread.submit(self._write, tensors, state)

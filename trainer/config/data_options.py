@@ -27,8 +27,9 @@ class SourceOptions(Section):
 
     train: SourceNames | None = None
     """Training data: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt, each also with .gz or
-    .zst), a glob, a folder of files of one kind, a folder that `datasets.save_to_disk` wrote, or a
-    hub id; or a list of those, read one after the other."""
+    .zst), a glob, a folder of files of one kind, a folder that `datasets.save_to_disk` wrote, a
+    folder of images in subfolders named after their classes, or a hub id; or a list of those, read
+    one after the other."""
     train_split: str = "train"
     """Split to train on, of a hub data set or a saved DatasetDict."""
     train_records: int | None = Field(None, gt=0)
@@ -39,7 +40,8 @@ class SourceOptions(Section):
     """Commit or tag of a hub data set."""
     format: Literal[
         "auto", "prompt_completion", "alpaca", "messages", "text", "classification",
-        "multiple_choice", "commonsense",
+        "multiple_choice", "commonsense", "question_answering",
+        "images",
     ] = "auto"  # fmt: skip
     """Format of the records; auto: inferred from the columns."""
     prompt: str = "prompt"
@@ -83,9 +85,11 @@ class SourceOptions(Section):
     add_eos: Literal["auto"] | bool = "auto"
     """Put the end token after a text, and learn it; auto: where there is one. Never doubled. Chats:
     as the template."""
+    image: str = "image"
+    """Column of format `images`: {bytes, path} as `datasets` keeps images, bytes, or a path."""
     label: str = "label"
-    """Label column of formats `classification` and `multiple_choice` (one of `choice_labels`, or
-    the text of a choice)."""
+    """Label column of formats `classification`, `images` and `multiple_choice` (one of
+    `choice_labels`, or the text of a choice)."""
     choices: str | list[str] = "choices"
     """Choices of format `multiple_choice`: a column with a list of texts, or with `text` and
     `label` lists; or a list of columns or templates, one for each choice."""

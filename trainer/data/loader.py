@@ -6,7 +6,7 @@ ranks.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from trainer.tasks.base import Batch, Task
 
 _LOOKED_AHEAD = 200
 """Steps by whose rows the row lengths are chosen."""
+_PADDING = 4
+"""Documents of padding in a row, about, at most."""
 _PACKED_TOGETHER = 8192
 """Records of a mixture that are packed together: enough to fill rows."""
 
@@ -150,8 +152,16 @@ class Loader:
         parts = [part for _ in range(ahead) for part in self._next_parts()]
         seen = [row_length(part, self.data, self.rows) for part in parts]
         largest = max(self.largest_row(), *seen)
+        together = sum if self.rows.end_to_end else max
+        counts = [together(map(len, part)) for part in parts]
+        documents = max(counts)
         self.epoch, self.offset, self._order = position["epoch"], position["offset"], order
-        return self.rows.fitted(seen, largest)
+        return replace(
+            self.rows.fitted(seen, largest),
+            documents=documents + documents // 4 + _PADDING,
+            longest=int(self.data.lengths[self._records].max()),
+            apart=self.rows.end_to_end and 2 * counts.count(1) < len(counts),
+        )
 
     def largest_row(self) -> int:
         """Length of the longest row that a micro-batch can have."""

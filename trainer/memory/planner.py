@@ -31,6 +31,7 @@ import torch
 from trainer.config.data_options import DataOptions
 from trainer.data.rows import Rows
 from trainer.device_memory import GIB, allowance, held_bytes, peak_bytes, readable, release
+from trainer.engine.sharded_optimizer import ShardedOptimizer
 from trainer.errors import RunFailed
 from trainer.model.footprint import blocks_that_fit, update_bytes
 from trainer.session import Session
@@ -124,7 +125,8 @@ def make_plan(session: Session, size: int | None = None, batch: Batch | None = N
         blocks.keep(saved, offloaded, buffer_bytes)
     peak = needs.peak(saved, offloaded)
     if plans_unsharded:
-        share = world.size if session.config.optim.shard_state else 1
+        sharded = isinstance(session.optimizer, ShardedOptimizer)
+        share = world.size if sharded or session.config.optim.shard_state else 1
         updating = held_bytes(device) + update_bytes(session.optimizer.numel, share)
         left = min(world.gather(budget - max(peak, updating)))
         engine.keep_unsharded(blocks_that_fit(len(blocks), engine.largest_block, left))
@@ -206,10 +208,15 @@ def _probe(session: Session, batch: Batch) -> _Probe | None:
 
 
 def reduce_plan(session: Session) -> str:
-    """Reduce memory after an out-of-memory error: keep no block unsharded; next time, checkpoint an
-    eighth of the blocks more; at last, offload none. Returns a line for the log. Raises RunFailed
-    where the configuration rules that out, or all blocks are checkpointed already."""
+    """Reduce memory after an out-of-memory error: no CUDA graphs; keep no block unsharded; next
+    time, checkpoint an eighth of the blocks more; at last, offload none. Returns a line for the
+    log. Raises RunFailed where the configuration rules that out, or all blocks are checkpointed
+    already."""
     blocks, engine = session.backbone.blocks, session.engine
+    if len(blocks.graphs) and session.config.engine.cuda_graphs == "auto":
+        blocks.graphs.forget()
+        release(session.world.device)
+        return "out of memory: no CUDA graphs from here"
     if engine.unsharded_blocks and session.config.engine.unsharded_blocks == "auto":
         engine.keep_unsharded(0)
         release(session.world.device)

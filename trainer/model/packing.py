@@ -33,7 +33,7 @@ def check_packing(model: "PreTrainedModel", given: str = "data.packing: true") -
     """Raises UserError where a kind of layer carries something across documents, or where their
     positions cannot restart. `given`: key and value that ask for rows of documents. Reads no
     weights."""
-    kinds = _carrying_layers(model)
+    kinds = carrying_layers(model)
     if kinds:
         raise UserError(
             f"{given} given, but {type(model).__name__} has layers that carry state across the "
@@ -79,7 +79,7 @@ def _against_end_to_end(model: "PreTrainedModel", config: Config, rows: Rows) ->
     name = type(model).__name__
     if not config.task.supports_packing:
         return f"task.kind={config.task.kind} reads one result a row"
-    if kinds := _carrying_layers(model):
+    if kinds := carrying_layers(model):
         return f"{name} has layers that carry state along a row ({', '.join(kinds)})"
     if table := counts_by_itself(model):
         return f"{name} counts the positions of {table} by itself, from the start of a row"
@@ -88,7 +88,7 @@ def _against_end_to_end(model: "PreTrainedModel", config: Config, rows: Rows) ->
     return None
 
 
-def _carrying_layers(model: "PreTrainedModel") -> list[str]:
+def carrying_layers(model: "PreTrainedModel") -> list[str]:
     """Kinds of layers that carry state from one position to the next, other than by attention:
     transformers' names of them where the configuration lists its layers, else classes."""
     listed = getattr(model.config.get_text_config(), "layer_types", None) or ()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from trainer.config.config import Config
 from trainer.files import BOARD, METRICS
+from trainer.records.answers import answers_table
 from trainer.records.heartbeat import Heartbeat
 from trainer.records.jsonl import keep_lines
 from trainer.records.progress import Progress
@@ -36,6 +38,7 @@ class MetricsWriter:
             self._board = SummaryWriter(str(folder / BOARD), purge_step=start + 1)
             if start == 0:
                 self._board.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
+        self._answers = config.generation.shown
         self.heartbeat = heartbeat
         heartbeat.set_state("starting", step=start, steps=steps)
         self._steps, self._plain_after = steps, start
@@ -60,6 +63,12 @@ class MetricsWriter:
                     self._board.add_scalar(tag, value, values["step"])
         self.heartbeat.beat(**finite)
         self._show(values)
+
+    def write_answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Show the first generated answers in TensorBoard."""
+        table = answers_table(answers, self._answers)
+        if self._board is not None and table:
+            self._board.add_text("eval/answers", table, step)
 
     def advance(self, step: int, loss: float, *, skipped: bool) -> None:
         """Report a finished step."""

@@ -71,6 +71,7 @@ class RunRecorder:
         if answers:
             file = self._metrics.file.with_name(PREDICTIONS)
             write_objects(file, ({"step": step, **answer} for answer in answers))
+            self._metrics.write_answers(step, answers)
 
     def close(self) -> None:
         try:

@@ -27,7 +27,9 @@ from trainer.distributed import launcher
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, Diverged, UserError
 from trainer.files import METRICS
+from trainer.generation.evaluation import check_generation
 from trainer.loading.initial_adapters import initial_digest
+from trainer.memory.graphs import capture_graphs, row_batches
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading, class_name
 from trainer.records.progress import Progress
@@ -48,7 +50,7 @@ from trainer.session import Session, open_session
 from trainer.training.best import is_exhausted
 from trainer.training.loop import Run, make_loader, total_steps, train
 from trainer.training.lr_schedule import learning_rate
-from trainer.training.step import Training, log_plan
+from trainer.training.step import Training, log_graphs, log_plan
 from trainer.training.stop_request import StopRequest
 from trainer.training.validation import make_validate
 from trainer.verification.first_steps import FirstSteps
@@ -80,6 +82,9 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         stop=stop.raise_if_asked,
     )  # fmt: skip
     with world.all_or_none():
+        if config.generation.records:
+            for name in config.data.eval_names:
+                check_generation(session, *session.held_out(name))
         if recomputed is not None and not session.method.splits_weight:
             raise recomputed  # an earlier stage's, which this method cannot compute
         if recomputed is not None and session.initial_adapters is not None:
@@ -90,10 +95,10 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
+    proof, verified = _prove(session, start)  # of what was loaded, before a backbone trains
     if start.checkpoint is not None:
         with world.all_or_none():
             progress = restore(session, loader, start.checkpoint, start.state)
-    proof, verified = _prove(session, start)
     plan = make_plan(session)
     steps = total_steps(session, loader)
     replay, digest = None, start.state.get("initial")
@@ -131,13 +136,19 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         folder.recorder.log_line(line)
     folder.recorder.log_line(f"verified  {proof}")
     log_plan(folder.recorder, plan)
+
+    def capture() -> str | None:
+        return capture_graphs(session, row_batches(session, loader))
+
+    log_graphs(folder.recorder, capture())
     # Later in a run whole units may be masked or pruned, on purpose.
     watched = {"auto": start.checkpoint is None, "full": True, "off": False}[config.run.verify]
     first_steps = FirstSteps(session, folder.recorder) if watched else None
     with Prefetcher(loader, world.device, steps - progress.step) as batches:
         training = Training(
-            session, batches, steps, make_validate(session), folder.recorder, replay, first_steps
-        )
+            session, batches, steps, make_validate(session), folder.recorder, replay, first_steps,
+            capture,
+        )  # fmt: skip
         writer = CheckpointWriter(session, batches, folder.checkpoints, digest, verified)
         train(Run(training, writer, progress, stop))
     writer.close()
@@ -265,8 +276,8 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
         _loading(session.backbone.loading),
         f"attention {session.backbone.attention}",
         f"engine    {describe_engine(engine)}, {world.size} rank(s), {world.device}",
-        f"method    {config.method.kind}, rank {config.method.rank}, "
-        f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",
+        f"method    {config.method.described(len(session.method.units))}, "
+        f"{session.optimizer.numel:,} trainable parameters",
         f"steps     {steps} of {data.batch_size} sequences",
         *(f"          {line}" for line in on_rows(loader)),
     ]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from adapters.options import Section
 
@@ -20,6 +20,10 @@ class TaskOptions(Section):
     """Several records may share a sequence (`data.packing`)."""
     whole_records: ClassVar[bool] = False
     """A record is used with all of its examples or not at all."""
+    generates: ClassVar[bool] = False
+    """Its model generates text (`generation`)."""
+    reads_images: ClassVar[bool] = False
+    """Records are images, which the model's image processor prepares, not texts."""
     data_formats: ClassVar[tuple[str, ...]]
     """The values of `data.format` that it accepts. With a single one, `auto` means it; else
     `auto` looks at the columns."""
@@ -40,6 +44,7 @@ class TaskOptions(Section):
 class CausalLMOptions(TaskOptions):
     """Options of `task.kind: causal_lm`."""
 
+    generates = True
     data_formats = ("prompt_completion", "alpaca", "messages", "text")
 
     kind: Literal["causal_lm"] = "causal_lm"
@@ -49,6 +54,21 @@ class CausalLMOptions(TaskOptions):
 
     def metrics(self) -> Mapping[str, Direction]:
         return {"loss": "min", "perplexity": "min"}
+
+
+class ImageClassificationOptions(TaskOptions):
+    """Options of `task.kind: image_classification`."""
+
+    needs_labels = True
+    supports_packing = False
+    reads_images = True
+    data_formats = ("images",)
+
+    kind: Literal["image_classification"] = "image_classification"
+    """Name of the task."""
+
+    def metrics(self) -> Mapping[str, Direction]:
+        return {"loss": "min", "accuracy": "max", "f1": "max", "matthews": "max"}
 
 
 class MultipleChoiceOptions(TaskOptions):
@@ -80,6 +100,29 @@ class MultipleChoiceOptions(TaskOptions):
 
     def metrics(self) -> Mapping[str, Direction]:
         return {"loss": "min", "perplexity": "min", "accuracy": "max", "accuracy_norm": "max"}
+
+
+class QuestionAnsweringOptions(TaskOptions):
+    """Options of `task.kind: question_answering`."""
+
+    supports_packing = False
+    data_formats = ("question_answering",)
+
+    kind: Literal["question_answering"] = "question_answering"
+    """Name of the task."""
+    stride: int = Field(128, ge=0)
+    """Tokens of a long context that a window shares with the one before."""
+    max_answer_length: int = Field(30, gt=0)
+    """Tokens of a predicted answer, at most."""
+    no_answer: bool = False
+    """Questions may have no answer, as in SQuAD 2.0, whose script's scores are logged; without it
+    such questions are bad records."""
+    null_threshold: float = 0.0
+    """With `no_answer`: none is predicted where its score is larger than the best answer's by more
+    than this."""
+
+    def metrics(self) -> Mapping[str, Direction]:
+        return {"loss": "min", "exact_match": "max", "f1": "max"}
 
 
 class SequenceClassificationOptions(TaskOptions):

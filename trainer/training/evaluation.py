@@ -18,6 +18,7 @@ from trainer.data.loader import cut, packed_records
 from trainer.data.micro_batches import assign_micro_batches, row_length
 from trainer.device_memory import GIB, begin_peak, peak_of_phase
 from trainer.distributed.world import World
+from trainer.generation.evaluation import answer_records
 from trainer.records.evaluation_bar import EvaluationBar
 from trainer.session import Session, open_session
 
@@ -76,12 +77,15 @@ def _evaluate_set(session: Session, name: str) -> tuple[dict[str, float], list[d
         for part in parts
         for example, guess in zip(part.examples, part.predictions, strict=False)
     }
+    if session.config.generation.records:
+        generated = answer_records(session, data, records)
+        return scores | generated.scores, generated.answers
     if not guesses:
         return scores, []
     examples = sorted(guesses)
     given = (
         [guesses[example] for example in examples],
-        data.labels[examples].tolist(),
+        data.labels_of(examples),
         data.records[examples].tolist(),
     )
     return scores | session.task.metrics(*given), session.task.answers(*given)
@@ -113,7 +117,7 @@ def mean_loss(
     weight = int(data.weights[records].sum())
     parts = _forward(session, data, records, weight if gradients else None)
     if gradients:
-        session.world.sum_(session.optimizer.gradients)
+        session.world.sum_(session.masked_optimizer.gradients)
     return _mean(parts)
 
 

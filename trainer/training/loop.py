@@ -13,12 +13,13 @@ from trainer.checkpoint.writer import CheckpointWriter
 from trainer.data.loader import Loader
 from trainer.device_memory import peak_gib
 from trainer.distributed.world import World
+from trainer.engine.sharded_optimizer import ShardedOptimizer
 from trainer.errors import RunFailed
 from trainer.records.progress import Progress
 from trainer.session import Session
 from trainer.training.best import is_exhausted, judge
 from trainer.training.evaluation import full_evaluation
-from trainer.training.step import StepDone, Training, train_step
+from trainer.training.step import StepDone, Training, settled, train_step
 from trainer.training.stop_request import Interrupted, StopRequest
 
 
@@ -55,7 +56,7 @@ def train(run: Run) -> None:
     """Train from `run.progress` to the end. Raises Interrupted, on every rank, once the state
     at a stop request is saved. Collective."""
     training, progress, config = run.training, run.progress, run.session.config
-    with run.session.watchdog:
+    with run.session.watchdog, settled():
         stopping = run.asked_to_stop()
         if not stopping:
             _begin(run)
@@ -114,7 +115,8 @@ def _begin(run: Run) -> None:
     if progress.step == 0:
         if options.eval_at_start:
             _evaluate(run)
-        run.session.method.on_train_begin(run.session.optimizer, run.training.validate)
+        optimizer: Any = run.session.optimizer
+        run.session.method.on_train_begin(optimizer, run.training.validate)
     elif _due(options.eval_every, progress.step) and progress.evaluated < progress.step:
         _evaluate(run)
         if options.keep_best is not None:  # the checkpoint does not know of it
@@ -166,15 +168,16 @@ def _figures(session: Session, progress: Progress, clock: Clock) -> dict[str, An
     peaks = session.world.gather(round(peak_gib(session.world.device), 3))
     seconds = time.perf_counter() - clock.started
     heads = sum(p.numel() for head in session.backbone.heads.values() for p in head.parameters())
+    heads += sum(p.numel() for p in session.method.trained_parameters.values())
     return {
         "tokens_per_second": round(clock.tokens / seconds, 1),
         "step_seconds": round(seconds / clock.steps, 4),
         "peak_memory_gib": max(peaks),
         **({"peak_memory_gib_by_rank": peaks} if len(peaks) > 1 else {}),
         "trainable_parameters": session.optimizer.numel,
-        "active_parameters": session.method.adapters.active_parameters()
-        + heads
-        + session.backbone.row_parameters,
+        "active_parameters": session.optimizer.numel
+        if isinstance(session.optimizer, ShardedOptimizer)
+        else session.method.adapters.active_parameters() + heads + session.backbone.row_parameters,
         "skipped_steps": progress.skipped,
     }
 
