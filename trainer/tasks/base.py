@@ -142,6 +142,10 @@ class Task(ABC):
         generates text."""
         raise NotImplementedError
 
+    def prompt_of_text(self, text: str, add_bos: Switch) -> list[int]:
+        """A text to continue as tokens, of a task that generates text."""
+        raise NotImplementedError
+
     def scores_of_loss(self, loss: float) -> dict[str, float]:
         """Scores computed from the mean loss alone."""
         return {}
