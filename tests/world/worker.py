@@ -30,11 +30,13 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from adapters.layers.experts import StackedLinear
 from adapters.layers.linear import AdaptedLinear
 from adapters.methods.registry import METHODS
 from adapters.units import transformer_blocks
+from trainer.checkpoint import store
 from trainer.checkpoint.saved import read_saved
 from trainer.config.config import parse_config
 from trainer.distributed import failures, process_group
@@ -151,6 +153,28 @@ def shard(world: World, config: dict[str, Any]) -> dict[str, Any]:
         held.append((after_forward, resident() - rested))
     result["held_after_forward"], result["held_after_backward"] = map(min, zip(*held, strict=True))
     return result
+
+
+def held(world: World, config: dict[str, Any]) -> int:
+    """Bytes of weights, gradients and moments that this rank holds of a backbone that trains,
+    between two steps: of all storages of floats that are new, each once."""
+    before = _storages()
+    session = open_session(parse_config(config), world)
+    loader = make_loader(session, world)
+    train_step(Training(session, loader, 2, make_validate(session)), 0)
+    accumulate(session, loader.next_step(), 1)
+    return sum(size for key, size in _storages().items() if key not in before)
+
+
+def _storages() -> dict[int, int]:
+    """Bytes of every storage of floats by its address."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for one in gc.get_objects():
+        if isinstance(one, torch.Tensor) and one.is_floating_point() and not one.is_meta:
+            local = one.to_local() if isinstance(one, DTensor) else one
+            found[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return found
 
 
 def windows(world: World, nodes: list[list[int]]) -> list[list[int]]:
@@ -296,6 +320,23 @@ def cut_run(source: Path, target: Path, step: int) -> None:
     for saved in (target / "checkpoints").glob("step-*"):
         if int(saved.name.removeprefix("step-")) > step:
             shutil.rmtree(saved)
+
+
+def go_on(world: World, argument: dict[str, Any]) -> dict[str, Any]:
+    """`resume`, to the export. `missed`: the run was stopped before the evaluation of `step`."""
+    if world.is_main:
+        target, step = parse_config(argument["config"]).run_folder, argument["step"]
+        cut_run(Path(argument["source"]), target, step)
+        if argument.get("missed"):
+            states = [store.of_step(target / "checkpoints", n) for n in (step - 1, step)]
+            before, last = (json.loads((path / "state.json").read_text()) for path in states)
+            last["best"] = before["best"]
+            last["progress"] = {**before["progress"], "step": step}
+            (states[1] / "state.json").write_text(json.dumps(last))
+            (states[1] / "manifest.json").unlink()
+            store.write_manifest(states[1])
+    world.gather(None)
+    return train(world, argument["config"])
 
 
 def desynchronised(world: World, argument: dict[str, Any]) -> dict[str, Any]:
@@ -450,6 +491,7 @@ CASES = {
     "train_on_a_full_disk": train_on_a_full_disk,
     "shard": shard,
     "gathered": gathered,
+    "held": held,
     "windows": windows,
     "unsharded_blocks": unsharded_blocks,
     "planned": planned,
@@ -457,6 +499,7 @@ CASES = {
     "verified": verified,
     "train_only": train_only,
     "resume": resume,
+    "go_on": go_on,
     "desynchronised": desynchronised,
     "masked_steps": masked_steps,
     "moments": moments,

@@ -34,7 +34,7 @@ _MUST_AGREE = {
         "leave_out",
         "eval",
     ),
-    "run": ("seed",),
+    "run": ("seed", "keep_best"),
 }
 """Keys that must be equal for a resumed run to be the same run (None: the entire section)."""
 
@@ -48,7 +48,7 @@ _MAY_CHANGE = {
 
 _EVALUATION = {
     "data": ("eval", "eval_split", "eval_records"),
-    "run": ("eval_every", "eval_at_start"),
+    "run": ("eval_every", "eval_at_start", "patience"),
     "generation": None,
 }
 """Keys that change what a run reports."""
@@ -97,6 +97,13 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
             f"{data.train_name} does not hold the records (or not the same tokens of them, or in "
             f"other shares) that {checkpoint} was made with; accepted: the same, or another "
             "run.name for a new run"
+        )
+    best = state.get("best")
+    if best is not None and best["data"] != session.evaluation_digest():
+        raise BadCheckpoint(
+            f"data.eval: does not hold the records by which {checkpoint} knows step "
+            f"{best['step']} as the best (run.keep_best); accepted: the same, or another run.name "
+            "for a new run"
         )
 
 

@@ -21,7 +21,7 @@ class GenerationOptions(Section):
 
     records: int = Field(0, ge=0)
     """Evaluation records that every evaluation generates answers to, the first ones; 0: none. Their
-    texts and scores are written to `generations/` in the run folder."""
+    texts and scores are written to `predictions.jsonl` in the run folder."""
     scores: list[Score] = ["exact_match"]
     """Scores of the answers against the records' own: `exact_match` (of what `pattern` finds),
     `math` (equal in value, by math-verify), `rouge` (rouge-score), `bleu` (sacrebleu). All but the
@@ -45,6 +45,13 @@ class GenerationOptions(Section):
     """Prompts that a rank answers at a time."""
     shown: int = Field(5, ge=0)
     """Answers shown in TensorBoard and in the run's README.md."""
+
+    @property
+    def metrics(self) -> dict[str, Literal["min", "max"]]:
+        """Names of the scores of answers, all of which are best where they are largest."""
+        names = {"rouge": ("rouge1", "rouge2", "rougeL")}
+        scores = [name for score in self.scores for name in names.get(score, (score,))]
+        return dict.fromkeys([*scores, "ended"], "max") if self.records else {}
 
     @field_validator("pattern")
     @classmethod

@@ -9,7 +9,9 @@ from typing import Any
 from trainer.config.data_options import SourceOptions
 from trainer.data.chats import chats
 from trainer.data.choices import commonsense, multiple_choice
+from trainer.data.images import encoded_image
 from trainer.data.messages import Conversation, conversation, from_json, no_column, tools_of
+from trainer.data.squad import question_answering
 from trainer.errors import BadRecord
 from trainer.tasks.base import Record, Task
 
@@ -81,7 +83,14 @@ def to_records(row: dict, kind: str, options: SourceOptions, tokenizer: Any) -> 
     elif kind == "commonsense":
         _refuse_chat_options(kind, options)
         *_, (asked, _), _ = _alpaca(row, options, tokenizer)
-        found = commonsense(row, options, asked)
+        found = commonsense(row, options, _part, asked)
+    elif kind == "images":
+        _refuse_chat_options(kind, options)
+        image = encoded_image(row, options.image)
+        found = [Record([], label=raw_label(row, options), image=image)]
+    elif kind == "question_answering":
+        _refuse_chat_options(kind, options)
+        found = [question_answering(row)]
     else:
         found = [_record(row, kind, options, tokenizer)]
     try:  # JSON can hold lone surrogates, which no tokenizer accepts
@@ -206,7 +215,7 @@ def _record(row: dict, kind: str, options: SourceOptions, tokenizer: Any) -> Rec
     if kind == "classification":
         columns = [options.text] if isinstance(options.text, str) else options.text
         texts = [(_text(row, column), False) for column in columns]
-        return Record(texts, label=_text(row, options.label))
+        return Record(texts, label=raw_label(row, options))
     if kind == "alpaca":
         segments = list(_alpaca(row, options, tokenizer))
     elif kind == "text":
@@ -217,6 +226,11 @@ def _record(row: dict, kind: str, options: SourceOptions, tokenizer: Any) -> Rec
     else:
         segments = [(_part(options.prompt, row), False), (_part(options.completion, row), True)]
     return Record(segments, add_bos=options.add_bos, add_eos=options.add_eos)
+
+
+def raw_label(row: dict, options: SourceOptions) -> str:
+    """The label of a row, as the data has it. Raises BadRecord."""
+    return _text(row, options.label)
 
 
 def _alpaca(row: dict, options: SourceOptions, tokenizer: Any) -> Iterator[tuple[str, bool]]:

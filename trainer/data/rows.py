@@ -30,6 +30,13 @@ class Rows:
     """Longest row that the model's position tables cover."""
     lengths: tuple[int, ...] = ()
     """Row lengths, ascending, to which shorter ones are rounded up."""
+    documents: int = 0
+    """Documents of a row, hardly ever more; 0: not known."""
+    longest: int = 0
+    """Length of the longest document; 0: not known."""
+    apart: bool = False
+    """Whether a row of a single document is marked as one too, though attention would need no mask:
+    where most rows hold several, so that all of a length run the same program and CUDA graph."""
 
     def laid(self, sequences: Sequence[Sequence[Example]]) -> Sequence[Sequence[Example]]:
         """The sequences of a micro-batch as rows of documents."""

@@ -9,7 +9,7 @@ from trainer.data.formats import columns_of, detect_format, messages_column, to_
 from trainer.data.readers import Row
 from trainer.data.templates import limited, render, stops, template_of
 from trainer.errors import BadRecord, UserError
-from trainer.tasks.base import Record, Task
+from trainer.tasks.base import Example, Record, Task
 from trainer.tasks.tokenisation import tokenise
 
 _ANY = 2**31  # tokens: no limit
@@ -71,6 +71,7 @@ def _of_record(record: Record, lacks_answer: bool, options: DataOptions, task: T
     (example,) = task.encode([record], _ANY)
     if isinstance(example, str):
         raise BadRecord(example)
+    assert isinstance(example, Example), "a task that generates makes one example of a record"
     ids, answer = task.prompt_of(example)
     _, ends = stops(task.tokenizer, options)
     return Prompt(ids, None if lacks_answer else text_of(answer, task.tokenizer, ends))

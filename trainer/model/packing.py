@@ -29,21 +29,21 @@ _LENGTHS = 8
 """Number of row lengths on a GPU."""
 
 
-def check_packing(model: "PreTrainedModel") -> None:
+def check_packing(model: "PreTrainedModel", given: str = "data.packing: true") -> None:
     """Raises UserError where a kind of layer carries something across documents, or where their
-    positions cannot restart. Reads no weights."""
+    positions cannot restart. `given`: key and value that ask for rows of documents. Reads no
+    weights."""
     kinds = carrying_layers(model)
     if kinds:
         raise UserError(
-            f"data.packing: true given, but {type(model).__name__} has layers that carry state "
-            f"across the documents of a row ({', '.join(kinds)}); accepted: false"
+            f"{given} given, but {type(model).__name__} has layers that carry state across the "
+            f"documents of a row ({', '.join(kinds)}); accepted: false"
         )
     table = counts_by_itself(model)
     if table is not None:
         raise UserError(
-            f"data.packing: true given, but {type(model).__name__} counts the positions of "
-            f"{table} by itself, from the start of the row, and takes no position_ids; accepted: "
-            "false"
+            f"{given} given, but {type(model).__name__} counts the positions of {table} by itself, "
+            "from the start of the row, and takes no position_ids; accepted: false"
         )
 
 
@@ -64,12 +64,12 @@ def choose_rows(
     elif data.padding_free == "auto" and obstacle is None and not attention.by_document:
         obstacle = "attention would need a mask of documents"
     # One record alone is padded in some models' rows at the cost of other results.
-    padded = obstacle is None or data.packing or data.micro_batch_size != 1
+    padded = obstacle is None or config.packs_rows or data.micro_batch_size != 1
     if few == "auto" and device.type == "cuda" and padded:
         rows = replace(rows, few=_LENGTHS)
     if obstacle is None:
         return replace(rows, end_to_end=True), attention
-    if not data.packing:
+    if not config.packs_rows:
         attention = choose_attention(model, asked, packing=False, device=device, dtype=dtype)
     return replace(rows, reason=obstacle), attention
 

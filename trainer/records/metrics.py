@@ -52,13 +52,13 @@ class MetricsWriter:
         finite = {k: None if _is_nan(v) else v for k, v in values.items()}
         self._stream.write(json.dumps(finite) + "\n")
         self._stream.flush()
-        evaluated = any(name.startswith("eval_") for name in values)
+        evaluated = "eval_loss" in values
         if self._board is not None and (evaluated or values["step"] >= self._board_from):
             if not evaluated:
                 self._board_from = values["step"] + self._spacing
             for name, value in finite.items():
                 if name != "step" and isinstance(value, int | float):
-                    group = "eval/" if name.startswith("eval_") else "train/"
+                    group = "eval/" if evaluated else "train/"
                     tag = name if "/" in name else group + name  # method/… names its own group
                     self._board.add_scalar(tag, value, values["step"])
         self.heartbeat.beat(**finite)
@@ -102,7 +102,11 @@ class MetricsWriter:
         evaluated = {k: v for k, v in values.items() if k.startswith("eval_")}
         if evaluated:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in evaluated.items())
-            self.log_line(f"step {step}/{self._steps}  {figures}")
+            seconds, peak = values["evaluation_seconds"], values["evaluation_peak_memory_gib"]
+            best = "  best so far" * (values.get("best_step") == step)
+            self.log_line(
+                f"step {step}/{self._steps}  {figures}  ({seconds:.1f} s, {peak:.2f} GiB){best}"
+            )
         elif self._bar is not None:
             with suppress(OSError):
                 self._bar.set_postfix_str(f"loss {values['loss']:.4f}")

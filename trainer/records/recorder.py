@@ -1,10 +1,10 @@
 """`Recorder`: output of the training loop; only rank 0 writes any."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from trainer.files import PREDICTIONS, write_text
+from trainer.files import PREDICTIONS
+from trainer.records.jsonl import write_objects
 from trainer.records.metrics import MetricsWriter
 
 
@@ -33,7 +33,7 @@ class Recorder(Protocol):
         """Record a decision (None: none was made) before optimizer step `step`."""
 
     def answered(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Record what was answered to records of an evaluation."""
+        """Record what was answered to each record of an evaluation; none: by a task without."""
 
     def set_state(self, state: str) -> None:
         """Enter a phase other than training steps, such as an evaluation."""
@@ -68,9 +68,10 @@ class RunRecorder:
             self._decisions.write(step, decision)
 
     def answered(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
-        lines = (json.dumps({"step": step, **one}, ensure_ascii=False) + "\n" for one in answers)
-        write_text(self._metrics.file.with_name(PREDICTIONS), "".join(lines))
-        self._metrics.write_answers(step, answers)
+        if answers:
+            file = self._metrics.file.with_name(PREDICTIONS)
+            write_objects(file, ({"step": step, **answer} for answer in answers))
+            self._metrics.write_answers(step, answers)
 
     def close(self) -> None:
         try:

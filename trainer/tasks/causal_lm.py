@@ -108,7 +108,11 @@ class CausalLM(Task):
             documents = Documents.of(inputs["position_ids"])
         weight = sum(example.weight for example in examples)
         figures = (0, 0) if empty else (weight, tokens)
-        return Batch(inputs, torch.from_numpy(targets), *figures, documents=documents)
+        rows, before = (targets[:, 1:] != IGNORED).nonzero()
+        return Batch(
+            inputs, torch.from_numpy(targets), *figures, documents=documents,
+            learned=(torch.from_numpy(rows), torch.from_numpy(before)),
+        )  # fmt: skip
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         return self.token_losses(model, batch).sum(), None
@@ -116,10 +120,10 @@ class CausalLM(Task):
     def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross entropy in float32 of each learned token, in order of rows and positions."""
         targets = batch.targets[:, 1:]
-        learned = targets != IGNORED
+        learned = targets != IGNORED if batch.learned is None else batch.learned
         head = loss_head(model)
         if head is not None:
-            with loss_inside(head, learned, targets[learned]):
+            with loss_inside(model, head, learned, targets[learned]):
                 return _logits(model, batch)
         logits = _logits(model, batch)[:, :-1]
         # Selected before the cast: float32 logits only where there is a loss.

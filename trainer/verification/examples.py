@@ -33,7 +33,10 @@ def examples(session: Session) -> list[Example]:
 
 
 def cut(example: Example, length: int) -> Example:
-    """A record cut to at most `length` tokens; the last one, by which some models pool, stays."""
+    """A record cut to at most `length` tokens; the last one, by which some models pool, stays. An
+    image is not cut."""
+    if example.image:
+        return example
     kept = [*range(min(length, len(example.input_ids)) - 1), -1]
     ids = [example.input_ids[index] for index in kept]
     learned = [0, *[1] * (len(ids) - 1)] if len(example.loss_mask) else ()
@@ -43,6 +46,7 @@ def cut(example: Example, length: int) -> Example:
         loss_mask=learned,
         token_type_ids=[example.token_type_ids[i] for i in kept] if example.token_type_ids else (),
         weight=max(1, sum(learned)),
+        reference="",
     )
 
 

@@ -99,8 +99,9 @@ def arrangements(session: Session, examples: list[Example]) -> dict[str, list[Se
     records are padded too, unless they lie end to end."""
     ways: dict[str, list[Sequences]] = {}
     end_to_end, size = session.backbone.rows.end_to_end, session.config.data.micro_batch_size
-    if session.config.data.packing or end_to_end:
-        ways["packed" if session.config.data.packing else "end to end"] = [[examples]]
+    packs = session.config.packs_rows
+    if packs or end_to_end:
+        ways["packed" if packs else "end to end"] = [[examples]]
     several = size is None or session.method.largest_micro_batch(size) > 1
     several = several or session.backbone.rows.few > 0  # rows are padded to few lengths
     if several and not end_to_end:
@@ -135,6 +136,7 @@ def as_verified(session: Session) -> Iterator[None]:
     was_training = session.model.training
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(session.method.without())
         stack.enter_context(session.backbone.blocks.uncompiled())
         stack.enter_context(frozen_tables(session.backbone.token_rows))
         try:
@@ -166,7 +168,7 @@ def _ours(session: Session, sequences: Sequences) -> Result:
     batch = session.task.collate(sequences).to(session.world.device)
     outputs: list[Tensor] = []
     handle = session.model.register_forward_hook(
-        lambda model, inputs, output: outputs.append(output.logits.detach())
+        lambda model, inputs, output: outputs.append(session.task.logits(output).detach())
     )
     try:
         with recorded(_blocks(session)) as calls, computing(session):
@@ -178,9 +180,9 @@ def _ours(session: Session, sequences: Sequences) -> Result:
         for row, packed in enumerate(sequences)
         for place, example in enumerate(packed)
     ]
-    hidden = _hidden(calls, batch, spans)
-    learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
-    logits = [] if learned_tokens else list(outputs[0])
+    hidden = _hidden(calls, session.task.shape(batch), spans)
+    learned_tokens = batch.targets.shape == session.task.shape(batch)
+    logits = [] if learned_tokens else _by_record(outputs[0], spans)
     return Result(
         [call.path for call in calls], hidden, float(loss) if learned_tokens else None, logits
     )
@@ -195,7 +197,7 @@ def _alone(
     for number, example in enumerate(examples):
         changed, start = changed_at_the_end(example)
         batch = session.task.collate([[example]]).to(session.world.device)
-        learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
+        learned_tokens = batch.targets.shape == session.task.shape(batch)
         inputs = batch.inputs
         if learned_tokens and number == 0:
             inputs = session.task.collate([[example], [changed]]).to(session.world.device).inputs
@@ -210,11 +212,13 @@ def _alone(
                     "model, or another task.kind"
                 )
         spans = [(0, 0, len(example.input_ids))]
-        hidden = _hidden(done.calls, batch, spans, rows=len(inputs["input_ids"]))
+        hidden = _hidden(
+            done.calls, session.task.shape(batch), spans, rows=len(next(iter(inputs.values())))
+        )
         loss = _loss(done.logits[:1], batch) if learned_tokens else None
         parts.append(
             Result([c.path for c in done.calls], hidden, loss,
-                   [] if learned_tokens else list(done.logits[:1]))
+                   [] if learned_tokens else _by_record(done.logits, spans))
         )  # fmt: skip
     return _joined(parts)
 
@@ -224,7 +228,10 @@ def _padded(session: Session, reference: Reference, examples: Sequence[Example])
     lengths = [len(example.input_ids) for example in examples]
     batch = session.task.collate([[example] for example in examples])
     width = max(lengths)
-    inputs = {"input_ids": _rows([e.input_ids for e in examples], width, session.task.pad_token_id)}
+    inputs = dict(batch.inputs)
+    if "input_ids" in batch.inputs:
+        ids = [example.input_ids for example in examples]
+        inputs = {"input_ids": _rows(ids, width, session.task.pad_token_id)}
     if "token_type_ids" in batch.inputs:
         inputs["token_type_ids"] = _rows([e.token_type_ids for e in examples], width, 0)
     if "attention_mask" in batch.inputs:
@@ -232,14 +239,21 @@ def _padded(session: Session, reference: Reference, examples: Sequence[Example])
     batch = replace(batch, inputs=inputs).to(session.world.device)
     done = reference.run(batch.inputs, session.backbone.dtype)
     spans = [(row, 0, length) for row, length in enumerate(lengths)]
-    hidden = _hidden(done.calls, batch, spans)
-    learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
+    hidden = _hidden(done.calls, session.task.shape(batch), spans)
+    learned_tokens = batch.targets.shape == session.task.shape(batch)
     return Result(
         [call.path for call in done.calls],
         hidden,
         _loss(done.logits, batch) if learned_tokens else None,
-        [] if learned_tokens else list(done.logits),
+        [] if learned_tokens else _by_record(done.logits, spans),
     )
+
+
+def _by_record(logits: Tensor, spans: list[tuple[int, int, int]]) -> list[Tensor]:
+    """The logits of each record: of its row, or of its tokens (rows, tokens, outputs)."""
+    if logits.dim() == 2:
+        return list(logits[: len(spans)])
+    return [logits[row, start : start + length] for row, start, length in spans]
 
 
 def _rows(values: Sequence[Sequence[int]], width: int, filler: int) -> Tensor:
@@ -271,10 +285,10 @@ def _loss(logits: Tensor, batch: Batch) -> float:
 
 
 def _hidden(
-    calls: Calls, batch: Batch, spans: list[tuple[int, int, int]], rows: int | None = None
+    calls: Calls, shape: tuple[int, int], spans: list[tuple[int, int, int]], rows: int | None = None
 ) -> list[list[Tensor | None]]:
     """By block and record, the hidden states (tokens, width) of the record's tokens."""
-    count, width = batch.inputs["input_ids"].shape
+    count, width = shape
     shape = (count if rows is None else rows, width)
     found: list[list[Tensor | None]] = []
     for call in calls:
