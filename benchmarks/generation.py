@@ -126,7 +126,6 @@ def ours(source: Path, config: Config, world: World) -> Iterator[Generate]:
     else:
         model = open_saved_model(source, config, world)
     # Answers of one length: no token ends them.
-    model.backbone.model.generation_config.eos_token_id = None
     with patch("trainer.generation.generate.end_tokens", lambda *_: []):
         yield lambda rows: [answer.tokens for answer in generate(model, rows, config.generation)]
 

@@ -72,9 +72,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
                 f"--k: {max(arguments.k)} given with --samples {arguments.samples}; accepted: at "
                 "most as many"
             )
-        print(f"warning: {WARNING}", file=sys.stderr)
     lines: list[dict[str, Any]] = []
     with join(config) as world:
+        if world.is_main and arguments.run_code:
+            print(f"warning: {WARNING}", file=sys.stderr)
         model = open_saved_model(arguments.source, config, world)
         with world.all_or_none():
             prompts = _prompts(arguments, model)

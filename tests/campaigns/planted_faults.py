@@ -195,10 +195,7 @@ FAULTS = [
     ),
     Fault(
         "prompts are padded on the right", "trainer/generation/generate.py",
-        "        ids[index, width - len(row) :] = torch.tensor(row)\n"
-        "        mask[index, width - len(row) :] = 1",
-        "        ids[index, : len(row)] = torch.tensor(row)\n"
-        "        mask[index, : len(row)] = 1",
+        "start = 0 if apart else width - len(row)", "start = 0",
         ("tests/unit/trainer/generation/test_generate.py",),
     ),
     Fault(

@@ -1,6 +1,5 @@
 """Answers to held-out records, and their scores."""
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,21 +22,13 @@ class Answered:
     """By name."""
     answers: list[dict[str, Any]]
     """Per example: record, prompt, text, reference, tokens, whether it ended, and its scores."""
-    seconds: float
-
-    def __str__(self) -> str:
-        tokens = sum(answer["tokens"] for answer in self.answers)
-        return (
-            f"generated {len(self.answers):,} answers, {tokens:,} tokens in {self.seconds:.1f} s "
-            f"({tokens / self.seconds:,.0f} tokens/s)"
-        )
 
 
 def answer_records(session: Session, data: TokenDataset, examples: np.ndarray) -> Answered:
     """Answers to the first `generation.records` records of `examples`, each the text from its first
     learned token on, with the scores of `generation.scores`, and `ended`, the share of answers that
     an end token or a stop string ended. Collective."""
-    began, options, tokenizer = time.perf_counter(), session.config.generation, session.tokenizer
+    options, tokenizer = session.config.generation, session.tokenizer
     chosen = data.first_records(examples, options.records)
     prompts = _prompts(session, data, chosen)
     shown = session.config.log.shown
@@ -59,7 +50,7 @@ def answer_records(session: Session, data: TokenDataset, examples: np.ndarray) -
         for example, prompt, answer, row in zip(chosen, prompts, answers, rows, strict=True)
     ]
     scores["ended"] = sum(answer.ended for answer in answers) / len(answers)
-    return Answered(scores, lines, time.perf_counter() - began)
+    return Answered(scores, lines)
 
 
 def check_generation(session: Session, data: TokenDataset, examples: np.ndarray) -> None:

@@ -91,6 +91,8 @@ def _check(
             "of causal_lm"
         )
     limit, longest = longest_text(model.backbone.model), max(map(len, prompts), default=0)
+    if limit is not None and model.backbone.model.config.is_encoder_decoder:
+        limit += longest if longest <= limit else 0  # its prompt is in a row of its own
     if limit is not None and longest + options.max_new_tokens > limit:
         raise UserError(
             f"generation.max_new_tokens: {options.max_new_tokens} given with a prompt of {longest} "
@@ -100,7 +102,8 @@ def _check(
 
 
 def _settings(model: LoadedModel, options: GenerationOptions) -> GenerationConfig:
-    """Complete: what a model's own generation_config.json says of sampling has no effect."""
+    """All that is asked for: what else a model's generation_config.json or config.json say, such as
+    of sampling, has no effect."""
     drawn = options.temperature > 0
     sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
     tokens, texts = stops(model.tokenizer, model.config.data)
@@ -111,6 +114,7 @@ def _settings(model: LoadedModel, options: GenerationOptions) -> GenerationConfi
         num_beams=1,
         eos_token_id=[*ends, *tokens] or None,
         pad_token_id=model.task.pad_token_id,
+        decoder_start_token_id=getattr(model.task, "start", None),  # of an encoder-decoder
         stop_strings=[*options.stop, *texts] or None,
         **(sampling if drawn else {}),
     )
@@ -135,9 +139,11 @@ def _batches(model: LoadedModel, prompts: Sequence[Sequence[int]], size: int) ->
 @contextmanager
 def _ready(model: LoadedModel) -> Iterator[None]:
     """The model as it is evaluated: without dropout and compiled programs, which would be compiled
-    again for caches. Every forward pass is reported to the watchdog."""
+    again for caches; and without settings of its own. Every forward pass is reported to the
+    watchdog."""
     module, device = model.model, model.world.device
-    was_training = module.training
+    was_training, backbone = module.training, model.backbone.model
+    given, backbone.generation_config = backbone.generation_config, GenerationConfig()
     alive = module.register_forward_pre_hook(
         lambda *_: model.watchdog.alive("a forward pass of a generation")
     )
@@ -145,13 +151,14 @@ def _ready(model: LoadedModel) -> Iterator[None]:
     try:
         with (
             model.method.inference(), model.backbone.blocks.uncompiled(),
-            with_cache(model.backbone.model), torch.random.fork_rng(devices),
+            with_cache(backbone), torch.random.fork_rng(devices),
         ):  # fmt: skip
             module.eval()
             yield
     finally:
         alive.remove()
         module.train(was_training)
+        backbone.generation_config = given
 
 
 def _continue(
@@ -160,11 +167,13 @@ def _continue(
 ) -> list[list[int]]:  # fmt: skip
     """The new tokens of each row."""
     width, device = max(map(len, rows)), model.world.device
+    apart = bool(model.backbone.model.config.is_encoder_decoder)  # an encoder reads the prompts
     ids = torch.full((len(rows), width), model.task.pad_token_id)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(row)
-        mask[index, width - len(row) :] = 1
+        start = 0 if apart else width - len(row)
+        ids[index, start : start + len(row)] = torch.tensor(row)
+        mask[index, start : start + len(row)] = 1
     try:
         sequences: Tensor = model.backbone.model.generate(  # type: ignore[operator]
             input_ids=ids.to(device),
@@ -179,7 +188,7 @@ def _continue(
             f"generation.batch_size: {model.config.generation.batch_size} given, but the GPU's "
             f"memory does not suffice for {len(rows)} prompts of {width} tokens; accepted: fewer"
         ) from error
-    return sequences[:, width:].tolist()
+    return sequences[:, 1 if apart else width :].tolist()
 
 
 def _answer(model: LoadedModel, tokens: list[int], settings: GenerationConfig) -> Answer:

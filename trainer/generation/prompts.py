@@ -10,7 +10,7 @@ from trainer.data.readers import Row
 from trainer.data.templates import limited, render, stops, template_of
 from trainer.errors import BadRecord, UserError
 from trainer.tasks.base import Example, Record, Task
-from trainer.tasks.tokenisation import special_tokens, tokenise
+from trainer.tasks.tokenisation import tokenise
 
 _ANY = 2**31  # tokens: no limit
 _ANSWER = "a"
@@ -29,9 +29,7 @@ class Prompt:
 
 def of_text(text: str, options: SourceOptions, task: Task) -> Prompt:
     """A text as it is, behind the begin token where records have one. Raises UserError."""
-    ((ids, _),) = tokenise(task.tokenizer, [[(text, False)]])
-    before, _ = special_tokens(task.tokenizer, options.add_bos, False)
-    ids = ids if ids[: len(before)] == before else [*before, *ids]
+    ids = task.prompt_of_text(text, options.add_bos)
     if not ids:
         raise UserError("--prompt: no token in it; accepted: a text that is not empty")
     return Prompt(ids)

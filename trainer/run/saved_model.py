@@ -20,6 +20,11 @@ def saved_model_config(source: Path, overrides: Sequence[str] = ()) -> Config:
     if is_adapter(source):
         return with_overrides(_of_adapter(source), overrides)
     config = on_engine(saved_config(read_state(source)), "auto")
+    if not config.task.generates:
+        raise UserError(
+            f"{source}: a run of task.kind={config.task.kind}, which generates no text; accepted: "
+            "a run of causal_lm"
+        )
     return with_overrides(config, overrides)
 
 

@@ -168,6 +168,10 @@ class Task(ABC):
         generates text."""
         raise NotImplementedError
 
+    def prompt_of_text(self, text: str, add_bos: Switch) -> list[int]:
+        """A text to continue as tokens, of a task that generates text."""
+        raise NotImplementedError
+
     def shape(self, batch: Batch) -> tuple[int, int]:
         """(rows, tokens) of a micro-batch's hidden states."""
         rows, tokens = batch.inputs["input_ids"].shape

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from trainer.errors import UserError
-from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, TooLong
+from trainer.tasks.base import IGNORED, Batch, Example, Record, Switch, Task, TooLong
 from trainer.tasks.causality import attends_ahead
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
 from trainer.tasks.documents import Documents, kept_apart
@@ -134,6 +134,11 @@ class CausalLM(Task):
         start = mask.index(1)
         end = mask.index(0, start)
         return list(example.input_ids[:start]), list(example.input_ids[start:end])
+
+    def prompt_of_text(self, text: str, add_bos: Switch) -> list[int]:
+        ((ids, _),) = tokenise(self.tokenizer, [[(text, False)]])
+        before, _ = special_tokens(self.tokenizer, add_bos, False)
+        return ids if ids[: len(before)] == before else [*before, *ids]
 
     def scores_of_loss(self, loss: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(loss, 700.0))}
