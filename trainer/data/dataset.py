@@ -98,7 +98,7 @@ class TokenDataset:
         self.weights = table.column("weight").to_numpy()
         self.labels = table.column("label").to_numpy()
         self.records = table.column("record").to_numpy()  # of each example; ascending, from 0
-        self._references, self._images = _column(table, "reference"), _column(table, "image")
+        self._references, self._images = table.column("reference"), table.column("image")
 
     @functools.cached_property
     def digest(self) -> str:
@@ -165,14 +165,15 @@ class TokenDataset:
         return values[start:stop].tolist()
 
 
-def _column(table: "pa.Table", name: str) -> "pa.ChunkedArray":
-    """A column; of empty values in files of earlier versions, which do not have it."""
+def _completed(table: "pa.Table") -> "pa.Table":
+    """With the columns that files of earlier versions do not have; their values are empty."""
     import pyarrow as pa
 
-    if name in table.column_names:
-        return table.column(name)
-    empty = pa.scalar("", schema().field(name).type)
-    return pa.chunked_array([pa.repeat(empty, table.num_rows)])
+    for field in list(schema())[-2:]:
+        if field.name not in table.column_names:
+            empty = pa.repeat(pa.scalar("", field.type), table.num_rows)
+            table = table.append_column(field, empty)
+    return table
 
 
 def open_dataset(folder: Path, key: str) -> TokenDataset:
@@ -182,7 +183,7 @@ def open_dataset(folder: Path, key: str) -> TokenDataset:
     try:
         counts = Counts(**parse_json((folder / COUNTS).read_text()))
         with pa.memory_map(str(folder / TOKENS)) as file:
-            table = pa.ipc.open_stream(file).read_all()
+            table = _completed(pa.ipc.open_stream(file).read_all())
         if table.schema != schema():
             raise ValueError(f"columns {', '.join(table.schema.names)}")
         if len(table) != counts.examples:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from trainer.config.data_options import DataOptions
 from trainer.data.cache import cache_key
-from trainer.data.dataset import TokenDataset, schema
+from trainer.data.dataset import TOKENS, TokenDataset, schema
 from trainer.data.sources import read_rows
 from trainer.data.tokenise import prepare, read_labels
 from trainer.errors import BadRecord, UserError
@@ -492,6 +492,22 @@ def test_cache_is_used_again(tmp_path: Path, causal: CausalLM) -> None:
     assert again.counts == first.counts
     assert (again.counts.truncated, again.counts.bad) == (1, 1)
     assert [again[i] for i in range(3)] == [first[i] for i in range(3)]
+
+
+def test_a_cache_of_an_earlier_version_is_used(tmp_path: Path, causal: CausalLM) -> None:
+    """Without the columns that came later."""
+    path = write(tmp_path / "data.jsonl", LONG)
+    first = tokens_of(path, causal)
+    digest, example = first.digest, first[1]
+    (file,) = (tmp_path / "cache").rglob(TOKENS)
+    with pa.memory_map(str(file)) as source:
+        table = pa.ipc.open_stream(source).read_all().drop_columns(["reference", "image"])
+        columns = pa.table({name: table[name].to_pylist() for name in table.schema.names},
+                           schema=table.schema)  # fmt: skip
+    with pa.ipc.new_stream(file, table.schema) as sink:
+        sink.write_table(columns)
+    again = tokens_of(path, causal)
+    assert again.digest == digest and again[1] == example
 
 
 def test_cache_is_left_when_anything_changes(tmp_path: Path, causal: CausalLM, chat) -> None:
