@@ -33,7 +33,7 @@ def dry_run(config: Config, world: World) -> str:
     with world.all_or_none():
         backbone = build(config, task, world.device)
         beside = stage.frozen(backbone) if stage is not None else {}
-        refuse_longer(backbone.model, config.data, train_data, eval_data)
+        refuse_longer(backbone.model, config.data, train_data, eval_data, config.task)
         left_out, evaluated = hold_out(config, train_data, task)
     loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out, backbone.rows)
     evaluation = on_evaluation(train_data, evaluated)

@@ -113,17 +113,21 @@ class CausalLM(Task):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         return self.token_losses(model, batch).sum(), None
 
-    def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross entropy in float32 of each learned token, in order of rows and positions."""
+    def token_losses(self, model: nn.Module, batch: Batch, right: Tensor | None = None) -> Tensor:
+        """Cross entropy in float32 of each learned token, in order of rows and positions; `right`
+        is filled with whether each is the most likely one."""
         targets = batch.targets[:, 1:]
         learned = targets != IGNORED
         head = loss_head(model)
         if head is not None:
-            with loss_inside(head, learned, targets[learned]):
+            with loss_inside(head, learned, targets[learned], right):
                 return _logits(model, batch)
         logits = _logits(model, batch)[:, :-1]
         # Selected before the cast: float32 logits only where there is a loss.
-        return F.cross_entropy(logits[learned].float(), targets[learned], reduction="none")
+        logits = logits[learned].float()
+        if right is not None:
+            right.copy_(logits.argmax(-1) == targets[learned])
+        return F.cross_entropy(logits, targets[learned], reduction="none")
 
     def scores_of_loss(self, loss: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(loss, 700.0))}

@@ -27,7 +27,8 @@ CHUNK = 2**27
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Cross entropy (rows) of x Wᵀ + b; x (rows, in), W (vocabulary, in), targets (rows). `ids`,
-    `values` (n, in), float32: tokens, and the rows R that replace theirs in W."""
+    `values` (n, in), float32: tokens, and the rows R that replace theirs in W. `right` (rows) is
+    filled with whether the target is the most likely token."""
 
     @staticmethod
     def forward(
@@ -38,6 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         ids: Tensor | None,
         values: Tensor | None,
+        right: Tensor | None,
     ) -> Tensor:
         losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
@@ -51,6 +53,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits[:, ids] = F.linear(x[part], R).float()
             total = logits.logsumexp(1, keepdim=True)
             chosen = targets[part].unsqueeze(1)
+            if right is not None:
+                right[part] = logits.argmax(1) == targets[part]
             losses[part] = (total - logits.gather(1, chosen)).squeeze(1)
             if dx is not None:
                 p = logits.sub_(total).exp_()
@@ -69,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, own, x = ctx.saved_tensors
         scale = dlosses.to(dx.dtype).unsqueeze(1)
         dR = None if own is None else ((own * scale).T @ x).float()
-        return dx * scale, None, None, None, None, dR
+        return dx * scale, None, None, None, None, dR, None
 
 
 def loss_head(model: nn.Module) -> nn.Linear | None:
@@ -86,20 +90,24 @@ def _returns_head_output(forward: Callable[..., Any]) -> bool:
     """Whether a model's `forward` returns the head's output as its logits. Read from its source, as
     no attribute has it (Gemma 2 caps the logits, Granite and Cohere scale them)."""
     source = inspect.getsource(inspect.unwrap(forward))
-    made = re.findall(r"^\s*logits = (.*)$", source, re.MULTILINE)
-    return len(made) == 1 and re.fullmatch(r"self\.lm_head\(hidden_states.*\)", made[0]) is not None
+    made = re.findall(r"^\s*(?:lm_)?logits = (.*)$", source, re.MULTILINE)
+    hidden = r"hidden_states.*|sequence_output|outputs\[0\]|outputs\.last_hidden_state"
+    return len(made) == 1 and re.fullmatch(rf"self\.lm_head\(({hidden})\)", made[0]) is not None
 
 
 @contextmanager
-def loss_inside(head: nn.Linear, learned: Tensor, targets: Tensor) -> Iterator[None]:
+def loss_inside(
+    head: nn.Linear, learned: Tensor, targets: Tensor, right: Tensor | None = None
+) -> Iterator[None]:
     """Within this context the head returns, in place of logits, the losses of the `learned`
-    positions of (batch, length − 1), in their order, with these `targets`. It runs where
-    the model calls the head, when a sharder has gathered its weight."""
+    positions of (batch, length − 1), in their order, with these `targets`; `right` is filled with
+    whether each target is the most likely token. It runs where the model calls the head, when a
+    sharder has gathered its weight."""
 
     def forward(hidden: Tensor) -> Tensor:
         x, trained = hidden[:, :-1][learned], rows_of(head)
         rows = (None, None) if trained is None else (trained.ids, trained.values)
-        losses = _LinearCrossEntropy.apply(x, head.weight, head.bias, targets, *rows)
+        losses = _LinearCrossEntropy.apply(x, head.weight, head.bias, targets, *rows, right)
         assert isinstance(losses, Tensor)
         return losses
 

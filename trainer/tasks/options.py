@@ -2,6 +2,8 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from adapters.options import Section
 
 
@@ -14,12 +16,18 @@ class TaskOptions(Section):
     """Several records may share a sequence (`data.packing`)."""
     whole_records: ClassVar[bool] = False
     """A record is used with all of its examples or not at all."""
+    source_apart: ClassVar[bool] = False
+    """What an example does not learn is a row of its own, an encoder's."""
     data_formats: ClassVar[tuple[str, ...]]
     """The values of `data.format` that it accepts. With a single one, `auto` means it; else
     `auto` looks at the columns."""
 
     kind: str
     """Name of the task."""
+
+    def limits(self, max_length: int) -> dict[str, int]:
+        """The most tokens of each of an example's rows, by the key that limits them."""
+        return {"data.max_length": max_length}
 
 
 class CausalLMOptions(TaskOptions):
@@ -54,3 +62,24 @@ class SequenceClassificationOptions(TaskOptions):
     """Name of the task."""
     problem: Literal["classification", "regression"] = "classification"
     """Labels are names, or numbers to be predicted."""
+
+
+class SequenceToSequenceOptions(TaskOptions):
+    """Options of `task.kind: sequence_to_sequence`."""
+
+    supports_packing = False
+    source_apart = True
+    data_formats = ("prompt_completion",)
+
+    kind: Literal["sequence_to_sequence"] = "sequence_to_sequence"
+    """Name of the task."""
+    max_target_length: int = Field(128, gt=0)
+    """Maximum length of a completion in tokens, its end token included. `data.max_length` is that
+    of a prompt."""
+
+    def limits(self, max_length: int) -> dict[str, int]:
+        # The decoder's row has a token before the target.
+        return {
+            "data.max_length": max_length,
+            "task.max_target_length": self.max_target_length + 1,
+        }

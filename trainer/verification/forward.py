@@ -174,12 +174,12 @@ def _ours(session: Session, sequences: Sequences) -> Result:
     finally:
         handle.remove()
     spans = [
-        (row, sum(len(e.input_ids) for e in packed[:place]), len(example.input_ids))
+        (row, sum(len(e.input_ids) for e in packed[:place]), example)
         for row, packed in enumerate(sequences)
         for place, example in enumerate(packed)
     ]
-    hidden = _hidden(calls, batch, spans)
-    learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
+    hidden = _hidden(session, calls, batch, spans)
+    learned_tokens = _learns_tokens(session, batch, sequences[0])
     logits = [] if learned_tokens else list(outputs[0])
     return Result(
         [call.path for call in calls], hidden, float(loss) if learned_tokens else None, logits
@@ -193,9 +193,9 @@ def _alone(
     depend on later ones."""
     parts = []
     for number, example in enumerate(examples):
-        changed, start = changed_at_the_end(example)
+        changed, start = changed_at_the_end(session.task, example)
         batch = session.task.collate([[example]]).to(session.world.device)
-        learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
+        learned_tokens = _learns_tokens(session, batch, [example])
         inputs = batch.inputs
         if learned_tokens and number == 0:
             inputs = session.task.collate([[example], [changed]]).to(session.world.device).inputs
@@ -209,8 +209,9 @@ def _alone(
                     f"what follows a token changes its logits by {seen:.0%}; accepted: a causal "
                     "model, or another task.kind"
                 )
-        spans = [(0, 0, len(example.input_ids))]
-        hidden = _hidden(done.calls, batch, spans, rows=len(inputs["input_ids"]))
+        hidden = _hidden(
+            session, done.calls, batch, [(0, 0, example)], rows=len(inputs["input_ids"])
+        )
         loss = _loss(done.logits[:1], batch) if learned_tokens else None
         parts.append(
             Result([c.path for c in done.calls], hidden, loss,
@@ -221,19 +222,21 @@ def _alone(
 
 def _padded(session: Session, reference: Reference, examples: Sequence[Example]) -> Result:
     """The reference on the records padded together, with a mask made here."""
-    lengths = [len(example.input_ids) for example in examples]
+    parts = [session.task.parts(example) for example in examples]
     batch = session.task.collate([[example] for example in examples])
-    width = max(lengths)
-    inputs = {"input_ids": _rows([e.input_ids for e in examples], width, session.task.pad_token_id)}
+    inputs = {
+        name: _rows([of_one[name] for of_one in parts], session.task.pad_token_id)
+        for name in parts[0]
+    }
     if "token_type_ids" in batch.inputs:
-        inputs["token_type_ids"] = _rows([e.token_type_ids for e in examples], width, 0)
+        inputs["token_type_ids"] = _rows([e.token_type_ids for e in examples], 0)
     if "attention_mask" in batch.inputs:
-        inputs["attention_mask"] = _rows([[1] * length for length in lengths], width, 0)
+        inputs["attention_mask"] = _rows([[1] * len(one["input_ids"]) for one in parts], 0)
     batch = replace(batch, inputs=inputs).to(session.world.device)
     done = reference.run(batch.inputs, session.backbone.dtype)
-    spans = [(row, 0, length) for row, length in enumerate(lengths)]
-    hidden = _hidden(done.calls, batch, spans)
-    learned_tokens = batch.targets.shape == batch.inputs["input_ids"].shape
+    spans = [(row, 0, example) for row, example in enumerate(examples)]
+    hidden = _hidden(session, done.calls, batch, spans)
+    learned_tokens = _learns_tokens(session, batch, examples)
     return Result(
         [call.path for call in done.calls],
         hidden,
@@ -242,8 +245,15 @@ def _padded(session: Session, reference: Reference, examples: Sequence[Example])
     )
 
 
-def _rows(values: Sequence[Sequence[int]], width: int, filler: int) -> Tensor:
+def _rows(values: Sequence[Sequence[int]], filler: int) -> Tensor:
+    width = max(map(len, values))
     return torch.tensor([[*row, *[filler] * (width - len(row))] for row in values])
+
+
+def _learns_tokens(session: Session, batch: Batch, examples: Sequence[Example]) -> bool:
+    """Whether the targets are tokens of the (last) rows of these `examples`."""
+    name = [*session.task.parts(examples[0])][-1]
+    return batch.targets.shape == batch.inputs[name].shape
 
 
 def _joined(parts: list[Result]) -> Result:
@@ -271,18 +281,26 @@ def _loss(logits: Tensor, batch: Batch) -> float:
 
 
 def _hidden(
-    calls: Calls, batch: Batch, spans: list[tuple[int, int, int]], rows: int | None = None
+    session: Session,
+    calls: Calls,
+    batch: Batch,
+    spans: Sequence[tuple[int, int, Example]],
+    rows: int | None = None,
 ) -> list[list[Tensor | None]]:
-    """By block and record, the hidden states (tokens, width) of the record's tokens."""
-    count, width = batch.inputs["input_ids"].shape
-    shape = (count if rows is None else rows, width)
+    """By block and record, the hidden states (tokens, width) of the record's tokens. `spans`: (row,
+    first token in it, record)."""
+    parts = [session.task.parts(example) for _, _, example in spans]
     found: list[list[Tensor | None]] = []
     for call in calls:
+        decodes = len(parts[0]) > 1 and "decoder" in call.path.split(".")
+        name = [*parts[0]][-1 if decodes else 0]
+        count, width = batch.inputs[name].shape
+        shape = (count if rows is None else rows, width)
         output = call.output
         known = output is not None and output.dim() == 3 and tuple(output.shape[:2]) == shape
         found.append([
-            output[row, start : start + length] if known and output is not None else None
-            for row, start, length in spans
+            output[row, start : start + len(part[name])] if known and output is not None else None
+            for (row, start, _), part in zip(spans, parts, strict=True)
         ])  # fmt: skip
     return found
 
