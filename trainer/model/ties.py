@@ -5,7 +5,7 @@ models are. Those of T5 v1.1 (Flan-T5, mT5) are not; transformers sees that when
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +31,8 @@ def untie_head(model: "PreTrainedModel", folder: Path) -> None:
 
 def _always_ties(config: "PretrainedConfig") -> bool:
     try:
-        return bool(type(config)(tie_word_embeddings=False).tie_word_embeddings)
+        made: Any = type(config)
+        return bool(made(tie_word_embeddings=False).tie_word_embeddings)
     except Exception:  # a class that cannot be made of defaults is no T5's
         return False
 

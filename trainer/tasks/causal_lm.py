@@ -28,7 +28,7 @@ class CausalLM(Task):
     """Fine-tune a decoder on text."""
 
     Options: ClassVar[type[TaskOptions]] = CausalLMOptions
-    auto_class = AutoModelForCausalLM
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
     peft_task_type = "CAUSAL_LM"
 
     @property

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class SequenceToSequence(CausalLM):
     before it (teacher forcing)."""
 
     Options = SequenceToSequenceOptions
-    auto_class = AutoModelForSeq2SeqLM
+    auto_class: ClassVar[Any] = AutoModelForSeq2SeqLM
     peft_task_type = "SEQ_2_SEQ_LM"
     start: int | None = None
     """The token before every target, the model's."""
