@@ -174,12 +174,13 @@ def _ours(session: Session, sequences: Sequences) -> Result:
     finally:
         handle.remove()
     spans = [
-        (row, sum(len(e.input_ids) for e in packed[:place]), example)
+        (row, sum(len(e.input_ids) for e in packed[:place]), len(example.input_ids))
         for row, packed in enumerate(sequences)
         for place, example in enumerate(packed)
     ]
-    hidden = _hidden(session, calls, batch, spans)
-    learned_tokens = _learns_tokens(session, batch, sequences[0])
+    examples = [example for packed in sequences for example in packed]
+    hidden = _hidden(session, calls, batch, spans, examples)
+    learned_tokens = _learns_tokens(session, batch, examples)
     logits = [] if learned_tokens else list(outputs[0])
     return Result(
         [call.path for call in calls], hidden, float(loss) if learned_tokens else None, logits
@@ -209,9 +210,8 @@ def _alone(
                     f"what follows a token changes its logits by {seen:.0%}; accepted: a causal "
                     "model, or another task.kind"
                 )
-        hidden = _hidden(
-            session, done.calls, batch, [(0, 0, example)], rows=len(inputs["input_ids"])
-        )
+        spans, rows = [(0, 0, len(example.input_ids))], len(inputs["input_ids"])
+        hidden = _hidden(session, done.calls, batch, spans, [example], rows)
         loss = _loss(done.logits[:1], batch) if learned_tokens else None
         parts.append(
             Result([c.path for c in done.calls], hidden, loss,
@@ -234,8 +234,8 @@ def _padded(session: Session, reference: Reference, examples: Sequence[Example])
         inputs["attention_mask"] = _rows([[1] * len(one["input_ids"]) for one in parts], 0)
     batch = replace(batch, inputs=inputs).to(session.world.device)
     done = reference.run(batch.inputs, session.backbone.dtype)
-    spans = [(row, 0, example) for row, example in enumerate(examples)]
-    hidden = _hidden(session, done.calls, batch, spans)
+    spans = [(row, 0, len(example.input_ids)) for row, example in enumerate(examples)]
+    hidden = _hidden(session, done.calls, batch, spans, examples)
     learned_tokens = _learns_tokens(session, batch, examples)
     return Result(
         [call.path for call in done.calls],
@@ -284,12 +284,13 @@ def _hidden(
     session: Session,
     calls: Calls,
     batch: Batch,
-    spans: Sequence[tuple[int, int, Example]],
+    spans: Sequence[tuple[int, int, int]],
+    examples: Sequence[Example],
     rows: int | None = None,
 ) -> list[list[Tensor | None]]:
-    """By block and record, the hidden states (tokens, width) of the record's tokens. `spans`: (row,
-    first token in it, record)."""
-    parts = [session.task.parts(example) for _, _, example in spans]
+    """By block and record, the hidden states (tokens, width) of the record's tokens; of one with a
+    row for each stack, those of the row that the block reads."""
+    parts = [session.task.parts(example) for example in examples]
     found: list[list[Tensor | None]] = []
     for call in calls:
         decodes = len(parts[0]) > 1 and "decoder" in call.path.split(".")

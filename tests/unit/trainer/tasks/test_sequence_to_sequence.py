@@ -18,7 +18,10 @@ from trainer.session import open_session
 from trainer.tasks.base import IGNORED, Record, TooLong
 from trainer.tasks.chunked_cross_entropy import loss_head
 from trainer.tasks.options import SequenceToSequenceOptions
-from trainer.tasks.sequence_to_sequence import SequenceToSequence
+from trainer.tasks.sequence_to_sequence import SOURCE, TARGET, SequenceToSequence
+from trainer.verification.examples import examples
+from trainer.verification.forward import _ours, as_verified
+from trainer.verification.verify import verify_session
 
 PAIRS_OF_TEXTS = [
     ("The cat sat on the mat.", "A cat sat."), ("Two birds", "Birds, seen at noon."),
@@ -58,8 +61,8 @@ def split(example) -> tuple[list[int], list[int]]:
 
 
 def test_tokens_are_those_of_the_tokenizer(tokenizer):
-    examples = task_of(tokenizer).encode(records(), 64)
-    for (source, target), example in zip(PAIRS_OF_TEXTS, examples, strict=True):
+    encoded = task_of(tokenizer).encode(records(), 64)
+    for (source, target), example in zip(PAIRS_OF_TEXTS, encoded, strict=True):
         assert split(example) == (
             tokenizer(source)["input_ids"], tokenizer(text_target=target)["input_ids"]
         )  # fmt: skip
@@ -77,13 +80,13 @@ def test_a_target_ends_in_the_end_token_also_where_the_tokenizer_adds_none(token
 
 def test_both_are_cut_and_a_source_keeps_its_end_token(tokenizer):
     pairs = [("a long source " * 50, "short"), ("short", "a long target " * 50)]
-    (source, _), (_, target) = examples = [
+    (source, _), (_, target) = both = [
         split(example) for example in task_of(tokenizer, limit=7).encode(records(pairs), 9)
     ]
     assert source == tokenizer(pairs[0][0], truncation=True, max_length=9)["input_ids"]
     assert target == tokenizer(pairs[1][1])["input_ids"][:7]
     assert all(found.truncated for found in task_of(tokenizer, limit=7).encode(records(pairs), 9))
-    assert len(examples[0][1]) < 7 and len(examples[1][0]) < 9
+    assert len(both[0][1]) < 7 and len(both[1][0]) < 9
 
 
 @pytest.mark.parametrize(
@@ -125,9 +128,9 @@ MODELS = {
 def test_the_loss_is_that_of_transformers_with_labels(tokenizer, name):
     model = tiny("t5" if name == "v1.1" else name, **MODELS[name])
     task = task_of(tokenizer, model)
-    examples = task.encode(records(), 64)
-    batch = task.collate([[example] for example in examples])
-    pairs = [split(example) for example in examples]
+    encoded = task.encode(records(), 64)
+    batch = task.collate([[example] for example in encoded])
+    pairs = [split(example) for example in encoded]
     width, deepest = max(len(s) for s, _ in pairs), max(len(t) for _, t in pairs)
     ids = torch.tensor([s + [PAD] * (width - len(s)) for s, _ in pairs])
     labels = torch.tensor([t + [IGNORED] * (deepest - len(t)) for _, t in pairs])
@@ -246,3 +249,35 @@ def test_models_that_do_not_fit(tmp_path, tokenizer):
 def test_options_that_do_not_fit(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         quick_config(tmp_path, "task.kind=sequence_to_sequence", "data.eval=null", *changes)
+
+
+# --- the proof at start
+
+
+def test_the_proof_compares_both_stacks(tmp_path):
+    session = session_of(tmp_path, save_tiny(tmp_path / "model", "t5", PAIRS))
+    assert "padded against T5ForConditionalGeneration" in verify_session(session).line
+    sequences = [[example] for example in examples(session)]
+    with as_verified(session):
+        found = _ours(session, sequences)
+    assert found.paths == [f"{stack}.block.{n}" for stack in ("encoder", "decoder") for n in (0, 1)]
+    for path, states in zip(found.paths, found.hidden, strict=True):
+        rows = [session.task.parts(example) for (example,) in sequences]
+        name = TARGET if "decoder" in path else SOURCE
+        assert [len(state) for state in states] == [len(row[name]) for row in rows]
+
+
+def test_the_proof_finds_a_wrong_mask_of_sources(tmp_path, monkeypatch):
+    session = session_of(tmp_path, save_tiny(tmp_path / "model", "bart", PAIRS))
+    honest = SequenceToSequence.collate
+
+    def blind(task, sequences, **settings):
+        batch = honest(task, sequences, **settings)
+        batch.inputs["attention_mask"].fill_(1)
+        return batch
+
+    monkeypatch.setattr(SequenceToSequence, "collate", blind)
+    with pytest.raises(
+        UserError, match=r"change each other in Bart.* mask of the padding is wrong"
+    ):
+        verify_session(session)
