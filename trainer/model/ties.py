@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def untie_head(model: "PreTrainedModel", folder: Path) -> None:
     """Give the output head of `model`, on meta, a matrix of its own where the class of its
     configuration always ties it, but the files in `folder` hold another one than the embedding."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight or not _always_ties(model.config):
         return
     names = {id(module): f"{path}.weight" for path, module in model.named_modules()}
