@@ -53,6 +53,11 @@ class SequenceToSequence(CausalLM):
                 f"task.kind: sequence_to_sequence given, but {config.model_type} has no encoder "
                 "beside a decoder; accepted: an encoder-decoder, or another task.kind"
             )
+        if config.model_type == "prophetnet":
+            raise UserError(
+                "task.kind: sequence_to_sequence given, but what prophetnet predicts also depends "
+                "on how long its target's row is; accepted: another encoder-decoder"
+            )
         for key in ("encoder_layerdrop", "decoder_layerdrop"):
             if getattr(config, key, None):  # all ranks gather the same blocks
                 setattr(config, key, 0.0)

@@ -223,6 +223,8 @@ def test_whole_layers_are_never_dropped(tmp_path):
 def test_models_that_do_not_fit(tmp_path, tokenizer):
     with pytest.raises(UserError, match="llama has no encoder beside a decoder; accepted: an enc"):
         session_of(tmp_path, save_random_model(tmp_path / "llama", "llama"))
+    with pytest.raises(UserError, match="what prophetnet predicts also depends on how long its"):
+        session_of(tmp_path, save_tiny(tmp_path / "prophetnet", "prophetnet", PAIRS))
     folder = save_tiny(tmp_path / "t5", "t5", PAIRS, decoder_start_token_id=None)
     with pytest.raises(
         UserError, match=r"no token to start a target with .*decoder_start_token_id"
