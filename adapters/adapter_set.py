@@ -124,7 +124,9 @@ class AdapterSet(Mapping[str, GatedAdapter]):
 
     def trainables(self) -> list[Trainable]:
         """The tensors that the optimizer holds, with their masks."""
-        found = []
+        found: list[Trainable] = []
+        if not self:
+            return found
         for (name, adapter), mask in zip(self.items(), self.mask_table.by_adapter, strict=True):
             for role in ("A", "g", "B") if adapter.rank else ():
                 parameter = getattr(adapter, role)

@@ -1,7 +1,18 @@
 """The gated adapter, the parametrisation that all methods share."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from adapters.layers.magnitude import Magnitude
+
+
+class Held:
+    """Whether casts that adapters hold are those of their values."""
+
+    valid: bool = False
 
 
 class GatedAdapter(nn.Module):
@@ -15,6 +26,10 @@ class GatedAdapter(nn.Module):
     """
 
     mask: Tensor
+    held: tuple[Held, Tensor, Tensor] | None = None
+    """Casts of A and B, for use while they are valid (`casts.py`)."""
+    magnitude: "Magnitude | None" = None
+    """DoRA's norms of the rows of W + ΔW (`adapters/layers/magnitude.py`); a copy has none."""
 
     def __init__(self, A: Tensor, g: Tensor, B: Tensor):
         super().__init__()
@@ -49,6 +64,10 @@ class GatedAdapter(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """A, g and B cast to `dtype` and detached."""
+        if self.held is not None:
+            held, A, B = self.held
+            if held.valid and A.dtype == dtype:
+                return A, self.g.detach().to(dtype), B
         return self.A.detach().to(dtype), self.g.detach().to(dtype), self.B.detach().to(dtype)
 
     @property

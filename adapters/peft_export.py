@@ -149,6 +149,7 @@ def export_adapter(
     key: Callable[[str], str] = str,
     modules_to_save: Sequence[str] | None = None,
     tokens: TrainedTokens | None = None,
+    magnitudes: Mapping[str, Tensor] | None = None,
 ) -> float:
     """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
 
@@ -163,8 +164,8 @@ def export_adapter(
     (in, out), as `Conv1D` does (PEFT corrects it per module); `former_experts`: names of modules
     that PEFT takes for experts; `key`: the name, of a module, from which PEFT finds it;
     `modules_to_save`: the names from which PEFT finds `heads`, if not their paths; `tokens`: rows
-    of tokens, whose tokenizer the caller saves beside. Units of rank 0 are omitted, since PEFT
-    rejects them.
+    of tokens, whose tokenizer the caller saves beside; `magnitudes`: DoRA's m by unit. Units of
+    rank 0 are omitted, since PEFT rejects them.
 
     `rank`: compress every unit to at most this rank. `same_rank`: pad all units with zeros to the
     largest rank, empty ones too. Returns the relative error of the compression,
@@ -193,12 +194,17 @@ def export_adapter(
     for path, rows in tokens.rows.items() if tokens is not None else ():
         name = f"base_model.model.{key(path)}.token_adapter.trainable_tokens_delta"
         lora.tensors[name] = rows.detach().cpu().contiguous()
+    for name, m in (magnitudes or {}).items():
+        lora.tensors[f"base_model.model.{key(name)}.lora_magnitude_vector"] = (
+            m.detach().cpu().clone()
+        )
     folder.mkdir(parents=True, exist_ok=True)
     save_file(lora.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = _peft_config(
         lora.ranks, lora.joined, sorted(lora.modules), modules_to_save or sorted(heads)
     )
     config["fan_in_fan_out"] = fan_in_fan_out
+    config["use_dora"] = bool(magnitudes)
     if tokens is not None:
         config["trainable_token_indices"] = {
             tokens.names[path]: list(tokens.ids) for path in tokens.rows
@@ -219,8 +225,8 @@ def export_adapter(
         )
     if rank is not None:
         notes.append(f"Compressed to rank {rank}: relative error {error:.2%} (Frobenius).")
-    readme = _readme(base_model, model_class, labels, tokens, "\n\n".join(filter(None, notes)))
-    (folder / "README.md").write_text(readme, encoding="utf-8")
+    page = readme(base_model, model_class, labels, tokens, "\n\n".join(filter(None, notes)))
+    (folder / "README.md").write_text(page, encoding="utf-8")
     return error
 
 
@@ -342,9 +348,16 @@ def _peft_config(
     }
 
 
-def _readme(
-    base_model: str, model_class: str, labels: int | None, tokens: TrainedTokens | None, note: str
+def readme(
+    base_model: str,
+    model_class: str,
+    labels: int | None,
+    tokens: TrainedTokens | None,
+    note: str,
+    kind: str = "LoRA",
 ) -> str:
+    """The README.md of an adapter's folder, which says how to load it; arguments as for
+    `export_adapter`, `kind`: PEFT's name."""
     arguments = f'"{base_model}"' + (f", num_labels={labels}" if labels is not None else "")
     names, first, resized = model_class, "", ""
     if tokens is not None:
@@ -358,7 +371,7 @@ base_model: {base_model}
 library_name: peft
 ---
 
-# LoRA adapter
+# {kind} adapter
 
 ```python
 from peft import PeftModel
@@ -373,12 +386,15 @@ from transformers import {names}
 
 
 @torch.no_grad()
-def merged(weight: Tensor, parts: Sequence[Part]) -> Tensor:
-    """W + Σ (ΔW − ΔW₀), summed in float32, cast to W's dtype."""
+def merged(weight: Tensor, parts: Sequence[Part], magnitude: Tensor | None = None) -> Tensor:
+    """W + Σ (ΔW − ΔW₀), summed in float32, its rows scaled to DoRA's `magnitude` if given, cast to
+    W's dtype."""
     total = weight.float()
     for part in parts:
         delta = part.adapter.delta()
         if part.initial is not None:
             delta = delta - part.initial.delta()
         total = total + delta.to(weight.device)
+    if magnitude is not None:
+        total *= (magnitude.to(total) / total.norm(dim=1)).unsqueeze(1)
     return total.to(weight.dtype)

@@ -6,7 +6,7 @@ autocast, gradient checkpointing of every layer (unless `engine.activation_check
 torch's fused AdamW.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import bitsandbytes as bnb
 import torch
@@ -28,6 +28,44 @@ from trainer.tasks.registry import TASKS
 def peft_step(config: Config, world: World) -> tuple[Callable[[], None], int]:
     """(a training step of PEFT's model of the same shapes and batch, its number of trained
     parameters). Raises UserError."""
+    job = PeftJob(config, world)
+    size = config.data.micro_batch_size, config.data.max_length
+    vocabulary = min(job.model.config.vocab_size, 32000)
+    ids = torch.randint(3, vocabulary, size, device=world.device)
+
+    def step() -> None:
+        job.step([{"input_ids": ids, "labels": ids}])
+
+    return step, sum(parameter.numel() for parameter in job.trained)
+
+
+class PeftJob:
+    """PEFT's model of the shapes of `config`, and its optimizer. Raises UserError."""
+
+    def __init__(self, config: Config, world: World):
+        self.config, self.device = config, world.device
+        self.model = _adapted(config, world)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(
+            self.trained, lr=config.optim.learning_rate, fused=self.device.type == "cuda"
+        )
+
+    def step(self, micro_batches: Sequence[dict[str, torch.Tensor]]) -> float:
+        """An optimizer step on the inputs of several forward passes; returns their mean loss."""
+        losses = []
+        for inputs in micro_batches:
+            with torch.autocast(self.device.type, torch.bfloat16):
+                loss = self.model(**inputs, use_cache=False).loss / len(micro_batches)
+            loss.backward()
+            losses.append(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.trained, self.config.optim.max_grad_norm or 1e9)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(torch.stack(losses).sum())
+
+
+def _adapted(config: Config, world: World) -> nn.Module:
+    """The model with LoRA on the same projections. Raises UserError."""
     if world.size > 1 or config.model.quantization not in ("none", "nf4", "fp4"):
         raise UserError(
             f"--peer: peft given with {world.size} ranks and model.quantization="
@@ -51,22 +89,7 @@ def peft_step(config: Config, world: World) -> tuple[Callable[[], None], int]:
         model.enable_input_require_grads()
     adapted = get_peft_model(model, lora)
     adapted.train()
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.optim.learning_rate, fused=device.type == "cuda"
-    )
-    size = config.data.micro_batch_size, config.data.max_length
-    ids = torch.randint(3, min(shapes.vocab_size, 32000), size, device=device)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = adapted(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm or 1e9)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, sum(parameter.numel() for parameter in trained)
+    return adapted
 
 
 def _random_model(shapes, quantization: str, device: torch.device) -> PreTrainedModel:

@@ -10,12 +10,23 @@ models keep no block unsharded unless `engine.unsharded_blocks` is set: there wo
 FLOPs are 4 per token and active parameter (frozen backbone: forward and the gradient of the input),
 without attention. `--peer peft` also runs PEFT with bitsandbytes on the same shapes. Under torchrun
 or the deepspeed launcher several ranks share the work.
+
+    python -m benchmarks.throughput configs/llama8b_random.yaml --data FILE
+        [--parts single,packed,unpacked,peft-packed,peft-padded] [--steps 200]
+        [--steps-of peft-packed=40 ...] [--records 16x1] [--profile FOLDER] [--out FILE.json]
+        model.tokenizer=FOLDER [section.key=value ...]
+
+runs the trainer's own loader on real records instead, and PEFT on the same ones (`parts.py`): real
+tokens per second of all steps after the first 20, the part of positions that is no padding, what
+was compiled in these steps, seconds to the first step. `--records`: records of a micro-batch, and
+micro-batches of a step, where rows are not packed.
 """
 
 import argparse
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,11 +36,13 @@ import torch
 
 from adapters.layers.experts import StackedLinear
 from adapters.layers.linear import AdaptedLinear
-from trainer.config.arguments import Parser, at_least, counts, new_file
+from benchmarks.parts import PARTS, Job, compare
+from trainer.config.arguments import Parser, among, at_least, counts, new_file
 from trainer.config.config import Config, with_overrides
 from trainer.data.loader import Step
 from trainer.device_memory import peak_gib, release
 from trainer.distributed.world import World
+from trainer.memory.graphs import capture_graphs
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import BuiltModel
 from trainer.model.build import build
@@ -69,13 +82,28 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("config")
     parser.add_argument("--layers", type=counts, default="")
-    parser.add_argument("--steps", type=at_least(1), default=8)
+    parser.add_argument("--steps", type=at_least(1), help="timed (8; with --data 200)")
     parser.add_argument("--peer", choices=["peft"])
-    parser.add_argument("--profile", type=new_file, help="write the kernels of one step here")
+    parser.add_argument("--profile", type=Path, help="file for the kernels of one step; with --data"
+                        " a folder for tables of five steps")  # fmt: skip
     parser.add_argument("--out", type=new_file)
+    parser.add_argument("--data", help="records to train on")
+    parser.add_argument("--parts", type=among(PARTS), default=list(PARTS))
+    parser.add_argument("--steps-of", type=part_steps, action="append", default=[])
+    parser.add_argument("--records", type=records)
+    parser.add_argument("--warm-up", type=at_least(1), default=20)
+    parser.add_argument("--timeout", type=at_least(1), default=3600, help="seconds of a part")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
+    if arguments.data is not None:
+        job = Job(
+            arguments.config, arguments.data, arguments.overrides, arguments.records,
+            arguments.warm_up, arguments.timeout, arguments.profile,
+        )  # fmt: skip
+        steps = dict.fromkeys(arguments.parts, arguments.steps or 200)
+        steps |= {part: n for part, n in arguments.steps_of if part in steps}
+        sys.exit(0 if compare(job, steps, arguments.out) else 1)
     with launched(arguments.config, arguments.overrides) as (config, world):
         full = depth(config, world)
         depths = arguments.layers or [full]
@@ -94,7 +122,7 @@ def main() -> None:
                     changes.append("engine.unsharded_blocks=0")
                 shorter = with_overrides(config, changes)
                 seconds, trainable = measure(
-                    prepare, shorter, world, arguments.steps, arguments.profile
+                    prepare, shorter, world, arguments.steps or 8, arguments.profile
                 )
                 timed.append(figures(who, shorter, world, count, trainable, seconds, ceiling))
                 release(world.device)
@@ -104,6 +132,24 @@ def main() -> None:
                 found += [further] if further else []
         if world.is_main:
             report(found, config, world, ceiling, arguments.out)
+
+
+def part_steps(text: str) -> tuple[str, int]:
+    """Argument type: `PART=STEPS`."""
+    part, _, steps = text.partition("=")
+    if part not in PARTS or not steps.isdecimal() or int(steps) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text} given; accepted: PART=STEPS, PART one of {', '.join(PARTS)}"
+        )
+    return part, int(steps)
+
+
+def records(text: str) -> tuple[int, int]:
+    """Argument type: `RECORDSxMICRO_BATCHES`, such as 16x2."""
+    size, _, count = text.partition("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in (size, count or "1")):
+        raise argparse.ArgumentTypeError(f"{text} given; accepted: such as 16x2")
+    return int(size), int(count or "1")
 
 
 class SameBatch:
@@ -126,7 +172,7 @@ def ours(config: Config, world: World) -> tuple[Callable[[], None], int]:
     weight = ids.numel() - ids.shape[0]
     batch = Batch({"input_ids": ids}, ids, weight, ids.numel())
     plan = make_plan(session, batch=batch)
-    for remark in (session.engine.gathers, plan):
+    for remark in (session.engine.gathers, plan, capture_graphs(session, [batch])):
         if world.is_main and remark:
             print(remark, flush=True)
 

@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     with StopRequest(config.run) as stop:
         tokenizer, _, train, evaluation = open_data(config, World(), stop.raise_if_asked)
     parts = train.named_parts() if isinstance(train, MixedDataset) else {"train": train}
-    for name, data in {**parts, "eval": evaluation}.items():
-        if data is not None:
-            show(name, data, tokenizer, config.data, arguments.records)
+    held = {f"eval {name}".strip(): data for name, data in evaluation.items()}
+    for name, data in {**parts, **held}.items():
+        show(name, data, tokenizer, config.data, arguments.records)
     return 0
 
 

@@ -2,6 +2,8 @@
 
     rankcast train      train from a YAML configuration, on one process
     rankcast evaluate   evaluate a run's adapter
+    rankcast generate   continue prompts with a run's model
+    rankcast chat       talk to a run's model
     rankcast export     export a LoRA for PEFT, or the merged model
     rankcast estimate   estimate a run's memory per GPU and whether it fits
     rankcast data       tokenise the data, and show what is learned of it
@@ -21,7 +23,10 @@ from trainer.config.arguments import Parser
 from trainer.config.validation import one_of
 from trainer.distributed.failures import guarded
 
-COMMANDS = ("train", "evaluate", "export", "estimate", "data", "report", "watch", "compare")
+COMMANDS = (
+    "train", "evaluate", "generate", "chat", "export", "estimate", "data", "report", "watch",
+    "compare",
+)  # fmt: skip
 """Modules of this package, each with a `main(argv, prog)`."""
 
 

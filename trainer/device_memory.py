@@ -55,10 +55,28 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+_peak_before = 0
+
+
+def begin_peak(device: torch.device) -> None:
+    """On a GPU, measure the peak of what follows by itself (`peak_of_phase`)."""
+    global _peak_before
+    if device.type == "cuda":
+        _peak_before = max(_peak_before, torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_of_phase(device: torch.device) -> int:
+    """Peak bytes since `begin_peak`; on a CPU, whose counter is not reset, since the start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) + _outside
+    return peak_bytes(device)
+
+
 def peak_bytes(device: torch.device) -> int:
     """Peak bytes held by this process: tensors on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) + _outside
+        return max(_peak_before, torch.cuda.max_memory_allocated(device)) + _outside
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -85,6 +85,9 @@ class PackedLayer(RegisteredLayer):
     """Whether the pretrained files hold its matrices as (in, out), as GPT-2's `Conv1D` does. The
     layer itself holds (out, in)."""
 
+    scales_rows: bool = False
+    """Whether its adapter may have a magnitude (DoRA)."""
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of W: (out, in), or (E, out, in)."""

@@ -18,6 +18,7 @@ from adapters.formats.formats import FORMATS, LowRank
 from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer, Dropout, PackedLayer
 from adapters.layers.handles import add_gradients, layer_of
+from adapters.layers.magnitude import scaled_rows
 
 
 class AdaptedLinear(PackedLayer):
@@ -76,7 +77,8 @@ class AdaptedLinear(PackedLayer):
         return {None: self}
 
     def forward(self, x: Tensor) -> Tensor:
-        return adapted_linear(x, self.handle, self.out_features)
+        y = adapted_linear(x, self.handle, self.out_features)
+        return scaled_rows(y, self.handle)[0] if self.scales_rows else y
 
     def low_rank(self, x: Tensor) -> LowRank | None:
         """The factors z ∘ g (T, R) and B (R, out) of the adapters' output for rows x (T, in);

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters import seeds
 from adapters.adapter_set import AdapterSet, Gates, Training
@@ -99,6 +99,34 @@ class Method:
         self.adapters.attach(
             units, layers, device, lambda unit: self.init_adapter(unit, self.generator(unit))
         )
+
+    def check(self, units: Sequence[Unit]) -> None:
+        """Raises ValueError, before any weight is loaded, where the method does not fit these."""
+
+    def read_weights(self, names: Sequence[str], dtype: torch.dtype) -> None:
+        """Called where `options.scales_rows`, once the adapters are attached, for the units of one
+        block after the other, whose layers' weights are whole; `dtype`: that of the backbone."""
+
+    @classmethod
+    def trained_size(cls, model: nn.Module, options: Any, targets: Sequence[str]) -> int:
+        """Number of scalars that `attach_modules` will train, of a model on the meta device."""
+        return 0
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether `attach_modules` reads the backbone's weights, which must be whole then."""
+        return False
+
+    def attach_modules(self, model: nn.Module) -> None:
+        """Called once the model is loaded and sharded, where `options.trains` is not `adapters`:
+        put modules of its own into it, the same on every rank. Raises ValueError where it
+        cannot."""
+
+    @property
+    def trained_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Parameters other than A, g and B that the optimizer trains, by name; all ranks hold them
+        whole."""
+        return {}
 
     def generator(self, unit: Unit, purpose: int = 0) -> torch.Generator:
         """Generator for one unit and purpose, seeded identically on every rank."""
@@ -194,6 +222,11 @@ class Method:
         return decision.summary()
 
     # --- evaluation and export -------------------------------------------------------------------
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """Context in which the model computes as if `attach_modules` had added nothing."""
+        yield
 
     @contextmanager
     def inference(self) -> Iterator[None]:

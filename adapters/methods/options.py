@@ -4,16 +4,24 @@ Does not import torch, so that mistakes in a configuration are reported at once.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from adapters.options import Section
 from adapters.unit import Unit
 
+Trains = Literal["adapters", "modules", "backbone"]
+"""What a method trains: `adapters` of the project's own; `modules` that another library puts among
+the frozen backbone's own layers, whole on every rank; the `backbone`, sharded by the engine."""
+
 
 class MethodOptions(Section):
     """Keys of all methods."""
+
+    trains: ClassVar[Trains] = "adapters"
+    scales_rows: ClassVar[bool] = False
+    """Whether rows of W + ΔW are scaled, which is more than a LoRA."""
 
     kind: str
     """Name of the method."""
@@ -46,6 +54,10 @@ class MethodOptions(Section):
         """Number of training records that the method holds out to evaluate its decisions."""
         return 0
 
+    def described(self, units: int) -> str:
+        """The method on so many units, for the log."""
+        return f"{self.kind}, rank {self.rank}, {units} units"
+
     def check_units(self, units: Sequence[Unit]) -> None:
         """Raises ValueError, naming key and unit, if the options do not fit the units."""
         check_fits("method.rank", self.rank, units)
@@ -74,6 +86,15 @@ class LoRAOptions(MethodOptions):
     """Scale by α/√r instead of α/r (rsLoRA)."""
     b_learning_rate_ratio: float = Field(1.0, gt=0)
     """Ratio of the learning rates of B and A (LoRA+; the paper recommends 16)."""
+
+
+class DoRAOptions(LoRAOptions):
+    """Options of `method.kind: dora`."""
+
+    scales_rows: ClassVar[bool] = True
+
+    kind: Literal["dora"] = "dora"  # type: ignore[assignment]
+    """Name of the method."""
 
 
 class PiSSAOptions(MethodOptions):

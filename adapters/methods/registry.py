@@ -17,6 +17,7 @@ METHODS: "Registry[Method, MethodOptions]" = Registry(
     __package__,
     {
         "lora": (".lora:LoRA", ".options:LoRAOptions"),
+        "dora": (".dora:DoRA", ".options:DoRAOptions"),
         "pissa": (".pissa:PiSSA", ".options:PiSSAOptions"),
         "milora": (".pissa:MiLoRA", ".options:MiLoRAOptions"),
         "adalora": (".adalora:AdaLoRA", ".options:AdaLoRAOptions"),
@@ -26,6 +27,8 @@ METHODS: "Registry[Method, MethodOptions]" = Registry(
         "weightlora_plus": (".weightlora:WeightLoRAPlus", ".options:WeightLoRAPlusOptions"),
         "lalora": (".lalora:LaLoRA", ".options:LaLoRAOptions"),
         "lelora": (".lelora.method:LeLoRA", ".lelora.options:LeLoRAOptions"),
+        "peft": (".peft:Peft", ".baseline_options:PeftOptions"),
+        "full": (".full:Full", ".baseline_options:FullOptions"),
     },
 )
 

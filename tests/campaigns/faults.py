@@ -3,7 +3,7 @@
     python -m tests.campaigns.faults OUT [--kills 50] [--seed 0] [--only kill,disk,…]
         [--launchers torchrun] [--gpus 0,1] [section.key=value ...]
 
-Every run has two processes, on a CPU or on the two GPUs given. After each fault: no process is
+Every run has two processes on a CPU, or one on each GPU given. After each fault: no process is
 left, every complete checkpoint still verifies, and the run, started again, ends with the losses of
 an undisturbed one, to the last bit (on GPUs, whose sums have no fixed order, to 1e-4). Prints a
 Markdown table; OUT/faults.json holds the single faults. Needs root for the file systems it mounts
@@ -39,6 +39,7 @@ class Campaign:
     def __init__(self, out: Path, seed: int, launchers: list[str], gpus: str, changes: list[str]):
         self.out, self.dice = out, random.Random(seed)
         self.launchers, self.gpus, self.changes = launchers, gpus, changes
+        self.ranks = range(len(gpus.split(",")) if gpus else 2)
         self.faults: list[Fault] = []
         out.mkdir(parents=True, exist_ok=True)
 
@@ -58,7 +59,7 @@ class Campaign:
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
         try:
-            return start(launcher, 2, SCRIPT, "--config", str(config), gpus=self.gpus)
+            return start(launcher, len(self.ranks), SCRIPT, "--config", str(config), gpus=self.gpus)
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
@@ -154,8 +155,8 @@ def kill(campaign: Campaign, kills: int) -> None:
             alive = until(lambda: any((run / "checkpoints").glob(".step-*")), process)
         else:
             alive = until(lambda: step_of(run) > origin, process)
-            time.sleep(campaign.dice.uniform(0, 2.5))
-        victim = campaign.dice.choice([0, 1])
+            time.sleep(campaign.dice.uniform(0, 1 if campaign.gpus else 2.5))
+        victim = campaign.dice.choice(campaign.ranks)
         if not alive or process.poll() is not None:
             campaign.note("kill -9", "the run ended before it was killed", None)
             break
@@ -183,7 +184,7 @@ def ask(campaign: Campaign, _: int) -> None:
             process = campaign.begin(launcher, config)
             goal = campaign.dice.randrange(3, STEPS - 20)
             until(lambda: step_of(run) >= goal, process)
-            os.kill(ranks_of(process)[campaign.dice.choice([0, 1])], getattr(signal, name))
+            os.kill(ranks_of(process)[campaign.dice.choice(campaign.ranks)], getattr(signal, name))
             code, _, err = finish(process, seconds=120)
             problem = left_behind(process) + ("" if code else "exit code 0; ")
             reached, said = step_of(run), last_line(err)
@@ -272,9 +273,9 @@ def damage(campaign: Campaign, _: int) -> None:
 
 
 def stall(campaign: Campaign, _: int) -> None:
-    """A rank that stands still (SIGSTOP): the others leave in time and name it."""
+    """A rank that stands still (SIGSTOP): the other leaves in time and names it."""
     for launcher in campaign.launchers:
-        for rank in (0, 1):
+        for rank in campaign.ranks if len(campaign.ranks) == 2 else ():
             run = campaign.out / f"runs/stall-{launcher}-{rank}"
             config = campaign.config(run.name, run.parent, "log.progress=plain")
             process = campaign.begin(launcher, config)
@@ -361,7 +362,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launchers", default="torchrun,deepspeed")
-    parser.add_argument("--gpus", default="", help="two of them, by comma; none: a CPU")
+    parser.add_argument("--gpus", default="", help="one or two, by comma; none: a CPU")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, by comma")
     parser.add_argument("changes", nargs="*", metavar="section.key=value", help="of every run")
     arguments = parser.parse_intermixed_args()

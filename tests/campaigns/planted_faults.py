@@ -193,6 +193,19 @@ FAULTS = [
         "speaks = rank not in ranks and self.rank == ranks[0]", "speaks = False",
         ("tests/unit/trainer/distributed/test_hosts.py",),
     ),
+    Fault(
+        "prompts are padded on the right", "trainer/generation/generate.py",
+        "        ids[index, width - len(row) :] = torch.tensor(row)\n"
+        "        mask[index, width - len(row) :] = 1",
+        "        ids[index, : len(row)] = torch.tensor(row)\n"
+        "        mask[index, : len(row)] = 1",
+        ("tests/unit/trainer/generation/test_generate.py",),
+    ),
+    Fault(
+        "a rank without prompts leaves the others alone", "trainer/generation/generate.py",
+        "if own or synced:", "if own:",
+        ("tests/world/test_generation.py",),
+    ),
 ]  # fmt: skip
 
 

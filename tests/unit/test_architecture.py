@@ -19,7 +19,7 @@ LEVELS = [
     "adapters.options", "adapters.registry", "adapters.rounding", "adapters.seeds",
     "adapters.unit", "adapters.banks", "adapters.decision", "adapters.figures",
     "adapters.gated", "adapters.cuda", "adapters.formats", "adapters.mask_table",
-    "adapters.optimizer", "adapters.spectral", "adapters.layers", "adapters.token_rows",
+    "adapters.optimizer", "adapters.casts", "adapters.spectral", "adapters.layers", "adapters.token_rows",
     "adapters.adapter_set",
     "adapters.units", "adapters.expert_export", "adapters.peft_export", "adapters.methods",
     # trainer
@@ -27,7 +27,7 @@ LEVELS = [
     "trainer.tasks", "trainer.config", "trainer.records", "trainer.data", "trainer.model",
     "trainer.engine", "trainer.decisions", "trainer.report", "trainer.loading",
     "trainer.session", "trainer.checkpoint", "trainer.memory", "trainer.verification",
-    "trainer.training",
+    "trainer.generation", "trainer.training",
     "trainer.export", "trainer.run",
     "launch",
 ]  # fmt: skip

@@ -26,7 +26,7 @@ PATH = re.compile(
     r"\.(?:py|yaml|json|md|png|sh|sbatch))"
 )
 KEY = re.compile(
-    r"(?<![\w./-])(?:run|model|task|data|method|optim|engine|log|checkpoint)(?:\.[a-z_0-9]+)+"
+    r"(?<![\w./-])(?:run|model|task|data|method|optim|generation|engine|log|checkpoint)(?:\.[a-z_0-9]+)+"
 )
 FILES = ("py", "yaml", "json", "jsonl", "md", "sh")
 """Endings by which a word is a file and no key."""

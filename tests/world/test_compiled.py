@@ -22,6 +22,7 @@ VARIANTS = {
     "weightlora_plus": ["method.warmup_steps=3"],  # units go, others grow
     "lalora": ["method.gamma=5", "model.quantization=nf4"],  # ranks change at every step
     "lelora": ["engine.activation_checkpointing=true", "model.quantization=fp8"],
+    "dora": ["model.quantization=nf4"],
     "mixture": [
         "method.kind=lalora", "method.gamma=5", "method.targets=all-linear",
         "model.quantization=nf4",

@@ -1,9 +1,12 @@
 """The same run under every engine: the same losses, and a backbone that is really sharded."""
 
+import json
+
 import numpy as np
 import pytest
 
-from tests.helpers import ALL, losses, quick_config, save_mixture
+from tests.helpers import ALL, losses, quick_config, save_mixture, save_random_model
+from tests.images import save_images, save_vit
 from tests.world.cases import ok, run_cases
 from trainer.config.config import Config
 from trainer.distributed.world import World
@@ -48,6 +51,15 @@ VARIANTS = {
         "model.id=MIXTURE", "method.targets=all-linear", "model.quantization=nf4",
         "engine.activation_checkpointing=true", "method.dropout=0.1", "method.alpha=2",
     ],
+    "questions": [
+        "model.id=ENCODER", "task.kind=question_answering", "data.train=QUESTIONS",
+        "data.eval=QUESTIONS", "data.max_length=48", "task.stride=8", "model.quantization=int8",
+        "method.targets=all-linear",
+    ],
+    "images": [
+        "model.id=VIT", "task.kind=image_classification", "data.train=IMAGES", "data.eval=IMAGES",
+        "model.quantization=nf4", "method.targets=all-linear", "data.eval_split=train",
+    ],
 }  # fmt: skip
 STEPS = {variant: 20 if ALL or variant == "experts" else 8 for variant in VARIANTS}
 EVERYWHERE = ["float32", "nf4"]
@@ -61,7 +73,10 @@ PAIRS = [
 
 
 def configuration(tmp, variant: str, engine: str) -> Config:
-    places = {"TRAIN": "labels.csv", "MIXTURE": "mixture"}
+    places = {
+        "TRAIN": "labels.csv", "QUESTIONS": "questions.jsonl", "MIXTURE": "mixture",
+        "ENCODER": "encoder", "VIT": "vit", "IMAGES": "images",
+    }  # fmt: skip
     changes = VARIANTS[variant]
     for name, place in places.items():
         changes = [change.replace(name, str(tmp / place)) for change in changes]
@@ -71,6 +86,16 @@ def configuration(tmp, variant: str, engine: str) -> Config:
         tmp, f"run.steps={STEPS[variant]}", f"engine.kind={engine}", f"run.name={variant}-{engine}",
         "method.alpha=8", "data.batch_size=4", "data.eval_records=4", *changes,
     )  # fmt: skip
+
+
+def question(number: int) -> str:
+    """A line of SQuAD's form, whose context is longer than a window."""
+    context = (
+        f"There are {number} red apples, {number + 5} green ones and {2 * number} old ones here."
+    )
+    row = {"question": "how many red?", "context": context}
+    answers = {"text": [str(number)], "answer_start": [10]}
+    return json.dumps(row | {"answers": answers}) + "\n"
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +109,11 @@ def runs(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("engines")
     rows = [f"the {'good' if i % 3 else 'bad'} apple number {i},{i % 3 > 0}" for i in range(60)]
     (tmp / "labels.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    (tmp / "questions.jsonl").write_text("".join(map(question, range(30))))
     save_mixture(tmp / "mixture", "mixtral")
+    save_random_model(tmp / "encoder", "bert")
+    save_vit(tmp / "vit")
+    save_images(tmp / "images", 24)
     for variant in VARIANTS:
         run(configuration(tmp, variant, "single"), World())
     cases = {

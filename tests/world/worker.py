@@ -30,22 +30,26 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from adapters.layers.experts import StackedLinear
 from adapters.layers.linear import AdaptedLinear
 from adapters.methods.registry import METHODS
 from adapters.units import transformer_blocks
+from trainer.checkpoint import store
 from trainer.checkpoint.saved import read_saved
 from trainer.config.config import parse_config
 from trainer.distributed import failures, process_group
 from trainer.distributed.world import World
 from trainer.engine.peer_memory import open_peer_memory
 from trainer.errors import UserError
+from trainer.generation.generate import generate
 from trainer.loading import async_reader
 from trainer.loading.assignment import ParamTask
 from trainer.loading.materialize import Materializer
 from trainer.memory.planner import make_plan
 from trainer.run.run import run
+from trainer.run.saved_model import open_saved_model
 from trainer.session import Session, open_session
 from trainer.training.evaluation import evaluate_saved
 from trainer.training.loop import make_loader
@@ -149,6 +153,28 @@ def shard(world: World, config: dict[str, Any]) -> dict[str, Any]:
         held.append((after_forward, resident() - rested))
     result["held_after_forward"], result["held_after_backward"] = map(min, zip(*held, strict=True))
     return result
+
+
+def held(world: World, config: dict[str, Any]) -> int:
+    """Bytes of weights, gradients and moments that this rank holds of a backbone that trains,
+    between two steps: of all storages of floats that are new, each once."""
+    before = _storages()
+    session = open_session(parse_config(config), world)
+    loader = make_loader(session, world)
+    train_step(Training(session, loader, 2, make_validate(session)), 0)
+    accumulate(session, loader.next_step(), 1)
+    return sum(size for key, size in _storages().items() if key not in before)
+
+
+def _storages() -> dict[int, int]:
+    """Bytes of every storage of floats by its address."""
+    gc.collect()
+    found: dict[int, int] = {}
+    for one in gc.get_objects():
+        if isinstance(one, torch.Tensor) and one.is_floating_point() and not one.is_meta:
+            local = one.to_local() if isinstance(one, DTensor) else one
+            found[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return found
 
 
 def windows(world: World, nodes: list[list[int]]) -> list[list[int]]:
@@ -296,6 +322,23 @@ def cut_run(source: Path, target: Path, step: int) -> None:
             shutil.rmtree(saved)
 
 
+def go_on(world: World, argument: dict[str, Any]) -> dict[str, Any]:
+    """`resume`, to the export. `missed`: the run was stopped before the evaluation of `step`."""
+    if world.is_main:
+        target, step = parse_config(argument["config"]).run_folder, argument["step"]
+        cut_run(Path(argument["source"]), target, step)
+        if argument.get("missed"):
+            states = [store.of_step(target / "checkpoints", n) for n in (step - 1, step)]
+            before, last = (json.loads((path / "state.json").read_text()) for path in states)
+            last["best"] = before["best"]
+            last["progress"] = {**before["progress"], "step": step}
+            (states[1] / "state.json").write_text(json.dumps(last))
+            (states[1] / "manifest.json").unlink()
+            store.write_manifest(states[1])
+    world.gather(None)
+    return train(world, argument["config"])
+
+
 def desynchronised(world: World, argument: dict[str, Any]) -> dict[str, Any]:
     """A run in which rank 1 applies the decision before step `step` wrongly."""
     config, calls = parse_config(argument["config"]), itertools.count()
@@ -396,6 +439,16 @@ def evaluate(world: World, argument: dict[str, Any]) -> dict[str, float]:
     )
 
 
+def generated(world: World, argument: dict[str, Any]) -> list[dict[str, Any]]:
+    """Answers to prompts of token ids, and the forward passes that this rank made for them."""
+    config = parse_config(argument["config"])
+    model = open_saved_model(Path(argument["source"]), config, world)
+    passes: list[None] = []
+    model.model.register_forward_pre_hook(lambda *_: passes.append(None))
+    answers = generate(model, argument["prompts"], config.generation, seed=3)
+    return [vars(answer) | {"passes": len(passes)} for answer in answers]
+
+
 def settle() -> None:
     """Give freed memory back to the system, so that resident memory says what is in use."""
     gc.collect()
@@ -438,6 +491,7 @@ CASES = {
     "train_on_a_full_disk": train_on_a_full_disk,
     "shard": shard,
     "gathered": gathered,
+    "held": held,
     "windows": windows,
     "unsharded_blocks": unsharded_blocks,
     "planned": planned,
@@ -445,11 +499,13 @@ CASES = {
     "verified": verified,
     "train_only": train_only,
     "resume": resume,
+    "go_on": go_on,
     "desynchronised": desynchronised,
     "masked_steps": masked_steps,
     "moments": moments,
     "validation": validation,
     "evaluate": evaluate,
+    "generated": generated,
     "patience": patience,
 }
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from adapters.options import Section
 from trainer.config.config import Config
 from trainer.errors import BadCheckpoint
-from trainer.session import Session
+from trainer.session import LoadedModel, Session
 
 _MUST_AGREE = {
     "model": ("quantization", "adapter", "added_tokens"),
@@ -34,7 +34,7 @@ _MUST_AGREE = {
         "leave_out",
         "eval",
     ),
-    "run": ("seed",),
+    "run": ("seed", "keep_best"),
 }
 """Keys that must be equal for a resumed run to be the same run (None: the entire section)."""
 
@@ -48,7 +48,8 @@ _MAY_CHANGE = {
 
 _EVALUATION = {
     "data": ("eval", "eval_split", "eval_records"),
-    "run": ("eval_every", "eval_at_start"),
+    "run": ("eval_every", "eval_at_start", "patience"),
+    "generation": None,
 }
 """Keys that change what a run reports."""
 
@@ -64,12 +65,12 @@ def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> No
         )
 
 
-def is_another_backbone(session: Session, state: Mapping[str, Any]) -> bool:
+def is_another_backbone(session: LoadedModel, state: Mapping[str, Any]) -> bool:
     """Whether config.json or weights differ from those that a checkpoint was made on."""
     return state["backbone"] != session.backbone.digest or bool(_changed_weights(session, state))
 
 
-def _changed_weights(session: Session, state: Mapping[str, Any]) -> list[str]:
+def _changed_weights(session: LoadedModel, state: Mapping[str, Any]) -> list[str]:
     """Tensors of the backbone that are not what they were at a checkpoint."""
     now = session.backbone.weights
     then: Mapping[str, str] = state.get("weights", {})
@@ -96,6 +97,13 @@ def check_same_run(session: Session, checkpoint: Path, state: dict[str, Any]) ->
             f"{data.train_name} does not hold the records (or not the same tokens of them, or in "
             f"other shares) that {checkpoint} was made with; accepted: the same, or another "
             "run.name for a new run"
+        )
+    best = state.get("best")
+    if best is not None and best["data"] != session.evaluation_digest():
+        raise BadCheckpoint(
+            f"data.eval: does not hold the records by which {checkpoint} knows step "
+            f"{best['step']} as the best (run.keep_best); accepted: the same, or another run.name "
+            "for a new run"
         )
 
 

@@ -1,6 +1,6 @@
 """A checkpoint to evaluate or export: all that is needed of it, read once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from trainer.checkpoint.state import frozen_adapters, read_initial_adapters
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, UserError
 from trainer.files import CHECKPOINTS
+from trainer.records.progress import Best
 
 _T = TypeVar("_T")
 _TRIES = 20
@@ -32,15 +33,21 @@ class Saved:
     """On damaged newer ones."""
 
     @property
+    def title(self) -> str:
+        """The step, and whether it is the run's best."""
+        best, step = self.state.get("best"), self.state["step"]
+        return str(Best(**best)) if best and best["step"] == step else f"step {step}"
+
+    @property
     def frozen(self) -> dict[str, GatedAdapter]:
         """What earlier stages learned, frozen beside the adapters, by unit."""
         return frozen_adapters(self.tensors)
 
 
 def read_saved(path: Path) -> Saved:
-    """A checkpoint folder, or the newest undamaged checkpoint of a run folder, verified. Raises
-    UserError."""
-    saved, remarks = _find(path, _read)
+    """A checkpoint folder, or what a run folder has to give, verified: its best checkpoint where
+    the run keeps it (`run.keep_best`), else the newest undamaged one. Raises UserError."""
+    saved, remarks = _find(path, _read, lambda saved: saved.state)
     return replace(saved, remarks=remarks)
 
 
@@ -51,10 +58,12 @@ def is_saved(path: Path) -> bool:
 
 def read_state(path: Path) -> dict[str, Any]:
     """state.json of what `read_saved` finds."""
-    return _find(path, store.verify)[0]
+    return _find(path, store.verify, lambda state: state)[0]
 
 
-def _find(path: Path, read: Callable[[Path], _T]) -> tuple[_T, list[str]]:
+def _find(
+    path: Path, read: Callable[[Path], _T], state_of: Callable[[_T], Mapping[str, Any]]
+) -> tuple[_T, list[str]]:
     if (path / "manifest.json").is_file():
         return read(path), []
     folder = path / CHECKPOINTS
@@ -62,6 +71,9 @@ def _find(path: Path, read: Callable[[Path], _T]) -> tuple[_T, list[str]]:
         newest = store.newest(folder)
         try:
             _, found, remarks = store.find("auto", folder, read)
+            best = None if found is None else state_of(found).get("best")
+            if found is not None and best and best["step"] != state_of(found)["step"]:
+                found = read(store.of_step(folder, best["step"]))
         except BadCheckpoint:
             if store.newest(folder) == newest:
                 raise

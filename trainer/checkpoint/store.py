@@ -24,6 +24,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import load as load_tensors
+from safetensors.torch import load_file
 from torch import Tensor
 
 from adapters.options import Section
@@ -33,6 +34,7 @@ from trainer.config.validation import validate
 from trainer.config.yaml import parse_json
 from trainer.errors import BadCheckpoint, DamagedCheckpoint, UserError, refuse_mismatch
 from trainer.files import sha256, sync
+from trainer.records.progress import Best
 
 _T = TypeVar("_T")
 
@@ -53,6 +55,8 @@ class _State(Section):
     version: str = ""
     step: int = Field(ge=0, lt=_MOST)
     progress: Counts
+    best: Best | None = None
+    """The best evaluation so far, whose checkpoint is kept too; None without `run.keep_best`."""
     loader: Counts
     engine: str
     world_size: int
@@ -98,16 +102,38 @@ def newest(folder: Path) -> Path | None:
     return max(complete(folder) or complete(folder), default=None)
 
 
+def of_step(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or goes."""
+    return folder / f"step-{step:08d}"
+
+
+def expired(folder: Path, keep: int) -> list[Path]:
+    """Complete checkpoints besides the newest `keep` and the best ones that these name."""
+    found = complete(folder)
+    best = {of_step(folder, step) for step in map(_best_step, found[-keep:]) if step is not None}
+    return [path for path in found[:-keep] if path not in best]
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    """The step of the best evaluation up to a checkpoint; None where it names none."""
+    try:
+        best = parse_json((checkpoint / "state.json").read_text(encoding="utf-8"))["best"]
+        return None if best is None else int(best["step"])
+    except (OSError, ValueError, TypeError, KeyError):  # damaged, or an earlier version's
+        return None
+
+
 def verify(checkpoint: Path) -> dict[str, Any]:
     """Check every file's size and SHA-256; returns state.json. Raises DamagedCheckpoint where they
     differ from what was written, BadCheckpoint where the checkpoint cannot be used."""
     return _read(checkpoint, None)
 
 
-def load(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(state.json, all tensors on the CPU) of the bytes that were verified. Raises as `verify`."""
+def load(checkpoint: Path, *, mapped: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(state.json, all tensors on the CPU) of the bytes that were verified; `mapped`: of the files,
+    mapped into memory, of which all ranks of a host hold one copy. Raises as `verify`."""
     tensors: dict[str, Tensor] = {}
-    return _read(checkpoint, tensors), tensors
+    return _read(checkpoint, tensors, mapped=mapped), tensors
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
@@ -115,7 +141,9 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
     return load(checkpoint)[1]
 
 
-def _read(checkpoint: Path, tensors: dict[str, Tensor] | None) -> dict[str, Any]:
+def _read(
+    checkpoint: Path, tensors: dict[str, Tensor] | None, *, mapped: bool = False
+) -> dict[str, Any]:
     """Read every file once: verify it and, if it holds tensors and `tensors` is given, add them."""
     content = b""
     try:
@@ -131,12 +159,13 @@ def _read(checkpoint: Path, tensors: dict[str, Tensor] | None) -> dict[str, Any]
             opened = {name: stack.enter_context(_open(checkpoint, name)) for name in manifest}
             for name, (size, digest) in manifest.items():
                 kept = name == "state.json" or (name in held and tensors is not None)
-                data = _verified(checkpoint / name, opened[name], size, digest, keep=kept)
+                keep = kept and not (mapped and name in held)
+                data = _verified(checkpoint / name, opened[name], size, digest, keep=keep)
                 if name == "state.json":
                     content = data
                 elif kept and tensors is not None:
                     with refuse_mismatch(checkpoint / name):
-                        tensors |= load_tensors(data)
+                        tensors |= load_tensors(data) if keep else load_file(checkpoint / name)
     except OSError as error:
         if error.errno == errno.EIO:
             raise DamagedCheckpoint(f"{error.filename or checkpoint}: {error.strerror}") from error

@@ -1,7 +1,6 @@
 """Checkpoint writer: a snapshot at a step boundary, written by all ranks in the background."""
 
 import concurrent.futures
-import dataclasses
 import json
 import shutil
 import warnings
@@ -12,13 +11,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from trainer import __version__
-from trainer.checkpoint.state import random_state, session_tensors
+from trainer.checkpoint.state import random_state, session_tensors, sharded_tensors
 from trainer.checkpoint.store import (
     FORMAT,
     PARTIAL,
     check_complete,
-    complete,
+    expired,
     newest,
+    of_step,
     remove,
     write_manifest,
 )
@@ -63,6 +63,7 @@ class CheckpointWriter:
             name: tensor.detach().to("cpu", copy=True)
             for name, tensor in (session_tensors(self.session) | random_state(self.session)).items()
         }
+        tensors |= sharded_tensors(self.session)
         state = self._describe(progress)
         self._pending_step = progress.step
         self._pending = self._thread.submit(self._write, tensors, state)
@@ -116,7 +117,7 @@ class CheckpointWriter:
         from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
         world = self.session.world
-        final = self.folder / f"step-{state['step']:08d}"
+        final = of_step(self.folder, state["step"])
         partial = self.folder / f".{final.name}{PARTIAL}"
         try:
             self._open(partial)
@@ -132,7 +133,7 @@ class CheckpointWriter:
                 write_manifest(partial)
                 take_place(partial, final)
                 sync(self.folder)
-                for old in complete(self.folder)[: -self._options.keep]:
+                for old in expired(self.folder, self._options.keep):
                     remove(old)
         except BaseException:
             if world.is_main:
@@ -145,7 +146,8 @@ class CheckpointWriter:
             "format": FORMAT,
             "version": __version__,
             "step": progress.step,
-            "progress": dataclasses.asdict(progress),
+            "progress": progress.counters,
+            "best": None if progress.best is None else progress.best.model_dump(),
             "loader": self.batches.state_dict(),
             "engine": session.engine.kind,
             "world_size": session.world.size,

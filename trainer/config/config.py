@@ -19,7 +19,8 @@ from adapters.methods.registry import OPTIONS as METHOD_OPTIONS
 from adapters.options import Section
 from trainer.config.aliases import note_renamed, rename_keys, rename_overrides
 from trainer.config.data_options import DataOptions
-from trainer.config.engines import ENGINES
+from trainer.config.engines import ENGINES, engines_that_train
+from trainer.config.generation_options import GenerationOptions
 from trainer.config.sections import (
     CheckpointOptions,
     EngineOptions,
@@ -31,7 +32,7 @@ from trainer.config.sections import (
 from trainer.config.validation import names_of, one_of, unknown_key, validate
 from trainer.config.yaml import dump_yaml, parse_yaml
 from trainer.errors import UserError
-from trainer.tasks.options import TaskOptions
+from trainer.tasks.options import Direction, TaskOptions
 from trainer.tasks.registry import DEFAULT as DEFAULT_TASK
 from trainer.tasks.registry import OPTIONS as TASK_OPTIONS
 
@@ -45,6 +46,7 @@ class Config(Section):
     data: DataOptions
     method: SerializeAsAny[MethodOptions]
     optim: OptimOptions
+    generation: GenerationOptions
     engine: EngineOptions
     log: LogOptions
     checkpoint: CheckpointOptions
@@ -65,6 +67,13 @@ class Config(Section):
                 f"method.replay: {self.method.replay} given, but {self.method.kind} decides "
                 "nothing; accepted: null"
             )
+        if self.method.trains != "adapters":
+            self._check_without_adapters()
+        if self.model.adapter is not None and self.method.scales_rows:
+            raise ValueError(
+                f"model.adapter: given with method.kind={self.method.kind}, which scales all of "
+                "W + ΔW; accepted: null"
+            )
         if self.model.added_tokens and self.method.include_head:
             raise ValueError(
                 "method.include_head: true given with model.added_tokens, whose rows of the head "
@@ -81,6 +90,11 @@ class Config(Section):
         if self.data.packing and not self.task.supports_packing:
             raise ValueError(
                 f"data.packing: true given with task.kind={self.task.kind}; accepted: false"
+            )
+        if self.data.packing and self.task.records_together:
+            raise ValueError(
+                "data.packing: true given with task.train_on=distribution, whose choices have a "
+                "row of their own; accepted: false"
             )
         if self.data.padding_free is True and not self.task.supports_packing:
             raise ValueError(
@@ -117,7 +131,81 @@ class Config(Section):
             )
         if self.run.eval_at_start and self.data.eval is None:
             raise ValueError("run.eval_at_start: true given without data.eval; accepted: false")
+        self._check_generation()
+        self._check_best()
         return self
+
+    def _check_generation(self) -> None:
+        records = self.generation.records
+        if records and self.data.eval is None:
+            raise ValueError(f"generation.records: {records} given without data.eval; accepted: 0")
+        if records and not self.task.generates:
+            raise ValueError(
+                f"generation.records: {records} given with task.kind={self.task.kind}, which "
+                "generates no text; accepted: 0"
+            )
+        if records and getattr(self.task, "loss_on", None) == "all":
+            raise ValueError(
+                f"generation.records: {records} given with task.loss_on=all, where no prompt is "
+                "told from its completion; accepted: 0, or task.loss_on=completion"
+            )
+
+    def _check_best(self) -> None:
+        metric, patience = self.run.keep_best, self.run.patience
+        if patience is not None and metric is None:
+            raise ValueError(
+                f"run.patience: {patience} given without run.keep_best; accepted: with it, one of "
+                f"{', '.join(self.metrics)}"
+            )
+        if metric is None:
+            return
+        if not self.run.eval_every:
+            raise ValueError(
+                f"run.keep_best: {metric} given without data.eval and run.eval_every, so that "
+                "there would be one evaluation; accepted: null"
+            )
+        one_of("run.keep_best", metric, self.metrics)
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether a row may hold several documents, apart from those that lie end to end."""
+        return self.data.packing or self.task.records_together
+
+    @property
+    def metrics(self) -> dict[str, Direction]:
+        """The scores of an evaluation by which it may be judged, by their names in metrics.jsonl,
+        and whether the least or the largest is the best."""
+        sets = [name for name in self.data.eval_names if name]
+        directions = {**self.task.metrics(), **self.generation.metrics}
+        return {
+            f"eval_{prefix}{name}": direction
+            for prefix in ("", *(f"{name}_" for name in sets))
+            for name, direction in directions.items()
+        }
+
+    def _check_without_adapters(self) -> None:
+        """Raises ValueError for what only the adapters here can do."""
+        method, kind = self.method, self.engine.kind
+        for key, given, accepted in (
+            ("model.quantization", self.model.quantization, "none"),
+            ("model.added_tokens", self.model.added_tokens, None),
+            ("model.adapter", self.model.adapter, None),
+        ):
+            if given != accepted:
+                raise ValueError(
+                    f"{key}: {given} given with method.kind={method.kind}; accepted: "
+                    f"{accepted or 'null'}"
+                )
+        if method.trains == "backbone" and self.engine.unsharded_blocks not in ("auto", 0):
+            raise ValueError(
+                f"engine.unsharded_blocks: {self.engine.unsharded_blocks} given with "
+                f"method.kind={method.kind}; accepted: auto or 0"
+            )
+        if kind != "auto" and method.trains not in ENGINES[kind].trains:
+            raise ValueError(
+                f"engine.kind: {kind} given with method.kind={method.kind}; accepted: auto, "
+                f"{engines_that_train(method.trains)}"
+            )
 
     @property
     def run_folder(self) -> Path:

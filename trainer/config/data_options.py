@@ -2,6 +2,7 @@
 
 import itertools
 import keyword
+import re
 from typing import Literal
 
 from pydantic import Field, JsonValue, model_validator
@@ -17,6 +18,8 @@ SourceNames = str | list[str]
 _OF_RENDERING = ("messages", "tools", "documents", "add_generation_prompt")
 _CONSTANTS = ("true", "false", "none")
 """Of Jinja, which otherwise has Python's keywords."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+"""Of a set that is evaluated on: a part of its scores' names."""
 
 
 class SourceOptions(Section):
@@ -24,8 +27,9 @@ class SourceOptions(Section):
 
     train: SourceNames | None = None
     """Training data: a file (.json, .jsonl, .csv, .tsv, .parquet, .txt, each also with .gz or
-    .zst), a glob, a folder of files of one kind, a folder that `datasets.save_to_disk` wrote, or a
-    hub id; or a list of those, read one after the other."""
+    .zst), a glob, a folder of files of one kind, a folder that `datasets.save_to_disk` wrote, a
+    folder of images in subfolders named after their classes, or a hub id; or a list of those, read
+    one after the other."""
     train_split: str = "train"
     """Split to train on, of a hub data set or a saved DatasetDict."""
     train_records: int | None = Field(None, gt=0)
@@ -36,7 +40,8 @@ class SourceOptions(Section):
     """Commit or tag of a hub data set."""
     format: Literal[
         "auto", "prompt_completion", "alpaca", "messages", "text", "classification",
-        "multiple_choice", "commonsense",
+        "multiple_choice", "commonsense", "question_answering",
+        "images",
     ] = "auto"  # fmt: skip
     """Format of the records; auto: inferred from the columns."""
     prompt: str = "prompt"
@@ -80,12 +85,20 @@ class SourceOptions(Section):
     add_eos: Literal["auto"] | bool = "auto"
     """Put the end token after a text, and learn it; auto: where there is one. Never doubled. Chats:
     as the template."""
+    image: str = "image"
+    """Column of format `images`: {bytes, path} as `datasets` keeps images, bytes, or a path."""
     label: str = "label"
-    """Label column of formats `classification` and `multiple_choice` (one of `choice_labels`, or
-    the text of a choice)."""
+    """Label column of formats `classification`, `images` and `multiple_choice` (one of
+    `choice_labels`, or the text of a choice)."""
     choices: str | list[str] = "choices"
     """Choices of format `multiple_choice`: a column with a list of texts, or with `text` and
     `label` lists; or a list of columns or templates, one for each choice."""
+    choice_texts: list[str] | None = Field(None, min_length=2)
+    """Choices that are the same for every record, in place of `choices`, such as `["no", "yes"]`;
+    in format `commonsense` in place of its answers' texts."""
+    blank: str | None = Field(None, min_length=1)
+    """Mark in the prompt that the choices fill in, such as `_` (WinoGrande): what follows it is
+    scored, given the sentence up to it with the choice."""
     choice_labels: list[str] | None = None
     """Labels of the choices, in order; none: those that come with them, else 0, 1, …"""
     answers: Literal["texts", "names"] = "texts"
@@ -104,6 +117,14 @@ class SourceOptions(Section):
             raise ValueError(
                 f"data.as_chat: true given with data.format={self.format}; accepted: false"
             )
+        if self.choice_texts is not None and self.choices != "choices":
+            raise ValueError(
+                f"data.choice_texts: given together with data.choices ({self.choices}); accepted: "
+                "one of them"
+            )
+        if self.answers == "names" and (self.blank or self.choice_texts):
+            key = "blank" if self.blank else "choice_texts"
+            raise ValueError(f"data.{key}: given with data.answers=names; accepted: null")
         for name in self.template_arguments or {}:
             is_free = name not in (*_OF_RENDERING, *_CONSTANTS) and not name.endswith("_token")
             if not name.isidentifier() or keyword.iskeyword(name) or not is_free:
@@ -134,10 +155,11 @@ class DataOptions(SourceOptions):
     mixture_until: Literal["first", "last"] = "first"
     """When an epoch of a mixture ends: the first source is used up, or the last, while the others
     repeat."""
-    eval: SourceNames | int | float | None = None
-    """Evaluation data: a source as for `train`; a share (0.05) or a number of the training records,
-    drawn by the seed and never trained on; or `left_out`, the training records held out by
-    `leave_out`; none: no evaluation."""
+    eval: SourceNames | int | float | dict[str, SourceNames] | None = None
+    """Evaluation data: a source as for `train`, or several, by name (`{arc: FILE, boolq: FILE}`),
+    each evaluated by itself; a share (0.05) or a number of the training records, drawn by the seed
+    and never trained on; or `left_out`, the training records held out by `leave_out`; none: no
+    evaluation."""
     eval_split: str = "test"
     """Split to evaluate on, likewise."""
     max_length: int = Field(1024, gt=1)
@@ -214,9 +236,17 @@ class DataOptions(SourceOptions):
         return f"{key}: {', '.join(itertools.chain(*names))}"
 
     @property
-    def eval_source(self) -> SourceNames | None:
-        """What `eval` names besides the training records."""
-        return self.eval if isinstance(self.eval, str | list) and self.eval != LEFT_OUT else None
+    def eval_sources(self) -> dict[str, SourceNames]:
+        """What `eval` names besides the training records, by name; that of a single one is ""."""
+        if isinstance(self.eval, dict):
+            return self.eval
+        is_source = isinstance(self.eval, str | list) and self.eval != LEFT_OUT
+        return {"": self.eval} if is_source else {}  # type: ignore[dict-item]
+
+    @property
+    def eval_names(self) -> list[str]:
+        """The sets that are evaluated on; that of a single one is ""."""
+        return list(self.eval) if isinstance(self.eval, dict) else [""] * (self.eval is not None)
 
     @property
     def eval_drawn(self) -> int | float | None:
@@ -274,9 +304,21 @@ class DataOptions(SourceOptions):
                 f"data.eval_records: {self.eval_records} given with data.eval={drawn}; "
                 "accepted: null"
             )
-        if self.eval == []:
-            raise ValueError("data.eval: [] given; accepted: at least one source")
+        self._check_eval()
         return self
+
+    def _check_eval(self) -> None:
+        if self.eval in ([], {}):
+            raise ValueError(f"data.eval: {self.eval} given; accepted: at least one source")
+        for name, source in self.eval_sources.items():
+            if name and not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"data.eval: {name!r} given as a name; accepted: letters, digits, - and _"
+                )
+            if not source or source == LEFT_OUT:
+                raise ValueError(
+                    f"data.eval.{name}: {source!r} given; accepted: a source as for data.train"
+                )
 
     @model_validator(mode="after")
     def _check(self) -> "DataOptions":

@@ -35,6 +35,11 @@ class RunOptions(Section):
     """Steps between two evaluations; 0: only after the last step."""
     eval_at_start: bool = False
     """Also evaluate before the first step."""
+    keep_best: str | None = None
+    """Metric, such as eval_loss or eval_accuracy, by which evaluations are compared: the checkpoint
+    of the best one is kept, and its adapter exported instead of the last one."""
+    patience: int | None = Field(None, gt=0)
+    """End the run after this many evaluations in a row without a better `keep_best`."""
     max_hours: float | None = Field(None, gt=0)
     """Hours after which the run saves and stops with exit code 75; the next start resumes it."""
     slurm_margin: float = Field(120.0, ge=0)
@@ -176,6 +181,16 @@ class EngineOptions(Section):
     """Compile the transformer blocks; all of them share one program. auto: on a GPU, unless the
     engine is deepspeed and the blocks have parameters that a compiled program would keep unsharded
     (a trained router, large matrices outside linear layers)."""
+    compile_cache: str | None = Field(None, pattern=PATH)
+    """Folder in which compiled programs and kernels are kept, so that the next start on these
+    versions and GPUs does not compile them again; none: torch's own (in the host's folder for
+    temporary files, which may not outlive the job)."""
+    cuda_graphs: Literal["auto"] | bool = "auto"
+    """Launch the forward and the backward pass of all transformer blocks at once, as CUDA graphs
+    captured for each row length (`data.row_lengths`). For engines single and ddp, where all blocks
+    keep their activations and nothing is dropped. auto: on a GPU where that is so, the CPU takes
+    longer to launch the blocks than the GPU to run them, and the memory suffices for the
+    activations twice."""
     timeout: float = Field(600.0, gt=0, lt=2**31)
     """Seconds after which a collective fails if a rank has not joined it."""
 
@@ -197,6 +212,11 @@ class EngineOptions(Section):
             raise ValueError(
                 f"engine.copy_engines: true given with engine.kind={self.kind}; accepted: auto "
                 f"or false, or engine.kind={engines_with('copy_engines')}"
+            )
+        if self.cuda_graphs is True and not self._takes("cuda_graphs", auto=True):
+            raise ValueError(
+                f"engine.cuda_graphs: true given with engine.kind={self.kind}; accepted: auto or "
+                f"false, or engine.kind={engines_with('cuda_graphs')}"
             )
         if self.unsharded_blocks != "auto" and self.unsharded_blocks < 0:
             raise ValueError(

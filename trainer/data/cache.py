@@ -126,5 +126,7 @@ def _given(options: Section, left_out: set[str]) -> dict[str, Any]:
 
 
 def _tokenizer_state(tokenizer: Any) -> str:
+    if (tokens := getattr(tokenizer, "tokens", None)) is not None:  # of every image
+        return str(tokens)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())

@@ -15,23 +15,27 @@ Texts = Callable[[str, dict], str]
 _FORMAT = re.compile(r"\s*Answer format:\s*(.+?)\s*$")
 _LEAD = re.compile(r"^Please [^:]*?(?:: |, question: )")
 _NUMBERED = re.compile(r"[1-9]$")
+_ASKED = "Question: {question}\nAnswer:"
 
 
 def multiple_choice(row: dict, options: SourceOptions, part: Texts) -> list[Record]:
     """A record for each choice; `label`: whether it is the right one. Raises BadRecord."""
     question = part(options.prompt, row)
-    if isinstance(options.choices, list):
+    if options.choice_texts is not None:
+        texts, labels = options.choice_texts, None
+    elif isinstance(options.choices, list):
         texts, labels = [part(choice, row) for choice in options.choices], None
     else:
         texts, labels = _column(row.get(options.choices), options.choices)
     labels = options.choice_labels or labels or [str(number) for number in range(len(texts))]
     right = _right(row, options.label, texts, labels)
-    return _records(question, [f" {text}" for text in texts], right, options)
+    return _scored(question, texts, right, options)
 
 
-def commonsense(row: dict, options: SourceOptions, asked: str) -> list[Record]:
+def commonsense(row: dict, options: SourceOptions, part: Texts, asked: str) -> list[Record]:
     """LLM-Adapters' form: the answers stand in the instruction, and their names at its end.
-    `asked`: the instruction in Alpaca's form, for `data.answers: names`."""
+    `data.prompt` may use the column `question` for what is asked. `asked`: the instruction in
+    Alpaca's form, for `data.answers: names`."""
     for column in ("instruction", "output", "answer"):
         if not isinstance(row.get(column), str):
             raise BadRecord(no_column(column, row) if column not in row else f"{column}: no text")
@@ -48,12 +52,17 @@ def commonsense(row: dict, options: SourceOptions, asked: str) -> list[Record]:
         if answer not in sentence:
             raise BadRecord(f"output does not name the answer {answer!r}")
         before, _, after = sentence.rpartition(answer)
-        texts = [f"{before}{name}{after}" for name in names]
-        return _records(asked, texts, right, options)
+        return _records([(asked, f"{before}{name}{after}") for name in names], right, options)
     body = _LEAD.sub("", instruction[: found.start()])
     question, texts = _answers(body, names)
-    texts = [f" {text}" for text in texts]
-    return _records(f"Question: {question}\nAnswer:", texts, right, options)
+    if options.choice_texts is not None:
+        if len(options.choice_texts) != len(names):
+            raise BadRecord(f"{len(names)} answers for {len(options.choice_texts)} choice_texts")
+        texts = options.choice_texts
+    prompt = options.prompt
+    if prompt == SourceOptions.model_fields["prompt"].default:
+        prompt = "question" if options.blank is not None else _ASKED
+    return _scored(part(prompt, {**row, "question": question}), texts, right, options)
 
 
 def _answers(body: str, names: Sequence[str]) -> tuple[str, list[str]]:
@@ -108,15 +117,27 @@ def _right(row: dict, column: str, texts: Sequence[str], labels: Sequence[str]) 
     )
 
 
-def _records(
+def _scored(
     question: str, texts: Sequence[str], right: int, options: SourceOptions
 ) -> list[Record]:
-    if len(texts) < 2:
-        raise BadRecord(f"{len(texts)} choices; accepted: two or more")
+    """Choices behind the question; or in its blank, where what follows the blank is scored:
+    "partial" scoring (Trinh and Le, 2018, arXiv:1806.02847), as EleutherAI's harness does it."""
+    if options.blank is None:
+        return _records([(question, f" {text}") for text in texts], right, options)
+    before, found, after = question.partition(options.blank)
+    if not found or not after.strip():
+        raise BadRecord(f"nothing to score: no text behind a blank {options.blank!r} in the prompt")
+    return _records([(before + text, f" {after.strip()}") for text in texts], right, options)
+
+
+def _records(parts: Sequence[tuple[str, str]], right: int, options: SourceOptions) -> list[Record]:
+    """A record for each (what is given, what is scored)."""
+    if len(parts) < 2:
+        raise BadRecord(f"{len(parts)} choices; accepted: two or more")
     return [
         Record(
-            [(question, False), (text, True)],
+            [(given, False), (scored, True)],
             label=float(index == right), add_bos=options.add_bos, add_eos=options.add_eos,
         )
-        for index, text in enumerate(texts)
+        for index, (given, scored) in enumerate(parts)
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 TOKENS, COUNTS = "tokens.arrows", "counts.json"
 """The files of an entry in the cache."""
 
+_LISTS = ("input_ids", "loss_mask", "token_type_ids")
+
 
 @functools.cache
 def schema() -> "pa.Schema":
@@ -32,6 +35,8 @@ def schema() -> "pa.Schema":
             "label": pa.float64(),
             "weight": pa.int32(),
             "record": pa.int32(),
+            "reference": pa.string(),
+            "image": pa.large_binary(),
         }
     )
 
@@ -85,7 +90,7 @@ class TokenDataset:
         self._chunks = [
             {
                 name: (chunk.column(name).offsets.to_numpy(), chunk.column(name).values.to_numpy())
-                for name in ("input_ids", "loss_mask", "token_type_ids")
+                for name in _LISTS
             }
             for chunk in chunks
         ]
@@ -93,17 +98,28 @@ class TokenDataset:
         self.weights = table.column("weight").to_numpy()
         self.labels = table.column("label").to_numpy()
         self.records = table.column("record").to_numpy()  # of each example; ascending, from 0
+        self._references, self._images = _column(table, "reference"), _column(table, "image")
 
     @functools.cached_property
     def digest(self) -> str:
         """Digest of all examples, whatever they were made of, and however they are cached."""
         digests = [xxhash.xxh3_128(values) for values in (self.weights, self.labels, self.records)]
-        for name in ("input_ids", "loss_mask", "token_type_ids"):
+        for name in _LISTS:
             lengths, values = xxhash.xxh3_128(), xxhash.xxh3_128()
             for offsets, found in (chunk[name] for chunk in self._chunks):
                 lengths.update(np.diff(offsets))
                 values.update(found[offsets[0] : offsets[-1]])
             digests += [lengths, values]
+        if self.reference(0):  # few tasks have them
+            texts = xxhash.xxh3_128()
+            for chunk in self._references.chunks:
+                texts.update("\0".join(chunk.to_pylist()).encode())
+            digests.append(texts)
+        if len(self._images[0].as_py()):
+            images = xxhash.xxh3_128()
+            for index in range(len(self)):
+                images.update(xxhash.xxh3_128_digest(self._images[index].as_py()))
+            digests.append(images)
         return xxhash.xxh3_128_hexdigest(b"".join(digest.digest() for digest in digests))
 
     def __len__(self) -> int:
@@ -116,7 +132,26 @@ class TokenDataset:
             token_type_ids=self._list("token_type_ids", index),
             label=float(self.labels[index]),
             weight=int(self.weights[index]),
+            reference=self.reference(index),
+            image=self._images[index].as_py(),
         )
+
+    def labels_of(self, examples: np.ndarray | Sequence[int]) -> list:
+        """What predictions are compared with: references, or labels where there are none."""
+        if self.reference(int(examples[0])):
+            return [self.reference(int(index)) for index in examples]
+        return self.labels[examples].tolist()
+
+    def reference(self, index: int) -> str:
+        """An example's `reference`, alone."""
+        return self._references[index].as_py()
+
+    def whole_records(self, examples: np.ndarray) -> list[np.ndarray]:
+        """All examples of each record that one of `examples` belongs to, in their order."""
+        numbers = np.fromiter(dict.fromkeys(self.records[examples].tolist()), np.int64)
+        first = np.searchsorted(self.records, numbers)
+        last = np.searchsorted(self.records, numbers, side="right")
+        return [np.arange(a, b) for a, b in zip(first, last, strict=True)]
 
     def first_records(self, examples: np.ndarray, count: int) -> np.ndarray:
         """Those of `examples`, given record by record, that belong to the first `count` records."""
@@ -128,6 +163,16 @@ class TokenDataset:
         offsets, values = self._chunks[chunk][name]
         start, stop = offsets[index - self._first[chunk] :][:2]
         return values[start:stop].tolist()
+
+
+def _column(table: "pa.Table", name: str) -> "pa.ChunkedArray":
+    """A column; of empty values in files of earlier versions, which do not have it."""
+    import pyarrow as pa
+
+    if name in table.column_names:
+        return table.column(name)
+    empty = pa.scalar("", schema().field(name).type)
+    return pa.chunked_array([pa.repeat(empty, table.num_rows)])
 
 
 def open_dataset(folder: Path, key: str) -> TokenDataset:

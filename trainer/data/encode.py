@@ -61,7 +61,9 @@ class Encoder:
         for (place, _), (kind, found) in zip(chunk, rows, strict=True):
             counts.records += 1
             examples: list[Example | str] = (
-                [str(found)] if isinstance(found, BadRecord) else [next(encoded) for _ in found]
+                [str(found)]
+                if isinstance(found, BadRecord)
+                else [one for _ in found for one in _listed(next(encoded))]
             )
             if self.options.on_long_record == "split":
                 examples = self._split(place, kind, examples, counts)
@@ -107,7 +109,7 @@ class Encoder:
         except BadRecord as reason:
             return kind, reason
 
-    def _encode(self, records: list[Record]) -> list[Example | str]:
+    def _encode(self, records: list[Record]) -> list[Example | list[Example] | str]:
         """`task.encode`; a panic inside the tokenizer, which is no Exception, is a UserError."""
         options, bos = self.options, self.task.tokenizer.bos_token_id
         is_whole = options.on_long_record == "split" or options.truncate == "prompt"
@@ -117,7 +119,7 @@ class Encoder:
                 return list(examples)
             return [
                 found
-                if isinstance(found, str)
+                if not isinstance(found, Example)
                 else without_beginning(found, options.max_length, bos)
                 for found in examples
             ]
@@ -148,6 +150,10 @@ class Encoder:
             for found in examples
             for part in ([found] if isinstance(found, str) else pieces(found, length, overlap))
         ]
+
+
+def _listed(found: Example | list[Example] | str) -> Sequence[Example | str]:
+    return found if isinstance(found, list) else [found]
 
 
 def stop(place: str, reason: object) -> UserError:

@@ -9,7 +9,9 @@ from typing import Any
 from trainer.config.data_options import SourceOptions
 from trainer.data.chats import chats
 from trainer.data.choices import commonsense, multiple_choice
+from trainer.data.images import encoded_image
 from trainer.data.messages import Conversation, conversation, from_json, no_column, tools_of
+from trainer.data.squad import question_answering
 from trainer.errors import BadRecord
 from trainer.tasks.base import Record, Task
 
@@ -39,12 +41,12 @@ def detect_format(row: dict, options: SourceOptions, task: Task) -> str:
         is_commonsense = {"instruction", "output", "answer"} <= row.keys()
         return "commonsense" if is_commonsense else "multiple_choice"
     _refuse_preferences(row, options)
-    if _messages_column(row, options) in row:
+    if messages_column(row, options) in row:
         return "messages"
     if "instruction" in row and "output" in row:
         return "alpaca"
     text = options.text if isinstance(options.text, str) else options.text[0]
-    needed = _columns_of(options.prompt) | _columns_of(options.completion)
+    needed = columns_of(options.prompt) | columns_of(options.completion)
     if text in row and not needed <= row.keys():
         return "text"
     return "prompt_completion"
@@ -53,7 +55,7 @@ def detect_format(row: dict, options: SourceOptions, task: Task) -> str:
 def _refuse_preferences(row: dict, options: SourceOptions) -> None:
     """Pairs of answers, or answers with a judgement (KTO): trained as if all were good they would
     teach the bad ones too."""
-    used = {options.messages} | _columns_of(options.prompt) | _columns_of(options.completion)
+    used = {options.messages} | columns_of(options.prompt) | columns_of(options.completion)
     if {"chosen", "rejected"} <= row.keys() and not used & {"chosen", "rejected"}:
         raise BadRecord(
             "chosen and rejected are a preference pair, and there is no preference training; "
@@ -81,7 +83,14 @@ def to_records(row: dict, kind: str, options: SourceOptions, tokenizer: Any) -> 
     elif kind == "commonsense":
         _refuse_chat_options(kind, options)
         *_, (asked, _), _ = _alpaca(row, options, tokenizer)
-        found = commonsense(row, options, asked)
+        found = commonsense(row, options, _part, asked)
+    elif kind == "images":
+        _refuse_chat_options(kind, options)
+        image = encoded_image(row, options.image)
+        found = [Record([], label=raw_label(row, options), image=image)]
+    elif kind == "question_answering":
+        _refuse_chat_options(kind, options)
+        found = [question_answering(row)]
     else:
         found = [_record(row, kind, options, tokenizer)]
     try:  # JSON can hold lone surrogates, which no tokenizer accepts
@@ -97,10 +106,10 @@ def to_records(row: dict, kind: str, options: SourceOptions, tokenizer: Any) -> 
 
 def _conversation(row: dict, kind: str, options: SourceOptions) -> Conversation | None:
     """The conversation of a row; None for a row that goes through no chat template."""
-    asked = _columns_of(options.prompt)
+    asked = columns_of(options.prompt)
     system = None if kind == "prompt_completion" and "system" in asked else _system(row)
     if kind == "messages":
-        given = _messages(row, _messages_column(row, options))
+        given = _messages(row, messages_column(row, options))
     elif kind == "prompt_completion" and _is_conversational(row, options):
         given = [(name, message, False) for name, message, _ in _messages(row, options.prompt)]
         given += _messages(row, options.completion)
@@ -130,7 +139,7 @@ def _said(role: str, name: str, text: str) -> Given:
     return name, {"role": role, "content": text}, True
 
 
-def _messages_column(row: dict, options: SourceOptions) -> str:
+def messages_column(row: dict, options: SourceOptions) -> str:
     """The column of messages: the configured one, or else ShareGPT's."""
     default = SourceOptions.model_fields["messages"].default
     if options.messages == default and default not in row and _SHAREGPT in row:
@@ -206,7 +215,7 @@ def _record(row: dict, kind: str, options: SourceOptions, tokenizer: Any) -> Rec
     if kind == "classification":
         columns = [options.text] if isinstance(options.text, str) else options.text
         texts = [(_text(row, column), False) for column in columns]
-        return Record(texts, label=_text(row, options.label))
+        return Record(texts, label=raw_label(row, options))
     if kind == "alpaca":
         segments = list(_alpaca(row, options, tokenizer))
     elif kind == "text":
@@ -217,6 +226,11 @@ def _record(row: dict, kind: str, options: SourceOptions, tokenizer: Any) -> Rec
     else:
         segments = [(_part(options.prompt, row), False), (_part(options.completion, row), True)]
     return Record(segments, add_bos=options.add_bos, add_eos=options.add_eos)
+
+
+def raw_label(row: dict, options: SourceOptions) -> str:
+    """The label of a row, as the data has it. Raises BadRecord."""
+    return _text(row, options.label)
 
 
 def _alpaca(row: dict, options: SourceOptions, tokenizer: Any) -> Iterator[tuple[str, bool]]:
@@ -253,7 +267,7 @@ def _refuse_chat_options(kind: str, options: SourceOptions) -> None:
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
-def _columns_of(template: str) -> set[str]:
+def columns_of(template: str) -> set[str]:
     return set(_FIELD.findall(template)) or {template}
 
 

@@ -6,7 +6,7 @@ ranks.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from trainer.tasks.base import Batch, Task
 
 _LOOKED_AHEAD = 200
 """Steps by whose rows the row lengths are chosen."""
+_PADDING = 4
+"""Documents of padding in a row, about, at most."""
 _PACKED_TOGETHER = 8192
 """Records of a mixture that are packed together: enough to fill rows."""
 
@@ -90,7 +92,7 @@ class Loader:
 
     def _packed(self, order: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """The sequences of some records."""
-        rows = packed_records(order, self.data, self.options)
+        rows = packed_records(order, self.data, self.options, self.task)
         if self.options.packing and self.options.shuffle:
             return [rows[row] for row in rng.permutation(len(rows))]
         return rows
@@ -149,8 +151,16 @@ class Loader:
         parts = [part for _ in range(ahead) for part in self._next_parts()]
         seen = [row_length(part, self.data, self.rows) for part in parts]
         largest = max(self.largest_row(), *seen)
+        together = sum if self.rows.end_to_end else max
+        counts = [together(map(len, part)) for part in parts]
+        documents = max(counts)
         self.epoch, self.offset, self._order = position["epoch"], position["offset"], order
-        return self.rows.fitted(seen, largest)
+        return replace(
+            self.rows.fitted(seen, largest),
+            documents=documents + documents // 4 + _PADDING,
+            longest=int(self.data.lengths[self._records].max()),
+            apart=self.rows.end_to_end and 2 * counts.count(1) < len(counts),
+        )
 
     def largest_row(self) -> int:
         """Length of the longest row that a micro-batch can have."""
@@ -164,7 +174,7 @@ class Loader:
         return max(longest, min(self.options.micro_batch_tokens, int(lengths.sum())))
 
     def _sequence_lengths(self) -> np.ndarray:
-        if not self.options.packing:
+        if not self.options.packing and not self.task.options.records_together:
             return self.data.lengths[self._records]
         return np.array([self.data.lengths[row].sum() for row in self.sequences(self.epoch)])
 
@@ -207,9 +217,12 @@ def cut(
 
 
 def packed_records(
-    records: np.ndarray, data: TokenDataset, options: DataOptions
+    records: np.ndarray, data: TokenDataset, options: DataOptions, task: Task
 ) -> list[np.ndarray]:
-    """Sequences of some records in order, packed with `data.packing`."""
+    """Sequences of some records in order, packed with `data.packing`; or all examples of a record,
+    where the task learns them together."""
+    if task.options.records_together:
+        return data.whole_records(records)
     if options.packing:
         return best_fit(records, data.lengths, options.max_length)
     return list(records[:, None])

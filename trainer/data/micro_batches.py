@@ -10,11 +10,13 @@ import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 
 from adapters.rounding import round_up
 from trainer.data.dataset import TokenDataset
 from trainer.data.rows import Rows
 from trainer.tasks.base import Batch, Task
+from trainer.tasks.documents import Documents
 
 MicroBatch = list[np.ndarray]
 """Its sequences, each the indices of its records."""
@@ -104,5 +106,14 @@ def assign_micro_batches(
         examples = [[data[int(record)] for record in packed] for packed in chosen]
         width = rows.rounded(row_length(chosen, data, rows))
         batch = task.collate(rows.laid(examples), empty=empty, width=width)
+        batch.sequences = [len(packed) for packed in chosen]
+        if rows.apart and batch.documents is None:
+            _mark_document(batch, len(examples[0][0].input_ids))
         batch.records = [] if empty else [int(r) for packed in chosen for r in packed]
         yield index, batch
+
+
+def _mark_document(batch: Batch, length: int) -> None:
+    """Give the documents of a row with a single one of `length` tokens: it, and padding."""
+    positions = torch.arange(batch.targets.shape[1]).remainder(length).unsqueeze(0)
+    batch.inputs["position_ids"], batch.documents = positions, Documents.of(positions)

@@ -64,6 +64,10 @@ class MixedDataset(TokenDataset):
         source = int(self.source_of(np.array(index)))
         return self.sources[source].data[index - int(self.bounds[source])]
 
+    def reference(self, index: int) -> str:
+        source = int(self.source_of(np.array(index)))
+        return self.sources[source].data.reference(index - int(self.bounds[source]))
+
     def source_of(self, examples: np.ndarray) -> np.ndarray:
         """The index of the source of each example."""
         return np.searchsorted(self.bounds, examples, side="right") - 1

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.config.data_options import SourceOptions
+from trainer.data import squad
 from trainer.data.extent import Extent
 from trainer.errors import BadRecord, UserError, first_line, reason
 
@@ -131,7 +132,8 @@ def _is_lines(path: Path) -> bool:
     """Whether a file called .json holds an object a line, as .jsonl does."""
     first = next((text for _, text in _lines(path) if text.strip()), "")
     try:
-        return first.lstrip().startswith("{") and isinstance(json.loads(first), dict)
+        found = json.loads(first) if first.lstrip().startswith("{") else None
+        return isinstance(found, dict) and not squad.is_official(found)
     except (ValueError, RecursionError):
         return False
 
@@ -146,6 +148,8 @@ def _json_list(path: Path, extent: Extent) -> Iterator[tuple[int, Row]]:
         raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg}){more}") from error
     except (ValueError, RecursionError) as error:  # a huge number, or nested too deep
         raise UserError(f"{path}: broken JSON ({error})") from error
+    if squad.is_official(rows):
+        rows = list(squad.official_rows(rows))
     if not isinstance(rows, list):
         raise UserError(
             f"{path}: a JSON {type(rows).__name__}; accepted: a list of records, or an object a "

@@ -32,6 +32,13 @@ class Rows:
     """What is not learned is a row of its own; the other begins with a token before the target."""
     lengths: tuple[int, ...] = ()
     """Row lengths, ascending, to which shorter ones are rounded up."""
+    documents: int = 0
+    """Documents of a row, hardly ever more; 0: not known."""
+    longest: int = 0
+    """Length of the longest document; 0: not known."""
+    apart: bool = False
+    """Whether a row of a single document is marked as one too, though attention would need no mask:
+    where most rows hold several, so that all of a length run the same program and CUDA graph."""
 
     def widths(self, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """(sequences, rows of one): tokens of each row, of sequences of `lengths` tokens, `weights`

@@ -10,10 +10,12 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from trainer.config.data_options import SourceNames, SourceOptions
 from trainer.config.validation import local
 from trainer.data.extent import Extent
+from trainer.data.images import folder_rows, image_files
 from trainer.data.readers import FILES, Row, ending, read_file, without_nulls
 from trainer.errors import UserError, first_line, reason
 from trainer.files import sha256
@@ -53,6 +55,9 @@ def _rows_of(
     if isinstance(part, str):
         return enumerate(_hub_rows(part, split, options, extent), 1)
     if part.is_dir():
+        if not (part / "state.json").is_file():
+            files = len(image_files(part))
+            return enumerate(extent.counted(folder_rows(part), files), 1)
         return enumerate(_saved_rows(part, extent), 1)
     return read_file(part, options, extent)
 
@@ -85,6 +90,9 @@ def origins(source: SourceNames, split: str, options: SourceOptions) -> list[tup
         elif part.is_dir():
             files = sorted(path for path in part.iterdir() if path.is_file())
             found += [(path.name, _sha256(path)) for path in files]
+            if not (part / "state.json").is_file():
+                images = image_files(part)
+                found += [(str(path.relative_to(part)), _sha256(path)) for path in images]
         else:
             found.append((ending(part), _sha256(part)))
     return found
@@ -142,11 +150,14 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
             f"{folder}: {reason(error)}; accepted: a folder that can be read"
         ) from error
     files = [path for path in inside if path.is_file() and ending(path)]
+    for images in (folder / split, folder) if not files else ():
+        if images.is_dir() and image_files(images):
+            return [images]
     kinds = sorted({ending(path) for path in files})
     if not files:
         raise UserError(
-            f"{folder}: no data file in this folder; accepted: {FILES}, or a glob such as "
-            f"{folder}/**/*.parquet"
+            f"{folder}: no data file in this folder; accepted: {FILES}, images in subfolders named "
+            f"after their classes, or a glob such as {folder}/**/*.parquet"
         )
     if len(kinds) > 1:
         raise UserError(
@@ -175,7 +186,7 @@ def _saved_rows(folder: Path, extent: Extent) -> Iterator[dict]:
 
     try:
         rows = datasets.load_from_disk(str(folder))
-        yield from extent.counted(map(without_nulls, rows), len(rows))
+        yield from extent.counted(map(without_nulls, _encoded(rows)), len(rows))
     except Exception as error:  # of `datasets`, and of Arrow
         raise UserError(f"{folder}: no data set of save_to_disk ({first_line(error)})") from error
 
@@ -190,12 +201,22 @@ def _hub_rows(source: str, split: str, options: SourceOptions, extent: Extent) -
         )
         splits = rows.info.splits or {}
         number = splits[split].num_examples if split in splits else 0  # 0: not known
-        yield from extent.counted(map(without_nulls, rows), number)
+        yield from extent.counted(map(without_nulls, _encoded(rows)), number)
     except Exception as error:  # the hub client raises many types
         raise UserError(
             f"{source}: neither a local file nor a data set that the hub gives "
             f"({first_line(error)})"
         ) from error
+
+
+def _encoded(rows: Any) -> Any:
+    """A data set whose images are left as they are encoded."""
+    import datasets
+
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
 
 
 def _sha256(path: Path) -> str:

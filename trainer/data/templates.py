@@ -190,19 +190,38 @@ def _end_of_turn(tokenizer: Any, options: SourceOptions) -> str | None:
     """The remark where a template that is set ends turns with what is no token of the tokenizer."""
     if options.chat_template is None:
         return None
-    said = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text, _ = render(tokenizer, template_of(tokenizer, options, None), said, None, False)
-    except BadRecord:  # as every record will say
-        return None
+    end = turn_end(tokenizer, options)
     name = f"{_KEY}: {options.chat_template} ends a turn with"
-    end = text.rpartition(_ANSWER)[2].strip()
-    if not end:
+    if end == "":
         return f"{name} nothing: the model does not learn to stop"
-    if any(token in end for token in added_tokens(tokenizer)):
+    if end is None or any(token in end for token in added_tokens(tokenizer)):
         return None
     count = len(tokenizer(end, add_special_tokens=False)["input_ids"])
     return (
         f"{name} {end!r}, which is {count} tokens for this tokenizer: all are learned, and "
         "generation stops there only if it is told to; model.added_tokens makes it one"
     )
+
+
+def turn_end(tokenizer: Any, options: SourceOptions) -> str | None:
+    """What the template puts behind an answer, without spaces around it; None where there is no
+    template, or it refuses a plain question and answer."""
+    said = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text, _ = render(tokenizer, template_of(tokenizer, options, None), said, None, False)
+    except BadRecord:  # as every record will say
+        return None
+    return text.rpartition(_ANSWER)[2].strip()
+
+
+def stops(tokenizer: Any, options: DataOptions) -> tuple[list[int], list[str]]:
+    """(tokens, texts) with which the templates end an answer: texts where they are no token."""
+    tokens, texts = [], []
+    for _, source in options.sources:
+        end = turn_end(tokenizer, source) or ""
+        found = next((token for token in added_tokens(tokenizer) if end.startswith(token)), None)
+        if found is not None:
+            tokens.append(tokenizer.convert_tokens_to_ids(found))
+        elif end:
+            texts.append(end)
+    return tokens, texts

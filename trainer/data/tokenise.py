@@ -17,7 +17,7 @@ from trainer.data.dataset import TokenDataset, open_dataset
 from trainer.data.display import Display, say
 from trainer.data.encode import Encoder, stop
 from trainer.data.extent import Extent
-from trainer.data.formats import to_records
+from trainer.data.formats import raw_label, to_records
 from trainer.data.parts import Parts
 from trainer.data.sources import Row, name_of, read_rows
 from trainer.data.workers import Workers
@@ -32,14 +32,20 @@ _LOOK = 0.2  # seconds between two looks whether to stop
 Chunk = list[tuple[str, Row]]
 
 
-def read_labels(source: SourceNames, split: str, options: DataOptions) -> list[str | float]:
-    """The raw labels of a classification source. Bad records raise UserError or are skipped."""
-    labels = []
+def read_labels(
+    source: SourceNames, split: str, options: DataOptions, kind: str = "classification"
+) -> list[str | float]:
+    """The raw labels of a source of format `kind`. Bad records raise UserError or are skipped; of
+    images, which would be read twice, the labels alone are looked at."""
+    labels: list[str | float] = []
     for place, row in read_rows(source, split, options, options.train_records):
         try:
             if isinstance(row, BadRecord):
                 raise row
-            (record,) = to_records(row, "classification", options, None)
+            if kind == "images":
+                labels.append(raw_label(row, options))
+                continue
+            (record,) = to_records(row, kind, options, None)
         except BadRecord as reason:
             if options.on_bad_record == "stop":
                 raise stop(place, reason) from reason
@@ -135,9 +141,11 @@ def _chunks(rows: Iterator[tuple[str, Row]], is_read: Callable[[], None]) -> Ite
 
 
 def _characters(value: Any) -> int:
-    """Of all texts in a row, about."""
-    if isinstance(value, str):
+    """Of all texts in a row, about; of images, bytes."""
+    if isinstance(value, str | bytes):
         return len(value)
+    if isinstance(value, Path):
+        return value.stat().st_size if value.is_file() else 0
     if isinstance(value, dict):
         value = value.values()
     elif not isinstance(value, list):

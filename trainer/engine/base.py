@@ -20,9 +20,12 @@ from adapters.optimizer import MaskedAdamW
 from trainer.config.config import Config
 from trainer.config.engines import AUTO, takes
 from trainer.distributed.world import World
+from trainer.engine.sharded_optimizer import ShardedOptimizer
 from trainer.errors import RunFailed, UserError
 from trainer.model.backbone import BuiltModel
 from trainer.model.footprint import Spread
+
+Optimizer = MaskedAdamW | ShardedOptimizer
 
 
 @dataclass(frozen=True)
@@ -126,13 +129,21 @@ class Engine(ABC):
         """Accumulate the gradients of this rank's part of the mean loss."""
         loss.backward()
 
-    def reduce(self, optimizer: MaskedAdamW, loss: Tensor) -> float:
+    def sharded_optimizer(self, model: nn.Module) -> ShardedOptimizer | None:
+        """The optimizer of a backbone that trains and is sharded; None where it is whole, or does
+        not train."""
+        return None
+
+    def reduce(self, optimizer: Optimizer, loss: Tensor) -> float:
         """Sum the gradients over all ranks. Returns the mean loss, summed from the ranks' parts."""
-        self.world.sum_(optimizer.gradients)
+        if isinstance(optimizer, MaskedAdamW):
+            self.world.sum_(optimizer.gradients)
         return float(self.world.sum_(loss.detach().to(torch.float64)))
 
-    def step(self, optimizer: MaskedAdamW, loss: float, max_norm: float | None) -> Update:
+    def step(self, optimizer: Optimizer, loss: float, max_norm: float | None) -> Update:
         """Clip the reduced gradients, update, zero them; the same on every rank."""
+        if isinstance(optimizer, ShardedOptimizer):
+            return Update(loss, *optimizer.update(loss, max_norm))
         norm = optimizer.clip(max_norm)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
@@ -147,6 +158,8 @@ def compiles(
     """Whether the transformer blocks are compiled (`engine.compile`). Raises UserError where they
     cannot be, though asked for."""
     asked, obstacle = config.engine.compile, engine.against_compiling(config, backbone)
+    if asked == "auto" and config.method.trains == "modules":
+        return False  # whether another library's modules compile, it says nowhere
     if asked is True and obstacle:
         raise UserError(
             f"engine.compile: true given with engine.kind={engine.kind} and {obstacle}; "

@@ -18,7 +18,7 @@ from adapters.units import transformer_blocks
 from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
 from trainer.distributed.world import World
-from trainer.engine.base import Engine, backbone_parameters
+from trainer.engine.base import Engine
 from trainer.engine.deepspeed_config import merge, read_user_json, settings, sizes
 from trainer.model.backbone import BuiltModel
 from trainer.model.matrices import other_matrices
@@ -59,7 +59,6 @@ class DeepSpeedEngine(Engine):
         return None if other is None else f"{other[0]}, which is no adapted layer's"
 
     def shard(self, model: nn.Module) -> None:
-        import deepspeed
         from deepspeed.utils import set_z3_leaf_module
 
         pace = _Pace()
@@ -71,7 +70,13 @@ class DeepSpeedEngine(Engine):
                 block.register_full_backward_pre_hook(pace.keep)
         blocks = (block for _, block in transformer_blocks(model))
         self._in_blocks = {id(p) for block in blocks for p in block.parameters()}
-        self._engine, *_ = deepspeed.initialize(model=model, config=self._sized())
+        self._engine = self._initialise(model)
+
+    def _initialise(self, model: nn.Module) -> Any:
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(model=model, config=self._sized())
+        return engine
 
     def _sized(self) -> dict[str, Any]:
         return merge(self._json, {"zero_optimization": self._sizes})
@@ -82,13 +87,13 @@ class DeepSpeedEngine(Engine):
 
         # Of the model only what lies outside the blocks: all of them together need not fit.
         apart = self._in_blocks if module is self._engine.module else set()
-        frozen = [p for p in module.parameters() if not p.requires_grad and id(p) not in apart]
-        with deepspeed.zero.GatheredParameters(frozen):
+        own = (p for p in module.parameters() if hasattr(p, "ds_status"))
+        with deepspeed.zero.GatheredParameters([p for p in own if id(p) not in apart]):
             yield
 
     def local_bytes(self, model: nn.Module) -> int:
         total = 0
-        for parameter in backbone_parameters(model):
+        for parameter in filter(lambda p: hasattr(p, "ds_status"), model.parameters()):
             local = getattr(parameter, "ds_tensor", parameter)
             held = parameter.numel() * parameter.element_size()  # 0 while partitioned
             total += max(held, local.numel() * local.element_size())

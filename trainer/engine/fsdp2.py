@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from adapters.layers.base import PackedLayer
@@ -33,6 +33,7 @@ class FSDP2Engine(Engine):
                 "engine.copy_engines: true given, but that needs NCCL 2.28 and GPUs of one host "
                 "that access each other's memory; accepted: auto or false"
             )
+        self.policy = MixedPrecisionPolicy()
         self._gather: CopyEngines | None = None
         self._blocks: list[FSDPModule] = []
 
@@ -65,7 +66,7 @@ class FSDP2Engine(Engine):
                 module.weight = nn.Parameter(packed, requires_grad=False)
         nbytes = sum(p.numel() * p.element_size() for p in block.parameters())
         self.largest_block = max(self.largest_block, nbytes)
-        sharded = fully_shard(block, mesh=self._mesh, reshard_after_forward=True)
+        sharded = self._split(block)
         if self._gather is not None:
             sharded.set_custom_all_gather(self._gather)
         self._blocks.append(sharded)
@@ -73,10 +74,15 @@ class FSDP2Engine(Engine):
     def shard(self, model: nn.Module) -> None:
         # By default the root group stays unsharded from forward to backward, and after an
         # evaluation until the next step.
-        fully_shard(model, mesh=self._mesh, reshard_after_forward=True)
+        self._split(model)
         for block, following in pairwise(self._blocks):
             block.set_modules_to_forward_prefetch([following])
             following.set_modules_to_backward_prefetch([block])
+
+    def _split(self, module: nn.Module) -> FSDPModule:
+        return fully_shard(
+            module, mesh=self._mesh, reshard_after_forward=True, mp_policy=self.policy
+        )
 
     def _keep_unsharded(self, count: int) -> None:
         for index, block in enumerate(self._blocks):

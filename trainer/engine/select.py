@@ -3,8 +3,11 @@
 import importlib
 import os
 
+import torch
+
 from trainer.config.config import Config
-from trainer.config.engines import AUTO, ENGINES
+from trainer.config.dtype import compute_dtype
+from trainer.config.engines import AUTO, ENGINES, engines_that_train
 from trainer.device_memory import readable
 from trainer.distributed.world import World
 from trainer.engine.base import Engine
@@ -18,9 +21,12 @@ _STATES = 0.6
 leaves so little for activations that recomputing them costs more than gathering weights."""
 
 
-def engine_class(kind: str) -> type[Engine]:
-    """The engine class registered as `kind`; its module is imported on this call."""
-    module, _, name = ENGINES[kind].engine.partition(":")
+def engine_class(kind: str, trains: str = "adapters") -> type[Engine]:
+    """The engine class registered as `kind`, for methods that train this; its module is imported on
+    this call."""
+    entry = ENGINES[kind]
+    path = entry.full if trains == "backbone" and entry.full else entry.engine
+    module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
@@ -35,15 +41,37 @@ def make_engine(config: Config, world: World, task: Task) -> Engine:
                 f"{_those_for(one_process=True)}, or start with `deepspeed launch/train.py` or "
                 "`torchrun launch/train.py`"
             )
+    with world.all_or_none():
+        _check(config, kind, world)
     if config.engine.kind == "auto":
         obstacle = engine_class(kind).obstacle(world)
         if obstacle is not None:
             kind, reason = AUTO["split"], f"{reason}, but {obstacle}"
     with world.all_or_none():
-        engine = engine_class(kind)(config, world)
+        engine = engine_class(kind, config.method.trains)(config, world)
     engine.reason = reason
     engine.meet()
     return engine
+
+
+def _check(config: Config, kind: str, world: World) -> None:
+    """Raises UserError where the method cannot train under the engine."""
+    method = config.method
+    if method.trains not in ENGINES[kind].trains:
+        raise UserError(
+            f"engine.kind: {kind} chosen with method.kind={method.kind}; accepted: "
+            f"{engines_that_train(method.trains)}"
+        )
+    if method.trains != "backbone":
+        return
+    dtype = compute_dtype(config.model, world.device)
+    if engine_class(kind).spread == "whole" and dtype != torch.float32:
+        raise UserError(
+            f"model.dtype: {config.model.dtype} ({str(dtype).removeprefix('torch.')}) given with "
+            f"method.kind={method.kind} and engine.kind={kind}, which keeps no second copy of the "
+            "weights; accepted: float32, or engine.kind=fsdp2 (torchrun --nproc_per_node=1 for one "
+            "GPU)"
+        )
 
 
 def choose(config: Config, world: World, task: Task) -> tuple[str, str]:
@@ -79,6 +107,8 @@ def choose(config: Config, world: World, task: Task) -> tuple[str, str]:
     if whole <= room:
         return AUTO["whole"], f"{found}at most {_STATES:.0%} of a GPU"
     found += f"more than {_STATES:.0%} of a GPU"
+    if config.method.trains not in ENGINES[AUTO["blocks"]].trains:
+        return AUTO["split"], f"{found}, and {AUTO['blocks']} does not train {config.method.kind}"
     if local_ranks == 1:
         return AUTO["split"], f"{found}, and each host has one GPU"
     if not world.peers:

@@ -18,10 +18,17 @@ class SingleEngine(Engine):
         """The block stays as it was loaded."""
 
     def shard(self, model: nn.Module) -> None:
-        """The model stays as it was loaded."""
+        """The model stays as it was loaded, but for the parameters of a backbone that trains."""
+        if self._trains_backbone:
+            model.requires_grad_(True)
 
     def unsharded(self, module: nn.Module) -> nullcontext:
         return nullcontext()
 
     def local_bytes(self, model: nn.Module) -> int:
-        return sum(p.numel() * p.element_size() for p in backbone_parameters(model))
+        parameters = model.parameters() if self._trains_backbone else backbone_parameters(model)
+        return sum(p.numel() * p.element_size() for p in parameters)
+
+    @property
+    def _trains_backbone(self) -> bool:
+        return self.config.method.trains == "backbone"

@@ -22,6 +22,7 @@ from trainer.config.engines import AUTO
 from trainer.distributed.world import World
 from trainer.errors import UserError, reason, refuse_mismatch
 from trainer.export.added_tokens import trained_tokens
+from trainer.export.baselines import refuse_layout, write_peft_checkpoint
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
 from trainer.export.tokenizer import save_set_template, save_tokenizer
@@ -30,6 +31,7 @@ from trainer.model.backbone import BuiltModel
 from trainer.model.blocks import configure_compiler
 from trainer.model.build import build
 from trainer.model.hub import load_tokenizer, resolve_folder
+from trainer.model.image_processor import load_processor
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.tasks.base import Task
 from trainer.tasks.registry import TASKS
@@ -54,9 +56,9 @@ def export_run(
     `base`: take a quantised backbone's matrices as `trained` (dequantised) or from the `original`
     files. `rank`: compress the adapter to it. `same_rank`: pad all
     its matrices to one rank. `experts`: their layout in the adapter, `per_expert` or
-    `stacked`; None: the first where the model has it. Returns remarks: the held-out loss without
-    quantisation ("" where the backbone was not quantised, or `measure` is off) and the error of the
-    compression. Raises UserError.
+    `stacked`; None: the first where the model has it. Returns remarks, a line each: the held-out
+    loss without quantisation (where the backbone was quantised and `measure` is on), the error of
+    the compression, and which checkpoint was exported. Raises UserError.
     """
     if rank is not None and rank < 1:
         raise UserError(f"--rank: {rank} given; accepted: 1 or more")
@@ -81,7 +83,8 @@ def export_run(
                 saved, partial,
                 with_adapter=what == "merged", dequantised=base == "trained", device=world.device,
             )  # fmt: skip
-    return "\n".join([*(f"damaged   {remark}" for remark in saved.remarks), *filter(None, [note])])
+    remarks = [f"damaged   {remark}" for remark in saved.remarks]
+    return "\n".join([*remarks, *filter(None, [note]), f"{saved.title}, {saved.checkpoint}"])
 
 
 @contextmanager
@@ -137,6 +140,26 @@ def saved_heads(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return heads
 
 
+def saved_magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """DoRA's m by unit."""
+    ending = ".magnitude"
+    return {
+        name.removeprefix("trained/").removesuffix(ending): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("trained/") and name.endswith(ending)
+    }
+
+
+def saved_backbone(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Parameters by name of all modules of a backbone that trained, by path."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("trained/"):
+            path, _, parameter = name.removeprefix("trained/").rpartition(".")
+            modules.setdefault(path, {})[parameter] = tensor
+    return modules
+
+
 def saved_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rows of added tokens by path of their table."""
     return {n.removeprefix("rows/"): t for n, t in tensors.items() if n.startswith("rows/")}
@@ -149,7 +172,7 @@ def cost_of_dequantising(config: Config, world: World, saved: Saved) -> str:
             f"Trained on the {config.model.quantization} backbone. The loss on the unquantised "
             "one was not measured: the run has no data.eval."
         )
-    config = on_engine(config, AUTO["one process"])
+    config = on_engine(with_overrides(config, ["generation.records=0"]), AUTO["one process"])
     plain = config.model.model_copy(update={"quantization": "none"})
     losses = [
         evaluate_saved(config.model_copy(update={"model": model}), world, saved)["eval_loss"]
@@ -176,9 +199,23 @@ def write_adapter(
     `experts`: as in `export_run`."""
     config, tensors, state = saved_config(saved.state), saved.tensors, saved.state
     task = TASKS[config.task.kind]
+    if state.get("best") is not None:
+        note = f"{note}\n\nThis is {saved.title}.".strip()
     with refuse_mismatch(saved.checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
         adapted = list(saved_parts(config, saved))
+    if config.method.scales_rows:
+        refuse_layout(config, rank=rank, same_rank=same_rank, experts=experts)
+    if config.method.trains == "backbone":
+        raise UserError(
+            f"--what: adapter given for a run of method.kind={config.method.kind}, which has none; "
+            "accepted: merged, or backbone"
+        )
+    if config.method.trains == "modules":
+        refuse_layout(config, rank=rank, same_rank=same_rank, experts=experts)
+        layout, _ = _built(config, state, torch.device("cpu"))
+        write_peft_checkpoint(out, layout, config, tensors, heads, state["labels"])
+        return 0.0
     built = _layout_of(config, state, adapted)
     model = None if built is None else built.model
     tokens = None
@@ -210,6 +247,7 @@ def write_adapter(
             labels=task.head_outputs(state["labels"]),
             note=note,
             tokens=tokens,
+            magnitudes=saved_magnitudes(tensors),
         )
     except NothingToExport as nothing:
         accepted = "accepted: a checkpoint with some"
@@ -236,8 +274,7 @@ def _built(
     config: Config, state: Mapping[str, Any], device: torch.device
 ) -> tuple[BuiltModel, Task]:
     """The model, without its weights, and the task of a checkpoint."""
-    tokenizer = load_tokenizer(config.model)
-    task = TASKS[config.task.kind](config.task, tokenizer)
+    task = TASKS[config.task.kind](config.task, load_processor(config))
     task.load_labels_state(state["labels"])
     return build(config, task, device, state.get("unreached", [])), task
 
@@ -256,11 +293,18 @@ def write_model(
     training; else W of the pretrained files. Raises UserError where a merge is not possible.
     """
     config, tensors, state = saved_config(saved.state), saved.tensors, saved.state
+    if config.method.trains == "modules" and with_adapter:
+        raise UserError(
+            "--what: merged given for a run of method.kind=peft; accepted: adapter, which PEFT's "
+            "merge_and_unload merges"
+        )
     if config.model.weights == "random":
         raise UserError("model.weights: random has no files to merge into; accepted: pretrained")
     backbone, task = _built(config, state, device)
     with refuse_mismatch(saved.checkpoint):
         heads = saved_heads(tensors)
+        if config.method.trains == "backbone" and with_adapter:
+            heads = saved_backbone(tensors)
         rows = saved_rows(tensors) if with_adapter else {}
         initial = saved_initial(saved)
         parts = saved_parts(config, saved) if with_adapter else {}
@@ -271,9 +315,11 @@ def write_model(
     folder = resolve_folder(config.model.id, config.model.revision)
     merger = Merger(
         backbone, folder, parts, initial, heads, rows,
+        saved_magnitudes(tensors) if with_adapter else {},
         dequantised=dequantised, device=device,
     )  # fmt: skip
     write_shards(merger.tensors(), out)
+    backbone.model.config.dtype = backbone.dtype
     backbone.model.config.save_pretrained(out)
     save_tokenizer(task.tokenizer, state.get("chat_template"), out)
     if (folder / "generation_config.json").is_file():

@@ -38,12 +38,13 @@ class Merger:
         initial: Mapping[str, GatedAdapter],
         heads: Mapping[str, Mapping[str, Tensor]],
         rows: Mapping[str, Tensor],
+        magnitudes: Mapping[str, Tensor],
         *,
         dequantised: bool,
         device: torch.device,
     ):
         self.model, self.dtype, self.device = backbone.model, backbone.dtype, device
-        self._backbone, self._rows = backbone, rows
+        self._backbone, self._rows, self._magnitudes = backbone, rows, magnitudes
         self._parts, self._initial, self._dequantised = parts, initial, dequantised
         self._trained = {
             f"{path}.{name}": tensor
@@ -109,7 +110,8 @@ class Merger:
         if self._dequantised:
             value = _as_trained(layer, value, [self._initial.get(unit) for unit in units])
         for index, unit in enumerate(units):
-            value[index] = merged(value[index], self._parts.get(unit, ()))
+            m = self._magnitudes.get(unit)
+            value[index] = merged(value[index], self._parts.get(unit, ()), m)
         return value
 
     def _published(self, name: str) -> str:

@@ -28,6 +28,7 @@ from trainer.distributed.world import World
 from trainer.engine.base import Engine, compiles
 from trainer.errors import UserError
 from trainer.loading.assignment import ParamTask, param_tasks
+from trainer.loading.key_mapping import Converted
 from trainer.loading.leftovers import left_out
 from trainer.loading.materialize import Materializer
 from trainer.loading.safetensors_files import tensor_digests
@@ -68,10 +69,11 @@ def load_backbone(
         for path, head in built.heads.items():
             _fill_head(source, path, head)
         _fill_buffers(source)
-        for path in built.heads:
+        apart = {} if config.method.trains == "backbone" else dict(built.heads)
+        for path in apart:
             set_module(model, path, None)  # no sharder sees it
     materializer = _materialize(source, engine, world, spectral_init, split)
-    heads = {path: TrainedModule(head) for path, head in built.heads.items()}
+    heads = {path: TrainedModule(head) for path, head in apart.items()}
     for path, head in heads.items():
         set_module(model, path, head)
     token_rows = _train_rows(built, engine)
@@ -98,7 +100,8 @@ def load_backbone(
 
 def _take_over_blocks(config: Config, built: BuiltModel, engine: Engine, world: World) -> Blocks:
     compiled = compiles(config, type(engine), built, world.device)
-    blocks = Blocks(built.model, world.device, compiled=compiled)
+    cache = config.engine.compile_cache
+    blocks = Blocks(built.model, world.device, compiled=compiled, cache=cache)
     if config.engine.activation_checkpointing is True:
         blocks.keep(0)
     check_unsharded_blocks(config.engine, len(blocks))
@@ -171,6 +174,8 @@ def check_backbone(
     if config.model.weights == "random":
         return backbone
     source = Source(backbone, config, device)
+    if config.method.trains == "backbone":
+        _refuse_converted(source)
     heads = tuple(f"{path}." for path in task.trained_modules(backbone.model))
     for name, parameter in backbone.model.named_parameters():
         if heads and name.startswith(heads):
@@ -179,6 +184,18 @@ def check_backbone(
         for expert in ParamTask(name, parameter, owner, []).requests:
             source.check(*expert)
     return dataclasses.replace(backbone, left_out=left_out(source))
+
+
+def _refuse_converted(source: Source) -> None:
+    """Raises UserError for parameters that the files hold in another form (stacks of experts): a
+    trained model could not be written as its files are."""
+    assert source.files is not None
+    for name, _ in source.model.named_parameters():
+        if isinstance(source.files.find(name), Converted):
+            raise UserError(
+                f"method.kind: {source.config.method.kind} given, but {name} is stored in another "
+                "form; accepted for this model: methods that leave the backbone frozen"
+            )
 
 
 def _fill_head(source: Source, path: str, module: nn.Module) -> None:

@@ -121,7 +121,9 @@ class Materializer:
             # experts.
             value = full if matrix is None else full.view(matrix.matrix_shape)
             value = value.to(task.parameter.dtype)
-            self._probes.note(task.name, value)
+            # One that trains is held in float32, and gathered in the dtype that it computes in.
+            trains = self._source.config.method.trains == "backbone"
+            self._probes.note(task.name, value.to(self._dtype) if trains else value)
             return value
         packed = matrix.pack(full.to(self._dtype), self._dtype)
         self._note_error(task.name, matrix, packed, full.view(matrix.matrix_shape))

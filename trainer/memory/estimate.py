@@ -20,7 +20,7 @@ from trainer.memory.fake_probe import Probe, probe
 from trainer.model.blocks import check_unsharded_blocks
 from trainer.model.build import build
 from trainer.model.footprint import Estimate, blocks_that_fit, estimate
-from trainer.model.hub import load_tokenizer
+from trainer.model.image_processor import load_processor
 from trainer.tasks.registry import TASKS
 
 CONTEXT = GIB
@@ -55,11 +55,16 @@ class Prediction:
     """For memory that torch's counters do not include."""
     sharded: dict[int, Estimate]
     """`states` with the backbone sharded over more GPUs, by number of GPUs."""
+    graphs: int = 0
+    """Of CUDA graphs."""
+    possible_graphs: int = 0
+    """Of those that `engine.cuda_graphs: auto` would capture where the GPU waits for launches, and
+    only if they fit: not part of the peak."""
 
     @property
     def phases(self) -> dict[str, int]:
         """Peak bytes of each phase of a step, as `torch.cuda.max_memory_allocated` counts them."""
-        backbone = self.states.backbone + self.unsharded * self.states.block
+        backbone = self.states.backbone + self.unsharded * self.states.block + self.graphs
         base = backbone + self.states.gathered + self.states.held
         forward, backward = self.probe.peaks(self.saved, self.offloaded)
         buffers = self.states.gathered if self.holds_gather_buffers else 0
@@ -82,6 +87,8 @@ class Prediction:
         parts = {"backbone": states.backbone, "adapters, gradients, moments": states.held}
         if self.unsharded:
             parts["unsharded blocks"] = self.unsharded * states.block
+        if self.graphs:
+            parts["CUDA graphs"] = self.graphs
         if phase == "update":
             rest = self.peak - sum(parts.values())
             return {**parts, "gathered layers and temporaries of the update": rest}
@@ -100,7 +107,12 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     UserError where the configuration, or this number of GPUs, cannot run."""
     if config.engine.device == "cpu":
         raise UserError("engine.device: cpu given; accepted: auto or cuda, the estimate is a GPU's")
-    task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))
+    if config.method.trains != "adapters":
+        raise UserError(
+            f"method.kind: {config.method.kind} given; accepted: methods whose adapters are those "
+            "here; `rankcast train --dry-run` tells the weights, gradients and moments of others"
+        )
+    task = TASKS[config.task.kind](config.task, load_processor(config))
     task.learn_labels(["0", "1"])  # their number hardly matters
     device = torch.device("cuda")
     launcher = "torchrun" if gpus > 1 or config.engine.config else "none"
@@ -121,7 +133,20 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     budget = int(config.engine.memory_fraction * memory) - allowance
     plan = _plan(config.engine, found, states, budget, can_unshard=takes(kind, "unsharded_blocks"))
     buffers = engine.holds_gather_buffers
-    return Prediction(kind, reason, buffers, gpus, states, found, *plan, memory, allowance, sharded)
+    graphs = _graphs(config.engine, kind, found, plan[0])
+    asked = config.engine.cuda_graphs is True
+    return Prediction(
+        kind, reason, buffers, gpus, states, found, *plan, memory, allowance, sharded,
+        graphs=graphs * asked, possible_graphs=graphs * (not asked),
+    )  # fmt: skip
+
+
+def _graphs(options: EngineOptions, kind: str, probe: Probe, saved: int) -> int:
+    """Bytes of CUDA graphs: a pass through all blocks, and hidden states and gradients before and
+    behind them. 0 where there can be none."""
+    if options.cuda_graphs is False or not takes(kind, "cuda_graphs") or saved < len(probe.added):
+        return 0
+    return probe.inputs + probe.saved(saved) + 4 * probe.input
 
 
 def _plan(
@@ -157,6 +182,10 @@ def table(prediction: Prediction) -> str:
         f"{readable(p.allowance):>14}",
         f"  {'of a GPU with':<30}{readable(p.memory):>14}",
     ]
+    if p.possible_graphs:
+        lines.append(
+            f"with CUDA graphs, where the GPU would wait, {readable(p.possible_graphs)} more"
+        )
     return "\n".join([*lines, "fits" if p.fits else f"does not fit: {advice(prediction)}"])
 
 

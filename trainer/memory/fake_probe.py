@@ -91,7 +91,7 @@ def probe(backbone: BuiltModel, config: Config, task: Task, *, compiled: bool) -
             _make_fake(model)
             batch = batch.to(torch.device("cpu"))
             batch.inputs = {name: mode.from_tensor(t) for name, t in batch.inputs.items()}
-            batch.targets = mode.from_tensor(batch.targets)
+            batch.targets, batch.learned = mode.from_tensor(batch.targets), None
             calls = _calls(task, model, batch, blocks)
             measure = block_trace.compiled if compiled else block_trace.eager
             figures = {key: measure(call, products) for key, call in calls.items()}

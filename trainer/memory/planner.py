@@ -31,6 +31,7 @@ import torch
 from trainer.config.data_options import DataOptions
 from trainer.data.rows import Rows
 from trainer.device_memory import GIB, allowance, held_bytes, peak_bytes, readable, release
+from trainer.engine.sharded_optimizer import ShardedOptimizer
 from trainer.errors import RunFailed
 from trainer.model.footprint import blocks_that_fit, update_bytes
 from trainer.session import Session
@@ -105,9 +106,13 @@ def make_plan(session: Session, size: int | None = None, batch: Batch | None = N
     data = session.config.data
     if batch is None:
         size = size or data.micro_batch_size
-        rows, records = session.backbone.rows, session.train_data
-        lengths = np.sort(records.lengths)[::-1][: size or 1].tolist()
+        rows, lengths = session.backbone.rows, session.train_data.lengths
+        if session.task.options.records_together:
+            every = session.train_data.whole_records(np.arange(len(lengths)))
+            lengths = np.array([lengths[record].sum() for record in every])
+        lengths = np.sort(lengths)[::-1][: size or 1].tolist()
         if rows.source_apart:
+            records = session.train_data
             lengths = rows.widths(records.lengths, records.weights).max(0).tolist()
         batch = largest_batch(session.task, data, rows, lengths, size)
     engine = session.engine
@@ -123,7 +128,8 @@ def make_plan(session: Session, size: int | None = None, batch: Batch | None = N
         blocks.keep(saved, offloaded, buffer_bytes)
     peak = needs.peak(saved, offloaded)
     if plans_unsharded:
-        share = world.size if session.config.optim.shard_state else 1
+        sharded = isinstance(session.optimizer, ShardedOptimizer)
+        share = world.size if sharded or session.config.optim.shard_state else 1
         updating = held_bytes(device) + update_bytes(session.optimizer.numel, share)
         left = min(world.gather(budget - max(peak, updating)))
         engine.keep_unsharded(blocks_that_fit(len(blocks), engine.largest_block, left))
@@ -210,10 +216,15 @@ def _probe(session: Session, batch: Batch) -> _Probe | None:
 
 
 def reduce_plan(session: Session) -> str:
-    """Reduce memory after an out-of-memory error: keep no block unsharded; next time, checkpoint an
-    eighth of the blocks more; at last, offload none. Returns a line for the log. Raises RunFailed
-    where the configuration rules that out, or all blocks are checkpointed already."""
+    """Reduce memory after an out-of-memory error: no CUDA graphs; keep no block unsharded; next
+    time, checkpoint an eighth of the blocks more; at last, offload none. Returns a line for the
+    log. Raises RunFailed where the configuration rules that out, or all blocks are checkpointed
+    already."""
     blocks, engine = session.backbone.blocks, session.engine
+    if len(blocks.graphs) and session.config.engine.cuda_graphs == "auto":
+        blocks.graphs.forget()
+        release(session.world.device)
+        return "out of memory: no CUDA graphs from here"
     if engine.unsharded_blocks and session.config.engine.unsharded_blocks == "auto":
         engine.keep_unsharded(0)
         release(session.world.device)
@@ -281,6 +292,8 @@ def largest_batch(
     if data.packing:
         whole = data.max_length
         documents, longest = [whole // 2, whole - whole // 2], whole
+    elif task.options.records_together:
+        documents = [longest // 2, longest - longest // 2]
     else:
         documents = [longest]
     if size is None:

@@ -15,6 +15,8 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +154,21 @@ def _calculates_with_masks(kind: type[nn.Module]) -> bool:
 
 def _soft_cap(model: "PreTrainedModel") -> float | None:
     return getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+
+
+@contextmanager
+def with_cache(model: "PreTrainedModel") -> Iterator[None]:
+    """Context in which the model attends to a cache of keys, which spans do not describe."""
+    config, name = model.config, model.config._attn_implementation
+    if name != VARLEN:
+        yield
+        return
+    plain = model._supports_sdpa and _soft_cap(model) is None
+    config._attn_implementation = "sdpa" if plain else "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = name
 
 
 def spans_mask(

@@ -5,8 +5,10 @@ of one class share one compiled program: their differences (weights, adapters) a
 hidden from it (`adapters/layers/handles.py`).
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,16 +21,22 @@ from adapters.units import transformer_blocks
 from trainer.config.sections import EngineOptions
 from trainer.errors import UserError
 from trainer.model.activation_offload import HostMemory
+from trainer.model.graphs import BlockGraphs
 
 BACKEND = "inductor"
 
 
-def configure_compiler() -> None:
-    """Set torch.compile's global options. Must be called before anything is compiled."""
+def configure_compiler(cache: str | None = None) -> None:
+    """Set torch.compile's global options. Must be called before anything is compiled. `cache`:
+    folder of compiled programs and kernels; None: torch's and Triton's own."""
     import torch._dynamo.config
     import torch._functorch.config
     import torch.fx.experimental._config
 
+    if cache is not None:
+        folder = Path(cache).absolute()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     # Programs differ by gradients, mask, and one sequence or several. Beyond the limit blocks would
     # silently run uncompiled.
     torch._dynamo.config.recompile_limit = 64
@@ -43,13 +51,17 @@ def configure_compiler() -> None:
 class Blocks:
     """Wraps the blocks of `model`; must be made before they are sharded."""
 
-    def __init__(self, model: nn.Module, device: torch.device, *, compiled: bool):
+    def __init__(
+        self, model: nn.Module, device: torch.device, *, compiled: bool, cache: str | None = None
+    ):
+        """`cache`: as for `configure_compiler`."""
         if compiled or device.type == "cuda":  # weight formats compile kernels on GPUs
-            configure_compiler()
-        self.host = HostMemory(device)
+            configure_compiler(cache)
+        self.host, self.graphs = HostMemory(device), BlockGraphs()
         found = transformer_blocks(model)
         self._blocks = [
-            _Block(index, block, self.host, compiled) for index, (_, block) in enumerate(found)
+            _Block(index, block, self.host, self.graphs, compiled)
+            for index, (_, block) in enumerate(found)
         ]
         stacks = {path.rpartition(".")[0]: index for index, (path, _) in enumerate(found)}
         self.last_of_stacks = list(stacks.values())
@@ -74,6 +86,11 @@ class Blocks:
         runs last, and before the last, whose backward runs immediately."""
         first = next((block.index for block in self._blocks if block.trains), len(self))
         return range(first + 1, len(self) - 1)
+
+    @property
+    def has_trained_parameters(self) -> bool:
+        """Whether blocks have trained parameters beside adapters (routers)."""
+        return any(block.has_trained_parameters for block in self._blocks)
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
@@ -123,8 +140,10 @@ def check_unsharded_blocks(options: EngineOptions, count: int) -> None:
 class _Block:
     """Wraps a block's `forward`."""
 
-    def __init__(self, index: int, block: nn.Module, host: HostMemory, compiled: bool):
-        self.index, self._block, self._host = index, block, host
+    def __init__(
+        self, index: int, block: nn.Module, host: HostMemory, graphs: BlockGraphs, compiled: bool
+    ):
+        self.index, self._block, self._host, self._graphs = index, block, host, graphs
         self._written: Callable[..., Any] = block.forward
         self._compiled = self._written
         self.compiles = True
@@ -158,6 +177,8 @@ class _Block:
         if not needed and not self.trains:  # and nothing below either
             with torch.no_grad():
                 return self._forward(*args, **kwargs)
+        if self._graphs.active and self.compiles and args:
+            return self._graphs.run(self.index, self._forward, args[0], (args[1:], kwargs))
         if self.checkpointed:
             output = checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
         elif self.offloaded:
@@ -180,10 +201,13 @@ class _Block:
     def trains(self) -> bool:
         """Whether the block has an adapter or a trained router."""
         modules = self._block.modules()
-        return any(isinstance(module, PackedLayer) and module.adapts for module in modules) or any(
-            parameter.requires_grad
-            for parameter in self._block.parameters()  # a router
-        )
+        adapts = any(isinstance(module, PackedLayer) and module.adapts for module in modules)
+        return adapts or self.has_trained_parameters
+
+    @property
+    def has_trained_parameters(self) -> bool:
+        """Whether it has a trained router."""
+        return any(parameter.requires_grad for parameter in self._block.parameters())
 
 
 def hidden_state(output: Any) -> torch.Tensor:

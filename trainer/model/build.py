@@ -16,7 +16,7 @@ from trainer.model.added_tokens import AddedTokens, check_vocabulary, token_tabl
 from trainer.model.attention import OURS, register_attention
 from trainer.model.backbone import BuiltModel, LeftAlone, set_module
 from trainer.model.hub import load_model_config, resolve_folder
-from trainer.model.matrices import install_adapted_layers
+from trainer.model.matrices import install_adapted_layers, refuse_shared_blocks
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing, choose_rows
@@ -39,7 +39,10 @@ def build(
     where model, task and method do not fit together."""
     options = config.model
     dtype = compute_dtype(options, device)
-    model, initial, added = _unmodified(config, task, dtype)
+    trains = config.method.trains
+    # What trains is held in float32, whatever an engine computes in.
+    held = torch.float32 if trains == "backbone" else dtype
+    model, initial, added = _unmodified(config, task, held)
     task.check_model(model)
     tensors = model.state_dict()
     model.requires_grad_(False)
@@ -48,11 +51,16 @@ def build(
     tables = () if added is None else token_tables(model, added, read)
     if config.data.packing:
         check_packing(model)
+    elif config.packs_rows:
+        check_packing(model, "task.train_on: distribution")
     register_attention()
     rows, attention = choose_rows(model, config, device, dtype)
     if attention.name is not None:
         model.set_attn_implementation(attention.name)
-    for path, module in list(model.named_modules()):
+    if trains == "backbone":
+        refuse_shared_blocks(model)
+    own_layers = trains == "adapters"
+    for path, module in list(model.named_modules()) if own_layers else ():
         if AdaptedExperts.fits(module):
             set_module(model, path, AdaptedExperts(module))
         elif is_conv1d(module) and path not in read:
@@ -71,23 +79,30 @@ def build(
     if unreached is None:
         unreached = sorted(find_unreached(model, task, names, config.data.max_length))
     lost = lost_by_peft(model, names)
-    targets = choose_targets(model, config.method, excluded, read, unreached, lost)
+    targets = Targets([], [], [], [])
+    if trains != "backbone":
+        targets = choose_targets(model, config.method, excluded, read, unreached, lost)
     alone = _left_alone(
         model, targets, read, beside_experts,
-        everything=config.method.targets == "all-linear",
+        everything=config.method.targets == "all-linear" and trains != "backbone",
     )  # fmt: skip
     if targets.unreached:
         paths = tuple(summarised(names, targets.unreached))
         alone.append(LeftAlone(paths, "their output does not reach the loss of a text"))
-    adapted_layers = install_adapted_layers(
-        model, options.quantization, targets.chosen, unquantized, read
-    )
-    keep_float32(model, dtype)
+    units = make_units(model, targets.chosen)
+    adapted_layers = {}
+    if own_layers:
+        adapted_layers = install_adapted_layers(
+            model, options.quantization, targets.chosen, unquantized, read
+        )
+        for name in targets.chosen if config.method.scales_rows else ():
+            adapted_layers[name].layer.scales_rows = True
+    keep_float32(model, held)
     heads = {path: model.get_submodule(path) for path in trained}
     return BuiltModel(
         model=model,
         dtype=dtype,
-        units=make_units(model, targets.chosen),
+        units=units,
         adapted_layers=adapted_layers,
         heads=heads,
         attention=attention.reason,

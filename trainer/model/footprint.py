@@ -28,8 +28,8 @@ class Estimate:
     """Peak of gathered parameters: one block in use and one prefetched, and the layers outside the
     blocks where these are sharded too."""
     held: int
-    """Adapters, heads and rows of added tokens with gradients and two moments, float32; with
-    `optim.shard_state` only the rank's shard of the moments."""
+    """Adapters, heads and rows of added tokens with gradients and two moments, float32 (with
+    `optim.shard_state` only the rank's shard of the moments), and casts to the model's dtype."""
     update: int
     """Temporaries of the optimizer's step, sharded likewise."""
 
@@ -63,13 +63,24 @@ def estimate(
         "blocks": (rest - (-sum(sizes) // local_ranks), 2 * largest),
     }[spread]
     trained = trainable_parameters(backbone, config)
+    if config.method.trains == "backbone":
+        shards = ranks if spread == "split" else 1
+        in_use = backbone.dtype.itemsize / 4  # gathered in the dtype that it computes in
+        return Estimate(
+            backbone=0,
+            block=int(in_use * largest) if gathered else 0,
+            gathered=int(in_use * gathered),
+            held=16 * -(-trained // shards),  # weights, gradients, two moments
+            update=update_bytes(trained, shards),
+        )
     share = ranks if config.optim.shard_state else 1
     split = -(-trained // share)
+    cast = 0 if backbone.dtype.itemsize == 4 else backbone.dtype.itemsize
     return Estimate(
         backbone=backbone_bytes,
         block=largest if gathered else 0,
         gathered=gathered,
-        held=4 * (2 * trained + 2 * split),
+        held=4 * (2 * trained + 2 * split) + cast * trained,
         update=update_bytes(trained, share),
     )
 
@@ -86,13 +97,22 @@ def blocks_that_fit(blocks: int, nbytes: int, available: int) -> int:
 
 def trainable_parameters(backbone: BuiltModel, config: Config) -> int:
     """Number of trained scalars: fixed-rank adapters on every unit, the task's heads, and rows of
-    added tokens."""
+    added tokens; or all of a backbone that trains."""
+    if config.method.trains == "backbone":
+        return sum(p.numel() for p in backbone.model.parameters())
+    heads = sum(p.numel() for module in backbone.heads.values() for p in module.parameters())
+    if config.method.trains == "modules":
+        names = [unit.name for unit in backbone.units]
+        return (
+            METHODS[config.method.kind].trained_size(backbone.model, config.method, names) + heads
+        )
     gates = int(METHODS[config.method.kind].gates == "learned")
     adapters = sum(
         config.method.components * (unit.in_features + unit.out_features + gates)
         for unit in backbone.units
     )
-    heads = sum(p.numel() for module in backbone.heads.values() for p in module.parameters())
+    if config.method.scales_rows:
+        adapters += sum(unit.out_features for unit in backbone.units)
     return adapters + heads + backbone.row_parameters
 
 

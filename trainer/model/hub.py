@@ -15,6 +15,7 @@ _COUNTED = re.compile(r"(layers?|experts|blocks|n_layer)$")
 _MOST = 10_000
 _MODEL_FOLDER = "a folder with config.json and .safetensors files, or a hub id"
 _ADAPTER_CONFIG = "adapter_config.json"
+_GENERATION_CONFIG = "generation_config.json"
 
 
 if TYPE_CHECKING:
@@ -118,6 +119,24 @@ def plain_tokenizer(options: ModelOptions) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises many types on bad files
         raise UserError(f"{key}: {folder}: no usable tokenizer ({first_line(error)})") from error
+
+
+def end_tokens(
+    options: ModelOptions, config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase"
+) -> list[int]:
+    """Ids of the tokens that end a text: those of generation_config.json, else of config.json, and
+    the tokenizer's, with which records end."""
+    file = resolve_folder(options.id, options.revision, with_weights=False) / _GENERATION_CONFIG
+    given = getattr(config.get_text_config(), "eos_token_id", None)
+    if file.is_file():
+        try:
+            given = parse_json(file.read_text(encoding="utf-8")).get("eos_token_id", given)
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"model.id: {file}: cannot be read ({first_line(error)}); accepted: JSON"
+            ) from error
+    found = [given] if isinstance(given, int) else list(given or [])
+    return sorted({token for token in [*found, tokenizer.eos_token_id] if token is not None})
 
 
 def _refuse_many(folder: Path, values: dict[str, Any]) -> None:

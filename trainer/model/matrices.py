@@ -102,6 +102,19 @@ def shared_matrices(model: nn.Module) -> dict[str, str]:
     }
 
 
+def refuse_shared_blocks(model: nn.Module) -> None:
+    """Raises UserError for a parameter of several blocks: a sharder gives each its own copy."""
+    owner: dict[int, str] = {}
+    for path, block in transformer_blocks(model):
+        for name, parameter in block.named_parameters():
+            first = owner.setdefault(id(parameter), path)
+            if first != path:
+                raise UserError(
+                    f"method.kind: full given, but {path}.{name} is also a parameter of {first}; "
+                    "accepted for this model: methods that leave the backbone frozen"
+                )
+
+
 def refuse_tied(model: nn.Module, method: MethodOptions, targets: list[str]) -> None:
     """Raises UserError for tied matrices: spectral initialisation would change both modules."""
     shared = shared_matrices(model)

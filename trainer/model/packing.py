@@ -29,21 +29,21 @@ _LENGTHS = 8
 """Number of row lengths on a GPU."""
 
 
-def check_packing(model: "PreTrainedModel") -> None:
+def check_packing(model: "PreTrainedModel", given: str = "data.packing: true") -> None:
     """Raises UserError where a kind of layer carries something across documents, or where their
-    positions cannot restart. Reads no weights."""
-    kinds = _carrying_layers(model)
+    positions cannot restart. `given`: key and value that ask for rows of documents. Reads no
+    weights."""
+    kinds = carrying_layers(model)
     if kinds:
         raise UserError(
-            f"data.packing: true given, but {type(model).__name__} has layers that carry state "
-            f"across the documents of a row ({', '.join(kinds)}); accepted: false"
+            f"{given} given, but {type(model).__name__} has layers that carry state across the "
+            f"documents of a row ({', '.join(kinds)}); accepted: false"
         )
     table = counts_by_itself(model)
     if table is not None:
         raise UserError(
-            f"data.packing: true given, but {type(model).__name__} counts the positions of "
-            f"{table} by itself, from the start of the row, and takes no position_ids; accepted: "
-            "false"
+            f"{given} given, but {type(model).__name__} counts the positions of {table} by itself, "
+            "from the start of the row, and takes no position_ids; accepted: false"
         )
 
 
@@ -65,12 +65,12 @@ def choose_rows(
     elif data.padding_free == "auto" and obstacle is None and not attention.by_document:
         obstacle = "attention would need a mask of documents"
     # One record alone is padded in some models' rows at the cost of other results.
-    padded = obstacle is None or data.packing or data.micro_batch_size != 1
+    padded = obstacle is None or config.packs_rows or data.micro_batch_size != 1
     if few == "auto" and device.type == "cuda" and padded and not apart:
         rows = replace(rows, few=_LENGTHS)
     if obstacle is None:
         return replace(rows, end_to_end=True), attention
-    if not data.packing:
+    if not config.packs_rows:
         attention = choose_attention(model, asked, packing=False, device=device, dtype=dtype)
     return replace(rows, reason=obstacle), attention
 
@@ -82,7 +82,7 @@ def _against_end_to_end(model: "PreTrainedModel", config: Config, rows: Rows) ->
         return f"task.kind={config.task.kind} has a row for the source and one for the target"
     if not config.task.supports_packing:
         return f"task.kind={config.task.kind} reads one result a row"
-    if kinds := _carrying_layers(model):
+    if kinds := carrying_layers(model):
         return f"{name} has layers that carry state along a row ({', '.join(kinds)})"
     if table := counts_by_itself(model):
         return f"{name} counts the positions of {table} by itself, from the start of a row"
@@ -91,7 +91,7 @@ def _against_end_to_end(model: "PreTrainedModel", config: Config, rows: Rows) ->
     return None
 
 
-def _carrying_layers(model: "PreTrainedModel") -> list[str]:
+def carrying_layers(model: "PreTrainedModel") -> list[str]:
     """Kinds of layers that carry state from one position to the next, other than by attention:
     transformers' names of them where the configuration lists its layers, else classes."""
     listed = getattr(model.config.get_text_config(), "layer_types", None) or ()

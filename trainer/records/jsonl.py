@@ -6,15 +6,16 @@ allocation.jsonl     a decision; older ones in allocation-<first step>-<last ste
 
 import gzip
 import json
+import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from trainer.config.yaml import parse_json
 from trainer.errors import UserError, reason
-from trainer.files import DECISION_PARTS, DECISIONS, write_text
+from trainer.files import DECISION_PARTS, DECISIONS, replacing, write_text
 
 
 def read_objects(
@@ -71,6 +72,31 @@ def _record(line: bytes) -> dict[str, Any] | None:
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """All objects of a metrics.jsonl; [] where there is none."""
     return list(read_objects(file))
+
+
+def final_scores(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The line of the last evaluation, or of the best one where a run keeps it: of what a run
+    exports. {} without any."""
+    evaluated = [line for line in lines if "eval_loss" in line]
+    if not evaluated:
+        return {}
+    step = evaluated[-1].get("best_step", evaluated[-1]["step"])
+    return next((line for line in reversed(evaluated) if line["step"] == step), evaluated[-1])
+
+
+def write_objects(file: Path, objects: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file by lines of objects; numbers that are not finite become null."""
+    with replacing(file) as partial, partial.open("w", encoding="utf-8") as lines:
+        for one in objects:
+            lines.write(json.dumps(_plain(one), ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def keep_lines(file: Path, wanted: Callable[[dict[str, Any]], bool]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from trainer.config.config import Config
 from trainer.files import BOARD, METRICS
+from trainer.records.answers import answers_table
 from trainer.records.heartbeat import Heartbeat
 from trainer.records.jsonl import keep_lines
 from trainer.records.progress import Progress
@@ -36,6 +38,7 @@ class MetricsWriter:
             self._board = SummaryWriter(str(folder / BOARD), purge_step=start + 1)
             if start == 0:
                 self._board.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
+        self._answers = config.generation.shown
         self.heartbeat = heartbeat
         heartbeat.set_state("starting", step=start, steps=steps)
         self._steps, self._plain_after = steps, start
@@ -49,17 +52,23 @@ class MetricsWriter:
         finite = {k: None if _is_nan(v) else v for k, v in values.items()}
         self._stream.write(json.dumps(finite) + "\n")
         self._stream.flush()
-        evaluated = any(name.startswith("eval_") for name in values)
+        evaluated = "eval_loss" in values
         if self._board is not None and (evaluated or values["step"] >= self._board_from):
             if not evaluated:
                 self._board_from = values["step"] + self._spacing
             for name, value in finite.items():
                 if name != "step" and isinstance(value, int | float):
-                    group = "eval/" if name.startswith("eval_") else "train/"
+                    group = "eval/" if evaluated else "train/"
                     tag = name if "/" in name else group + name  # method/… names its own group
                     self._board.add_scalar(tag, value, values["step"])
         self.heartbeat.beat(**finite)
         self._show(values)
+
+    def write_answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Show the first generated answers in TensorBoard."""
+        table = answers_table(answers, self._answers)
+        if self._board is not None and table:
+            self._board.add_text("eval/answers", table, step)
 
     def advance(self, step: int, loss: float, *, skipped: bool) -> None:
         """Report a finished step."""
@@ -93,7 +102,11 @@ class MetricsWriter:
         evaluated = {k: v for k, v in values.items() if k.startswith("eval_")}
         if evaluated:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in evaluated.items())
-            self.log_line(f"step {step}/{self._steps}  {figures}")
+            seconds, peak = values["evaluation_seconds"], values["evaluation_peak_memory_gib"]
+            best = "  best so far" * (values.get("best_step") == step)
+            self.log_line(
+                f"step {step}/{self._steps}  {figures}  ({seconds:.1f} s, {peak:.2f} GiB){best}"
+            )
         elif self._bar is not None:
             with suppress(OSError):
                 self._bar.set_postfix_str(f"loss {values['loss']:.4f}")

@@ -1,7 +1,10 @@
 """`Recorder`: output of the training loop; only rank 0 writes any."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from trainer.files import PREDICTIONS
+from trainer.records.jsonl import write_objects
 from trainer.records.metrics import MetricsWriter
 
 
@@ -29,6 +32,9 @@ class Recorder(Protocol):
     def decided(self, step: int, decision: Any) -> None:
         """Record a decision (None: none was made) before optimizer step `step`."""
 
+    def answered(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        """Record what was answered to each record of an evaluation; none: by a task without."""
+
     def set_state(self, state: str) -> None:
         """Enter a phase other than training steps, such as an evaluation."""
 
@@ -43,6 +49,7 @@ class SilentRecorder:
     def write(self, values: dict[str, Any]) -> None: ...
     def advance(self, step: int, loss: float, *, skipped: bool) -> None: ...
     def decided(self, step: int, decision: Any) -> None: ...
+    def answered(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None: ...
     def set_state(self, state: str) -> None: ...
     def close(self) -> None: ...
 
@@ -59,6 +66,12 @@ class RunRecorder:
     def decided(self, step: int, decision: Any) -> None:
         if self._decisions is not None and decision is not None:
             self._decisions.write(step, decision)
+
+    def answered(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
+        if answers:
+            file = self._metrics.file.with_name(PREDICTIONS)
+            write_objects(file, ({"step": step, **answer} for answer in answers))
+            self._metrics.write_answers(step, answers)
 
     def close(self) -> None:
         try:

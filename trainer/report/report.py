@@ -18,7 +18,7 @@ from trainer.config.aliases import rename_keys
 from trainer.config.yaml import parse_yaml
 from trainer.errors import UserError
 from trainer.files import CONFIG, FIGURES, METRICS
-from trainer.records.jsonl import read_metrics
+from trainer.records.jsonl import final_scores, read_metrics
 from trainer.report.allocation_history import Allocation, read_allocation
 from trainer.report.allocation_plots import (
     draw_locations,
@@ -73,9 +73,9 @@ class Run:
         return float(np.mean(values)) if values else float("nan")
 
     def score(self, key: str) -> float | None:
-        """A metric of the last evaluation; None where it is missing or not finite."""
-        last: Mapping = next((e for e in reversed(self.metrics) if "eval_loss" in e), {})
-        return last.get(key)
+        """A metric of the last evaluation, or of the best one where the run keeps it; None where it
+        is missing or not finite."""
+        return final_scores(self.metrics).get(key)
 
 
 def read_run(folder: Path) -> Run:

@@ -18,7 +18,7 @@ from trainer.config.yaml import parse_json
 from trainer.errors import UserError
 from trainer.files import DECISIONS, METRICS, UNITS
 from trainer.records.heartbeat import EXIT_CODES, EXIT_RUNNING, read_heartbeat
-from trainer.records.jsonl import read_metrics
+from trainer.records.jsonl import final_scores, read_metrics
 
 _BARS = "▁▂▃▄▅▆▇█"
 _COLORS = {"done": "green", "interrupted": "yellow", "failed": "red"}
@@ -52,10 +52,11 @@ def _view(folder: Path, beat: dict[str, Any]) -> RenderableType:
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     if losses:
         table.add_row("loss", f"{losses[-1]:.4f}  {sparkline(losses)}  from {losses[0]:.4f}")
-    evaluated = next((line for line in reversed(lines) if "eval_loss" in line), None)
-    if evaluated is not None:
-        scores = (f"{k} {v:.4g}" for k, v in evaluated.items() if k != "step" and v is not None)
-        table.add_row("evaluation", f"step {evaluated['step']}: {', '.join(scores)}")
+    evaluated = [line for line in lines if "eval_loss" in line]
+    if evaluated:
+        table.add_row("evaluation", _scores(evaluated[-1]))
+        if "best_step" in evaluated[-1]:
+            table.add_row("best", _scores(final_scores(evaluated)))
     if "step_seconds" in beat:
         table.add_row(
             "speed",
@@ -78,6 +79,11 @@ def _view(folder: Path, beat: dict[str, Any]) -> RenderableType:
     head.add_row(f"step {step} of {steps}", ProgressBar(total=steps, completed=step))
     title = f"{folder.name}: {_state(beat)}"
     return Panel(Group(head, table), title=Text(title, _COLORS.get(beat["state"], "bold")))
+
+
+def _scores(line: Mapping[str, Any]) -> str:
+    scores = (f"{k} {v:.4g}" for k, v in line.items() if k.startswith("eval_") and v is not None)
+    return f"step {line['step']}: {', '.join(scores)}"
 
 
 def allocation(folder: Path) -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ from trainer.config.validation import validate
 from trainer.config.yaml import parse_json, parse_yaml
 from trainer.errors import Diverged, UserError
 from trainer.files import METRICS
-from trainer.records.jsonl import read_metrics
+from trainer.records.jsonl import final_scores, read_metrics
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,8 @@ def choose(results: Iterable[Result], method: str, comparison: Comparison) -> fl
 
 
 def less_is_better(score: str) -> bool:
-    return score in ("eval_loss", "eval_perplexity")
+    """Of one evaluation set, or of one of several (`eval_SET_loss`)."""
+    return score.endswith(("_loss", "_perplexity"))
 
 
 def table(comparison: Comparison, results: Sequence[Result]) -> str:
@@ -230,12 +231,11 @@ def _run(identity: Result, config: Config) -> Result:
 
 
 def summary(folder: Path) -> Result:
-    """Last scores of a finished run, averages over its logged steps, and the method's last scalars
-    (without those of groups of units)."""
+    """Scores of what a finished run exported, averages over its logged steps, and the method's last
+    scalars (without those of groups of units)."""
     lines = read_metrics(folder / METRICS)
     steps = [line for line in lines if "active_parameters" in line]
-    scores: Result = next((line for line in reversed(lines) if "eval_loss" in line), {})
-    result = {k: v for k, v in scores.items() if k.startswith("eval_")}
+    result = {k: v for k, v in final_scores(lines).items() if k.startswith("eval_")}
     result["mean_active_parameters"] = statistics.mean(s["active_parameters"] for s in steps)
     result["trainable_parameters"] = steps[-1]["trainable_parameters"]
     result["step_seconds"] = statistics.median(s["step_seconds"] for s in steps)

@@ -33,7 +33,10 @@ def dry_run(config: Config, world: World) -> str:
     with world.all_or_none():
         backbone = build(config, task, world.device)
         beside = stage.frozen(backbone) if stage is not None else {}
-        refuse_longer(backbone.model, config.data, train_data, eval_data, config.task)
+        refuse_longer(
+            backbone.model, config.data, train_data, eval_data,
+            together=task.options.records_together, task=task.options,
+        )  # fmt: skip
         left_out, evaluated = hold_out(config, train_data, task)
     loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out, backbone.rows)
     evaluation = on_evaluation(train_data, evaluated)
@@ -55,9 +58,12 @@ def dry_run(config: Config, world: World) -> str:
         *_data("train data", train_data, config.data),
         *(f"                    {line}" for line in on_sources(train_data)),
         *(
-            _data("eval data", eval_data, config.data)
-            if eval_data
-            else [f"eval data           {evaluation or 'none'}"]
+            [
+                line
+                for name, data in eval_data.items()
+                for line in _data(f"eval data {name}".strip(), data, config.data)
+            ]
+            or [f"eval data           {evaluation or 'none'}"]
         ),
         f"engine              {describe_engine(engine)}, {world.size} rank(s), {world.device.type}",
         f"model               {type(backbone.model).__name__}, {backbone.dtype}, "

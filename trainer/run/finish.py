@@ -2,56 +2,101 @@
 
 from pathlib import Path
 
+import torch
+
 from adapters.layers.expert_modules import swapped_stacks
+from adapters.methods.peft import Peft
 from adapters.peft_export import NothingToExport, export_adapter
 from adapters.units import expert_counts, fan_in_fan_out
+from trainer.checkpoint.saved import read_saved
+from trainer.checkpoint.store import of_step
 from trainer.config.config import Config
 from trainer.data.templates import set_template
 from trainer.device_memory import peak_gib
 from trainer.errors import RunFailed
 from trainer.export.added_tokens import trained_tokens
+from trainer.export.baselines import write_peft
 from trainer.export.expert_layouts import chosen_layouts
-from trainer.export.export import written_folder
+from trainer.export.export import write_adapter, write_model, written_folder
 from trainer.export.tokenizer import save_tokenizer
-from trainer.files import ADAPTER, FIGURES, METRICS
+from trainer.files import ADAPTER, CHECKPOINTS, FIGURES, METRICS, MODEL, PREDICTIONS
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
-from trainer.records.jsonl import read_metrics
+from trainer.records.answers import answers_table
+from trainer.records.jsonl import final_scores, read_metrics
+from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
 from trainer.session import Session
 
+_CPU = torch.device("cpu")
+_RESULT = {
+    "adapters": "| `adapter/` | a LoRA that `peft.PeftModel.from_pretrained` loads",
+    "modules": "| `adapter/` | PEFT's adapter, which `peft.PeftModel.from_pretrained` loads",
+    "backbone": "| `model/` | the trained model, for `from_pretrained`",
+}
 
-def finish(session: Session, folder: Path, steps: int, fault: str | None = None) -> None:
-    """Export the adapter, draw the loss, write README.md, also where the run ends with a `fault`.
-    Rank 0 only: adapters are replicated."""
-    adapter = folder / ADAPTER
+
+def finish(session: Session, folder: Path, progress: Progress, fault: str | None = None) -> None:
+    """Export the adapter (of the best checkpoint, where the run keeps it), draw the loss, write
+    README.md, also where the run ends with a `fault`. Rank 0 only: adapters are replicated."""
+    full = session.config.method.trains == "backbone"
+    result, best, note = folder / (MODEL if full else ADAPTER), progress.best, _note(session)
     try:
-        with written_folder(adapter, RunFailed) as unfinished:
-            note, where = _export(session, unfinished), str(adapter)
+        with written_folder(result, RunFailed) as unfinished:
+            step = progress.step if best is None else best.step
+            if full:  # no rank holds it
+                _export_model(session, folder, None if best is None else step, unfinished)
+            elif step != progress.step:
+                write_adapter(read_saved(of_step(folder / CHECKPOINTS, step)), unfinished, note)
+            else:
+                about = "" if best is None else f"\n\nThis is {best}."
+                _export(session, unfinished, f"{note}{about}".strip())
+            where = str(result)
             template = set_template(session.tokenizer, session.config.data)
-            if template is not None or session.backbone.added is not None:
+            if full or template is not None or session.backbone.added is not None:
                 save_tokenizer(session.tokenizer, template, unfinished)
     except NothingToExport as error:
-        note, where = "", f"none: {error}"
+        where = f"none: {error}"
     figure = draw_loss([folder], folder / FIGURES / "loss")
     lines = read_metrics(folder / METRICS)
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
-    scores: dict = next((line for line in reversed(lines) if "eval_loss" in line), {})
     word = "done" if fault is None else "failed"
-    summary = f"{word:<10}{steps} steps"
+    summary = f"{word:<10}{progress.step} steps"
     if losses:
         summary += f", loss {losses[0]:.4f} -> {losses[-1]:.4f}"
-    for name, value in scores.items():
-        if name != "step" and value is not None:
+    for name, value in final_scores(lines).items():
+        if name.startswith("eval_") and value is not None:
             summary += f", {name} {value:.4g}"
     summary += f", peak {peak_gib(session.world.device):.2f} GiB"
-    (folder / "README.md").write_text(
-        _readme(session.config, summary.removeprefix("done").strip(), note), encoding="utf-8"
-    )
+    answers = answers_table(read_metrics(folder / PREDICTIONS), session.config.generation.shown)
+    if answers:
+        note = f"{note}\n\n## Answers to held-out records\n\n{answers}".strip()
+    exported = f"step {progress.step}" if best is None else str(best)
+    readme = _readme(session.config, summary.removeprefix("done").strip(), exported, note)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
     if session.config.log.progress != "none":
-        print(f"{summary}\nadapter   {where}\nfigure    {figure}", flush=True)
+        print(f"{summary}\n{result.name:<10}{where} ({exported})\nfigure    {figure}", flush=True)
 
 
-def _export(session: Session, folder: Path) -> str:
+def _export_model(session: Session, run: Path, step: int | None, folder: Path) -> None:
+    """Of the checkpoint of `step`; None: of the newest one."""
+    if session.config.model.weights == "random":
+        raise NothingToExport("model.weights=random has no files to take the rest from")
+    saved = read_saved(run if step is None else of_step(run / CHECKPOINTS, step))
+    write_model(saved, folder, with_adapter=True, dequantised=False, device=_CPU)
+
+
+def _note(session: Session) -> str:
+    quantization = session.config.model.quantization
+    if quantization == "none":
+        return ""
+    return (
+        f"Trained on the {quantization} backbone, whose matrices differ from the unquantised ones "
+        f"by {session.backbone.quantization_error:.2%} (Frobenius). `python launch/export.py RUN "
+        "OUT` measures the effect on held-out data."
+    )
+
+
+def _export(session: Session, folder: Path, note: str) -> None:
     config = session.config
     heads = {
         path: {
@@ -61,13 +106,10 @@ def _export(session: Session, folder: Path) -> str:
         for path, head in session.backbone.heads.items()
     }
     rows = {path: one.values.detach() for path, one in session.backbone.token_rows.items()}
-    note = ""
-    if config.model.quantization != "none":
-        note = (
-            f"Trained on the {config.model.quantization} backbone, whose matrices differ from the "
-            f"unquantised ones by {session.backbone.quantization_error:.2%} (Frobenius). `python "
-            "launch/export.py RUN OUT` measures the effect on held-out data."
-        )
+    if isinstance(session.method, Peft):
+        labels = session.task.labels_state()
+        write_peft(folder, *session.method.exported(), config, heads, labels)
+        return
     with session.method.inference():
         export_adapter(
             folder,
@@ -95,11 +137,15 @@ def _export(session: Session, folder: Path) -> str:
             modules_to_save=modules_to_save(session.backbone.model, heads),
             note=note,
             tokens=trained_tokens(session.backbone, rows, session.tokenizer),
+            magnitudes={
+                name: adapter.magnitude.m
+                for name, adapter in session.method.adapters.items()
+                if adapter.magnitude is not None
+            },
         )
-    return note
 
 
-def _readme(config: Config, summary: str, note: str) -> str:
+def _readme(config: Config, summary: str, exported: str, note: str) -> str:
     return f"""# {config.run.name}
 
 {config.method.kind} on `{config.model.id}` ({config.model.quantization}): {summary}.
@@ -111,10 +157,11 @@ def _readme(config: Config, summary: str, note: str) -> str:
 | `allocation.jsonl` | the decisions of an adaptive method |
 | `initial.safetensors` | initial adapters (LeLoRA, PiSSA, MiLoRA); checkpoints need it |
 | `metrics.jsonl` | one object per logged step or evaluation |
+| `predictions.jsonl` | the answers to records of the evaluation, where the task has answers |
 | `heartbeat.json` | state of the run, for `rankcast watch` and monitoring |
 | `tensorboard/` | the metrics, for `tensorboard --logdir` |
 | `checkpoints/` | resumable on any engine and number of ranks |
-| `adapter/` | a LoRA that `peft.PeftModel.from_pretrained` loads |
+{_RESULT[config.method.trains]}: {exported} |
 | `figures/` | the loss curve |
 
 ![loss](figures/loss.png)

@@ -61,6 +61,9 @@ def _absurd(session: Session) -> str | None:
                 limit = max(limit, _GROWN * _largest(began))
             if (found := _beyond(getattr(adapter, role), limit)) is not None:
                 return f"{role} of {name} {found}"
+    for name, parameter in session.method.trained_parameters.items():
+        if (found := _beyond(parameter, _ABSURD)) is not None:
+            return f"{name} {found}"
     for path, head in session.backbone.heads.items():
         for parameter_name, parameter in head.named_parameters():
             if (found := _beyond(parameter, _ABSURD)) is not None:

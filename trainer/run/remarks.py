@@ -1,6 +1,6 @@
 """What is said at the start of a run: settings that work, but perhaps not as meant."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,11 +54,11 @@ def on_rows(loader: Loader) -> Iterator[str]:
 
 
 def on_length(
-    model: "PreTrainedModel", train_data: TokenDataset, eval_data: TokenDataset | None
+    model: "PreTrainedModel", train_data: TokenDataset, eval_data: Mapping[str, TokenDataset]
 ) -> Iterator[str]:
     """On records longer than those the model was pretrained on."""
     length = rotary_length(model)
-    longest = max(int(data.lengths.max()) for data in (train_data, eval_data) if data is not None)
+    longest = max(int(data.lengths.max()) for data in (train_data, *eval_data.values()))
     if length is not None and longest > length:
         yield (
             f"data.max_length: the longest record has {longest} tokens; the model's "

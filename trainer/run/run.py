@@ -27,7 +27,9 @@ from trainer.distributed import launcher
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, Diverged, UserError
 from trainer.files import METRICS
+from trainer.generation.evaluation import check_generation
 from trainer.loading.initial_adapters import initial_digest
+from trainer.memory.graphs import capture_graphs, row_batches
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading, class_name
 from trainer.records.progress import Progress
@@ -45,9 +47,10 @@ from trainer.run.remarks import (
 from trainer.run.second_stage import SecondStage
 from trainer.run.shared import refuse_unshared
 from trainer.session import Session, open_session
+from trainer.training.best import is_exhausted
 from trainer.training.loop import Run, make_loader, total_steps, train
 from trainer.training.lr_schedule import learning_rate
-from trainer.training.step import Training, log_plan
+from trainer.training.step import Training, log_graphs, log_plan
 from trainer.training.stop_request import StopRequest
 from trainer.training.validation import make_validate
 from trainer.verification.first_steps import FirstSteps
@@ -79,6 +82,9 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         stop=stop.raise_if_asked,
     )  # fmt: skip
     with world.all_or_none():
+        if config.generation.records:
+            for name in config.data.eval_names:
+                check_generation(session, *session.held_out(name))
         if recomputed is not None and not session.method.splits_weight:
             raise recomputed  # an earlier stage's, which this method cannot compute
         if recomputed is not None and session.initial_adapters is not None:
@@ -89,10 +95,10 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
+    proof, verified = _prove(session, start)  # of what was loaded, before a backbone trains
     if start.checkpoint is not None:
         with world.all_or_none():
             progress = restore(session, loader, start.checkpoint, start.state)
-    proof, verified = _prove(session, start)
     plan = make_plan(session)
     steps = total_steps(session, loader)
     replay, digest = None, start.state.get("initial")
@@ -103,12 +109,13 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
                 f"{given}: {steps} steps given, but {start.checkpoint} has made {progress.step}; "
                 f"accepted: {progress.step} or more, or another run.name for a new run"
             )
-        if edited := _edited(start, config) if progress.step == steps else []:
+        has_ended = progress.step == steps or is_exhausted(config, progress)
+        if edited := _edited(start, config) if has_ended else []:
             raise UserError(
-                f"run.name: {folder.path} has made all of its {steps} steps, so this configuration "
-                f"({', '.join(edited)}) would train nothing; accepted: another run.name (with "
-                f"model.adapter={folder.path} it starts from what that run learned), more steps or "
-                "epochs, or the configuration as it was"
+                f"run.name: {folder.path} has made all of its {progress.step} steps, so this "
+                f"configuration ({', '.join(edited)}) would train nothing; accepted: another "
+                f"run.name (with model.adapter={folder.path} it starts from what that run "
+                "learned), more steps or epochs, or the configuration as it was"
             )
         _set_horizon(session, steps)
         if world.is_main:
@@ -129,22 +136,28 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         folder.recorder.log_line(line)
     folder.recorder.log_line(f"verified  {proof}")
     log_plan(folder.recorder, plan)
+
+    def capture() -> str | None:
+        return capture_graphs(session, row_batches(session, loader))
+
+    log_graphs(folder.recorder, capture())
     # Later in a run whole units may be masked or pruned, on purpose.
     watched = {"auto": start.checkpoint is None, "full": True, "off": False}[config.run.verify]
     first_steps = FirstSteps(session, folder.recorder) if watched else None
     with Prefetcher(loader, world.device, steps - progress.step) as batches:
         training = Training(
-            session, batches, steps, make_validate(session), folder.recorder, replay, first_steps
-        )
+            session, batches, steps, make_validate(session), folder.recorder, replay, first_steps,
+            capture,
+        )  # fmt: skip
         writer = CheckpointWriter(session, batches, folder.checkpoints, digest, verified)
         train(Run(training, writer, progress, stop))
     writer.close()
     with world.all_or_none():
         folder.recorder.close()
-    fault = find_fault(session, folder.path, steps)
+    fault = find_fault(session, folder.path, progress.step)
     with world.all_or_none():
         if world.is_main:
-            finish(session, folder.path, steps, fault)
+            finish(session, folder.path, progress, fault)
         if fault is not None:
             raise Diverged(
                 f"{fault}; what it left is in {folder.path}, its adapter too; accepted: a lower "
@@ -252,15 +265,19 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
         f"run       {config.run_folder}",
         f"data      train {session.train_data.counts}",
         *(f"          {line}" for line in on_sources(session.train_data)),
-        *([f"          eval {held}"] if (held := on_evaluation(*session.held_out())) else []),
+        *(
+            f"          eval {name}{': ' if name else ''}{held}"
+            for name in data.eval_names
+            if (held := on_evaluation(*session.held_out(name)))
+        ),
         f"backbone  {class_name(session.model)}, {session.backbone.dtype}, "
         f"{config.model.quantization}, "
         f"{readable(engine.local_bytes(session.model))} per rank",
         _loading(session.backbone.loading),
         f"attention {session.backbone.attention}",
         f"engine    {describe_engine(engine)}, {world.size} rank(s), {world.device}",
-        f"method    {config.method.kind}, rank {config.method.rank}, "
-        f"{len(session.method.units)} units, {session.optimizer.numel:,} trainable parameters",
+        f"method    {config.method.described(len(session.method.units))}, "
+        f"{session.optimizer.numel:,} trainable parameters",
         f"steps     {steps} of {data.batch_size} sequences",
         *(f"          {line}" for line in on_rows(loader)),
     ]
@@ -299,7 +316,7 @@ def _unpinned(config: Config) -> Iterator[tuple[str, str, str]]:
     model, data = config.model, config.data
     train = "data.train" if data.mixture is None else "data.mixture"
     sources = [(train, source, own.revision) for source, own in data.sources]
-    sources.append(("data.eval", data.eval_source or [], data.revision))
+    sources += [("data.eval", source, data.revision) for source in data.eval_sources.values()]
     for key, name, revision, fixed in (
         ("model.id", model.id, model.revision, "model.revision=COMMIT"),
         ("model.tokenizer", model.tokenizer, None, "a local folder"),

@@ -35,7 +35,7 @@ from trainer.export.export import (
 )
 from trainer.export.peft_folder import PeftFolder, is_adapter, read_peft_folder
 from trainer.model.backbone import BuiltModel, class_name
-from trainer.session import Session
+from trainer.session import LoadedModel
 
 _HOW_IT_TRAINS = ("dropout", "dropout_on", "replay", "b_learning_rate_ratio")
 """Keys of a method that do not change what its adapters are."""
@@ -124,7 +124,7 @@ class SecondStage:
         self.line = f"{self.path} ({count}) stays, frozen, beside the new {self.config.method.kind}"
         return self._all_frozen(earlier)
 
-    def begin(self, session: Session) -> list[str]:
+    def begin(self, session: LoadedModel) -> list[str]:
         """Bring what is taken over into the new session. Returns lines for the log. Raises
         UserError where it was made on another backbone, or for other labels."""
         saved = self._saved

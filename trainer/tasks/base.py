@@ -6,6 +6,7 @@ A task is one file; loader and loop use this interface only.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -33,6 +34,10 @@ class Record:
 
     segments: list[tuple[str, bool]]
     label: str | float | None = None
+    answers: Sequence[tuple[str, int]] = ()
+    """(text, its first character in the context) of each answer to a question."""
+    image: bytes = b""
+    """An encoded image, in place of segments."""
     add_bos: Switch = "auto"
     add_eos: Switch = "auto"
     """Whether begin and end tokens are added; auto: as the tokenizer does it, and an end token
@@ -49,6 +54,10 @@ class Example:
     label: float = 0.0
     weight: int = 1
     truncated: bool = False
+    reference: str = ""
+    """What its prediction is compared with, where a label does not say it; the task's own text."""
+    image: bytes = b""
+    """An encoded image; `input_ids` then only say how many tokens the model makes of it."""
 
 
 class TooLong(str):
@@ -67,14 +76,28 @@ class Batch:
     """Number of tokens without padding."""
     records: list[int] = field(default_factory=list)
     """Indices of the records in their data set."""
+    sequences: list[int] = field(default_factory=list)
+    """Number of records of each sequence, as a loader cuts them."""
     documents: Documents | None = None
     """Where rows hold several records: which token belongs to which."""
+    learned: tuple[Tensor, Tensor] | None = None
+    """(rows, positions before) of the targets with a loss, where they are tokens: known beforehand,
+    a GPU need not be waited for to count them."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """With `function` applied to every tensor."""
         inputs = {name: function(tensor) for name, tensor in self.inputs.items()}
         documents = None if self.documents is None else self.documents.map(function)
-        return replace(self, inputs=inputs, targets=function(self.targets), documents=documents)
+        learned = None
+        if self.learned is not None:
+            learned = (function(self.learned[0]), function(self.learned[1]))
+        return replace(
+            self,
+            inputs=inputs,
+            targets=function(self.targets),
+            documents=documents,
+            learned=learned,
+        )  # fmt: skip
 
     def to(self, device: torch.device) -> "Batch":
         return self.map(lambda tensor: tensor.to(device))
@@ -122,9 +145,12 @@ class Task(ABC):
         return []
 
     @abstractmethod
-    def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
-        """For each record an example, truncated to `max_length` (`truncated` says so); or, as a
-        string (`TooLong` where that is it), the reason why the record cannot be used."""
+    def encode(
+        self, records: Sequence[Record], max_length: int
+    ) -> Sequence[Example | list[Example] | str]:
+        """For each record an example, truncated to `max_length` (`truncated` says so), or a list
+        of several; or, as a string (`TooLong` where that is it), the reason why the record cannot
+        be used."""
 
     @abstractmethod
     def collate(
@@ -150,16 +176,53 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(summed loss in float32, predictions for `metrics` where the task has any)."""
 
+    def prompt_of(self, example: Example) -> tuple[list[int], list[int]]:
+        """(what precedes the first learned token, the learned tokens that follow), of a task that
+        generates text."""
+        raise NotImplementedError
+
+    def shape(self, batch: Batch) -> tuple[int, int]:
+        """(rows, tokens) of a micro-batch's hidden states."""
+        rows, tokens = batch.inputs["input_ids"].shape
+        return rows, tokens
+
+    def logits(self, output: Any) -> Tensor:
+        """What the loss is made of in the model's output, (rows, …)."""
+        return output.logits
+
     def scores_of_loss(self, loss: float) -> dict[str, float]:
         """Scores computed from the mean loss alone."""
         return {}
 
     def metrics(
-        self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
+        self, predictions: Sequence[Any], labels: Sequence[Any], records: Sequence[int]
     ) -> dict[str, float]:
-        """Scores over the whole evaluation set, in the order of its examples; `records`: the record
-        of each."""
+        """Scores over the whole evaluation set, in the order of its examples; `labels`: the label
+        of each, or its `reference`; `records`: the record of each."""
         return {}
+
+    def answers(
+        self, predictions: Sequence[Any], labels: Sequence[Any], records: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """What was answered to each record, given what `metrics` is given: its `id` (number in the
+        set, from 0), `answer`, the right `label`, and `score`, as plain data."""
+        return []
+
+
+def new_heads(model: nn.Module) -> list[str]:
+    """Paths of the modules beside the backbone, as a task with a head of its own has them."""
+    return [
+        name
+        for name, child in model.named_children()
+        if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """`use_cache=False` for models that have the argument. A decoder would fill a KV cache, to
+    which a recomputed block would append again."""
+    takes = "use_cache" in signature(type(model).forward).parameters
+    return {"use_cache": False} if takes else {}
 
 
 def pad(values: Sequence[int], width: int, filler: int) -> list[int]:

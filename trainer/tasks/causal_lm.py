@@ -108,7 +108,11 @@ class CausalLM(Task):
             documents = Documents.of(inputs["position_ids"])
         weight = sum(example.weight for example in examples)
         figures = (0, 0) if empty else (weight, tokens)
-        return Batch(inputs, torch.from_numpy(targets), *figures, documents=documents)
+        rows, before = (targets[:, 1:] != IGNORED).nonzero()
+        return Batch(
+            inputs, torch.from_numpy(targets), *figures, documents=documents,
+            learned=(torch.from_numpy(rows), torch.from_numpy(before)),
+        )  # fmt: skip
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         return self.token_losses(model, batch).sum(), None
@@ -117,10 +121,10 @@ class CausalLM(Task):
         """Cross entropy in float32 of each learned token, in order of rows and positions; `right`
         is filled with whether each is the most likely one."""
         targets = batch.targets[:, 1:]
-        learned = targets != IGNORED
+        learned = targets != IGNORED if batch.learned is None else batch.learned
         head = loss_head(model)
         if head is not None:
-            with loss_inside(head, learned, targets[learned], right):
+            with loss_inside(model, head, learned, targets[learned], right):
                 return _logits(model, batch)
         logits = _logits(model, batch)[:, :-1]
         # Selected before the cast: float32 logits only where there is a loss.
@@ -128,6 +132,12 @@ class CausalLM(Task):
         if right is not None:
             right.copy_(logits.argmax(-1) == targets[learned])
         return F.cross_entropy(logits, targets[learned], reduction="none")
+
+    def prompt_of(self, example: Example) -> tuple[list[int], list[int]]:
+        mask = [*example.loss_mask, 0]
+        start = mask.index(1)
+        end = mask.index(0, start)
+        return list(example.input_ids[:start]), list(example.input_ids[start:end])
 
     def scores_of_loss(self, loss: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(loss, 700.0))}

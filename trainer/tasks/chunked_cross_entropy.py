@@ -8,10 +8,7 @@ has trained rows R of some tokens, these take the place of W's; their p and x ar
 gradient pᵀ x.
 """
 
-import functools
-import inspect
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters.token_rows import rows_of
+from trainer.tasks.logits import LogitMap, logit_map, neutral
 
 CHUNK = 2**27
 """Logits per chunk: 512 MiB in float32."""
@@ -27,8 +25,9 @@ CHUNK = 2**27
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Cross entropy (rows) of x Wᵀ + b; x (rows, in), W (vocabulary, in), targets (rows). `ids`,
-    `values` (n, in), float32: tokens, and the rows R that replace theirs in W. `right` (rows) is
-    filled with whether the target is the most likely token."""
+    `values` (n, in), float32: tokens, and the rows R that replace theirs in W. `change`: of the
+    logits, by the model. `right` (rows) is filled with whether the target is the most likely token.
+    """
 
     @staticmethod
     def forward(
@@ -39,6 +38,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         ids: Tensor | None,
         values: Tensor | None,
+        change: LogitMap,
         right: Tensor | None,
     ) -> Tensor:
         losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
@@ -51,6 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = F.linear(x[part], weight, bias).float()
             if R is not None:
                 logits[:, ids] = F.linear(x[part], R).float()
+            slope = change.apply_(logits)
             total = logits.logsumexp(1, keepdim=True)
             chosen = targets[part].unsqueeze(1)
             if right is not None:
@@ -59,6 +60,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx is not None:
                 p = logits.sub_(total).exp_()
                 p.scatter_add_(1, chosen, p.new_full(chosen.shape, -1.0))
+                if slope is not None:
+                    p *= slope
                 if own is not None:
                     own[part] = p[:, ids].to(x.dtype)
                     p[:, ids] = 0.0
@@ -73,48 +76,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, own, x = ctx.saved_tensors
         scale = dlosses.to(dx.dtype).unsqueeze(1)
         dR = None if own is None else ((own * scale).T @ x).float()
-        return dx * scale, None, None, None, None, dR, None
+        return dx * scale, None, None, None, None, dR, None, None
 
 
 def loss_head(model: nn.Module) -> nn.Linear | None:
     """The model's output head if the loss can be computed inside it: a frozen linear layer whose
-    output the model returns unchanged. Else None."""
+    output the model returns unchanged, scaled or capped. Else None."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear) or any(p.requires_grad for p in head.parameters()):
         return None
-    return head if _returns_head_output(type(model).forward) else None
-
-
-@functools.cache
-def _returns_head_output(forward: Callable[..., Any]) -> bool:
-    """Whether a model's `forward` returns the head's output as its logits. Read from its source, as
-    no attribute has it (Gemma 2 caps the logits, Granite and Cohere scale them)."""
-    source = inspect.getsource(inspect.unwrap(forward))
-    made = re.findall(r"^\s*(?:lm_)?logits = (.*)$", source, re.MULTILINE)
-    hidden = r"hidden_states.*|sequence_output|outputs\[0\]|outputs\.last_hidden_state"
-    return len(made) == 1 and re.fullmatch(rf"self\.lm_head\(({hidden})\)", made[0]) is not None
+    return head if logit_map(model) is not None else None
 
 
 @contextmanager
 def loss_inside(
-    head: nn.Linear, learned: Tensor, targets: Tensor, right: Tensor | None = None
+    model: nn.Module,
+    head: nn.Linear,
+    learned: Tensor | tuple[Tensor, Tensor],
+    targets: Tensor,
+    right: Tensor | None = None,
 ) -> Iterator[None]:
-    """Within this context the head returns, in place of logits, the losses of the `learned`
-    positions of (batch, length − 1), in their order, with these `targets`; `right` is filled with
-    whether each target is the most likely token. It runs where the model calls the head, when a
-    sharder has gathered its weight."""
+    """Within this context the model's head returns, in place of logits, the losses of the `learned`
+    positions of (batch, length − 1), a mask or indices, in their order, with these `targets`;
+    `right` is filled with whether each target is the most likely token. It runs where the model
+    calls the head, when a sharder has gathered its weight."""
 
     def forward(hidden: Tensor) -> Tensor:
         x, trained = hidden[:, :-1][learned], rows_of(head)
         rows = (None, None) if trained is None else (trained.ids, trained.values)
-        losses = _LinearCrossEntropy.apply(x, head.weight, head.bias, targets, *rows, right)
+        given = head.weight, head.bias, targets, *rows, change, right
+        losses = _LinearCrossEntropy.apply(x, *given)
         assert isinstance(losses, Tensor)
         return losses
 
+    change = logit_map(model)
+    assert change is not None
     own = vars(head).get("forward")  # of a head with trained rows
     head.forward = forward  # type: ignore[assignment,method-assign]
     try:
-        yield
+        with neutral(model):
+            yield
     finally:
         if own is None:
             del head.forward

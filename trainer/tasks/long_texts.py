@@ -8,7 +8,9 @@ tokenizer does reaches across it:
   pre-tokenizer splits, merges (BPE) and paths (Unigram) then never cross it. WordPiece looks for
   whole words, so that it has to be split at spaces.
 
-Where this cannot be shown, and where a text has no spaces, nothing is cut.
+Where this cannot be shown, and where a text has no spaces, it is cut only if it is huge: its first
+2¹⁸ characters stand for it. Their first tokens could differ from those of the whole text in theory
+only: something would have to reach across all of the others.
 """
 
 import functools
@@ -17,6 +19,7 @@ import re
 from typing import Any
 
 _CHARACTERS = 8  # looked at first, for every token that is needed: twice the usual length
+_MOST = 2**18  # characters of a text that cannot be cut where it changes nothing
 _SPACES = " ▁Ġ"
 """The space, as text and in vocabularies."""
 _ACROSS = re.compile(rf"[^{_SPACES}\s][{_SPACES}]")
@@ -31,24 +34,56 @@ _WORDS = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
 
 def beginning(tokenizer: Any, text: str, tokens: int) -> str:
     """A beginning of `text` of which the first `tokens` + 1 tokens, without special ones around
-    them, are those of `text`; all of it if it has fewer or cannot be cut."""
+    them, are those of `text`; all of it if it has fewer or cannot be cut and is not huge."""
     stop = _CHARACTERS * tokens
-    if stop >= len(text) or not can_cut(tokenizer):
+    if stop >= len(text):
         return text
-    while stop < len(text):
+    while can_cut(tokenizer) and stop < min(len(text), _most(tokens)):
         last = _last_space(text, stop)
         if last and _tokens_before(tokenizer, text[:stop], last) > tokens:
             return text[:stop]
         stop *= 2
-    return text
+    return bounded(tokenizer, text, tokens)
+
+
+def bounded(tokenizer: Any, text: str, tokens: int) -> str:
+    """`text`; of a huge one as much as has more than twice `tokens` tokens, if that is less."""
+    part = text[: _most(tokens)]
+    if len(part) == len(text) or len(_ids(tokenizer, part)["input_ids"]) <= 2 * tokens:
+        return text
+    return part
+
+
+def truncated_pair(tokenizer: Any, first: str, second: str, max_length: int) -> Any:
+    """The `tokenizers.Encoding` of a pair with special tokens, the longer text cut first. As the
+    library's own truncation, which however also makes every combination of what is left of both:
+    memory in the product of their lengths. So what is far longer than needed is shortened first."""
+    pair = [_ids(tokenizer, text).encodings[0] for text in (first, second)]
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    shorter, longer = sorted(range(2), key=lambda index: len(pair[index]))
+    for index, text in enumerate((first, second)):
+        if len(pair[index]) > 4 * max_length:
+            end = pair[index].offsets[3 * max_length][1]
+            pair[index] = _ids(tokenizer, text[:end]).encodings[0]
+    pair[shorter].truncate(min(len(pair[shorter]), room // 2))
+    pair[longer].truncate(room - len(pair[shorter]))
+    return tokenizer.backend_tokenizer.post_process(*pair)
+
+
+def _most(tokens: int) -> int:
+    return max(_MOST, 64 * tokens)
 
 
 def _tokens_before(tokenizer: Any, text: str, place: int) -> int:
-    found = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
-        return_token_type_ids=False, verbose=False,
+    offsets = _ids(tokenizer, text, return_offsets_mapping=True)["offset_mapping"]
+    return sum(end <= place for _, end in offsets)
+
+
+def _ids(tokenizer: Any, text: str, **settings: bool) -> Any:
+    return tokenizer(
+        text, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
+        verbose=False, **settings,
     )  # fmt: skip
-    return sum(end <= place for _, end in found["offset_mapping"])
 
 
 def _last_space(text: str, stop: int) -> int:

@@ -1,14 +1,18 @@
 """Choose one of several texts by their likelihood: train on the right one, score all of them.
 
-A record gives one example per choice, the question with the choice as its completion. Only the
-right choice is learned. In an evaluation a choice's score is log p(choice | question), summed over
-its tokens, as it is (`accuracy`) or per byte of the choice (`accuracy_norm`), which does not favour
-short choices: `acc` and `acc_norm` of EleutherAI's harness.
+A record gives one example per choice, the question with the choice as its completion. The right
+choice is learned: its tokens, or (`task.train_on: distribution`) that it is the right one,
+
+    loss = −log softmax(ℓ)_right,   ℓ_c = log p(choice c | question), as it is or per byte
+
+with the choices of a question as the documents of one row. In an evaluation a choice's score is ℓ,
+as it is (`accuracy`) or per byte of the choice (`accuracy_norm`), which does not favour short
+choices: `acc` and `acc_norm` of EleutherAI's harness.
 """
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
@@ -30,6 +34,8 @@ class Choices(Batch):
     """Learned tokens of each choice."""
     right: list[bool] = field(default_factory=list)
     """Whether each is the right one."""
+    bytes_of: list[float] = field(default_factory=list)
+    """Length of each choice's text."""
 
 
 class MultipleChoice(CausalLM):
@@ -57,6 +63,8 @@ class MultipleChoice(CausalLM):
             example = replace(example, input_ids=ids, loss_mask=learned, truncated=True)
         length = sum(len(text.strip().encode()) for text, learned in record.segments if learned)
         weight = example.weight if record.label else 0
+        if self.options.train_on == "distribution":
+            weight = min(weight, 1)
         return replace(example, label=float(length), weight=weight)
 
     def collate(
@@ -65,7 +73,10 @@ class MultipleChoice(CausalLM):
         batch = super().collate(sequences, empty=empty, width=width)
         examples = [example for packed in sequences for example in packed]
         tokens = [0 if empty else sum(example.loss_mask) for example in examples]
-        return Choices(**vars(batch), tokens_of=tokens, right=[e.weight > 0 for e in examples])
+        return Choices(
+            **vars(batch), tokens_of=tokens, right=[e.weight > 0 for e in examples],
+            bytes_of=[example.label for example in examples],
+        )  # fmt: skip
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """(loss of the right choices, (choices, 2): log-likelihood and whether it is the right
@@ -75,18 +86,27 @@ class MultipleChoice(CausalLM):
             part.sum() for part in self.token_losses(model, batch).split(batch.tokens_of)
         ])  # fmt: skip
         right = torch.tensor(batch.right, device=losses.device)
-        return losses[right].sum(), torch.stack([-losses.detach(), right.to(losses.dtype)], -1)
+        found = torch.stack([-losses.detach(), right.to(losses.dtype)], -1)
+        if self.options.train_on == "answer" or not batch.sequences:  # not of a loader: a probe
+            return losses[right].sum(), found
+        return self._of_distribution(losses, right, batch), found
+
+    def _of_distribution(self, losses: Tensor, right: Tensor, batch: Choices) -> Tensor:
+        """Sum over the questions of −log softmax(ℓ)_right; 0 for an empty batch."""
+        if not batch.weight:
+            return losses.sum()
+        scores = -losses
+        if self.options.likelihood == "per_byte":
+            scores = scores / scores.new_tensor(batch.bytes_of)
+        questions = scores.split(batch.sequences)
+        return torch.stack([one.logsumexp(0) for one in questions]).sum() - scores[right].sum()
 
     def metrics(
         self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
     ) -> dict[str, float]:
         """`accuracy`, `accuracy_norm`, and half the width of their 95 % intervals (normal
         approximation)."""
-        rows = zip(records, predictions, labels, strict=True)
-        questions = [
-            [(score, score / length, is_right) for _, (score, is_right), length in choices]
-            for _, choices in groupby(rows, key=lambda row: row[0])
-        ]
+        questions = [choices for _, choices in _questions(predictions, labels, records)]
         number = len(questions)
         found = {
             name: sum(max(q, key=itemgetter(column))[2] for q in questions) / number
@@ -97,3 +117,28 @@ class MultipleChoice(CausalLM):
             for name, share in found.items()
         }
         return found | intervals
+
+    def answers(
+        self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """Numbers of choices, 1 or 0 as the score (as `accuracy` counts), and the log-likelihood of
+        every choice."""
+        found = []
+        for record, choices in _questions(predictions, labels, records):
+            likelihoods = [likelihood for likelihood, _, _ in choices]
+            answer = likelihoods.index(max(likelihoods))
+            label = [is_right for _, _, is_right in choices].index(1.0)
+            found.append({
+                "id": record, "answer": answer, "label": label, "score": float(answer == label),
+                "log_likelihoods": likelihoods,
+            })  # fmt: skip
+        return found
+
+
+def _questions(
+    predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
+) -> Iterator[tuple[int, list[tuple[float, float, float]]]]:
+    """(record, (log-likelihood, the same per byte, whether it is right) of each of its choices)"""
+    rows = zip(records, predictions, labels, strict=True)
+    for record, choices in groupby(rows, key=itemgetter(0)):
+        yield record, [(score, score / length, right) for _, (score, right), length in choices]

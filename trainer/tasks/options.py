@@ -1,10 +1,14 @@
 """The keys under `task:`, and what a task declares to the configuration; imports no torch."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adapters.options import Section
+
+Direction = Literal["min", "max"]
+"""Whether the least or the largest value of a metric is the best."""
 
 
 class TaskOptions(Section):
@@ -18,6 +22,10 @@ class TaskOptions(Section):
     """A record is used with all of its examples or not at all."""
     source_apart: ClassVar[bool] = False
     """What an example does not learn is a row of its own, an encoder's."""
+    generates: ClassVar[bool] = False
+    """Its model generates text (`generation`)."""
+    reads_images: ClassVar[bool] = False
+    """Records are images, which the model's image processor prepares, not texts."""
     data_formats: ClassVar[tuple[str, ...]]
     """The values of `data.format` that it accepts. With a single one, `auto` means it; else
     `auto` looks at the columns."""
@@ -25,20 +33,48 @@ class TaskOptions(Section):
     kind: str
     """Name of the task."""
 
+    @property
+    def records_together(self) -> bool:
+        """The examples of a record are learned as one, in a row of their own."""
+        return False
+
     def limits(self, max_length: int) -> dict[str, int]:
         """The most tokens of each of an example's rows, by the key that limits them."""
         return {"data.max_length": max_length}
+
+    def metrics(self) -> Mapping[str, Direction]:
+        """The scores by which an evaluation may be judged (`run.keep_best`), without `eval_`."""
+        return {"loss": "min"}
 
 
 class CausalLMOptions(TaskOptions):
     """Options of `task.kind: causal_lm`."""
 
+    generates = True
     data_formats = ("prompt_completion", "alpaca", "messages", "text")
 
     kind: Literal["causal_lm"] = "causal_lm"
     """Name of the task."""
     loss_on: Literal["completion", "all"] = "completion"
     """Learn the completion (assistant turns) only, or the prompt too."""
+
+    def metrics(self) -> Mapping[str, Direction]:
+        return {"loss": "min", "perplexity": "min"}
+
+
+class ImageClassificationOptions(TaskOptions):
+    """Options of `task.kind: image_classification`."""
+
+    needs_labels = True
+    supports_packing = False
+    reads_images = True
+    data_formats = ("images",)
+
+    kind: Literal["image_classification"] = "image_classification"
+    """Name of the task."""
+
+    def metrics(self) -> Mapping[str, Direction]:
+        return {"loss": "min", "accuracy": "max", "f1": "max", "matthews": "max"}
 
 
 class MultipleChoiceOptions(TaskOptions):
@@ -49,6 +85,50 @@ class MultipleChoiceOptions(TaskOptions):
 
     kind: Literal["multiple_choice"] = "multiple_choice"
     """Name of the task."""
+    train_on: Literal["answer", "distribution"] = "answer"
+    """What is learned. answer: the tokens of the right choice; distribution: which choice is right,
+    by the cross entropy of a softmax over the log-likelihoods of all of them."""
+    likelihood: Literal["sum", "per_byte"] = "sum"
+    """With `train_on: distribution`: log-likelihoods as they are, or per byte of the choice, as
+    `accuracy_norm` compares them."""
+
+    @property
+    def records_together(self) -> bool:
+        return self.train_on == "distribution"
+
+    @model_validator(mode="after")
+    def _check(self) -> "MultipleChoiceOptions":
+        if self.train_on == "answer" and self.likelihood != "sum":
+            raise ValueError(
+                f"task.likelihood: {self.likelihood} given with task.train_on=answer; accepted: sum"
+            )
+        return self
+
+    def metrics(self) -> Mapping[str, Direction]:
+        return {"loss": "min", "perplexity": "min", "accuracy": "max", "accuracy_norm": "max"}
+
+
+class QuestionAnsweringOptions(TaskOptions):
+    """Options of `task.kind: question_answering`."""
+
+    supports_packing = False
+    data_formats = ("question_answering",)
+
+    kind: Literal["question_answering"] = "question_answering"
+    """Name of the task."""
+    stride: int = Field(128, ge=0)
+    """Tokens of a long context that a window shares with the one before."""
+    max_answer_length: int = Field(30, gt=0)
+    """Tokens of a predicted answer, at most."""
+    no_answer: bool = False
+    """Questions may have no answer, as in SQuAD 2.0, whose script's scores are logged; without it
+    such questions are bad records."""
+    null_threshold: float = 0.0
+    """With `no_answer`: none is predicted where its score is larger than the best answer's by more
+    than this."""
+
+    def metrics(self) -> Mapping[str, Direction]:
+        return {"loss": "min", "exact_match": "max", "f1": "max"}
 
 
 class SequenceClassificationOptions(TaskOptions):
@@ -62,6 +142,11 @@ class SequenceClassificationOptions(TaskOptions):
     """Name of the task."""
     problem: Literal["classification", "regression"] = "classification"
     """Labels are names, or numbers to be predicted."""
+
+    def metrics(self) -> Mapping[str, Direction]:
+        if self.problem == "regression":
+            return {"loss": "min", "pearson": "max", "spearman": "max"}
+        return {"loss": "min", "accuracy": "max", "f1": "max", "matthews": "max"}
 
 
 class SequenceToSequenceOptions(TaskOptions):
@@ -83,3 +168,6 @@ class SequenceToSequenceOptions(TaskOptions):
             "data.max_length": max_length,
             "task.max_target_length": self.max_target_length + 1,
         }
+
+    def metrics(self) -> Mapping[str, Direction]:
+        return {"loss": "min", "perplexity": "min", "token_accuracy": "max"}

@@ -16,7 +16,15 @@ TASKS: "Registry[Task, TaskOptions]" = Registry(
     __package__,
     {
         "causal_lm": (".causal_lm:CausalLM", ".options:CausalLMOptions"),
+        "image_classification": (
+            ".image_classification:ImageClassification",
+            ".options:ImageClassificationOptions",
+        ),
         "multiple_choice": (".multiple_choice:MultipleChoice", ".options:MultipleChoiceOptions"),
+        "question_answering": (
+            ".question_answering:QuestionAnswering",
+            ".options:QuestionAnsweringOptions",
+        ),
         "sequence_classification": (
             ".sequence_classification:SequenceClassification",
             ".options:SequenceClassificationOptions",

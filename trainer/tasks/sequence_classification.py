@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from inspect import signature
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +10,26 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PretrainedConfig
 
 from trainer.errors import UserError
-from trainer.tasks.base import IGNORED, Batch, Example, Record, Task, pad
-from trainer.tasks.long_texts import beginning
-from trainer.tasks.options import SequenceClassificationOptions
+from trainer.tasks.base import (
+    IGNORED,
+    Batch,
+    Example,
+    Record,
+    Task,
+    new_heads,
+    pad,
+    without_cache,
+)
+from trainer.tasks.long_texts import beginning, bounded, truncated_pair
+from trainer.tasks.options import SequenceClassificationOptions, TaskOptions
 
 
 class SequenceClassification(Task):
     """Classification or regression of one or two texts, by a new head."""
 
-    Options = SequenceClassificationOptions
-    auto_class = AutoModelForSequenceClassification
-    peft_task_type = "SEQ_CLS"
+    Options: ClassVar[type[TaskOptions]] = SequenceClassificationOptions
+    auto_class: ClassVar[Any] = AutoModelForSequenceClassification
+    peft_task_type: ClassVar[str | None] = "SEQ_CLS"
     labels: list[str] = []
 
     @property
@@ -62,12 +70,7 @@ class SequenceClassification(Task):
         self.pad_token_id = text.pad_token_id  # by which the model finds the last token
 
     def trained_modules(self, model: nn.Module) -> list[str]:
-        backbone = model.base_model_prefix
-        return [
-            name
-            for name, child in model.named_children()
-            if name != backbone and any(True for _ in child.parameters())
-        ]
+        return new_heads(model)
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:
         return [self._encode(record, max_length) for record in records]
@@ -82,14 +85,20 @@ class SequenceClassification(Task):
             texts = ["\n".join(texts)]
         if len(texts) == 1:
             texts = [beginning(self.tokenizer, texts[0], max_length)]
+        else:  # which of a pair is cut first depends on both lengths
+            texts = [bounded(self.tokenizer, text, max_length) for text in texts]
         encoded = self.tokenizer(*texts)
-        truncated = len(encoded["input_ids"]) > max_length
-        if truncated:
+        ids, types = encoded["input_ids"], encoded.get("token_type_ids", ())
+        truncated = len(ids) > max_length
+        if truncated and len(texts) == 2 and all(texts) and self.tokenizer.is_fast:
+            found = truncated_pair(self.tokenizer, texts[0], texts[1], max_length)
+            ids, types = found.ids, found.type_ids if types else ()
+        elif truncated:
             encoded = self.tokenizer(*texts, truncation="longest_first", max_length=max_length)
-        if not encoded["input_ids"]:
+            ids, types = encoded["input_ids"], encoded.get("token_type_ids", ())
+        if not ids:
             return "no text"
-        types = encoded.get("token_type_ids", ())
-        return Example(encoded["input_ids"], token_type_ids=types, label=label, truncated=truncated)
+        return Example(ids, token_type_ids=types, label=label, truncated=truncated)
 
     def _label(self, raw: str | float | None) -> float:
         if self.is_regression:
@@ -124,11 +133,7 @@ class SequenceClassification(Task):
         return Batch(inputs, targets, 0 if empty else len(examples), tokens)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        # A decoder would fill a KV cache, to which a recomputed block would append again.
-        decoder = (
-            {"use_cache": False} if "use_cache" in signature(type(model).forward).parameters else {}
-        )
-        logits = model(**batch.inputs, **decoder).logits.float()
+        logits = model(**batch.inputs, **without_cache(model)).logits.float()
         if self.is_regression:
             predicted = logits.squeeze(-1)
             error = torch.where(batch.targets.isnan(), 0.0, predicted - batch.targets)
@@ -158,6 +163,24 @@ class SequenceClassification(Task):
             "f1": float(scores.f1_score(truth, guess, average=average, zero_division=0)),
             "matthews": float(scores.matthews_corrcoef(truth, guess)),
         }
+
+    def answers(
+        self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """Names of labels and 1 or 0 as the score; or numbers, and the squared error."""
+        rows = zip(records, predictions, labels, strict=True)
+        if self.is_regression:
+            return [
+                {"id": record, "answer": guess, "label": label, "score": (guess - label) ** 2}
+                for record, guess, label in rows
+            ]
+        return [
+            {
+                "id": record, "answer": self.labels[int(guess)],
+                "label": self.labels[int(label)], "score": float(guess == label),
+            }
+            for record, guess, label in rows
+        ]  # fmt: skip
 
 
 def _sort_key(name: str) -> tuple[bool, int, str]:

@@ -173,7 +173,16 @@ class SequenceToSequence(CausalLM):
         targets = inputs[TARGET].masked_fill(~learned | empty, IGNORED)
         tokens = sum(len(row) for part in parts for row in part.values()) - len(parts)
         counts = [0 if empty else len(part[TARGET]) - 1 for part in parts]
-        return Pairs(inputs, targets, sum(counts), 0 if empty else tokens, counts=counts)
+        of_row, before = (targets[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        return Pairs(
+            inputs, targets, sum(counts), 0 if empty else tokens, learned=(of_row, before),
+            counts=counts,
+        )  # fmt: skip
+
+    def shape(self, batch: Batch) -> tuple[int, int]:
+        """Of the decoder's, in which the targets lie."""
+        rows, tokens = batch.inputs[TARGET].shape
+        return rows, tokens
 
     # --- loss
 
@@ -194,6 +203,15 @@ class SequenceToSequence(CausalLM):
         """`token_accuracy`, of all target tokens."""
         right, count = (sum(column) for column in zip(*predictions, strict=True))
         return {"token_accuracy": right / count}
+
+    def answers(
+        self, predictions: Sequence[Any], labels: Sequence[Any], records: Sequence[int]
+    ) -> list[dict[str, Any]]:
+        """How many target tokens are right, of how many; their share is the score."""
+        return [
+            {"id": record, "answer": right, "label": count, "score": right / count}
+            for record, (right, count) in zip(records, predictions, strict=True)
+        ]
 
 
 def _parted(record: Record) -> tuple[str, str] | str:

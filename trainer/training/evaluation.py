@@ -1,6 +1,8 @@
 """Loss and metrics on held-out data, independent of the number of ranks."""
 
 import math
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,35 +12,101 @@ import torch
 from trainer.checkpoint.saved import Saved
 from trainer.checkpoint.state import load_trained
 from trainer.config.config import Config
+from trainer.config.sections import Shown
 from trainer.data.dataset import TokenDataset
 from trainer.data.loader import cut, packed_records
 from trainer.data.micro_batches import assign_micro_batches, row_length
+from trainer.device_memory import GIB, begin_peak, peak_of_phase
 from trainer.distributed.world import World
+from trainer.generation.evaluation import answer_records
+from trainer.records.evaluation_bar import EvaluationBar
 from trainer.session import Session, open_session
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of an evaluation, the same on every rank."""
+
+    scores: dict[str, float]
+    """By name, as in metrics.jsonl."""
+    answers: list[dict[str, Any]]
+    """`Task.answers`, with the name of the set where there are several."""
+    seconds: float
+    peak_gib: float
+    """Of the rank that held most."""
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """Time and memory, as in metrics.jsonl."""
+        return {
+            "evaluation_seconds": round(self.seconds, 3),
+            "evaluation_peak_memory_gib": round(self.peak_gib, 3),
+        }
+
+
 def evaluate(session: Session) -> dict[str, float]:
-    """Mean loss per learned token (or record) on the evaluation data, and the task's metrics.
+    """The scores of `full_evaluation`. Collective."""
+    return full_evaluation(session).scores
+
+
+@torch.no_grad()
+def full_evaluation(session: Session) -> Evaluation:
+    """Mean loss per learned token (or record) on the evaluation data, and the task's metrics: where
+    there are several sets `eval_SET_NAME` of each, and as `eval_NAME` the mean over the sets.
     Collective."""
-    data, records = session.held_out()
+    began, device = time.perf_counter(), session.world.device
+    begin_peak(device)
+    by_set, answers = {}, []
+    for name in session.config.data.eval_names:
+        by_set[name], found = _evaluate_set(session, name)
+        answers += [{**({"set": name} if name else {}), **answer} for answer in found]
+    peak = max(session.world.gather(peak_of_phase(device))) / GIB
+    return Evaluation(_named(by_set), answers, time.perf_counter() - began, peak)
+
+
+def _evaluate_set(session: Session, name: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """(scores, answers) on one set."""
+    data, records = session.held_out(name)
+    shown = session.config.log.shown if session.world.is_main else "none"
     with session.method.inference():
-        parts = _forward(session, data, records)
-    scores = {"eval_loss": _mean(parts)}
-    metrics = session.task.scores_of_loss(scores["eval_loss"])
+        parts = _forward(session, data, records, bar=(name, shown))
+    scores = {"loss": _mean(parts)}
+    scores |= session.task.scores_of_loss(scores["loss"])
     guesses = {
         example: guess
         for part in parts
         for example, guess in zip(part.examples, part.predictions, strict=False)
     }
-    if guesses:
-        examples = sorted(guesses)
-        metrics |= session.task.metrics(
-            [guesses[example] for example in examples],
-            data.labels[examples].tolist(),
-            data.records[examples].tolist(),
-        )
-    return scores | {f"eval_{name}": score for name, score in metrics.items()}
+    if session.config.generation.records:
+        generated = answer_records(session, data, records)
+        return scores | generated.scores, generated.answers
+    if not guesses:
+        return scores, []
+    examples = sorted(guesses)
+    given = (
+        [guesses[example] for example in examples],
+        data.labels_of(examples),
+        data.records[examples].tolist(),
+    )
+    return scores | session.task.metrics(*given), session.task.answers(*given)
+
+
+def _named(by_set: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Scores by the names that they have in metrics.jsonl, their means over the sets first. (Half
+    widths of intervals have none.)"""
+    first, *_ = by_set.values()
+    means = {
+        f"eval_{score}": math.fsum(scores[score] for scores in by_set.values()) / len(by_set)
+        for score in first
+        if len(by_set) == 1 or not score.endswith("_interval")
+    }
+    sets = {
+        f"eval_{name}_{score}": value
+        for name, scores in by_set.items()
+        if name
+        for score, value in scores.items()
+    }
+    return means | sets
 
 
 def mean_loss(
@@ -49,7 +117,7 @@ def mean_loss(
     weight = int(data.weights[records].sum())
     parts = _forward(session, data, records, weight if gradients else None)
     if gradients:
-        session.world.sum_(session.optimizer.gradients)
+        session.world.sum_(session.masked_optimizer.gradients)
     return _mean(parts)
 
 
@@ -65,7 +133,11 @@ class _Part:
 
 
 def _forward(
-    session: Session, data: TokenDataset, records: np.ndarray, weight: int | None = None
+    session: Session,
+    data: TokenDataset,
+    records: np.ndarray,
+    weight: int | None = None,
+    bar: tuple[str, Shown] = ("", "none"),
 ) -> list[_Part]:
     """Results of all ranks' micro-batches by global index, without dropout; with `weight`, also
     gradients of loss / weight. Micro-batches and the order of sums do not depend on the number of
@@ -75,20 +147,21 @@ def _forward(
     was_training = session.model.training
     session.model.eval()
     options, rows = session.config.data, session.backbone.rows
-    sequences = packed_records(np.asarray(records), data, options)
+    sequences = packed_records(np.asarray(records), data, options, task)
     micro_batches = cut(sequences, data, options, options.micro_batch_size, rows)
     lengths = [row_length(one, data, rows) for one in micro_batches]
     rows = rows.fitted(lengths, max(lengths))
-    for index, batch in assign_micro_batches(
-        micro_batches, data, task, rows, world.rank, world.size
-    ):
-        session.watchdog.alive(f"micro-batch {index} of an evaluation")
-        batch = batch.to(world.device)
-        loss, predictions = task.loss(session.model, batch)
-        if weight is not None:
-            session.engine.backward(loss / weight)
-        guesses = predictions.tolist() if predictions is not None and batch.records else []
-        parts.append(_Part(index, float(loss.detach()), batch.weight, batch.records, guesses))
+    own = assign_micro_batches(micro_batches, data, task, rows, world.rank, world.size)
+    with EvaluationBar(bar[0], -(-len(micro_batches) // world.size), bar[1]) as progress:
+        for index, batch in own:
+            session.watchdog.alive(f"micro-batch {index} of an evaluation")
+            batch = batch.to(world.device)
+            loss, predictions = task.loss(session.model, batch)
+            if weight is not None:
+                session.engine.backward(loss / weight)
+            guesses = predictions.tolist() if predictions is not None and batch.records else []
+            parts.append(_Part(index, float(loss.detach()), batch.weight, batch.records, guesses))
+            progress.advance()
     session.model.train(was_training)
     return sorted(part for parts_of_rank in world.gather(parts) for part in parts_of_rank)
 
@@ -98,11 +171,16 @@ def _mean(parts: list[_Part]) -> float:
 
 
 def evaluate_saved(config: Config, world: World, saved: Saved) -> dict[str, float]:
-    """Scores of a checkpoint's adapters on the backbone that `config` describes. Collective."""
+    """The scores of `full_evaluation` of a checkpoint. Collective."""
+    return full_evaluation(open_saved(config, world, saved)).scores
+
+
+def open_saved(config: Config, world: World, saved: Saved) -> Session:
+    """A checkpoint's adapters on the backbone that `config` describes. Collective."""
     unreached = saved.state.get("unreached", [])
     session = open_session(
         config, world, saved.initial_adapters, unreached, frozen=lambda _: saved.frozen
     )
     with world.all_or_none():
         load_trained(session, saved.checkpoint, saved.tensors)
-    return evaluate(session)
+    return session

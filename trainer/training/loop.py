@@ -13,11 +13,13 @@ from trainer.checkpoint.writer import CheckpointWriter
 from trainer.data.loader import Loader
 from trainer.device_memory import peak_gib
 from trainer.distributed.world import World
+from trainer.engine.sharded_optimizer import ShardedOptimizer
 from trainer.errors import RunFailed
 from trainer.records.progress import Progress
 from trainer.session import Session
-from trainer.training.evaluation import evaluate
-from trainer.training.step import StepDone, Training, train_step
+from trainer.training.best import is_exhausted, judge
+from trainer.training.evaluation import full_evaluation
+from trainer.training.step import StepDone, Training, settled, train_step
 from trainer.training.stop_request import Interrupted, StopRequest
 
 
@@ -34,6 +36,12 @@ class Run:
     def session(self) -> Session:
         return self.training.session
 
+    @property
+    def ended(self) -> bool:
+        """Whether all steps are made, or `run.patience` is exhausted."""
+        done = self.progress.step == self.training.steps
+        return done or is_exhausted(self.session.config, self.progress)
+
     def asked_to_stop(self) -> bool:
         """Whether any rank has a stop request. Collective."""
         return self.session.world.any(self.stop.reason is not None)
@@ -45,15 +53,15 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Train from `run.progress` to the last step. Raises Interrupted, on every rank, once the state
+    """Train from `run.progress` to the end. Raises Interrupted, on every rank, once the state
     at a stop request is saved. Collective."""
     training, progress, config = run.training, run.progress, run.session.config
-    with run.session.watchdog:
+    with run.session.watchdog, settled():
         stopping = run.asked_to_stop()
         if not stopping:
             _begin(run)
         clock = Clock()
-        while progress.step < training.steps and not stopping:
+        while not run.ended and not stopping:
             done = train_step(training, progress.step, meanwhile=run.must_stop)
             stopping = done.meanwhile
             progress.count(skipped=done.update.skipped)
@@ -66,13 +74,14 @@ def train(run: Run) -> None:
                 clock = Clock()
             if progress.skipped_in_a_row >= min(config.optim.max_skipped_steps, training.steps):
                 _give_up(run)
+            is_best = False
             if last or (_due(config.run.eval_every, progress.step) and not stopping):
                 with clock.paused():
-                    _evaluate(run)
+                    is_best = _evaluate(run)
                 stopping = run.asked_to_stop()
-            if last or stopping or _due(config.checkpoint.every, progress.step):
+            if run.ended or stopping or is_best or _due(config.checkpoint.every, progress.step):
                 run.writer.save(progress)
-        if progress.step < training.steps:
+        if not run.ended:
             _leave(run)
 
 
@@ -106,18 +115,34 @@ def _begin(run: Run) -> None:
     if progress.step == 0:
         if options.eval_at_start:
             _evaluate(run)
-        run.session.method.on_train_begin(run.session.optimizer, run.training.validate)
+        optimizer: Any = run.session.optimizer
+        run.session.method.on_train_begin(optimizer, run.training.validate)
     elif _due(options.eval_every, progress.step) and progress.evaluated < progress.step:
         _evaluate(run)
+        if options.keep_best is not None:  # the checkpoint does not know of it
+            run.writer.save(progress)
 
 
-def _evaluate(run: Run) -> None:
-    if run.session.config.data.eval is None:
-        return
-    run.training.recorder.set_state("evaluating")
-    scores = evaluate(run.session)
-    run.progress.evaluated = run.progress.step
-    run.training.recorder.write({"step": run.progress.step, **scores})
+def _evaluate(run: Run) -> bool:
+    """Evaluate and record; whether it is the best so far. Collective."""
+    session, progress, recorder = run.session, run.progress, run.training.recorder
+    if session.config.data.eval is None:
+        return False
+    recorder.set_state("evaluating")
+    found = full_evaluation(session)
+    progress.evaluated = progress.step
+    is_best = judge(session, progress, found.scores)
+    best = {} if progress.best is None else {"best_step": progress.best.step}
+    recorder.write({"step": progress.step, **found.scores, **found.cost, **best})
+    if is_best or session.config.run.keep_best is None:
+        recorder.answered(progress.step, found.answers)
+    if not run.ended or progress.step == run.training.steps:
+        return is_best
+    recorder.log_line(
+        f"step {progress.step}: no better {session.config.run.keep_best} in {progress.waited} "
+        "evaluations (run.patience): training ends"
+    )
+    return is_best
 
 
 def _log(run: Run, done: StepDone, clock: Clock) -> None:
@@ -143,15 +168,16 @@ def _figures(session: Session, progress: Progress, clock: Clock) -> dict[str, An
     peaks = session.world.gather(round(peak_gib(session.world.device), 3))
     seconds = time.perf_counter() - clock.started
     heads = sum(p.numel() for head in session.backbone.heads.values() for p in head.parameters())
+    heads += sum(p.numel() for p in session.method.trained_parameters.values())
     return {
         "tokens_per_second": round(clock.tokens / seconds, 1),
         "step_seconds": round(seconds / clock.steps, 4),
         "peak_memory_gib": max(peaks),
         **({"peak_memory_gib_by_rank": peaks} if len(peaks) > 1 else {}),
         "trainable_parameters": session.optimizer.numel,
-        "active_parameters": session.method.adapters.active_parameters()
-        + heads
-        + session.backbone.row_parameters,
+        "active_parameters": session.optimizer.numel
+        if isinstance(session.optimizer, ShardedOptimizer)
+        else session.method.adapters.active_parameters() + heads + session.backbone.row_parameters,
         "skipped_steps": progress.skipped,
     }
 

@@ -4,7 +4,9 @@ decide (most methods) → forward, backward → decide (the others) → reduce o
 → learning rate → clip, update → after the step
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -12,7 +14,6 @@ import torch
 
 from adapters import seeds
 from adapters.methods.base import Method, Validate
-from adapters.optimizer import MaskedAdamW
 from trainer.data.loader import Step
 from trainer.decisions import consensus
 from trainer.decisions.replay import Replay
@@ -23,6 +24,7 @@ from trainer.memory import planner
 from trainer.model.backbone import class_name
 from trainer.records.recorder import Recorder, SilentRecorder
 from trainer.session import Session
+from trainer.tasks.base import Batch
 from trainer.training.lr_schedule import learning_rate
 from trainer.verification.first_steps import FirstSteps
 
@@ -52,6 +54,8 @@ class Training:
     """Rank 0: recorded decisions to apply in place of the method's own."""
     first_steps: FirstSteps | None = None
     """Proves that every adapter trains; None: not proved (again)."""
+    capture: Callable[[], str | None] = lambda: None
+    """Captures CUDA graphs anew, after tensors were replaced; returns a line for the log."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def gradients_and_decision(
 def observed_update(
     method: Method,
     step: int,
-    optimizer: MaskedAdamW,
+    optimizer: Any,
     update: Callable[[], Update],
     validate: Validate,
 ) -> Update:
@@ -136,7 +140,8 @@ def _rebind(training: Training, step: int) -> None:
     """Rebind the optimizer's buffers after adapters were removed or resized, and free memory."""
     session = training.session
     device, before = session.world.device, held_bytes(session.world.device)
-    session.optimizer.rebind_parameters(session.trainables())
+    session.backbone.blocks.graphs.forget()  # they hold memory, and tensors that are replaced
+    session.masked_optimizer.rebind_parameters(session.trainables())
     release(device)
     adapters = session.method.adapters.values()
     training.recorder.log_line(
@@ -144,6 +149,7 @@ def _rebind(training: Training, step: int) -> None:
         f"{max((adapter.rank for adapter in adapters), default=0)}, memory "
         f"{readable(before)} -> {readable(held_bytes(device))}"
     )
+    log_graphs(training.recorder, training.capture())
 
 
 def _gradients(training: Training, step: int) -> tuple[Step, torch.Tensor]:
@@ -153,7 +159,9 @@ def _gradients(training: Training, step: int) -> tuple[Step, torch.Tensor]:
     size = session.method.micro_batch_size or session.config.data.micro_batch_size
     if size != batches.micro_batch_size:
         batches.micro_batch_size = size
+        session.backbone.blocks.graphs.forget()
         log_plan(training.recorder, planner.make_plan(session, size))
+        log_graphs(training.recorder, training.capture())
     batch = batches.next_step()
     return batch, _accumulate_within_memory(training, batch, step)
 
@@ -189,19 +197,44 @@ def accumulate(session: Session, batch: Step, step: int) -> torch.Tensor:
         # Dropout (adapters and backbone) depends on the micro-batch, not on the rank that runs it.
         session.method.adapters.set_dropout_seed(step, index)
         torch.manual_seed(seeds.mixed(session.config.run.seed, step, index))
-        loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
-        loss = loss / batch.weight
-        if not loss.requires_grad:
-            raise UserError(
-                f"model.id: the loss of {class_name(session.model)} has no gradient: the model "
-                "runs its layers outside of autograd's record; accepted: other models"
-            )
-        session.engine.backward(loss)
-        total += loss.detach()
+        with session.casts.fresh():
+            total += _gradients_of(session, micro_batch, batch.weight)
     return total
+
+
+def _gradients_of(session: Session, micro_batch: Batch, weight: int) -> torch.Tensor:
+    """Forward and backward of a micro-batch; its part of the mean loss."""
+    with session.backbone.blocks.graphs.replaying():
+        loss, _ = session.task.loss(session.model, micro_batch.to(session.world.device))
+    loss = loss / weight
+    if not loss.requires_grad:
+        raise UserError(
+            f"model.id: the loss of {class_name(session.model)} has no gradient: the model "
+            "runs its layers outside of autograd's record; accepted: other models"
+        )
+    session.engine.backward(loss)
+    return loss.detach()
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Context of the steps: what exists before them stays, and Python's garbage collector does not
+    go through all of it every few steps, for as long as a short step takes."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def log_plan(recorder: Recorder, plan: planner.Plan | None) -> None:
     """Log the plan for the GPU's memory, if there is one."""
     if plan is not None:
         recorder.log_line(f"memory    {plan}")
+
+
+def log_graphs(recorder: Recorder, line: str | None) -> None:
+    """Log what is known of CUDA graphs, if anything."""
+    if line is not None:
+        recorder.log_line(f"graphs    {line}")

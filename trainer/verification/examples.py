@@ -35,7 +35,9 @@ def examples(session: Session) -> list[Example]:
 
 def cut(task: Task, example: Example, length: int) -> Example:
     """A record whose rows are cut to at most `length` tokens; the last one, by which some models
-    pool, stays."""
+    pool, stays. An image is not cut."""
+    if example.image:
+        return example
     rows = [[*row[: min(length, len(row)) - 1], row[-1]] for row in task.parts(example).values()]
     if len(rows) > 1:
         return task.made_up(*rows)
@@ -48,6 +50,7 @@ def cut(task: Task, example: Example, length: int) -> Example:
         loss_mask=learned,
         token_type_ids=[example.token_type_ids[i] for i in kept] if example.token_type_ids else (),
         weight=max(1, sum(learned)),
+        reference="",
     )
 
 

@@ -79,7 +79,7 @@ class FirstSteps:
                     f"{_listed(still)}: B is still exactly 0 after an update, though its gradient "
                     "is not: the optimizer does not train this adapter"
                 )
-            if not bool(torch.isfinite(self._session.optimizer.values).all()):
+            if not bool(torch.isfinite(self._session.masked_optimizer.values).all()):
                 raise RunFailed("a trained value is not finite after one of the first updates")
         self._left -= 1
         if not self._waiting or self._left == 0:

@@ -99,8 +99,9 @@ def arrangements(session: Session, examples: list[Example]) -> dict[str, list[Se
     records are padded too, unless they lie end to end."""
     ways: dict[str, list[Sequences]] = {}
     end_to_end, size = session.backbone.rows.end_to_end, session.config.data.micro_batch_size
-    if session.config.data.packing or end_to_end:
-        ways["packed" if session.config.data.packing else "end to end"] = [[examples]]
+    packs = session.config.packs_rows
+    if packs or end_to_end:
+        ways["packed" if packs else "end to end"] = [[examples]]
     several = size is None or session.method.largest_micro_batch(size) > 1
     several = several or session.backbone.rows.few > 0  # rows are padded to few lengths
     if several and not end_to_end:
@@ -135,6 +136,7 @@ def as_verified(session: Session) -> Iterator[None]:
     was_training = session.model.training
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(session.method.without())
         stack.enter_context(session.backbone.blocks.uncompiled())
         stack.enter_context(frozen_tables(session.backbone.token_rows))
         try:
@@ -166,7 +168,7 @@ def _ours(session: Session, sequences: Sequences) -> Result:
     batch = session.task.collate(sequences).to(session.world.device)
     outputs: list[Tensor] = []
     handle = session.model.register_forward_hook(
-        lambda model, inputs, output: outputs.append(output.logits.detach())
+        lambda model, inputs, output: outputs.append(session.task.logits(output).detach())
     )
     try:
         with recorded(_blocks(session)) as calls, computing(session):
@@ -180,8 +182,8 @@ def _ours(session: Session, sequences: Sequences) -> Result:
     ]
     examples = [example for packed in sequences for example in packed]
     hidden = _hidden(session, calls, batch, spans, examples)
-    learned_tokens = _learns_tokens(session, batch, examples)
-    logits = [] if learned_tokens else list(outputs[0])
+    learned_tokens = batch.targets.shape == session.task.shape(batch)
+    logits = [] if learned_tokens else _by_record(outputs[0], spans)
     return Result(
         [call.path for call in calls], hidden, float(loss) if learned_tokens else None, logits
     )
@@ -196,7 +198,7 @@ def _alone(
     for number, example in enumerate(examples):
         changed, start = changed_at_the_end(session.task, example)
         batch = session.task.collate([[example]]).to(session.world.device)
-        learned_tokens = _learns_tokens(session, batch, [example])
+        learned_tokens = batch.targets.shape == session.task.shape(batch)
         inputs = batch.inputs
         if learned_tokens and number == 0:
             inputs = session.task.collate([[example], [changed]]).to(session.world.device).inputs
@@ -210,12 +212,12 @@ def _alone(
                     f"what follows a token changes its logits by {seen:.0%}; accepted: a causal "
                     "model, or another task.kind"
                 )
-        spans, rows = [(0, 0, len(example.input_ids))], len(inputs["input_ids"])
+        spans, rows = [(0, 0, len(example.input_ids))], len(next(iter(inputs.values())))
         hidden = _hidden(session, done.calls, batch, spans, [example], rows)
         loss = _loss(done.logits[:1], batch) if learned_tokens else None
         parts.append(
             Result([c.path for c in done.calls], hidden, loss,
-                   [] if learned_tokens else list(done.logits[:1]))
+                   [] if learned_tokens else _by_record(done.logits, spans))
         )  # fmt: skip
     return _joined(parts)
 
@@ -224,10 +226,12 @@ def _padded(session: Session, reference: Reference, examples: Sequence[Example])
     """The reference on the records padded together, with a mask made here."""
     parts = [session.task.parts(example) for example in examples]
     batch = session.task.collate([[example] for example in examples])
-    inputs = {
-        name: _rows([of_one[name] for of_one in parts], session.task.pad_token_id)
-        for name in parts[0]
-    }
+    inputs = dict(batch.inputs)
+    if "input_ids" in batch.inputs:
+        inputs = {
+            name: _rows([of_one[name] for of_one in parts], session.task.pad_token_id)
+            for name in parts[0]
+        }
     if "token_type_ids" in batch.inputs:
         inputs["token_type_ids"] = _rows([e.token_type_ids for e in examples], 0)
     if "attention_mask" in batch.inputs:
@@ -236,24 +240,25 @@ def _padded(session: Session, reference: Reference, examples: Sequence[Example])
     done = reference.run(batch.inputs, session.backbone.dtype)
     spans = [(row, 0, len(example.input_ids)) for row, example in enumerate(examples)]
     hidden = _hidden(session, done.calls, batch, spans, examples)
-    learned_tokens = _learns_tokens(session, batch, examples)
+    learned_tokens = batch.targets.shape == session.task.shape(batch)
     return Result(
         [call.path for call in done.calls],
         hidden,
         _loss(done.logits, batch) if learned_tokens else None,
-        [] if learned_tokens else list(done.logits),
+        [] if learned_tokens else _by_record(done.logits, spans),
     )
+
+
+def _by_record(logits: Tensor, spans: list[tuple[int, int, int]]) -> list[Tensor]:
+    """The logits of each record: of its row, or of its tokens (rows, tokens, outputs)."""
+    if logits.dim() == 2:
+        return list(logits[: len(spans)])
+    return [logits[row, start : start + length] for row, start, length in spans]
 
 
 def _rows(values: Sequence[Sequence[int]], filler: int) -> Tensor:
     width = max(map(len, values))
     return torch.tensor([[*row, *[filler] * (width - len(row))] for row in values])
-
-
-def _learns_tokens(session: Session, batch: Batch, examples: Sequence[Example]) -> bool:
-    """Whether the targets are tokens of the (last) rows of these `examples`."""
-    name = [*session.task.parts(examples[0])][-1]
-    return batch.targets.shape == batch.inputs[name].shape
 
 
 def _joined(parts: list[Result]) -> Result:
@@ -295,7 +300,7 @@ def _hidden(
     for call in calls:
         decodes = len(parts[0]) > 1 and "decoder" in call.path.split(".")
         name = [*parts[0]][-1 if decodes else 0]
-        count, width = batch.inputs[name].shape
+        count, width = batch.inputs[name].shape if len(parts[0]) > 1 else session.task.shape(batch)
         shape = (count if rows is None else rows, width)
         output = call.output
         known = output is not None and output.dim() == 3 and tuple(output.shape[:2]) == shape

@@ -26,6 +26,7 @@ from trainer.model.backbone import TrainedModule, class_name
 from trainer.model.hub import load_model_config, resolve_folder
 from trainer.model.meta import compute_buffers, parameters_on_meta
 from trainer.session import Session
+from trainer.tasks.base import without_cache
 from trainer.verification.calls import Calls, recorded
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ class Reference:
                 stack.enter_context(self._filled_while_it_runs(path, block, dtype))
             calls = stack.enter_context(recorded(self.blocks, inside))
             with computing(self.session):
-                logits = self.model(**inputs, **without_cache(self.model)).logits
-        return Pass(calls, logits)
+                output = self.model(**inputs, **without_cache(self.model))
+        return Pass(calls, self.session.task.logits(output))
 
     @contextmanager
     def _filled_while_it_runs(self, path: str, block: nn.Module, dtype: torch.dtype) -> Any:
@@ -255,11 +256,3 @@ def _cast(output: Any, dtype: torch.dtype) -> Any:
     if isinstance(output, tuple):
         return tuple(_cast(part, dtype) for part in output)
     return output.to(dtype) if output.is_floating_point() else output
-
-
-def without_cache(model: nn.Module) -> dict[str, bool]:
-    """`use_cache=False` for models that have the argument."""
-    from inspect import signature
-
-    takes = "use_cache" in signature(type(model).forward).parameters
-    return {"use_cache": False} if takes else {}

@@ -30,6 +30,9 @@ class PolicyOptions(Section):
     """Backbone of the policy network (LeLoRA, tables 13 and 14)."""
     learning_rate: float = Field(3e-3, gt=0)
     """η₂ (paper: 1e-3)."""
+    head_scale: float = Field(0.01, gt=0)
+    """Factor of the Kaiming-uniform initial weights of the two heads; 1: the paper's, whose first
+    policy prefers some actions by chance."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Optimizer of the policy; `sgd` is eq. 10 as printed."""
     credit: Literal["counterfactual", "attributed", "global"] = "counterfactual"

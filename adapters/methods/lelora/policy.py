@@ -20,7 +20,6 @@ NETWORKS = ("mlp", "resnet", "tabnet")
 
 _EMBEDDING = 200  # dimensions, for the layer index and for the matrix type
 _WIDTHS = (1024, 256, 64)  # hidden layers; the last is the heads' input
-_HEAD_SCALE = 0.01  # factor of the Kaiming bound, see `PolicyNetwork`
 _STEPS = 3  # TabNet's decision steps
 _RELAXATION = 1.3  # TabNet's γ; at 1, a column fully used in one step is unavailable in later ones
 _SHARPNESS = 0.1  # initial gain of the norm before each mask, see `_TabNet`
@@ -32,8 +31,9 @@ class PolicyNetwork(nn.Module):
 
     Linear weights are Kaiming-uniform and biases 0; embeddings are N(0, 1), the variance that
     Kaiming's gain assumes. All are drawn from a generator seeded by `seed`, without changing the
-    global random state. Choice: the two heads' weights are scaled by 0.01, so that the initial
-    policy is close to uniform (otherwise its entropy is 50 to 90 % of the maximum, by chance).
+    global random state. Choice: the two heads' weights are scaled by `head_scale` (0.01), so that
+    the initial policy is close to uniform (otherwise, as in the paper, its entropy is 50 to 90 % of
+    the maximum, by chance).
 
     Raises ValueError for an unknown `network`.
     """
@@ -48,6 +48,7 @@ class PolicyNetwork(nn.Module):
         ranks: int,
         locations: int,
         seed: int,
+        head_scale: float = 0.01,
     ):
         super().__init__()
         if network not in NETWORKS:
@@ -59,7 +60,7 @@ class PolicyNetwork(nn.Module):
             self.body = _body(network, 2 * _EMBEDDING + features)
             self.rank_head = nn.Linear(_WIDTHS[-1], ranks)
             self.location_head = nn.Linear(_WIDTHS[-1], locations)
-        self._initialise(torch.Generator().manual_seed(seed))
+        self._initialise(torch.Generator().manual_seed(seed), head_scale)
 
     def forward(self, layer: Tensor, kind: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the ranks, (n, ranks), and of the locations, (n, locations), of n units.
@@ -71,7 +72,7 @@ class PolicyNetwork(nn.Module):
         return self.rank_head(hidden), self.location_head(hidden)
 
     @torch.no_grad()
-    def _initialise(self, generator: torch.Generator) -> None:
+    def _initialise(self, generator: torch.Generator, head_scale: float) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.kaiming_uniform_(module.weight, nonlinearity="relu", generator=generator)
@@ -80,7 +81,7 @@ class PolicyNetwork(nn.Module):
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, generator=generator)
         for head in (self.rank_head, self.location_head):
-            head.weight.mul_(_HEAD_SCALE)
+            head.weight.mul_(head_scale)
 
 
 def log_probability(

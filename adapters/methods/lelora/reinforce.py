@@ -67,6 +67,7 @@ class Reinforce:
         self.network = PolicyNetwork(
             options.network, layers=int(layer.max()) + 1, kinds=int(kind.max()) + 1,
             features=features, ranks=len(ranks), locations=locations, seed=seed,
+            head_scale=options.head_scale,
         ).to(device)  # fmt: skip
         make = torch.optim.Adam if options.optimizer == "adam" else torch.optim.SGD
         fused = device.type == "cuda"

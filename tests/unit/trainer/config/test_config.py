@@ -150,7 +150,8 @@ REFUSED = {
         {"task.kind": "causal"},
         [
             "task.kind: 'causal'",
-            "causal_lm, multiple_choice, sequence_classification",
+            "causal_lm, image_classification, multiple_choice, question_answering, "
+            "sequence_classification",
             "mean 'causal_lm'?",
         ],
     ),

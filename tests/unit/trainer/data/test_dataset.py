@@ -549,6 +549,7 @@ def test_a_data_set_is_the_digest_of_its_examples(tmp_path: Path, causal: Causal
         "loss_mask": [list(data[i].loss_mask) for i in range(len(data))],
         "token_type_ids": [[] for _ in range(len(data))],
         "label": list(data.labels), "weight": list(data.weights), "record": list(data.records),
+        "reference": [""] * len(data), "image": [b""] * len(data),
     }  # fmt: skip
 
     def digest(changed: dict[str, Any], size: int = 10) -> str:
@@ -558,7 +559,8 @@ def test_a_data_set_is_the_digest_of_its_examples(tmp_path: Path, causal: Causal
 
     assert digest({}) == digest({}, size=1) == data.digest
     for name, values in columns.items():
-        other = [[*values[0], 1] if isinstance(values[0], list) else values[0] + 1, *values[1:]]
+        more: Any = {list: [1], str: "x", bytes: b"x"}.get(type(values[0]), 1)
+        other = [values[0] + more, *values[1:]]
         assert digest({name: other}) != data.digest, name
     ids = columns["input_ids"]
     moved = [[*ids[0], ids[1][0]], ids[1][1:], *ids[2:]]

@@ -82,7 +82,7 @@ VALIDATING = ("method.kind=lelora", "method.policy.credit=global")
 def held(tmp_path, *overrides: str) -> tuple[TokenDataset, np.ndarray, np.ndarray]:
     config: Config = quick_config(tmp_path, "data.eval_records=null", *overrides)
     _, task, data, eval_data = open_data(config, World())
-    assert eval_data is None
+    assert eval_data == {}
     return data, *hold_out(config, data, task)
 
 

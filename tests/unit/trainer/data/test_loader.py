@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from trainer.config.data_options import DataOptions
-from trainer.data.dataset import Counts, TokenDataset
+from trainer.data.dataset import Counts, TokenDataset, schema
 from trainer.data.loader import Loader, Step
 from trainer.data.micro_batches import assign_micro_batches, by_count
 from trainer.data.rows import Rows
@@ -34,17 +34,10 @@ def dataset(lengths: list[int], seed: int = 0) -> TokenDataset:
         "label": [0.0] * len(lengths),
         "weight": [sum(mask) for mask in masks],
         "record": range(len(lengths)),
+        "reference": [""] * len(lengths),
+        "image": [b""] * len(lengths),
     }
-    types = [
-        pa.list_(pa.int32()),
-        pa.list_(pa.int8()),
-        pa.list_(pa.int8()),
-        pa.float64(),
-        pa.int32(),
-        pa.int32(),
-    ]
-    schema = pa.schema(dict(zip(columns, types, strict=True)))
-    return TokenDataset(pa.Table.from_pydict(columns, schema=schema), Counts())
+    return TokenDataset(pa.Table.from_pydict(columns, schema=schema()), Counts())
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_auto_falls_back_where_windows_cannot_be_opened(tmp_path, monkeypatch, a
     monkeypatch.setattr("trainer.engine.select.choose", lambda *_: ("peer", "it fits on the host"))
     monkeypatch.setattr("trainer.engine.peer.possible", lambda world: opens)
     monkeypatch.setattr(
-        "trainer.engine.select.engine_class", lambda kind: made.append(kind) or Recorded
+        "trainer.engine.select.engine_class", lambda kind, *_: made.append(kind) or Recorded
     )  # fmt: skip
     config = quick_config(tmp_path, f"engine.kind={asked}")
     engine = make_engine(config, World(), TASKS["causal_lm"])

@@ -73,7 +73,7 @@ def test_quantised_on_the_identical_dequantised_backbone(quantization, tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(merged(inputs()).logits, expected, atol=1e-4)
     assert "on the unquantised backbone" in said
-    assert said in (tmp_path / "adapter/README.md").read_text()
+    assert said.splitlines()[0] in (tmp_path / "adapter/README.md").read_text()
     export(config, tmp_path / "original", what="merged", base="original", measure=False)
     plain = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "original")

@@ -266,3 +266,17 @@ def test_the_command_refuses_nonsense(monkeypatch, arguments, message):
 def test_a_mistake_is_one_line():
     code, _, err = python("launch/estimate.py", LLAMA, "--gpus", "0")
     assert code == 2 and err.splitlines() == ["error: --gpus: 0 given; accepted: 1 or more"]
+
+
+def test_graphs_take_the_activations_again(tmp_path):
+    without, maybe, graphs = (
+        small(tmp_path, f"engine.cuda_graphs={value}") for value in ("false", "auto", "true")
+    )
+    assert without.peak == maybe.peak and not without.possible_graphs
+    assert maybe.possible_graphs == graphs.graphs > graphs.probe.saved(graphs.saved) > 0
+    assert graphs.peak == without.peak + graphs.graphs == sum(graphs.parts().values())
+    assert "CUDA graphs" in table(graphs) and "more" in table(maybe).splitlines()[-2]
+    for change in ("engine.activation_checkpointing=true", "engine.kind=fsdp2"):
+        assert not small(tmp_path, change, gpus=1 + ("fsdp2" in change)).possible_graphs
+    with pytest.raises(UserError, match=r"engine\.cuda_graphs: true given with engine\.kind=fsdp2"):
+        quick_config(tmp_path, "engine.cuda_graphs=true", "engine.kind=fsdp2")

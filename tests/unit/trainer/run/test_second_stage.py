@@ -21,6 +21,7 @@ from trainer.device_memory import readable
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, UserError
 from trainer.export.export import export_run
+from trainer.records.progress import Progress
 from trainer.run.dry_run import dry_run
 from trainer.run.finish import finish
 from trainer.run.run import run
@@ -407,7 +408,7 @@ def test_what_began_as_a_part_of_w_and_has_become_nothing_is_a_change(place, tmp
     stage.begin(session)
     assert session.frozen.keys() == session.method.adapters.keys()
     expected = start_logits(session)
-    finish(session, tmp_path, 0)
+    finish(session, tmp_path, Progress())
     model = AutoModelForCausalLM.from_pretrained(config.model.id, dtype=torch.float32)
     found = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()(ids()).logits
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

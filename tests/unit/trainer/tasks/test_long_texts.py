@@ -1,9 +1,11 @@
 """Long texts: of their tokens the first ones, without tokenising the rest."""
 
 import functools
+import itertools
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +17,9 @@ from tests.unit.trainer.tasks.tokenizers_of_all_kinds import KINDS, byte_level, 
 from trainer.tasks import long_texts
 from trainer.tasks.base import Example, Record, TooLong
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
-from trainer.tasks.long_texts import beginning, can_cut
+from trainer.tasks.long_texts import beginning, can_cut, truncated_pair
+from trainer.tasks.options import SequenceClassificationOptions
+from trainer.tasks.sequence_classification import SequenceClassification
 from trainer.tasks.tokenisation import tokenise
 
 WORDS = ["Hello", "world", "a", "7", "1234567", "İ", "Å", "über", "ﷺ", "あ", "ς", "e\u0301"]
@@ -83,8 +87,53 @@ def test_what_reaches_across_spaces_is_tokenised_whole(kind: str) -> None:
     assert not can_cut(REACHING[kind]())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_huge_text_without_spaces_the_first_characters_are_tokenised(kind: str) -> None:
+    tokenizer = made(kind)
+    dice = np.random.default_rng(0)
+    text = "".join(dice.choice([*"abcdehlorwt0123", "あ", "é"], 20_000))
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with patch.object(long_texts, "_MOST", 4000):
+        part = beginning(tokenizer, text, 10)
+    if len(part) < len(text):
+        assert len(part) == 4000
+        assert tokenizer(part, add_special_tokens=False)["input_ids"][:11] == whole[:11]
+    else:
+        assert len(whole) <= 20  # a single unknown word
+
+
+def test_huge_pairs_are_bounded() -> None:
+    tokenizer = byte_level(False, False)
+    task = SequenceClassification(SequenceClassificationOptions(), tokenizer)
+    task.labels = ["no", "yes"]
+    tokenizer.sep_token = "<|end|>"
+    texts = ["lo" * 5_000_000, "Hello world " * 1_000_000]
+    with patch.object(long_texts, "_MOST", 2**16):
+        (found,) = task.encode([Record([(text, False) for text in texts], label="yes")], 64)
+    assert isinstance(found, Example) and found.truncated
+    assert found.input_ids == encoded(tokenizer, *(text[:3000] for text in texts))
+
+
+def encoded(tokenizer: Any, *texts: str, length: int = 64) -> list[int]:
+    return tokenizer(*texts, truncation="longest_first", max_length=length)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_are_truncated_as_by_the_tokenizer(kind: str) -> None:
+    tokenizer, words = made(kind), "the quick brown fox jumps over the lazy dog " * 4
+    if not tokenizer.is_fast:
+        return
+    for first, second, length in itertools.product((3, 9, 40, 80, 81), (3, 40, 81), (7, 8, 21)):
+        texts = words[:first], words[:second]
+        whole = tokenizer(*texts)["input_ids"]
+        if len(whole) > length:
+            assert truncated_pair(tokenizer, *texts, length).ids == encoded(
+                tokenizer, *texts, length=length
+            )
+
+
 def test_no_more_is_tokenised_than_needed() -> None:
-    """Texts of 20 million characters, words or none (which is why the second is tokenised whole)."""
+    """Texts of 20 million characters, words or none."""
     tokenizer = byte_level(False, False)
     text = "Hello world again " * 1_200_000
     assert len(beginning(tokenizer, text, 128)) < 5000

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import shared
-from tests.helpers import TINY, losses, quick_config
+from tests.helpers import TINY, losses, quick_config, sample, save_random_model
 from trainer.checkpoint.saved import read_saved
+from trainer.config.config import with_overrides
 from trainer.config.data_options import DataOptions
 from trainer.data.choices import commonsense, multiple_choice
 from trainer.data.formats import _part
@@ -22,7 +23,7 @@ from trainer.run.run import run
 from trainer.session import open_session
 from trainer.tasks.multiple_choice import MultipleChoice
 from trainer.tasks.options import MultipleChoiceOptions
-from trainer.training.evaluation import evaluate_saved
+from trainer.training.evaluation import evaluate_saved, mean_loss
 
 QUESTION = "Question: Which of them is a fruit?\nAnswer:"
 
@@ -82,7 +83,8 @@ def test_llm_adapters_json_gives_the_answers_texts_or_names():
     for name, count in (("ARC-Easy", 2376), ("boolq", 3270), ("openbookqa", 500)):
         rows = json.loads(shared(f"data/commonsense/{name}/test.json").read_text())
         right = [
-            next(r.segments[1][0] for r in commonsense(row, options, "") if r.label) for row in rows
+            next(r.segments[1][0] for r in commonsense(row, options, _part, "") if r.label)
+            for row in rows
         ]
         assert len(right) == count
         for row, text in zip(rows, right, strict=True):
@@ -92,13 +94,13 @@ def test_llm_adapters_json_gives_the_answers_texts_or_names():
                 mark = f"{row['answer'].capitalize()}:{text}"
                 assert mark in row["instruction"]
     row = json.loads(shared("data/commonsense/boolq/test.json").read_text())[0]
-    named = commonsense(row, options.model_copy(update={"answers": "names"}), "asked")
+    named = commonsense(row, options.model_copy(update={"answers": "names"}), _part, "asked")
     assert [(r.segments[0][0], r.segments[1][0], r.label) for r in named] == [
         ("asked", "the correct answer is true", 0.0),
         ("asked", "the correct answer is false", 1.0),
     ]
     with pytest.raises(BadRecord, match="instruction has no 'Answer format"):
-        commonsense({**row, "instruction": "Is it so?"}, options, "")
+        commonsense({**row, "instruction": "Is it so?"}, options, _part, "")
 
 
 def arc(tmp_path, *changes):
@@ -116,13 +118,13 @@ def test_scores_are_those_of_the_plain_model(tmp_path):
     config = arc(tmp_path, "data.max_length=96")
     session = open_session(config, World())
     model = AutoModelForCausalLM.from_pretrained(config.model.id, dtype=torch.float32).eval()
-    tokenizer, data = session.tokenizer, session.eval_data
+    tokenizer, data = session.tokenizer, session.eval_data[""]
     rows = json.loads(shared("data/commonsense/ARC-Easy/test.json").read_text())[:12]
     hits, normalised, total, tokens, example = 0, 0, 0.0, 0, 0
     options = config.data
     for row in rows:
         scores = []
-        for record in commonsense(row, options, ""):
+        for record in commonsense(row, options, _part, ""):
             question, choice = (text for text, _ in record.segments)
             asked = tokenizer(question)["input_ids"]
             ids = tokenizer(question + choice)["input_ids"]
@@ -146,6 +148,83 @@ def test_scores_are_those_of_the_plain_model(tmp_path):
     assert found["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
     half = 1.96 * (hits / 12 * (1 - hits / 12) / 12) ** 0.5
     assert found["eval_accuracy_interval"] == pytest.approx(half)
+
+
+@pytest.mark.parametrize("likelihood", sample(["sum", "per_byte"], "per_byte"))
+def test_a_distribution_is_learned_over_all_choices(likelihood, tmp_path):
+    """Loss by transformers, each choice alone; its gradient by finite differences; the same in any
+    micro-batches, and learned."""
+    config = arc(
+        tmp_path, "task.train_on=distribution", f"task.likelihood={likelihood}", "run.steps=3",
+        "data.batch_size=8", "data.train_records=8", "data.eval_records=5", "run.eval_at_start=false",
+        "optim.learning_rate=1e-3",
+    )  # fmt: skip
+    session = open_session(config, World())
+    model = AutoModelForCausalLM.from_pretrained(config.model.id, dtype=torch.float32).eval()
+    rows = json.loads(shared("data/commonsense/ARC-Easy/test.json").read_text())[:5]
+    expected = 0.0
+    for row in rows:
+        scores, right = [], None
+        for record in commonsense(row, config.data, _part, ""):
+            question, choice = (text for text, _ in record.segments)
+            asked = session.tokenizer(question)["input_ids"]
+            ids = session.tokenizer(question + choice)["input_ids"]
+            with torch.no_grad():
+                logp = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            score = sum(float(logp[at - 1, ids[at]]) for at in range(len(asked), len(ids)))
+            right = len(scores) if record.label else right
+            scores.append(
+                score / len(choice.strip().encode()) if likelihood == "per_byte" else score
+            )
+        expected -= float(torch.tensor(scores).log_softmax(0)[right]) / len(rows)
+    data, examples = session.held_out()
+    assert mean_loss(session, data, examples) == pytest.approx(expected, rel=1e-4)
+
+    generator = torch.Generator().manual_seed(3)
+    adapter = next(iter(session.method.adapters.values()))
+    adapter.B.data.normal_(0, 0.05, generator=generator)
+    direction = torch.randn(adapter.B.shape, generator=generator)
+    session.optimizer.zero_grad()
+    mean_loss(session, data, examples, gradients=True)
+    slope = float((adapter.B.grad * direction).sum())
+    values = []
+    for sign in (1, -1):
+        adapter.B.data.add_(direction, alpha=sign * 2e-3)
+        values.append(mean_loss(session, data, examples))
+        adapter.B.data.add_(direction, alpha=-sign * 2e-3)
+    assert slope == pytest.approx((values[0] - values[1]) / 4e-3, rel=0.02)
+
+    run(config, World())
+    metrics = read_metrics(config.run_folder / "metrics.jsonl")
+    trained = [line["loss"] for line in metrics if "loss" in line]
+    saved = read_saved(config.run_folder)
+    for size in (1, 8):
+        changes = [f"data.micro_batch_size={size}", f"data.padding_free={str(size > 1).lower()}"]
+        scores = evaluate_saved(with_overrides(config, changes), World(), saved)
+        assert scores["eval_loss"] == pytest.approx(metrics[-1]["eval_loss"], rel=1e-4)
+    again = with_overrides(config, [*changes, "run.name=again"])
+    run(again, World())
+    assert losses(again.run_folder) == pytest.approx(trained, rel=1e-4)
+    assert trained[-1] < trained[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["task.train_on=distribution", "data.packing=true"], r"data.packing: true given with task.train_on"),
+        (["task.likelihood=per_byte"], r"task.likelihood: per_byte given with task.train_on=answer"),
+    ],
+)  # fmt: skip
+def test_options_of_a_distribution(given, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        quick_config(tmp_path, "task.kind=multiple_choice", "data.packing=false", *given)
+
+
+def test_a_model_that_carries_state_cannot_learn_a_distribution(tmp_path):
+    save_random_model(tmp_path / "model", "mamba", AutoModelForCausalLM, state_size=8)
+    config = arc(tmp_path, "task.train_on=distribution", f"model.id={tmp_path}/model")
+    with pytest.raises(UserError, match=r"task.train_on: distribution given, but Mamba.*carry"):
+        open_session(config, World())
 
 
 def test_only_right_choices_are_learned_and_padding_changes_nothing(tmp_path):

@@ -95,16 +95,16 @@ def options(**settings):
 def test_only_texts_that_are_there_are_refused():
     """The default data.max_length is longer than BERT's table: what counts is the data."""
     model = tiny("bert", AutoModelForSequenceClassification)
-    refuse_longer(model, options(max_length=1024), data_of(3, POSITIONS), None)
+    refuse_longer(model, options(max_length=1024), data_of(3, POSITIONS), {})
     message = (
         f"data.max_length: 1024 given, and the data has texts of 41 tokens, but .* has positions "
         f"for {POSITIONS}; accepted: at most {POSITIONS}$"
     )
     with pytest.raises(UserError, match=message):
-        refuse_longer(model, options(max_length=1024), data_of(41), None)
+        refuse_longer(model, options(max_length=1024), data_of(41), {})
     with pytest.raises(UserError, match="texts of 41"):
-        refuse_longer(model, options(max_length=1024), data_of(3), data_of(41, 2))
-    refuse_longer(tiny("llama"), options(max_length=1024), data_of(900), None)
+        refuse_longer(model, options(max_length=1024), data_of(3), {"": data_of(41, 2)})
+    refuse_longer(tiny("llama"), options(max_length=1024), data_of(900), {})
 
 
 def test_rows_of_packed_texts():
@@ -112,16 +112,16 @@ def test_rows_of_packed_texts():
     for model_type in ("opt", "bert", "roberta", "gpt2"):
         model, given = tiny(model_type), options(max_length=1024, packing=True)
         assert longest_row(model) is None
-        refuse_longer(model, given, data_of(30, 30), None)
+        refuse_longer(model, given, data_of(30, 30), {})
         with pytest.raises(UserError, match="has texts of 41 tokens"):
-            refuse_longer(model, given, data_of(20, 41), None)
+            refuse_longer(model, given, data_of(20, 41), {})
     for model_type in ("mpt", "gpt_neo"):
         model = tiny(model_type)
-        refuse_longer(model, options(max_length=POSITIONS, packing=True), data_of(30, 30), None)
-        refuse_longer(model, options(max_length=1024, packing=True), data_of(20, 20), None)
-        refuse_longer(model, options(max_length=1024), data_of(30, 30), None)
+        refuse_longer(model, options(max_length=POSITIONS, packing=True), data_of(30, 30), {})
+        refuse_longer(model, options(max_length=1024, packing=True), data_of(20, 20), {})
+        refuse_longer(model, options(max_length=1024), data_of(30, 30), {})
         with pytest.raises(UserError, match="has packed rows of 60 tokens"):
-            refuse_longer(model, options(max_length=1024, packing=True), data_of(30, 30), None)
+            refuse_longer(model, options(max_length=1024, packing=True), data_of(30, 30), {})
 
 
 @pytest.mark.parametrize("model_type", ["opt", "bert", "roberta", "gpt2"])
@@ -164,10 +164,10 @@ def test_a_rotary_model_beyond_its_pretraining_is_said():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = tiny("llama")
-    assert list(on_length(model, data_of(POSITIONS), None)) == []
-    (said,) = on_length(model, data_of(5), data_of(POSITIONS + 1))
+    assert list(on_length(model, data_of(POSITIONS), {})) == []
+    (said,) = on_length(model, data_of(5), {"": data_of(POSITIONS + 1)})
     assert said.startswith(f"data.max_length: the longest record has {POSITIONS + 1} tokens")
-    assert list(on_length(tiny("bert"), data_of(POSITIONS), None)) == []
+    assert list(on_length(tiny("bert"), data_of(POSITIONS), {})) == []
 
 
 def test_a_step_larger_than_the_data_is_said(tmp_path, capsys):

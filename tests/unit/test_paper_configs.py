@@ -1,0 +1,120 @@
+"""The papers' recipes, configs/paper: each is what its table says, and trains here with a tiny model
+of its architecture and local records in the form of its data."""
+
+import json
+
+import pytest
+from transformers import AutoModel, AutoModelForCausalLM
+
+from tests.conftest import shared
+from tests.helpers import ROOT, losses, sample, save_random_model
+from trainer.config.config import load_config
+from trainer.distributed.world import World
+from trainer.records.jsonl import read_metrics
+from trainer.run.run import run
+
+FOLDER = ROOT / "configs/paper"
+SETS = ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")
+LLAMA = {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+RECIPES = {  # name: (architecture, data, batch, peak learning rate, warm-up, weight decay, targets, set of ranks or rank, alpha)
+    "lelora_glue_base": ("roberta", "glue", 128, 5e-4, 0.06, 0.1, {"query", "value"}, [0, 2, 4, 8], None),
+    "lelora_glue_large": ("roberta", "glue", 32, 2e-4, 0.03, 0.0, {"query", "value"}, [0, 2, 4, 8], None),
+    "lelora_commonsense": ("llama", "commonsense", 64, 3e-4, 100, 0.0, LLAMA, [0, 2, 4, 8, 16, 32], None),
+    "lelora_math": ("mistral", "math", 64, 3e-4, 100, 0.0, LLAMA, [0, 2, 4, 8, 16, 32], None),
+    "lelora_code": ("mistral", "code", 64, 3e-4, 100, 0.0, LLAMA, [0, 2, 4, 8, 16, 32], None),
+    "lelora_instructions": ("mistral", "instructions", 64, 3e-4, 100, 0.0, LLAMA, [0, 2, 4, 8, 16, 32], None),
+    "lalora_glue": ("roberta", "glue", 16, 5e-4, 0.06, 0.0, {"query", "value"}, 8, 8),
+    "weightlora_glue_attention": ("deberta-v2", "glue", 64, 5e-4, 100, 1e-4, {"query_proj", "key_proj", "value_proj"}, 8, 32),
+    "weightlora_glue": ("deberta-v2", "glue", 192, 3e-4, 100, 1e-4, "all-linear", 8, 16),
+    "weightlora_llama3_glue": ("llama", "glue", 32, 3e-4, 25, 1e-4, "all-linear", 8, 32),
+    "weightlora_qwen3_gsm8k": ("qwen3", "gsm8k", 32, 3e-4, 500, 1e-4, "all-linear", 8, 32),
+    "weightlora_qwen3_arc": ("qwen3", "arc", 32, 3e-4, 500, 1e-4, "all-linear", 8, 32),
+}  # fmt: skip
+
+
+def test_every_recipe_is_tried_here():
+    assert {file.stem for file in FOLDER.glob("*.yaml")} == RECIPES.keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_is_what_the_table_says(name):
+    config = load_config(FOLDER / f"{name}.yaml")
+    _, _, batch, rate, warmup, decay, targets, ranks, alpha = RECIPES[name]
+    method, optim = config.method, config.optim
+    assert (config.data.batch_size, optim.learning_rate, optim.weight_decay) == (batch, rate, decay)
+    assert (optim.warmup_steps or optim.warmup_ratio, optim.schedule) == (warmup, "linear")
+    assert (targets if isinstance(targets, str) else sorted(targets)) == (
+        method.targets if isinstance(method.targets, str) else sorted(method.targets)
+    )
+    if method.kind == "lelora":
+        policy = method.policy
+        assert method.ranks == ranks and method.locations == ["primary", "medium", "minor"]
+        assert (policy.learning_rate, policy.validation_samples, policy.head_scale) == (1e-3, 32, 1)
+        assert (policy.credit, policy.network) == ("global", "mlp")
+    else:
+        assert (method.rank, method.alpha) == (ranks, alpha)
+    if method.kind == "weightlora":
+        assert optim.betas == [0.9, 0.99]
+    assert config.run.name == f"paper_{name}"
+
+
+def rows(kind: str) -> list[dict]:
+    """Local records with the columns of the data set that the recipe names."""
+    if kind == "glue":
+        lines = shared("data/glue/SST-2/dev.tsv").read_text().splitlines()[1:65]
+        pairs = [line.rsplit("\t", 1) for line in lines]
+        return [{"idx": n, "sentence": s, "label": int(y)} for n, (s, y) in enumerate(pairs)]
+    if kind == "arc":
+        asked = [("Which is a fruit?", ["stone", "plum", "nail", "rope"], "B")] * 64
+        return [
+            {"question": q, "choices": {"text": t, "label": list("ABCD")}, "answerKey": a}
+            for q, t, a in asked
+        ]
+    names = {"gsm8k": ("question", "answer"), "math": ("query", "response"), "code": ("query", "answer"), "instructions": ("instruction", "output")}  # fmt: skip
+    asked, answered = names[kind]
+    found = []
+    with shared("data/gsm8k/train.jsonl").open() as lines:
+        for line, _ in zip(lines, range(300), strict=False):
+            row = json.loads(line)
+            found.append({asked: row["question"][:60], answered: row["answer"][:60]})
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", sample(RECIPES, "lelora_glue_base", "lelora_commonsense", "weightlora_qwen3_gsm8k")
+)
+def test_it_trains(name, tmp_path):
+    architecture, kind, *_ = RECIPES[name]
+    encoder = architecture in ("roberta", "deberta-v2")
+    auto = AutoModel if encoder else AutoModelForCausalLM
+    save_random_model(tmp_path / "model", architecture, auto)
+    given = [
+        f"model.id={tmp_path}/model", f"run.dir={tmp_path}/runs", f"data.cache={tmp_path}/cache",
+        "run.epochs=null", "run.steps=3", "run.eval_every=1", "log.every=1", "log.progress=none",
+        "log.tensorboard=false", "data.max_length=160", "data.batch_size=4",
+        "data.micro_batch_size=4", "optim.warmup_ratio=null", "optim.warmup_steps=1",
+        "engine.kind=single", "run.verify=off",
+    ]  # fmt: skip
+    if kind == "commonsense":
+        files = {name: str(shared(f"data/commonsense/{name}/test.json")) for name in SETS}
+        given += [f"data.train={shared('data/commonsense/ARC-Easy/train.json')}",
+                  f"data.eval={json.dumps(files)}", "data.train_records=60", "data.eval_records=4"]  # fmt: skip
+    else:
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows(kind)))
+        config = load_config(FOLDER / f"{name}.yaml")
+        given += [f"data.train={file}", "data.subset=null"]
+        if not isinstance(config.data.eval, float):
+            given += [f"data.eval={file}", "data.eval_records=8"]
+    if name.startswith("lelora"):
+        given += ["method.ranks=[0, 2, 4, 8]"]
+    config = load_config(FOLDER / f"{name}.yaml", given)
+    run(config, World())
+    assert len(losses(config.run_folder)) == 3
+    evaluated = [m for m in read_metrics(config.run_folder / "metrics.jsonl") if "eval_loss" in m]
+    assert len(evaluated) == 3
+    if kind == "commonsense":
+        assert all(f"eval_{name}_accuracy" in evaluated[-1] for name in SETS)
+    if config.run.keep_best is not None:
+        assert config.run.keep_best in evaluated[-1]
+    assert (config.run_folder / "adapter/adapter_model.safetensors").is_file()

@@ -1,0 +1,205 @@
+"""Whether the blocks run as CUDA graphs (`trainer/model/graphs.py`), by a trial, and their capture.
+
+Graphs hold the memory of a pass through the blocks, beside what the caching allocator keeps for
+passes that no graph serves. They are worth it where the CPU launches more slowly than the GPU runs.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from trainer.config.engines import takes
+from trainer.data.loader import Loader
+from trainer.device_memory import allowance, held_bytes, peak_bytes, readable, release
+from trainer.errors import UserError
+from trainer.model.graphs import BlocksGraph, Buffers, Call, NoGraph
+from trainer.session import Session
+from trainer.tasks.base import Batch, Example
+from trainer.tasks.documents import Documents
+
+_WAITING = 0.7
+"""Of the time of a pass, the part that launching it takes where the GPU waits for it."""
+
+
+def capture_graphs(session: Session, batches: Sequence[Batch]) -> str | None:
+    """Capture a graph for micro-batches of the shapes of each of `batches`, the largest first, as
+    `engine.cuda_graphs` says; a line for the log, None if it is false or the device a CPU. Raises
+    UserError where `true` cannot be. Gradients are zero before and after."""
+    asked, device = session.config.engine.cuda_graphs, session.world.device
+    graphs = session.backbone.blocks.graphs
+    graphs.forget()
+    if asked is False or (asked == "auto" and device.type != "cuda"):
+        return None
+    started, reason = time.perf_counter(), None
+    skipped = nbytes = 0
+    try:
+        _refuse(session, batches)
+        with session.casts.fresh():  # as in a step
+            skipped, nbytes = _capture(session, batches)
+    except NoGraph as error:
+        reason = str(error)
+    finally:
+        session.optimizer.zero_grad()
+    reason = next((r for r in session.world.gather(reason) if r is not None), None)
+    if reason is not None:
+        graphs.forget()
+    release(device)
+    with session.world.all_or_none():
+        if reason is not None and asked is True:
+            raise UserError(
+                f"engine.cuda_graphs: true given, but {reason}; accepted: auto or false"
+            )
+    if reason is not None:
+        return f"none: {reason}"
+    left = f", {skipped} more keep the GPU busy without" if skipped else ""
+    return (
+        f"CUDA graphs of {len(graphs)} row lengths{left}, {readable(nbytes)}, captured in "
+        f"{time.perf_counter() - started:.1f} s"
+    )
+
+
+def _refuse(session: Session, batches: Sequence[Batch]) -> None:
+    """Raises NoGraph where graphs cannot serve, as far as that shows without a trial."""
+    config, blocks, device = session.config, session.backbone.blocks, session.world.device
+    if device.type != "cuda" or torch.version.hip is not None:
+        raise NoGraph(f"on {'ROCm' if device.type == 'cuda' else device.type} there are none")
+    if not takes(session.engine.kind, "cuda_graphs"):
+        raise NoGraph(f"engine.kind={session.engine.kind} moves the weights of blocks")
+    if config.method.trains != "adapters":
+        raise NoGraph(f"method.kind={config.method.kind} trains more than adapters")
+    if blocks.saved < len(blocks):
+        raise NoGraph("not all blocks keep their activations")
+    if config.method.dropout > 0:
+        raise NoGraph(f"method.dropout={config.method.dropout} draws anew in every step")
+    if drops := _dropout(session.model):
+        raise NoGraph(f"the model drops at random ({drops})")
+    if blocks.has_trained_parameters:
+        raise NoGraph("blocks have trained parameters beside adapters")
+    if not batches:
+        raise NoGraph(
+            f"rows of task.kind={config.task.kind} are of any form (data.row_lengths, "
+            "data.micro_batch_tokens)"
+        )
+
+
+def _dropout(model: nn.Module) -> str | None:
+    """What the model drops in training: the key of its configuration, or a kind of layer."""
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float) and value > 0 and "classifier" not in key:
+            return f"{key}={value}"
+    layers = (type(m).__name__ for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0)
+    return next(layers, None)
+
+
+def _capture(session: Session, batches: Sequence[Batch]) -> tuple[int, int]:
+    """(number of batches that keep the GPU busy without a graph, bytes of all graphs). Raises
+    NoGraph, for want of memory or of need on every rank."""
+    config, world = session.config.engine, session.world
+    graphs, device = session.backbone.blocks.graphs, world.device
+    stream = torch.cuda.Stream(device)
+    release(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    trials: list[_Trial] = []
+    buffers = None
+    for batch in batches:
+        calls = _record(session, batch)
+        buffers = buffers or Buffers(calls)
+        graph = BlocksGraph(calls, buffers)
+        calls.clear()  # they hold the recorded pass's activations
+        trials.append(_try(graph, stream, first=not trials))
+    needed, peak = max(trial.nbytes for trial in trials), peak_bytes(device)
+    if world.any(peak + needed > allowance(device, config.memory_fraction)):
+        raise NoGraph(f"the memory does not suffice for {readable(needed)} more")
+    of_ranks = world.gather([trial.launching for trial in trials])
+    launching = [min(shares) for shares in zip(*of_ranks, strict=True)]
+    chosen = [
+        trial.graph
+        for trial, share in zip(trials, launching, strict=True)
+        if config.cuda_graphs is True or share >= _WAITING
+    ]
+    if not chosen:
+        raise NoGraph(f"the GPU is busy without (launching takes {max(launching):.0%} of a pass)")
+    release(device)
+    at_start, pool = torch.cuda.memory_reserved(device), torch.cuda.graph_pool_handle()
+    for graph in chosen:
+        graph.capture(stream, pool)
+        graphs.add(graph)
+    return len(trials) - len(chosen), torch.cuda.memory_reserved(device) - at_start
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A graph that is not captured yet, run as the blocks are."""
+
+    graph: BlocksGraph
+    launching: float
+    """Time to launch a pass over its whole time."""
+    nbytes: int
+    """That a pass needs."""
+
+
+def _record(session: Session, batch: Batch) -> list[Call]:
+    """The blocks' calls in a forward pass."""
+    batch = batch.to(session.world.device)
+    with session.backbone.blocks.graphs.recording() as calls:
+        session.task.loss(session.model, batch)
+    return calls
+
+
+def _try(graph: BlocksGraph, stream: torch.cuda.Stream, *, first: bool) -> _Trial:
+    """A pass on the stream of the capture, which loads kernels; with `first` twice, the second one
+    timed."""
+    device = graph.x.device
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        graph.x.normal_()
+        graph.dy.zero_()
+        for _ in range(1 + first):
+            torch.cuda.synchronize(device)
+            before, started = held_bytes(device), time.perf_counter()
+            graph.run_forward()
+            held = held_bytes(device)
+            graph.run_backward()
+            launched = time.perf_counter() - started
+            torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - started
+    return _Trial(graph, launched / seconds, held - before)
+
+
+def row_batches(session: Session, loader: Loader) -> list[Batch]:
+    """A micro-batch of each row length, the longest first; none where rows are of any length or
+    number, or the task's are not of text alone."""
+    rows, size = loader.rows, loader.micro_batch_size
+    of_text = session.config.task.supports_packing
+    if not of_text or not rows.lengths or (size is None and not rows.end_to_end):
+        return []
+    made = []
+    for length in reversed(rows.lengths):
+        documents = [length]
+        if rows.end_to_end or loader.options.packing:
+            longest = max(1, min(rows.longest, length // 2))
+            documents = [longest] * (length // longest) + [length % longest] * (
+                length % longest > 0
+            )
+        examples = [Example([1] * n, [0, *[1] * (n - 1)], weight=n - 1) for n in documents]
+        count = 1 if rows.end_to_end else size or 1
+        batch = session.task.collate([examples] * count, width=length)
+        if batch.documents is not None:
+            batch.documents = _with_room(batch.documents, count * rows.documents, rows.longest)
+        made.append(batch)
+    return made
+
+
+def _with_room(documents: Documents, count: int, longest: int) -> Documents:
+    """With empty documents behind, up to `count`, and as for documents of `longest` tokens."""
+    known = documents.boundaries
+    room = known[-1:].expand(max(0, count + 1 - len(known)))
+    return replace(
+        documents,
+        boundaries=torch.cat([known, room]),
+        longest=max(documents.longest, 2 ** (longest - 1).bit_length()),
+    )
