@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from adapters.unit import stem
 from adapters.units import expert_counts
-from tests.helpers import losses, quick_config
+from tests.helpers import TASK_OF, losses, quick_config
 from tests.references import (
     LOSS,
     Wrong,
@@ -38,7 +38,7 @@ from tests.references import (
     summed_loss,
     with_peft,
 )
-from tests.tiny_models import CAUSAL, PARTS, save_tiny
+from tests.tiny_models import CAUSAL, CLASSIFICATION, PARTS, save_tiny
 from trainer.checkpoint import store
 from trainer.checkpoint.state import load_trained
 from trainer.config.config import Config
@@ -82,7 +82,7 @@ class Case:
             save_tiny(self.model, self.name, self.part)
             causal = [{"prompt": prompt, "completion": rest} for prompt, rest in TEXTS]
             labelled = [{"text": p + r, "label": i % 2} for i, (p, r) in enumerate(TEXTS)]
-            rows = causal if self.part == CAUSAL else labelled
+            rows = labelled if self.part == CLASSIFICATION else causal
             self.records.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     @property
@@ -100,10 +100,9 @@ class Case:
 
     def config(self, name: str, *changes: str) -> Config:
         """A run of 3 steps of 4 records, without evaluation."""
-        task = "causal_lm" if self.part == CAUSAL else "sequence_classification"
         return quick_config(
             self.folder, f"run.name={name}", f"model.id={self.model}", "model.dtype=float32",
-            f"task.kind={task}", f"data.train={self.records}", "data.eval=null",
+            f"task.kind={TASK_OF[self.part]}", f"data.train={self.records}", "data.eval=null",
             "data.prompt='{prompt}'", "data.completion=completion", "data.max_length=64",
             "data.batch_size=4",
             f"data.micro_batch_size={1 if self.one_by_one.exists() else 2}", f"run.steps={STEPS}",

@@ -36,6 +36,11 @@ def sample(cases: Iterable[Any], *usual: Any) -> list[Any]:
     return [case if case in usual else pytest.param(case, marks=thorough) for case in cases]
 
 
+TASK_OF = {
+    "causal": "causal_lm", "classification": "sequence_classification",
+    "pairs": "sequence_to_sequence",
+}  # fmt: skip
+"""The task of each part of `tests/tiny_models.py`."""
 WORKER = ROOT / "tests/world/worker.py"
 SERVER = Server()
 

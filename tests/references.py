@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tests.tiny_models import CAUSAL
+from tests.tiny_models import CAUSAL, PAIRS
 from trainer.tasks.base import Example
 
 LOSS = 1e-5
@@ -46,6 +46,14 @@ def _loss(part: str, model: nn.Module, example: Example) -> Tensor:
         learned = torch.tensor([example.loss_mask])[:, 1:].bool()
         logits = model(**inputs, use_cache=False).logits[:, :-1]
         return F.cross_entropy(logits[learned], ids[:, 1:][learned], reduction="sum")
+    if part == PAIRS:
+        begin = list(example.loss_mask).index(1)
+        source, labels = ids[:, :begin], ids[:, begin:]
+        # Given labels, transformers makes the decoder's tokens of them.
+        logits = model(
+            input_ids=source, attention_mask=torch.ones_like(source), labels=labels
+        ).logits
+        return F.cross_entropy(logits[0], labels[0], reduction="sum")
     if example.token_type_ids:
         inputs["token_type_ids"] = torch.tensor([example.token_type_ids])
     label = torch.tensor([int(example.label)])

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -24,16 +25,18 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-CAUSAL, CLASSIFICATION = "causal", "classification"
+CAUSAL, CLASSIFICATION, PAIRS = "causal", "classification", "pairs"
 PARTS = {
     CAUSAL: (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM),
     CLASSIFICATION: (
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
         AutoModelForSequenceClassification,
     ),
+    PAIRS: (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, AutoModelForSeq2SeqLM),
 }
 TOKENIZER = Path(__file__).resolve().parents[1] / "configs/quickstart/model"
 """512 tokens: <pad> is 0, <s> is 1, </s> is 2."""
@@ -128,6 +131,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "dots3_note": {"text_config": _SWA},
     "dots3_note_text": _SWA,
+    "encoder-decoder": {"decoder_start_token_id": BOS, "pad_token_id": PAD},
     "gemma4": {"text_config": {"global_head_dim": 2 * HEAD_DIM}},
     "gemma4_text": {"global_head_dim": 2 * HEAD_DIM},
     "gemma4_unified": {"text_config": {"global_head_dim": 2 * HEAD_DIM}},
@@ -146,7 +150,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _INDEXER,
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds": False},
-    "t5": {"decoder_start_token_id": PAD},
+    **{
+        name: {"decoder_start_token_id": PAD}
+        for name in ("longt5", "mt5", "switch_transformers", "t5", "umt5")
+    },
     "xmod": {"default_language": "en_XX"},
     "zamba": _ZAMBA,
     "zamba2": {**_ZAMBA, "hybrid_layer_ids": [1, 3]},
@@ -155,6 +162,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 _ASSISTANT = "drafts tokens from the hidden states and the cache of another model"
 _AUDIO = "generates audio codes, not text"
+_LISTENS = "listens to speech, with a decoder of text alone"
 NOT_BUILDABLE: dict[str, str] = {
     "gemma3n": "needs the package timm, for its images",
     "gemma4_assistant": _ASSISTANT,
@@ -163,7 +171,12 @@ NOT_BUILDABLE: dict[str, str] = {
     "layoutlmv2": "needs the package detectron2, for its images",
     "musicgen": _AUDIO,
     "musicgen_melody": _AUDIO,
-}
+    **dict.fromkeys((
+        "audioflamingo3", "glmasr", "granite_speech", "granite_speech_plus",
+        "moss_transcribe_diarize", "musicflamingo", "nemo_speechlm", "qwen2_audio", "qwen3_asr",
+        "vibevoice_asr", "voxtral", "voxtral_realtime",
+    ), _LISTENS),
+}  # fmt: skip
 """By name, or PART/name: why no tiny text model of it can be built."""
 
 
@@ -317,13 +330,13 @@ def main() -> None:
                 model = tiny_model(name, part)
                 ids = torch.randint(4, 512, (2, 12))
                 ids[:, -1] = EOS
-                labels = ids if part == CAUSAL else torch.tensor([0, 1])
+                labels = torch.tensor([0, 1]) if part == CLASSIFICATION else ids
                 with torch.no_grad():
                     loss = model(
                         input_ids=ids,
                         attention_mask=torch.ones_like(ids),
                         labels=labels,
-                        **({"use_cache": False} if part == CAUSAL else {}),
+                        **({} if part == CLASSIFICATION else {"use_cache": False}),
                     )
                 result = f"{sum(p.numel() for p in model.parameters())} {loss.loss.item():.4f}"
             except Exception as error:

@@ -26,6 +26,7 @@ from trainer.data.cache import cache_root
 from trainer.data.dataset import TokenDataset
 from trainer.data.held_out import hold_out
 from trainer.data.mixture import prepare_training
+from trainer.data.rows import Rows
 from trainer.data.templates import read_anew
 from trainer.data.tokenise import prepare, read_labels
 from trainer.distributed.watchdog import Watchdog
@@ -38,6 +39,7 @@ from trainer.loading.spectral_init import SpectralInit
 from trainer.model.backbone import BuiltModel, LoadedBackbone
 from trainer.model.image_processor import load_processor
 from trainer.tasks.base import Task
+from trainer.tasks.options import TaskOptions
 from trainer.tasks.positions import longest_row, longest_text
 from trainer.tasks.registry import TASKS
 
@@ -175,22 +177,27 @@ def refuse_longer(
     eval_data: Mapping[str, TokenDataset],
     *,
     together: bool = False,
+    task: TaskOptions | None = None,
 ) -> None:
     """Raises UserError where a record, or a row of packed ones, is longer than the model's position
     tables. Positions of packed records restart at 0 where the model takes them; so only tables that
     they do not look up limit a row. `together`: a row holds all examples of a record."""
     packs = options.packing or together
     of_text, of_row = longest_text(model), longest_row(model) if packs else None
+    rows = Rows() if task is None else Rows(source_apart=task.source_apart)
+    limits = {"data.max_length": options.max_length}
+    limits |= {} if task is None else task.limits(options.max_length)
     for data in (train_data, *eval_data.values()):
-        text = int(data.lengths.max())
-        row = max(text, min(options.max_length, int(data.lengths.sum())))
+        texts = rows.widths(data.lengths, data.weights).max(0).tolist()
+        row = max(*texts, min(options.max_length, int(data.lengths.sum())))
         if together:
             starts = np.flatnonzero(np.diff(data.records, prepend=-1))
             row = int(np.add.reduceat(data.lengths, starts).max())
-        for what, length, limit in (("texts", text, of_text), ("packed rows", row, of_row)):
+        lengths = [("texts", text, of_text) for text in texts] + [("packed rows", row, of_row)]
+        for (what, length, limit), key in zip(lengths, [*limits, "data.max_length"], strict=True):
             if limit is not None and length > limit:
                 raise UserError(
-                    f"data.max_length: {options.max_length} given, and the data has {what} of "
+                    f"{key}: {limits[key]} given, and the data has {what} of "
                     f"{length} tokens, but {type(model).__name__} has positions for {limit}; "
                     f"accepted: at most {limit}"
                 )
@@ -227,8 +234,9 @@ def open_session(
         built = check_backbone(config, task, world.device, unreached)
         left_out, evaluated = hold_out(config, train_data, task)
         refuse_longer(
-            built.model, config.data, train_data, eval_data, together=task.options.records_together
-        )
+            built.model, config.data, train_data, eval_data,
+            together=task.options.records_together, task=task.options,
+        )  # fmt: skip
         beside = frozen(built)
         method = _make_method(config, built)
     model = _load(config, world, tokenizer, task, method, built, initial_adapters, beside)

@@ -100,6 +100,17 @@ class Config(Section):
             raise ValueError(
                 f"data.padding_free: true given with task.kind={self.task.kind}; accepted: false"
             )
+        if self.data.row_lengths not in ("auto", 0) and self.task.source_apart:
+            raise ValueError(
+                f"data.row_lengths: {self.data.row_lengths} given with task.kind={self.task.kind}; "
+                "accepted: auto or 0"
+            )
+        tokens, limits = self.data.micro_batch_tokens, self.task.limits(self.data.max_length)
+        if tokens is not None and tokens < sum(limits.values()):
+            raise ValueError(
+                f"data.micro_batch_tokens: {tokens} given; accepted: at least "
+                f"{sum(limits.values())}, an example of {' and '.join(limits)}"
+            )
         for index, own in enumerate([self.data, *(self.data.mixture or [])]):
             if own.format not in ("auto", *self.task.data_formats):
                 key = f"data.mixture.{index - 1}" if index else "data"

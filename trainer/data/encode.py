@@ -80,9 +80,11 @@ class Encoder:
             is_cut = any(example.truncated for example in kept)
             if len(kept) < len(examples) or is_cut:
                 if self.options.on_long_record == "stop":
+                    limits = self.task.options.limits(self.options.max_length)
+                    longer = " or ".join(f"{key} ({n} tokens)" for key, n in limits.items())
                     raise UserError(
-                        f"{place}: longer than data.max_length ({self.options.max_length} tokens); "
-                        "accepted: shorter records, or data.on_long_record=truncate or drop"
+                        f"{place}: longer than {longer}; accepted: shorter records, or "
+                        "data.on_long_record=truncate or drop"
                     )
                 if self.options.on_long_record == "drop":
                     counts.dropped += 1

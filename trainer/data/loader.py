@@ -207,9 +207,12 @@ def cut(
     if size is not None:
         return by_count(sequences, size)
     assert options.micro_batch_tokens is not None
-    lengths = np.array([data.lengths[packed].sum() for packed in sequences])
+    sums = (
+        [of_all[packed].sum() for packed in sequences] for of_all in (data.lengths, data.weights)
+    )
     return by_tokens(
-        sequences, lengths, options.micro_batch_tokens, options.micro_batches_multiple_of or 1,
+        sequences, rows.widths(*map(np.array, sums)), options.micro_batch_tokens,
+        options.micro_batches_multiple_of or 1,
         padded=not rows.end_to_end,
     )  # fmt: skip
 

@@ -28,20 +28,22 @@ def by_count(sequences: Sequence[np.ndarray], size: int) -> list[MicroBatch]:
 
 
 def by_tokens(
-    sequences: Sequence[np.ndarray], lengths: np.ndarray, capacity: int, multiple: int, *,
+    sequences: Sequence[np.ndarray], widths: np.ndarray, capacity: int, multiple: int, *,
     padded: bool,
 ) -> list[MicroBatch]:  # fmt: skip
     """Micro-batches of at most `capacity` tokens, the largest first, so that those of one round of
-    all ranks are of like size; `lengths`: of the sequences. Their number is rounded up to a
-    multiple of `multiple`, where there are so many sequences. `padded`: padding counts."""
+    all ranks are of like size; `widths` (sequences, rows of one): tokens of each row. Their number
+    is rounded up to a multiple of `multiple`, where there are so many sequences. `padded`: padding
+    counts."""
     cut = _padded if padded else _balanced
-    parts = cut(np.asarray(lengths), capacity, multiple)
+    parts = cut(np.asarray(widths), capacity, multiple)
     return [[sequences[index] for index in part] for part in parts]
 
 
-def _balanced(lengths: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
+def _balanced(widths: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
     """Sequences of as few parts as the longest-processing-time rule can cut: each sequence, the
     longest first, goes to the part with the fewest tokens (Graham, 1969)."""
+    lengths = widths.sum(1)
     order = np.argsort(-lengths, kind="stable").tolist()
     count = round_up(-(-int(lengths.sum()) // capacity), multiple)
     while True:
@@ -58,17 +60,22 @@ def _balanced(lengths: np.ndarray, capacity: int, multiple: int) -> list[list[in
         count += multiple
 
 
-def _padded(lengths: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
-    """Sequences of parts that are padded to their longest: neighbours in length, in as many parts
-    as `capacity` asks for, and no larger than this number needs."""
-    order = np.argsort(-lengths, kind="stable").tolist()
-    descending = lengths[order].tolist()
+def _padded(widths: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
+    """Sequences of parts whose rows are padded to their longest: neighbours in length, in as many
+    parts as `capacity` asks for, and no larger than this number needs."""
+    order = np.argsort(-widths.sum(1), kind="stable").tolist()
+    descending = widths[order]
+    totals = descending.sum(1).tolist()
 
     def starts(limit: int) -> list[int]:
         found, start = [], 0
         while start < len(order):
             found.append(start)
-            start += max(1, limit // descending[start])
+            most = max(1, limit // totals[start])
+            if widths.shape[1] > 1:  # the longest of each row may be of several sequences
+                longest = np.maximum.accumulate(descending[start : start + most]).sum(1)
+                most = max(1, int((longest * np.arange(1, len(longest) + 1) <= limit).sum()))
+            start += most
         return found
 
     count = round_up(len(starts(capacity)), multiple)

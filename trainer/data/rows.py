@@ -28,6 +28,8 @@ class Rows:
     """Number of different row lengths; 0: as they come."""
     limit: int | None = None
     """Longest row that the model's position tables cover."""
+    source_apart: bool = False
+    """What is not learned is a row of its own; the other begins with a token before the target."""
     lengths: tuple[int, ...] = ()
     """Row lengths, ascending, to which shorter ones are rounded up."""
     documents: int = 0
@@ -37,6 +39,13 @@ class Rows:
     apart: bool = False
     """Whether a row of a single document is marked as one too, though attention would need no mask:
     where most rows hold several, so that all of a length run the same program and CUDA graph."""
+
+    def widths(self, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """(sequences, rows of one): tokens of each row, of sequences of `lengths` tokens, `weights`
+        of which are learned."""
+        if not self.source_apart:
+            return lengths[:, None]
+        return np.stack([lengths - weights, weights + 1], axis=1)
 
     def laid(self, sequences: Sequence[Sequence[Example]]) -> Sequence[Sequence[Example]]:
         """The sequences of a micro-batch as rows of documents."""

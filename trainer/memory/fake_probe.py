@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from adapters.units import transformer_blocks
 from trainer.config.config import Config
@@ -42,7 +42,7 @@ class Probe:
     def plan(self, budget: int, room: int = 0) -> tuple[int, int]:
         """Numbers of blocks that `activation_checkpointing: auto` lets save their activations, and
         offload them to `room` bytes of the host, assuming that the copies are fast enough."""
-        blocks, added = len(self.added), max(1, self.added[-1])
+        blocks, added = len(self.added), max(1, *self.added)
         most = min(room // (added + self.input), max(0, blocks - 2))
         needs = Needs(self.forward, self.backward, added, self.input, most)
         offloaded = needs.offloaded(blocks, budget)
@@ -62,7 +62,8 @@ class Probe:
         `offloaded` ones have theirs on the host, one of them in flight. `backward` already includes
         the activations of the block being differentiated."""
         held = self.saved(count) - max(0, offloaded - 1) * self.input
-        in_flight, own = (self.added[-1] * bool(number) for number in (offloaded, count))
+        in_flight = max(self.added) * bool(offloaded)
+        own = self.added[-1] * bool(count)
         return self.forward + held + in_flight, self.backward + held + in_flight - own
 
 
@@ -74,7 +75,10 @@ def probe(backbone: BuiltModel, config: Config, task: Task, *, compiled: bool) -
         set_module(backbone.model, path, TrainedModule(module))
     data = config.data
     size = data.micro_batch_size
-    batch = largest_batch(task, data, backbone.rows, [data.max_length] * (size or 1), size)
+    lengths = [data.max_length] * (size or 1)
+    if backbone.rows.source_apart:
+        lengths = [*config.task.limits(data.max_length).values()]
+    batch = largest_batch(task, data, backbone.rows, lengths, size)
     model = backbone.model.train()
     drops_input = config.method.dropout > 0 and config.method.dropout_on == "input"
     products = Products(model.modules(), drops_input)
@@ -133,7 +137,7 @@ def _calls(task: Task, model: nn.Module, batch: Batch, blocks: list[nn.Module]) 
         key = _key(block, args, kwargs)
         if key not in calls:
             calls[key] = Call(block, args, kwargs, forward(*args, **kwargs))
-        return tree_map(torch.clone, calls[key].output)
+        return tree_map_only(Tensor, torch.clone, calls[key].output)
 
     with torch.no_grad():
         _with_blocks(blocks, run, lambda: task.loss(model, batch))
@@ -141,11 +145,11 @@ def _calls(task: Task, model: nn.Module, batch: Batch, blocks: list[nn.Module]) 
 
 
 class _Checkpointed(torch.autograd.Function):
-    """Replaces a block: saves its input, and registers the block's peaks with the meter."""
+    """Replaces a block: saves its inputs, and registers the block's peaks with the meter."""
 
     @staticmethod
-    def forward(ctx, x, like, figures: BlockBytes, meter: Meter):
-        ctx.save_for_backward(x)
+    def forward(ctx, like, figures: BlockBytes, meter: Meter, *inputs):
+        ctx.save_for_backward(*inputs)
         ctx.figures, ctx.meter = figures, meter
         # Without a graph, a checkpointed block frees its activations as it runs.
         meter.spike(figures.forward)
@@ -153,9 +157,8 @@ class _Checkpointed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (x,) = ctx.saved_tensors
         ctx.meter.spike(max(ctx.figures.forward, ctx.figures.backward))
-        return torch.empty_like(x), None, None, None
+        return None, None, None, *(torch.empty_like(x) for x in ctx.saved_tensors)
 
 
 def _run(
@@ -191,7 +194,10 @@ def _run(
             added[id(block)] = of_block.saved
             inputs += x.numel() * x.element_size()
             x = x if x.requires_grad else x.detach().requires_grad_()
-            made = _Checkpointed.apply(x, hidden, of_block, meter)
+            # An encoder's states, through which a decoder's blocks reach its blocks.
+            others = tree_leaves((args[1:], kwargs))
+            shared = [t for t in others if isinstance(t, Tensor) and t.requires_grad]
+            made = _Checkpointed.apply(hidden, of_block, meter, x, *shared)
         return made if isinstance(output, Tensor) else (made, *output[1:])
 
     def step() -> tuple[int, int]:

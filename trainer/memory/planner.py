@@ -35,7 +35,7 @@ from trainer.engine.sharded_optimizer import ShardedOptimizer
 from trainer.errors import RunFailed
 from trainer.model.footprint import blocks_that_fit, update_bytes
 from trainer.session import Session
-from trainer.tasks.base import Batch, Example, Task
+from trainer.tasks.base import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,15 @@ def make_plan(session: Session, size: int | None = None, batch: Batch | None = N
     data = session.config.data
     if batch is None:
         size = size or data.micro_batch_size
-        lengths = session.train_data.lengths
+        rows, lengths = session.backbone.rows, session.train_data.lengths
         if session.task.options.records_together:
             every = session.train_data.whole_records(np.arange(len(lengths)))
             lengths = np.array([lengths[record].sum() for record in every])
         lengths = np.sort(lengths)[::-1][: size or 1].tolist()
-        batch = largest_batch(session.task, data, session.backbone.rows, lengths, size)
+        if rows.source_apart:
+            records = session.train_data
+            lengths = rows.widths(records.lengths, records.weights).max(0).tolist()
+        batch = largest_batch(session.task, data, rows, lengths, size)
     engine = session.engine
     plans_unsharded = options.unsharded_blocks == "auto" and engine.supports_unsharded_blocks
     if plans_unsharded:
@@ -147,12 +150,17 @@ def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:
         if base is None:
             raise oom_error(session)
     assert base is not None
-    blocks.keep(1)
-    one = _probe(session, batch)
-    added = torch.cuda.mem_get_info(world.device)[1] if one is None else one.held - base.held
+    added = 0  # by the kind of blocks of which it is most: a decoder's rows may be shorter
+    for index in blocks.last_of_stacks:
+        blocks.keep_only(index)
+        one = _probe(session, batch)
+        found = torch.cuda.mem_get_info(world.device)[1] if one is None else one.held - base.held
+        added = max(added, found)
+        if world.any(one is None):
+            return Needs(base.forward, base.backward, max(1, added)), 0
     needs = Needs(base.forward, base.backward, max(1, added))
     room = int(session.config.engine.activation_offload * GIB)
-    if room == 0 or not blocks.offloadable or world.any(one is None):
+    if room == 0 or not blocks.offloadable:
         return needs, 0
     with world.all_or_none():
         blocks.keep(0, 1, min(room, 2 * added))
@@ -270,9 +278,17 @@ def largest_batch(
     task: Task, data: DataOptions, rows: Rows, lengths: Sequence[int], size: int | None
 ) -> Batch:
     """The largest micro-batch of `size` sequences (None: of `data.micro_batch_tokens`), all with a
-    loss. `lengths`: of the longest records, descending. A packed sequence is two documents of
-    `data.max_length` together, which need a mask."""
+    loss. `lengths`: of the longest records, descending; of the longest source and target where
+    these have rows of their own. A packed sequence is two documents of `data.max_length` together,
+    which need a mask."""
     longest, tokens = lengths[0], data.micro_batch_tokens
+    token = int(task.pad_token_id == 0)  # any but padding
+    if rows.source_apart:
+        whole = sum(lengths)
+        count = size or -(-(tokens or whole) // whole)
+        room = whole if tokens is None else tokens // count
+        example = task.made_up(*([token] * max(2, n * room // whole) for n in lengths))
+        return task.collate([[example]] * count)
     if data.packing:
         whole = data.max_length
         documents, longest = [whole // 2, whole - whole // 2], whole
@@ -291,13 +307,7 @@ def largest_batch(
         sequences = [[length] for length in (*lengths, *[longest] * size)[:size]]
     else:
         sequences = [documents] * size
-    token = int(task.pad_token_id == 0)  # any but padding
-    typed = "token_type_ids" in task.tokenizer.model_input_names
-    examples = [
-        [Example([token] * n, [0, *[1] * (n - 1)], [0] * n if typed else (), weight=n - 1)
-         for n in of_row]
-        for of_row in sequences
-    ]  # fmt: skip
+    examples = [[task.made_up([token] * n) for n in of_row] for of_row in sequences]
     laid = rows.laid(examples)
     width = max(sum(len(example.input_ids) for example in row) for row in laid)
     return task.collate(laid, width=rows.fitted((), width).rounded(width))

@@ -99,6 +99,8 @@ def _obstacle(model: "PreTrainedModel", device: torch.device, dtype: torch.dtype
     if dtype not in (torch.bfloat16, torch.float16):
         return f"its kernels are for 16 bits, not {str(dtype).removeprefix('torch.')}"
     name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        return f"{name} also attends from one row to another"
     if not (model._supports_attention_backend and model._can_set_attn_implementation()):
         return f"{name} has an attention of its own"
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - _SEPARABLE

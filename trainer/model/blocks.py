@@ -58,10 +58,14 @@ class Blocks:
         if compiled or device.type == "cuda":  # weight formats compile kernels on GPUs
             configure_compiler(cache)
         self.host, self.graphs = HostMemory(device), BlockGraphs()
+        found = transformer_blocks(model)
         self._blocks = [
             _Block(index, block, self.host, self.graphs, compiled)
-            for index, (_, block) in enumerate(transformer_blocks(model))
+            for index, (_, block) in enumerate(found)
         ]
+        stacks = {path.rpartition(".")[0]: index for index, (path, _) in enumerate(found)}
+        self.last_of_stacks = list(stacks.values())
+        """Index of the last block of each list of blocks: an encoder's, a decoder's."""
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -99,6 +103,11 @@ class Blocks:
         finally:
             for block in self._blocks:
                 block.compiles = True
+
+    def keep_only(self, index: int) -> None:
+        """Let one block keep its activations, and all others recompute them."""
+        self.keep(0)
+        self._blocks[index].checkpointed = False
 
     def keep(self, count: int, offloaded: int = 0, nbytes: int | None = None) -> None:
         """Let `count` blocks keep their activations, `offloaded` ones offload them to host buffers

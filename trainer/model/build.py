@@ -23,6 +23,7 @@ from trainer.model.packing import check_packing, choose_rows
 from trainer.model.peft_names import lost_by_peft
 from trainer.model.reach import find_unreached, summarised
 from trainer.model.targets import Targets, choose_targets, output_head, within_blocks
+from trainer.model.ties import untie_head
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
 
@@ -136,6 +137,8 @@ def _unmodified(
                 attn_implementation=None if options.attention in OURS else options.attention,
                 trust_remote_code=False,
             )
+            if options.weights == "pretrained":
+                untie_head(model, folder)
             return model, initial_values(model), added
     except Exception as error:  # a model's constructor raises whatever its shapes lead to
         raise UserError(

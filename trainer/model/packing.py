@@ -54,7 +54,8 @@ def choose_rows(
     model cannot lay sequences end to end though asked for."""
     data, asked = config.data, config.model.attention
     few = data.row_lengths
-    rows = Rows(few=0 if few == "auto" else few, limit=longest_row(model))
+    apart = config.task.source_apart
+    rows = Rows(few=0 if few == "auto" else few, limit=longest_row(model), source_apart=apart)
     attention = choose_attention(model, asked, packing=True, device=device, dtype=dtype)
     obstacle = _against_end_to_end(model, config, rows)
     if data.padding_free is True and obstacle is not None:
@@ -65,7 +66,7 @@ def choose_rows(
         obstacle = "attention would need a mask of documents"
     # One record alone is padded in some models' rows at the cost of other results.
     padded = obstacle is None or config.packs_rows or data.micro_batch_size != 1
-    if few == "auto" and device.type == "cuda" and padded:
+    if few == "auto" and device.type == "cuda" and padded and not apart:
         rows = replace(rows, few=_LENGTHS)
     if obstacle is None:
         return replace(rows, end_to_end=True), attention
@@ -77,6 +78,8 @@ def choose_rows(
 def _against_end_to_end(model: "PreTrainedModel", config: Config, rows: Rows) -> str | None:
     """Why sequences cannot lie end to end in a row, if so."""
     name = type(model).__name__
+    if config.task.source_apart:
+        return f"task.kind={config.task.kind} has a row for the source and one for the target"
     if not config.task.supports_packing:
         return f"task.kind={config.task.kind} reads one result a row"
     if kinds := carrying_layers(model):

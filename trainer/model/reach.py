@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from adapters.layers.base import PackedLayer
 from trainer.model.shape_mode import ShapeMode
-from trainer.tasks.base import Batch, Example, Task
+from trainer.tasks.base import Batch, Task
 from trainer.tasks.positions import longest_text
 
 if TYPE_CHECKING:
@@ -123,11 +123,7 @@ def _batch(task: Task, length: int) -> Batch:
     ids = [*itertools.islice(itertools.cycle(ids or [0]), length)]
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     ids[-1] = ids[-1] if end is None else end
-    typed = "token_type_ids" in tokenizer.model_input_names
-    example = Example(
-        ids, [0, *[1] * (length - 1)], [0] * length if typed else (), weight=length - 1
-    )
-    return task.collate([[example]] * _ROWS)
+    return task.collate([[task.made_up(ids)]] * _ROWS)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def dry_run(config: Config, world: World) -> str:
         beside = stage.frozen(backbone) if stage is not None else {}
         refuse_longer(
             backbone.model, config.data, train_data, eval_data,
-            together=task.options.records_together,
+            together=task.options.records_together, task=task.options,
         )  # fmt: skip
         left_out, evaluated = hold_out(config, train_data, task)
     loader = Loader(train_data, task, config.data, config.run.seed, 0, 1, left_out, backbone.rows)

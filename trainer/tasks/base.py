@@ -159,6 +159,19 @@ class Task(ABC):
         """One micro-batch; a sequence is one example, or several packed. `empty`: without loss;
         `width`: length of the rows, at least."""
 
+    def parts(self, example: Example) -> dict[str, Sequence[int]]:
+        """The tokens of each row that the model gets of an example alone, by the input's name; that
+        in which `Batch.targets` lie is the last."""
+        return {"input_ids": example.input_ids}
+
+    def made_up(self, *rows: Sequence[int]) -> Example:
+        """An example whose rows have these tokens, of which as many as can be are learned; a single
+        one stands for all its rows."""
+        (ids,) = rows
+        typed = "token_type_ids" in self.tokenizer.model_input_names
+        mask = [0, *[1] * (len(ids) - 1)]
+        return Example(ids, mask, [0] * len(ids) if typed else (), weight=len(ids) - 1)
+
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(summed loss in float32, predictions for `metrics` where the task has any)."""

@@ -28,7 +28,7 @@ class CausalLM(Task):
     """Fine-tune a decoder on text."""
 
     Options: ClassVar[type[TaskOptions]] = CausalLMOptions
-    auto_class = AutoModelForCausalLM
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
     peft_task_type = "CAUSAL_LM"
 
     @property
@@ -117,17 +117,21 @@ class CausalLM(Task):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         return self.token_losses(model, batch).sum(), None
 
-    def token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross entropy in float32 of each learned token, in order of rows and positions."""
+    def token_losses(self, model: nn.Module, batch: Batch, right: Tensor | None = None) -> Tensor:
+        """Cross entropy in float32 of each learned token, in order of rows and positions; `right`
+        is filled with whether each is the most likely one."""
         targets = batch.targets[:, 1:]
         learned = targets != IGNORED if batch.learned is None else batch.learned
         head = loss_head(model)
         if head is not None:
-            with loss_inside(model, head, learned, targets[learned]):
+            with loss_inside(model, head, learned, targets[learned], right):
                 return _logits(model, batch)
         logits = _logits(model, batch)[:, :-1]
         # Selected before the cast: float32 logits only where there is a loss.
-        return F.cross_entropy(logits[learned].float(), targets[learned], reduction="none")
+        logits = logits[learned].float()
+        if right is not None:
+            right.copy_(logits.argmax(-1) == targets[learned])
+        return F.cross_entropy(logits, targets[learned], reduction="none")
 
     def prompt_of(self, example: Example) -> tuple[list[int], list[int]]:
         mask = [*example.loss_mask, 0]

@@ -26,7 +26,8 @@ CHUNK = 2**27
 class _LinearCrossEntropy(torch.autograd.Function):
     """Cross entropy (rows) of x Wᵀ + b; x (rows, in), W (vocabulary, in), targets (rows). `ids`,
     `values` (n, in), float32: tokens, and the rows R that replace theirs in W. `change`: of the
-    logits, by the model."""
+    logits, by the model. `right` (rows) is filled with whether the target is the most likely token.
+    """
 
     @staticmethod
     def forward(
@@ -38,6 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ids: Tensor | None,
         values: Tensor | None,
         change: LogitMap,
+        right: Tensor | None,
     ) -> Tensor:
         losses = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
@@ -52,6 +54,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope = change.apply_(logits)
             total = logits.logsumexp(1, keepdim=True)
             chosen = targets[part].unsqueeze(1)
+            if right is not None:
+                right[part] = logits.argmax(1) == targets[part]
             losses[part] = (total - logits.gather(1, chosen)).squeeze(1)
             if dx is not None:
                 p = logits.sub_(total).exp_()
@@ -72,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, own, x = ctx.saved_tensors
         scale = dlosses.to(dx.dtype).unsqueeze(1)
         dR = None if own is None else ((own * scale).T @ x).float()
-        return dx * scale, None, None, None, None, dR, None
+        return dx * scale, None, None, None, None, dR, None, None
 
 
 def loss_head(model: nn.Module) -> nn.Linear | None:
@@ -90,15 +94,18 @@ def loss_inside(
     head: nn.Linear,
     learned: Tensor | tuple[Tensor, Tensor],
     targets: Tensor,
+    right: Tensor | None = None,
 ) -> Iterator[None]:
     """Within this context the model's head returns, in place of logits, the losses of the `learned`
-    positions of (batch, length − 1), a mask or indices, in their order, with these `targets`. It
-    runs where the model calls the head, when a sharder has gathered its weight."""
+    positions of (batch, length − 1), a mask or indices, in their order, with these `targets`;
+    `right` is filled with whether each target is the most likely token. It runs where the model
+    calls the head, when a sharder has gathered its weight."""
 
     def forward(hidden: Tensor) -> Tensor:
         x, trained = hidden[:, :-1][learned], rows_of(head)
         rows = (None, None) if trained is None else (trained.ids, trained.values)
-        losses = _LinearCrossEntropy.apply(x, head.weight, head.bias, targets, *rows, change)
+        given = head.weight, head.bias, targets, *rows, change, right
+        losses = _LinearCrossEntropy.apply(x, *given)
         assert isinstance(losses, Tensor)
         return losses
 

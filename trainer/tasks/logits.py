@@ -16,7 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_HEAD = re.compile(r"self\.lm_head\(hidden_states.*\)")
+_HEAD = re.compile(
+    r"self\.lm_head\((hidden_states.*|sequence_output|outputs\[0\]|outputs\.last_hidden_state)\)"
+)
 _SCALE = re.compile(r"logits ([*/]) self\.(config\.)?(\w+)")
 
 
@@ -85,7 +87,7 @@ def neutral(model: nn.Module) -> Iterator[None]:
 @functools.cache
 def _form(forward: Callable[..., Any]) -> _Form | None:
     source = re.sub(r"\s*#.*", "", inspect.getsource(inspect.unwrap(forward)))
-    made = re.findall(r"^\s*logits = (.*)$", source, re.MULTILINE)
+    made = re.findall(r"^\s*(?:lm_)?logits = (.*)$", source, re.MULTILINE)
     if not made or not _HEAD.fullmatch(made[0]):
         return None
     if len(made) == 1:

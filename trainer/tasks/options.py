@@ -20,6 +20,8 @@ class TaskOptions(Section):
     """Several records may share a sequence (`data.packing`)."""
     whole_records: ClassVar[bool] = False
     """A record is used with all of its examples or not at all."""
+    source_apart: ClassVar[bool] = False
+    """What an example does not learn is a row of its own, an encoder's."""
     generates: ClassVar[bool] = False
     """Its model generates text (`generation`)."""
     reads_images: ClassVar[bool] = False
@@ -35,6 +37,10 @@ class TaskOptions(Section):
     def records_together(self) -> bool:
         """The examples of a record are learned as one, in a row of their own."""
         return False
+
+    def limits(self, max_length: int) -> dict[str, int]:
+        """The most tokens of each of an example's rows, by the key that limits them."""
+        return {"data.max_length": max_length}
 
     def metrics(self) -> Mapping[str, Direction]:
         """The scores by which an evaluation may be judged (`run.keep_best`), without `eval_`."""
@@ -141,3 +147,27 @@ class SequenceClassificationOptions(TaskOptions):
         if self.problem == "regression":
             return {"loss": "min", "pearson": "max", "spearman": "max"}
         return {"loss": "min", "accuracy": "max", "f1": "max", "matthews": "max"}
+
+
+class SequenceToSequenceOptions(TaskOptions):
+    """Options of `task.kind: sequence_to_sequence`."""
+
+    supports_packing = False
+    source_apart = True
+    data_formats = ("prompt_completion",)
+
+    kind: Literal["sequence_to_sequence"] = "sequence_to_sequence"
+    """Name of the task."""
+    max_target_length: int = Field(128, gt=0)
+    """Maximum length of a completion in tokens, its end token included. `data.max_length` is that
+    of a prompt."""
+
+    def limits(self, max_length: int) -> dict[str, int]:
+        # The decoder's row has a token before the target.
+        return {
+            "data.max_length": max_length,
+            "task.max_target_length": self.max_target_length + 1,
+        }
+
+    def metrics(self) -> Mapping[str, Direction]:
+        return {"loss": "min", "perplexity": "min", "token_accuracy": "max"}

@@ -29,6 +29,10 @@ TASKS: "Registry[Task, TaskOptions]" = Registry(
             ".sequence_classification:SequenceClassification",
             ".options:SequenceClassificationOptions",
         ),
+        "sequence_to_sequence": (
+            ".sequence_to_sequence:SequenceToSequence",
+            ".options:SequenceToSequenceOptions",
+        ),
     },
 )
 

@@ -118,7 +118,7 @@ def special_tokens(
 ) -> tuple[list[int], list[int]]:
     """Ids before and after a text. `auto`: the begin token where the tokenizer itself adds it, the
     end token always, since a model has to learn to stop. Raises UserError."""
-    before, after = _affixes(tokenizer)
+    before, after = affixes(tokenizer)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for key, switch, token in (("bos", add_bos, bos), ("eos", add_eos, eos)):
         if switch is True and token is None:
@@ -137,7 +137,7 @@ def special_tokens(
     return before, after
 
 
-def _affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
+def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer itself puts before and after every text."""
     for probe in _PROBES:
         bare = tokenizer(probe, add_special_tokens=False)["input_ids"]

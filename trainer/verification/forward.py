@@ -180,7 +180,8 @@ def _ours(session: Session, sequences: Sequences) -> Result:
         for row, packed in enumerate(sequences)
         for place, example in enumerate(packed)
     ]
-    hidden = _hidden(calls, session.task.shape(batch), spans)
+    examples = [example for packed in sequences for example in packed]
+    hidden = _hidden(session, calls, batch, spans, examples)
     learned_tokens = batch.targets.shape == session.task.shape(batch)
     logits = [] if learned_tokens else _by_record(outputs[0], spans)
     return Result(
@@ -195,7 +196,7 @@ def _alone(
     depend on later ones."""
     parts = []
     for number, example in enumerate(examples):
-        changed, start = changed_at_the_end(example)
+        changed, start = changed_at_the_end(session.task, example)
         batch = session.task.collate([[example]]).to(session.world.device)
         learned_tokens = batch.targets.shape == session.task.shape(batch)
         inputs = batch.inputs
@@ -211,10 +212,8 @@ def _alone(
                     f"what follows a token changes its logits by {seen:.0%}; accepted: a causal "
                     "model, or another task.kind"
                 )
-        spans = [(0, 0, len(example.input_ids))]
-        hidden = _hidden(
-            done.calls, session.task.shape(batch), spans, rows=len(next(iter(inputs.values())))
-        )
+        spans, rows = [(0, 0, len(example.input_ids))], len(next(iter(inputs.values())))
+        hidden = _hidden(session, done.calls, batch, spans, [example], rows)
         loss = _loss(done.logits[:1], batch) if learned_tokens else None
         parts.append(
             Result([c.path for c in done.calls], hidden, loss,
@@ -225,21 +224,22 @@ def _alone(
 
 def _padded(session: Session, reference: Reference, examples: Sequence[Example]) -> Result:
     """The reference on the records padded together, with a mask made here."""
-    lengths = [len(example.input_ids) for example in examples]
+    parts = [session.task.parts(example) for example in examples]
     batch = session.task.collate([[example] for example in examples])
-    width = max(lengths)
     inputs = dict(batch.inputs)
     if "input_ids" in batch.inputs:
-        ids = [example.input_ids for example in examples]
-        inputs = {"input_ids": _rows(ids, width, session.task.pad_token_id)}
+        inputs = {
+            name: _rows([of_one[name] for of_one in parts], session.task.pad_token_id)
+            for name in parts[0]
+        }
     if "token_type_ids" in batch.inputs:
-        inputs["token_type_ids"] = _rows([e.token_type_ids for e in examples], width, 0)
+        inputs["token_type_ids"] = _rows([e.token_type_ids for e in examples], 0)
     if "attention_mask" in batch.inputs:
-        inputs["attention_mask"] = _rows([[1] * length for length in lengths], width, 0)
+        inputs["attention_mask"] = _rows([[1] * len(one["input_ids"]) for one in parts], 0)
     batch = replace(batch, inputs=inputs).to(session.world.device)
     done = reference.run(batch.inputs, session.backbone.dtype)
-    spans = [(row, 0, length) for row, length in enumerate(lengths)]
-    hidden = _hidden(done.calls, session.task.shape(batch), spans)
+    spans = [(row, 0, len(example.input_ids)) for row, example in enumerate(examples)]
+    hidden = _hidden(session, done.calls, batch, spans, examples)
     learned_tokens = batch.targets.shape == session.task.shape(batch)
     return Result(
         [call.path for call in done.calls],
@@ -256,7 +256,8 @@ def _by_record(logits: Tensor, spans: list[tuple[int, int, int]]) -> list[Tensor
     return [logits[row, start : start + length] for row, start, length in spans]
 
 
-def _rows(values: Sequence[Sequence[int]], width: int, filler: int) -> Tensor:
+def _rows(values: Sequence[Sequence[int]], filler: int) -> Tensor:
+    width = max(map(len, values))
     return torch.tensor([[*row, *[filler] * (width - len(row))] for row in values])
 
 
@@ -285,18 +286,27 @@ def _loss(logits: Tensor, batch: Batch) -> float:
 
 
 def _hidden(
-    calls: Calls, shape: tuple[int, int], spans: list[tuple[int, int, int]], rows: int | None = None
+    session: Session,
+    calls: Calls,
+    batch: Batch,
+    spans: Sequence[tuple[int, int, int]],
+    examples: Sequence[Example],
+    rows: int | None = None,
 ) -> list[list[Tensor | None]]:
-    """By block and record, the hidden states (tokens, width) of the record's tokens."""
-    count, width = shape
-    shape = (count if rows is None else rows, width)
+    """By block and record, the hidden states (tokens, width) of the record's tokens; of one with a
+    row for each stack, those of the row that the block reads."""
+    parts = [session.task.parts(example) for example in examples]
     found: list[list[Tensor | None]] = []
     for call in calls:
+        decodes = len(parts[0]) > 1 and "decoder" in call.path.split(".")
+        name = [*parts[0]][-1 if decodes else 0]
+        count, width = batch.inputs[name].shape if len(parts[0]) > 1 else session.task.shape(batch)
+        shape = (count if rows is None else rows, width)
         output = call.output
         known = output is not None and output.dim() == 3 and tuple(output.shape[:2]) == shape
         found.append([
-            output[row, start : start + length] if known and output is not None else None
-            for row, start, length in spans
+            output[row, start : start + len(part[name])] if known and output is not None else None
+            for (row, start, _), part in zip(spans, parts, strict=True)
         ])  # fmt: skip
     return found
 

@@ -16,7 +16,7 @@ def cut(lengths: list[int], capacity: int, multiple: int = 1, *, padded: bool) -
     """Lengths of the sequences of each micro-batch."""
     sequences = [np.array([index]) for index in range(len(lengths))]
     parts: list[MicroBatch] = by_tokens(
-        sequences, np.array(lengths), capacity, multiple, padded=padded
+        sequences, np.array(lengths)[:, None], capacity, multiple, padded=padded
     )
     assert sorted(int(s[0]) for part in parts for s in part) == list(range(len(lengths)))
     return [[lengths[int(sequence[0])] for sequence in part] for part in parts]
@@ -74,3 +74,18 @@ def test_a_long_record_and_many_short_ones_take_equal_time() -> None:
     parts = cut([1000, *[100] * 30], 1000, padded=False)
     assert sorted(map(sum, parts)) == [1000] * 4
     assert len(cut([1000, *[100] * 30], 2000, 8, padded=False)) == 8
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    widths=st.lists(st.tuples(st.integers(1, 12), st.integers(2, 8)), min_size=1, max_size=16),
+    capacity=st.integers(20, 60),
+)
+def test_rows_of_sources_and_of_targets_are_padded_apart(widths, capacity: int) -> None:
+    sequences = [np.array([index]) for index in range(len(widths))]
+    parts = by_tokens(sequences, np.array(widths), capacity, 1, padded=True)
+    found = [[widths[int(s[0])] for s in part] for part in parts]
+    assert sorted(one for part in found for one in part) == sorted(widths)
+    for part in found:
+        sources, targets = zip(*part, strict=True)
+        assert len(part) * (max(sources) + max(targets)) <= capacity

@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 from transformers.initialization import constant_
 
 from adapters.layers.base import PackedLayer
-from tests.helpers import ALL, quick_config
+from tests.helpers import ALL, TASK_OF, quick_config
 from tests.tiny_models import (
     CAUSAL,
     CLASSIFICATION,
@@ -62,9 +62,8 @@ LOADING = (
 
 
 def prepared(folder, *overrides, part=CAUSAL):
-    kinds = {CAUSAL: "causal_lm", CLASSIFICATION: "sequence_classification"}
     config = quick_config(
-        folder.parent, f"model.id={folder}", f"task.kind={kinds[part]}", "data.format=auto",
+        folder.parent, f"model.id={folder}", f"task.kind={TASK_OF[part]}", "data.format=auto",
         "method.rank=1", *overrides,
     )  # fmt: skip
     task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))

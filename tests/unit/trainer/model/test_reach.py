@@ -12,11 +12,12 @@ from transformers import AutoTokenizer, PretrainedConfig
 from adapters.layers.expert_modules import AdaptedExperts, experts_form
 from adapters.unit import stem
 from adapters.units import is_linear
-from tests.helpers import TINY, losses, quick_config, thorough
+from tests.helpers import TASK_OF, TINY, losses, quick_config, thorough
 from tests.tiny_models import (
     CAUSAL,
     CLASSIFICATION,
     EOS,
+    PAIRS,
     PARTS,
     architectures,
     not_buildable,
@@ -61,7 +62,7 @@ TIED = ("zamba", "zamba2")
 
 def config_of(tmp_path, name: str, part: str = CAUSAL, *changes: str) -> Config:
     save_tiny(tmp_path / "model", name, part)
-    task = ["task.kind=sequence_classification", "data.label=label"] if part != CAUSAL else []
+    task = [f"task.kind={TASK_OF[part]}", "data.label=label"] if part != CAUSAL else []
     return quick_config(
         tmp_path, f"model.id={tmp_path / 'model'}", "method.rank=4", "data.max_length=128",
         "method.targets=all-linear", *task, *changes,
@@ -80,9 +81,11 @@ def without_gradient(name: str, part: str) -> set[str]:
     ids = torch.randint(4, 512, (2, 32), generator=torch.Generator().manual_seed(3))
     ids[:, -1] = EOS
     inputs = {"input_ids": ids}
-    if part == CLASSIFICATION:
+    if part != CAUSAL:
         inputs["attention_mask"] = torch.ones_like(ids)
-    logits = model(**inputs, **({"use_cache": False} if part == CAUSAL else {})).logits
+    if part == PAIRS:
+        inputs["decoder_input_ids"] = ids
+    logits = model(**inputs, **({} if part == CLASSIFICATION else {"use_cache": False})).logits
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
     (logits.float().log_softmax(-1) * weights).sum().backward()
     found = set()

@@ -84,7 +84,8 @@ def test_every_causal_architecture():
 
 
 def data_of(*lengths):
-    return SimpleNamespace(lengths=np.array(lengths))
+    lengths = np.array(lengths)
+    return SimpleNamespace(lengths=lengths, weights=lengths - 1)
 
 
 def options(**settings):
