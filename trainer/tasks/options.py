@@ -153,6 +153,7 @@ class SequenceToSequenceOptions(TaskOptions):
     """Options of `task.kind: sequence_to_sequence`."""
 
     supports_packing = False
+    generates = True
     source_apart = True
     data_formats = ("prompt_completion",)
 

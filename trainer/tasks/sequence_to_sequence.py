@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
 from trainer.errors import UserError, first_line
-from trainer.tasks.base import IGNORED, Batch, Example, Record, TooLong, pad
+from trainer.tasks.base import IGNORED, Batch, Example, Record, Switch, TooLong, pad
 from trainer.tasks.causal_lm import CausalLM
 from trainer.tasks.options import SequenceToSequenceOptions
 from trainer.tasks.tokenisation import affixes, special_tokens, surrounded, tokenise
@@ -25,6 +25,7 @@ from trainer.tasks.tokenisation import affixes, special_tokens, surrounded, toke
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+_ANY = 2**31  # tokens: no limit
 SOURCE, TARGET = "input_ids", "decoder_input_ids"
 """The model's inputs."""
 
@@ -143,6 +144,10 @@ class SequenceToSequence(CausalLM):
         target = target[:limit]
         mask = [0] * len(source) + [1] * len(target)
         return Example(source + target, mask, weight=len(target), truncated=truncated)
+
+    def prompt_of_text(self, text: str, add_bos: Switch) -> list[int]:
+        (ids,) = self._tokens([text], _ANY)
+        return surrounded(ids, [], *affixes(self.tokenizer))[0]
 
     # --- batches
 
