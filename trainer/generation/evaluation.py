@@ -8,7 +8,7 @@ import numpy as np
 from trainer.data.dataset import TokenDataset
 from trainer.data.templates import stops
 from trainer.errors import UserError
-from trainer.generation.generate import generate
+from trainer.generation.generate import check_lengths, generate
 from trainer.generation.prompts import Prompt, text_of
 from trainer.generation.scores import check_libraries, score, unusable
 from trainer.session import Session
@@ -64,7 +64,9 @@ def check_generation(session: Session, data: TokenDataset, examples: np.ndarray)
             "no prompts; accepted: 0, or records with prompts"
         )
     chosen = data.first_records(examples, options.records)
-    for example, prompt in zip(chosen, _prompts(session, data, chosen), strict=True):
+    prompts = _prompts(session, data, chosen)
+    check_lengths(session, [prompt.ids for prompt in prompts], options)
+    for example, prompt in zip(chosen, prompts, strict=True):
         problem = unusable(prompt.reference or "", options)
         if not prompt.ids:
             problem = "generation.records: nothing before its answer"
