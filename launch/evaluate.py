@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from trainer.checkpoint.saved import read_on_all, read_state
     from trainer.config.config import on_engine, with_overrides
     from trainer.export.export import saved_config
+    from trainer.generation.evaluation import check_answers
     from trainer.records.jsonl import write_objects
     from trainer.run.launch import configure_libraries, join
     from trainer.training.evaluation import full_evaluation, open_saved
@@ -54,7 +55,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         raise UserError("data.eval: null given; accepted: a file or a hub id to evaluate on")
     with join(config) as world:
         saved = read_on_all(arguments.source, world)
-        found = full_evaluation(open_saved(config, world, saved))
+        session = open_saved(config, world, saved)
+        with world.all_or_none():
+            check_answers(session)
+        found = full_evaluation(session)
         with world.all_or_none():
             if world.is_main and arguments.predictions is not None:
                 if not found.answers:

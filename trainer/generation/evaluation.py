@@ -53,9 +53,14 @@ def answer_records(session: Session, data: TokenDataset, examples: np.ndarray) -
     return Answered(scores, lines)
 
 
-def check_generation(session: Session, data: TokenDataset, examples: np.ndarray) -> None:
-    """Raises UserError, naming the record, where answers to records cannot be generated or scored:
-    before the first step rather than after the last one."""
+def check_answers(session: Session) -> None:
+    """Raises UserError, naming the record, where answers that evaluations ask for cannot be
+    generated or scored: before the first step rather than after the last one."""
+    for name in session.config.data.eval_names if session.config.generation.records else ():
+        _check_set(session, *session.held_out(name))
+
+
+def _check_set(session: Session, data: TokenDataset, examples: np.ndarray) -> None:
     options = session.config.generation
     check_libraries(options)
     if set(data.counts.formats) == {"text"}:

@@ -78,6 +78,8 @@ def test_a_saved_run_is_scored_alike(finished, capsys):
     assert {key: last[key] for key in last if key.startswith("eval_")} == pytest.approx(found)
     evaluate.main([str(finished / "runs/a"), "generation.records=2"])
     assert "eval_exact_match" in json.loads(capsys.readouterr().out.splitlines()[-1])
+    with pytest.raises(UserError, match=r"Z.z. is not found in its answer .record 1 of data.eval"):
+        evaluate.main([str(finished / "runs/a"), "generation.records=2", "generation.pattern=Z(z)"])
 
 
 def test_the_first_answers_are_shown(finished):
