@@ -18,6 +18,7 @@ from trainer.distributed.failures import guarded
 from trainer.errors import BadRecord, UserError
 
 if TYPE_CHECKING:
+    from trainer.distributed.world import World
     from trainer.session import LoadedModel
 
 
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     with join(config) as world:
         model = open_saved_model(arguments.source, config, world)
         system = arguments.system or config.data.system
-        talk(model, system, lambda: world.on_rank0(_read))
+        talk(model, system, lambda: next_message(world))
     return 0
 
 
@@ -69,6 +70,16 @@ def talk(model: "LoadedModel", system: str | None, read: Callable[[], str | None
                 model, [prompt.ids], model.config.generation, seed=turn, streamer=streamer
             )
             said.append({"role": "assistant", "content": answer.text})
+
+
+def next_message(world: "World") -> str | None:
+    """What rank 0's user says next, on every rank; a user may think longer than `engine.timeout`.
+    None at the end. Collective."""
+    text = None
+    with world.all_or_none(world.patience()):
+        if world.is_main:
+            text = _read()
+    return world.broadcast(text)
 
 
 def _read() -> str | None:

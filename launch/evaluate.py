@@ -32,13 +32,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     harness.add_argument("--include-path", type=Path, help="folder of further task files (YAML)")
     harness.add_argument("--num-fewshot", type=int, help="examples in the prompt; else the task's")
     harness.add_argument("--limit", type=int, help="only so many records of each task")
-    harness.add_argument("--batch-size", type=int, default=8, help="requests at a time (8)")
+    harness.add_argument("--batch-size", type=int, help="requests at a time (8)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args(argv)
     from trainer.checkpoint.saved import read_on_all, read_state
     from trainer.config.config import on_engine, with_overrides
     from trainer.export.export import saved_config
+    from trainer.generation.evaluation import check_answers
     from trainer.records.jsonl import write_objects
     from trainer.run.launch import configure_libraries, join
     from trainer.training.evaluation import full_evaluation, open_saved
@@ -49,11 +50,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     config = with_overrides(config, arguments.overrides)
     if arguments.tasks is not None:
         return _by_harness(arguments, config)
+    _refuse(arguments, ("include_path", "num_fewshot", "limit", "batch_size"), "without --tasks")
     if config.data.eval is None:
         raise UserError("data.eval: null given; accepted: a file or a hub id to evaluate on")
     with join(config) as world:
         saved = read_on_all(arguments.source, world)
-        found = full_evaluation(open_saved(config, world, saved))
+        session = open_saved(config, world, saved)
+        with world.all_or_none():
+            check_answers(session)
+        found = full_evaluation(session)
         with world.all_or_none():
             if world.is_main and arguments.predictions is not None:
                 if not found.answers:
@@ -74,6 +79,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return 0
 
 
+def _refuse(arguments: argparse.Namespace, keys: Sequence[str], where: str) -> None:
+    """Raises UserError for arguments that have no effect."""
+    for key in keys:
+        value = getattr(arguments, key)
+        if value is not None:
+            raise UserError(
+                f"--{key.replace('_', '-')}: {value} given {where}, where it has no effect; "
+                "accepted: without it"
+            )
+
+
 def _by_harness(arguments: argparse.Namespace, config: "Config") -> int:
     from trainer.checkpoint.saved import read_on_all
     from trainer.run.launch import join
@@ -92,13 +108,14 @@ def _by_harness(arguments: argparse.Namespace, config: "Config") -> int:
         if value is not None and value < least:
             flag = key.replace("_", "-")
             raise UserError(f"--{flag}: {value} given; accepted: {least} or more")
+    _refuse(arguments, ("predictions",), "with --tasks")
     refuse_missing()
     with join(config) as world:
         saved = read_on_all(arguments.source, world)
         results = run_harness(
             open_saved(config, world, saved), arguments.tasks.split(","),
             include=arguments.include_path, shots=arguments.num_fewshot, limit=arguments.limit,
-            batch_size=arguments.batch_size,
+            batch_size=8 if arguments.batch_size is None else arguments.batch_size,
         )  # fmt: skip
         if world.is_main:
             print(json.dumps({"checkpoint": str(saved.checkpoint), "tasks": results}, default=str))

@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=at_least(1), default=1, help="answers to each prompt")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of what is drawn")
     parser.add_argument("--run-code", action="store_true", help="run answers with their tests")
-    parser.add_argument("--k", type=counts, default=[1], help="of pass@k, by comma")
+    parser.add_argument("--k", type=counts, help="of pass@k, by comma (1)")
     parser.add_argument("--out", type=new_file, help="JSONL file to write")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -64,14 +64,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             f"--samples: {arguments.samples} given with generation.temperature=0, where all would "
             "be the same; accepted: a temperature above 0"
         )
-    if arguments.run_code:
-        if arguments.data is None:
-            raise UserError("--run-code: given without --data; accepted: with problems and tests")
-        if max(arguments.k) > arguments.samples:
-            raise UserError(
-                f"--k: {max(arguments.k)} given with --samples {arguments.samples}; accepted: at "
-                "most as many"
-            )
+    _check(arguments)
     lines: list[dict[str, Any]] = []
     with join(config) as world:
         if world.is_main and arguments.run_code:
@@ -101,6 +94,27 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if arguments.run_code and lines:
         _run_code(arguments, prompts, lines)
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for arguments that do not go together."""
+    if arguments.chat and arguments.data is not None:
+        raise UserError(
+            "--chat: given with --data, whose rows are read as the run's own; accepted: with "
+            "--prompt"
+        )
+    if arguments.records is not None and arguments.data is None:
+        raise UserError(f"--records: {arguments.records} given without --data; accepted: with it")
+    if arguments.k is not None and not arguments.run_code:
+        raise UserError("--k: given without --run-code; accepted: with it")
+    arguments.k = arguments.k or [1]
+    if arguments.run_code and arguments.data is None:
+        raise UserError("--run-code: given without --data; accepted: with problems and tests")
+    if arguments.run_code and max(arguments.k) > arguments.samples:
+        raise UserError(
+            f"--k: {max(arguments.k)} given with --samples {arguments.samples}; accepted: at "
+            "most as many"
+        )
 
 
 def _run_code(

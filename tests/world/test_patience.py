@@ -32,6 +32,12 @@ def test_a_stage_of_all_ranks(tmp_path: Path) -> None:
         assert errors[1 - failing] == FailedElsewhere.__name__
 
 
+def test_the_user_of_a_chat_may_think(tmp_path: Path) -> None:
+    """Longer than collectives may last."""
+    results = run_cases(tmp_path / "cases", {"asked": ("asked", 6)})
+    assert ok(results["asked"]) == [["Hello", None]] * 2
+
+
 def test_a_rank_that_dies_ends_the_wait(tmp_path: Path) -> None:
     code, _, err = python(SLOW, "die", *arguments(tmp_path, "engine.timeout=120"), processes=2)
     assert code in (EXIT_FAILED, -signal.SIGKILL)

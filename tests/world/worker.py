@@ -36,6 +36,7 @@ from adapters.layers.experts import StackedLinear
 from adapters.layers.linear import AdaptedLinear
 from adapters.methods.registry import METHODS
 from adapters.units import transformer_blocks
+from launch import chat
 from trainer.checkpoint import store
 from trainer.checkpoint.saved import read_saved
 from trainer.config.config import parse_config
@@ -484,7 +485,26 @@ def patience(world: World, how: str) -> list[str]:
     return said
 
 
+def asked(world: World, thinking: float) -> list[str | None]:
+    """What rank 0's user says, after so many seconds, and that nothing follows, where collectives
+    may last 5 seconds."""
+    limit = timedelta(seconds=5)
+    control, saving = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
+
+    def said(first: bool) -> str | None:
+        threading.Event().wait(thinking if first else 0)
+        return "Hello" if first else None
+
+    limited = replace(world, control=control, saving=saving)
+    found = []
+    for first in (True, False):
+        with patch.object(chat, "_read", lambda first=first: said(first)):
+            found.append(chat.next_message(limited))
+    return found
+
+
 CASES = {
+    "asked": asked,
     "train": train,
     "train_compiled": train_compiled,
     "kept_for_backward": kept_for_backward,

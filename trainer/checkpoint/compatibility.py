@@ -38,6 +38,12 @@ _MUST_AGREE = {
 }
 """Keys that must be equal for a resumed run to be the same run (None: the entire section)."""
 
+_SCORED = (
+    "records", "scores", "pattern", "max_new_tokens", "temperature", "top_p", "top_k", "stop",
+)  # fmt: skip
+"""Keys of `generation` that must be equal too where `run.keep_best` is a score of answers: others'
+would be compared with the best so far."""
+
 _MAY_CHANGE = {
     "model": ("dtype", "attention"),
     "data": ("padding_free", "row_lengths"),
@@ -56,13 +62,24 @@ _EVALUATION = {
 
 def check_options(config: Config, checkpoint: Path, state: dict[str, Any]) -> None:
     """Raises BadCheckpoint, naming the key, where `config` differs in a key that must agree."""
-    for key, old, new in _differences(state["config"], config, _MUST_AGREE):
+    must_agree: dict[str, tuple[str, ...] | None] = {**_MUST_AGREE}
+    if config.run.keep_best is not None and config.run.keep_best in _generated(config):
+        must_agree["generation"] = _SCORED
+    for key, old, new in _differences(state["config"], config, must_agree):
         if key == "data.eval" and not {type(old), type(new)} & {int, float}:
             continue  # another file takes nothing from the training records
         raise BadCheckpoint(
             f"{key}: {new!r} given, but {checkpoint} was made with {old!r}; "
             "accepted: the same, or another run.name for a new run"
         )
+
+
+def _generated(config: Config) -> set[str]:
+    """The scores of generated answers among the metrics of a configuration."""
+    return {
+        name for name in config.metrics
+        if any(name.endswith(f"_{score}") for score in config.generation.metrics)
+    }  # fmt: skip
 
 
 def is_another_backbone(session: LoadedModel, state: Mapping[str, Any]) -> bool:

@@ -134,6 +134,9 @@ def _records(parts: Sequence[tuple[str, str]], right: int, options: SourceOption
     """A record for each (what is given, what is scored)."""
     if len(parts) < 2:
         raise BadRecord(f"{len(parts)} choices; accepted: two or more")
+    for number, (_, scored) in enumerate(parts, 1):
+        if not scored.strip():
+            raise BadRecord(f"choice {number} of {len(parts)} has no text")
     return [
         Record(
             [(given, False), (scored, True)],

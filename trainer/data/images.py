@@ -45,12 +45,19 @@ def encoded_image(row: dict, column: str) -> bytes:
         )
     try:
         data = found if isinstance(found, bytes) else Path(found).read_bytes()
-        Image.open(io.BytesIO(data)).load()
+        image = Image.open(io.BytesIO(data))
+        image.load()
     except Exception as error:  # PIL raises many types on damaged files
         where = "" if isinstance(found, bytes) else f"{found}: "
         raise BadRecord(
             f"{column}: {where}no image that can be read ({first_line(error)})"
         ) from error
+    if image.mode.startswith(("I", "F")):  # Pillow would make white of all above 255
+        where = "" if isinstance(found, bytes) else f"{found}: "
+        raise BadRecord(
+            f"{column}: {where}an image of more than 8 bits a colour (Pillow's mode {image.mode}); "
+            "accepted: one of 8 bits"
+        )
     return data
 
 

@@ -17,7 +17,7 @@ def question_answering(row: dict) -> Record:
     question, context = row["question"], row["context"]
     answers = () if row.get("is_impossible") is True else tuple(_answers(row))
     for number, (text, start) in enumerate(answers):
-        if not text or context[start : start + len(text)] != text or start < 0:
+        if not text.strip() or context[start : start + len(text)] != text or start < 0:
             raise BadRecord(
                 f"answers[{number}]: {text!r} does not stand in context from character {start} on"
             )

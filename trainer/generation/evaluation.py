@@ -8,7 +8,7 @@ import numpy as np
 from trainer.data.dataset import TokenDataset
 from trainer.data.templates import stops
 from trainer.errors import UserError
-from trainer.generation.generate import generate
+from trainer.generation.generate import check_lengths, generate
 from trainer.generation.prompts import Prompt, text_of
 from trainer.generation.scores import check_libraries, score, unusable
 from trainer.session import Session
@@ -53,9 +53,14 @@ def answer_records(session: Session, data: TokenDataset, examples: np.ndarray) -
     return Answered(scores, lines)
 
 
-def check_generation(session: Session, data: TokenDataset, examples: np.ndarray) -> None:
-    """Raises UserError, naming the record, where answers to records cannot be generated or scored:
-    before the first step rather than after the last one."""
+def check_answers(session: Session) -> None:
+    """Raises UserError, naming the record, where answers that evaluations ask for cannot be
+    generated or scored: before the first step rather than after the last one."""
+    for name in session.config.data.eval_names if session.config.generation.records else ():
+        _check_set(session, *session.held_out(name))
+
+
+def _check_set(session: Session, data: TokenDataset, examples: np.ndarray) -> None:
     options = session.config.generation
     check_libraries(options)
     if set(data.counts.formats) == {"text"}:
@@ -64,7 +69,9 @@ def check_generation(session: Session, data: TokenDataset, examples: np.ndarray)
             "no prompts; accepted: 0, or records with prompts"
         )
     chosen = data.first_records(examples, options.records)
-    for example, prompt in zip(chosen, _prompts(session, data, chosen), strict=True):
+    prompts = _prompts(session, data, chosen)
+    check_lengths(session, [prompt.ids for prompt in prompts], options)
+    for example, prompt in zip(chosen, prompts, strict=True):
         problem = unusable(prompt.reference or "", options)
         if not prompt.ids:
             problem = "generation.records: nothing before its answer"

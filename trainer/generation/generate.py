@@ -8,7 +8,7 @@ ranks: a rank that is done, or has no batch left, goes on with passes whose resu
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from adapters import seeds
 from trainer.config.generation_options import GenerationOptions
 from trainer.config.sections import Shown
-from trainer.data.templates import stops
+from trainer.data.templates import added_tokens, stops
 from trainer.errors import RunFailed, UserError
 from trainer.generation.prompts import text_of
 from trainer.model.attention import with_cache
@@ -57,7 +57,7 @@ def generate(
     for a single prompt. Collective, with the same prompts on all ranks; so is its result. Raises
     UserError where a prompt and an answer exceed the model's positions."""
     with model.world.all_or_none():
-        _check(model, prompts, options)
+        check_lengths(model, prompts, options)
         settings = _settings(model, options)
     batches = _batches(model, prompts, options.batch_size)
     world, size = model.world, model.world.size
@@ -82,9 +82,10 @@ def generate(
     return [by_prompt[index] for index in range(len(prompts))]
 
 
-def _check(
+def check_lengths(
     model: LoadedModel, prompts: Sequence[Sequence[int]], options: GenerationOptions
 ) -> None:
+    """Raises UserError where the model generates no text, or has no positions for it."""
     if not model.task.options.generates:
         raise UserError(
             f"task.kind: {model.config.task.kind} given, which generates no text; accepted: a run "
@@ -104,10 +105,13 @@ def _check(
 def _settings(model: LoadedModel, options: GenerationOptions) -> GenerationConfig:
     """All that is asked for: what else a model's generation_config.json or config.json say, such as
     of sampling, has no effect."""
-    drawn = options.temperature > 0
+    drawn, tokenizer = options.temperature > 0, cast(Any, model.tokenizer)
     sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
     tokens, texts = stops(model.tokenizer, model.config.data)
     ends = end_tokens(model.config.model, model.backbone.model.config, model.tokenizer)
+    known = added_tokens(tokenizer)  # special ones are not in an answer's text
+    tokens += [tokenizer.convert_tokens_to_ids(one) for one in options.stop if one in known]
+    texts += [one for one in options.stop if one not in known]
     return GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         do_sample=drawn,
@@ -115,7 +119,7 @@ def _settings(model: LoadedModel, options: GenerationOptions) -> GenerationConfi
         eos_token_id=[*ends, *tokens] or None,
         pad_token_id=model.task.pad_token_id,
         decoder_start_token_id=getattr(model.task, "start", None),  # of an encoder-decoder
-        stop_strings=[*options.stop, *texts] or None,
+        stop_strings=texts or None,
         **(sampling if drawn else {}),
     )
 
@@ -198,4 +202,6 @@ def _answer(model: LoadedModel, tokens: list[int], settings: GenerationConfig) -
     tokens = tokens[:end]
     text = text_of(tokens, model.tokenizer, stop)
     stopped = any(one in model.tokenizer.decode(tokens, skip_special_tokens=True) for one in stop)
+    while stopped and tokens[-1] == settings.pad_token_id:  # while others of the batch went on
+        tokens.pop()
     return Answer(tokens, text, end is not None or stopped)

@@ -48,12 +48,18 @@ class ImageProcessor:
 
         try:
             self._processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-            with_size = self._pixels([_blank()])
+            with_size, other = self._pixels([_blank()]), self._pixels([_blank(96)])
         except Exception as error:  # transformers raises many types on bad files
             raise UserError(
                 f"model.id: {folder}: no usable image processor ({first_line(error)}); accepted: a "
                 "model of images with preprocessor_config.json"
             ) from error
+        if other.shape != with_size.shape:
+            raise UserError(
+                f"model.id: {folder}: its image processor makes images of several sizes "
+                f"({tuple(with_size.shape[2:])}, {tuple(other.shape[2:])}); accepted: one that "
+                "crops or resizes all to one size"
+            )
         self.shape: tuple[int, ...] = tuple(with_size.shape[1:])
         """(channels, height, width) of what the model is given."""
         _, height, width = self.shape
@@ -62,12 +68,9 @@ class ImageProcessor:
         """Patches of an image, and the token for the whole, where the model has such."""
 
     def __call__(self, images: Sequence[bytes]) -> Tensor:
-        """Pixel values (images, channels, height, width) of encoded images; zeros for b""."""
-        from PIL import Image
-
-        opened = [
-            Image.open(io.BytesIO(data)).convert("RGB") if data else _blank() for data in images
-        ]
+        """Pixel values (images, channels, height, width) of encoded images, turned as cameras note
+        it in them; zeros for b""."""
+        opened = [_opened(data) if data else _blank() for data in images]
         pixels = self._pixels(opened)
         for index, data in enumerate(images):
             if not data:
@@ -90,7 +93,14 @@ class ImageProcessor:
         return ""
 
 
-def _blank() -> Any:
+def _blank(width: int = 64) -> Any:
     from PIL import Image
 
-    return Image.new("RGB", (64, 64))
+    return Image.new("RGB", (width, 64))
+
+
+def _opened(data: bytes) -> Any:
+    """As transformers' and `datasets`' own readers open it."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")

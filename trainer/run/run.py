@@ -27,7 +27,7 @@ from trainer.distributed import launcher
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, Diverged, UserError
 from trainer.files import METRICS
-from trainer.generation.evaluation import check_generation
+from trainer.generation.evaluation import check_answers
 from trainer.loading.initial_adapters import initial_digest
 from trainer.memory.graphs import capture_graphs, row_batches
 from trainer.memory.planner import make_plan
@@ -82,9 +82,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         stop=stop.raise_if_asked,
     )  # fmt: skip
     with world.all_or_none():
-        if config.generation.records:
-            for name in config.data.eval_names:
-                check_generation(session, *session.held_out(name))
+        check_answers(session)
         if recomputed is not None and not session.method.splits_weight:
             raise recomputed  # an earlier stage's, which this method cannot compute
         if recomputed is not None and session.initial_adapters is not None:

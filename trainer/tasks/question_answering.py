@@ -279,7 +279,9 @@ def _spans(first: int, end: int, room: int, stride: int) -> Iterator[Span]:
 def _answer(answers: Iterable[tuple[str, int]], spans: Sequence[Span]) -> Span | None:
     """The window's tokens that hold the first answer: [from, to); None where it is not within."""
     for text, start in answers:
-        end = start + len(text)
+        # Tokens may leave out the spaces around them.
+        end = start + len(text.rstrip())
+        start += len(text) - len(text.lstrip())
         if start < spans[0][0] or end > spans[-1][1]:
             return None
         inside = [at for at, (a, b) in enumerate(spans) if a < end and b > start]

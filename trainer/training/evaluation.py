@@ -18,6 +18,7 @@ from trainer.data.loader import cut, packed_records
 from trainer.data.micro_batches import assign_micro_batches, row_length
 from trainer.device_memory import GIB, begin_peak, peak_of_phase
 from trainer.distributed.world import World
+from trainer.errors import UserError
 from trainer.generation.evaluation import answer_records
 from trainer.records.evaluation_bar import EvaluationBar
 from trainer.session import Session, open_session
@@ -93,12 +94,14 @@ def _evaluate_set(session: Session, name: str) -> tuple[dict[str, float], list[d
 
 def _named(by_set: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Scores by the names that they have in metrics.jsonl, their means over the sets first. (Half
-    widths of intervals have none.)"""
+    widths of intervals have none, nor has what only some of the sets give, such as scores of
+    questions without an answer.)"""
     first, *_ = by_set.values()
     means = {
         f"eval_{score}": math.fsum(scores[score] for scores in by_set.values()) / len(by_set)
         for score in first
-        if len(by_set) == 1 or not score.endswith("_interval")
+        if len(by_set) == 1
+        or (not score.endswith("_interval") and all(score in scores for scores in by_set.values()))
     }
     sets = {
         f"eval_{name}_{score}": value
@@ -183,5 +186,12 @@ def open_saved(config: Config, world: World, saved: Saved) -> Session:
         config, world, saved.initial_adapters, unreached, frozen=lambda _: saved.frozen
     )
     with world.all_or_none():
+        now, then = session.task.labels_state(), saved.state["labels"]
+        if now != then:
+            given, made = (", ".join(one.get("labels", [])) for one in (now, then))
+            raise UserError(
+                f"{config.data.train_name} has the labels {given}, but {saved.checkpoint} was made "
+                f"with {made}; accepted: training data with the same"
+            )
         load_trained(session, saved.checkpoint, saved.tensors)
     return session

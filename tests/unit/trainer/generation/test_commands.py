@@ -76,6 +76,9 @@ def test_rows_become_lines(trained, tokenizer, tmp_path):
         (["--prompt", "a", "--chat"], "--chat: the tokenizer has no chat template"),
         (["--prompt", "a", "--samples", "2"], "--samples: 2 given with generation.temperature=0"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "nowhere.jsonl", "--chat"], "--chat: given with --data"),
+        (["--prompt", "a", "--records", "3"], "--records: 3 given without --data"),
+        (["--prompt", "a", "--k", "1,2"], "--k: given without --run-code"),
     ],
 )
 def test_refused(trained, arguments, message):

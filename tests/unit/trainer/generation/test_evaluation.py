@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from launch import evaluate
 from tests.helpers import quick_config
+from tests.tiny_models import tiny_model
 from trainer.checkpoint.saved import read_saved
 from trainer.distributed.world import World
 from trainer.errors import UserError
@@ -77,6 +78,8 @@ def test_a_saved_run_is_scored_alike(finished, capsys):
     assert {key: last[key] for key in last if key.startswith("eval_")} == pytest.approx(found)
     evaluate.main([str(finished / "runs/a"), "generation.records=2"])
     assert "eval_exact_match" in json.loads(capsys.readouterr().out.splitlines()[-1])
+    with pytest.raises(UserError, match=r"Z.z. is not found in its answer .record 1 of data.eval"):
+        evaluate.main([str(finished / "runs/a"), "generation.records=2", "generation.pattern=Z(z)"])
 
 
 def test_the_first_answers_are_shown(finished):
@@ -112,3 +115,15 @@ def test_a_table_holds_any_text():
 def test_what_cannot_be_scored_is_refused_at_the_start(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         run(quick_config(tmp_path, *ASKED, *changes), World())
+
+
+def test_answers_beyond_the_models_positions_are_refused_at_the_start(tmp_path, tokenizer):
+    tiny_model("gpt2", n_positions=1024).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    config = quick_config(
+        tmp_path, *ASKED, f"model.id={tmp_path}/gpt2", "method.targets=all-linear",
+        "generation.max_new_tokens=1000", "run.steps=1",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"max_new_tokens: 1000 given with a prompt .* for 1024"):
+        run(config, World())
+    assert not (config.run_folder / "metrics.jsonl").exists()

@@ -63,6 +63,35 @@ def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(opened, tokenizer):
     assert len(short.tokens) < len(whole.tokens)
 
 
+def test_a_special_stop_and_the_padding_behind_a_stop(opened, tokenizer):
+    """A special token is in no text, and what fills the row of an answer that ended is none of its
+    tokens."""
+    options = {"max_new_tokens": 40, "batch_size": 2}
+    model = opened()
+    prompts = [
+        tokenizer(text)["input_ids"] for text in ("Mia has 8 eggs. How many?\n", "There are some")
+    ]
+    plain = model.config.generation.model_copy(update=options)
+    whole, other = generate(model, prompts, plain)
+    at = len(whole.tokens) // 2
+    stop = str(tokenizer.decode(whole.tokens[at : at + 2]))
+    assert stop not in other.text
+    short, _ = generate(model, prompts, plain.model_copy(update={"stop": [stop]}))
+    assert short.ended and short.tokens == whole.tokens[: len(short.tokens)]
+    assert stop in tokenizer.decode(short.tokens)
+    assert stop not in tokenizer.decode(short.tokens[:-1])
+
+    mark = tokenizer.convert_ids_to_tokens(whole.tokens[at])
+    tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
+    assert tokenizer.convert_tokens_to_ids(mark) == whole.tokens[at]
+    special = replace(model, tokenizer=tokenizer)
+    short, _ = generate(special, prompts, plain.model_copy(update={"stop": [mark]}))
+    assert (short.tokens, short.ended) == (
+        whole.tokens[: whole.tokens.index(whole.tokens[at])],
+        True,
+    )
+
+
 def test_answers_end_at_the_tokens_that_the_model_names_and_the_tokenizers(
     tmp_path, opened, tokenizer
 ):

@@ -11,7 +11,12 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    CLIPImageProcessor,
+)
+from transformers.image_utils import load_image
 
 from tests.helpers import TINY, losses, quick_config
 from tests.images import BRIGHT, save_images, save_vit
@@ -22,6 +27,7 @@ from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import export_run, saved_config
 from trainer.memory.estimate import predict
+from trainer.model.image_processor import ImageProcessor
 from trainer.records.jsonl import read_metrics
 from trainer.report.data_view import show
 from trainer.run.run import run
@@ -138,6 +144,20 @@ def test_it_learns_and_exports(tmp_path, place, capsys):
             )
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
+def test_an_image_is_opened_as_transformers_does_it(tmp_path, place, mode):
+    """Turned as its camera noted it, in three colours."""
+    config = configured(tmp_path, place)
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 24, 3), np.uint8)
+    file, exif = tmp_path / f"1.{'jpg' if mode == 'CMYK' else 'png'}", Image.Exif()
+    exif[0x0112] = 6  # on its side
+    Image.fromarray(pixels).convert(mode).save(file, exif=exif)
+    found = ImageProcessor(config.model)([file.read_bytes()])
+    theirs = AutoImageProcessor.from_pretrained(f"{place}/vit")
+    expected = theirs(images=load_image(str(file)), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_it_is_estimated_and_shown(tmp_path, place, capsys):
     config = configured(tmp_path, place)
     assert predict(configured(tmp_path, place, "engine.kind=auto"), 1, 2**33).probe is not None
@@ -154,6 +174,8 @@ def test_it_is_estimated_and_shown(tmp_path, place, capsys):
         (["model.tokenizer=PLACE/vit"], "model.tokenizer: .*/vit given, but images have no tokens"),
         (["model.id=TINY"], "no usable image processor"),
         (["data.train=PLACE/broken"], r"broken:1: image: .*bad.png: no image that can be read"),
+        (["data.train=PLACE/deep"], r"deep:1: image: .*deep/a/1.png: an image of more than 8 bits"),
+        (["model.id=PLACE/ragged"], r"ragged: its image processor makes images of several sizes"),
         (["data.train=PLACE/text.jsonl"], "text.jsonl:1: image holds a int; accepted: an image as"),
         (
             ["data.train=PLACE/data/train/left"],
@@ -171,6 +193,13 @@ def test_refused(tmp_path, place, changes, message):
         whole, "png"
     )
     (place / "broken/bad/bad.png").write_bytes(whole.getvalue()[:2000])
+    for name in ("a", "b"):
+        (place / "deep" / name).mkdir(parents=True, exist_ok=True)
+        deep = np.full((4, 4), 30000, np.uint16)
+        Image.fromarray(deep).save(place / "deep" / name / "1.png")
+    save_vit(place / "ragged")
+    resized = CLIPImageProcessor(size={"shortest_edge": 16}, do_center_crop=False)
+    resized.save_pretrained(place / "ragged")
     (place / "other/bottom").mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(place / "other/bottom/1.png")
     lines = ['{"image": 3, "label": "a"}', '{"image": 4, "label": "b"}']

@@ -69,6 +69,7 @@ def test_the_sets_forms_are_read(row, options):
         ({"choices": ["stone", "plum"], "label": 2}, "label is 2; accepted: 0, 1, or a choice"),
         ({"choices": ["stone", "stone"], "label": "stone"}, "label is 'stone'"),
         ({"choices": "stone", "label": 0}, "choices holds a str; accepted: a list of texts"),
+        ({"choices": ["stone", " "], "label": 0}, "choice 2 of 2 has no text"),
         ({"choices": ["stone", None], "label": 0}, "choices holds a NoneType among its texts"),
         ({"choices": ["stone", float("nan")], "label": 0}, "choices holds NaN among its texts"),
     ],

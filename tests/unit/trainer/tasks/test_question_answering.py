@@ -23,7 +23,7 @@ from trainer.records.jsonl import read_metrics
 from trainer.run.run import run
 from trainer.session import open_session
 from trainer.tasks.options import QuestionAnsweringOptions
-from trainer.tasks.question_answering import QuestionAnswering
+from trainer.tasks.question_answering import QuestionAnswering, _answer
 from trainer.tasks.squad_scores import squad_scores
 from trainer.training.evaluation import evaluate, evaluate_saved
 
@@ -100,6 +100,17 @@ SQUAD = {
         ],
     }]}],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", [("tree ", 5), (" plum", 0), ("plum tree", 1)])
+def test_spaces_around_an_answer_do_not_make_it_none(answer):
+    """At either end of the context " plum tree ", whose tokens leave them out."""
+    text, start = answer
+    context = " plum tree " if text != "tree " else "plum tree "
+    assert context[start : start + len(text)] == text
+    spans = [(found.start(), found.end()) for found in re.finditer(r"\w+", context)]
+    expected = {"tree ": (1, 2), " plum": (0, 1), "plum tree": (0, 2)}
+    assert _answer([answer], spans) == expected[text]
 
 
 @pytest.mark.parametrize("indent", [None, 2])

@@ -9,16 +9,17 @@ from safetensors.torch import load_file
 from launch.evaluate import main as evaluate_main
 from tests.helpers import ROOT, quick_config, sample
 from trainer.checkpoint import store
+from trainer.checkpoint.compatibility import check_options
 from trainer.checkpoint.saved import read_saved
-from trainer.config.config import load_config
+from trainer.config.config import load_config, with_overrides
 from trainer.distributed.world import World
-from trainer.errors import UserError
+from trainer.errors import BadCheckpoint, UserError
 from trainer.export.export import export_run
 from trainer.records.jsonl import final_scores, read_metrics
 from trainer.run.run import run
 from trainer.session import open_session
 from trainer.training import loop
-from trainer.training.evaluation import Evaluation, evaluate, full_evaluation
+from trainer.training.evaluation import Evaluation, _named, evaluate, full_evaluation
 from trainer.training.stop_request import Interrupted, StopRequest
 
 EVAL = ROOT / "configs/quickstart/eval.jsonl"
@@ -229,6 +230,50 @@ def test_several_sets_are_scored_each_and_on_average(tmp_path):
     assert load_config(tmp_path / "config.yaml") == several
 
 
+def test_what_only_one_of_several_sets_gives_has_no_mean():
+    """SQuAD 2.0 beside a set in which every question has an answer."""
+    whole = {"loss": 1.0, "f1": 60.0, "has_answer_f1": 70.0, "no_answer_f1": 50.0}
+    answered = {"loss": 3.0, "f1": 80.0, "has_answer_f1": 80.0}
+    for order in (("a", "b"), ("b", "a")):
+        sets = {"a": whole, "b": answered}
+        found = _named({name: sets[name] for name in order})
+        means = {k: v for k, v in found.items() if k[5:7] not in ("a_", "b_")}
+        assert means == {"eval_loss": 2.0, "eval_f1": 70.0, "eval_has_answer_f1": 75.0}
+        assert len(found) == 3 + len(whole) + len(answered)
+
+
+def test_scores_of_other_answers_are_not_compared_with_the_best(tmp_path):
+    """The rest of `generation` says how fast and how much is shown."""
+    settings = config(
+        tmp_path, "run.keep_best=eval_ended", "generation.records=2", "generation.max_new_tokens=3"
+    )
+    state = {"config": settings.model_dump(mode="json")}
+    check_options(with_overrides(settings, ["generation.shown=1"]), tmp_path, state)
+    longer = with_overrides(settings, ["generation.max_new_tokens=4"])
+    with pytest.raises(BadCheckpoint, match=r"generation\.max_new_tokens: 4 given, but .* with 3"):
+        check_options(longer, tmp_path, state)
+    by_loss = {
+        "config": with_overrides(settings, ["run.keep_best=eval_loss"]).model_dump(mode="json")
+    }
+    check_options(with_overrides(longer, ["run.keep_best=eval_loss"]), tmp_path, by_loss)
+
+
+def test_labels_that_are_not_the_checkpoints_are_refused(tmp_path):
+    """Their numbers would mean others: the accuracy would be silently wrong."""
+    for name, labels in (("t", "ab"), ("u", "bc")):
+        texts = [{"text": f"{n} is it", "label": labels[n % 2]} for n in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in texts))
+    settings = config(
+        tmp_path, "task.kind=sequence_classification", f"data.train={tmp_path}/t.jsonl",
+        f"data.eval={tmp_path}/t.jsonl", "run.steps=1", "run.keep_best=null", "run.eval_every=0",
+        "data.packing=false", "data.format=auto", "data.text=text",
+    )  # fmt: skip
+    run(settings, World())
+    other = [f"data.train={tmp_path}/u.jsonl", f"data.eval={tmp_path}/u.jsonl"]
+    with pytest.raises(UserError, match=r"u.jsonl has the labels b, c, but .* was made with a, b"):
+        evaluate_main([str(settings.run_folder), *other])
+
+
 def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
@@ -292,6 +337,9 @@ def test_a_task_without_answers_has_no_file(tmp_path):
     assert not (settings.run_folder / "predictions.jsonl").exists()
     with pytest.raises(UserError, match=r"--predictions: given, but task.kind=causal_lm"):
         evaluate_main([str(settings.run_folder), "--predictions", str(tmp_path / "x")])
+    for flag in ("--limit", "--num-fewshot", "--batch-size"):
+        with pytest.raises(UserError, match=f"{flag}: 3 given without --tasks, where it has no ef"):
+            evaluate_main([str(settings.run_folder), flag, "3"])
 
 
 def test_time_and_memory_are_printed(tmp_path, capsys):

@@ -91,6 +91,8 @@ def test_what_is_refused(tmp_path, monkeypatch):
     for flag, value in (("--limit", "0"), ("--num-fewshot", "-1"), ("--batch-size", "0")):
         with pytest.raises(UserError, match=f"{flag}: {value} given; accepted: "):
             evaluate([folder, "--tasks", "boolq", f"{flag}={value}"])
+    with pytest.raises(UserError, match=r"--predictions: .*x given with --tasks, wh"):
+        evaluate([folder, "--tasks", "boolq", "--predictions", str(tmp_path / "x")])
     honest = builtins.__import__
 
     def absent(name, *rest):
