@@ -23,8 +23,8 @@ class Casts:
         adapters: Mapping[str, GatedAdapter],
         dtype: torch.dtype,
     ):
-        """`optimizer`: whose buffer holds `adapters`; None without any. In float32 nothing is
-        cast."""
+        """`optimizer`: whose buffer holds `adapters`; None without one. Without adapters, or in
+        float32, nothing is cast."""
         self._optimizer, self._adapters, self._dtype = optimizer, adapters, dtype
         self._held = Held()
         self._values: Tensor | None = None
@@ -34,12 +34,12 @@ class Casts:
     @contextmanager
     def fresh(self) -> Iterator[None]:
         """Context in which layers use casts of the present values, which must not change in it."""
-        if self._optimizer is None or self._dtype == torch.float32:
+        if self._optimizer is not None and self._values is not self._optimizer.values:
+            self._bind()  # the optimizer was bound anew
+        if self._cast is None:
             yield
             return
-        if self._values is not self._optimizer.values:  # bound anew
-            self._bind()
-        assert self._cast is not None and self._values is not None
+        assert self._values is not None
         self._cast.copy_(self._values)
         self._held.valid = True
         try:
@@ -48,13 +48,18 @@ class Casts:
             self._held.valid = False
 
     def _bind(self) -> None:
-        if self._optimizer is None or self._dtype == torch.float32:
-            return
-        self._cast = None  # freed first
-        self._values = self._optimizer.values
-        self._cast = torch.empty_like(self._values, dtype=self._dtype)
-        for adapter in self._adapters.values():
+        self._values = self._cast = None
+        for adapter in self._adapters.values():  # with theirs the old casts are freed
             adapter.held = None
+        if self._optimizer is None:
+            return
+        values = self._optimizer.values
+        if self._adapters and self._dtype != torch.float32:
+            self._cast = torch.empty_like(values, dtype=self._dtype)
+        self._values = values
+        if self._cast is None:
+            return
+        for adapter in self._adapters.values():
             if all(self._holds(t) for t in (adapter.A, adapter.B)):
                 adapter.held = (self._held, self._view(adapter.A), self._view(adapter.B))
 

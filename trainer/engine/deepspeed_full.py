@@ -18,6 +18,7 @@ from trainer.distributed.world import World
 from trainer.engine.deepspeed import DeepSpeedEngine
 from trainer.engine.deepspeed_config import merge
 from trainer.engine.sharded_optimizer import Gathered, ShardedOptimizer
+from trainer.errors import UserError
 
 
 class DeepSpeedFull(DeepSpeedEngine):
@@ -26,6 +27,14 @@ class DeepSpeedFull(DeepSpeedEngine):
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
         self._dtype = compute_dtype(config.model, world.device)
+        offload = self._json["zero_optimization"].get("offload_optimizer") or {}
+        if offload.get("device", "none") != "none":
+            # DeepSpeed copies gradients there in the backward pass of the last micro-batch only,
+            # and `backward` marks none as that.
+            raise UserError(
+                f"engine.config: {config.engine.config}: zero_optimization.offload_optimizer: "
+                f"{offload!r} given with method.kind={config.method.kind}; accepted: leave it out"
+            )
 
     def shard_block(self, block: nn.Module) -> None:
         super().shard_block(block.to(self._dtype).requires_grad_(True))

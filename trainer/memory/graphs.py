@@ -105,14 +105,19 @@ def _capture(session: Session, batches: Sequence[Batch]) -> tuple[int, int]:
     torch.cuda.reset_peak_memory_stats(device)
     trials: list[_Trial] = []
     buffers = None
-    for batch in batches:
-        calls = _record(session, batch)
-        buffers = buffers or Buffers(calls)
-        graph = BlocksGraph(calls, buffers)
-        calls.clear()  # they hold the recorded pass's activations
-        trials.append(_try(graph, stream, first=not trials))
-    needed, peak = max(trial.nbytes for trial in trials), peak_bytes(device)
-    if world.any(peak + needed > allowance(device, config.memory_fraction)):
+    lacks = False
+    try:
+        for batch in batches:
+            calls = _record(session, batch)
+            buffers = buffers or Buffers(calls)
+            graph = BlocksGraph(calls, buffers)
+            calls.clear()  # they hold the recorded pass's activations
+            trials.append(_try(graph, stream, first=not trials))
+    except torch.OutOfMemoryError:  # the other ranks are told below
+        lacks = True
+    needed, peak = max((trial.nbytes for trial in trials), default=0), peak_bytes(device)
+    lacks = lacks or peak + needed > allowance(device, config.memory_fraction)
+    if world.any(lacks):
         raise NoGraph(f"the memory does not suffice for {readable(needed)} more")
     of_ranks = world.gather([trial.launching for trial in trials])
     launching = [min(shares) for shares in zip(*of_ranks, strict=True)]

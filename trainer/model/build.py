@@ -16,7 +16,7 @@ from trainer.model.added_tokens import AddedTokens, check_vocabulary, token_tabl
 from trainer.model.attention import OURS, register_attention
 from trainer.model.backbone import BuiltModel, LeftAlone, set_module
 from trainer.model.hub import load_model_config, resolve_folder
-from trainer.model.matrices import install_adapted_layers, refuse_shared_blocks
+from trainer.model.matrices import install_adapted_layers, refuse_fixed, refuse_shared_blocks
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing, choose_rows
@@ -45,6 +45,8 @@ def build(
     model, initial, added = _unmodified(config, task, held)
     task.check_model(model)
     tensors = model.state_dict()
+    if trains == "backbone":
+        refuse_fixed(model)
     model.requires_grad_(False)
     model.eval()
     read = layers_read(model)

@@ -75,7 +75,8 @@ def estimate(
         )
     share = ranks if config.optim.shard_state else 1
     split = -(-trained // share)
-    cast = 0 if backbone.dtype.itemsize == 4 else backbone.dtype.itemsize
+    casts = config.method.trains == "adapters" and backbone.dtype.itemsize < 4
+    cast = backbone.dtype.itemsize if casts else 0
     return Estimate(
         backbone=backbone_bytes,
         block=largest if gathered else 0,

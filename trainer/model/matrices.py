@@ -115,6 +115,18 @@ def refuse_shared_blocks(model: nn.Module) -> None:
                 )
 
 
+def refuse_fixed(model: nn.Module) -> None:
+    """Raises UserError for a parameter that full fine-tuning cannot train as the model means it:
+    one that the model keeps fixed (tables of sines), which would train, or a single number."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or parameter.dim() == 0:
+            what = "a single number" if parameter.requires_grad else "kept fixed by the model"
+            raise UserError(
+                f"method.kind: full given, but {name} is {what}; accepted for this model: methods "
+                "that leave the backbone frozen"
+            )
+
+
 def refuse_tied(model: nn.Module, method: MethodOptions, targets: list[str]) -> None:
     """Raises UserError for tied matrices: spectral initialisation would change both modules."""
     shared = shared_matrices(model)

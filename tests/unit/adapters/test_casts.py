@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from adapters.casts import Casts
 from tests.helpers import quick_config
 from trainer.distributed.world import World
 from trainer.session import open_session
@@ -47,3 +48,32 @@ def test_values_that_change_are_cast_anew(session):
             assert not torch.equal(adapter.cast(torch.bfloat16)[0], before)
         session.optimizer.rebind_parameters(session.trainables())  # to another buffer
         adapter.A.data.mul_(0.5)
+
+
+def test_memory_of_old_casts_is_free_before_new_ones_and_a_lack_of_it_is_got_over(
+    session, monkeypatch
+):
+    adapters = list(session.method.adapters.values())
+    with session.casts.fresh():
+        pass
+    session.optimizer.rebind_parameters(session.trainables())
+
+    def without_memory(*_, **__):
+        assert all(adapter.held is None for adapter in adapters)
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr("adapters.casts.torch.empty_like", without_memory)
+        with session.casts.fresh():
+            pass
+    with session.casts.fresh():
+        for adapter in adapters:
+            A, _, B = adapter.cast(torch.bfloat16)
+            assert adapter.held is not None and A.data_ptr() == adapter.held[1].data_ptr()
+            assert torch.equal(A, adapter.A.bfloat16()) and torch.equal(B, adapter.B.bfloat16())
+
+
+def test_without_adapters_nothing_is_cast(session, monkeypatch):
+    monkeypatch.setattr("adapters.casts.torch.empty_like", None)
+    with Casts(session.optimizer, {}, torch.bfloat16).fresh():
+        pass

@@ -17,8 +17,11 @@ from trainer.export.export import export_run
 from trainer.memory.estimate import predict
 from trainer.model.build import build
 from trainer.model.footprint import estimate, trainable_parameters
+from trainer.model.hub import load_tokenizer
+from trainer.model.matrices import refuse_fixed
 from trainer.run.run import run
 from trainer.session import open_data
+from trainer.tasks.registry import TASKS
 from trainer.training.evaluation import evaluate_saved
 
 REFUSED = {
@@ -51,6 +54,19 @@ def test_what_cannot_be_right_is_refused_in_one_line(tmp_path, case):
     with pytest.raises(UserError, match=message) as error:
         run(configuration(tmp_path, *more), World())
     assert "\n" not in str(error.value)
+
+
+def test_what_a_model_keeps_fixed_and_single_numbers_are_refused(tmp_path):
+    save_random_model(tmp_path / "model", "roformer", AutoModelForSequenceClassification)
+    config = configuration(tmp_path, "task.kind=sequence_classification", "data.eval=null")
+    task = TASKS["sequence_classification"](config.task, load_tokenizer(config.model))
+    task.learn_labels(["bad", "good"])
+    with pytest.raises(UserError, match=r"embed_positions\.weight is kept fixed by the model; acc"):
+        build(config, task, torch.device("cpu"))
+    scaled = torch.nn.Linear(2, 2)
+    scaled.register_parameter("scale", torch.nn.Parameter(torch.ones(())))
+    with pytest.raises(UserError, match="scale is a single number; accepted for this model"):
+        refuse_fixed(scaled)
 
 
 def test_a_tied_model_is_evaluated_and_exported_from_its_checkpoint(tmp_path):

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from tests.helpers import ROOT, quick_config
+from trainer.distributed.world import World
 from trainer.engine.deepspeed_config import merge, read_user_json, settings, sizes
+from trainer.engine.deepspeed_full import DeepSpeedFull
 from trainer.errors import UserError
 
 
@@ -73,3 +75,22 @@ def test_contradictions_are_named(tmp_path, key):
 def test_requantising_the_packed_bytes_is_refused(tmp_path):
     with pytest.raises(UserError, match="zero_quantized_weights"):
         resolved(tmp_path, {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}})
+
+
+def test_full_fine_tuning_refuses_offloaded_moments(tmp_path, monkeypatch):
+    """They would be updated without a gradient."""
+    monkeypatch.setattr("trainer.engine.deepspeed._import_deepspeed", lambda _: None)
+    for device in ("none", "cpu", "nvme"):
+        user = {"zero_optimization": {"offload_optimizer": {"device": device}}}
+        (tmp_path / "ds.json").write_text(json.dumps(user))
+        config = quick_config(
+            tmp_path, "engine.kind=deepspeed", "method.kind=full",
+            f"engine.config={tmp_path}/ds.json",
+        )  # fmt: skip
+        if device == "none":
+            DeepSpeedFull(config, World())
+            continue
+        with pytest.raises(
+            UserError, match=r"zero_optimization\.offload_optimizer: .* leave it out"
+        ):
+            DeepSpeedFull(config, World())

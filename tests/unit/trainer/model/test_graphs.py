@@ -211,3 +211,21 @@ def test_on_a_cpu_there_are_none(tmp_path):
     config = quick_config(tmp_path, "engine.cuda_graphs=false", "run.name=no")
     run(config, World())
     assert losses(config.run_folder)
+
+
+def test_a_trial_without_memory_means_no_graphs(session, monkeypatch):
+    graphs = "trainer.memory.graphs"
+
+    def without_memory(*_):
+        raise torch.OutOfMemoryError
+
+    for name in ("Stream", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: None)
+    monkeypatch.setattr(f"{graphs}._refuse", lambda *_: None)
+    monkeypatch.setattr(f"{graphs}.peak_bytes", lambda _: 0)
+    monkeypatch.setattr(f"{graphs}.allowance", lambda *_: 1)
+    monkeypatch.setattr(f"{graphs}._record", without_memory)
+    engine = session.config.engine.model_copy(update={"cuda_graphs": True})
+    asked = replace(session, config=session.config.model_copy(update={"engine": engine}))
+    with pytest.raises(UserError, match="true given, but the memory does not suffice"):
+        capture_graphs(asked, [batch_of(session, [96], 0)])
