@@ -168,9 +168,9 @@ def full(tmp: Path, engine: str, name: str = "", *more: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def full_runs(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
-    """Full fine-tuning in one process and in two, resumed on the same engine and on others; and the
-    bytes that each rank holds."""
+def full_runs(tmp_path_factory) -> tuple[Path, dict[str, list[Any]]]:
+    """Full fine-tuning in one process and in two, resumed on the same engine and on others; the
+    bytes that each rank holds; and what a gradient that is not finite does."""
     os.chdir(ROOT)
     tmp = tmp_path_factory.mktemp("full")
     save_random_model(tmp / "model", "llama", AutoModelForCausalLM)
@@ -188,6 +188,7 @@ def full_runs(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
             cases[name] = "resume", argument
     for engine in FULL:
         cases[f"held-{engine}"] = "held", full(tmp, engine).model_dump()
+        cases[f"not-finite-{engine}"] = "not_finite", full(tmp, engine).model_dump()
         low = full(tmp, engine, f"low-{engine}", "model.dtype=bfloat16")
         cases[f"low-{engine}"] = "train", low.model_dump()
     results = {name: ok(found) for name, found in run_cases(tmp / "work", cases).items()}
@@ -198,7 +199,8 @@ def full_runs(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
             moved = full(tmp, target, f"full-{source}-{target}")
             cut_run(tmp / "runs" / f"full-{source}", moved.run_folder, SAVED)
             train(World(), moved.model_dump())
-    return tmp, held | {f"{e}-2": results[f"held-{e}"] for e in FULL}
+    held |= {f"{e}-2": results[f"held-{e}"] for e in FULL}
+    return tmp, held | {f"not-finite-{e}": results[f"not-finite-{e}"] for e in FULL}
 
 
 def test_full_fine_tuning_has_the_losses_of_a_plain_loop(full_runs):
@@ -259,6 +261,13 @@ def test_a_rank_of_two_holds_half_of_the_weights_gradients_and_moments(full_runs
     assert alone == pytest.approx(weights * (5 if engine == "deepspeed" else 4), rel=0.05)
     for rank in full_runs[1][f"{engine}-2"]:
         assert rank - buffer == pytest.approx(alone / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("engine", FULL)
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(full_runs, engine):
+    done, spoilt, after = (False, True, True, 1), (True, False, True, 1), (False, True, True, 2)
+    for rank in full_runs[1][f"not-finite-{engine}"]:
+        assert [tuple(step) for step in rank] == [done, spoilt, after]
 
 
 PLACES = [(e, f) for e in ("ddp", "peer", "fsdp2", "deepspeed") for f in ("none", "nf4", "int8")]

@@ -43,6 +43,7 @@ from trainer.config.config import parse_config
 from trainer.distributed import failures, process_group
 from trainer.distributed.world import World
 from trainer.engine.peer_memory import open_peer_memory
+from trainer.engine.sharded_optimizer import ShardedOptimizer
 from trainer.errors import UserError
 from trainer.generation.generate import generate
 from trainer.loading import async_reader
@@ -165,6 +166,35 @@ def held(world: World, config: dict[str, Any]) -> int:
     train_step(Training(session, loader, 2, make_validate(session)), 0)
     accumulate(session, loader.next_step(), 1)
     return sum(size for key, size in _storages().items() if key not in before)
+
+
+def not_finite(world: World, config: dict[str, Any]) -> list[Any]:
+    """Full fine-tuning in three steps; in the second one the gradient of the last rank's part is
+    NaN, though the loss is not. By step: whether it was skipped, and whether values or moments are
+    other ones after it, and all finite."""
+    session = open_session(parse_config(config), world)
+    training = Training(session, make_loader(session, world), 3, make_validate(session))
+    optimizer, engine = session.optimizer, session.engine
+    assert isinstance(optimizer, ShardedOptimizer)
+    backward = engine.backward
+
+    def spoilt(loss: torch.Tensor) -> None:
+        backward(loss * (torch.nan if world.rank == world.size - 1 else 1.0))
+
+    def state() -> list[torch.Tensor]:
+        found = [optimizer.gathered(name) for name in optimizer.parameters]
+        return [t.clone() for one in found for t in (one.value, one.exp_avg, one.exp_avg_sq)]
+
+    result, before = [], state()
+    for step, chosen in enumerate((backward, spoilt, backward)):
+        with patch.object(engine, "backward", chosen):
+            done = train_step(training, step)
+        after = state()
+        changed = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        finite = all(bool(t.isfinite().all()) for t in after)
+        result.append((done.update.skipped, changed, finite, optimizer.steps))
+        before = after
+    return result
 
 
 def _storages() -> dict[int, int]:
@@ -512,6 +542,7 @@ CASES = {
     "shard": shard,
     "gathered": gathered,
     "held": held,
+    "not_finite": not_finite,
     "windows": windows,
     "unsharded_blocks": unsharded_blocks,
     "planned": planned,
