@@ -61,7 +61,7 @@ VARIANTS = {
         "model.quantization=nf4", "method.targets=all-linear", "data.eval_split=train",
     ],
 }  # fmt: skip
-STEPS = {variant: 20 if ALL or variant == "experts" else 8 for variant in VARIANTS}
+STEPS = {variant: 20 if ALL or variant in ("experts", "questions") else 8 for variant in VARIANTS}
 EVERYWHERE = ["float32", "nf4"]
 """What `make test` runs under every engine; the other variants under one, each in turn."""
 PAIRS = [
@@ -129,7 +129,8 @@ def runs(tmp_path_factory):
 def test_losses_agree_with_one_process(runs, variant, engine):
     alone, spread = losses(runs / f"{variant}-single"), losses(runs / f"{variant}-{engine}")
     assert len(alone) == len(spread) == STEPS[variant]
-    assert alone[-1] < alone[0]
+    quarter = len(alone) // 4
+    assert sum(alone[-quarter:]) < sum(alone[:quarter])
     tolerance = 2e-2 if "bfloat16" in variant else 1e-4
     assert max(abs(a - b) / a for a, b in zip(alone, spread, strict=True)) <= tolerance
 

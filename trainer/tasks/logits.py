@@ -75,13 +75,13 @@ def neutral(model: nn.Module) -> Iterator[None]:
     if form is None or form.attribute is None:
         yield
         return
-    owner = form.owner(model)
-    value = getattr(owner, form.attribute)
-    setattr(owner, form.attribute, None if form.caps else 1.0)
+    own = vars(form.owner(model))  # configurations refuse to have None set
+    value = own[form.attribute]
+    own[form.attribute] = None if form.caps else 1.0
     try:
         yield
     finally:
-        setattr(owner, form.attribute, value)
+        own[form.attribute] = value
 
 
 @functools.cache

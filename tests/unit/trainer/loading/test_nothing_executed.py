@@ -50,8 +50,18 @@ MODULES = {
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.hub.load",
          "importlib.import_module", "runpy.run_path", "yaml.unsafe_load", "yaml.full_load",
          "torch.jit.load", "torch.package.PackageImporter"}  # fmt: skip
-OWN = {"trainer/data/workers.py": ("import pickle", "from joblib import cpu_count")}
-"""What is pickled there is this process's own, and sent through a pipe to processes it started."""
+OWN = {
+    # Pickled is this process's own, and sent through a pipe to processes that it started.
+    "trainer/data/workers.py": ("import pickle", "from joblib import cpu_count"),
+    # Programs that a model wrote run where `--run-code` asks for it, in a process apart.
+    "trainer/generation/code.py": ("import subprocess",),
+    "trainer/generation/code_child.py": (
+        "exec(compile(text, 'program', 'exec'), {'__name__': 'program'})",
+        "compile(text, 'program', 'exec')",
+    ),
+    "trainer/generation/scores.py": ("importlib.import_module(library)",),  # of a table
+}
+"""Lines that a file may have."""
 KNOWN = ("importlib.import_module(module)",)  # of the registries and of the commands
 REMOTE = {
     "AutoConfig.from_pretrained",
