@@ -344,7 +344,7 @@ def test_answers_are_those_of_the_plain_model(tmp_path, encoder, no_answer):
 
 def test_it_learns_is_saved_and_exports_to_peft(tmp_path, encoder):
     config = asked(
-        tmp_path, encoder, "run.steps=60", "optim.learning_rate=1e-2", "method.rank=16",
+        tmp_path, encoder, "run.steps=120", "optim.learning_rate=5e-3", "method.rank=16",
         "method.alpha=16", "run.eval_at_start=true", "run.verify=auto", "data.batch_size=12",
         "data.micro_batch_size=12", "run.name=learns", "optim.schedule=constant",
     )  # fmt: skip
