@@ -79,6 +79,20 @@ class Config(Section):
                 "method.include_head: true given with model.added_tokens, whose rows of the head "
                 "are trained in full; accepted: false"
             )
+        self._check_rows()
+        self._check_formats()
+        if self.run.eval_every and self.data.eval is None:
+            raise ValueError(
+                f"run.eval_every: {self.run.eval_every} given without data.eval; accepted: 0"
+            )
+        if self.run.eval_at_start and self.data.eval is None:
+            raise ValueError("run.eval_at_start: true given without data.eval; accepted: false")
+        self._check_generation()
+        self._check_best()
+        return self
+
+    def _check_rows(self) -> None:
+        """Raises ValueError where sequences cannot have the rows that are asked for."""
         flash = self.model.attention == "flash_attention_2"
         padded = self.data.padding_free is False and self.data.micro_batch_size != 1
         if self.data.packing and flash and padded:
@@ -111,6 +125,10 @@ class Config(Section):
                 f"data.micro_batch_tokens: {tokens} given; accepted: at least "
                 f"{sum(limits.values())}, an example of {' and '.join(limits)}"
             )
+
+    def _check_formats(self) -> None:
+        """Raises ValueError for formats, and what is done to their records, that are not the
+        task's."""
         for index, own in enumerate([self.data, *(self.data.mixture or [])]):
             if own.format not in ("auto", *self.task.data_formats):
                 key = f"data.mixture.{index - 1}" if index else "data"
@@ -125,15 +143,6 @@ class Config(Section):
                         f"data.{key}: {value} given with task.kind={self.task.kind}; accepted: "
                         f"{DataOptions.model_fields[key].default}"
                     )
-        if self.run.eval_every and self.data.eval is None:
-            raise ValueError(
-                f"run.eval_every: {self.run.eval_every} given without data.eval; accepted: 0"
-            )
-        if self.run.eval_at_start and self.data.eval is None:
-            raise ValueError("run.eval_at_start: true given without data.eval; accepted: false")
-        self._check_generation()
-        self._check_best()
-        return self
 
     def _check_generation(self) -> None:
         records = self.generation.records

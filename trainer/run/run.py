@@ -101,20 +101,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     steps = total_steps(session, loader)
     replay, digest = None, start.state.get("initial")
     with world.all_or_none():
-        if progress.step > steps:
-            given = "run.steps" if config.run.steps is not None else "run.epochs"
-            raise UserError(
-                f"{given}: {steps} steps given, but {start.checkpoint} has made {progress.step}; "
-                f"accepted: {progress.step} or more, or another run.name for a new run"
-            )
-        has_ended = progress.step == steps or is_exhausted(config, progress)
-        if edited := _edited(start, config) if has_ended else []:
-            raise UserError(
-                f"run.name: {folder.path} has made all of its {progress.step} steps, so this "
-                f"configuration ({', '.join(edited)}) would train nothing; accepted: another "
-                f"run.name (with model.adapter={folder.path} it starts from what that run "
-                "learned), more steps or epochs, or the configuration as it was"
-            )
+        _refuse_made(start, config, progress, steps)
         _set_horizon(session, steps)
         if world.is_main:
             if config.method.replay is not None:
@@ -230,6 +217,24 @@ def _prove(session: Session, start: _Start) -> tuple[str, Conditions | None]:
         return "before: resumed on the same backbone, versions, engine and ranks", before
     proof = verify_session(session)
     return proof.line, now if proof.complete else None
+
+
+def _refuse_made(start: _Start, config: Config, progress: Progress, steps: int) -> None:
+    """Raises UserError where the run has made its `steps` already, and more or otherwise."""
+    if progress.step > steps:
+        given = "run.steps" if config.run.steps is not None else "run.epochs"
+        raise UserError(
+            f"{given}: {steps} steps given, but {start.checkpoint} has made {progress.step}; "
+            f"accepted: {progress.step} or more, or another run.name for a new run"
+        )
+    has_ended = progress.step == steps or is_exhausted(config, progress)
+    if edited := _edited(start, config) if has_ended else []:
+        raise UserError(
+            f"run.name: {config.run_folder} has made all of its {progress.step} steps, so this "
+            f"configuration ({', '.join(edited)}) would train nothing; accepted: another "
+            f"run.name (with model.adapter={config.run_folder} it starts from what that run "
+            "learned), more steps or epochs, or the configuration as it was"
+        )
 
 
 def _set_horizon(session: Session, steps: int) -> None:
