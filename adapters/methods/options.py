@@ -29,8 +29,8 @@ class MethodOptions(Section):
     rank: int = Field(8, gt=0)
     """Components per unit, r."""
     alpha: float = Field(16.0, gt=0)
-    """Scale α; the update is multiplied by α/r (no effect for pissa, milora and lelora, whose gates
-    come from the backbone)."""
+    """Scale α; the update is multiplied by α/r (no effect for pissa, milora and, unless
+    coordinates=delta, lelora, whose gates come from the backbone)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping an element of z = x Aᵀ (or of x) in training."""
     dropout_on: Literal["hidden", "input"] = "hidden"
@@ -52,6 +52,12 @@ class MethodOptions(Section):
     def selection_of(self) -> str | None:
         """A run folder whose selection of units this run needs, or a pattern for one."""
         return None
+
+    @property
+    def takes_from_weight(self) -> bool:
+        """Whether the adapters start as parts of W other than zero, which the frozen matrix
+        loses."""
+        return False
 
     @property
     def validation_samples(self) -> int:
@@ -107,12 +113,20 @@ class PiSSAOptions(MethodOptions):
     kind: Literal["pissa"] = "pissa"
     """Name of the method."""
 
+    @property
+    def takes_from_weight(self) -> bool:
+        return True
+
 
 class MiLoRAOptions(MethodOptions):
     """Options of `method.kind: milora`."""
 
     kind: Literal["milora"] = "milora"
     """Name of the method."""
+
+    @property
+    def takes_from_weight(self) -> bool:
+        return True
 
 
 class DyLoRAOptions(MethodOptions):
@@ -213,6 +227,9 @@ class LaLoRAOptions(MethodOptions):
     """c by eq. 9, or by squared gradients (Table 14)."""
     contribution_scale: Literal["sum", "mean"] = "sum"
     """Sum (as printed) or average c over a layer's units."""
+    allocation: Literal["contribution", "uniform"] = "contribution"
+    """Ranks by eq. 8, or (`uniform`, a control) equal in all layers under the same budget, up to
+    the remainder, which goes to the lower layers."""
 
     def check_units(self, units: Sequence[Unit]) -> None:
         super().check_units(units)
