@@ -22,6 +22,7 @@ from trainer.data.prefetch import Prefetcher
 from trainer.data.sources import hub_ids
 from trainer.data.templates import on_templates
 from trainer.decisions.replay import Replay
+from trainer.decisions.selection import match_selection
 from trainer.device_memory import readable
 from trainer.distributed import launcher
 from trainer.distributed.world import World
@@ -112,6 +113,8 @@ def _run(
         if world.is_main:
             if config.method.replay is not None:
                 replay = Replay(Path(config.method.replay), session.method, progress.step, steps)
+            elif config.method.selection_of is not None:
+                match_selection(config, session.method)
             folder.make()
             digest = folder.describe(session, digest)
             folder.record(session, steps, progress)
