@@ -93,9 +93,7 @@ class _Search:
                 drawn[key] = orthonormal(gaussian).to(self._session.world.device)
         return {unit.name: drawn[sides(unit)] for unit in self._units}
 
-    def _sketched(
-        self, tests: Mapping[str, Tensor], left: Side, right: Side
-    ) -> dict[str, Sketch]:
+    def _sketched(self, tests: Mapping[str, Tensor], left: Side, right: Side) -> dict[str, Sketch]:
         """Sketches of all units after a pass over the batches, summed over ranks."""
         session, layers = self._session, self._session.method.adapters.layers
         sketches = {
