@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from adapters.gated import GatedAdapter
-from adapters.peft_export import lora_factors, parts_by_unit
+from adapters.factors import lora_factors, parts_by_unit
 from trainer.session import Session
 
 
