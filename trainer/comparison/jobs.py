@@ -24,7 +24,8 @@ _LEFT_OUT = {
     "checkpoint": True,
 }
 """Keys that change no score."""
-_PATHS = (("model", "id"), ("model", "tokenizer"), ("data", "train"), ("data", "eval"))
+_PATHS = {("model", "id"): 1, ("model", "tokenizer"): 1, ("data", "train"): 2, ("data", "eval"): 2}
+"""Keys of paths, by the number of names that count: models and data may lie anywhere."""
 _COMPUTING = ("adapters", "trainer")
 _SHOWING = ("trainer/comparison", "trainer/report")
 """Packages on which a run's scores do not depend."""
@@ -102,21 +103,19 @@ def lora_arm(rank: int | str) -> str:
 
 def _digest(config: Config) -> str:
     values = config.model_dump(mode="json", exclude=_LEFT_OUT)  # type: ignore[arg-type]
-    for section, key in _PATHS:
-        values[section][key] = _without_place(values[section][key])
+    for (section, key), names in _PATHS.items():
+        values[section][key] = _without_place(values[section][key], names)
     return hashlib.sha256(to_json(values)).hexdigest()[:16]
 
 
-def _without_place(value: Any) -> Any:
-    """Paths by their last two names."""
+def _without_place(value: Any, names: int) -> Any:
+    """Paths by their last names."""
     if isinstance(value, str):
-        return (
-            "/".join(Path(value).parts[-2:]) if Path(value).is_absolute() or "/" in value else value
-        )
+        return "/".join(Path(value).parts[-names:])
     if isinstance(value, list):
-        return [_without_place(one) for one in value]
+        return [_without_place(one, names) for one in value]
     if isinstance(value, dict):
-        return {name: _without_place(one) for name, one in value.items()}
+        return {name: _without_place(one, names) for name, one in value.items()}
     return value
 
 
