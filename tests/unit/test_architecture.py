@@ -20,7 +20,7 @@ LEVELS = [
     "adapters.unit", "adapters.banks", "adapters.decision", "adapters.figures",
     "adapters.gated", "adapters.cuda", "adapters.formats", "adapters.mask_table",
     "adapters.trainable", "adapters.optimizer", "adapters.casts", "adapters.spectral", "adapters.layers", "adapters.token_rows",
-    "adapters.adapter_set",
+    "adapters.starts", "adapters.adapter_set",
     "adapters.units", "adapters.expert_export", "adapters.factors", "adapters.peft_export", "adapters.methods",
     # trainer
     "trainer.errors", "trainer.files", "trainer.device_memory", "trainer.distributed",

@@ -22,6 +22,7 @@ from trainer.data.prefetch import Prefetcher
 from trainer.data.sources import hub_ids
 from trainer.data.templates import on_templates
 from trainer.decisions.replay import Replay
+from trainer.decisions.selection import match_selection
 from trainer.device_memory import readable
 from trainer.distributed import launcher
 from trainer.distributed.world import World
@@ -33,6 +34,7 @@ from trainer.memory.graphs import capture_graphs, row_batches
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading, class_name
 from trainer.records.progress import Progress
+from trainer.run.data_start import begin_from_data, save_starts
 from trainer.run.finish import finish
 from trainer.run.folder import RunFolder
 from trainer.run.outcome import find_fault
@@ -103,6 +105,12 @@ def _run(
     if start.checkpoint is not None:
         with world.all_or_none():
             progress = restore(session, loader, start.checkpoint, start.state)
+    starts, start_lines = None, []
+    goes_on = start.checkpoint is not None or (stage is not None and stage.goes_on)
+    if config.method.data_start is not None and not goes_on:
+        with session.watchdog:
+            starts, start_line = begin_from_data(session, folder.path)
+        start_lines = [start_line]
     plan = make_plan(session)
     steps = total_steps(session, loader)
     replay, digest = None, start.state.get("initial")
@@ -112,8 +120,12 @@ def _run(
         if world.is_main:
             if config.method.replay is not None:
                 replay = Replay(Path(config.method.replay), session.method, progress.step, steps)
+            elif config.method.selection_of is not None:
+                match_selection(config, session.method)
             folder.make()
             digest = folder.describe(session, digest)
+            if starts is not None:
+                save_starts(session, starts, folder.path)
             folder.record(session, steps, progress)
     notes = [
         *([folder.lock.note] if folder.lock.note else []),
@@ -123,7 +135,7 @@ def _run(
         *on_templates(session.tokenizer, config.data),
     ]
     introduction = _introduction(session, loader, steps, notes)
-    for line in (*introduction, *stage_lines, *_resumption(start, config)):
+    for line in (*introduction, *stage_lines, *start_lines, *_resumption(start, config)):
         folder.recorder.log_line(line)
     folder.recorder.log_line(f"verified  {proof}")
     log_plan(folder.recorder, plan)
