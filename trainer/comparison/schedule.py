@@ -159,6 +159,9 @@ class Schedule:
     def wanted(self) -> Iterator[Job]:
         """Jobs without a result, as far as is known by now."""
         for arm in self.arms():
+            before = self._own(arm).after
+            if before is not None and self.size(before) is None:
+                continue
             jobs = self.final_jobs(arm)
             if not jobs:
                 owner = arm

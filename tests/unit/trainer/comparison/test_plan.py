@@ -63,6 +63,8 @@ def test_a_file_completes_the_one_that_it_extends(tmp_path):
         "data.train=/e/t", "data.train_records=4", "run.steps=9"
     ]  # fmt: skip
     assert list(given.methods) == ["b"]
+    without = written(tmp_path, "d.yaml", extends="c.yaml", methods={"a": None})
+    assert list(read_comparison(without).methods) == ["lora", "b"]
     for wrong in ({"variants": ["many"]}, {"places": {"model": "x"}}, {"methods": ["z"]}):
         with pytest.raises(UserError, match="accepted"):
             read_comparison(file, **wrong)

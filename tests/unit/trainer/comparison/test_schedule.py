@@ -31,7 +31,7 @@ def comparison(**changes):
     return Comparison.model_validate(keys | changes)
 
 
-def outcome(job, schedule):
+def outcome(job, schedule, loss=None):
     """A result such that BEST is the best rate, and the scores are LOSS."""
     identity = job.result(schedule.jobs.digest(job), "c0de") | {"run": "r"}
     if job.learning_rate > 1.5e-2:
@@ -39,7 +39,7 @@ def outcome(job, schedule):
     if job.selects:
         off = abs(math.log2(job.learning_rate / BEST[job.method]))
         return identity | {"eval_loss": 2 + off + (job.seed == 100)}
-    trained, loss = TRAINED.get(job.method, 400), LOSS[job.method]
+    trained, loss = TRAINED.get(job.method, 400), loss or LOSS[job.method]
     losses = [loss + 0.1 * math.sin(n) + 0.001 * job.seed * math.sin(n + loss) for n in range(40)]
     return identity | {
         "eval_loss": sum(losses) / 40, "mean_active_parameters": trained - 1,
@@ -149,3 +149,24 @@ def test_results_are_found_wherever_files_lie(tmp_path):
 
 def test_the_code_has_a_version():
     assert len(code_version()) == 12 and code_version() == code_version()
+
+
+def test_an_arm_that_reads_anothers_runs_waits_for_them(tmp_path):
+    arms = {
+        "first": ["method.kind=weightlora"],
+        "reader": {
+            "overrides": ["method.kind=rlora", "method.match={runs}/first-*-seed{seed}-*"],
+            "rate_of": "first", "after": "first",
+        },
+    }  # fmt: skip
+    schedule = Schedule(Jobs(comparison(methods=arms, learning_rates=[1e-3]), tmp_path), None)
+    job = schedule.final_jobs("reader")[0]
+    assert schedule.jobs.config(job).method.match == f"{tmp_path}/first-*-seed{{seed}}-*"
+    elsewhere = Jobs(schedule.jobs.comparison, tmp_path / "other")
+    assert elsewhere.digest(job) == schedule.jobs.digest(job)
+    for seed in range(3):
+        assert {one.method for one in schedule.wanted()} == {"first"}
+        one = next(schedule.wanted())
+        assert one.seed == seed
+        schedule.add(outcome(one, schedule, loss=1.0))
+    assert {one.method for one in schedule.wanted()} == {"reader"}

@@ -1,12 +1,18 @@
 """Evaluation against a sum written here: every held-out record once, weighted by its tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from tests.helpers import quick_config
+from tests.helpers import TINY, quick_config
 from trainer.distributed.world import World
 from trainer.session import open_session
-from trainer.training.evaluation import evaluate
+from trainer.tasks.base import Batch
+from trainer.tasks.options import SequenceClassificationOptions
+from trainer.tasks.sequence_classification import SequenceClassification
+from trainer.training.evaluation import evaluate, full_evaluation
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -45,12 +51,18 @@ def test_the_loss_of_each_record_is_that_of_it_alone(tmp_path, packing):
 
 @pytest.mark.parametrize("problem", ["classification", "regression"])
 def test_the_loss_of_each_text_is_that_of_it_alone(problem):
-    labels = ["0", "1", "2"] if problem == "classification" else [0.5, -1.0, 2.0]
-    task = SequenceClassification(SequenceClassificationOptions(problem=problem), tokenizer())
-    task.learn_labels(labels)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    task = SequenceClassification(SequenceClassificationOptions(problem=problem), tokenizer)
     logits = torch.randn(3, 1 if problem == "regression" else 3)
     batch = Batch({}, torch.tensor([2, 0, 1] if len(logits[0]) > 1 else [0.5, -1.0, 2.0]), 3, 9)
-    _, predictions, each = task.scored(lambda **_: SimpleNamespace(logits=logits), batch)
+
+    class Model:
+        def forward(self):
+            return SimpleNamespace(logits=logits)
+
+        __call__ = forward
+
+    _, predictions, each = task.scored(Model(), batch)
     for row, (guess, loss) in enumerate(zip(predictions, each, strict=True)):
         if problem == "regression":
             expected = (logits[row, 0] - batch.targets[row]) ** 2
