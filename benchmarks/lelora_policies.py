@@ -14,9 +14,11 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
+from trainer.comparison.jobs import Result
+from trainer.comparison.plan import Arm, read_comparison
+from trainer.comparison.runner import Limits, compare
 from trainer.config.arguments import Parser, at_least
 from trainer.distributed.failures import guarded
-from trainer.run.comparison import Result, compare, read_comparison
 
 LEARNED = "learned"
 POLICIES = {
@@ -62,12 +64,15 @@ def main() -> None:
         common = ["method.kind=lelora", f"method.rank={ranks[-1]}", f"method.ranks={ranks}"]
         job = read_comparison(arguments.comparison).model_copy(
             update={
-                "methods": {name: [*common, *extra] for name, extra in policies.items()},
+                "methods": {
+                    name: Arm(overrides=[*common, *extra]) for name, extra in policies.items()
+                },
                 "learning_rates": [arguments.learning_rate],
                 "seeds": list(range(arguments.seeds)),
             }
         )
-        return compare(job, arguments.out, arguments.workers)
+        limits = Limits(arguments.workers)
+        return compare([(job, arguments.out)], limits)[0]
 
     results = run({LEARNED: [], **POLICIES})
     runs = [arguments.out / "runs" / r["run"] for r in results if r["method"] == LEARNED]

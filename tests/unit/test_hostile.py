@@ -27,6 +27,7 @@ from tests.hostile import (
     written,
 )
 from tests.unit.adapters.methods.harness import Bench
+from trainer.comparison.plan import read_comparison
 from trainer.config.config import Config, load_config, parse_config
 from trainer.config.data_options import DataOptions
 from trainer.data.tokenise import prepare, read_labels
@@ -34,7 +35,6 @@ from trainer.decisions.log import record
 from trainer.decisions.replay import Replay
 from trainer.records.jsonl import keep_lines, read_metrics
 from trainer.report.report import read_run
-from trainer.run.comparison import read_comparison
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.tasks.sequence_classification import (
     SequenceClassification,

@@ -11,7 +11,7 @@ from pydantic_core import to_json
 
 import trainer
 from trainer.comparison.plan import LORA, Comparison
-from trainer.config.config import Config, load_config, with_overrides
+from trainer.config.config import Config, load_config
 
 Result = dict[str, Any]
 """A line of results.jsonl: what identifies the run, and its summary or its `error`."""
@@ -24,7 +24,11 @@ _LEFT_OUT = {
     "checkpoint": True,
 }
 """Keys that change no score."""
-_PATHS = (("model", "id"), ("model", "tokenizer"), ("data", "train"), ("data", "eval"))
+_PATHS = {
+    ("model", "id"): 1, ("model", "tokenizer"): 1, ("data", "train"): 2, ("data", "eval"): 2,
+    ("method", "match"): 1,
+}  # fmt: skip
+"""Keys of paths, by the number of names that count: models and data may lie anywhere."""
 _COMPUTING = ("adapters", "trainer")
 _SHOWING = ("trainer/comparison", "trainer/report")
 """Packages on which a run's scores do not depend."""
@@ -78,12 +82,14 @@ class Jobs:
                 f"optim.learning_rate={job.learning_rate!r}", f"run.dir={self._folder}",
                 "run.resume=never", "log.record_losses=true",
             ]  # fmt: skip
-            config = load_config(comparison.base, comparison.located(overrides))
+            located = comparison.located(overrides)
+            located = [one.replace("{runs}", str(self._folder)) for one in located]
+            config = load_config(comparison.base, located)
             digest = _digest(config)
             part = "select" if job.selects else "seed"
             slug = "".join(c if c.isalnum() or c in "-_." else "-" for c in job.method)
             name = f"{slug}-{job.learning_rate:g}-{part}{job.seed}-{digest[:6]}"
-            self._made[job] = digest, with_overrides(config, [f"run.name={name}"])
+            self._made[job] = digest, load_config(comparison.base, [*located, f"run.name={name}"])
         return self._made[job]
 
     def _of_method(self, method: str) -> list[str]:
@@ -102,21 +108,20 @@ def lora_arm(rank: int | str) -> str:
 
 def _digest(config: Config) -> str:
     values = config.model_dump(mode="json", exclude=_LEFT_OUT)  # type: ignore[arg-type]
-    for section, key in _PATHS:
-        values[section][key] = _without_place(values[section][key])
+    for (section, key), names in _PATHS.items():
+        if key in values[section]:
+            values[section][key] = _without_place(values[section][key], names)
     return hashlib.sha256(to_json(values)).hexdigest()[:16]
 
 
-def _without_place(value: Any) -> Any:
-    """Paths by their last two names."""
+def _without_place(value: Any, names: int) -> Any:
+    """Paths by their last names."""
     if isinstance(value, str):
-        return (
-            "/".join(Path(value).parts[-2:]) if Path(value).is_absolute() or "/" in value else value
-        )
+        return "/".join(Path(value).parts[-names:])
     if isinstance(value, list):
-        return [_without_place(one) for one in value]
+        return [_without_place(one, names) for one in value]
     if isinstance(value, dict):
-        return {name: _without_place(one) for name, one in value.items()}
+        return {name: _without_place(one, names) for name, one in value.items()}
     return value
 
 

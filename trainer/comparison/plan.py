@@ -1,7 +1,8 @@
 """A comparison's file.
 
 base: configs/gsm8k_lora.yaml          # a run's configuration
-places: {data: ../shared/data}         # `{data}` in an override stands for this path
+places: {data: ../shared/data}         # `{data}` in an override stands for this path,
+                                           # `{runs}` for the folder of the comparison's runs
 overrides: ["data.train={data}/gsm8k/train.jsonl", run.steps=200]      # for every run
 score: eval_loss                       # what is compared
 learning_rates: [1e-3, 2e-3, 4e-3]     # where every arm's search begins
@@ -44,6 +45,8 @@ class Arm(Section):
     """Another arm whose selected learning rate it takes, in place of a search of its own."""
     against: str | None = None
     """The arm that it is compared with; none: the LoRA of equal or more parameters."""
+    after: str | None = None
+    """An arm whose seeds end before those of this one begin, which reads their folders."""
     learning_rates: list[float] | None = None
     """Where its search begins, in place of the comparison's."""
 
@@ -83,7 +86,7 @@ class Comparison(Section):
             accepted = ", ".join(MEASURES)
             raise ValueError(f"score: {self.score} given; accepted: {accepted}")
         for name, arm in self.methods.items():
-            for key in ("like", "rate_of", "against"):
+            for key in ("like", "rate_of", "against", "after"):
                 other = getattr(arm, key)
                 if other is not None and (other == name or other not in self.methods):
                     raise ValueError(
@@ -173,14 +176,14 @@ def _kept(comparison: Comparison, names: Sequence[str] | None) -> dict[str, Arm]
         if name not in kept:
             kept.add(name)
             arm = arms[name]
-            others = (arm.like, arm.rate_of, arm.against)
+            others = (arm.like, arm.rate_of, arm.against, arm.after)
             todo += [other for other in others if other is not None]
     return {name: arm for name, arm in arms.items() if name in kept}
 
 
 def _read(path: Path, below: Sequence[Path]) -> dict[str, Any]:
     """The keys of a file, and of those that it extends: lists of overrides are joined, mappings
-    merged, and other keys replaced."""
+    merged, without what is null, and other keys replaced."""
     if path in below:
         raise UserError(f"{below[-1]}: extends {path}, which extends it; accepted: no circle")
     try:
@@ -201,7 +204,8 @@ def _read(path: Path, below: Sequence[Path]) -> dict[str, Any]:
         if key == "overrides" and isinstance(value, list):
             found[key] = [*found.get(key, []), *value]
         elif isinstance(value, dict) and isinstance(found.get(key), dict):
-            found[key] = {**found[key], **value}
+            both = {**found[key], **value}
+            found[key] = {name: inner for name, inner in both.items() if inner is not None}
         else:
             found[key] = value
     return found

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trainer.comparison.jobs import Job, Jobs, Result, lora_arm
-from trainer.comparison.plan import LORA
+from trainer.comparison.plan import LORA, Arm
 from trainer.comparison.search import FACTOR, Found, search
 
 EQUAL = 1.01
@@ -45,7 +45,9 @@ class Schedule:
 
     @property
     def results(self) -> list[Result]:
-        return list(self._results.values())
+        """Of this comparison's runs so far, in the order in which they were made."""
+        used = {self.jobs.digest(job) for arm in self.arms() for job in self._all_jobs(arm)}
+        return [result for digest, result in self._results.items() if digest in used]
 
     # --- arms ------------------------------------------------------------------------------------
 
@@ -100,13 +102,23 @@ class Schedule:
     def rates(self, arm: str) -> Found:
         """The state of an arm's search; of the arm whose rate it takes."""
         comparison = self.jobs.comparison
-        own = comparison.methods.get(arm, comparison.methods.get(LORA))
-        if own is not None and own.rate_of is not None:
-            return self.rates(own.rate_of)
-        start = (own.learning_rates if own is not None else None) or comparison.learning_rates
+        if (owner := self._rate_of(arm)) is not None:
+            return self.rates(owner)
+        start = self._start(arm)
         if len(start) == 1:
             return Found(best=start[0])
         return search(self._losses(arm, start), start, comparison.learning_rate_bounds)
+
+    def _own(self, arm: str) -> Arm:
+        """What the file says of an arm; of a rank of LoRA's curve, what it says of LoRA."""
+        methods = self.jobs.comparison.methods
+        return methods[arm if arm in methods else LORA]
+
+    def _rate_of(self, arm: str) -> str | None:
+        return self._own(arm).rate_of
+
+    def _start(self, arm: str) -> list[float]:
+        return self._own(arm).learning_rates or self.jobs.comparison.learning_rates
 
     def _losses(self, arm: str, start: Sequence[float]) -> dict[float, float]:
         """Mean loss over the selection seeds by learning rate, of those where all have run."""
@@ -138,14 +150,23 @@ class Schedule:
         seeds = self.jobs.comparison.seeds if best is not None else []
         return [Job(arm, best, seed, False) for seed in seeds if best is not None]
 
+    def _all_jobs(self, arm: str) -> list[Job]:
+        """Of an arm, those that have run or will."""
+        start = self._start(arm)
+        rates = {*self._losses(arm, start), *self.rates(arm).needed} if len(start) > 1 else set()
+        return [job for r in rates for job in self._selection_jobs(arm, r)] + self.final_jobs(arm)
+
     def wanted(self) -> Iterator[Job]:
         """Jobs without a result, as far as is known by now."""
         for arm in self.arms():
+            before = self._own(arm).after
+            if before is not None and self.size(before) is None:
+                continue
             jobs = self.final_jobs(arm)
             if not jobs:
                 owner = arm
-                while (own := self.jobs.comparison.methods.get(owner)) and own.rate_of:
-                    owner = own.rate_of
+                while (other := self._rate_of(owner)) is not None:
+                    owner = other
                 jobs = [
                     j for rate in self.rates(arm).needed for j in self._selection_jobs(owner, rate)
                 ]

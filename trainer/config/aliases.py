@@ -43,16 +43,6 @@ def rename_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return renamed, found
 
 
-def with_old_names(config: dict[str, Any]) -> dict[str, Any]:
-    """A dumped configuration under the old names, in the old places: digests of configurations
-    that were recorded before a key was renamed stay valid."""
-    old_names = {new: old.split(".")[1] for old, new in RENAMED.items()}
-    return {
-        section: {old_names.get(f"{section}.{key}", key): value for key, value in keys.items()}
-        for section, keys in config.items()
-    }
-
-
 def note_renamed(found: Iterable[str]) -> None:
     """Print one line per old name, once per process, on rank 0."""
     for old in found:

@@ -102,12 +102,3 @@ def test_what_earlier_runs_recorded_is_read(tmp_path, capsys):
     run(load_config(folder / "config.yaml", ["run.steps=6"]), World())
     assert NOTE in capsys.readouterr().err
     assert len(losses(folder)) == 6
-
-
-def test_digests_of_earlier_configurations_stay_valid():
-    """A comparison finds its results by a digest of the dumped configuration, keys in order."""
-    now = {"engine": {"kind": "peer", "unsharded_blocks": 3, "timeout": 5.0}, "run": {"seed": 1}}
-    then = aliases.with_old_names(now)
-    assert list(then["engine"].items()) == [("kind", "peer"), ("whole_blocks", 3), ("timeout", 5.0)]
-    assert then["run"] == now["run"]
-    assert aliases.rename_keys(then) == ["engine.whole_blocks"] and then == now

@@ -1,12 +1,18 @@
 """Evaluation against a sum written here: every held-out record once, weighted by its tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from tests.helpers import quick_config
+from tests.helpers import TINY, quick_config
 from trainer.distributed.world import World
 from trainer.session import open_session
-from trainer.training.evaluation import evaluate
+from trainer.tasks.base import Batch
+from trainer.tasks.options import SequenceClassificationOptions
+from trainer.tasks.sequence_classification import SequenceClassification
+from trainer.training.evaluation import evaluate, full_evaluation
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -22,3 +28,47 @@ def test_the_loss_is_the_mean_over_the_tokens_of_all_records(tmp_path, size):
             loss, _ = session.task.loss(session.model, batch)
             total, weight = total + float(loss), weight + int((batch.targets != -100).sum())
     assert evaluate(session)["eval_loss"] == pytest.approx(total / weight, rel=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_loss_of_each_record_is_that_of_it_alone(tmp_path, packing):
+    config = quick_config(tmp_path, "data.micro_batch_size=3", f"data.packing={packing}")
+    session = open_session(config, World())
+    data, records = session.held_out()
+    found = full_evaluation(session).losses
+    assert [one["id"] for one in found] == list(range(16))
+    session.model.eval()
+    for one, record in zip(found, records, strict=True):
+        batch = session.task.collate([[data[record]]])
+        with torch.no_grad():
+            logits = session.model(**batch.inputs).logits[0, :-1].log_softmax(-1)
+        targets = batch.targets[0, 1:]
+        learned = targets != -100
+        expected = -logits[learned].gather(1, targets[learned, None]).sum()
+        assert one["loss"] == pytest.approx(float(expected), rel=1e-4)
+        assert one["weight"] == int(learned.sum())
+
+
+@pytest.mark.parametrize("problem", ["classification", "regression"])
+def test_the_loss_of_each_text_is_that_of_it_alone(problem):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    task = SequenceClassification(SequenceClassificationOptions(problem=problem), tokenizer)
+    logits = torch.randn(3, 1 if problem == "regression" else 3)
+    batch = Batch({}, torch.tensor([2, 0, 1] if len(logits[0]) > 1 else [0.5, -1.0, 2.0]), 3, 9)
+
+    class Model:
+        def forward(self):
+            return SimpleNamespace(logits=logits)
+
+        __call__ = forward
+
+    _, predictions, each = task.scored(Model(), batch)
+    for row, (guess, loss) in enumerate(zip(predictions, each, strict=True)):
+        if problem == "regression":
+            expected = (logits[row, 0] - batch.targets[row]) ** 2
+            assert guess == logits[row, 0]
+        else:
+            chosen = logits[row].softmax(0)[batch.targets[row]]
+            expected = -chosen.log()
+            assert guess == logits[row].argmax()
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)

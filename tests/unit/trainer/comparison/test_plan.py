@@ -1,0 +1,79 @@
+"""A comparison's file: what it may say, extends, and what the command line adds."""
+
+import pytest
+import yaml
+
+from trainer.comparison.plan import Comparison, read_comparison
+from trainer.errors import UserError
+
+PLAIN = {
+    "base": "x.yaml", "learning_rates": [1e-3, 2e-3], "seeds": [0, 1],
+    "methods": {"lora": [], "a": ["method.rank=2"]},
+}  # fmt: skip
+
+
+def written(folder, name="c.yaml", **keys):
+    file = folder / name
+    file.write_text(yaml.safe_dump(keys, sort_keys=False))
+    return file
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "base: x\nsedes: [1]\n", "extends: [1]\n"])
+def test_a_broken_file_is_one_line(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError) as refusal:
+        read_comparison(tmp_path / "c.yaml")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"learning_rates": [1e-3, 3e-3]}, "accepted: each twice the one before"),
+        ({"learning_rates": [0.0]}, "learning_rates: 0.0 given"),
+        ({"score": "eval_bleu"}, "score: eval_bleu given; accepted: eval_loss, "),
+        ({"learning_rate_bounds": [1.0, 0.5]}, "low < high"),
+        ({"methods": {"a": {"like": "b"}}}, "methods.a.like: b given; accepted: another"),
+        ({"methods": {"a": {"rate_of": "a"}}}, "methods.a.rate_of: a given"),
+        ({"methods": {"a": {"like": "b"}, "b": {"like": "a"}}}, "leads back to a"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, changed, message):
+    with pytest.raises(UserError, match=message):
+        read_comparison(written(tmp_path, **PLAIN | changed))
+
+
+def test_arms_are_like_others():
+    arms = PLAIN["methods"] | {"b": {"like": "a", "overrides": ["method.alpha=1"]}}
+    comparison = Comparison.model_validate(PLAIN | {"methods": arms})
+    assert comparison.overrides_of("b") == ["method.rank=2", "method.alpha=1"]
+
+
+def test_a_file_completes_the_one_that_it_extends(tmp_path):
+    written(tmp_path, "common.yaml", **PLAIN, overrides=["run.steps=5"], places={"data": "d"})
+    file = written(tmp_path, extends="common.yaml", overrides=["data.train={data}/t"], seeds=[7],
+                   methods={"b": []}, variants={"few": ["data.train_records=4"]})  # fmt: skip
+    read = read_comparison(file)
+    assert read.seeds == [7] and list(read.methods) == ["lora", "a", "b"]
+    assert read.located(read.overrides) == ["run.steps=5", "data.train=d/t"]
+    given = read_comparison(
+        file, variants=["few"], places={"data": "/e"}, overrides=["run.steps=9"], methods=["b"]
+    )
+    assert given.located(given.overrides)[1:] == [
+        "data.train=/e/t", "data.train_records=4", "run.steps=9"
+    ]  # fmt: skip
+    assert list(given.methods) == ["b"]
+    without = written(tmp_path, "d.yaml", extends="c.yaml", methods={"a": None})
+    assert list(read_comparison(without).methods) == ["lora", "b"]
+    for wrong in ({"variants": ["many"]}, {"places": {"model": "x"}}, {"methods": ["z"]}):
+        with pytest.raises(UserError, match="accepted"):
+            read_comparison(file, **wrong)
+    written(tmp_path, "common.yaml", extends="c.yaml")
+    with pytest.raises(UserError, match="no circle"):
+        read_comparison(file)
+
+
+def test_arms_that_others_need_are_kept(tmp_path):
+    arms = {"lora": [], "a": [], "b": {"rate_of": "a", "against": "lora"}, "c": []}
+    file = written(tmp_path, **PLAIN | {"methods": arms})
+    assert list(read_comparison(file, methods=["b"]).methods) == ["lora", "a", "b"]
