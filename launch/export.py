@@ -26,6 +26,12 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--what", choices=("adapter", "merged", "backbone"), default="adapter")
     parser.add_argument("--base", choices=("trained", "original"), default="trained")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of a whole model; auto: that of the pretrained files",
+    )
     parser.add_argument("--rank", type=int, help="compress the adapter; the error is reported")
     parser.add_argument(
         "--same-rank", action="store_true", help="pad all matrices to one rank, for SGLang"
@@ -61,6 +67,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         rank=arguments.rank,
         same_rank=arguments.same_rank,
         experts=arguments.experts,
+        dtype=arguments.dtype,
         overrides=arguments.overrides,
     )
     print(

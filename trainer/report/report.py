@@ -25,8 +25,10 @@ from trainer.report.allocation_plots import (
     draw_ranks,
     draw_ranks_by_type,
     draw_scores,
+    draw_survivors,
 )
 from trainer.report.loss_curve import draw_loss
+from trainer.report.training_plots import draw_optimizer
 
 SCORES = {
     "eval_accuracy": "held-out accuracy",
@@ -140,12 +142,17 @@ def _with_unique_names(runs: Sequence[Run]) -> list[Run]:
 
 def run_figures(run: Run) -> Iterator[tuple[str, Figure]]:
     """(file name, figure) of everything that a single run has data for."""
+    optimizer = draw_optimizer(run.metrics, run.name)
+    if optimizer is not None:
+        yield "optimizer", optimizer
     allocation = run.allocation
     if allocation is not None and allocation.ranks.steps:
         yield "ranks", draw_ranks(allocation, run.name)
         yield "ranks_by_type", draw_ranks_by_type(allocation, run.name)
     if allocation is not None and allocation.locations.steps:
         yield "locations", draw_locations(allocation, run.name)
+    if allocation is not None and allocation.survivors is not None:
+        yield "survivors", draw_survivors(allocation, run.name)
     for declared in run.declared:
         if isinstance(declared, UnitScores):
             if allocation is not None and declared.key in allocation.scores:

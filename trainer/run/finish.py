@@ -16,9 +16,10 @@ from trainer.device_memory import peak_gib
 from trainer.errors import RunFailed
 from trainer.export.added_tokens import trained_tokens
 from trainer.export.baselines import write_peft
+from trainer.export.card import Training, scores_in, write_adapter_card
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.export import write_adapter, write_model, written_folder
-from trainer.export.tokenizer import save_tokenizer
+from trainer.export.tokenizer import copy_generation_config, save_tokenizer
 from trainer.files import ADAPTER, CHECKPOINTS, FIGURES, METRICS, MODEL, PREDICTIONS
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.records.answers import answers_table
@@ -49,11 +50,12 @@ def finish(session: Session, folder: Path, progress: Progress, fault: str | None
                 write_adapter(read_saved(of_step(folder / CHECKPOINTS, step)), unfinished, note)
             else:
                 about = "" if best is None else f"\n\nThis is {best}."
-                _export(session, unfinished, f"{note}{about}".strip())
+                training = _training(session, folder, step, f"{note}{about}".strip())
+                _export(session, unfinished, training)
             where = str(result)
             template = set_template(session.tokenizer, session.config.data)
-            if full or template is not None or session.backbone.added is not None:
-                save_tokenizer(session.tokenizer, template, unfinished)
+            save_tokenizer(session.tokenizer, template, unfinished)
+            copy_generation_config(session.config, unfinished)
     except NothingToExport as error:
         where = f"none: {error}"
     figure = draw_loss([folder], folder / FIGURES / "loss")
@@ -96,7 +98,15 @@ def _note(session: Session) -> str:
     )
 
 
-def _export(session: Session, folder: Path, note: str) -> None:
+def _training(session: Session, folder: Path, step: int, note: str) -> Training:
+    found = final_scores(read_metrics(folder / METRICS))
+    return Training(
+        session.config, step, scores_in(found), found.get("step", step),
+        session.task.labels_state(), note,
+    )  # fmt: skip
+
+
+def _export(session: Session, folder: Path, training: Training) -> None:
     config = session.config
     heads = {
         path: {
@@ -107,11 +117,11 @@ def _export(session: Session, folder: Path, note: str) -> None:
     }
     rows = {path: one.values.detach() for path, one in session.backbone.token_rows.items()}
     if isinstance(session.method, Peft):
-        labels = session.task.labels_state()
-        write_peft(folder, *session.method.exported(), config, heads, labels)
+        write_peft(folder, *session.method.exported(), heads, training)
         return
+    tokens = trained_tokens(session.backbone, rows, session.tokenizer)
     with session.method.inference():
-        export_adapter(
+        exported = export_adapter(
             folder,
             session.method.adapters,
             initial={
@@ -122,9 +132,7 @@ def _export(session: Session, folder: Path, note: str) -> None:
             base_model=config.model.id,
             revision=config.model.revision,
             task_type=session.task.peft_task_type,
-            model_class=session.task.auto_class.__name__,
             heads=heads,
-            labels=session.task.head_outputs(session.task.labels_state()),
             experts=expert_counts(session.model),
             swapped=swapped_stacks(session.model),
             fan_in_fan_out=fan_in_fan_out(
@@ -135,14 +143,17 @@ def _export(session: Session, folder: Path, note: str) -> None:
             former_experts=former_experts(session.backbone.model),
             key=PeftKeys(session.backbone.model),
             modules_to_save=modules_to_save(session.backbone.model, heads),
-            note=note,
-            tokens=trained_tokens(session.backbone, rows, session.tokenizer),
+            tokens=tokens,
             magnitudes={
                 name: adapter.magnitude.m
                 for name, adapter in session.method.adapters.items()
                 if adapter.magnitude is not None
             },
         )
+    write_adapter_card(
+        folder, training, ranks=exported.ranks, notes=exported.notes, tokens=tokens is not None,
+        resize=None if tokens is None else tokens.resize,
+    )  # fmt: skip
 
 
 def _readme(config: Config, summary: str, exported: str, note: str) -> str:

@@ -29,7 +29,9 @@ def trained(tmp_path_factory):
             quick_config(folder, "data.eval=null", "run.name=a", "optim.learning_rate=0.01"),
             World(),
         )
-    export_run(folder / "runs/a", folder / "merged", World(), what="merged", measure=False)
+    export_run(
+        folder / "runs/a", folder / "merged", World(), what="merged", measure=False, dtype="float32"
+    )
     return folder
 
 

@@ -48,7 +48,14 @@ def metrics_of(folder) -> list[dict]:
 
 
 def test_answers_are_transformers_own_on_the_merged_model(finished, tokenizer, root):
-    export_run(finished / "runs/a", finished / "merged", World(), what="merged", measure=False)
+    export_run(
+        finished / "runs/a",
+        finished / "merged",
+        World(),
+        what="merged",
+        measure=False,
+        dtype="float32",
+    )
     model = AutoModelForCausalLM.from_pretrained(finished / "merged", dtype=torch.float32)
     rows = (root / "configs/quickstart/eval.jsonl").read_text().splitlines()[:6]
     answers = answers_of(finished)
