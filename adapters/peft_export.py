@@ -99,11 +99,15 @@ def lora_factors(
         B g A − B₀ g₀ A₀ = (B g − B₀ g₀) A + B₀ g₀ (A − A₀),
 
     in this form because it does not lose small differences of large products at serving precision.
+    If nothing was taken out of W (B₀ = 0), it is a LoRA of the components whose B is no longer 0.
     """
     A, B = _folded(adapter)
     nonzero = adapter.g.detach().cpu() != 0
     if initial is None:
         return A[nonzero], B[nonzero].T.contiguous()
+    if not bool(initial.B.any()):
+        moved = B.any(1)
+        return A[moved], B[moved].T.contiguous()
     A0, B0 = _folded(initial)
     count = len(A0)
     more = nonzero.clone()
