@@ -1,7 +1,7 @@
 """Export of a run or checkpoint as a PEFT folder or a full model."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from trainer.export.added_tokens import trained_tokens
 from trainer.export.baselines import refuse_layout, write_peft_checkpoint
 from trainer.export.card import training_of, write_adapter_card, write_model_card
 from trainer.export.expert_layouts import chosen_layouts
+from trainer.export.gguf_folder import inner_folder, refuse_model, write_gguf
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
 from trainer.export.tokenizer import save_tokenizer_of
 from trainer.files import new_folder
@@ -52,7 +53,8 @@ def export_run(
     dtype: str = "auto",
     overrides: Sequence[str] = (),
 ) -> str:
-    """Write `what` (`adapter`, `merged` or `backbone`) of a run or checkpoint to `out`.
+    """Write `what` (`adapter`, `merged`, `backbone`, or a `gguf` or `gguf-adapter` of the first
+    two) of a run or checkpoint to `out`.
 
     `base`: take a quantised backbone's matrices as `trained` (dequantised) or from the `original`
     files. `rank`: compress the adapter to it. `same_rank`: pad all
@@ -64,13 +66,17 @@ def export_run(
     """
     if rank is not None and rank < 1:
         raise UserError(f"--rank: {rank} given; accepted: 1 or more")
-    if what == "adapter" and dtype != "auto":
+    if what.endswith("adapter") and dtype != "auto":
         raise UserError(f"--dtype: {dtype} given for an adapter; accepted: auto, which is float32")
+    if dtype == "q8_0" and what != "gguf":
+        raise UserError(f"--dtype: q8_0 given for --what {what}; accepted: with gguf alone")
     if out.exists():
         raise UserError(f"{out}: exists already; accepted: a folder that does not")
     saved = read_saved(source)
     config = with_overrides(saved_config(saved.state), overrides)
     saved.state["config"] = config.model_dump(mode="json")
+    if what.startswith("gguf"):
+        refuse_model(config)
     note = ""
     if config.model.quantization != "none" and measure:
         note = cost_of_dequantising(config, world, saved)
@@ -81,12 +87,20 @@ def export_run(
             )
             if rank is not None:
                 note = f"{note}\nCompressed to rank {rank}: relative error {error:.2%}.".strip()
+        elif what == "gguf-adapter":
+            with inner_folder(partial) as folder:
+                write_adapter(saved, folder, note, rank=rank)
+                write_gguf(folder, partial, training_of(saved, config, note), dtype=None)
         else:
-            write_model(
-                saved, partial,
-                with_adapter=what == "merged", dequantised=base == "trained", device=world.device,
-                note=note, dtype=dtype,
-            )  # fmt: skip
+            gguf = what == "gguf"
+            with inner_folder(partial) if gguf else nullcontext(partial) as folder:
+                write_model(
+                    saved, folder, with_adapter=what != "backbone",
+                    dequantised=base == "trained", device=world.device, note=note,
+                    dtype="float32" if dtype == "q8_0" else dtype,
+                )  # fmt: skip
+                if gguf:
+                    write_gguf(folder, partial, training_of(saved, config, note), dtype=dtype)
     remarks = [f"damaged   {remark}" for remark in saved.remarks]
     return "\n".join([*remarks, *filter(None, [note]), f"{saved.title}, {saved.checkpoint}"])
 

@@ -156,7 +156,7 @@ def _name_units(axes: Axes, units: Sequence[Unit]) -> None:
 
 
 def draw_survivors(allocation: Allocation, name: str) -> Figure:
-    """Which units a selection kept, by layer and matrix type; of experts, the share that it kept."""
+    """Which units a selection kept, by layer and matrix type; of experts, the share of them."""
     units, survivors = allocation.units, allocation.survivors or frozenset()
     layers, types = by_layer(units), by_type(units)
     kept = np.full((len(layers), len(types)), np.nan)
@@ -178,7 +178,7 @@ def draw_survivors(allocation: Allocation, name: str) -> Figure:
     axes.set_yticks(np.arange(len(layers) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", lw=1.5)
     axes.tick_params(which="minor", length=0)
-    axes.set_ylabel("transformer layer")
+    axes.set(xlabel="matrix type", ylabel="transformer layer")
     count = sum(unit.name in survivors for unit in units)
     axes.set_title(f"Survivors of {name}: {count} of {len(units)} (dark)")
     return figure

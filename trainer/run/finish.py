@@ -1,5 +1,6 @@
 """What a run leaves at its end: the adapter, the loss curve, README.md."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from trainer.checkpoint.store import of_step
 from trainer.config.config import Config
 from trainer.data.templates import set_template
 from trainer.device_memory import peak_gib
-from trainer.errors import RunFailed
+from trainer.errors import RunFailed, UserError
 from trainer.export.added_tokens import trained_tokens
 from trainer.export.baselines import write_peft
 from trainer.export.card import Training, scores_in, write_adapter_card
@@ -26,6 +27,7 @@ from trainer.records.answers import answers_table
 from trainer.records.jsonl import final_scores, read_metrics
 from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
+from trainer.report.report import draw_run
 from trainer.session import Session
 
 _CPU = torch.device("cpu")
@@ -59,6 +61,7 @@ def finish(session: Session, folder: Path, progress: Progress, fault: str | None
     except NothingToExport as error:
         where = f"none: {error}"
     figure = draw_loss([folder], folder / FIGURES / "loss")
+    figures, failed = _more_figures(folder)
     lines = read_metrics(folder / METRICS)
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     word = "done" if fault is None else "failed"
@@ -73,10 +76,22 @@ def finish(session: Session, folder: Path, progress: Progress, fault: str | None
     if answers:
         note = f"{note}\n\n## Answers to held-out records\n\n{answers}".strip()
     exported = f"step {progress.step}" if best is None else str(best)
-    readme = _readme(session.config, summary.removeprefix("done").strip(), exported, note)
+    shown = [figure, *figures]
+    readme = _readme(session.config, summary.removeprefix("done").strip(), exported, note, shown)
     (folder / "README.md").write_text(readme, encoding="utf-8")
     if session.config.log.progress != "none":
         print(f"{summary}\n{result.name:<10}{where} ({exported})\nfigure    {figure}", flush=True)
+        if failed:
+            print(f"note      other figures were not drawn: {failed}", flush=True)
+
+
+def _more_figures(folder: Path) -> tuple[list[Path], str]:
+    """(the figures but for the loss, why there are none): a record that cannot be read must not
+    fail a run that has trained."""
+    try:
+        return draw_run(folder), ""
+    except UserError as error:
+        return [], str(error)
 
 
 def _export_model(session: Session, run: Path, step: int | None, folder: Path) -> None:
@@ -156,7 +171,8 @@ def _export(session: Session, folder: Path, training: Training) -> None:
     )  # fmt: skip
 
 
-def _readme(config: Config, summary: str, exported: str, note: str) -> str:
+def _readme(config: Config, summary: str, exported: str, note: str, figures: Sequence[Path]) -> str:
+    pictures = "\n\n".join(f"![{one.stem}]({FIGURES}/{one.name})" for one in figures)
     return f"""# {config.run.name}
 
 {config.method.kind} on `{config.model.id}` ({config.model.quantization}): {summary}.
@@ -173,9 +189,11 @@ def _readme(config: Config, summary: str, exported: str, note: str) -> str:
 | `tensorboard/` | the metrics, for `tensorboard --logdir` |
 | `checkpoints/` | resumable on any engine and number of ranks |
 {_RESULT[config.method.trains]}: {exported} |
-| `figures/` | the loss curve |
+| `figures/` | the figures below, as PNG and SVG |
 
-![loss](figures/loss.png)
+`rankcast report RUN --html FILE` makes one page of figures, samples, metrics and configuration.
+
+{pictures}
 
 {note}
 """
