@@ -55,10 +55,9 @@ def write_gguf(source: Path, out: Path, training: Training, dtype: str | None) -
         use = f"llama-cli -m {MODEL_FILE}"
     tokenizer = AutoTokenizer.from_pretrained(source)
     ends = end_tokens(config.model, base, tokenizer)
-    write_modelfile(
-        out, adapter=adapter, base=config.model.id, stops=tokenizer.convert_ids_to_tokens(ends),
-        chats=bool(tokenizer.chat_template),
-    )  # fmt: skip
+    stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in ends]
+    chats = bool(tokenizer.chat_template)
+    write_modelfile(out, adapter=adapter, base=config.model.id, stops=stops, chats=chats)
     use += f"\nollama create {name} -f Modelfile && ollama run {name}"
     write_gguf_card(out, training, use, adapter=adapter)
 
