@@ -12,7 +12,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.conftest import shared
 from tests.helpers import SMALL, quick_config, save_random_model, without_figures
@@ -20,7 +21,7 @@ from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import export_run
 from trainer.export.gguf_file import write_gguf_adapter, write_gguf_model
-from trainer.export.gguf_vocab import _pre_tokenizer
+from trainer.export.gguf_vocab import _SPLIT, _pre_tokenizer
 from trainer.run.run import run
 
 TEXTS = [
@@ -31,6 +32,10 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, untied, biased": ("llama", {"tie_word_embeddings": False, "attention_bias": True}),
@@ -38,6 +43,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear RoPE": (
         "llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}
     ),
+    "yarn": ("llama", {"rope_parameters": YARN}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 32}),
@@ -169,6 +175,44 @@ def test_sentencepiece_in_llama_cpp(tmp_path: Path, llama_cpp: Any) -> None:
         assert model.tokenize(text.encode(), add_bos=True) == tokenizer(text)["input_ids"]
     ids = tokenizer(TEXTS[0])["input_ids"]
     check_equal(model, AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), ids)
+
+
+def split_by(kind: str) -> Tokenizer:
+    """Byte-level BPE, trained on the texts, that splits them as models of that kind do."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    if kind in ("qwen2", "llama-bpe"):
+        split = Regex(_SPLIT % ("" if kind == "qwen2" else "{1,3}"))
+        steps = [pre_tokenizers.Split(split, "isolated")]
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    elif kind == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator([*TEXTS, "1234 34 12 don't WE'LL who'd"] * 4, trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "qwen2", "llama-bpe"])
+def test_tokenizers_in_llama_cpp(kind: str, tmp_path: Path, llama_cpp: Any) -> None:
+    folder = save_random_model(tmp_path / "model", "llama", AutoModelForCausalLM)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=split_by(kind), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    wrapped.save_pretrained(folder)
+    described = json.loads((folder / "tokenizer.json").read_text())
+    assert _pre_tokenizer(described) == kind
+    write_gguf_model(folder, tmp_path / "model.gguf", "float32", kind)
+    model = opened(llama_cpp, tmp_path / "model.gguf")
+    for text in [*TEXTS, "12345 1234 we'll"]:
+        found = model.tokenize(text.encode(), add_bos=True, special=True)
+        assert found == wrapped(text)["input_ids"], text
 
 
 def test_the_file_holds_the_merged_tensors(books: Path) -> None:
