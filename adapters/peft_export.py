@@ -47,6 +47,18 @@ class TrainedTokens:
     """Argument of `resize_token_embeddings`, where the base model's tables lack rows."""
 
 
+@dataclass(frozen=True)
+class Exported:
+    """What was written of an adapter."""
+
+    ranks: Mapping[str, int]
+    """Of the update by unit; without units of rank 0."""
+    notes: Sequence[str]
+    """On what loads it, and on what it holds."""
+    error: float
+    """‖ΔW − ΔW_r‖ / ‖ΔW‖ of the compression over all units (Frobenius), 0 without it."""
+
+
 class NothingToExport(ValueError):
     """No unit has a component: PEFT would load a folder without adapters as the plain model."""
 
@@ -58,10 +70,7 @@ def export_adapter(
     base_model: str,
     revision: str | None = None,
     task_type: str | None,
-    model_class: str,
     heads: Mapping[str, Mapping[str, Tensor]] | None = None,
-    labels: int | None = None,
-    note: str = "",
     initial: Mapping[str, GatedAdapter] | None = None,
     frozen: Mapping[str, GatedAdapter] | None = None,
     splits_weight: bool = True,
@@ -76,12 +85,11 @@ def export_adapter(
     modules_to_save: Sequence[str] | None = None,
     tokens: TrainedTokens | None = None,
     magnitudes: Mapping[str, Tensor] | None = None,
-) -> float:
-    """Write a PEFT folder: adapter_model.safetensors, adapter_config.json, README.md.
+) -> Exported:
+    """Write a PEFT folder: adapter_model.safetensors, adapter_config.json.
 
     `adapters` by module path; `heads`: fully trained modules by path, each its parameters by name;
-    `task_type`: PEFT's name of the task, None if it has none; `model_class`: transformers' class
-    that loads the backbone; `labels`: outputs of its new head, if any; `initial`: the parts of W
+    `task_type`: PEFT's name of the task, None if it has none; `initial`: the parts of W
     that adapters were initialised as; `frozen`, `splits_weight`: as in `parts_by_unit`, further
     components of the same LoRA; `experts`: number of experts by path of their stack. Stacks in
     `layouts` are written expert by expert (`per_expert_factors`); the adapters of any other become
@@ -94,8 +102,7 @@ def export_adapter(
     rank 0 are omitted, since PEFT rejects them.
 
     `rank`: compress every unit to at most this rank. `same_rank`: pad all units with zeros to the
-    largest rank, empty ones too. Returns the relative error of the compression,
-    ‖ΔW − ΔW_r‖ / ‖ΔW‖ over all units (Frobenius), 0 without it. Raises NothingToExport.
+    largest rank, empty ones too. Raises NothingToExport.
     """
     heads, experts = heads or {}, experts or {}
     parts = parts_by_unit(adapters, initial or {}, frozen or {}, splits_weight=splits_weight)
@@ -143,7 +150,9 @@ def export_adapter(
         "task_type": task_type,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    notes = [note, served]
+    notes = [served]
+    if tokens is not None:
+        notes.append(_ADDED_TOKENS)
     if frozen:
         notes.append(
             "Holds what earlier stages learned and what was trained beside it, as one LoRA of the "
@@ -151,9 +160,8 @@ def export_adapter(
         )
     if rank is not None:
         notes.append(f"Compressed to rank {rank}: relative error {error:.2%} (Frobenius).")
-    page = readme(base_model, model_class, labels, tokens, "\n\n".join(filter(None, notes)))
-    (folder / "README.md").write_text(page, encoding="utf-8")
-    return error
+    ranks = {name: A.shape[0] for name, (A, _) in units.items()}
+    return Exported(ranks, [note for note in notes if note], error)
 
 
 class _Lora:
@@ -255,40 +263,3 @@ def _peft_config(
         "lora_dropout": 0.0,
         "bias": "none",
     }
-
-
-def readme(
-    base_model: str,
-    model_class: str,
-    labels: int | None,
-    tokens: TrainedTokens | None,
-    note: str,
-    kind: str = "LoRA",
-) -> str:
-    """The README.md of an adapter's folder, which says how to load it; arguments as for
-    `export_adapter`, `kind`: PEFT's name."""
-    arguments = f'"{base_model}"' + (f", num_labels={labels}" if labels is not None else "")
-    names, first, resized = model_class, "", ""
-    if tokens is not None:
-        names = ", ".join(sorted(["AutoTokenizer", model_class]))
-        first = 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
-        note = f"{_ADDED_TOKENS}\n\n{note}".rstrip()
-        if tokens.resize is not None:
-            resized = f"model.resize_token_embeddings({tokens.resize})\n"
-    return f"""---
-base_model: {base_model}
-library_name: peft
----
-
-# {kind} adapter
-
-```python
-from peft import PeftModel
-from transformers import {names}
-
-{first}model = {model_class}.from_pretrained({arguments})
-{resized}model = PeftModel.from_pretrained(model, "path/to/this/folder")
-```
-
-{note}
-"""

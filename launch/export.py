@@ -5,6 +5,8 @@
     rankcast export runs/NAME out/ --experts stacked   experts in PEFT's own layout alone
     rankcast export runs/NAME out/ --what merged       the backbone with the LoRA merged
     rankcast export runs/NAME out/ --what backbone     the backbone used in training
+    rankcast export runs/NAME out/ --what gguf         the merged model for llama.cpp and Ollama
+    rankcast export runs/NAME out/ --what gguf-adapter the LoRA for llama.cpp and Ollama
 
 The source may also be a checkpoint folder. After training on a quantised backbone, `merged` and
 `backbone` contain the dequantised matrices (`--base original`: the unquantised ones), and the
@@ -24,8 +26,18 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser = Parser(__doc__, prog)
     parser.add_argument("source", type=Path, help="run folder or checkpoint folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--what", choices=("adapter", "merged", "backbone"), default="adapter")
+    parser.add_argument(
+        "--what",
+        choices=("adapter", "merged", "backbone", "gguf", "gguf-adapter"),
+        default="adapter",
+    )
     parser.add_argument("--base", choices=("trained", "original"), default="trained")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16", "q8_0"),
+        default="auto",
+        help="of a whole model; auto: that of the pretrained files; q8_0: of a gguf alone",
+    )
     parser.add_argument("--rank", type=int, help="compress the adapter; the error is reported")
     parser.add_argument(
         "--same-rank", action="store_true", help="pad all matrices to one rank, for SGLang"
@@ -61,6 +73,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         rank=arguments.rank,
         same_rank=arguments.same_rank,
         experts=arguments.experts,
+        dtype=arguments.dtype,
         overrides=arguments.overrides,
     )
     print(

@@ -4,7 +4,8 @@
     rankcast evaluate   evaluate a run's adapter
     rankcast generate   continue prompts with a run's model
     rankcast chat       talk to a run's model
-    rankcast export     export a LoRA for PEFT, or the merged model
+    rankcast export     export a LoRA for PEFT, the merged model, or either as GGUF
+    rankcast push       upload an export to the hub
     rankcast estimate   estimate a run's memory per GPU and whether it fits
     rankcast data       tokenise the data, and show what is learned of it
     rankcast report     draw figures of runs
@@ -24,8 +25,8 @@ from trainer.config.validation import one_of
 from trainer.distributed.failures import guarded
 
 COMMANDS = (
-    "train", "evaluate", "generate", "chat", "export", "estimate", "data", "report", "watch",
-    "compare",
+    "train", "evaluate", "generate", "chat", "export", "push", "estimate", "data", "report",
+    "watch", "compare",
 )  # fmt: skip
 """Modules of this package, each with a `main(argv, prog)`."""
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import peft
 import torch
@@ -28,7 +27,7 @@ from transformers import PreTrainedModel
 
 from adapters.unit import stem
 from adapters.units import expert_counts
-from tests.helpers import TASK_OF, losses, quick_config
+from tests.helpers import TASK_OF, losses, quick_config, without_figures
 from tests.references import (
     LOSS,
     Wrong,
@@ -297,7 +296,7 @@ def _check_format(case: Case, weight_format: str) -> None:
 def _run(config: Config) -> str:
     """What the run printed."""
     with (
-        patch("trainer.run.finish.draw_loss"),
+        without_figures(),
         contextlib.redirect_stdout(io.StringIO()) as said,
         contextlib.redirect_stderr(said),
     ):

@@ -12,9 +12,11 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -97,6 +99,16 @@ def quick_config(tmp: Path, *overrides: str) -> Config:
             "model.quantization=none", "run.verify=off", *overrides,
         ],
     )  # fmt: skip
+
+
+@contextmanager
+def without_figures() -> Iterator[None]:
+    """Runs end without drawing what they trained, which takes a fifth of a short one's time."""
+    with (
+        patch("trainer.run.finish.draw_loss", lambda runs, out: out),
+        patch("trainer.run.finish.draw_run", lambda folder: []),
+    ):
+        yield
 
 
 def losses(run: Path) -> list[float]:

@@ -1,10 +1,14 @@
 """Fixtures of the unit tests: the quickstart's tokenizer, tiny models, the real data if there."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig
+
+from tests.helpers import without_figures
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,10 +61,10 @@ def llama_config(tokenizer):
 
 
 @pytest.fixture(autouse=True)
-def _no_figures(request, monkeypatch) -> None:
-    """A run spends a fifth of its time on its curve: it draws one where a test asks for figures."""
-    if request.node.get_closest_marker("figures") is None:
-        monkeypatch.setattr("trainer.run.finish.draw_loss", lambda runs, out: out)
+def _no_figures(request) -> Iterator[None]:
+    """A run draws figures where a test asks for them."""
+    with without_figures() if request.node.get_closest_marker("figures") is None else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

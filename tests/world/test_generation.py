@@ -51,7 +51,14 @@ def work(tmp_path_factory) -> Path:
             "data.eval=null", "method.targets=all-linear",
         )  # fmt: skip
         run(config, World())
-        export_run(tmp / "runs" / fmt, tmp / f"merged-{fmt}", World(), what="merged", measure=False)
+        export_run(
+            tmp / "runs" / fmt,
+            tmp / f"merged-{fmt}",
+            World(),
+            what="merged",
+            measure=False,
+            dtype="float32",
+        )
     return tmp
 
 

@@ -37,6 +37,7 @@ from adapters.layers.linear import AdaptedLinear
 from adapters.methods.registry import METHODS
 from adapters.units import transformer_blocks
 from launch import chat
+from tests.helpers import without_figures
 from trainer.checkpoint import store
 from trainer.checkpoint.saved import read_saved
 from trainer.config.config import parse_config
@@ -65,7 +66,7 @@ MIB = 2**20
 
 def train(world: World, config: dict[str, Any]) -> dict[str, Any]:
     """A whole run, as launch/train.py does it, without the curve at its end."""
-    with patch("trainer.run.finish.draw_loss"):
+    with without_figures():
         run(parse_config(config), world)
     return {}
 

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from adapters.methods.peft import configuration, kind_of, save
-from adapters.peft_export import readme
 from trainer.config.config import Config
 from trainer.errors import UserError
+from trainer.export.card import Training, write_adapter_card
 from trainer.model.backbone import BuiltModel
 from trainer.model.peft_names import modules_to_save
-from trainer.tasks.base import Task
-from trainer.tasks.registry import TASKS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,43 +27,38 @@ def write_peft(
     folder: Path,
     wrapper: "PeftModel",
     tensors: Mapping[str, Tensor],
-    config: Config,
     heads: Heads,
-    labels: Mapping[str, Any],
+    training: Training,
 ) -> None:
-    """PEFT's folder of what PEFT added to the backbone (`tensors`, by its names), with a README."""
+    """PEFT's folder of what PEFT added to the backbone (`tensors`, by its names), with a card."""
+    config = training.config
     model: Any = wrapper.base_model.model
-    task: type[Task] = TASKS[config.task.kind]
     described = {
         "base_model_name_or_path": config.model.id,
         "revision": config.model.revision,
-        "task_type": task.peft_task_type,
+        "task_type": training.task.peft_task_type,
         "modules_to_save": modules_to_save(model, heads) or None,
     }
     save(wrapper, folder, tensors, heads, described)
-    kind = kind_of(wrapper.peft_config["default"])
-    page = readme(
-        config.model.id, task.auto_class.__name__, task.head_outputs(labels), None, "", kind=kind
-    )
-    (folder / "README.md").write_text(page, encoding="utf-8")
+    write_adapter_card(folder, training, kind=kind_of(wrapper.peft_config["default"]))
 
 
 def write_peft_checkpoint(
-    folder: Path, built: BuiltModel, config: Config, stored: Mapping[str, Tensor], heads: Heads,
-    labels: Mapping[str, Any],
-) -> None:  # fmt: skip
+    folder: Path, built: BuiltModel, stored: Mapping[str, Tensor], heads: Heads, training: Training
+) -> None:
     """`write_peft` from a checkpoint's tensors, on the model without its weights."""
     from peft import get_peft_model
 
     with torch.random.fork_rng([]):
         targets = [unit.name for unit in built.units]
-        wrapper = get_peft_model(built.model, configuration(config.method, targets))  # type: ignore[arg-type]
+        method = configuration(training.config.method, targets)  # type: ignore[arg-type]
+        wrapper = get_peft_model(built.model, method)
     tensors = {
         name.removeprefix(TRAINED).removeprefix(FIXED): tensor
         for name, tensor in stored.items()
         if name.startswith((TRAINED, FIXED))
     }
-    write_peft(folder, wrapper, tensors, config, heads, labels)
+    write_peft(folder, wrapper, tensors, heads, training)
 
 
 def refuse_layout(

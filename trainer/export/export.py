@@ -1,8 +1,7 @@
 """Export of a run or checkpoint as a PEFT folder or a full model."""
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,11 @@ from trainer.distributed.world import World
 from trainer.errors import UserError, reason, refuse_mismatch
 from trainer.export.added_tokens import trained_tokens
 from trainer.export.baselines import refuse_layout, write_peft_checkpoint
+from trainer.export.card import training_of, write_adapter_card, write_model_card
 from trainer.export.expert_layouts import chosen_layouts
+from trainer.export.gguf_folder import inner_folder, refuse_model, write_gguf
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
-from trainer.export.tokenizer import save_set_template, save_tokenizer
+from trainer.export.tokenizer import save_tokenizer_of
 from trainer.files import new_folder
 from trainer.model.backbone import BuiltModel
 from trainer.model.blocks import configure_compiler
@@ -50,24 +51,33 @@ def export_run(
     rank: int | None = None,
     same_rank: bool = False,
     experts: str | None = None,
+    dtype: str = "auto",
     overrides: Sequence[str] = (),
 ) -> str:
-    """Write `what` (`adapter`, `merged` or `backbone`) of a run or checkpoint to `out`.
+    """Write `what` (`adapter`, `merged`, `backbone`, or a `gguf` or `gguf-adapter` of the first
+    two) of a run or checkpoint to `out`.
 
     `base`: take a quantised backbone's matrices as `trained` (dequantised) or from the `original`
     files. `rank`: compress the adapter to it. `same_rank`: pad all
     its matrices to one rank. `experts`: their layout in the adapter, `per_expert` or
-    `stacked`; None: the first where the model has it. Returns remarks, a line each: the held-out
+    `stacked`; None: the first where the model has it. `dtype`: of a model; auto: that of its
+    pretrained files. Returns remarks, a line each: the held-out
     loss without quantisation (where the backbone was quantised and `measure` is on), the error of
     the compression, and which checkpoint was exported. Raises UserError.
     """
     if rank is not None and rank < 1:
         raise UserError(f"--rank: {rank} given; accepted: 1 or more")
+    if what.endswith("adapter") and dtype != "auto":
+        raise UserError(f"--dtype: {dtype} given for an adapter; accepted: auto, which is float32")
+    if dtype == "q8_0" and what != "gguf":
+        raise UserError(f"--dtype: q8_0 given for --what {what}; accepted: with gguf alone")
     if out.exists():
         raise UserError(f"{out}: exists already; accepted: a folder that does not")
     saved = read_saved(source)
     config = with_overrides(saved_config(saved.state), overrides)
     saved.state["config"] = config.model_dump(mode="json")
+    if what.startswith("gguf"):
+        refuse_model(config)
     note = ""
     if config.model.quantization != "none" and measure:
         note = cost_of_dequantising(config, world, saved)
@@ -76,14 +86,22 @@ def export_run(
             error = write_adapter(
                 saved, partial, note, rank=rank, same_rank=same_rank, experts=experts
             )
-            save_set_template(config, saved.state, partial)
             if rank is not None:
                 note = f"{note}\nCompressed to rank {rank}: relative error {error:.2%}.".strip()
+        elif what == "gguf-adapter":
+            with inner_folder(partial) as folder:
+                write_adapter(saved, folder, note, rank=rank)
+                write_gguf(folder, partial, training_of(saved, config, note), dtype=None)
         else:
-            write_model(
-                saved, partial,
-                with_adapter=what == "merged", dequantised=base == "trained", device=world.device,
-            )  # fmt: skip
+            gguf = what == "gguf"
+            with inner_folder(partial) if gguf else nullcontext(partial) as folder:
+                write_model(
+                    saved, folder, with_adapter=what != "backbone",
+                    dequantised=base == "trained", device=world.device, note=note,
+                    dtype="float32" if dtype == "q8_0" else dtype,
+                )  # fmt: skip
+                if gguf:
+                    write_gguf(folder, partial, training_of(saved, config, note), dtype=dtype)
     remarks = [f"damaged   {remark}" for remark in saved.remarks]
     return "\n".join([*remarks, *filter(None, [note]), f"{saved.title}, {saved.checkpoint}"])
 
@@ -199,11 +217,11 @@ def write_adapter(
     relative error of compressing the adapter to `rank` (0 without it). `same_rank`,
     `experts`: as in `export_run`."""
     config, tensors, state = saved_config(saved.state), saved.tensors, saved.state
-    task = TASKS[config.task.kind]
     if state.get("best") is not None:
         note = f"{note}\n\nThis is {saved.title}.".strip()
     with refuse_mismatch(saved.checkpoint):
         heads, adapters = saved_heads(tensors), saved_adapters(config, tensors)
+        training = training_of(saved, config, note)
         adapted = list(saved_parts(config, saved))
     if config.method.scales_rows:
         refuse_layout(config, rank=rank, same_rank=same_rank, experts=experts)
@@ -215,16 +233,16 @@ def write_adapter(
     if config.method.trains == "modules":
         refuse_layout(config, rank=rank, same_rank=same_rank, experts=experts)
         layout, _ = _built(config, state, torch.device("cpu"))
-        write_peft_checkpoint(out, layout, config, tensors, heads, state["labels"])
+        write_peft_checkpoint(out, layout, tensors, heads, training)
+        save_tokenizer_of(config, state, out)
         return 0.0
     built = _layout_of(config, state, adapted)
     model = None if built is None else built.model
     tokens = None
     if config.model.added_tokens and built is not None:
-        tokenizer = load_tokenizer(config.model)
-        tokens = trained_tokens(built, saved_rows(tensors), tokenizer)
+        tokens = trained_tokens(built, saved_rows(tensors), load_tokenizer(config.model))
     try:
-        error = export_adapter(
+        exported = export_adapter(
             out,
             adapters,
             experts={} if model is None else expert_counts(model),
@@ -242,20 +260,20 @@ def write_adapter(
             same_rank=same_rank,
             base_model=config.model.id,
             revision=config.model.revision,
-            task_type=task.peft_task_type,
-            model_class=task.auto_class.__name__,
+            task_type=training.task.peft_task_type,
             heads=heads,
-            labels=task.head_outputs(state["labels"]),
-            note=note,
             tokens=tokens,
             magnitudes=saved_magnitudes(tensors),
         )
     except NothingToExport as nothing:
         accepted = "accepted: a checkpoint with some"
         raise UserError(f"{saved.checkpoint}: {nothing}; {accepted}") from nothing
-    if tokens is not None:
-        tokenizer.save_pretrained(out)
-    return error
+    save_tokenizer_of(config, state, out)
+    write_adapter_card(
+        out, training, ranks=exported.ranks, notes=exported.notes, tokens=tokens is not None,
+        resize=None if tokens is None else tokens.resize,
+    )  # fmt: skip
+    return exported.error
 
 
 def _layout_of(
@@ -287,11 +305,14 @@ def write_model(
     with_adapter: bool,
     dequantised: bool,
     device: torch.device,
+    note: str = "",
+    dtype: str = "auto",
 ) -> None:
     """Write a model folder for `from_pretrained`, with one tensor (or stack) in memory at a time.
 
     `with_adapter`: W + ΔW in adapted layers. `dequantised`: W quantised and dequantised, as in
-    training; else W of the pretrained files. Raises UserError where a merge is not possible.
+    training; else W of the pretrained files. `note`: for its card; `dtype`: as in `export_run`.
+    Raises UserError where a merge is not possible.
     """
     config, tensors, state = saved_config(saved.state), saved.tensors, saved.state
     if config.method.trains == "modules" and with_adapter:
@@ -301,7 +322,7 @@ def write_model(
         )
     if config.model.weights == "random":
         raise UserError("model.weights: random has no files to merge into; accepted: pretrained")
-    backbone, task = _built(config, state, device)
+    backbone, _ = _built(config, state, device)
     with refuse_mismatch(saved.checkpoint):
         heads = saved_heads(tensors)
         if config.method.trains == "backbone" and with_adapter:
@@ -318,10 +339,15 @@ def write_model(
         backbone, folder, parts, initial, heads, rows,
         saved_magnitudes(tensors) if with_adapter else {},
         dequantised=dequantised, device=device,
+        dtype=None if dtype == "auto" else getattr(torch, dtype),
     )  # fmt: skip
     write_shards(merger.tensors(), out)
-    backbone.model.config.dtype = backbone.dtype
+    backbone.model.config.dtype = merger.dtype
     backbone.model.config.save_pretrained(out)
-    save_tokenizer(task.tokenizer, state.get("chat_template"), out)
-    if (folder / "generation_config.json").is_file():
-        shutil.copy(folder / "generation_config.json", out)
+    save_tokenizer_of(config, state, out)
+    quantised = config.model.quantization != "none"
+    held = "dequantised, as in training" if dequantised else "those of the unquantised model"
+    write_model_card(
+        out, training_of(saved, config, note), what="merged" if with_adapter else "backbone",
+        notes=[f"Its matrices are {held}."] if quantised else [],
+    )  # fmt: skip

@@ -25,6 +25,8 @@ _SHARD_BYTES = 4 * 2**30
 class Merger:
     """Reads a model tensor by tensor and merges adapters, trained heads and `rows` of tokens.
 
+    `dtype`: of the result; None: that of the files.
+
     `backbone`: built, but not loaded. `parts`: what was learned, by unit. `initial`: what spectral
     initialisation took out of W.
     `dequantised`: W quantised and dequantised, as in training; else W of the files.
@@ -42,8 +44,11 @@ class Merger:
         *,
         dequantised: bool,
         device: torch.device,
+        dtype: torch.dtype | None = None,
     ):
-        self.model, self.dtype, self.device = backbone.model, backbone.dtype, device
+        self.model, self.device = backbone.model, device
+        # W as in training has been rounded to that dtype; as in the files it need not be.
+        self._held = backbone.dtype if dequantised else torch.float32
         self._backbone, self._rows, self._magnitudes = backbone, rows, magnitudes
         self._parts, self._initial, self._dequantised = parts, initial, dequantised
         self._trained = {
@@ -53,6 +58,7 @@ class Merger:
         }
         self._prefix = self.model.base_model_prefix
         self._files = PretrainedFiles(folder, KeyMapping(self.model, backbone.tensors))
+        self.dtype = self._files.dtype if dtype is None else dtype
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(name, value on the CPU) of every tensor of the merged model's files."""
@@ -73,7 +79,7 @@ class Merger:
                     shape = (backbone.added.stored, *shape[1:])
                 key = self._files.check(names, shape)
                 name = next(known for known in names if self._files.find(known) is not None)
-                value = self._files.read(key).to(self.device, self.dtype)
+                value = self._files.read(key).to(self.device, self._held)
                 if matrix is not None:
                     full = matrix.reoriented(value).unsqueeze(0)
                     value = matrix.reoriented(self._final(matrix, [path], full)[0])
@@ -81,7 +87,7 @@ class Merger:
                     value = backbone.added.filled(value)
                     if table in self._rows:
                         value[list(backbone.added.ids)] = self._rows[table].to(value)
-                yield self._published(name), value.cpu().contiguous()
+                yield self._published(name), value.to(self.dtype).cpu().contiguous()
         for name, _ in self.model.named_buffers():
             stored = self._files.find(name)
             if stored is not None:  # computed buffers are not in the files
@@ -93,7 +99,7 @@ class Merger:
         shape, turned = stack.stored_shape, stack.transposed
         read = (self._files.read_expert(path, e, shape, transposed=turned) for e in numbers)
         value = torch.stack([
-            stack.reoriented(matrix.to(self.device, self.dtype)) for matrix in read
+            stack.reoriented(matrix.to(self.device, self._held)) for matrix in read
         ])  # fmt: skip
         value = self._final(stack, stack.layer_names(path), value)
         value = stack.reoriented(value).cpu()
@@ -106,13 +112,14 @@ class Merger:
                 yield self._prefixed(path, str(key)), rows.contiguous()
 
     def _final(self, layer: PackedLayer, units: Sequence[str], value: Tensor) -> Tensor:
-        """W + Σ (ΔW − ΔW₀) (units, out, in)."""
+        """W + Σ (ΔW − ΔW₀) (units, out, in), in the dtype of the result."""
         if self._dequantised:
             value = _as_trained(layer, value, [self._initial.get(unit) for unit in units])
+        value = value.float()
         for index, unit in enumerate(units):
             m = self._magnitudes.get(unit)
             value[index] = merged(value[index], self._parts.get(unit, ()), m)
-        return value
+        return value.to(self.dtype)
 
     def _published(self, name: str) -> str:
         """The parameter's key in the merged files: as in the pretrained ones, but with the prefix

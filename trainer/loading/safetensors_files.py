@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -82,6 +83,14 @@ class PretrainedFiles:
     def bytes_read(self) -> int:
         """Bytes of tensors read so far, excluding the digest's samples."""
         return self._reader.bytes_read
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The most frequent one of the floating-point tensors in 16 bits or more; bfloat16 where
+        all are packed."""
+        wide = ("F32", "F16", "BF16")
+        kinds = Counter(kind for key in self._file_of if (kind := self.stored(key).kind) in wide)
+        return _DTYPES[kinds.most_common(1)[0][0] if kinds else "BF16"]
 
     @property
     def unused(self) -> dict[str, str]:

@@ -44,7 +44,7 @@ def resolve_folder(
         raise UserError(f"{key}: {name}: no such folder; accepted: a local folder or a hub id")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt"]
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", "README.md"]
     try:
         return Path(
             snapshot_download(

@@ -1,5 +1,6 @@
 """Figures of a run's decisions."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -152,3 +153,32 @@ def _name_units(axes: Axes, units: Sequence[Unit]) -> None:
     shown = list(first)[:: -(-len(first) // 24)]
     axes.set_xticks([first[label] for label in shown], shown)
     axes.set_xlabel("unit, in the order of the model (tick: first unit of the layer)")
+
+
+def draw_survivors(allocation: Allocation, name: str) -> Figure:
+    """Which units a selection kept, by layer and matrix type; of experts, the share of them."""
+    units, survivors = allocation.units, allocation.survivors or frozenset()
+    layers, types = by_layer(units), by_type(units)
+    kept = np.full((len(layers), len(types)), np.nan)
+    for (row, of_layer), (column, of_type) in itertools.product(
+        enumerate(layers.values()), enumerate(types.values())
+    ):
+        both = set(of_layer) & set(of_type)
+        if both:
+            kept[row, column] = np.mean([units[index].name in survivors for index in both])
+    height = min(max(3.0, 1.8 + 0.2 * len(layers)), 12)
+    figure = Figure(figsize=(2.5 + 0.6 * len(types), height), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(kept, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    axes.set_facecolor("0.9")  # no such unit
+    axes.set_xticks(range(len(types)), list(types), rotation=45, ha="right")
+    shown = list(range(0, len(layers), -(-len(layers) // 32)))
+    axes.set_yticks(shown, [list(layers)[index] for index in shown])
+    axes.set_xticks(np.arange(len(types) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(layers) + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", lw=1.5)
+    axes.tick_params(which="minor", length=0)
+    axes.set(xlabel="matrix type", ylabel="transformer layer")
+    count = sum(unit.name in survivors for unit in units)
+    axes.set_title(f"Survivors of {name}: {count} of {len(units)} (dark)")
+    return figure

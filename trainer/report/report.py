@@ -1,8 +1,10 @@
 """Figures of one run, finished or interrupted, and comparisons of several."""
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from adapters.methods.registry import METHODS
 from trainer.config.aliases import rename_keys
 from trainer.config.yaml import parse_yaml
 from trainer.errors import UserError
-from trainer.files import CONFIG, FIGURES, METRICS
+from trainer.files import CONFIG, FIGURES, METRICS, write_text
 from trainer.records.jsonl import final_scores, read_metrics
 from trainer.report.allocation_history import Allocation, read_allocation
 from trainer.report.allocation_plots import (
@@ -25,8 +27,11 @@ from trainer.report.allocation_plots import (
     draw_ranks,
     draw_ranks_by_type,
     draw_scores,
+    draw_survivors,
 )
-from trainer.report.loss_curve import draw_loss
+from trainer.report.loss_curve import curve_of, draw_loss, loss_figure
+from trainer.report.page import page
+from trainer.report.training_plots import draw_optimizer
 
 SCORES = {
     "eval_accuracy": "held-out accuracy",
@@ -111,13 +116,9 @@ def report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
     out = out or folders[0] / FIGURES
     written = []
     try:
-        if any(run.series(key)[0] for run in runs for key in ("loss", "eval_loss")):
+        if has_loss(runs):
             written.append(draw_loss([run.folder for run in runs], out / "loss"))
-        for name, figure in run_figures(runs[0]) if len(runs) == 1 else comparisons(runs):
-            out.mkdir(parents=True, exist_ok=True)
-            for suffix in ("svg", "png"):
-                figure.savefig(out / f"{name}.{suffix}", dpi=120)
-            written.append(out / f"{name}.png")
+        written += save_figures(run_figures(runs[0]) if len(runs) == 1 else comparisons(runs), out)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
     if not written:
@@ -125,6 +126,44 @@ def report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
             f"{', '.join(map(str, folders))}: nothing logged yet; accepted: a run with metrics"
         )
     return written
+
+
+def save_figures(figures: Iterable[tuple[str, Figure]], out: Path) -> list[Path]:
+    """Write (file name, figure) as PNG and SVG; returns the PNGs. Raises OSError."""
+    written = []
+    for name, figure in figures:
+        out.mkdir(parents=True, exist_ok=True)
+        for suffix in ("svg", "png"):
+            figure.savefig(out / f"{name}.{suffix}", dpi=120)
+        written.append(out / f"{name}.png")
+    return written
+
+
+def draw_run(folder: Path) -> list[Path]:
+    """The figures of a run but for its loss, into its folder. Raises UserError."""
+    return save_figures(run_figures(read_run(folder)), folder / FIGURES)
+
+
+def write_page(folder: Path, file: Path) -> None:
+    """The report of a run as one HTML page (`trainer/report/page.py`). Raises UserError."""
+    run = read_run(folder)
+    if not run.metrics:
+        raise UserError(f"{folder}: nothing logged yet; accepted: a run with metrics")
+    figures = itertools.chain(
+        [("loss", loss_figure([curve_of(run.name, run.metrics)]))] if has_loss([run]) else [],
+        run_figures(run),
+    )
+    text = page(run.folder, run.name, run.config, run.metrics, figures)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, text)
+    except OSError as error:
+        raise UserError(f"--html {file}: cannot be written ({error.strerror})") from error
+
+
+def has_loss(runs: Sequence[Run]) -> bool:
+    """Whether any of them logged a loss."""
+    return any(run.series(key)[0] for run in runs for key in ("loss", "eval_loss"))
 
 
 def _with_unique_names(runs: Sequence[Run]) -> list[Run]:
@@ -140,12 +179,17 @@ def _with_unique_names(runs: Sequence[Run]) -> list[Run]:
 
 def run_figures(run: Run) -> Iterator[tuple[str, Figure]]:
     """(file name, figure) of everything that a single run has data for."""
+    optimizer = draw_optimizer(run.metrics, run.name)
+    if optimizer is not None:
+        yield "optimizer", optimizer
     allocation = run.allocation
     if allocation is not None and allocation.ranks.steps:
         yield "ranks", draw_ranks(allocation, run.name)
         yield "ranks_by_type", draw_ranks_by_type(allocation, run.name)
     if allocation is not None and allocation.locations.steps:
         yield "locations", draw_locations(allocation, run.name)
+    if allocation is not None and allocation.survivors is not None:
+        yield "survivors", draw_survivors(allocation, run.name)
     for declared in run.declared:
         if isinstance(declared, UnitScores):
             if allocation is not None and declared.key in allocation.scores:
@@ -180,7 +224,7 @@ def draw_curves(run: Run, declared: Curves) -> Figure:
             axes.plot(steps, values, lw=1.2, marker="." if len(steps) <= 50 else "", label=label)
         if ylabel not in declared.signed:
             axes.set_ylim(0, 1.08 * max(0.1, *(max(values) for _, values in series.values())))
-        axes.set_ylabel(ylabel)
+        axes.set_ylabel(textwrap.fill(ylabel, 24))
         axes.grid(alpha=0.3)
         if len(series) > 1:
             axes.legend()

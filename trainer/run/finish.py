@@ -1,5 +1,6 @@
 """What a run leaves at its end: the adapter, the loss curve, README.md."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,18 +14,20 @@ from trainer.checkpoint.store import of_step
 from trainer.config.config import Config
 from trainer.data.templates import set_template
 from trainer.device_memory import peak_gib
-from trainer.errors import RunFailed
+from trainer.errors import RunFailed, UserError
 from trainer.export.added_tokens import trained_tokens
 from trainer.export.baselines import write_peft
+from trainer.export.card import Training, scores_in, write_adapter_card
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.export import write_adapter, write_model, written_folder
-from trainer.export.tokenizer import save_tokenizer
+from trainer.export.tokenizer import copy_generation_config, save_tokenizer
 from trainer.files import ADAPTER, CHECKPOINTS, FIGURES, METRICS, MODEL, PREDICTIONS
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.records.answers import answers_table
 from trainer.records.jsonl import final_scores, read_metrics
 from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
+from trainer.report.report import draw_run
 from trainer.session import Session
 
 _CPU = torch.device("cpu")
@@ -49,14 +52,16 @@ def finish(session: Session, folder: Path, progress: Progress, fault: str | None
                 write_adapter(read_saved(of_step(folder / CHECKPOINTS, step)), unfinished, note)
             else:
                 about = "" if best is None else f"\n\nThis is {best}."
-                _export(session, unfinished, f"{note}{about}".strip())
+                training = _training(session, folder, step, f"{note}{about}".strip())
+                _export(session, unfinished, training)
             where = str(result)
             template = set_template(session.tokenizer, session.config.data)
-            if full or template is not None or session.backbone.added is not None:
-                save_tokenizer(session.tokenizer, template, unfinished)
+            save_tokenizer(session.tokenizer, template, unfinished)
+            copy_generation_config(session.config, unfinished)
     except NothingToExport as error:
         where = f"none: {error}"
     figure = draw_loss([folder], folder / FIGURES / "loss")
+    figures, failed = _more_figures(folder)
     lines = read_metrics(folder / METRICS)
     losses = [line["loss"] for line in lines if line.get("loss") is not None]
     word = "done" if fault is None else "failed"
@@ -71,10 +76,22 @@ def finish(session: Session, folder: Path, progress: Progress, fault: str | None
     if answers:
         note = f"{note}\n\n## Answers to held-out records\n\n{answers}".strip()
     exported = f"step {progress.step}" if best is None else str(best)
-    readme = _readme(session.config, summary.removeprefix("done").strip(), exported, note)
+    shown = [figure, *figures]
+    readme = _readme(session.config, summary.removeprefix("done").strip(), exported, note, shown)
     (folder / "README.md").write_text(readme, encoding="utf-8")
     if session.config.log.progress != "none":
         print(f"{summary}\n{result.name:<10}{where} ({exported})\nfigure    {figure}", flush=True)
+        if failed:
+            print(f"note      other figures were not drawn: {failed}", flush=True)
+
+
+def _more_figures(folder: Path) -> tuple[list[Path], str]:
+    """(the figures but for the loss, why there are none): a record that cannot be read must not
+    fail a run that has trained."""
+    try:
+        return draw_run(folder), ""
+    except UserError as error:
+        return [], str(error)
 
 
 def _export_model(session: Session, run: Path, step: int | None, folder: Path) -> None:
@@ -96,7 +113,15 @@ def _note(session: Session) -> str:
     )
 
 
-def _export(session: Session, folder: Path, note: str) -> None:
+def _training(session: Session, folder: Path, step: int, note: str) -> Training:
+    found = final_scores(read_metrics(folder / METRICS))
+    return Training(
+        session.config, step, scores_in(found), found.get("step", step),
+        session.task.labels_state(), note,
+    )  # fmt: skip
+
+
+def _export(session: Session, folder: Path, training: Training) -> None:
     config = session.config
     heads = {
         path: {
@@ -107,11 +132,11 @@ def _export(session: Session, folder: Path, note: str) -> None:
     }
     rows = {path: one.values.detach() for path, one in session.backbone.token_rows.items()}
     if isinstance(session.method, Peft):
-        labels = session.task.labels_state()
-        write_peft(folder, *session.method.exported(), config, heads, labels)
+        write_peft(folder, *session.method.exported(), heads, training)
         return
+    tokens = trained_tokens(session.backbone, rows, session.tokenizer)
     with session.method.inference():
-        export_adapter(
+        exported = export_adapter(
             folder,
             session.method.adapters,
             initial={
@@ -122,9 +147,7 @@ def _export(session: Session, folder: Path, note: str) -> None:
             base_model=config.model.id,
             revision=config.model.revision,
             task_type=session.task.peft_task_type,
-            model_class=session.task.auto_class.__name__,
             heads=heads,
-            labels=session.task.head_outputs(session.task.labels_state()),
             experts=expert_counts(session.model),
             swapped=swapped_stacks(session.model),
             fan_in_fan_out=fan_in_fan_out(
@@ -135,17 +158,21 @@ def _export(session: Session, folder: Path, note: str) -> None:
             former_experts=former_experts(session.backbone.model),
             key=PeftKeys(session.backbone.model),
             modules_to_save=modules_to_save(session.backbone.model, heads),
-            note=note,
-            tokens=trained_tokens(session.backbone, rows, session.tokenizer),
+            tokens=tokens,
             magnitudes={
                 name: adapter.magnitude.m
                 for name, adapter in session.method.adapters.items()
                 if adapter.magnitude is not None
             },
         )
+    write_adapter_card(
+        folder, training, ranks=exported.ranks, notes=exported.notes, tokens=tokens is not None,
+        resize=None if tokens is None else tokens.resize,
+    )  # fmt: skip
 
 
-def _readme(config: Config, summary: str, exported: str, note: str) -> str:
+def _readme(config: Config, summary: str, exported: str, note: str, figures: Sequence[Path]) -> str:
+    pictures = "\n\n".join(f"![{one.stem}]({FIGURES}/{one.name})" for one in figures)
     return f"""# {config.run.name}
 
 {config.method.kind} on `{config.model.id}` ({config.model.quantization}): {summary}.
@@ -162,9 +189,11 @@ def _readme(config: Config, summary: str, exported: str, note: str) -> str:
 | `tensorboard/` | the metrics, for `tensorboard --logdir` |
 | `checkpoints/` | resumable on any engine and number of ranks |
 {_RESULT[config.method.trains]}: {exported} |
-| `figures/` | the loss curve |
+| `figures/` | the figures below, as PNG and SVG |
 
-![loss](figures/loss.png)
+`rankcast report RUN --html FILE` makes one page of figures, samples, metrics and configuration.
+
+{pictures}
 
 {note}
 """

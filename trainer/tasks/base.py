@@ -113,6 +113,8 @@ class Task(ABC):
     """The transformers auto class that builds the model."""
     peft_task_type: ClassVar[str | None] = None
     """PEFT's `task_type` in the exported adapter; None where PEFT has none."""
+    pipeline_tag: ClassVar[str | None] = None
+    """The hub's name of the task, in model cards; None where it has none."""
 
     def __init__(self, options: Any, tokenizer: "PreTrainedTokenizerBase"):
         self.options = options

@@ -30,6 +30,7 @@ class CausalLM(Task):
     Options: ClassVar[type[TaskOptions]] = CausalLMOptions
     auto_class: ClassVar[Any] = AutoModelForCausalLM
     peft_task_type = "CAUSAL_LM"
+    pipeline_tag = "text-generation"
 
     @property
     def learns_all(self) -> bool:

@@ -23,6 +23,7 @@ class ImageClassification(SequenceClassification):
     Options = ImageClassificationOptions
     auto_class = AutoModelForImageClassification
     peft_task_type = None
+    pipeline_tag = "image-classification"
     tokenizer: Any  # an ImageProcessor
 
     @property

@@ -55,6 +55,7 @@ class QuestionAnswering(Task):
     Options = QuestionAnsweringOptions
     auto_class = AutoModelForQuestionAnswering
     peft_task_type = None  # PEFT's class for QUESTION_ANS (0.21) would drop token_type_ids
+    pipeline_tag = "question-answering"
 
     def __init__(self, options: Any, tokenizer: Any):
         super().__init__(options, tokenizer)

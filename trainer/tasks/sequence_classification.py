@@ -30,6 +30,7 @@ class SequenceClassification(Task):
     Options: ClassVar[type[TaskOptions]] = SequenceClassificationOptions
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
+    pipeline_tag: ClassVar[str | None] = "text-classification"
     labels: list[str] = []
 
     @property

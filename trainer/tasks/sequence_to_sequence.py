@@ -45,6 +45,7 @@ class SequenceToSequence(CausalLM):
     Options = SequenceToSequenceOptions
     auto_class: ClassVar[Any] = AutoModelForSeq2SeqLM
     peft_task_type = "SEQ_2_SEQ_LM"
+    pipeline_tag = "text-generation"
     start: int | None = None
     """The token before every target, the model's."""
 

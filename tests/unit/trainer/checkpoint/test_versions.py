@@ -2,11 +2,10 @@
 
 import json
 import shutil
-from unittest.mock import patch
 
 import pytest
 
-from tests.helpers import ROOT, losses, quick_config
+from tests.helpers import ROOT, losses, quick_config, without_figures
 from trainer import __version__
 from trainer.checkpoint import store
 from trainer.distributed.world import World
@@ -24,7 +23,7 @@ OPTIONS = [
 
 
 def test_a_run_of_the_version_before_goes_on_to_the_same_losses(tmp_path):
-    with patch("trainer.run.finish.draw_loss"):
+    with without_figures():
         run(quick_config(tmp_path, *OPTIONS, "run.name=whole"), World())
         shutil.copytree(KEPT, tmp_path / "runs/kept")
         before = (KEPT / "metrics.jsonl").read_text()
@@ -44,7 +43,7 @@ def test_a_run_of_the_version_before_is_exported(tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("finished")
-    with patch("trainer.run.finish.draw_loss"):
+    with without_figures():
         run(config(tmp), World())
     return tmp
 

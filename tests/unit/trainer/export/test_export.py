@@ -54,7 +54,7 @@ def test_unquantised_adapter_and_merged_model(name, tmp_path):
     logits = through_peft(plain, config.run_folder / "adapter")
     assert (expected - untouched).abs().max() > 1e-2, "training changed nothing"
     assert torch.allclose(logits, expected, atol=1e-4)
-    export(config, tmp_path / "merged", what="merged")
+    export(config, tmp_path / "merged", what="merged", dtype="float32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == torch.float32
     assert torch.allclose(merged(inputs()).logits, expected, atol=1e-4)
@@ -65,16 +65,19 @@ def test_quantised_on_the_identical_dequantised_backbone(quantization, tmp_path)
     config = quick_config(tmp_path, f"model.quantization={quantization}", "run.steps=3")
     run(config, World())
     expected = trained_logits(config)
-    export(config, tmp_path / "backbone", what="backbone", measure=False)
+    export(config, tmp_path / "backbone", what="backbone", measure=False, dtype="float32")
     said = export(config, tmp_path / "adapter")
     dequantised = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
     assert torch.allclose(through_peft(dequantised, tmp_path / "adapter"), expected, atol=1e-4)
-    export(config, tmp_path / "merged", what="merged", measure=False)
+    export(config, tmp_path / "merged", what="merged", measure=False, dtype="float32")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.allclose(merged(inputs()).logits, expected, atol=1e-4)
     assert "on the unquantised backbone" in said
     assert said.splitlines()[0] in (tmp_path / "adapter/README.md").read_text()
-    export(config, tmp_path / "original", what="merged", base="original", measure=False)
+    export(
+        config, tmp_path / "original", what="merged", base="original", measure=False,
+        dtype="float32",
+    )  # fmt: skip
     plain = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     original = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
     on_plain = through_peft(plain, tmp_path / "adapter")
@@ -114,7 +117,6 @@ def test_every_unit_has_alpha_over_r_of_one_and_empty_ones_are_left_out(tmp_path
         adapters,
         base_model=str(TINY),
         task_type="CAUSAL_LM",
-        model_class="AutoModelForCausalLM",
     )
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4

@@ -44,7 +44,7 @@ def test_every_linear_layer_gets_its_adapter(name, tmp_path):
     adapters = adapters_of(model, ["lm_head"])
     export_adapter(
         tmp_path / "a", adapters, base_model="", task_type="CAUSAL_LM",
-        model_class="AutoModelForCausalLM", former_experts=former_experts(model),
+        former_experts=former_experts(model),
         key=PeftKeys(model),
     )  # fmt: skip
     loaded = peft.PeftModel.from_pretrained(model, tmp_path / "a").base_model.model
@@ -85,7 +85,7 @@ def test_a_head_whose_path_ends_another_modules(tmp_path):
     path = next(path for path in adapters if "text_model" in path)
     export_adapter(
         tmp_path / "a", {path: adapters[path]}, base_model="", task_type="SEQ_CLS",
-        model_class="AutoModelForSequenceClassification", heads=heads, modules_to_save=saved,
+        heads=heads, modules_to_save=saved,
     )  # fmt: skip
     assert saved == ["base_model.model.head", "classifier"]
     loaded = peft.PeftModel.from_pretrained(model, tmp_path / "a").base_model.model

@@ -5,12 +5,11 @@ import json
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 from transformers import AutoTokenizer
 
-from tests.helpers import quick_config
+from tests.helpers import quick_config, without_figures
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint
@@ -34,8 +33,8 @@ def config(tmp: Path, *more: str) -> Config:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_figures() -> Iterator[None]:
-    with patch("trainer.run.finish.draw_loss"):
+def undrawn() -> Iterator[None]:
+    with without_figures():
         yield
 
 

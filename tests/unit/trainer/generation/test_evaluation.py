@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from launch import evaluate
-from tests.helpers import quick_config
+from tests.helpers import quick_config, without_figures
 from tests.tiny_models import tiny_model
 from trainer.checkpoint.saved import read_saved
 from trainer.distributed.world import World
@@ -26,10 +26,9 @@ ASKED = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    from unittest.mock import patch
 
     folder = tmp_path_factory.mktemp("answered")
-    with patch("trainer.run.finish.draw_loss"):
+    with without_figures():
         run(
             quick_config(folder, "run.steps=6", "run.eval_every=3", "log.tensorboard=true", *ASKED),
             World(),
@@ -48,7 +47,14 @@ def metrics_of(folder) -> list[dict]:
 
 
 def test_answers_are_transformers_own_on_the_merged_model(finished, tokenizer, root):
-    export_run(finished / "runs/a", finished / "merged", World(), what="merged", measure=False)
+    export_run(
+        finished / "runs/a",
+        finished / "merged",
+        World(),
+        what="merged",
+        measure=False,
+        dtype="float32",
+    )
     model = AutoModelForCausalLM.from_pretrained(finished / "merged", dtype=torch.float32)
     rows = (root / "configs/quickstart/eval.jsonl").read_text().splitlines()[:6]
     answers = answers_of(finished)

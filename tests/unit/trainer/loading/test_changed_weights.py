@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import TINY, losses, quick_config, save_mixture
+from tests.helpers import TINY, losses, quick_config, save_mixture, without_figures
 from trainer.checkpoint import store
 from trainer.distributed.world import World
 from trainer.errors import UserError
@@ -18,8 +18,8 @@ from trainer.run.run import run
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_figures():
-    with patch("trainer.run.finish.draw_loss"):
+def undrawn():
+    with without_figures():
         yield
 
 

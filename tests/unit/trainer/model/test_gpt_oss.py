@@ -70,7 +70,7 @@ def test_experts_compute_with_the_matrices_they_stand_for(tmp_path, fmt):
 def check_exports(tmp_path, config, plain):
     """Adapter and merged model compute the same, and not what the base computes."""
     export_run(config.run_folder, tmp_path / "out", World())
-    export_run(config.run_folder, tmp_path / "merged", World(), what="merged")
+    export_run(config.run_folder, tmp_path / "merged", World(), what="merged", dtype="float32")
     base = loaded(plain)
     untrained, merged = logits(base), loaded(tmp_path / "merged")
     adapted = logits(PeftModel.from_pretrained(base, tmp_path / "out"))

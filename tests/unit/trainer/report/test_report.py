@@ -138,13 +138,13 @@ def check_images(folder, names):
 
 
 FIGURES = {
-    "lora": ["loss"],
-    "lelora": ["loss", "ranks", "ranks_by_type", "locations", "policy"],
-    "lalora": ["loss", "ranks", "ranks_by_type", "budget"],
-    "adalora": ["loss", "ranks", "ranks_by_type", "budget"],
-    "weightlora": ["loss", "ranks", "ranks_by_type", "omega"],
-    "rlora": ["loss", "ranks", "ranks_by_type"],
-    "dylora": ["loss", "ranks", "ranks_by_type"],
+    "lora": ["loss", "optimizer"],
+    "lelora": ["loss", "optimizer", "ranks", "ranks_by_type", "locations", "policy"],
+    "lalora": ["loss", "optimizer", "ranks", "ranks_by_type", "budget"],
+    "adalora": ["loss", "optimizer", "ranks", "ranks_by_type", "budget"],
+    "weightlora": ["loss", "optimizer", "ranks", "ranks_by_type", "survivors", "omega"],
+    "rlora": ["loss", "optimizer", "ranks", "ranks_by_type", "survivors"],
+    "dylora": ["loss", "optimizer", "ranks", "ranks_by_type"],
 }
 
 
@@ -444,7 +444,8 @@ def test_command(root, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(script, run_name="__main__")
     assert ended.value.code == 0
-    assert capsys.readouterr().out.split() == [str(folders[0] / "figures/loss.png")]
+    drawn = [str(folders[0] / "figures" / name) for name in ("loss.png", "optimizer.png")]
+    assert capsys.readouterr().out.split() == drawn
     monkeypatch.setattr(sys, "argv", [script, *map(str, folders)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(script, run_name="__main__")

@@ -3,11 +3,10 @@
 import json
 import shutil
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 
-from tests.helpers import ROOT, losses, quick_config
+from tests.helpers import ROOT, losses, quick_config, without_figures
 from trainer.checkpoint import store
 from trainer.distributed.world import World
 from trainer.errors import UserError
@@ -24,8 +23,8 @@ def config(tmp, *more):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def without_figures():
-    with patch("trainer.run.finish.draw_loss"):
+def undrawn():
+    with without_figures():
         yield
 
 
