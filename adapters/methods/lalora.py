@@ -30,9 +30,10 @@ from adapters.figures import BUDGET
 from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer
 from adapters.methods.base import InitialAdapter, Method, Validate
-from adapters.methods.lora import fresh
+from adapters.methods.lora import fresh, started_rows
 from adapters.methods.options import LaLoRAOptions
 from adapters.optimizer import MaskedAdamW
+from adapters.starts import Start
 from adapters.unit import Unit
 
 _DECIMALS = 6
@@ -65,6 +66,12 @@ class LaLoRA(Method):
         adapter.mask[1:] = False
         adapter.g.data[1:] = 0.0
         return adapter
+
+    def adopt(self, starts: Mapping[str, Start]) -> bool:
+        for name, start in starts.items():
+            A, _ = started_rows(start, self.options.rank, self.options.start_options.scale)
+            self.adapters[name].A.data.copy_(A)
+        return False
 
     @property
     def uniform(self) -> bool:

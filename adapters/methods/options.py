@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from adapters.methods.start_options import StartKind, StartOptions
 from adapters.options import Section
 from adapters.unit import Unit
 
@@ -60,6 +61,11 @@ class MethodOptions(Section):
         return False
 
     @property
+    def data_start(self) -> Literal["activation", "gradient"] | None:
+        """From what A starts, if from the data."""
+        return None
+
+    @property
     def validation_samples(self) -> int:
         """Number of training records that the method holds out to evaluate its decisions."""
         return 0
@@ -87,7 +93,37 @@ def check_fits(key: str, rank: int, units: Sequence[Unit]) -> None:
             )
 
 
-class LoRAOptions(MethodOptions):
+class StartedOptions(MethodOptions):
+    """Keys of methods whose A may start from the data."""
+
+    start: StartKind = "lora"
+    """A starts Kaiming-uniform, or as singular vectors of the matrices' inputs (activation: EVA) or
+    gradients (gradient: LoRA-GA, GoRA) in some batches. B starts at 0."""
+    start_options: StartOptions = Field(default_factory=StartOptions)
+    """How A starts from the data."""
+
+    @property
+    def data_start(self) -> Literal["activation", "gradient"] | None:
+        return None if self.start == "lora" else self.start
+
+    @property
+    def start_components(self) -> int:
+        """Components of a unit that are looked for in the data."""
+        options, most = self.start_options, self.components
+        return most if options.ranks == "fixed" else max(most, round(options.rho * self.rank))
+
+    @model_validator(mode="after")
+    def _check_start(self) -> "StartedOptions":
+        self.start_options.check(self.start)
+        return self
+
+    def check_units(self, units: Sequence[Unit]) -> None:
+        super().check_units(units)
+        if self.start != "lora" and self.start_options.ranks != "fixed":
+            check_fits("method.start_options.rho (times method.rank)", self.start_components, units)
+
+
+class LoRAOptions(StartedOptions):
     """Options of `method.kind: lora`."""
 
     kind: Literal["lora"] = "lora"
@@ -105,6 +141,11 @@ class DoRAOptions(LoRAOptions):
 
     kind: Literal["dora"] = "dora"  # type: ignore[assignment]
     """Name of the method."""
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> "DoRAOptions":
+        self.start_options.check_fixed(self.kind)
+        return self
 
 
 class PiSSAOptions(MethodOptions):
@@ -205,7 +246,7 @@ class AdaLoRAOptions(MethodOptions):
             )
 
 
-class LaLoRAOptions(MethodOptions):
+class LaLoRAOptions(StartedOptions):
     """Options of `method.kind: lalora`; `rank` is the largest rank of a layer, r."""
 
     kind: Literal["lalora"] = "lalora"
@@ -230,6 +271,11 @@ class LaLoRAOptions(MethodOptions):
     allocation: Literal["contribution", "uniform"] = "contribution"
     """Ranks by eq. 8, or (`uniform`, a control) equal in all layers under the same budget, up to
     the remainder, which goes to the lower layers."""
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> "LaLoRAOptions":
+        self.start_options.check_fixed(self.kind)
+        return self
 
     def check_units(self, units: Sequence[Unit]) -> None:
         super().check_units(units)

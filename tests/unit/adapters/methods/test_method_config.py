@@ -257,6 +257,7 @@ ABLATIONS = {  # by what METHODS.md says must be reachable, or names as an optio
     "balanced": [LELORA, "method.coordinates=balanced"],
     "directions only": [LELORA, "method.coordinates=delta", "method.dropout=0.1"],
     "scores per step": [LELORA, "method.policy.score=per_step"],
+    "budget": [LELORA, "method.policy.budget=4"],
     "price": [LELORA, "method.policy.cost=1e-6"],
     "every 3": [LELORA, "method.policy.every=3"],
     "spectrum": [LELORA, "method.policy.spectrum_points=64"],
