@@ -2,12 +2,14 @@
 of its architecture and local records in the form of its data."""
 
 import json
+import shutil
 
 import pytest
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tests.conftest import shared
 from tests.helpers import ROOT, losses, sample, save_random_model
+from tests.images import save_images, save_vit
 from trainer.config.config import load_config
 from trainer.distributed.world import World
 from trainer.records.jsonl import read_metrics
@@ -15,6 +17,7 @@ from trainer.run.run import run
 
 FOLDER = ROOT / "configs/paper"
 SETS = ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")
+AUTO = {"roberta": AutoModel, "deberta-v2": AutoModel, "t5": AutoModelForSeq2SeqLM, "bart": AutoModelForSeq2SeqLM}  # fmt: skip
 LLAMA = {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
 RECIPES = {  # name: (architecture, data, batch, peak learning rate, warm-up, weight decay, targets, set of ranks or rank, alpha)
     "lelora_glue_base": ("roberta", "glue", 128, 5e-4, 0.06, 0.1, {"query", "value"}, [0, 2, 4, 8], None),
@@ -24,6 +27,12 @@ RECIPES = {  # name: (architecture, data, batch, peak learning rate, warm-up, we
     "lelora_code": ("mistral", "code", 64, 3e-4, 100, 0.0, LLAMA, [0, 2, 4, 8, 16, 32], None),
     "lelora_instructions": ("mistral", "instructions", 64, 3e-4, 100, 0.0, LLAMA, [0, 2, 4, 8, 16, 32], None),
     "lalora_glue": ("roberta", "glue", 16, 5e-4, 0.06, 0.0, {"query", "value"}, 8, 8),
+    "lalora_squad": ("deberta-v2", "squad", 16, 1e-3, 1000, 0.0, {"query_proj", "value_proj"}, 8, 16),
+    "lalora_cnn_t5": ("t5", "cnn", 32, 1e-3, 0.06, 0.0, {"q", "v"}, 8, 16),
+    "lalora_images": ("vit", "images", 128, 2e-3, 0.06, 0.0, {"q_proj", "v_proj"}, 16, 16),
+    "lalora_commonsense": ("llama", "commonsense", 16, 2e-4, 100, 0.0, LLAMA, 16, 32),
+    "weightlora_squad": ("deberta-v2", "squad", 64, 3e-4, 100, 1e-4, "all-linear", 8, 32),
+    "weightlora_xsum": ("bart", "xsum", 128, 3e-4, 100, 1e-4, "all-linear", 8, 32),
     "weightlora_glue_attention": ("deberta-v2", "glue", 64, 5e-4, 100, 1e-4, {"query_proj", "key_proj", "value_proj"}, 8, 32),
     "weightlora_glue": ("deberta-v2", "glue", 192, 3e-4, 100, 1e-4, "all-linear", 8, 16),
     "weightlora_llama3_glue": ("llama", "glue", 32, 3e-4, 25, 1e-4, "all-linear", 8, 32),
@@ -53,6 +62,10 @@ def test_it_is_what_the_table_says(name):
         assert (policy.credit, policy.network) == ("global", "mlp")
     else:
         assert (method.rank, method.alpha) == (ranks, alpha)
+    if method.kind == "lalora":
+        assert (method.gamma, method.every, method.growth) == (1, 1, "printed")
+        assert (method.fidelity, method.contribution_scale) == ("previous_over_current", "sum")
+        assert (method.contribution, method.budget) == ("norm", "gradual")
     if method.kind == "weightlora":
         assert optim.betas == [0.9, 0.99]
     assert config.run.name == f"paper_{name}"
@@ -70,7 +83,14 @@ def rows(kind: str) -> list[dict]:
             {"question": q, "choices": {"text": t, "label": list("ABCD")}, "answerKey": a}
             for q, t, a in asked
         ]
-    names = {"gsm8k": ("question", "answer"), "math": ("query", "response"), "code": ("query", "answer"), "instructions": ("instruction", "output")}  # fmt: skip
+    if kind == "squad":
+        questions = [("Who wrote it?", "Anna"), ("Where?", "in Rome")] * 32
+        return [
+            {"id": str(n), "question": asked, "context": "Anna wrote it in Rome.",
+             "answers": {"text": [given], "answer_start": ["Anna wrote it in Rome.".index(given)]}}
+            for n, (asked, given) in enumerate(questions)
+        ]  # fmt: skip
+    names = {"cnn": ("article", "highlights"), "xsum": ("document", "summary"), "gsm8k": ("question", "answer"), "math": ("query", "response"), "code": ("query", "answer"), "instructions": ("instruction", "output")}  # fmt: skip
     asked, answered = names[kind]
     found = []
     with shared("data/gsm8k/train.jsonl").open() as lines:
@@ -81,13 +101,19 @@ def rows(kind: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "name", sample(RECIPES, "lelora_glue_base", "lelora_commonsense", "weightlora_qwen3_gsm8k")
+    "name",
+    sample(
+        RECIPES, "lelora_glue_base", "lelora_commonsense", "weightlora_qwen3_gsm8k", "lalora_images"
+    ),
 )
 def test_it_trains(name, tmp_path):
     architecture, kind, *_ = RECIPES[name]
-    encoder = architecture in ("roberta", "deberta-v2")
-    auto = AutoModel if encoder else AutoModelForCausalLM
-    save_random_model(tmp_path / "model", architecture, auto)
+    if architecture == "vit":
+        save_vit(tmp_path / "model")
+    else:
+        auto = AUTO.get(architecture, AutoModelForCausalLM)
+        start = {"decoder_start_token_id": 0} if architecture == "t5" else {}
+        save_random_model(tmp_path / "model", architecture, auto, **start)
     given = [
         f"model.id={tmp_path}/model", f"run.dir={tmp_path}/runs", f"data.cache={tmp_path}/cache",
         "run.epochs=null", "run.steps=3", "run.eval_every=1", "log.every=1", "log.progress=none",
@@ -95,7 +121,12 @@ def test_it_trains(name, tmp_path):
         "data.micro_batch_size=4", "optim.warmup_ratio=null", "optim.warmup_steps=1",
         "engine.kind=single", "run.verify=off",
     ]  # fmt: skip
-    if kind == "commonsense":
+    if kind == "images":
+        folder = save_images(tmp_path / "images/train", 24).parent
+        shutil.copytree(folder / "train", folder / "test")
+        given += [f"data.train={folder}", f"data.eval={folder}", "data.image=image", "data.label=label",
+                  "data.eval_records=6"]  # fmt: skip
+    elif kind == "commonsense":
         files = {name: str(shared(f"data/commonsense/{name}/test.json")) for name in SETS}
         given += [f"data.train={shared('data/commonsense/ARC-Easy/train.json')}",
                   f"data.eval={json.dumps(files)}", "data.train_records=60", "data.eval_records=4"]  # fmt: skip
