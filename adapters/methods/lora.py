@@ -15,6 +15,9 @@ from adapters.methods.base import Method
 from adapters.methods.options import LoRAOptions
 from adapters.unit import Unit
 
+ROW_NORM = 1 / math.sqrt(3)
+"""Root mean square norm of a row of the initial A, whose entries are uniform in ±1/√in."""
+
 
 def fresh(unit: Unit, rank: int, gate: float, generator: torch.Generator) -> GatedAdapter:
     """LoRA's initialisation of a unit: A Kaiming-uniform(√5), B = 0, all gates equal to `gate`."""

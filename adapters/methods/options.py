@@ -30,8 +30,8 @@ class MethodOptions(Section):
     rank: int = Field(8, gt=0)
     """Components per unit, r."""
     alpha: float = Field(16.0, gt=0)
-    """Scale α; the update is multiplied by α/r (no effect for pissa, milora and lelora, whose gates
-    come from the backbone)."""
+    """Scale α; the update is multiplied by α/r (no effect for pissa, milora and, unless
+    coordinates=delta, lelora, whose gates come from the backbone)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping an element of z = x Aᵀ (or of x) in training."""
     dropout_on: Literal["hidden", "input"] = "hidden"
@@ -48,6 +48,12 @@ class MethodOptions(Section):
     def components(self) -> int:
         """R: initial number of components of a unit."""
         return self.rank
+
+    @property
+    def takes_from_weight(self) -> bool:
+        """Whether the adapters start as parts of W other than zero, which the frozen matrix
+        loses."""
+        return False
 
     @property
     def validation_samples(self) -> int:
@@ -103,12 +109,20 @@ class PiSSAOptions(MethodOptions):
     kind: Literal["pissa"] = "pissa"
     """Name of the method."""
 
+    @property
+    def takes_from_weight(self) -> bool:
+        return True
+
 
 class MiLoRAOptions(MethodOptions):
     """Options of `method.kind: milora`."""
 
     kind: Literal["milora"] = "milora"
     """Name of the method."""
+
+    @property
+    def takes_from_weight(self) -> bool:
+        return True
 
 
 class DyLoRAOptions(MethodOptions):
