@@ -50,7 +50,15 @@ VARIANTS = {
     "lelora-validation": [*SLOWLY, "method.policy.signal=validation"],
     "lalora": ["method.kind=lalora", "method.gamma=5"],
     "weightlora": ["method.kind=weightlora", OMEGA],
-    "weightlora_plus": ["method.kind=weightlora_plus", OMEGA],
+    "weightlora_plus": [
+        "method.kind=weightlora_plus",
+        "method.warmup_steps=10",
+        "method.rounds=2",
+        "method.threshold=last",
+        "method.score=per_parameter",
+        "method.keep_parameters=0.5",
+        "method.expand=authors",
+    ],
     "adalora": ["method.kind=adalora", "method.delta_t=2"],
     "dylora": ["method.kind=dylora"],
     "rlora": ["method.kind=rlora"],
@@ -133,7 +141,7 @@ FOLLOWED = {  # recorded by one process → followed by another engine that woul
 }
 FOLLOWS = list(FOLLOWED) if ALL else ["lelora", "lalora", "weightlora_plus"]
 FOLLOWING_STEPS = 12
-QUICK_PLUS = ["method.kind=weightlora_plus", "method.warmup_steps=3"]
+QUICK_PLUS = ["method.kind=weightlora_plus", "method.warmup_steps=3", "method.rounds=2"]
 
 
 def following(tmp, kind: str, *more: str, name: str = "following") -> Config:

@@ -97,6 +97,11 @@ class SecondStage:
         return self._saved.initial_adapters
 
     @property
+    def goes_on(self) -> bool:
+        """Whether A, g and B are those of the earlier stage; once `frozen` was called."""
+        return self._resumes_method or bool(self._taken_over)
+
+    @property
     def _resumes_method(self) -> bool:
         """Whether it goes on with all that the method of a run has decided."""
         if self._saved is None or _is_plain(self.config.method.kind):
