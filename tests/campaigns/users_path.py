@@ -55,7 +55,7 @@ PEFT = f"""import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, pipeline
 
-tokenizer = AutoTokenizer.from_pretrained("out/adapter")
+tokenizer = AutoTokenizer.from_pretrained("out/merged")
 model = AutoPeftModelForCausalLM.from_pretrained("out/adapter", dtype=torch.float32)
 chat = [{{"role": "user", "content": "{QUESTION}"}}]
 ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
@@ -101,7 +101,11 @@ STEPS = [
     Step("Export the adapter", "rankcast export runs/pirate out/adapter"),
     Step("Export the whole model", "rankcast export runs/pirate out/merged --what merged"),
     Step("Load both: PEFT, and transformers' pipeline", "python load.py", "peft"),
-    Step("Export for llama.cpp", "rankcast export runs/pirate out/gguf --what gguf", "gguf"),
+    Step(
+        "Export for llama.cpp",
+        "rankcast export runs/pirate out/gguf --what gguf --dtype float32",
+        "llama_cpp",
+    ),
     Step("Load it: the same tokens", "python llama.py", "llama_cpp"),
 ]
 FILES = {"pirate.yaml": CONFIGURATION, "load.py": PEFT, "llama.py": LLAMA_CPP}
@@ -187,8 +191,8 @@ def _is_here(module: str, shell: dict[str, str]) -> bool:
 def check(folder: Path, said: dict[str, str]) -> None:
     """The run learned, nothing came from the sources, and all ways to ask give one answer."""
     lines = [json.loads(x) for x in (folder / "runs/pirate/metrics.jsonl").read_text().splitlines()]
-    scores = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    assert scores[-1] < scores[0] / 2, scores
+    losses, scores = ([line[key] for line in lines if key in line] for key in ("loss", "eval_loss"))
+    assert losses[-1] < losses[0] / 2 and scores, (losses, scores)
     again = json.loads(said["Evaluate"].strip().splitlines()[-1])
     assert abs(again["eval_loss"] - scores[-1]) < 1e-4 * scores[-1], (again, scores)
     answers = {line.split(":", 1)[1].strip() for line in said[STEPS[8].title].splitlines()[-2:]}
