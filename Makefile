@@ -7,7 +7,8 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install install-dev quickstart test test-slurm test-all faults campaign hosts soak architectures lint clean
+.PHONY: install install-dev quickstart test test-slurm test-all nightly docs path image faults campaign hosts \
+    soak architectures lint clean
 
 # torch first: whatever depends on it then finds it installed. deepspeed is a source package
 # whose build needs torch, so it is built against the one that is there.
@@ -42,6 +43,34 @@ test: $(BIN)/.installed-dev lint
 # and resume between all engines, thousands of hostile files. An hour or two on two cores.
 test-all: $(BIN)/.installed-dev lint
 	RANKCAST_ALL=1 python -m pytest -q $(SPREAD) $(TESTS)
+
+# The tests most exposed to versions, with the newest torch and transformers of the index (or
+# `make nightly NEWEST="torch==2.11.0 transformers==5.17.0"`), in an environment of its own that takes
+# everything else from this one. With PIP_PRE=1 and a nightly index, tomorrow's.
+NEWEST  ?= torch transformers
+EXPOSED := tests/unit/trainer/loading tests/unit/trainer/generation tests/unit/trainer/model \
+    tests/unit/trainer/export tests/unit/adapters/layers tests/unit/adapters/test_optimizer.py \
+    tests/world/test_engines.py tests/world/test_gpt_oss.py tests/world/test_verification.py
+nightly: $(BIN)/.installed-dev
+	$(PYTHON) -m venv --clear build/nightly
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+	    "$$(build/nightly/bin/python -c 'import site; print(site.getsitepackages()[0])')/rest.pth"
+	build/nightly/bin/pip install -q --upgrade --ignore-installed $(NEWEST)
+	build/nightly/bin/python -m pytest -q $(EXPOSED)
+
+# The site, in build/site.
+docs: $(BIN)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+# What a user does, from the built wheel on, in an environment of its own; rewrites the transcript in
+# docs/getting-started.md.
+path: $(BIN)/.installed-dev
+	python -m tests.campaigns.users_path build/path --write docs/getting-started.md
+
+# The Dockerfile's steps without Docker, in a clean Debian folder by debootstrap, with torch for CPUs.
+# Needs root, and some 4 GB.
+image: $(BIN)/.installed-dev
+	python -m tests.campaigns.image build/image --arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 # Plants faults in copies of the project, one by one: which of them do the tests of `make test` catch?
 faults: $(BIN)/.installed-dev

@@ -3,6 +3,7 @@
 Captured and differentiated by torch.compile, but without its code generator.
 """
 
+import itertools
 import os
 
 import pytest
@@ -28,17 +29,14 @@ VARIANTS = {
         "model.quantization=nf4",
     ],
 }  # fmt: skip
-PAIRS = [  # every variant on one engine in turn; on all of them in `make test-all`
-    (variant, engine)
-    for number, variant in enumerate(VARIANTS)
-    for engine in ENGINES
-    if ALL or engine == ENGINES[number % len(ENGINES)]
+USUAL = [
+    ("lora", "fsdp2"),
+    ("weightlora_plus", "peer"),
+    ("lelora", "deepspeed"),
+    ("mixture", "ddp"),
 ]
-KEPT = (
-    [(fmt, engine) for fmt in ("none", "nf4") for engine in ENGINES]
-    if ALL
-    else [("none", "deepspeed"), ("nf4", "fsdp2")]
-)
+PAIRS = list(itertools.product(VARIANTS, ENGINES)) if ALL else USUAL
+KEPT = list(itertools.product(("none", "nf4"), ENGINES)) if ALL else [("nf4", "fsdp2")]
 
 
 def configuration(tmp, variant: str, engine: str, *changes: str) -> Config:
@@ -69,7 +67,7 @@ def outcome(tmp_path_factory):
         for fmt, engine in KEPT
     }  # fmt: skip
     results = run_cases(tmp / "work", cases)
-    for variant in VARIANTS:
+    for variant in dict.fromkeys(variant for variant, _ in PAIRS):
         plain = ["engine.compile=false", f"run.name={variant}-plain"]
         run(configuration(tmp, variant, "single", *plain), World())
     return tmp, results

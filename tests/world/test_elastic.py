@@ -29,15 +29,14 @@ STATES = [  # (method, step of the checkpoint): WeightLoRA's selection is before
 ALONE = ("single", 1)
 PLACES = [ALONE, *itertools.product(("ddp", "peer", "fsdp2", "deepspeed"), (1, 2, 3))]
 SAMPLE = [
-    (ALONE, ("fsdp2", 3)), (ALONE, ("deepspeed", 3)), (ALONE, ("peer", 3)), (("fsdp2", 3), ALONE),
+    (ALONE, ("peer", 3)), (ALONE, ("deepspeed", 3)), (("fsdp2", 2), ALONE),
 ]  # fmt: skip
 PAIRS = list(itertools.product(PLACES, PLACES)) if ALL else SAMPLE
 
 
 def states(source, target) -> list[tuple[str, int]]:
-    """Those that are tried between two places: all, or two of them in turn."""
-    turn = 2 * PAIRS.index((source, target))
-    return STATES if ALL else [STATES[(turn + i) % len(STATES)] for i in range(2)]
+    """Those that are tried between two places: all, or one of them in turn."""
+    return STATES if ALL else [STATES[2 * PAIRS.index((source, target))]]
 
 
 def named(place) -> str:
@@ -74,11 +73,14 @@ def resumed(tmp_path_factory):
     os.chdir(ROOT)
     tmp = tmp_path_factory.mktemp("elastic")
     save_random_model(tmp / "model", "llama", AutoModelForCausalLM)
-    for place in {ALONE, *(source for source, _ in PAIRS)}:
-        run_all(tmp, place, {
-            method: ("train_only", configuration(tmp, method, place, f"{method}-{named(place)}").model_dump())
-            for method in METHODS
-        })  # fmt: skip
+    whole: dict = {ALONE: {}}
+    for source, target in PAIRS:
+        for method, _ in states(source, target):
+            for place in (ALONE, source):
+                config = configuration(tmp, method, place, f"{method}-{named(place)}")
+                whole.setdefault(place, {})[method] = ("train_only", config.model_dump())
+    for place, cases in whole.items():
+        run_all(tmp, place, cases)
     for place in {target for _, target in PAIRS}:
         cases = {}
         for source in (source for source, target in PAIRS if target == place):

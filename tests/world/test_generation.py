@@ -1,5 +1,6 @@
 """Answers on every engine are, token for token, what transformers gives on the merged model."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -19,15 +20,11 @@ from trainer.run.saved_model import open_saved_model
 
 ENGINES = ["ddp", "peer", "fsdp2", "deepspeed"]
 FORMATS = ["none", "nf4"]
-CASES = [
-    (fmt, engine, how)
-    for fmt in FORMATS
-    for engine in ENGINES
-    for how in ("greedy", "drawn")
-    if ALL
-    or (how == "greedy" and (fmt, engine) not in [("nf4", "ddp"), ("none", "peer")])
-    or (fmt, engine) == ("none", "fsdp2")
-]
+USUAL = [
+    ("none", "ddp", "greedy"), ("none", "deepspeed", "greedy"), ("nf4", "peer", "greedy"),
+    ("nf4", "fsdp2", "greedy"), ("none", "fsdp2", "drawn"),
+]  # fmt: skip
+CASES = list(itertools.product(FORMATS, ENGINES, ("greedy", "drawn"))) if ALL else USUAL
 NEW = 24
 DECODING = [f"generation.max_new_tokens={NEW}", "generation.batch_size=2"]
 DRAWN = [*DECODING, "generation.temperature=0.8", "generation.top_p=0.9"]
@@ -101,7 +98,7 @@ def test_tokens_are_transformers_own(found, reference, fmt):
     lengths = {len(tokens) for tokens in reference[fmt]}
     assert len(lengths) > 1, "no answer ends early"
     engines = [engine for of, engine, how in CASES if (of, how) == (fmt, "greedy")]
-    assert {"fsdp2", "deepspeed"} <= set(engines)
+    assert {"fsdp2", "deepspeed"} & set(engines)
     for engine in engines:
         for answers in found[f"{fmt}-{engine}-greedy"]:
             assert [a["tokens"] for a in answers] == reference[fmt], engine
@@ -123,12 +120,16 @@ def test_what_is_drawn_does_not_depend_on_the_ranks(work, found, fmt):
             assert [{k: a[k] for k in alone[0]} for a in answers] == alone, engine
 
 
-@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
-def test_ranks_of_a_sharded_backbone_make_the_same_passes(found, engine):
+@pytest.mark.parametrize(
+    "case",
+    sample(itertools.product(FORMATS, ["fsdp2", "deepspeed"]), *(case[:2] for case in USUAL)),
+)
+def test_ranks_of_a_sharded_backbone_make_the_same_passes(found, case):
     """Though one of them has no prompt left in the second round, and some answers end early."""
-    for fmt in FORMATS:
-        first, second = found[f"{fmt}-{engine}-greedy"]
-        assert first[0]["passes"] == second[0]["passes"] > NEW
+    fmt, engine = case
+    greedy = (fmt, engine, "greedy") in CASES
+    first, second = found[f"{fmt}-{engine}-{'greedy' if greedy else 'drawn'}"]
+    assert first[0]["passes"] == second[0]["passes"] > NEW
 
 
 def test_the_source_may_be_a_checkpoint_or_the_exported_adapter(work, reference):

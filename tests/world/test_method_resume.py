@@ -4,6 +4,7 @@ A run is "killed" by copying its folder without the later checkpoints; what it h
 stays, as it would. `tests/launch/test_resume.py` kills some for real.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +15,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import ALL, ROOT, kept_steps, losses, python, quick_config, save_random_model
+from tests.helpers import (
+    ALL,
+    ROOT,
+    kept_steps,
+    losses,
+    python,
+    quick_config,
+    sample,
+    save_random_model,
+)
 from tests.world.cases import ok, run_cases
 from tests.world.worker import cut_run, train_only
 from trainer.checkpoint.saved import read_saved
@@ -42,7 +52,8 @@ RUNS = {  # name: (overrides, steps after which a run is killed; a checkpoint is
         ["method.kind=adalora", "method.delta_t=2", "method.tinit=1", "method.tfinal=4"], [5, 10],
     ),
 }  # fmt: skip
-PLACES = [(name, step) for name, (_, steps) in RUNS.items() for step in steps]
+CHOSEN = list(RUNS) if ALL else ["weightlora_plus", "lalora", "every-3", "adalora"]
+PLACES = [(name, step) for name in CHOSEN for step in RUNS[name][1]]
 # Where each of them goes on: everywhere in `make test-all`, else in one place, in turn.
 SAME, OTHER, SINGLE = (PLACES if ALL else PLACES[turn::3] for turn in range(3))
 ALONE = {  # the same in one process only
@@ -114,7 +125,7 @@ def outcome(place):
     tmp = place
     cases = {
         name: ("train_only", interrupted(tmp, name, "deepspeed", name).model_dump())
-        for name in RUNS
+        for name in CHOSEN
     }
     for engine, places in (("deepspeed", SAME), ("fsdp2", OTHER)):
         for name, step in places:
@@ -193,7 +204,7 @@ def test_in_one_process_it_is_nearly_the_same_run(outcome, name, step):
     check_same_run(tmp, name, f"{name}-{step}-single", exactly=False, step=step)
 
 
-@pytest.mark.parametrize("name", list(ALONE))
+@pytest.mark.parametrize("name", sample(ALONE, "qr", "fisher", "validation", "dylora"))
 def test_in_one_process_all_along_it_is_the_same_run(place, name):
     whole = interrupted(place, name, "single", name)
     train_only(World(), whole.model_dump())
@@ -211,7 +222,7 @@ def test_the_checkpoints_were_in_the_phases_that_they_are_said_to_be_in(outcome)
     def stored(name: str, step: int) -> dict:
         return read_tensors(runs / name / f"checkpoints/step-{step:08d}")
 
-    for name, step in (("weightlora", 6), ("weightlora_plus", 4)):
+    for name, step in [("weightlora", 6)] * ALL + [("weightlora_plus", 4)]:
         assert [d["step"] for d in decisions(runs / name) if "survivors" in d] == [step]
     held = stored("weightlora_plus", 3), stored("weightlora_plus", 6)
     assert [sum(name.endswith("/A") for name in tensors) for tensors in held] == [14, 7]
@@ -241,12 +252,10 @@ TRAINED = {
     "lelora": [],
 }
 EVALUATED = [("lelora", 4, "fsdp2"), ("weightlora_plus", 8, "deepspeed"), ("dylora", 8, "ddp")]
-SAVED = [
-    (kind, step)
-    for number, kind in enumerate(TRAINED)
-    for step in (4, 8)  # both where a selection lies between them, else in turn
-    if ALL or kind.startswith("weightlora") or step == (4, 8)[number % 2]
-]
+SAVED = list(itertools.product(TRAINED, (4, 8))) if ALL else [
+    ("pissa", 8), ("dylora", 8), ("weightlora_plus", 4), ("weightlora_plus", 8), ("lalora", 4),
+    ("lelora", 8),
+]  # fmt: skip
 
 
 def trained(tmp, kind: str) -> Config:
@@ -338,7 +347,7 @@ def test_a_checkpoint_of_either_phase_exports_to_the_same_logits(place, kind, st
 
 
 def test_command_lines_take_checkpoints_of_either_phase(place, tmp_path):
-    config = trained(place, "weightlora")
+    config = trained(place, "weightlora_plus")
     code, out, err = python("launch/evaluate.py", str(saved(config, 4)))
     assert code == 0, err
     scores = json.loads(out.splitlines()[-1])

@@ -31,7 +31,7 @@ VARIANTS = {
     "by-tokens": ["data.micro_batch_size=null", "data.micro_batch_tokens=96"],
 }
 CASES = list(itertools.product(MODELS, ENGINES, VARIANTS))
-USUAL = [("t5", "fsdp2", "float32"), ("bart", "deepspeed", "nf4"), ("t5", "deepspeed", "by-tokens")]
+USUAL = [("t5", "fsdp2", "float32"), ("bart", "deepspeed", "nf4")]
 
 
 def configuration(tmp: Path, model: str, name: str, *changes: str) -> Config:
@@ -60,7 +60,8 @@ def tmp(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def learned(tmp) -> dict[str, Config]:
     """Runs of one process that learn the whole set."""
-    found = {model: configuration(tmp, model, model, f"run.steps={STEPS}") for model in MODELS}
+    models = MODELS if ALL else ["t5"]
+    found = {model: configuration(tmp, model, model, f"run.steps={STEPS}") for model in models}
     for config in found.values():
         run(config, World())
     return found
@@ -71,7 +72,7 @@ def logits(model, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return model.eval()(input_ids=ids, decoder_input_ids=targets).logits
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", sample(MODELS, "t5"))
 def test_it_learns_and_peft_and_a_merged_model_compute_the_same(learned, model, tmp_path):
     config = learned[model]
     found, least = losses(config.run_folder), MODELS[model][1]

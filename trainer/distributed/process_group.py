@@ -50,9 +50,8 @@ def start(device: str = "auto", timeout: float = 600.0) -> World:
             f"the {os.environ['WORLD_SIZE']} processes of this run did not find each other at "
             f"{_address()} within {timeout:g} s, engine.timeout ({first_line(error)})"
         ) from error
-    gathered: list[Any] = [None] * dist.get_world_size()
     own = socket.gethostname(), _memory(own_device), _has_peer_access(own_device)
-    dist.all_gather_object(gathered, own)
+    gathered = World(rank=dist.get_rank(), size=dist.get_world_size()).gather(own)
     nodes = _nodes([host for host, *_ in gathered])
     groups = (
         [dist.new_group(list(r), timeout=default_timeout) for r in nodes]

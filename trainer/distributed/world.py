@@ -51,20 +51,12 @@ class World:
         return next(i for i, ranks in enumerate(self.nodes) if self.rank in ranks)
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
-        """All-gather a small picklable value: those of all ranks, in rank order."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=group or self.control)
-        return values
+        """All-gather plain data (`object_exchange`): that of all ranks, in rank order."""
+        return self._gather_messages(value, group)
 
     def broadcast(self, value: Any) -> Any:
-        """Broadcast a small picklable value from rank 0."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        """Broadcast plain data from rank 0."""
+        return self._broadcast_message(value)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank. Over gloo: a lost rank shows here, before the others
@@ -152,14 +144,14 @@ class World:
         speaks = rank not in ranks and self.rank == ranks[0]
         return FailedElsewhere(code, f"rank {rank}, on another host: {text}" if speaks else "")
 
-    def _gather_messages(self, value: Any) -> list[Any]:
+    def _gather_messages(self, value: Any, group: Any = None) -> list[Any]:
         """All-gather a message; those of all ranks, in rank order."""
         if self.size == 1:
             return [value]
 
         def exchange_buffers(buffer: torch.Tensor) -> torch.Tensor:
             gathered = buffer.new_empty(self.size, len(buffer))
-            dist.all_gather(list(gathered), buffer, group=self.control)
+            dist.all_gather(list(gathered), buffer, group=group or self.control)
             return gathered
 
         return object_exchange.exchange(value, exchange_buffers, object_exchange.DIGEST_BYTES)

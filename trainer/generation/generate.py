@@ -62,7 +62,7 @@ def generate(
     batches = _batches(model, prompts, options.batch_size)
     world, size = model.world, model.world.size
     synced = model.engine.collective_gather and size > 1
-    found: list[tuple[int, Answer]] = []
+    found: list[tuple[int, dict[str, Any]]] = []
     bar = tqdm(
         total=len(batches), desc="generating", unit="batch", leave=False, dynamic_ncols=True,
         disable=not (shown == "bar" and world.is_main),
@@ -76,10 +76,10 @@ def generate(
                 torch.manual_seed(seeds.mixed(seed, _SEED, index))
                 sequences = _continue(model, rows, settings, synced, streamer)
                 answers = [_answer(model, row, settings) for row in sequences]
-                found += zip(own, answers, strict=False)
+                found += zip(own, map(vars, answers), strict=False)
             bar.update(min(size, len(batches) - first))
     by_prompt = dict(pair for of_rank in world.gather(found) for pair in of_rank)
-    return [by_prompt[index] for index in range(len(prompts))]
+    return [Answer(**by_prompt[index]) for index in range(len(prompts))]
 
 
 def check_lengths(

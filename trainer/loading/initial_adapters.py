@@ -21,7 +21,7 @@ from trainer.files import INITIAL, replacing, sha256, write_text
 
 def save_initial_adapters(initial_adapters: Mapping[str, InitialAdapter], folder: Path) -> str:
     """Write a run's initial adapters and a file with their SHA-256. Returns it."""
-    save_tensors(_tensors(initial_adapters), folder / INITIAL)
+    save_tensors(as_tensors(initial_adapters), folder / INITIAL)
     digest = sha256(folder / INITIAL)
     text = f"{digest}  {INITIAL}\n"
     write_text((folder / INITIAL).with_suffix(".sha256"), text, durable=True)
@@ -30,10 +30,11 @@ def save_initial_adapters(initial_adapters: Mapping[str, InitialAdapter], folder
 
 def initial_digest(initial_adapters: Mapping[str, InitialAdapter]) -> str:
     """SHA-256 of the file that `save_initial_adapters` would write."""
-    return hashlib.sha256(save(_tensors(initial_adapters))).hexdigest()
+    return hashlib.sha256(save(as_tensors(initial_adapters))).hexdigest()
 
 
-def _tensors(initial_adapters: Mapping[str, InitialAdapter]) -> dict[str, Tensor]:
+def as_tensors(initial_adapters: Mapping[str, InitialAdapter]) -> dict[str, Tensor]:
+    """The tensors of initial adapters by `UNIT/ROLE`."""
     tensors = {}
     for name, initial in initial_adapters.items():
         adapter = initial.adapter
@@ -41,6 +42,20 @@ def _tensors(initial_adapters: Mapping[str, InitialAdapter]) -> dict[str, Tensor
             tensors[f"{name}/{role}"] = tensor.detach().cpu().contiguous()
         tensors[f"{name}/spectrum"] = initial.spectrum.contiguous()
     return tensors
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, InitialAdapter]:
+    """Initial adapters by unit, from what `as_tensors` made of them."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, role = key.rpartition("/")
+        parts.setdefault(name, {})[role] = tensor
+    return {
+        name: InitialAdapter(
+            GatedAdapter(p["A"], p["g"], p["B"]).requires_grad_(False), p["spectrum"]
+        )
+        for name, p in parts.items()
+    }
 
 
 def load_initial_adapters(file: Path, digest: str) -> dict[str, InitialAdapter]:
@@ -58,17 +73,8 @@ def load_initial_adapters(file: Path, digest: str) -> dict[str, InitialAdapter]:
         raise BadCheckpoint(f"{file}: cannot be read ({reason(error)})") from error
     if hashlib.sha256(content).hexdigest() != digest:
         raise BadCheckpoint(f"{file}: checksum differs from the one written: damaged; {remedy}")
-    parts: dict[str, dict[str, Tensor]] = {}
     with refuse_mismatch(file):
-        for key, tensor in load(content).items():
-            name, _, role = key.rpartition("/")
-            parts.setdefault(name, {})[role] = tensor
-        return {
-            name: InitialAdapter(
-                GatedAdapter(p["A"], p["g"], p["B"]).requires_grad_(False), p["spectrum"]
-            )
-            for name, p in parts.items()
-        }
+        return from_tensors(load(content))
 
 
 def initial_adapter_of(stored: Mapping[str, InitialAdapter], unit: Unit) -> InitialAdapter:

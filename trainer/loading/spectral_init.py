@@ -23,7 +23,12 @@ from adapters.units import make_units
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, UserError
 from trainer.files import INITIAL
-from trainer.loading.initial_adapters import initial_adapter_of, save_tensors
+from trainer.loading.initial_adapters import (
+    as_tensors,
+    from_tensors,
+    initial_adapter_of,
+    save_tensors,
+)
 from trainer.model.backbone import BuiltModel
 
 _VERSION = 2  # of the cached decompositions; raise it when their computation changes
@@ -80,8 +85,8 @@ class SpectralInit:
 
     def exchange(self) -> None:
         """All-gather the initial adapters computed since the last call. Collective."""
-        for part in self.world.gather(self._new):
-            self.initial_adapters |= part
+        for part in self.world.gather(as_tensors(self._new)):
+            self.initial_adapters |= from_tensors(part)
         self._new = {}
 
     def _compute(self, unit: Unit, weight: Tensor) -> InitialAdapter:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -149,11 +149,10 @@ def mean_loss(
     return _mean(parts)
 
 
-@dataclass(frozen=True, order=True)
-class _Part:
+class _Part(NamedTuple):
     """Results of one micro-batch; ordered by its global index."""
 
-    index: int
+    number: int
     loss: float
     weight: int
     examples: list[int]
@@ -201,7 +200,7 @@ def _forward(
             )
             progress.advance()
     session.model.train(was_training)
-    return sorted(part for parts_of_rank in world.gather(parts) for part in parts_of_rank)
+    return sorted(_Part(*part) for of_rank in world.gather(parts) for part in of_rank)
 
 
 def _mean(parts: list[_Part]) -> float:

@@ -114,7 +114,8 @@ def _own_fault(
 ) -> str | None:
     """Where a record alone goes wrong. Collective."""
     world = session.world
-    found = next(fault for fault in world.gather(own) if fault is not None)
+    faults = world.gather(None if own is None else vars(own))
+    found = Fault(**next(fault for fault in faults if fault is not None))
     if found.path is None:
         return None if own is None else (
             f"{own.text}; the hidden states after every block agree: the fault lies behind "

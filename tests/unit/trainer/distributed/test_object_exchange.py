@@ -1,10 +1,12 @@
-"""Plain data as pages of bytes."""
+"""Plain data as fixed-size buffers, and nothing but plain data."""
 
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-import msgpack
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +58,56 @@ def test_a_page_is_used_to_its_last_byte(missing):
     assert found == values and len(rounds) == 1 + missing
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        ("a", (1, [2.5, None])), {("key", 3): b"\xff", 7: True}, Path("runs/\udcff"), "\udcff",
+        2**62, float("inf"), [], {}, (),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_arrives_has_the_types_that_were_sent(value):
+    (found,), _ = exchanged([value], 256)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.bool, torch.uint8])
+@pytest.mark.parametrize("shape", [(), (0, 3), (4, 2)])
+def test_tensors_arrive_to_the_last_bit(dtype, shape):
+    value = (torch.rand(shape, dtype=torch.float64) * 9).to(dtype)
+    (found,), _ = exchanged([{"A": value}], 256)
+    assert found["A"].dtype == dtype and torch.equal(found["A"], value)
+    found["A"].zero_()  # memory of its own
+
+
+def test_numpy_s_own_float_is_a_float():
+    assert exchanged([[np.float64(0.1)]], 256)[0] == [[0.1]]
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, ValueError("x"), np.ones(3)], ids=repr)
+def test_nothing_but_plain_data_is_sent(value):
+    with pytest.raises(TypeError, match="is not plain data"):
+        object_exchange.encoded([value])
+
+
+def test_a_pickle_that_arrives_is_bytes(tmp_path):
+    class Touches:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    sent = pickle.dumps(Touches())
+    assert exchanged([sent], 256)[0] == [sent]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_collective_of_the_project_pickles():
+    root = Path(object_exchange.__file__).parents[2]
+    files = [f for p in ("adapters", "trainer", "launch") for f in (root / p).rglob("*.py")]
+    words = ("gather_object(", "object_list(", "torch.load(")
+    found = [f.name for f in files if any(word in f.read_text() for word in words)]
+    assert len(files) > 100 and found == []
+
+
 def mixtral_decisions():
     """What LeLoRA and AdaLoRA say, and a selection of some units."""
     stems = [f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(32)]
@@ -72,7 +124,7 @@ def test_names_that_all_know_are_left_out_and_put_back(index):
     names, *decisions = mixtral_decisions()
     decision = decisions[index]
     message = without_names(decision, names)
-    again = with_names(msgpack.unpackb(object_exchange.encoded(message)), names)
+    again = with_names(object_exchange.decoded(object_exchange.encoded(message)), names)
     assert again == decision and list(again) == list(decision)
     assert (
         length(message) < length(decision) / 3

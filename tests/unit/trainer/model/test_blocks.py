@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adapters.units import transformer_blocks
-from tests.helpers import losses, quick_config
+from tests.helpers import ALL, losses, quick_config
 from trainer.config.data_options import DataOptions
 from trainer.data.rows import Rows
 from trainer.distributed.world import World
@@ -216,7 +216,9 @@ def test_every_way_to_run_a_block_is_compiled(tmp_path, monkeypatch):
     single = session.task.collate([[session.train_data[0]]])
     several = session.task.collate([[session.train_data[i]] for i in range(3)])
     packed = [session.train_data[0], session.train_data[1]]
-    batches = [single, several, session.task.collate([packed]), session.task.collate([packed] * 2)]
+    batches = [several, session.task.collate([packed])]
+    if ALL:
+        batches += [single, session.task.collate([packed] * 2)]
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for training in (True, False):
             session.model.train(training)

@@ -1,5 +1,6 @@
 """Asking a run to stop: signals, deadlines, the heartbeat and the lock."""
 
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from trainer.data import tokenise
 from trainer.data.encode import Encoder
 from trainer.distributed.world import World
 from trainer.errors import EXIT_REQUEUE, UserError
+from trainer.files import LOCK
 from trainer.records.heartbeat import Heartbeat, read_heartbeat
 from trainer.run.folder import RunFolder
 from trainer.run.lock import Lock
@@ -177,6 +179,49 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
     second.acquire()
     assert second.held and not first.held
     second.release()
+
+
+def test_a_lock_of_a_process_that_was_killed_is_free(tmp_path):
+    """Though its file still names it: what a crash left keeps nobody out."""
+    hold = (
+        "import sys, time; from pathlib import Path; from trainer.run.lock import Lock\n"
+        "lock = Lock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True); time.sleep(99)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    lock = Lock(tmp_path)
+    with pytest.raises(UserError, match=f"in use by process {holder.pid} on "):
+        lock.acquire()
+    holder.kill()
+    holder.communicate()
+    assert str(holder.pid) in (tmp_path / LOCK).read_text()
+    lock.acquire()
+    assert lock.held and str(os.getpid()) in (tmp_path / LOCK).read_text()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, code):
+    """No soft lock in its place: that of a host that died would keep a requeued job out."""
+
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    first, second = Lock(tmp_path), Lock(tmp_path)
+    for lock in (first, second):
+        lock.acquire()
+        assert lock.held and "file system without locks" in lock.note
+        assert os.strerror(code) in lock.note
+    first.release()
+    assert not first.held
+
+
+def test_a_folder_that_cannot_be_written_is_no_lock(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^run\.dir: .*file cannot be written \("):
+        Lock(tmp_path / "file").acquire()
 
 
 def test_a_folder_that_another_run_made_meanwhile_is_left_alone(tmp_path):
