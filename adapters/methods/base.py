@@ -53,7 +53,8 @@ class Method:
     changes_structure: bool = False
     """Whether units are removed or change their R after they were attached."""
     splits_weight: ClassVar[bool] = False
-    """Whether adapters are initialised as a part of W (`methods/spectral.py`)."""
+    """Whether adapters are initialised from a part of W (`methods/spectral.py`), which may be
+    zero: see `MethodOptions.takes_from_weight`."""
     figures: ClassVar[Sequence[Figure]] = ()
     """Figures of the report in addition to ranks, locations and survivors."""
 
@@ -63,12 +64,12 @@ class Method:
         self.adapters = AdapterSet(
             seed,
             Training(
-                gates=self.gates,
+                gates=self.initial_gates(options),
                 dropout=options.dropout,
                 dropout_on=options.dropout_on,
                 learning_rate_ratios=self.learning_rate_ratios,
                 decay_ratios=self.decay_ratios,
-                drops_change_only=self.splits_weight,
+                starts_from_weight=options.takes_from_weight,
             ),
         )
         self.steps = 0
@@ -138,6 +139,11 @@ class Method:
     def generator(self, unit: Unit, purpose: int = 0) -> torch.Generator:
         """Generator for one unit and purpose, seeded identically on every rank."""
         return seeds.generator(self.seed, purpose, unit.index)
+
+    @classmethod
+    def initial_gates(cls, options: Any) -> Gates:
+        """How g is treated at the start, given the options."""
+        return cls.gates
 
     @property
     def learning_rate_ratios(self) -> Mapping[str, float]:

@@ -17,8 +17,8 @@ from adapters.methods.options import LoRAOptions
 from adapters.starts import Start, distribute
 from adapters.unit import Unit
 
-_KAIMING = 1 / math.sqrt(3)
-"""Norm of a row of LoRA's A: √in values of variance 1/(3 in)."""
+ROW_NORM = 1 / math.sqrt(3)
+"""Root mean square norm of a row of the initial A, whose entries are uniform in ±1/√in."""
 _SMALLEST_GAIN = 0.1
 """Gates grow at most tenfold, for directions that the data hardly has."""
 
@@ -35,7 +35,7 @@ def started_rows(start: Start, rank: int, scale: str) -> tuple[Tensor, Tensor]:
     A = start.A[:rank]
     if scale == "output":
         return A, (1 / start.gain[:rank].clamp(min=_SMALLEST_GAIN)).float()
-    return A * (_KAIMING if scale == "lora" else 1.0), torch.ones(rank)
+    return A * (ROW_NORM if scale == "lora" else 1.0), torch.ones(rank)
 
 
 class LoRA(Method):

@@ -31,8 +31,8 @@ class MethodOptions(Section):
     rank: int = Field(8, gt=0)
     """Components per unit, r."""
     alpha: float = Field(16.0, gt=0)
-    """Scale α; the update is multiplied by α/r (no effect for pissa, milora and lelora, whose gates
-    come from the backbone)."""
+    """Scale α; the update is multiplied by α/r (no effect for pissa, milora and, unless
+    coordinates=delta, lelora, whose gates come from the backbone)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping an element of z = x Aᵀ (or of x) in training."""
     dropout_on: Literal["hidden", "input"] = "hidden"
@@ -54,6 +54,12 @@ class MethodOptions(Section):
     def data_start(self) -> Literal["activation", "gradient"] | None:
         """From what A starts, if from the data."""
         return None
+
+    @property
+    def takes_from_weight(self) -> bool:
+        """Whether the adapters start as parts of W other than zero, which the frozen matrix
+        loses."""
+        return False
 
     @property
     def validation_samples(self) -> int:
@@ -144,12 +150,20 @@ class PiSSAOptions(MethodOptions):
     kind: Literal["pissa"] = "pissa"
     """Name of the method."""
 
+    @property
+    def takes_from_weight(self) -> bool:
+        return True
+
 
 class MiLoRAOptions(MethodOptions):
     """Options of `method.kind: milora`."""
 
     kind: Literal["milora"] = "milora"
     """Name of the method."""
+
+    @property
+    def takes_from_weight(self) -> bool:
+        return True
 
 
 class DyLoRAOptions(MethodOptions):

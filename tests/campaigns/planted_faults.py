@@ -80,7 +80,7 @@ FAULTS = [
         ("tests/world/test_method_resume.py",),
     ),
     Fault(
-        "an export leaves the gates out", "adapters/peft_export.py",
+        "an export leaves the gates out", "adapters/factors.py",
         "(adapter.B.detach() * adapter.g.detach().unsqueeze(1)).cpu()",
         "adapter.B.detach().cpu()",
         ("tests/unit/trainer/export/test_export.py",),

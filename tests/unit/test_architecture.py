@@ -19,9 +19,9 @@ LEVELS = [
     "adapters.options", "adapters.registry", "adapters.rounding", "adapters.seeds",
     "adapters.unit", "adapters.banks", "adapters.decision", "adapters.figures",
     "adapters.gated", "adapters.cuda", "adapters.formats", "adapters.mask_table",
-    "adapters.optimizer", "adapters.casts", "adapters.spectral", "adapters.layers", "adapters.token_rows",
+    "adapters.trainable", "adapters.optimizer", "adapters.casts", "adapters.spectral", "adapters.layers", "adapters.token_rows",
     "adapters.starts", "adapters.adapter_set",
-    "adapters.units", "adapters.expert_export", "adapters.peft_export", "adapters.methods",
+    "adapters.units", "adapters.expert_export", "adapters.factors", "adapters.peft_export", "adapters.methods",
     # trainer
     "trainer.errors", "trainer.files", "trainer.device_memory", "trainer.distributed",
     "trainer.tasks", "trainer.config", "trainer.records", "trainer.data", "trainer.model",

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters.factors import lora_factors, parts_by_unit, stacked
 from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter
 from adapters.methods.registry import METHODS
-from adapters.peft_export import lora_factors, parts_by_unit, stacked
 from trainer.checkpoint.compatibility import is_another_backbone
 from trainer.checkpoint.saved import Saved, is_saved, read_on_all
 from trainer.checkpoint.state import load_learned

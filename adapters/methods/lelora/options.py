@@ -6,13 +6,14 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from adapters.banks import largest_rank
-from adapters.methods.options import MethodOptions
+from adapters.methods.options import StartedOptions
 from adapters.options import Section
 from adapters.unit import Unit
 
 _ONLY_WITH = {
     "alpha": ("global",),
     "loss": ("global",),
+    "score": ("attributed", "counterfactual"),
     "baseline": ("attributed", "global"),
     "idle_location": ("attributed", "global"),
 }
@@ -42,6 +43,9 @@ class PolicyOptions(Section):
     signal: Literal["auto", "validation", "next_batch"] = "auto"
     """Loss of the reward: on records held out from the training data, or on the next training
     batch, whose gradient is computed anyway. auto: validation if credit=global, else next_batch."""
+    score: Literal["loss", "per_step"] = "loss"
+    """Rewards of a unit: the change of the loss, or that divided by the Frobenius norm ‖δW‖ of the
+    step that makes it, which does not favour directions for the length of their steps."""
     alpha: float = Field(0.8, ge=0)
     """α in R = L₁ + α L₂, with credit=global."""
     loss: Literal["both", "l1", "l2"] = "both"
@@ -62,8 +66,9 @@ class PolicyOptions(Section):
     """Number of training records held out for validation, with signal=validation."""
     every: int = Field(1, gt=0)
     """Steps between two draws."""
-    features: Literal["current", "initial"] = "current"
-    """current: the current singular values of the banks are inputs of the policy too."""
+    features: Literal["current", "initial"] | None = None
+    """current: the current singular values of the banks are inputs of the policy too. none: current
+    with coordinates=singular, whose gates they are, else initial."""
     spectrum_points: int = Field(256, gt=1)
     """Number of points to which a unit's spectrum is resampled."""
     expert_embedding: bool = False
@@ -107,7 +112,7 @@ class PolicyOptions(Section):
 Location = Literal["primary", "medium", "minor"]
 
 
-class LeLoRAOptions(MethodOptions):
+class LeLoRAOptions(StartedOptions):
     """Options of `method.kind: lelora`; `rank` is r_max."""
 
     kind: Literal["lelora"] = "lelora"
@@ -117,6 +122,10 @@ class LeLoRAOptions(MethodOptions):
     `rank`."""
     locations: list[Location] = Field(["primary", "medium", "minor"], min_length=1)
     """Banks to choose from."""
+    coordinates: Literal["singular", "balanced", "delta"] = "singular"
+    """How a bank's triplets U Σ Vᵀ become components. singular: A = Vᵀ, g = Σ, B = U, all trained,
+    taken out of W (paper); balanced: A = √Σ Vᵀ, B = U √Σ, taken out of W, as PiSSA; delta: A = Vᵀ
+    with the norm of LoRA's A, B = 0, g = α/r, and W stays whole: the bank only gives directions."""
     wake: Literal["gradual", "at_once"] = "gradual"
     """First steps of a component. gradual: without Adam's bias correction of the momentum, hence
     small; at_once: with it, a full step along one batch's gradient (paper)."""
@@ -149,6 +158,22 @@ class LeLoRAOptions(MethodOptions):
             raise ValueError(
                 f"method.locations: {self.locations} given; accepted: each location once"
             )
+        if self.coordinates != "singular" and self.policy.features == "current":
+            raise ValueError(
+                f"method.policy.features: current given with method.coordinates="
+                f"{self.coordinates}; accepted: initial, or method.coordinates=singular"
+            )
+        self.start_options.check_fixed(self.kind)
+        given = f"method.start: {self.start} given with method."
+        if self.start != "lora" and self.coordinates != "delta":
+            raise ValueError(
+                f"{given}coordinates={self.coordinates}, which takes A from W; accepted: lora, or "
+                "method.coordinates=delta"
+            )
+        if self.start != "lora" and self.locations != ["primary"]:
+            raise ValueError(
+                f"{given}locations={self.locations}; accepted: lora, or method.locations=[primary]"
+            )
         weights = self.policy.rank_weights
         if weights is not None and len(weights) != len(ranks):
             raise ValueError(
@@ -167,6 +192,15 @@ class LeLoRAOptions(MethodOptions):
     @property
     def components(self) -> int:
         return self.rank * len(self.locations)
+
+    @property
+    def takes_from_weight(self) -> bool:
+        return self.coordinates != "delta"
+
+    @property
+    def current_gates(self) -> bool:
+        """Whether the banks' current singular values are inputs of the policy."""
+        return self.coordinates == "singular" and self.policy.features != "initial"
 
     @property
     def validation_samples(self) -> int:

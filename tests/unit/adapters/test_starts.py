@@ -9,9 +9,11 @@ from torch import nn
 from adapters.layers.experts import StackedLinear, adapted_experts
 from adapters.layers.linear import AdaptedLinear
 from adapters.layers.sketch import Sketch
+from adapters.methods.lelora.options import LeLoRAOptions
 from adapters.methods.options import DoRAOptions, LaLoRAOptions, LoRAOptions
 from adapters.starts import centred, distribute, explained, gains, orthonormal, right_vectors
 
+DELTA = {"coordinates": "delta", "policy": {"features": "initial"}}
 IN, OUT, K = 12, 8, 5
 
 
@@ -144,6 +146,8 @@ def test_equal_worths_go_to_the_first_units():
         (DoRAOptions, {"start": "gradient", "start_options": {"ranks": "redistributed"}}, "=dora"),
         (LaLoRAOptions, {"start": "gradient", "start_options": {"scale": "output"}}, "=lalora"),
         (LoRAOptions, {"start": "random"}, "activation"),
+        (LeLoRAOptions, {"start": "gradient"}, "coordinates=singular, which takes A from W"),
+        (LeLoRAOptions, {"start": "gradient", **DELTA}, "locations="),
     ],
 )  # fmt: skip
 def test_options_without_an_effect_are_refused(cls, options, message):
