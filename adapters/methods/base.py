@@ -177,6 +177,10 @@ class Method:
         before training."""
         self.steps, self._rate = steps, rate
 
+    def match_selection(self, step: int, decision: Decision) -> None:
+        """Rank 0, where `options.selection_of`: the selection that the other run made before step
+        `step`. Raises ValueError where it does not fit this run."""
+
     def on_train_begin(self, optimizer: MaskedAdamW, validate: Validate) -> None:
         """Called once before the first step of a new run, on every rank."""
 

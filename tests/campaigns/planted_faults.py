@@ -178,8 +178,8 @@ FAULTS = [
     ),
     Fault(
         "a larger survivor keeps the smaller one's alpha/r", "adapters/methods/weightlora.py",
-        "gate = self.options.alpha / (rank if self.options.rescale_alpha else self.options.rank)",
-        "gate = self.options.alpha / self.options.rank",
+        "return self.options.alpha / rank if self.options.rescale_alpha else self.scale",
+        "return self.scale",
         (f"{METHOD_TESTS}/test_weightlora.py",),
     ),
     Fault(

@@ -28,7 +28,7 @@ LEVELS = [
     "trainer.engine", "trainer.decisions", "trainer.report", "trainer.loading",
     "trainer.session", "trainer.checkpoint", "trainer.memory", "trainer.verification",
     "trainer.generation", "trainer.training",
-    "trainer.export", "trainer.run",
+    "trainer.export", "trainer.run", "trainer.comparison",
     "launch",
 ]  # fmt: skip
 """Packages, and modules that belong to none, from the lowest to the highest."""

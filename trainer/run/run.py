@@ -14,7 +14,7 @@ from adapters.methods.base import InitialAdapter
 from trainer.checkpoint.compatibility import changes, check_options
 from trainer.checkpoint.state import frozen_adapters, read_initial_adapters, restore
 from trainer.checkpoint.store import clear_the_way, find, read_tensors, verify
-from trainer.checkpoint.writer import CheckpointWriter
+from trainer.checkpoint.writer import CheckpointWriter, NoWriter
 from trainer.config.config import Config
 from trainer.config.validation import local
 from trainer.data.loader import Loader
@@ -22,6 +22,7 @@ from trainer.data.prefetch import Prefetcher
 from trainer.data.sources import hub_ids
 from trainer.data.templates import on_templates
 from trainer.decisions.replay import Replay
+from trainer.decisions.selection import match_selection
 from trainer.device_memory import readable
 from trainer.distributed import launcher
 from trainer.distributed.world import World
@@ -37,6 +38,7 @@ from trainer.run.data_start import begin_from_data, save_starts
 from trainer.run.finish import finish
 from trainer.run.folder import RunFolder
 from trainer.run.outcome import find_fault
+from trainer.run.parameters import Parameters, count_parameters
 from trainer.run.remarks import (
     describe_engine,
     on_batch,
@@ -58,16 +60,21 @@ from trainer.verification.first_steps import FirstSteps
 from trainer.verification.verify import Conditions, conditions, verify_session
 
 
-def run(config: Config, world: World, stop: StopRequest | None = None) -> None:
-    """Train as configured and complete the run folder. Collective.
+def run(
+    config: Config, world: World, stop: StopRequest | None = None, *, scores_only: bool = False
+) -> Parameters:
+    """Train as configured and complete the run folder. Returns counts of parameters. Collective.
 
-    `stop` is polled at every step; Interrupted is raised once the run is saved.
+    `stop` is polled at every step; Interrupted is raised once the run is saved. `scores_only`:
+    neither checkpoints nor an adapter are written, such as in comparisons.
     """
     with RunFolder(config.run_folder) as folder:
-        _run(config, world, stop or StopRequest(config.run), folder)
+        return _run(config, world, stop or StopRequest(config.run), folder, scores_only)
 
 
-def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> None:
+def _run(
+    config: Config, world: World, stop: StopRequest, folder: RunFolder, scores_only: bool
+) -> Parameters:
     start = _choose_start(config, world, folder)
     with world.all_or_none():
         found, recomputed = _initial_adapters(start)
@@ -113,6 +120,8 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         if world.is_main:
             if config.method.replay is not None:
                 replay = Replay(Path(config.method.replay), session.method, progress.step, steps)
+            elif config.method.selection_of is not None:
+                match_selection(config, session.method)
             folder.make()
             digest = folder.describe(session, digest)
             if starts is not None:
@@ -143,20 +152,23 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
             session, batches, steps, make_validate(session), folder.recorder, replay, first_steps,
             capture,
         )  # fmt: skip
-        writer = CheckpointWriter(session, batches, folder.checkpoints, digest, verified)
+        writer: CheckpointWriter | NoWriter = NoWriter(folder.checkpoints)
+        if not scores_only:
+            writer = CheckpointWriter(session, batches, folder.checkpoints, digest, verified)
         train(Run(training, writer, progress, stop))
     writer.close()
     with world.all_or_none():
         folder.recorder.close()
     fault = find_fault(session, folder.path, progress.step)
     with world.all_or_none():
-        if world.is_main:
+        if world.is_main and not scores_only:
             finish(session, folder.path, progress, fault)
         if fault is not None:
             raise Diverged(
                 f"{fault}; what it left is in {folder.path}, its adapter too; accepted: a lower "
                 "optim.learning_rate or a longer optim.warmup_steps, and another run.name"
             )
+        return count_parameters(session)
 
 
 @dataclass(frozen=True)

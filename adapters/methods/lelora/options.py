@@ -62,6 +62,9 @@ class PolicyOptions(Section):
     """Weight of an entropy bonus."""
     cost: float = Field(0.0, ge=0)
     """Price per trained parameter, added to a unit's reward."""
+    budget: float | None = Field(None, gt=0)
+    """Mean rank B that every draw meets: it trains at most the parameters of rank B in all
+    matrices, distributed by a price per parameter that is solved for every draw. none: no limit."""
     validation_samples: int = Field(32, gt=0)
     """Number of training records held out for validation, with signal=validation."""
     every: int = Field(1, gt=0)
@@ -90,6 +93,11 @@ class PolicyOptions(Section):
                     f"method.policy.{key}: {value!r} given with policy.credit={self.credit}, where "
                     f"it has no effect; accepted: with policy.credit={' or '.join(credits)}"
                 )
+        if self.budget is not None and self.cost:
+            raise ValueError(
+                f"method.policy.cost: {self.cost:g} given with policy.budget, which solves the "
+                "price; accepted: one of them"
+            )
         if self.rank_weights is not None:
             if self.mode != "uniform":
                 raise ValueError(
@@ -157,6 +165,12 @@ class LeLoRAOptions(StartedOptions):
         if len(set(self.locations)) < len(self.locations):
             raise ValueError(
                 f"method.locations: {self.locations} given; accepted: each location once"
+            )
+        budget = self.policy.budget
+        if budget is not None and not ranks[0] <= budget <= ranks[-1]:
+            raise ValueError(
+                f"method.policy.budget: {budget:g} given; accepted: {ranks[0]} to {ranks[-1]}, the "
+                "smallest and the largest of method.ranks"
             )
         if self.coordinates != "singular" and self.policy.features == "current":
             raise ValueError(
