@@ -4,9 +4,9 @@
     gradient     M = ∂L/∂W = Σ_t dy_t x_tᵀ    (out, in)     LoRA-GA, 2407.05000; GoRA, 2502.12171
 
 M is too large to form for every layer, so V is found by subspace iteration (Halko et al. 2011,
-algorithm 4.4), each step of which is a pass over the batches that sums a `Sketch`, in O((in + out) k)
-memory a layer: P₁ is Gaussian, the next P is orth(P Mᵀ) or orth(P M), and A holds the rows of V in
-P_q M = U Σ Vᵀ. With k twice the number of components r, two passes leave
+algorithm 4.4), each step of which is a pass over the batches that sums a `Sketch`, in memory of
+O((in + out) k) a layer: P₁ is Gaussian, the next P is orth(P Mᵀ) or orth(P M), and A holds the rows
+of V in P_q M = U Σ Vᵀ. With k twice the number of components r, two passes leave
 
     E ‖M − M V Vᵀ‖_F ≤ (1 + r/(r − 1))^½ (Σ_{j>r} σ_j²)^½
 

@@ -556,6 +556,7 @@ CASES = {
     "kept_for_backward": kept_for_backward,
     "train_on_a_full_disk": train_on_a_full_disk,
     "shard": shard,
+    "started": started,
     "gathered": gathered,
     "held": held,
     "not_finite": not_finite,

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
+from adapters.methods.options import StartedOptions
 from adapters.starts import Start
 from trainer.files import START, sha256, write_text
 from trainer.loading.initial_adapters import save_tensors
@@ -94,6 +95,7 @@ def _key(session: Session) -> str:
 
 def _described(session: Session, *, read: bool) -> str:
     method, options = session.method, session.config.method
+    assert isinstance(options, StartedOptions)
     ranks = sorted(adapter.rank for adapter in method.adapters.values())
     source = "the run's file" if read else f"{options.start_options.batches} batches"
     line = f"start     A from {options.data_start}s of {source}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adapters import seeds
 from adapters.layers.sketch import Side, Sketch
+from adapters.methods.options import StartedOptions
 from adapters.starts import (
     Start,
     centred,
@@ -38,19 +39,20 @@ def find_starts(session: Session) -> dict[str, Start]:
     bits on every rank. Raises UserError for a unit that saw too few tokens."""
     loader = make_loader(session, session.world)  # its own: the run's order is not disturbed
     options = session.config.method
+    assert isinstance(options, StartedOptions)
     steps = [loader.next_step() for _ in range(options.start_options.batches)]
-    search = _Search(session, steps)
+    search = _Search(session, steps, options)
     return search.activations() if options.start == "activation" else search.gradients()
 
 
 class _Search:
     """Subspace iteration of all units at once."""
 
-    def __init__(self, session: Session, steps: Sequence[Step]):
+    def __init__(self, session: Session, steps: Sequence[Step], options: StartedOptions):
         self._session, self._steps = session, steps
         self._units = session.method.units
-        self._options = session.config.method.start_options
-        self._components: int = session.config.method.start_components
+        self._options = options.start_options
+        self._components = options.start_components
 
     def activations(self) -> dict[str, Start]:
         """From Σ (x − x̄)(x − x̄)ᵀ, or Σ x xᵀ without `center`."""

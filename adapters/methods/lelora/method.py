@@ -48,10 +48,11 @@ from adapters.methods.lelora.rewards import (
     row_sums,
     step_squares,
 )
-from adapters.methods.lora import ROW_NORM
+from adapters.methods.lora import ROW_NORM, started_rows
 from adapters.methods.spectral import SpectralMethod, balanced
 from adapters.optimizer import MaskedAdamW
 from adapters.spectral import Triplets
+from adapters.starts import Start
 from adapters.unit import Unit, by_kind_and_third, stem
 
 _REWARD = "reward (change of loss, lower is better)"
@@ -129,6 +130,12 @@ class LeLoRA(SpectralMethod):
         super().attach(units, layers, device, initial_adapters)
         self._touched = torch.zeros(len(units), self.options.components, dtype=torch.bool)
         self._side_stream = SideStream(device)
+
+    def adopt(self, starts: Mapping[str, Start]) -> bool:
+        for name, start in starts.items():
+            A, _ = started_rows(start, self.options.rank, self.options.start_options.scale)
+            self.adapters[name].A.data.copy_(A)
+        return False
 
     def trained(self, rank: int, location: str) -> slice:
         """Components that the action (r, s) trains: the first r of a bank, of `minor` the

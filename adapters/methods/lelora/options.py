@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from adapters.banks import largest_rank
-from adapters.methods.options import MethodOptions
+from adapters.methods.options import StartedOptions
 from adapters.options import Section
 from adapters.unit import Unit
 
@@ -120,7 +120,7 @@ class PolicyOptions(Section):
 Location = Literal["primary", "medium", "minor"]
 
 
-class LeLoRAOptions(MethodOptions):
+class LeLoRAOptions(StartedOptions):
     """Options of `method.kind: lelora`; `rank` is r_max."""
 
     kind: Literal["lelora"] = "lelora"
@@ -176,6 +176,17 @@ class LeLoRAOptions(MethodOptions):
             raise ValueError(
                 f"method.policy.features: current given with method.coordinates="
                 f"{self.coordinates}; accepted: initial, or method.coordinates=singular"
+            )
+        self.start_options.check_fixed(self.kind)
+        given = f"method.start: {self.start} given with method."
+        if self.start != "lora" and self.coordinates != "delta":
+            raise ValueError(
+                f"{given}coordinates={self.coordinates}, which takes A from W; accepted: lora, or "
+                "method.coordinates=delta"
+            )
+        if self.start != "lora" and self.locations != ["primary"]:
+            raise ValueError(
+                f"{given}locations={self.locations}; accepted: lora, or method.locations=[primary]"
             )
         weights = self.policy.rank_weights
         if weights is not None and len(weights) != len(ranks):

@@ -9,9 +9,11 @@ from torch import nn
 from adapters.layers.experts import StackedLinear, adapted_experts
 from adapters.layers.linear import AdaptedLinear
 from adapters.layers.sketch import Sketch
+from adapters.methods.lelora.options import LeLoRAOptions
 from adapters.methods.options import DoRAOptions, LaLoRAOptions, LoRAOptions
 from adapters.starts import centred, distribute, explained, gains, orthonormal, right_vectors
 
+DELTA = {"coordinates": "delta", "policy": {"features": "initial"}}
 IN, OUT, K = 12, 8, 5
 
 
@@ -139,13 +141,20 @@ def test_equal_worths_go_to_the_first_units():
     [
         (LoRAOptions, {"start_options": {"batches": 2}}, "start_options.batches: given with"),
         (LoRAOptions, {"start": "gradient", "start_options": {"passes": 3}}, "an even number"),
-        (LoRAOptions, {"start": "gradient", "start_options": {"center": True}}, "center: given"),
+        (LoRAOptions, {"start": "gradient", "start_options": {"center": False}}, "center: given"),
         (LoRAOptions, {"start": "activation", "start_options": {"rho": 3.0}}, "rho: given with"),
         (DoRAOptions, {"start": "gradient", "start_options": {"ranks": "redistributed"}}, "=dora"),
         (LaLoRAOptions, {"start": "gradient", "start_options": {"scale": "output"}}, "=lalora"),
         (LoRAOptions, {"start": "random"}, "activation"),
+        (LeLoRAOptions, {"start": "gradient"}, "coordinates=singular, which takes A from W"),
+        (LeLoRAOptions, {"start": "gradient", **DELTA}, "locations="),
     ],
 )  # fmt: skip
 def test_options_without_an_effect_are_refused(cls, options, message):
     with pytest.raises(ValidationError, match=message):
         cls(**options)
+
+
+def test_options_can_be_written_and_read_again():
+    options = LoRAOptions(start="gradient")
+    assert LoRAOptions(**options.model_dump()) == options

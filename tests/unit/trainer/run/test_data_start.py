@@ -90,9 +90,17 @@ def test_it_resumes_to_the_last_bit_and_peft_loads_what_it_exports(runs):
     }
 
 
-@pytest.mark.parametrize("kind", ["lalora", "dora"])
+LELORA = [
+    "method.coordinates=delta",
+    "method.locations=[primary]",
+    "method.policy.features=initial",
+]
+
+
+@pytest.mark.parametrize("kind", ["lalora", "dora", "lelora"])
 def test_other_methods_start_from_the_same_directions(runs, kind):
-    folder = finished(runs, kind, f"method.kind={kind}", *GRADIENT, "run.steps=1")
+    own = LELORA if kind == "lelora" else []
+    folder = finished(runs, kind, f"method.kind={kind}", *own, *GRADIENT, "run.steps=1")
     expected = load_file(runs / "runs/gradient" / START)
     for name, tensor in load_file(folder / START).items():  # DoRA's products round otherwise
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-3)
