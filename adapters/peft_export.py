@@ -87,19 +87,15 @@ def lora_factors(
         B g A − B₀ g₀ A₀ = (B g − B₀ g₀) A + B₀ g₀ (A − A₀),
 
     in this form because it does not lose small differences of large products at serving precision.
-    If nothing was taken out of W (B₀ = 0), it is a LoRA of the components whose B is no longer 0.
+    If nothing was taken out of W (B₀ = 0): a LoRA of the components whose B is no longer 0.
     """
     A, B = _folded(adapter)
     nonzero = adapter.g.detach().cpu() != 0
-    if initial is None:
-        return A[nonzero], B[nonzero].T.contiguous()
-    if not bool(initial.B.any()):
-        moved = B.any(1)
-        return A[moved], B[moved].T.contiguous()
-    A0, B0 = _folded(initial)
-    count = len(A0)
-    more = nonzero.clone()
-    more[:count] = False
+    if initial is None or not bool(initial.B.any()):
+        used = nonzero if initial is None else B.any(1)
+        return A[used], B[used].T.contiguous()
+    (A0, B0), count = _folded(initial), initial.rank
+    more = nonzero & (torch.arange(len(nonzero)) >= count)
     changed = (A[:count] != A0).any(1) | (B[:count] != B0).any(1)
     A0, B0, A1, B1 = A0[changed], B0[changed], A[:count][changed], B[:count][changed]
     left, right = torch.cat([A1, A1 - A0, A[more]]), torch.cat([B1 - B0, B0, B[more]])

@@ -49,7 +49,7 @@ class Method:
     decides_before: ClassVar[Literal["forward", "update"]] = "forward"
     """When a decision must be applied. `forward`: it changes the forward pass. `update`: it only
     selects the components that the update changes, and may be made during forward and backward."""
-    changes_structure: ClassVar[bool] = False
+    changes_structure: bool = False
     """Whether units are removed or change their R during training."""
     splits_weight: ClassVar[bool] = False
     """Whether adapters are initialised from a part of W (`methods/spectral.py`), which may be
@@ -164,6 +164,11 @@ class Method:
         return given
 
     # --- decisions -----------------------------------------------------------------------------
+
+    def decides_before_at(self, step: int) -> Literal["forward", "update"]:
+        """`decides_before` of the decision of one step. One that adds, removes or resizes tensors
+        must be applied before the forward pass."""
+        return self.decides_before
 
     def set_horizon(self, steps: int, rate: Callable[[int], float]) -> None:
         """Set the number of steps and the schedule, learning rate of a step over its peak; called
