@@ -22,6 +22,7 @@ from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer
 from adapters.methods.options import MethodOptions
 from adapters.optimizer import MaskedAdamW
+from adapters.starts import Start
 from adapters.unit import Unit
 
 Validate = Callable[[bool], float]
@@ -50,7 +51,7 @@ class Method:
     """When a decision must be applied. `forward`: it changes the forward pass. `update`: it only
     selects the components that the update changes, and may be made during forward and backward."""
     changes_structure: bool = False
-    """Whether units are removed or change their R during training."""
+    """Whether units are removed or change their R after they were attached."""
     splits_weight: ClassVar[bool] = False
     """Whether adapters are initialised from a part of W (`methods/spectral.py`), which may be
     zero: see `MethodOptions.takes_from_weight`."""
@@ -100,6 +101,12 @@ class Method:
         self.adapters.attach(
             units, layers, device, lambda unit: self.init_adapter(unit, self.generator(unit))
         )
+
+    def adopt(self, starts: Mapping[str, Start]) -> bool:
+        """Replace the initial adapters by those that start from the data, by unit; called once,
+        before training, where `options.start` asks for it. True if tensors were added, removed or
+        resized. B stays 0, so that the model computes what it did."""
+        raise NotImplementedError
 
     def check(self, units: Sequence[Unit]) -> None:
         """Raises ValueError, before any weight is loaded, where the method does not fit these."""
@@ -174,6 +181,10 @@ class Method:
         """Set the number of steps and the schedule, learning rate of a step over its peak; called
         before training."""
         self.steps, self._rate = steps, rate
+
+    def match_selection(self, step: int, decision: Decision) -> None:
+        """Rank 0, where `options.selection_of`: the selection that the other run made before step
+        `step`. Raises ValueError where it does not fit this run."""
 
     def on_train_begin(self, optimizer: MaskedAdamW, validate: Validate) -> None:
         """Called once before the first step of a new run, on every rank."""

@@ -243,6 +243,9 @@ class LogOptions(Section):
     """Steps between two log lines; the first and the last step are logged in any case."""
     tensorboard: bool = True
     """Write TensorBoard event files to the run folder, at most 10,000 points per curve."""
+    record_losses: bool = False
+    """Write of each record of the last evaluation (or of the best one) the summed loss and its
+    number of terms to `losses.jsonl`: causal_lm and sequence_classification."""
     decisions_mib: float = Field(64.0, gt=0)
     """Size in MiB at which allocation.jsonl is rotated and compressed; the newest 32 rotated parts
     are kept. A run without its first parts can be drawn, but not replayed."""

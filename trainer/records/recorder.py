@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from trainer.files import PREDICTIONS
+from trainer.files import LOSSES, PREDICTIONS
 from trainer.records.jsonl import write_objects
 from trainer.records.metrics import MetricsWriter
 
@@ -35,6 +35,9 @@ class Recorder(Protocol):
     def answered(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
         """Record what was answered to each record of an evaluation; none: by a task without."""
 
+    def judged(self, step: int, losses: Sequence[Mapping[str, Any]]) -> None:
+        """Record the loss of each record of an evaluation."""
+
     def set_state(self, state: str) -> None:
         """Enter a phase other than training steps, such as an evaluation."""
 
@@ -50,6 +53,7 @@ class SilentRecorder:
     def advance(self, step: int, loss: float, *, skipped: bool) -> None: ...
     def decided(self, step: int, decision: Any) -> None: ...
     def answered(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None: ...
+    def judged(self, step: int, losses: Sequence[Mapping[str, Any]]) -> None: ...
     def set_state(self, state: str) -> None: ...
     def close(self) -> None: ...
 
@@ -72,6 +76,11 @@ class RunRecorder:
             file = self._metrics.file.with_name(PREDICTIONS)
             write_objects(file, ({"step": step, **answer} for answer in answers))
             self._metrics.write_answers(step, answers)
+
+    def judged(self, step: int, losses: Sequence[Mapping[str, Any]]) -> None:
+        write_objects(
+            self._metrics.file.with_name(LOSSES), ({"step": step, **one} for one in losses)
+        )
 
     def close(self) -> None:
         try:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.checkpoint.store import newest
-from trainer.checkpoint.writer import CheckpointWriter
+from trainer.checkpoint.writer import CheckpointWriter, NoWriter
 from trainer.data.loader import Loader
 from trainer.device_memory import peak_gib
 from trainer.distributed.world import World
 from trainer.engine.sharded_optimizer import ShardedOptimizer
-from trainer.errors import RunFailed
+from trainer.errors import Diverged
 from trainer.records.progress import Progress
 from trainer.session import Session
 from trainer.training.best import is_exhausted, judge
@@ -28,7 +28,7 @@ class Run:
     """Components of the training loop."""
 
     training: Training
-    writer: CheckpointWriter
+    writer: CheckpointWriter | NoWriter
     progress: Progress
     stop: StopRequest
 
@@ -136,6 +136,8 @@ def _evaluate(run: Run) -> bool:
     recorder.write({"step": progress.step, **found.scores, **found.cost, **best})
     if is_best or session.config.run.keep_best is None:
         recorder.answered(progress.step, found.answers)
+        if session.config.log.record_losses:
+            recorder.judged(progress.step, found.losses)
     if not run.ended or progress.step == run.training.steps:
         return is_best
     recorder.log_line(
@@ -197,7 +199,7 @@ def _give_up(run: Run) -> None:
     """Abort after too many consecutive non-finite steps. Collective."""
     run.writer.wait()
     with run.session.world.all_or_none():
-        raise RunFailed(
+        raise Diverged(
             f"step {run.progress.step}: loss or gradient not finite "
             f"{run.progress.skipped_in_a_row} times in a row (optim.max_skipped_steps); last good "
             f"checkpoint: {newest(run.writer.folder) or 'none'}"

@@ -111,6 +111,14 @@ REFUSED = {
         ["method.kind=weightlora", "method.warmup_steps=4"],
         ["method.warmup_steps: 4", "fewer than the run's 4 steps"],
     ),
+    "two counts of survivors": (
+        ["method.kind=weightlora", "method.keep=3", "method.keep_parameters=0.5"],
+        ["method.keep_parameters: 0.5", "together with method.keep"],
+    ),
+    "rounds that are too long": (
+        ["method.kind=weightlora", "method.warmup_steps=2", "method.rounds=2"],
+        ["method.warmup_steps: 2", "method.rounds=2", "fewer than the run's 4 steps"],
+    ),
     "warm-up as long as the epochs": (
         ["method.kind=weightlora", "method.warmup_steps=8", "run.steps=null", "run.epochs=1"],
         ["method.warmup_steps: 8", "fewer than the run's 8 steps"],

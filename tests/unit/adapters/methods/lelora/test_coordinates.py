@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from adapters.factors import lora_factors
 from adapters.methods.lelora.reinforce import Reinforce
-from adapters.peft_export import lora_factors
 from tests.unit.adapters.methods.harness import (
     AdamW,
     Bench,
