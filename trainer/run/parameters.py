@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.gated import GatedAdapter
 from adapters.factors import lora_factors, parts_by_unit
+from adapters.gated import GatedAdapter
 from trainer.session import Session
 
 
