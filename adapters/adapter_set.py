@@ -49,6 +49,7 @@ class AdapterSet(Mapping[str, GatedAdapter]):
         self.device = torch.device("cpu")
         self._training = training
         self._by_name: dict[str, GatedAdapter] = {}
+        self._kept_rows: dict[str, Tensor] = {}
         self._dropout_seed = torch.zeros((), dtype=torch.int64)
         self._mask_table: MaskTable | None = None
 
@@ -83,6 +84,7 @@ class AdapterSet(Mapping[str, GatedAdapter]):
         adapter = adapter.to(self.device).requires_grad_(True)
         adapter.g.requires_grad_(self.gates != "constant")
         layer.adapter = self._by_name[unit.name] = adapter
+        self._kept_rows.pop(unit.name, None)
         self._mask_table = None
         if training.dropout > 0:
             on_input = training.dropout_on == "input"
@@ -94,6 +96,18 @@ class AdapterSet(Mapping[str, GatedAdapter]):
         self.layers[name].adapter = None
         del self._by_name[name]
         self._mask_table = None
+
+    def narrow(self, unit: Unit, kept: Tensor) -> None:
+        """Keep only some components, `kept` (R, bool), with their values, moments and counts;
+        without any, remove the adapter."""
+        adapter = self[unit.name]
+        rows = torch.nonzero(kept.to(adapter.A.device)).flatten()
+        if len(rows) == 0:
+            self.remove(unit.name)
+            return
+        parts = (getattr(adapter, role).detach()[rows] for role in ("A", "g", "B"))
+        self.set_adapter(unit, GatedAdapter(*parts))
+        self._kept_rows[unit.name] = rows
 
     def resize(self, ranks: Mapping[str, int]) -> bool:
         """Allocate adapters of a checkpoint's shapes, given R by unit; True if tensors changed."""
@@ -145,6 +159,7 @@ class AdapterSet(Mapping[str, GatedAdapter]):
             decay_ratio=training.decay_ratios.get(role, 1.0),
             decays_to_start=training.starts_from_weight,
             observed=role == "g" and self.gates == "observed",
+            kept_rows=self._kept_rows.get(name),
             token_counter=self.layers[name].token_counter,
         )
 

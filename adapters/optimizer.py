@@ -98,7 +98,8 @@ class MaskedAdamW:
 
     def rebind_parameters(self, trainables: Sequence[Trainable]) -> None:
         """Replace the set of trained tensors. A parameter keeps moments and counts if the same
-        object was trained before; a new object under an old name starts from zero."""
+        object was trained before; a new object under an old name starts from zero, but for its
+        `kept_rows`."""
         observed = [t.parameter for t in trainables if t.observed]
         for parameter in self._observed:  # their gradients would keep the old buffer alive
             parameter.grad = None
@@ -107,8 +108,17 @@ class MaskedAdamW:
         if not trainables:
             raise ValueError("nothing to train: no adapter and no head")
         held = {id(slot.trainable.parameter) for slot in self._slots}
-        retained = {t.name for t in trainables if id(t.parameter) in held}
-        earlier = {n: s for n, s in self.state_dict().items() if n in retained} if retained else {}
+        retained: dict[str, Tensor | slice] = {}
+        for t in trainables:
+            if id(t.parameter) in held:
+                retained[t.name] = slice(None)
+            elif t.kept_rows is not None:
+                retained[t.name] = t.kept_rows
+        earlier = {
+            name: {part: tensor[retained[name]] for part, tensor in state.items()}
+            for name, state in (self.state_dict() if retained else {}).items()
+            if name in retained
+        }
         starts = {} if self._start is None else {
             id(slot.trainable.parameter): slot.view(self._start) for slot in self._slots
         }  # fmt: skip

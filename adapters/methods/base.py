@@ -172,6 +172,11 @@ class Method:
 
     # --- decisions -----------------------------------------------------------------------------
 
+    def decides_before_at(self, step: int) -> Literal["forward", "update"]:
+        """`decides_before` of the decision of one step. One that adds, removes or resizes tensors
+        must be applied before the forward pass."""
+        return self.decides_before
+
     def set_horizon(self, steps: int, rate: Callable[[int], float]) -> None:
         """Set the number of steps and the schedule, learning rate of a step over its peak; called
         before training."""

@@ -50,11 +50,11 @@ def count_parameters(session: Session) -> Parameters:
 
 
 def _changed(adapter: GatedAdapter, initial: GatedAdapter | None) -> int:
-    """Components that differ from the initial ones; without these, whose B (0 at first) is not 0:
-    an update of A alone changes nothing."""
+    """Components that differ from the initial ones; where there are none, or their B is 0, those
+    whose B no longer is: an update of A alone changes nothing."""
     A, B = adapter.A.detach().cpu(), adapter.B.detach().cpu()
     changed = (B != 0).any(1)
-    if initial is not None:
+    if initial is not None and bool(initial.B.any()):
         count = len(initial.A)
         A0, B0 = initial.A.detach().cpu(), initial.B.detach().cpu()
         changed[:count] = (A[:count] != A0).any(1) | (B[:count] != B0).any(1)

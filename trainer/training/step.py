@@ -80,7 +80,7 @@ def train_step(
     session = training.session
     method, optimizer, optim = session.method, session.optimizer, session.config.optim
     batch, loss = gradients_and_decision(
-        method, lambda: _decide(training, step), lambda: _gradients(training, step)
+        method, step, lambda: _decide(training, step), lambda: _gradients(training, step)
     )
     found = meanwhile()
     mean_loss = session.engine.reduce(optimizer, loss)
@@ -99,14 +99,15 @@ def train_step(
 
 
 def gradients_and_decision(
-    method: Method, decide: Callable[[], Any], gradients: Callable[[], T]
+    method: Method, step: int, decide: Callable[[], Any], gradients: Callable[[], T]
 ) -> T:
     """First half of a step. `decide` runs before the forward pass or, while the GPU still computes
-    gradients, before the update (`method.decides_before`)."""
-    if method.decides_before == "forward":
+    gradients, before the update (`method.decides_before_at`)."""
+    before = method.decides_before_at(step)
+    if before == "forward":
         decide()
     found = gradients()
-    if method.decides_before == "update":
+    if before == "update":
         decide()
     return found
 

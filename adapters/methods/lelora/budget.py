@@ -25,7 +25,7 @@ def chosen(values: Tensor, costs: Tensor, price: Tensor) -> Tensor:
     return torch.where(best, costs, torch.inf).amin(1)
 
 
-def solve(values: Tensor, costs: Tensor, budget: float) -> tuple[Tensor, Tensor]:
+def solve(values: Tensor, costs: Tensor, budget: float | Tensor) -> tuple[Tensor, Tensor]:
     """(below, λ), 0-d: λ is the smallest price at which the choices cost at most `budget`, `below`
     the largest smaller one that was tried. Without synchronisation of a device; prices may be
     negative. The cheapest choices must be within the budget."""

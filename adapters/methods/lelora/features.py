@@ -1,4 +1,4 @@
-"""ξ: the policy's numeric inputs, in addition to layer and matrix type (paper, section 3.2)."""
+"""ξ: the policy's inputs, layer and matrix type and numbers (paper, section 3.2)."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from adapters.cuda.graph_replay import GraphReplay
 from adapters.spectral import resample
+from adapters.unit import Unit, stem
 
 
 class Features:
@@ -50,3 +51,13 @@ class Features:
             parts.append(gates / self._largest.unsqueeze(1))
         norm = energy.clamp(min=0).sqrt().log1p().unsqueeze(1)
         return (torch.cat([norm, *parts], dim=1).float(),)
+
+
+def embedding_indices(units: Sequence[Unit], *, per_expert: bool) -> tuple[list[int], list[int]]:
+    """Indices of each unit's layer and matrix type; what lies outside the blocks is a layer behind
+    them. `per_expert`: every expert of a stack has a type of its own."""
+    names = [u.kind + u.name.removeprefix(stem(u.name)) if per_expert else u.kind for u in units]
+    kinds = sorted(set(names))
+    deepest = max((unit.layer for unit in units if unit.layer is not None), default=-1)
+    layers = [deepest + 1 if unit.layer is None else unit.layer for unit in units]
+    return layers, [kinds.index(name) for name in names]

@@ -21,11 +21,10 @@ component, trained or not, every action of a unit gets a reward in every step
 whose gradient is computed anyway: the policy needs no extra pass.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from itertools import product
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,23 +36,26 @@ from adapters.figures import Curves
 from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer
 from adapters.methods.base import InitialAdapter, Validate
-from adapters.methods.lelora.features import Features
+from adapters.methods.lelora.actions import Actions
+from adapters.methods.lelora.allocation import allocation_figures
+from adapters.methods.lelora.features import Features, embedding_indices
 from adapters.methods.lelora.options import LeLoRAOptions
 from adapters.methods.lelora.reinforce import Reinforce
 from adapters.methods.lelora.rewards import (
+    attributed,
     by_action,
     counterfactual,
     per_step,
     row_sizes,
     row_sums,
-    step_squares,
+    unit_steps,
 )
 from adapters.methods.lora import ROW_NORM, started_rows
 from adapters.methods.spectral import SpectralMethod, balanced
 from adapters.optimizer import MaskedAdamW
 from adapters.spectral import Triplets
 from adapters.starts import Start
-from adapters.unit import Unit, by_kind_and_third, stem
+from adapters.unit import Unit
 
 _REWARD = "reward (change of loss, lower is better)"
 
@@ -91,12 +93,12 @@ class LeLoRA(SpectralMethod):
         self._touched = torch.zeros(0, 0, dtype=torch.bool)  # (n, R): ever trained
         self._policy: Reinforce | None = None  # rank 0
         self._features: Features | None = None  # rank 0
-        self._drawn: dict[str, Any] = {}  # the current draw, for the log
-        actions = list(product(options.dimensions, options.locations))
-        self._row_of = {action: row for row, action in enumerate(actions)}
-        self._masks = np.zeros((len(actions), options.components), dtype=bool)  # of each action
-        for action, row in self._row_of.items():
-            self._masks[row, self.trained(*action)] = True
+        self._drawn: list[int] | None = None  # each unit's action
+        self._applied = 0  # decisions so far
+        self._fixed = False  # that was the last one
+        self._removed = 0.0  # ‖ΔW‖ of the components that were then removed, over that of all
+        self.changes_structure = options.removes_idle
+        self._actions = Actions(options)
 
     @classmethod
     def initial_gates(cls, options: Any) -> Gates:
@@ -137,14 +139,6 @@ class LeLoRA(SpectralMethod):
             self.adapters[name].A.data.copy_(A)
         return False
 
-    def trained(self, rank: int, location: str) -> slice:
-        """Components that the action (r, s) trains: the first r of a bank, of `minor` the
-        last r."""
-        largest = self.options.rank
-        start = self.options.locations.index(location) * largest
-        first = start + largest - rank if location == "minor" else start
-        return slice(first, first + rank)
-
     def _size(self, unit: Unit) -> int:
         """Trained parameters of one component."""
         return unit.in_features + unit.out_features + (self.options.coordinates == "singular")
@@ -156,7 +150,12 @@ class LeLoRA(SpectralMethod):
             self._last_loss = validate(False)
 
     def due(self, step: int) -> bool:
-        return step % self.options.policy.every == 0
+        last = self.options.last_decision
+        return step % self.options.policy.every == 0 and (last is None or step <= last)
+
+    def decides_before_at(self, step: int) -> Literal["forward", "update"]:
+        removes = self.options.removes_idle and step == self.options.last_decision
+        return "forward" if removes else "update"
 
     def observe(self, step: int, optimizer: MaskedAdamW) -> None:
         if not (self._learns and self.due(step)):
@@ -171,10 +170,7 @@ class LeLoRA(SpectralMethod):
         elif policy.credit == "counterfactual":
             self._before = optimizer.trained_gradients.clone()
             if policy.score == "per_step":
-                moves = row_sums(optimizer, self._before.abs()) > 0
-                changes = torch.where(moves, row_sizes(self.units, moves.double()), 0.0)
-                values = optimizer.values
-                self._step_squares = self._squares_of(optimizer, values, changes)
+                self._step_squares = unit_steps(optimizer, self._before, self.units, self._gates)
 
     def after_step(
         self, step: int, optimizer: MaskedAdamW, *, skipped: bool, validate: Validate
@@ -201,27 +197,22 @@ class LeLoRA(SpectralMethod):
 
     @property
     def _learns(self) -> bool:
-        return self.options.policy.mode == "learned" and self.options.replay is None
+        learned = self.options.policy.mode == "learned"
+        return learned and self.options.replay is None and not self._fixed
 
     def _unit_rewards(self, optimizer: MaskedAdamW) -> Tensor:
         """Rewards by unit (n), or by unit and action (n, |R|, |S|), from the reduced, unclipped
         gradient of all components. NaN for experts that saw no tokens, and for all units after a
         skipped step."""
         assert self._before is not None
-        gradient = optimizer.trained_gradients
         saw_tokens, known = optimizer.units_that_saw_tokens(), self._saw_tokens
-        per_step_of = self.options.policy.score == "per_step"
         if self.options.policy.credit == "attributed":
-            change = optimizer.values - self._before
-            reward = row_sums(optimizer, gradient * change).sum((1, 2))
-            if per_step_of:
-                squares = row_sums(optimizer, change * change)
-                moved = self._squares_of(optimizer, self._before, squares).sum(1)
-                reward = per_step(reward, moved)
+            by_length = self.options.policy.score == "per_step"
+            reward, changed = attributed(optimizer, self._before, self._gates, by_length=by_length)
             if known is not None:  # it may have seen tokens in a later step of the same draw
-                known = known | (row_sums(optimizer, change.abs()).sum((1, 2)) > 0)
+                known = known | changed
         else:
-            reward = self._counterfactual_rewards(optimizer, self._before, gradient)
+            reward = self._counterfactual_rewards(optimizer, self._before)
         if self._spoiled:
             return reward * float("nan")
         if saw_tokens is None or known is None:
@@ -230,25 +221,24 @@ class LeLoRA(SpectralMethod):
             ~(known & saw_tokens).view(-1, *[1] * (reward.dim() - 1)), torch.nan
         )
 
-    def _counterfactual_rewards(
-        self, optimizer: MaskedAdamW, earlier: Tensor, later: Tensor
-    ) -> Tensor:
-        """R_u(r, s) = Σ_{j in slice} `counterfactual`_j, (n, |R|, |S|); per unit of the step's
-        ‖δW‖ with `score: per_step`."""
-        dots, squares = row_sums(optimizer, earlier * later), row_sums(optimizer, earlier * earlier)
-        worth = counterfactual(dots, squares, row_sizes(self.units, dots))
-        reward = self._by_action(worth)
+    def _counterfactual_rewards(self, optimizer: MaskedAdamW, earlier: Tensor) -> Tensor:
+        """R_u(r, s) = Σ_{j in slice} `counterfactual`_j, (n, |R|, |S|); with `score: per_step` over
+        the slice's ‖δW‖."""
+        later = optimizer.trained_gradients
+        dots, squares = row_sums(optimizer, earlier * later), row_sums(optimizer, earlier.square())
+        reward = self._by_action(counterfactual(dots, squares, row_sizes(self.units, dots)))
         if self._step_squares is not None:
             reward = per_step(reward, self._by_action(self._step_squares))
         return reward
 
     def _by_action(self, components: Tensor) -> Tensor:
-        return by_action(components, self.trained, self.options.dimensions, self.options.locations)
+        options, trained = self.options, self._actions.trained
+        return by_action(components, trained, options.dimensions, options.locations)
 
-    def _squares_of(self, optimizer: MaskedAdamW, values: Tensor, changes: Tensor) -> Tensor:
-        """‖δW_j‖² (n, R) of `changes` (n, roles, R), squared norms, to `values`."""
-        gates = self.adapters.mask_table.gates.view(len(self.units), -1)
-        return step_squares(row_sums(optimizer, values * values), changes, gates)
+    @property
+    def _gates(self) -> Tensor:
+        """(n, R)."""
+        return self.adapters.mask_table.gates.view(len(self.units), -1)
 
     def _global_reward(self, validate: Validate) -> Tensor:
         """R = L₁ + α L₂, (1,)."""
@@ -266,7 +256,11 @@ class LeLoRA(SpectralMethod):
             policy = self._get_policy()
             if self._reward is not None:
                 policy.learn(self._reward)
-            ranks, locations = (drawn.tolist() for drawn in policy.draw(step, self.features()))
+            if step == self.options.last_decision and self._learns:
+                drawn = policy.most_probable(self.features())
+            else:
+                drawn = policy.draw(step, self.features())
+            ranks, locations = (indices.tolist() for indices in drawn)
         dimensions, banks = self.options.dimensions, self.options.locations
         names = [unit.name for unit in self.units]
         return Decision(
@@ -288,18 +282,15 @@ class LeLoRA(SpectralMethod):
     def _get_policy(self) -> Reinforce:
         """The policy, built on first use on rank 0."""
         if self._policy is None:
-            per_expert = self.options.policy.expert_embedding
-            kind_of = [u.kind + u.name.removeprefix(stem(u.name)) if per_expert else u.kind
-                       for u in self.units]  # fmt: skip
-            kinds = sorted(set(kind_of))
-            deepest = max((unit.layer for unit in self.units if unit.layer is not None), default=-1)
-            layers = [deepest + 1 if u.layer is None else u.layer for u in self.units]
+            layers, kinds = embedding_indices(
+                self.units, per_expert=self.options.policy.expert_embedding
+            )
             options, components = self.options.policy, self.options.components
             current = components if self.options.current_gates else 0
             self._policy = Reinforce(
                 options,
                 layer=torch.tensor(layers),
-                kind=torch.tensor([kinds.index(kind) for kind in kind_of]),
+                kind=torch.tensor(kinds),
                 features=1 + options.spectrum_points + current,
                 ranks=self.options.dimensions,
                 locations=len(self.options.locations),
@@ -325,36 +316,44 @@ class LeLoRA(SpectralMethod):
 
     def apply(self, decision: Decision) -> bool:
         names = [unit.name for unit in self.units]
-        ranks = list(map(decision.ranks.__getitem__, names))
-        locations = list(map(decision.locations.__getitem__, names))
-        rows = [self._row_of[action] for action in zip(ranks, locations, strict=True)]
-        mask = torch.from_numpy(self._masks[rows])
+        self._drawn = self._actions.numbers(names, decision.ranks, decision.locations)
+        mask = self._actions.masks(self._drawn)
         self._reward = None  # consumed by rank 0
         self._touched |= mask
-        self._drawn = {"ranks": ranks, "locations": locations}
         self.adapters.mask_table.masks.copy_(mask.flatten())
-        return False
+        self._fixed = self._applied == self.options.policy.freeze_after
+        self._applied += 1
+        return self._fix(mask) if self._fixed else False
+
+    def _fix(self, mask: Tensor) -> bool:
+        """Fix the allocation, whose components are `mask` (n, R). Idle ones of `delta` are removed,
+        with what they had learned; other idle ones stay, as they are a part of W. True if tensors
+        were removed."""
+        self._before = self._step_squares = self._saw_tokens = None
+        self._policy = self._features = None
+        if not self.options.removes_idle:
+            return False
+        squares = [_squared_norms(self.adapters[unit.name]).cpu() for unit in self.units]
+        idle = sum(float(s[~kept].sum()) for s, kept in zip(squares, mask, strict=True))
+        whole = sum(float(s.sum()) for s in squares)
+        self._removed = math.sqrt(idle / whole) if whole else 0.0
+        for unit, kept in zip(self.units, mask, strict=True):
+            self.adapters.narrow(unit, kept)
+        self._touched = mask
+        return True
 
     def scalars(self) -> dict[str, float]:
-        """Fig. 3 and Table 4: mean rank and share of each location, by type and third."""
-        if not self._drawn:
+        if self._drawn is None:
             return {}
-        ranks, locations = self._drawn["ranks"], self._drawn["locations"]
-        found: dict[str, float] = {
-            "mean_rank": sum(ranks) / len(ranks),
-            "distinct_actions": len({(r, r and s) for r, s in zip(ranks, locations, strict=True)}),
-            "touched_parameters": sum(
-                int(row.sum()) * self._size(unit)
-                for row, unit in zip(self._touched, self.units, strict=True)
-            ),
-        } | (self._policy.scalars if self._policy is not None else {})
-        for group, members in by_kind_and_third(self.units).items():
-            found[f"mean_rank/{group}"] = sum(ranks[i] for i in members) / len(members)
-            trained = [i for i in members if ranks[i] > 0]
-            for location in self.options.locations if trained else ():
-                share = sum(locations[i] == location for i in trained) / len(trained)
-                found[f"share_{location}/{group}"] = share
-        return found
+        ranks, locations = self._actions.pairs(self._drawn)
+        found = allocation_figures(self.units, ranks, locations, self.options.locations)
+        found["touched_parameters"] = sum(
+            int(row.sum()) * self._size(unit)
+            for row, unit in zip(self._touched, self.units, strict=True)
+        )
+        if self._fixed and self.options.removes_idle:
+            found["removed_change"] = self._removed
+        return found | (self._policy.scalars if self._policy is not None else {})
 
     # --- state ---------------------------------------------------------------------------------
 
@@ -363,7 +362,12 @@ class LeLoRA(SpectralMethod):
             "touched": self._touched,
             "spoiled": torch.tensor(self._spoiled),
             "last_loss": torch.tensor(self._last_loss, dtype=torch.float64),
+            "applied": torch.tensor(self._applied),
+            "fixed": torch.tensor(self._fixed),
+            "removed": torch.tensor(self._removed, dtype=torch.float64),
         }
+        if self._drawn is not None:
+            state["drawn"] = torch.tensor(self._drawn)
         # "reached": the key in checkpoints since before the attribute had its name.
         held = {
             "before": self._before, "step_squares": self._step_squares,
@@ -381,6 +385,9 @@ class LeLoRA(SpectralMethod):
         )
         self._saw_tokens = None if saw_tokens is None else saw_tokens.bool()
         self._reward = state.get("reward")
+        self._applied, self._fixed = int(state.get("applied", 0)), bool(state.get("fixed", False))
+        self._removed = float(state.get("removed", 0.0))
+        self._drawn = state["drawn"].tolist() if "drawn" in state else None
 
     def decider_state(self) -> dict[str, Tensor]:
         return {} if self._policy is None else self._policy.state_dict()
@@ -388,3 +395,9 @@ class LeLoRA(SpectralMethod):
     def load_decider_state(self, state: Mapping[str, Tensor]) -> None:
         if state:
             self._get_policy().load_state_dict(state)
+
+
+def _squared_norms(adapter: GatedAdapter) -> Tensor:
+    """‖ΔW_j‖² (R) of each component."""
+    norms = (adapter.g * adapter.A.norm(dim=1) * adapter.B.norm(dim=1)).detach()
+    return norms.double().square()

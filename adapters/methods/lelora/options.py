@@ -69,6 +69,10 @@ class PolicyOptions(Section):
     """Number of training records held out for validation, with signal=validation."""
     every: int = Field(1, gt=0)
     """Steps between two draws."""
+    freeze_after: int | None = Field(None, ge=0)
+    """Number of draws after which the allocation is fixed: the next decision, the policy's most
+    probable ranks (a draw, unless mode=learned), is the last. With coordinates=delta the idle
+    components are removed with their optimizer state. none: never."""
     features: Literal["current", "initial"] | None = None
     """current: the current singular values of the banks are inputs of the policy too. none: current
     with coordinates=singular, whose gates they are, else initial."""
@@ -166,6 +170,11 @@ class LeLoRAOptions(StartedOptions):
             raise ValueError(
                 f"method.locations: {self.locations} given; accepted: each location once"
             )
+        if self.policy.freeze_after == 0 and self.policy.mode == "learned" and not self.replay:
+            raise ValueError(
+                "method.policy.freeze_after: 0 given with policy.mode=learned; accepted: 1 or "
+                "more draws, from which the policy learns"
+            )
         budget = self.policy.budget
         if budget is not None and not ranks[0] <= budget <= ranks[-1]:
             raise ValueError(
@@ -210,6 +219,17 @@ class LeLoRAOptions(StartedOptions):
     @property
     def takes_from_weight(self) -> bool:
         return self.coordinates != "delta"
+
+    @property
+    def last_decision(self) -> int | None:
+        """The step of the decision that fixes the allocation; None: never."""
+        draws = self.policy.freeze_after
+        return None if draws is None else draws * self.policy.every
+
+    @property
+    def removes_idle(self) -> bool:
+        """Whether components are removed once the allocation is fixed."""
+        return self.last_decision is not None and not self.takes_from_weight
 
     @property
     def current_gates(self) -> bool:

@@ -130,6 +130,14 @@ class Reinforce:
             self._draws.append(Draw(weights, features.clone(), ranks, locations, tilt))
         return ranks, locations
 
+    def most_probable(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The most probable actions, within the budget if there is one; as `draw`."""
+        of_ranks, of_locations = self.probabilities(features.to(self._layer.device))
+        locations = rounded(of_locations).argmax(1)
+        if self.options.budget is None:
+            return rounded(of_ranks).argmax(1), locations
+        return self._within_budget(of_ranks, torch.zeros_like(of_ranks))[0], locations
+
     def _within_budget(self, probabilities: Tensor, noise: Tensor) -> tuple[Tensor, float]:
         """(indices of the ranks (n,) that meet the budget, λ), given p and e (n, |R|)."""
         assert self.options.budget is not None

@@ -57,6 +57,29 @@ def per_step(reward: Tensor, squares: Tensor) -> Tensor:
     return torch.where(norm > 0, reward / norm.clamp(min=1e-300), 0.0)
 
 
+def unit_steps(
+    optimizer: MaskedAdamW, gradient: Tensor, units: Sequence[Unit], gates: Tensor
+) -> Tensor:
+    """‖δW_j‖² (n, R) of unit steps along `gradient`, which has the layout of `optimizer.values`."""
+    moves = row_sums(optimizer, gradient.abs()) > 0
+    changes = torch.where(moves, row_sizes(units, moves.double()), 0.0)
+    return step_squares(row_sums(optimizer, optimizer.values.square()), changes, gates)
+
+
+def attributed(
+    optimizer: MaskedAdamW, before: Tensor, gates: Tensor, *, by_length: bool
+) -> tuple[Tensor, Tensor]:
+    """(⟨∇_{θ_u} L, Δθ_u⟩, `by_length` over ‖δW_u‖; whether θ_u changed), both (n), with the current
+    gradient and the change of the values since `before`."""
+    change = optimizer.values - before
+    reward = row_sums(optimizer, optimizer.trained_gradients * change).sum((1, 2))
+    squares = row_sums(optimizer, change.square())
+    if by_length:
+        values = row_sums(optimizer, before.square())
+        reward = per_step(reward, step_squares(values, squares, gates).sum(1))
+    return reward, squares.sum((1, 2)) > 0
+
+
 def by_action(
     components: Tensor, trained: Callable[[int, str], slice], ranks: Sequence[int],
     locations: Sequence[str],

@@ -177,7 +177,7 @@ class Bench:
         self, skip: bool = False, between: Callable[[], None] | None = None
     ) -> Decision | None:
         """One optimizer step, in the order of the trainer's own."""
-        gradients_and_decision(self.method, self.decide, self.backward)
+        gradients_and_decision(self.method, self.at, self.decide, self.backward)
         self.update(skip, between)
         return self.decisions[-1]
 

@@ -258,6 +258,13 @@ ABLATIONS = {  # by what METHODS.md says must be reachable, or names as an optio
     "directions only": [LELORA, "method.coordinates=delta", "method.dropout=0.1"],
     "scores per step": [LELORA, "method.policy.score=per_step"],
     "budget": [LELORA, "method.policy.budget=4"],
+    "fixed after two draws": [
+        LELORA, "method.coordinates=delta", "method.policy.budget=4",
+        "method.policy.freeze_after=2",
+    ],
+    "random and fixed": [
+        LELORA, "method.policy.mode=uniform", "method.policy.freeze_after=0",
+    ],
     "price": [LELORA, "method.policy.cost=1e-6"],
     "every 3": [LELORA, "method.policy.every=3"],
     "spectrum": [LELORA, "method.policy.spectrum_points=64"],
