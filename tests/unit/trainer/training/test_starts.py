@@ -118,7 +118,7 @@ def test_directions_and_ranks_are_those_of_peft_eva(tmp_path):
     for unit in (unit for unit in session.method.units if unit.layer < last):
         A, own = theirs[unit.name], starts[unit.name].A
         assert abs(len(A) - ours.get(unit.name, 0)) <= 1
-        assert angles(own, A[:1].double().numpy())[0] > 0.99
+        assert angles(own, A.double().numpy())[0] > 0.99  # that of the two spans which is nearest
         # Its incremental SVD cuts the spectrum after every batch, and so misses some variance.
         x, dy = rows[unit.name]
         x = x[dy.any(1)] - x[dy.any(1)].mean(0)
