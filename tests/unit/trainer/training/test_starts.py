@@ -113,16 +113,19 @@ def test_directions_and_ranks_are_those_of_peft_eva(tmp_path):
     theirs = {name.removeprefix("base_model.model."): A for name, A in theirs.items()}
     session.method.adopt(starts)
     ours = {name: adapter.rank for name, adapter in session.method.adapters.items()}
-    last = max(unit.layer for unit in session.method.units)
-    for unit in session.method.units:
-        A = theirs[unit.name]
-        # In the last block EVA takes tokens that do not reach the loss, too.
-        if unit.layer < last:
-            assert abs(len(A) - ours.get(unit.name, 0)) <= 1
-            if len(A):
-                # Its incremental SVD orders directions of nearly equal variance otherwise.
-                shared = angles(starts[unit.name].A, A.double().numpy())
-                assert shared[0] > 0.98 and np.mean(shared**2) > 0.9
+    rows, last = seen(session), max(unit.layer for unit in session.method.units)
+    # In the last block EVA takes tokens that do not reach the loss, too.
+    for unit in (unit for unit in session.method.units if unit.layer < last):
+        A, own = theirs[unit.name], starts[unit.name].A
+        assert abs(len(A) - ours.get(unit.name, 0)) <= 1
+        assert angles(own, A.double().numpy())[0] > 0.99  # that of the two spans which is nearest
+        # Its incremental SVD cuts the spectrum after every batch, and so misses some variance.
+        x, dy = rows[unit.name]
+        x = x[dy.any(1)] - x[dy.any(1)].mean(0)
+        found, expected = (
+            np.linalg.norm(x @ of.double().numpy().T) ** 2 for of in (own[: len(A)], A)
+        )
+        assert expected * 0.9999 < found < expected * 1.7
     assert sum(len(A) for A in theirs.values()) == sum(ours.values()) == 4 * len(targets)
 
 
