@@ -56,10 +56,14 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer, pipeline
 
 tokenizer = AutoTokenizer.from_pretrained("out/merged")
-model = AutoPeftModelForCausalLM.from_pretrained("out/adapter", dtype=torch.float32)
+adapted = AutoPeftModelForCausalLM.from_pretrained("out/adapter", dtype=torch.float32)
 chat = [{{"role": "user", "content": "{QUESTION}"}}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")[
+    "input_ids"
+]
+answer = adapted.generate(
+    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False
+)
 peft = tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
 print("peft:    ", peft)
 
@@ -75,9 +79,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("out/merged")
 chat = [{{"role": "user", "content": "{QUESTION}"}}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-model = AutoModelForCausalLM.from_pretrained("out/merged", dtype=torch.float32)
-tokens = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")[
+    "input_ids"
+]
+merged = AutoModelForCausalLM.from_pretrained("out/merged", dtype=torch.float32)
+tokens = merged.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
 expected = tokens[0, ids.shape[1] :].tolist()
 
 (file,) = glob.glob("out/gguf/*.gguf")
