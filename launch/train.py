@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse(argv, prog)
     from trainer.run.launch import launched
 
-    with launched(arguments.config, arguments.overrides) as (config, world):
+    begun = not arguments.print_config  # whose output is YAML
+    with launched(arguments.config, arguments.overrides, announced=begun) as (config, world):
         if arguments.print_config:
             if world.is_main:
                 print(config.to_yaml(), end="")

@@ -5,7 +5,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from trainer.config.sections import Shown
 

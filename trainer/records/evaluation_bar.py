@@ -4,7 +4,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from trainer.config.sections import Shown
 
