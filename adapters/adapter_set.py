@@ -11,7 +11,7 @@ from adapters import seeds
 from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer, Dropout
 from adapters.mask_table import MaskTable
-from adapters.optimizer import Trainable
+from adapters.trainable import Trainable
 from adapters.unit import Unit, stem
 
 Gates = Literal["constant", "learned", "observed"]
@@ -31,9 +31,9 @@ class Training:
     """Factors of the learning rate by role (A, g, B); 1 where none is given."""
     decay_ratios: Mapping[str, float] = field(default_factory=dict)
     """Factors of the weight decay by role."""
-    drops_change_only: bool = False
-    """Whether dropout applies only to the adapter's difference from its initial value, a part of
-    W."""
+    starts_from_weight: bool = False
+    """Whether initial adapters are parts of W: dropout then applies only to the adapter's
+    difference from its initial value, and weight decay pulls it there instead of to 0."""
 
 
 class AdapterSet(Mapping[str, GatedAdapter]):
@@ -78,7 +78,7 @@ class AdapterSet(Mapping[str, GatedAdapter]):
     def set_adapter(self, unit: Unit, adapter: GatedAdapter) -> None:
         """Attach an adapter to its unit's layer, replacing the present one."""
         layer, training = self.layers[unit.name], self._training
-        needs_initial = training.drops_change_only and training.dropout > 0
+        needs_initial = training.starts_from_weight and training.dropout > 0
         initial = adapter.copy().to(self.device) if needs_initial else None
         adapter = adapter.to(self.device).requires_grad_(True)
         adapter.g.requires_grad_(self.gates != "constant")
@@ -143,6 +143,7 @@ class AdapterSet(Mapping[str, GatedAdapter]):
             role=role,
             learning_rate_ratio=training.learning_rate_ratios.get(role, 1.0),
             decay_ratio=training.decay_ratios.get(role, 1.0),
+            decays_to_start=training.starts_from_weight,
             observed=role == "g" and self.gates == "observed",
             token_counter=self.layers[name].token_counter,
         )

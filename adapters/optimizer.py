@@ -9,6 +9,7 @@ last bit: zero gradients would not be enough, since momentum and weight decay wo
     θ ← θ − η (λ θ + m̂ / (√v̂ + ε))        m̂ = m / (1 − β₁ᵗ), v̂ = v / (1 − β₂ᵗ)
 
 (Loshchilov & Hutter 2019, algorithm 2; t counts the steps in which the component was active.)
+Tensors that are a part of W decay towards their initial value θ₀, λ (θ − θ₀) in place of λ θ.
 `no_bias_correction` uses m for m̂: a component's first steps, whose gradients come from one or two
 batches, are scaled by 1 − β₁ᵗ.
 
@@ -28,29 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from adapters.rounding import round_up
+from adapters.trainable import Trainable
 
 _ALIGNMENT = 16  # elements; every tensor starts on a 64-byte boundary of the flat buffer
-
-
-@dataclass(frozen=True)
-class Trainable:
-    """A tensor to train. `mask`, if given, has one bool per row (dimension 0).
-
-    `learning_rate_ratio` multiplies the learning rate (LoRA+), decay included; `decay_ratio` the
-    decay alone. The gradient of an `observed` tensor is averaged with the others, but neither
-    clipped nor used here: the method updates that tensor. `token_counter`: an observed parameter
-    and an index into it; a gradient of 0 there means that the tensor saw no token in the step, and
-    all of its rows are inactive. `role`: A, g or B of an adapter, whose rows are its components.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    mask: Tensor | None = None
-    role: str | None = None
-    learning_rate_ratio: float = 1.0
-    decay_ratio: float = 1.0
-    observed: bool = False
-    token_counter: tuple[nn.Parameter, int] | None = None
 
 
 def _no_gather(flat: Tensor) -> None:
@@ -110,6 +91,7 @@ class MaskedAdamW:
         )
         self.eps, self.weight_decay, self.share = eps, weight_decay, share
         self._slots: list[_Slot] = []
+        self._start: Tensor | None = None  # θ₀ in the layout of `values`, 0 for most tensors
         self._observed: list[nn.Parameter] = []
         self._uniform_count: float | None = 0.0  # t if all components share it, else None
         self.rebind_parameters(trainables)
@@ -127,6 +109,9 @@ class MaskedAdamW:
         held = {id(slot.trainable.parameter) for slot in self._slots}
         retained = {t.name for t in trainables if id(t.parameter) in held}
         earlier = {n: s for n, s in self.state_dict().items() if n in retained} if retained else {}
+        starts = {} if self._start is None else {
+            id(slot.trainable.parameter): slot.view(self._start) for slot in self._slots
+        }  # fmt: skip
         device = trainables[0].parameter.device
         sizes = [round_up(t.parameter.numel(), _ALIGNMENT) for t in trainables]
         total, rows = sum(sizes), sum(t.parameter.shape[0] for t in trainables)
@@ -169,7 +154,20 @@ class MaskedAdamW:
         self._shard_row_sizes = (ends.clamp(max=self._shard.stop) - begins).clamp(min=0)
         self._ratios = self._per_tensor([t.learning_rate_ratio for t in trainables])
         self._decays = self._per_tensor([t.decay_ratio for t in trainables])
+        self._start = self._new_start(starts)
         self._load(earlier)
+
+    def _new_start(self, earlier: dict[int, Tensor]) -> Tensor | None:
+        """θ₀: `earlier` by the parameter's id, or the current value of a new parameter; None where
+        everything decays to 0, or nothing decays."""
+        slots = [slot for slot in self._slots if slot.trainable.decays_to_start]
+        if not slots or not self.weight_decay:
+            return None
+        start = torch.zeros_like(self.values)
+        for slot in slots:
+            value = earlier.get(id(slot.trainable.parameter), slot.view(self.values))
+            slot.view(start).copy_(value)
+        return start
 
     @property
     def numel(self) -> int:
@@ -255,7 +253,8 @@ class MaskedAdamW:
         v = torch.addcmul(self.exp_avg_sq * beta2, g, g, value=1 - beta2)
         direction = (m / correction1).div_((v / correction2).sqrt_().add_(self.eps))
         if self.weight_decay:
-            decayed = values if self._decays is None else values * self._decays
+            decayed = values if self._start is None else values - self._start[self._shard]
+            decayed = decayed if self._decays is None else decayed * self._decays
             direction.add_(decayed, alpha=self.weight_decay)
         if self._ratios is not None:
             direction.mul_(self._ratios)

@@ -22,6 +22,11 @@ class Unit:
     out_features: int
     in_features: int
 
+    @property
+    def size(self) -> int:
+        """Parameters of A and B per component."""
+        return self.out_features + self.in_features
+
 
 def third(layer: int, blocks: int) -> str:
     """The third of all blocks that a block is in: front, middle or back."""

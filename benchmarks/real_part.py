@@ -29,7 +29,7 @@ from trainer.config.config import Config  # noqa: E402
 from trainer.data.dataset import TokenDataset  # noqa: E402
 from trainer.data.loader import Loader, Step  # noqa: E402
 from trainer.data.prefetch import Prefetcher  # noqa: E402
-from trainer.device_memory import peak_gib  # noqa: E402
+from trainer.device_memory import GIB, peak_gib  # noqa: E402
 from trainer.distributed.world import World  # noqa: E402
 from trainer.memory.graphs import capture_graphs, row_batches  # noqa: E402
 from trainer.memory.planner import make_plan  # noqa: E402
@@ -72,6 +72,9 @@ class Part:
     programs_before: int
     steps: int
     peak_gib: float
+    """Of tensors outside CUDA graphs."""
+    reserved_gib: float
+    """Of the caching allocator, graphs included; 0 on a CPU."""
     seconds: list[float]
     """Of every step."""
     about: list[str]
@@ -141,10 +144,15 @@ def measure(part: str, steps: Steps, warm_up: int, count: int, world: World) -> 
         programs_before=before,
         steps=count,
         peak_gib=max(world.gather(peak_gib(world.device))),
+        reserved_gib=max(world.gather(_reserved_gib(world.device))),
         seconds=seconds,
         about=[],
         device=torch.cuda.get_device_name(world.device) if cuda else "CPU",
     )
+
+
+def _reserved_gib(device: torch.device) -> float:
+    return torch.cuda.max_memory_reserved(device) / GIB if device.type == "cuda" else 0.0
 
 
 def real(config: Config, world: World, total: int, about: list[str], stack: ExitStack) -> Steps:

@@ -1,6 +1,6 @@
-"""Compare methods on one task: choose learning rates on held-out records, then run several seeds.
+"""Compare methods on one task, or several: learning rates, seeds, a table and a figure of each.
 
-rankcast compare benchmarks/gsm8k.yaml OUT --workers 8
+rankcast compare benchmarks/smollm2_rte.yaml OUT --workers 8
 """
 
 import sys
@@ -9,20 +9,49 @@ from pathlib import Path
 
 from trainer.config.arguments import Parser, at_least
 from trainer.distributed.failures import guarded
+from trainer.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = Parser(__doc__, prog)
-    parser.add_argument("comparison", type=Path, help="YAML file (see trainer/run/comparison.py)")
-    parser.add_argument("out", type=Path, help="folder for runs, results.jsonl and table.md")
     parser.add_argument(
-        "--workers", type=at_least(1), default=1, help="concurrent runs on this machine"
+        "comparison", type=Path, nargs="+", help="YAML files (see trainer/comparison/plan.py)"
     )
+    parser.add_argument(
+        "out", type=Path, help="folder of a folder for each: results, table, figure"
+    )
+    parser.add_argument("--workers", type=at_least(1), default=1, help="runs at a time")
+    parser.add_argument("--minutes", type=float, help="start no run after these; 0: only the table")
+    parser.add_argument("--any-code", action="store_true", help="use results of other code too")
+    parser.add_argument("--variant", action="append", default=[], help="a variant of the file")
+    parser.add_argument("--methods", help="only these arms, by comma")
+    parser.add_argument("--place", action="append", default=[], metavar="NAME=PATH")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override for every run"
+    )
+    parser.add_argument("--seeds", type=at_least(1), help="only the first of the file's seeds")
     arguments = parser.parse_args(argv)
-    from trainer.run.comparison import compare, read_comparison, table
+    for place in arguments.place:
+        if "=" not in place:
+            raise UserError(f"--place: {place} given; accepted: NAME=PATH")
+    from trainer.comparison.plan import read_comparison
+    from trainer.comparison.runner import Limits, compare
 
-    comparison = read_comparison(arguments.comparison)
-    print(table(comparison, compare(comparison, arguments.out, arguments.workers)))
+    found = []
+    for file in arguments.comparison:
+        comparison = read_comparison(
+            file, variants=arguments.variant, overrides=arguments.set,
+            places=dict(place.split("=", 1) for place in arguments.place),
+            methods=arguments.methods.split(",") if arguments.methods else None,
+        )  # fmt: skip
+        if arguments.seeds is not None:
+            kept = comparison.seeds[: arguments.seeds]
+            comparison = comparison.model_copy(update={"seeds": kept})
+        name = "-".join([file.stem, *arguments.variant])
+        found.append((comparison, arguments.out / name))
+    compare(found, Limits(arguments.workers, arguments.minutes, arguments.any_code))
+    for _, folder in found:
+        print(f"\n{folder}\n\n{(folder / 'table.md').read_text(encoding='utf-8')}")
     return 0
 
 

@@ -1,4 +1,5 @@
-"""Estimate a run's memory per GPU and whether it fits, without GPU, weights or data.
+"""Estimate a run's memory per GPU and whether it fits, without GPU, weights or data (sequences of
+`data.max_length` tokens; `--data`: the longest of the records).
 
 rankcast estimate configs/llama70b_random.yaml --gpus 2 [section.key=value ...]
 
@@ -22,6 +23,9 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     )
     parser.add_argument("--hosts", type=at_least(1), default=1, help="hosts with equally many GPUs")
     parser.add_argument("--memory", type=float, default=139.8, help="GiB per GPU (H200: 139.8)")
+    parser.add_argument(
+        "--data", action="store_true", help="tokenise the records for their lengths"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(argv)
 
@@ -44,7 +48,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     from trainer.memory.estimate import predict, table
 
     memory = int(arguments.memory * GIB)
-    prediction = predict(config, arguments.gpus, memory, arguments.hosts)
+    records = None
+    if arguments.data:
+        from trainer.distributed.world import World
+        from trainer.session import open_data
+
+        _, _, records, _ = open_data(config, World())
+    prediction = predict(config, arguments.gpus, memory, arguments.hosts, records)
     print(table(prediction))
     return 0 if prediction.fits else 1
 

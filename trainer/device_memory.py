@@ -66,6 +66,14 @@ def begin_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def forget_peak(device: torch.device) -> None:
+    """Begin a run in a process that has made others: on a GPU its peak is measured anew."""
+    global _peak_before
+    _peak_before = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_of_phase(device: torch.device) -> int:
     """Peak bytes since `begin_peak`; on a CPU, whose counter is not reset, since the start."""
     if device.type == "cuda":

@@ -57,7 +57,7 @@ class RunFailed(UserError):
 
 
 class Diverged(RunFailed):
-    """A run whose last step left nothing of use; what it left was written all the same."""
+    """A run that left nothing of use at its last step, or whose steps are not finite any more."""
 
 
 class BadCheckpoint(UserError):

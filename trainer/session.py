@@ -18,7 +18,8 @@ from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter, Method
 from adapters.methods.registry import METHODS
 from adapters.methods.spectral import SpectralMethod
-from adapters.optimizer import MaskedAdamW, Share, Trainable
+from adapters.optimizer import MaskedAdamW, Share
+from adapters.trainable import Trainable
 from adapters.units import transformer_blocks
 from trainer.config.config import Config
 from trainer.config.data_options import DataOptions

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adapters.formats.formats import FORMATS
 from adapters.gated import GatedAdapter
 from adapters.layers.handles import RegisteredLayer
+from adapters.layers.sketch import Sketch
 
 
 class Dropout:
@@ -54,6 +55,8 @@ class AdaptedLayer(Protocol):
     frozen: GatedAdapter | None
     """What an earlier stage learned, if it is kept beside the adapter: added to the output, neither
     trained nor dropped."""
+    sketch: Sketch | None
+    """Sums its tokens in the backward pass, while a data-driven start is looked for."""
 
     @property
     def out_features(self) -> int: ...

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer, Dropout, PackedLayer
 from adapters.layers.handles import add_gradients, layer_of
+from adapters.layers.sketch import Sketch
 from adapters.rounding import round_up
 
 _RANK_MULTIPLE = 8
@@ -36,6 +37,8 @@ class ExpertLayer:
         self.dropout: Dropout | None = None
         self.initial: GatedAdapter | None = None
         self.frozen: GatedAdapter | None = None
+        """As in `AdaptedLayer`."""
+        self.sketch: Sketch | None = None
         """As in `AdaptedLayer`."""
 
     @property
@@ -156,6 +159,16 @@ class StackedLinear(PackedLayer):
         add_gradients([(self.tokens, counts)])
         return _summed([self._dropped_input(grouped(dz, A, offsets)), *parts])
 
+    def sketch(self, dy: Tensor, x: Tensor, offsets: Tensor) -> None:
+        """Add each expert's rows to its sketch, if there are sketches."""
+        if all(layer.sketch is None for layer in self.layers):
+            return
+        start = 0
+        for layer, stop in zip(self.layers, offsets.tolist(), strict=True):
+            if layer.sketch is not None and stop > start:
+                layer.sketch.add(x[start:stop], dy[start:stop])
+            start = stop
+
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
         """A (E, R, in), g (E, R) and B (E, R, out) of ΔW, or of ΔW − ΔW₀ where dropout applies only
         to this difference; None without adapters."""
@@ -260,6 +273,7 @@ def adapted_experts_backward(
     """dx (rows, in) and a zero gradient for the handle."""
     stack: StackedLinear = layer_of(handle)
     dy = dy.contiguous()
+    stack.sketch(dy, x, offsets)
     dx = grouped(dy, stack.dequantised(x.dtype), offsets)
     added = stack.low_rank_backward(dy, x, offsets)
     return dx if added is None else dx.add_(added), torch.zeros_like(handle)

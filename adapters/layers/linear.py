@@ -19,6 +19,7 @@ from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer, Dropout, PackedLayer
 from adapters.layers.handles import add_gradients, layer_of
 from adapters.layers.magnitude import scaled_rows
+from adapters.layers.sketch import Sketch
 
 
 class AdaptedLinear(PackedLayer):
@@ -35,6 +36,8 @@ class AdaptedLinear(PackedLayer):
     """The part of W that spectral initialisation moved into the adapter; dropout then applies only
     to the adapter's difference from it."""
     frozen: GatedAdapter | None
+    """As in `AdaptedLayer`."""
+    sketch: Sketch | None = None
     """As in `AdaptedLayer`."""
 
     def __init__(self, linear: nn.Module, weight_format: str, *, transposed: bool = False):
@@ -195,6 +198,8 @@ def adapted_linear_backward(
     compiler from eliminating the call."""
     layer: AdaptedLinear = layer_of(handle)
     dy2, rows = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    if layer.sketch is not None:
+        layer.sketch.add(rows, dy2)
     low_rank, dropped = layer.low_rank_backward(dy2, rows, need_x)
     if not need_x:
         return x.new_empty(0), torch.zeros_like(handle)

@@ -22,6 +22,7 @@ from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer
 from adapters.methods.options import MethodOptions
 from adapters.optimizer import MaskedAdamW
+from adapters.starts import Start
 from adapters.unit import Unit
 
 Validate = Callable[[bool], float]
@@ -49,10 +50,11 @@ class Method:
     decides_before: ClassVar[Literal["forward", "update"]] = "forward"
     """When a decision must be applied. `forward`: it changes the forward pass. `update`: it only
     selects the components that the update changes, and may be made during forward and backward."""
-    changes_structure: ClassVar[bool] = False
-    """Whether units are removed or change their R during training."""
+    changes_structure: bool = False
+    """Whether units are removed or change their R after they were attached."""
     splits_weight: ClassVar[bool] = False
-    """Whether adapters are initialised as a part of W (`methods/spectral.py`)."""
+    """Whether adapters are initialised from a part of W (`methods/spectral.py`), which may be
+    zero: see `MethodOptions.takes_from_weight`."""
     figures: ClassVar[Sequence[Figure]] = ()
     """Figures of the report in addition to ranks, locations and survivors."""
 
@@ -62,12 +64,12 @@ class Method:
         self.adapters = AdapterSet(
             seed,
             Training(
-                gates=self.gates,
+                gates=self.initial_gates(options),
                 dropout=options.dropout,
                 dropout_on=options.dropout_on,
                 learning_rate_ratios=self.learning_rate_ratios,
                 decay_ratios=self.decay_ratios,
-                drops_change_only=self.splits_weight,
+                starts_from_weight=options.takes_from_weight,
             ),
         )
         self.steps = 0
@@ -99,6 +101,12 @@ class Method:
         self.adapters.attach(
             units, layers, device, lambda unit: self.init_adapter(unit, self.generator(unit))
         )
+
+    def adopt(self, starts: Mapping[str, Start]) -> bool:
+        """Replace the initial adapters by those that start from the data, by unit; called once,
+        before training, where `options.start` asks for it. True if tensors were added, removed or
+        resized. B stays 0, so that the model computes what it did."""
+        raise NotImplementedError
 
     def check(self, units: Sequence[Unit]) -> None:
         """Raises ValueError, before any weight is loaded, where the method does not fit these."""
@@ -132,6 +140,11 @@ class Method:
         """Generator for one unit and purpose, seeded identically on every rank."""
         return seeds.generator(self.seed, purpose, unit.index)
 
+    @classmethod
+    def initial_gates(cls, options: Any) -> Gates:
+        """How g is treated at the start, given the options."""
+        return cls.gates
+
     @property
     def learning_rate_ratios(self) -> Mapping[str, float]:
         """Factors of the learning rate by role (A, g, B), 1 if absent; depends on options only."""
@@ -163,6 +176,10 @@ class Method:
         """Set the number of steps and the schedule, learning rate of a step over its peak; called
         before training."""
         self.steps, self._rate = steps, rate
+
+    def match_selection(self, step: int, decision: Decision) -> None:
+        """Rank 0, where `options.selection_of`: the selection that the other run made before step
+        `step`. Raises ValueError where it does not fit this run."""
 
     def on_train_begin(self, optimizer: MaskedAdamW, validate: Validate) -> None:
         """Called once before the first step of a new run, on every rank."""

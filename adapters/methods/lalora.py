@@ -15,7 +15,7 @@ full norm, as in the text (`fidelity`; the printed eq. 10 is `previous_over_curr
 combines A's fidelity with B's norm as printed; s^prev is taken at the new rank, so that a change of
 rank alone does not count as growth (`growth`). Eq. 8 is rounded to integers in [1, r] by largest
 remainder, so that Σ r_i = round(D) exactly; the excess of a layer at r is distributed among the
-others in proportion.
+others in proportion. `allocation: uniform` is the control: eq. 8 with c = 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,9 +30,10 @@ from adapters.figures import BUDGET
 from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer
 from adapters.methods.base import InitialAdapter, Method, Validate
-from adapters.methods.lora import fresh
+from adapters.methods.lora import fresh, started_rows
 from adapters.methods.options import LaLoRAOptions
 from adapters.optimizer import MaskedAdamW
+from adapters.starts import Start
 from adapters.unit import Unit
 
 _DECIMALS = 6
@@ -65,6 +66,17 @@ class LaLoRA(Method):
         adapter.mask[1:] = False
         adapter.g.data[1:] = 0.0
         return adapter
+
+    def adopt(self, starts: Mapping[str, Start]) -> bool:
+        for name, start in starts.items():
+            A, _ = started_rows(start, self.options.rank, self.options.start_options.scale)
+            self.adapters[name].A.data.copy_(A)
+        return False
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers are to have the same rank, whatever they contribute."""
+        return self.options.allocation == "uniform"
 
     @property
     def _scale(self) -> float:
@@ -121,7 +133,8 @@ class LaLoRA(Method):
                 growth = float(np.mean((size - self._previous_s) / self._previous_s))
                 budget = self.budget * (1 + self.options.gamma * growth)  # (5)
                 self.budget = round(float(np.clip(budget, layers, r * layers)), _DECIMALS)
-            old, self.ranks = self.ranks, allocate(self.contribution(squares), self.budget, r)
+            c = np.zeros(layers) if self.uniform else self.contribution(squares)
+            old, self.ranks = self.ranks, allocate(c, self.budget, r)
             self._previous_squares = squares
             if self.options.growth == "printed":
                 self._previous_s = self.size(squares, old)

@@ -2,12 +2,12 @@
 
 Does not import torch, so that mistakes in a configuration are reported at once."""
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from adapters.methods.start_options import StartKind, StartOptions
 from adapters.options import Section
 from adapters.unit import Unit
 
@@ -30,8 +30,8 @@ class MethodOptions(Section):
     rank: int = Field(8, gt=0)
     """Components per unit, r."""
     alpha: float = Field(16.0, gt=0)
-    """Scale α; the update is multiplied by α/r (no effect for pissa, milora and lelora, whose gates
-    come from the backbone)."""
+    """Scale α; the update is multiplied by α/r (no effect for pissa, milora and, unless
+    coordinates=delta, lelora, whose gates come from the backbone)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping an element of z = x Aᵀ (or of x) in training."""
     dropout_on: Literal["hidden", "input"] = "hidden"
@@ -48,6 +48,22 @@ class MethodOptions(Section):
     def components(self) -> int:
         """R: initial number of components of a unit."""
         return self.rank
+
+    @property
+    def selection_of(self) -> str | None:
+        """A run folder whose selection of units this run needs, or a pattern for one."""
+        return None
+
+    @property
+    def takes_from_weight(self) -> bool:
+        """Whether the adapters start as parts of W other than zero, which the frozen matrix
+        loses."""
+        return False
+
+    @property
+    def data_start(self) -> Literal["activation", "gradient"] | None:
+        """From what A starts, if from the data."""
+        return None
 
     @property
     def validation_samples(self) -> int:
@@ -77,7 +93,37 @@ def check_fits(key: str, rank: int, units: Sequence[Unit]) -> None:
             )
 
 
-class LoRAOptions(MethodOptions):
+class StartedOptions(MethodOptions):
+    """Keys of methods whose A may start from the data."""
+
+    start: StartKind = "lora"
+    """A starts Kaiming-uniform, or as singular vectors of the matrices' inputs (activation: EVA) or
+    gradients (gradient: LoRA-GA, GoRA) in some batches. B starts at 0."""
+    start_options: StartOptions = Field(default_factory=StartOptions)
+    """How A starts from the data."""
+
+    @property
+    def data_start(self) -> Literal["activation", "gradient"] | None:
+        return None if self.start == "lora" else self.start
+
+    @property
+    def start_components(self) -> int:
+        """Components of a unit that are looked for in the data."""
+        options, most = self.start_options, self.components
+        return most if options.ranks == "fixed" else max(most, round(options.rho * self.rank))
+
+    @model_validator(mode="after")
+    def _check_start(self) -> "StartedOptions":
+        self.start_options.check(self.start)
+        return self
+
+    def check_units(self, units: Sequence[Unit]) -> None:
+        super().check_units(units)
+        if self.start != "lora" and self.start_options.ranks != "fixed":
+            check_fits("method.start_options.rho (times method.rank)", self.start_components, units)
+
+
+class LoRAOptions(StartedOptions):
     """Options of `method.kind: lora`."""
 
     kind: Literal["lora"] = "lora"
@@ -96,6 +142,11 @@ class DoRAOptions(LoRAOptions):
     kind: Literal["dora"] = "dora"  # type: ignore[assignment]
     """Name of the method."""
 
+    @model_validator(mode="after")
+    def _check_ranks(self) -> "DoRAOptions":
+        self.start_options.check_fixed(self.kind)
+        return self
+
 
 class PiSSAOptions(MethodOptions):
     """Options of `method.kind: pissa`."""
@@ -103,12 +154,20 @@ class PiSSAOptions(MethodOptions):
     kind: Literal["pissa"] = "pissa"
     """Name of the method."""
 
+    @property
+    def takes_from_weight(self) -> bool:
+        return True
+
 
 class MiLoRAOptions(MethodOptions):
     """Options of `method.kind: milora`."""
 
     kind: Literal["milora"] = "milora"
     """Name of the method."""
+
+    @property
+    def takes_from_weight(self) -> bool:
+        return True
 
 
 class DyLoRAOptions(MethodOptions):
@@ -187,7 +246,7 @@ class AdaLoRAOptions(MethodOptions):
             )
 
 
-class LaLoRAOptions(MethodOptions):
+class LaLoRAOptions(StartedOptions):
     """Options of `method.kind: lalora`; `rank` is the largest rank of a layer, r."""
 
     kind: Literal["lalora"] = "lalora"
@@ -209,6 +268,14 @@ class LaLoRAOptions(MethodOptions):
     """c by eq. 9, or by squared gradients (Table 14)."""
     contribution_scale: Literal["sum", "mean"] = "sum"
     """Sum (as printed) or average c over a layer's units."""
+    allocation: Literal["contribution", "uniform"] = "contribution"
+    """Ranks by eq. 8, or (`uniform`, a control) equal in all layers under the same budget, up to
+    the remainder, which goes to the lower layers."""
+
+    @model_validator(mode="after")
+    def _check_ranks(self) -> "LaLoRAOptions":
+        self.start_options.check_fixed(self.kind)
+        return self
 
     def check_units(self, units: Sequence[Unit]) -> None:
         super().check_units(units)
@@ -218,98 +285,3 @@ class LaLoRAOptions(MethodOptions):
                     f"method.targets: {unit.name} lies outside the transformer blocks, whose ranks "
                     "lalora allocates; accepted: matrices within blocks"
                 )
-
-
-class AfterSelection(Section):
-    """Changes after the removal of adapters."""
-
-    micro_batch_size: int | None = Field(None, gt=0)
-    """`data.micro_batch_size` after the removal of adapters has freed memory; none: unchanged."""
-
-
-class SelectionOptions(MethodOptions):
-    """Keys of the methods that remove units."""
-
-    keep: int | None = Field(None, gt=0)
-    """Number of units that survive, K; none: half of all units, rounded down."""
-    after_selection: AfterSelection = Field(default_factory=AfterSelection)
-    """Changes after the removal of adapters."""
-
-    def kept(self, units: int) -> int:
-        """K, given the number of units."""
-        return self.keep if self.keep is not None else max(1, units // 2)
-
-    def final_rank(self, units: int) -> int:
-        """Rank of a survivor, given the number of units."""
-        return self.rank
-
-    def check_units(self, units: Sequence[Unit]) -> None:
-        super().check_units(units)
-        if self.kept(len(units)) > len(units):
-            raise ValueError(
-                f"method.keep: {self.keep} given; accepted: at most {len(units)}, the number of "
-                "units"
-            )
-        rank = self.final_rank(len(units))
-        for unit in units:
-            if rank > min(unit.out_features, unit.in_features):
-                raise ValueError(
-                    f"method.keep: {self.kept(len(units))} of {len(units)} units would give each "
-                    f"survivor rank {rank}, more than the smaller side of {unit.name} "
-                    f"({unit.out_features} x {unit.in_features}); accepted: a larger method.keep "
-                    "or a smaller method.rank"
-                )
-
-
-class RLoRAOptions(SelectionOptions):
-    """Options of `method.kind: rlora`."""
-
-    kind: Literal["rlora"] = "rlora"
-    """Name of the method."""
-
-
-class OmegaOptions(SelectionOptions):
-    """Keys of the methods that learn ω."""
-
-    warmup_steps: int | None = Field(None, gt=0)
-    """Steps of phase 1, T; none: 0.5 % of all steps, rounded up. Only steps with a learning rate
-    above 0 count, and phase 1 lasts at least until the first thresholding."""
-    omega_learning_rate: float = Field(5.0, gt=0)
-    """Learning rate η of ω."""
-    omega_schedule: Literal["constant", "main"] = "constant"
-    """Keep η constant, or apply the main learning-rate schedule (the authors' code)."""
-    score: Literal["magnitude", "signed"] = "magnitude"
-    """H_K keeps the largest |ω| (paper, appendix B) or the largest ω (the authors' code)."""
-
-    def warmup(self, steps: int) -> int:
-        """T, given the number of steps."""
-        return self.warmup_steps if self.warmup_steps is not None else math.ceil(0.005 * steps)
-
-    def check_steps(self, steps: int) -> None:
-        if self.warmup(steps) >= steps:
-            raise ValueError(
-                f"method.warmup_steps: {self.warmup(steps)} given; accepted: fewer than the run's "
-                f"{steps} steps"
-            )
-
-
-class WeightLoRAOptions(OmegaOptions):
-    """Options of `method.kind: weightlora`."""
-
-    kind: Literal["weightlora"] = "weightlora"
-    """Name of the method."""
-
-
-class WeightLoRAPlusOptions(OmegaOptions):
-    """Options of `method.kind: weightlora_plus`."""
-
-    kind: Literal["weightlora_plus"] = "weightlora_plus"
-    """Name of the method."""
-    expand: Literal["reinit", "qr"] = "reinit"
-    """Expand survivors to their larger rank by redrawing A and B (paper), or (`qr`) by keeping the
-    learned components and adding rows of A orthogonal to them and zero columns of B."""
-    rescale_alpha: bool = False
-    """Scale survivors by α over their new rank instead of α/r."""
-
-    def final_rank(self, units: int) -> int:
-        return self.rank * (units // self.kept(units))

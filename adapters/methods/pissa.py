@@ -6,12 +6,10 @@ adapter: A = √Σ Vᵀ, B = U √Σ, g = 1. All components train, without decis
 
 from typing import ClassVar
 
-import torch
-
 from adapters.banks import bank
 from adapters.gated import GatedAdapter
 from adapters.methods.options import MethodOptions, MiLoRAOptions, PiSSAOptions
-from adapters.methods.spectral import SpectralMethod
+from adapters.methods.spectral import SpectralMethod, balanced
 from adapters.spectral import Triplets
 from adapters.unit import Unit
 
@@ -26,8 +24,7 @@ class PiSSA(SpectralMethod):
         return [bank(self.location, self.options.rank, min(unit.out_features, unit.in_features))]
 
     def extract(self, unit: Unit, triplets: Triplets) -> GatedAdapter:
-        root = triplets.S.sqrt().unsqueeze(1)
-        return GatedAdapter(root * triplets.V.T, torch.ones(len(root)), root * triplets.U.T)
+        return balanced(triplets)
 
 
 class MiLoRA(PiSSA):

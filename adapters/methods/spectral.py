@@ -1,5 +1,5 @@
-"""Base class of methods whose adapters are initialised from singular components of W, which are
-subtracted from the frozen matrix."""
+"""Base class of methods whose adapters are initialised from singular components of W; the frozen
+matrix becomes W minus the initial ΔW."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +11,12 @@ from adapters.layers.base import AdaptedLayer
 from adapters.methods.base import InitialAdapter, Method
 from adapters.spectral import Triplets
 from adapters.unit import Unit
+
+
+def balanced(triplets: Triplets) -> GatedAdapter:
+    """U Σ Vᵀ as A = √Σ Vᵀ, B = U √Σ, g = 1."""
+    root = triplets.S.sqrt().unsqueeze(1)
+    return GatedAdapter(root * triplets.V.T, torch.ones(len(root)), root * triplets.U.T)
 
 
 class SpectralMethod(Method):

@@ -1,4 +1,4 @@
-"""WeightLoRA, WeightLoRA+ and their ablation RLoRA: select K adapters, remove the others.
+"""WeightLoRA and WeightLoRA+: select K adapters by learned weights ω, remove the others.
 
     W_u = W_u⁰ + ω_u (α/r) B_u A_u                            (1)
     min over ‖ω‖₀ ≤ K of min over {A, B} of L                 (2)
@@ -7,9 +7,12 @@ Phase 1, T warm-up steps with all units: A and B are updated by the optimizer, �
 
     ω ← H_K(ω − η g_ω),        g_ω = ∂L/∂ω
 
-where H_K keeps the K entries of largest magnitude and zeroes the rest. Phase 2: units with ω > 0
-survive, with A redrawn, B = 0 and without the factor ω; the others are removed, and their tensors
-and optimizer state freed. WeightLoRA+ gives each survivor the rank r ⌊n/K⌋, so that Σ r_u ≤ n r.
+where H_K keeps the K entries of largest score and zeroes the rest (`threshold: last`: the T steps
+add up, and H_K is applied once). Phase 2: units with ω > 0 survive, with A redrawn, B = 0 and
+without the factor ω (`expand`); the others are removed, and their tensors and optimizer state
+freed. WeightLoRA+ gives each survivor the rank r ⌊n/K⌋, so that Σ r_u ≤ n r; with K as a share p of
+the parameters (`keep_parameters`) r ⌊1/p⌋, so that Σ r_u size_u ≤ r Σ size_u. With `rounds` the
+survivors are selected from again, from ω = 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,19 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters import seeds
 from adapters.decision import Decision
 from adapters.figures import UnitScores
 from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer
-from adapters.methods.base import InitialAdapter, Method, Validate
+from adapters.methods.base import InitialAdapter, Validate
+from adapters.methods.expansion import keep_learned, orthonormalise
 from adapters.methods.lora import fresh
-from adapters.methods.options import (
-    MethodOptions,
-    RLoRAOptions,
-    WeightLoRAOptions,
-    WeightLoRAPlusOptions,
-)
+from adapters.methods.options import MethodOptions
+from adapters.methods.rlora import Selection
+from adapters.methods.selection_options import WeightLoRAOptions, WeightLoRAPlusOptions
 from adapters.optimizer import MaskedAdamW
 from adapters.unit import Unit
 
@@ -44,88 +44,7 @@ _PRECISION = 2.0**-20
 not affect decisions."""
 
 
-class RLoRA(Method):
-    """Keeps K random units before the first step and removes the others."""
-
-    Options: ClassVar[type[MethodOptions]] = RLoRAOptions
-    decides = True
-    changes_structure = True
-    selected = False
-    """Whether phase 2 has begun."""
-
-    def init_adapter(self, unit: Unit, generator: torch.Generator) -> GatedAdapter:
-        return fresh(unit, self.options.rank, self.scale, generator)
-
-    @property
-    def scale(self) -> float:
-        """α/r of the base rank."""
-        return self.options.alpha / self.options.rank
-
-    @property
-    def micro_batch_size(self) -> int | None:
-        return self.options.after_selection.micro_batch_size if self.selected else None
-
-    def largest_micro_batch(self, given: int) -> int:
-        return max(given, self.options.after_selection.micro_batch_size or 0)
-
-    def due(self, step: int) -> bool:
-        return not self.selected
-
-    def decide(self, step: int) -> Decision:
-        generator = seeds.generator(self.seed, step)
-        order = torch.randperm(len(self.units), generator=generator).tolist()
-        return self._selection(sorted(order[: self.options.kept(len(self.units))]))
-
-    def _selection(self, survivors: Sequence[int]) -> Decision:
-        rank = self.options.final_rank(len(self.units))
-        names = [self.units[index].name for index in survivors]
-        return Decision(survivors=names, ranks=dict.fromkeys(names, rank))
-
-    def check_decision(self, decision: Decision) -> None:
-        largest, ranks = self.options.final_rank(len(self.units)), decision.ranks
-        if set(decision.survivors or ()) != ranks.keys():
-            raise ValueError("survivors and ranks name different units; accepted: the same")
-        for name, rank in ranks.items():
-            if not 0 < rank <= largest:
-                raise ValueError(f"rank {rank} for {name}; accepted: 1 to {largest}")
-        self._check_scores(decision)
-
-    def _check_scores(self, decision: Decision) -> None:
-        if not decision.survivors:
-            raise ValueError("no survivors; accepted: decisions recorded by rlora")
-
-    def apply(self, decision: Decision) -> bool:
-        """Remove and redraw adapters: the only structural change in a run."""
-        self._enter_phase_2()
-        for unit in self.units:
-            if unit.name in decision.ranks:
-                survivor = self._survivor(unit, decision.ranks[unit.name], decision)
-                self.adapters.set_adapter(unit, survivor)
-            else:
-                self.adapters.remove(unit.name)
-        return True
-
-    def _enter_phase_2(self) -> None:
-        """Make gates constant."""
-        self.selected, self.adapters.gates = True, "constant"
-
-    def _survivor(self, unit: Unit, rank: int, decision: Decision) -> GatedAdapter:
-        return fresh(unit, rank, self.scale, self.generator(unit, purpose=1))
-
-    def scalars(self) -> dict[str, float]:
-        held = sum(adapter.rank for adapter in self.adapters.values())
-        budget = len(self.units) * self.options.rank
-        return {"survivors": len(self.adapters), "rank_left_over": budget - held}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"selected": torch.tensor(self.selected)}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if bool(state["selected"]):
-            self._enter_phase_2()
-
-
-class WeightLoRA(RLoRA):
+class WeightLoRA(Selection):
     """Selects units by their importance weights ω."""
 
     Options: ClassVar[type[MethodOptions]] = WeightLoRAOptions
@@ -134,12 +53,13 @@ class WeightLoRA(RLoRA):
 
     def __init__(self, options: Any, seed: int):
         super().__init__(options, seed)
-        self._gradient: Tensor | None = None  # g_ω (n) of the last step, until used
+        self.rounds = options.rounds
+        self._gradient: Tensor | None = None  # g_ω of the last step's adapters, until used
         self._omega: list[float] = []  # of the last applied decision
         # Rank 0 only:
-        self._offset = np.zeros(0)  # ω − 1 (n), float64: more digits than ω
-        self._counted = 0  # warm-up steps so far
-        self._thresholded = False
+        self._offset = np.zeros(0)  # ω − 1 (n), float64: more digits than ω; −1 where removed
+        self._counted = 0  # steps of this round so far
+        self._moved = False  # whether ω made a step in this round
 
     def attach(
         self,
@@ -155,7 +75,7 @@ class WeightLoRA(RLoRA):
         """g_ω,u = (α/r) Σ_j ∂L/∂g_j, reduced over all ranks."""
         if not self.selected:
             gates = torch.stack([adapter.gate_gradient for adapter in self.adapters.values()])
-            self._gradient = gates.double().sum(1) * self.scale
+            self._gradient = gates.double().sum(1) * self._gate(gates.shape[1])
 
     def after_step(
         self, step: int, optimizer: MaskedAdamW, *, skipped: bool, validate: Validate
@@ -163,32 +83,66 @@ class WeightLoRA(RLoRA):
         if skipped:
             self._gradient = None
 
+    # --- rank 0 --------------------------------------------------------------------------------
+
     def decide(self, step: int) -> Decision:
+        candidates = np.array([unit.name in self.adapters for unit in self.units])
         ties: list[str] = []
         if self._gradient is not None:
             rate = self._rate(step - 1)
-            ties = self._stoiht(self._gradient.cpu().numpy(), rate)
+            moves = self._descend(candidates, self._gradient.cpu().numpy(), rate)
+            if moves and self.options.threshold == "every":
+                ties = self._threshold(candidates)
             self._gradient = None
             self._counted += rate > 0
-        if self._counted >= self.options.warmup(self.steps) and self._thresholded:
-            survivors = np.flatnonzero(self._offset > -1)
-            if not len(survivors):
-                raise ValueError("no unit has ω > 0; lower method.omega_learning_rate")
-            decision = self._selection(survivors.tolist())
-        else:
-            decision = Decision()
+        decision = Decision()
+        if self._counted >= self.options.warmup(self.steps) and self._moved:
+            if self.options.threshold == "last":
+                ties = self._threshold(candidates)
+            decision = self._select(int(candidates.sum()))
         names = [unit.name for unit in self.units]
         omega = dict(zip(names, (1 + self._offset).tolist(), strict=True))
         # Steps of ω are rounded (`_PRECISION`): ties, as survivors, are the same on every engine.
         return replace(decision, scores={"omega": omega}, extra={"ties": ties} if ties else {})
 
-    def _check_scores(self, decision: Decision) -> None:
-        omega = decision.scores.get("omega")
-        for unit in self.units:
-            if not isinstance(omega, Mapping) or unit.name not in omega:
-                raise ValueError(
-                    f"no omega of {unit.name}; accepted: decisions of a run with the same units"
-                )
+    def _descend(self, candidates: np.ndarray, gradient: np.ndarray, rate: float) -> bool:
+        """ω ← ω − η g_ω of the candidates; False where there is no gradient."""
+        if np.linalg.norm(gradient) <= _NO_GRADIENT:
+            return False
+        main = self.options.omega_schedule == "main"
+        change = self.options.omega_learning_rate * (rate if main else 1.0) * gradient
+        largest = np.abs(change).max()
+        if largest > 0:
+            unit = 2.0 ** np.floor(np.log2(largest * _PRECISION))
+            change = np.round(change / unit) * unit
+        self._offset = self._offset.copy()
+        self._offset[candidates] -= change
+        self._moved = True
+        return True
+
+    def _threshold(self, candidates: np.ndarray) -> list[str]:
+        """ω ← H_K(ω). Returns the units whose scores tie at the K-th place, if any of them were
+        zeroed."""
+        sizes = [unit.size for unit in self.units]
+        score = np.where(candidates, scores(self._offset, sizes, self.options.score), -np.inf)
+        order = np.argsort(-score, kind="stable")[: candidates.sum()]  # ties: lower unit first
+        kept = self.options.first_that_fit(order.tolist(), sizes)
+        zeroed = np.setdiff1d(order, kept)
+        self._offset = self._offset.copy()
+        self._offset[zeroed] = -1.0
+        border = score[kept].min()
+        if (score[zeroed] == border).any():
+            return [self.units[index].name for index in np.flatnonzero(score == border)]
+        return []
+
+    def _select(self, candidates: int) -> Decision:
+        """The units with ω > 0, of so many candidates, and their ranks."""
+        survivors = [u.name for u, o in zip(self.units, self._offset, strict=True) if o > -1]
+        if not survivors:
+            raise ValueError("no unit has ω > 0; lower method.omega_learning_rate")
+        growth = self.options.growth(candidates)
+        ranks = {name: self.adapters[name].rank * growth for name in survivors}
+        return Decision(survivors=survivors, ranks=ranks)
 
     def summary(self, decision: Decision) -> dict[str, str]:
         """ω before the selection, then the survivors."""
@@ -196,48 +150,65 @@ class WeightLoRA(RLoRA):
         omega = texts.pop("omega")
         return texts if decision.survivors is not None else {"ω": omega, **texts}
 
-    def _stoiht(self, gradient: np.ndarray, rate: float) -> list[str]:
-        """ω ← H_K(ω − η g_ω). Returns the units whose scores tie at the K-th place, if any were
-        zeroed."""
-        if np.linalg.norm(gradient) <= _NO_GRADIENT:
-            return []
-        main = self.options.omega_schedule == "main"
-        change = self.options.omega_learning_rate * (rate if main else 1.0) * gradient
-        largest = np.abs(change).max()
-        if largest > 0:
-            unit = 2.0 ** np.floor(np.log2(largest * _PRECISION))
-            change = np.round(change / unit) * unit
-        offset = self._offset - change
-        # |ω| − 1 computed from ω − 1, which loses no digits
-        score = np.where(offset < -1, -2 - offset, offset)
-        if self.options.score == "signed":
-            score = offset.copy()
-        keep = self.options.kept(len(offset))
-        order = np.argsort(-score, kind="stable")  # ties: lower unit first
-        offset[order[keep:]] = -1.0
-        self._offset, self._thresholded = offset, True
-        border = score[order[keep - 1]]
-        if keep < len(order) and score[order[keep]] == border:
-            return [self.units[index].name for index in np.flatnonzero(score == border)]
-        return []
+    # --- every rank ----------------------------------------------------------------------------
+
+    def check_decision(self, decision: Decision) -> None:
+        super().check_decision(decision)
+        omega, ranks = decision.scores.get("omega"), decision.ranks
+        for unit in self.units:
+            if not isinstance(omega, Mapping) or unit.name not in omega:
+                raise ValueError(
+                    f"no omega of {unit.name}; accepted: decisions of a run with the same units"
+                )
+        if self.rounds > 1 and len(set(ranks.values())) > 1:
+            raise ValueError("survivors of different ranks; accepted with method.rounds: equal")
+        for name, rank in ranks.items():
+            if self.options.expand != "reinit" and rank < self.options.rank:
+                raise ValueError(
+                    f"rank {rank} for {name}; accepted with method.expand={self.options.expand}: "
+                    f"at least {self.options.rank}, method.rank"
+                )
 
     def apply(self, decision: Decision) -> bool:
         if decision.survivors is not None:
-            self._gradient = None
-            return super().apply(decision)
+            self._gradient, self._counted, self._moved = None, 0, False
+            changed = super().apply(decision)
+            if not self.selected:
+                held = [unit.name in self.adapters for unit in self.units]
+                self._offset = np.where(held, 0.0, -1.0)
+            return changed
         by_name = _omega(decision)
-        self._omega = list(by_name.values())
-        omega = torch.tensor([by_name[name] for name in self.adapters])
-        omega = omega.repeat_interleave(self.options.rank)
-        self.adapters.mask_table.write_gates(omega * self.scale)
-        self.adapters.mask_table.masks.copy_(omega != 0)
+        self._omega = [by_name[name] for name in self.adapters]
+        ranks = torch.tensor([adapter.rank for adapter in self.adapters.values()])
+        gates = torch.tensor([self._gate(int(rank)) for rank in ranks])
+        omega = torch.tensor(self._omega)
+        self.adapters.mask_table.write_gates((omega * gates).repeat_interleave(ranks))
+        self.adapters.mask_table.masks.copy_((omega != 0).repeat_interleave(ranks))
         return False
+
+    def _gate(self, rank: int) -> float:
+        """The factor of B A of an adapter of this rank, without ω."""
+        return self.scale
+
+    def _survivor(self, unit: Unit, rank: int, decision: Decision) -> GatedAdapter:
+        generator = self.generator(unit, purpose=self.selections)
+        drawn = fresh(unit, rank, self._gate(rank), generator)
+        if self.options.expand == "reinit":
+            return drawn
+        learned = self.adapters[unit.name].copy().to("cpu")
+        # ΔW stays ω (α/r) B A: ω and the change of scale are folded into B.
+        factor = _omega(decision)[unit.name] * self._gate(learned.rank) / self._gate(rank)
+        if self.options.expand == "qr":
+            return keep_learned(learned, drawn, factor)
+        return orthonormalise(learned, drawn, factor, generator)
 
     def scalars(self) -> dict[str, float]:
         if self.selected:
             return super().scalars()
         held = [omega for omega in self._omega if omega != 0]
         return {"survivors": len(held), "omega_spread": max(held) - min(held) if held else 0.0}
+
+    # --- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
         pending = {} if self._gradient is None else {"gradient": self._gradient}
@@ -251,12 +222,12 @@ class WeightLoRA(RLoRA):
         return {
             "offset": torch.from_numpy(self._offset.copy()),
             "counted": torch.tensor(self._counted),
-            "thresholded": torch.tensor(self._thresholded),
+            "thresholded": torch.tensor(self._moved),
         }
 
     def load_decider_state(self, state: Mapping[str, Tensor]) -> None:
         self._offset = state["offset"].numpy().copy()
-        self._counted, self._thresholded = int(state["counted"]), bool(state["thresholded"])
+        self._counted, self._moved = int(state["counted"]), bool(state["thresholded"])
 
 
 class WeightLoRAPlus(WeightLoRA):
@@ -264,30 +235,19 @@ class WeightLoRAPlus(WeightLoRA):
 
     Options = WeightLoRAPlusOptions
 
-    def check_decision(self, decision: Decision) -> None:
-        super().check_decision(decision)
-        for name, rank in decision.ranks.items():
-            if self.options.expand == "qr" and rank < self.options.rank:
-                raise ValueError(
-                    f"rank {rank} for {name}; accepted with method.expand=qr: at least "
-                    f"{self.options.rank}, method.rank"
-                )
+    def _gate(self, rank: int) -> float:
+        return self.options.alpha / rank if self.options.rescale_alpha else self.scale
 
-    def _survivor(self, unit: Unit, rank: int, decision: Decision) -> GatedAdapter:
-        gate = self.options.alpha / (rank if self.options.rescale_alpha else self.options.rank)
-        drawn = fresh(unit, rank, gate, self.generator(unit, purpose=1))
-        if self.options.expand == "reinit":
-            return drawn
-        learned = self.adapters[unit.name].copy().to("cpu")
-        held = learned.rank
-        # ΔW stays ω (α/r) B A: ω and the change of scale are folded into B.
-        factor = _omega(decision)[unit.name] * self.scale / gate
-        A, B = drawn.A.detach().clone(), drawn.B.detach().clone()
-        A[:held], B[:held] = learned.A.detach(), learned.B.detach() * factor
-        Q = torch.linalg.qr(A.T.double())[0].T[held:]
-        norms = A[held:].norm(dim=1, keepdim=True)
-        A[held:] = Q.to(A.dtype) * norms
-        return GatedAdapter(A, drawn.g, B)
+
+def scores(offset: np.ndarray, sizes: Sequence[int], score: str) -> np.ndarray:
+    """What H_K orders the units (n) by, from ω − 1: |ω| − 1, ω − 1 or (ω − 1) / √size. (|ω| − 1 is
+    computed from ω − 1, which loses no digits.)"""
+    match score:
+        case "magnitude":
+            return np.where(offset < -1, -2 - offset, offset)
+        case "per_parameter":
+            return offset / np.sqrt(sizes)
+    return offset
 
 
 def _omega(decision: Decision) -> Mapping[str, float]:

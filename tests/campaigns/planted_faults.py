@@ -80,7 +80,7 @@ FAULTS = [
         ("tests/world/test_method_resume.py",),
     ),
     Fault(
-        "an export leaves the gates out", "adapters/peft_export.py",
+        "an export leaves the gates out", "adapters/factors.py",
         "(adapter.B.detach() * adapter.g.detach().unsqueeze(1)).cpu()",
         "adapter.B.detach().cpu()",
         ("tests/unit/trainer/export/test_export.py",),
@@ -178,8 +178,8 @@ FAULTS = [
     ),
     Fault(
         "a larger survivor keeps the smaller one's alpha/r", "adapters/methods/weightlora.py",
-        "gate = self.options.alpha / (rank if self.options.rescale_alpha else self.options.rank)",
-        "gate = self.options.alpha / self.options.rank",
+        "return self.options.alpha / rank if self.options.rescale_alpha else self.scale",
+        "return self.scale",
         (f"{METHOD_TESTS}/test_weightlora.py",),
     ),
     Fault(

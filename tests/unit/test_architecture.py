@@ -19,16 +19,16 @@ LEVELS = [
     "adapters.options", "adapters.registry", "adapters.rounding", "adapters.seeds",
     "adapters.unit", "adapters.banks", "adapters.decision", "adapters.figures",
     "adapters.gated", "adapters.cuda", "adapters.formats", "adapters.mask_table",
-    "adapters.optimizer", "adapters.casts", "adapters.spectral", "adapters.layers", "adapters.token_rows",
-    "adapters.adapter_set",
-    "adapters.units", "adapters.expert_export", "adapters.peft_export", "adapters.methods",
+    "adapters.trainable", "adapters.optimizer", "adapters.casts", "adapters.spectral", "adapters.layers", "adapters.token_rows",
+    "adapters.starts", "adapters.adapter_set",
+    "adapters.units", "adapters.expert_export", "adapters.factors", "adapters.peft_export", "adapters.methods",
     # trainer
     "trainer.errors", "trainer.files", "trainer.device_memory", "trainer.distributed",
     "trainer.tasks", "trainer.config", "trainer.records", "trainer.data", "trainer.model",
     "trainer.engine", "trainer.decisions", "trainer.report", "trainer.trackers", "trainer.loading",
     "trainer.session", "trainer.checkpoint", "trainer.memory", "trainer.verification",
     "trainer.generation", "trainer.training",
-    "trainer.export", "trainer.run", "trainer.api",
+    "trainer.export", "trainer.run", "trainer.comparison", "trainer.api",
     "launch",
 ]  # fmt: skip
 """Packages, and modules that belong to none, from the lowest to the highest."""

@@ -50,6 +50,13 @@ ALONE = {  # the same in one process only
     "qr": (
         ["method.kind=weightlora_plus", "method.warmup_steps=4", "method.expand=qr"], [6],
     ),
+    "rounds": (
+        [
+            "method.kind=weightlora_plus", "method.warmup_steps=3", "method.rounds=2",
+            "method.threshold=last", "method.expand=authors",
+        ],
+        [2, 4, 8],
+    ),
     "rlora": (["method.kind=rlora"], [6]),
     "fisher": (
         ["method.kind=lalora", "method.gamma=5", "method.every=2", "method.contribution=fisher"],

@@ -41,7 +41,15 @@ VARIANTS = {
     "lelora-validation": [*SLOWLY, "method.policy.signal=validation"],
     "lalora": ["method.kind=lalora", "method.gamma=5"],
     "weightlora": ["method.kind=weightlora", OMEGA],
-    "weightlora_plus": ["method.kind=weightlora_plus", OMEGA],
+    "weightlora_plus": [
+        "method.kind=weightlora_plus",
+        "method.warmup_steps=10",
+        "method.rounds=2",
+        "method.threshold=last",
+        "method.score=per_parameter",
+        "method.keep_parameters=0.5",
+        "method.expand=authors",
+    ],
     "adalora": ["method.kind=adalora", "method.delta_t=2"],
     "dylora": ["method.kind=dylora"],
     "rlora": ["method.kind=rlora"],
@@ -126,7 +134,7 @@ FOLLOWED = {  # recorded by one process → followed by another engine that woul
     "dylora": ("dylora-int8-single", "fsdp2", ["run.seed=1"]),
 }
 FOLLOWING_STEPS = 12
-QUICK_PLUS = ["method.kind=weightlora_plus", "method.warmup_steps=3"]
+QUICK_PLUS = ["method.kind=weightlora_plus", "method.warmup_steps=3", "method.rounds=2"]
 
 
 def following(tmp, kind: str, *more: str, name: str = "following") -> Config:

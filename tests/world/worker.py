@@ -55,6 +55,7 @@ from trainer.run.saved_model import open_saved_model
 from trainer.session import Session, open_session
 from trainer.training.evaluation import evaluate_saved
 from trainer.training.loop import make_loader
+from trainer.training.starts import find_starts
 from trainer.training.step import Training, accumulate, train_step
 from trainer.training.validation import make_validate
 from trainer.verification.verify import verify_session
@@ -309,6 +310,20 @@ def loaded(world: World, argument: dict[str, Any]) -> dict[str, Any]:
         "bytes_read": figures.bytes_read,
         "identity": session.backbone.digest,
         "error": session.backbone.quantization_error,
+    }
+
+
+def started(world: World, config: dict[str, Any]) -> dict[str, Any]:
+    """A data-driven start: its digest, and A and worth of every third unit."""
+    starts = find_starts(open_session(parse_config(config), world))
+    digest = hashlib.sha256()
+    for name, start in starts.items():
+        for tensor in (start.A, start.worth, start.gain):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    some = {name: [start.A.tolist(), start.worth.tolist()] for name, start in starts.items()}
+    return {
+        "digest": digest.hexdigest(),
+        "starts": dict(itertools.islice(some.items(), 0, None, 3)),
     }
 
 

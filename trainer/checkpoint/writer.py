@@ -35,6 +35,20 @@ class Positioned(Protocol):
     def state_dict(self) -> dict[str, int]: ...
 
 
+class NoWriter:
+    """In place of a `CheckpointWriter`: saves nothing, for runs of which only scores are kept."""
+
+    failed = False
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def save(self, progress: Progress) -> None: ...
+    def tell_saved(self) -> None: ...
+    def wait(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class CheckpointWriter:
     """Saves a session, asynchronously if configured, and keeps the newest checkpoints."""
 

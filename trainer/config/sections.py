@@ -251,6 +251,9 @@ class LogOptions(Section):
     MLFLOW_TRACKING_URI, …). One that fails does not fail the run."""
     project: str = Field("rankcast", min_length=1)
     """The trackers' project, or experiment, that the run belongs to."""
+    record_losses: bool = False
+    """Write of each record of the last evaluation (or of the best one) the summed loss and its
+    number of terms to `losses.jsonl`: causal_lm and sequence_classification."""
     decisions_mib: float = Field(64.0, gt=0)
     """Size in MiB at which allocation.jsonl is rotated and compressed; the newest 32 rotated parts
     are kept. A run without its first parts can be drawn, but not replayed."""

@@ -10,10 +10,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from adapters.factors import Part, parts_by_unit
 from adapters.gated import GatedAdapter
 from adapters.layers.expert_modules import swapped_stacks
 from adapters.methods.registry import METHODS
-from adapters.peft_export import NothingToExport, Part, export_adapter, parts_by_unit
+from adapters.peft_export import NothingToExport, export_adapter
 from adapters.unit import stem
 from adapters.units import expert_counts, fan_in_fan_out
 from trainer.checkpoint.saved import Saved, read_saved

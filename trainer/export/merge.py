@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from adapters.factors import Part, merged
 from adapters.gated import GatedAdapter
 from adapters.layers.base import PackedLayer
-from adapters.peft_export import Part, merged
 from adapters.unit import stem
 from trainer.errors import UserError
 from trainer.loading.key_mapping import Converted, KeyMapping

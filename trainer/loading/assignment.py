@@ -59,16 +59,16 @@ def param_tasks(
 ) -> list[ParamTask]:
     """Tasks for the meta parameters of `modules` (path, module) of a model whose ids are not in
     `seen`; adds them to it. `split`: units of whose matrices a part is taken out."""
-    units: dict[str, list[Unit]] = {}
+    units: dict[int, list[Unit]] = {}  # by id: a tied matrix is a parameter of several modules
     for unit in split:
-        units.setdefault(f"{stem(unit.name)}.weight", []).append(unit)
+        units.setdefault(id(model.get_submodule(stem(unit.name)).weight), []).append(unit)
     tasks = []
     for path, module in modules:
         for local, parameter in module.named_parameters(prefix=path):
             if parameter.is_meta and id(parameter) not in seen:
                 seen.add(id(parameter))
                 owner = model.get_submodule(local.rpartition(".")[0])
-                tasks.append(ParamTask(local, parameter, owner, units.get(local, [])))
+                tasks.append(ParamTask(local, parameter, owner, units.get(id(parameter), [])))
     return tasks
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -92,26 +92,28 @@ class Materializer:
         """The frozen value of a parameter, not yet packed; a stack is read expert by expert."""
         matrix = task.matrix
         if matrix is None or not matrix.stacked:
-            return self._frozen_part(task, None, next(iter(task.units), None))
+            return self._frozen_part(task, None, task.units)
         # Assembled on the device: host memory never holds more than one expert's matrix.
         full = torch.empty(matrix.shape, dtype=self._dtype, device=self._world.device)
-        units: dict[int | None, Unit] = {
-            int(unit.name.rpartition(".")[2]): unit for unit in task.units
+        units: dict[int | None, list[Unit]] = {
+            int(unit.name.rpartition(".")[2]): [unit] for unit in task.units
         }
         for index, expert in enumerate(matrix.adapted_layers):
-            full[index] = self._frozen_part(task, expert, units.get(expert))
+            full[index] = self._frozen_part(task, expert, units.get(expert, []))
         return full
 
-    def _frozen_part(self, task: ParamTask, expert: int | None, unit: Unit | None) -> Tensor:
-        """The next value read, that of `task`, minus the initial adapter of `unit`."""
+    def _frozen_part(self, task: ParamTask, expert: int | None, units: Sequence[Unit]) -> Tensor:
+        """The next value read, that of `task`, minus the initial adapter of its unit; of several,
+        where the matrix is tied, all are zero."""
         with self._timed("reading"):
             full = next(self._values)
             dtype = task.parameter.dtype if task.matrix is None else self._dtype
             self._source.check_finite(task.name, expert, full, dtype)
-        if self._spectral_init is None or unit is None:
+        if self._spectral_init is None or not units:
             return full
         with self._timed("decomposing"):
-            return self._spectral_init.residual(unit, full)
+            residuals = [self._spectral_init.residual(unit, full) for unit in units]
+        return residuals[0]
 
     def _value(self, task: ParamTask, full: Tensor) -> Tensor:
         """The parameter's value in the model: packed, or in its own dtype."""

@@ -11,6 +11,7 @@ import torch
 from trainer.config.config import Config
 from trainer.config.engines import AUTO, takes
 from trainer.config.sections import EngineOptions
+from trainer.data.dataset import TokenDataset
 from trainer.device_memory import GIB, readable
 from trainer.distributed.world import World
 from trainer.engine.base import compiles
@@ -102,8 +103,11 @@ class Prediction:
         }
 
 
-def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Prediction:
-    """The prediction for `gpus` GPUs of `memory` bytes each, spread evenly over `hosts`. Raises
+def predict(
+    config: Config, gpus: int, memory: int, hosts: int = 1, records: TokenDataset | None = None
+) -> Prediction:
+    """The prediction for `gpus` GPUs of `memory` bytes each, spread evenly over `hosts`, with the
+    longest of `records`; without them, with sequences of `data.max_length` tokens. Raises
     UserError where the configuration, or this number of GPUs, cannot run."""
     if config.engine.device == "cpu":
         raise UserError("engine.device: cpu given; accepted: auto or cuda, the estimate is a GPU's")
@@ -125,7 +129,8 @@ def predict(config: Config, gpus: int, memory: int, hosts: int = 1) -> Predictio
     backbone = build(config, task, device)
     states = estimate(backbone, config, gpus, engine.spread, local_ranks=gpus // hosts)
     sharded = {n: estimate(backbone, config, n, "split") for n in (2, 4, 8, 16, 32, 64)}
-    found = probe(backbone, config, task, compiled=compiles(config, engine, backbone, device))
+    found = probe(backbone, config, task, compiled=compiles(config, engine, backbone, device),
+                  records=records)  # fmt: skip
     check_unsharded_blocks(config.engine, len(found.added))
     copies = takes(kind, "copy_engines") and gpus > hosts == 1
     copies = copies and bool(config.engine.copy_engines)

@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from adapters.units import transformer_blocks
 from trainer.config.config import Config
+from trainer.data.dataset import TokenDataset
 from trainer.errors import UserError, first_line
 from trainer.memory import block_trace
 from trainer.memory.block_trace import BlockBytes, Call, Meter, Products, WorstCase
-from trainer.memory.planner import Needs, largest_batch
+from trainer.memory.planner import Needs, largest_batch, longest_lengths
 from trainer.model.backbone import BuiltModel, TrainedModule, set_module
 from trainer.model.blocks import hidden_state
 from trainer.tasks.base import Batch, Task
@@ -67,10 +68,13 @@ class Probe:
         return self.forward + held + in_flight, self.backward + held + in_flight - own
 
 
-def probe(backbone: BuiltModel, config: Config, task: Task, *, compiled: bool) -> Probe:
-    """Run the probe on micro-batches of `data.micro_batch_size` sequences of `data.max_length`
-    tokens. Consumes `backbone`, which must be just built. Raises UserError where the model cannot
-    run on fake tensors."""
+def probe(
+    backbone: BuiltModel, config: Config, task: Task, *, compiled: bool,
+    records: TokenDataset | None = None,
+) -> Probe:  # fmt: skip
+    """Run the probe on the largest micro-batch of `records`; without them, of
+    `data.micro_batch_size` sequences of `data.max_length` tokens. Consumes `backbone`, which must
+    be just built. Raises UserError where the model cannot run on fake tensors."""
     for path, module in backbone.heads.items():
         set_module(backbone.model, path, TrainedModule(module))
     data = config.data
@@ -78,6 +82,8 @@ def probe(backbone: BuiltModel, config: Config, task: Task, *, compiled: bool) -
     lengths = [data.max_length] * (size or 1)
     if backbone.rows.source_apart:
         lengths = [*config.task.limits(data.max_length).values()]
+    if records is not None:
+        lengths = longest_lengths(records, task, backbone.rows, size)
     batch = largest_batch(task, data, backbone.rows, lengths, size)
     model = backbone.model.train()
     drops_input = config.method.dropout > 0 and config.method.dropout_on == "input"

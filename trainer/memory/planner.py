@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from trainer.config.data_options import DataOptions
+from trainer.data.dataset import TokenDataset
 from trainer.data.rows import Rows
 from trainer.device_memory import GIB, allowance, held_bytes, peak_bytes, readable, release
 from trainer.engine.sharded_optimizer import ShardedOptimizer
@@ -106,14 +107,8 @@ def make_plan(session: Session, size: int | None = None, batch: Batch | None = N
     data = session.config.data
     if batch is None:
         size = size or data.micro_batch_size
-        rows, lengths = session.backbone.rows, session.train_data.lengths
-        if session.task.options.records_together:
-            every = session.train_data.whole_records(np.arange(len(lengths)))
-            lengths = np.array([lengths[record].sum() for record in every])
-        lengths = np.sort(lengths)[::-1][: size or 1].tolist()
-        if rows.source_apart:
-            records = session.train_data
-            lengths = rows.widths(records.lengths, records.weights).max(0).tolist()
+        rows = session.backbone.rows
+        lengths = longest_lengths(session.train_data, session.task, rows, size)
         batch = largest_batch(session.task, data, rows, lengths, size)
     engine = session.engine
     plans_unsharded = options.unsharded_blocks == "auto" and engine.supports_unsharded_blocks
@@ -272,6 +267,18 @@ def oom_error(session: Session) -> RunFailed:
         f"out with {blocks.saved} of {len(blocks)} blocks keeping their activations; accepted: a "
         "lower fraction, or engine.activation_checkpointing=true"
     )
+
+
+def longest_lengths(records: TokenDataset, task: Task, rows: Rows, size: int | None) -> list[int]:
+    """Tokens of the `size` longest records (None: one), descending; of the longest source and
+    target where these have rows of their own."""
+    if rows.source_apart:
+        return rows.widths(records.lengths, records.weights).max(0).tolist()
+    lengths = records.lengths
+    if task.options.records_together:
+        every = records.whole_records(np.arange(len(lengths)))
+        lengths = np.array([lengths[record].sum() for record in every])
+    return np.sort(lengths)[::-1][: size or 1].tolist()
 
 
 def largest_batch(

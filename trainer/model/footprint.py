@@ -107,7 +107,7 @@ def trainable_parameters(backbone: BuiltModel, config: Config) -> int:
         return (
             METHODS[config.method.kind].trained_size(backbone.model, config.method, names) + heads
         )
-    gates = int(METHODS[config.method.kind].gates == "learned")
+    gates = int(METHODS[config.method.kind].initial_gates(config.method) == "learned")
     adapters = sum(
         config.method.components * (unit.in_features + unit.out_features + gates)
         for unit in backbone.units

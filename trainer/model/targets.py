@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from adapters.methods.options import MethodOptions
-from adapters.methods.registry import METHODS
 from adapters.unit import Unit, stem
 from adapters.units import linear_names, make_units, select_targets, transformer_blocks
 from trainer.errors import UserError
@@ -83,7 +82,7 @@ def choose_targets(
         method.check_units(make_units(model, targets))
     except ValueError as error:
         raise UserError(str(error)) from error
-    if METHODS[method.kind].splits_weight:
+    if method.takes_from_weight:
         refuse_tied(model, method, targets)
     return Targets(targets, sorted(small), without_effect, sorted(not_found))
 

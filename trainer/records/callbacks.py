@@ -46,6 +46,8 @@ class Evaluated:
     step."""
     answers: Sequence[Mapping[str, Any]]
     """To each record, of a task that has answers."""
+    losses: Sequence[Mapping[str, Any]]
+    """Of each record, with `log.record_losses`."""
     is_kept: bool
     """Whether predictions.jsonl holds these answers: the last evaluation, or the best one."""
 

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from adapters.decision import Decision
 from trainer.config.config import Config
-from trainer.files import METRICS, PREDICTIONS
+from trainer.files import LOSSES, METRICS, PREDICTIONS
 from trainer.records.callbacks import Callback, Evaluated, StepRecord
 from trainer.records.heartbeat import Heartbeat
 from trainer.records.jsonl import keep_lines, write_objects
@@ -58,9 +58,10 @@ class MetricsWriter(Callback):
 
     def on_eval(self, evaluation: Evaluated) -> None:
         self.write(dict(evaluation.values))
-        if evaluation.is_kept and evaluation.answers:
-            lines = ({"step": evaluation.step, **answer} for answer in evaluation.answers)
-            write_objects(self.file.with_name(PREDICTIONS), lines)
+        for name, lines in ((PREDICTIONS, evaluation.answers), (LOSSES, evaluation.losses)):
+            if evaluation.is_kept and lines:
+                objects = ({"step": evaluation.step, **line} for line in lines)
+                write_objects(self.file.with_name(name), objects)
 
     def set_state(self, state: str) -> None:
         """Enter a phase other than training steps; the bar ends with them."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from adapters.decision import Decision
 from trainer.errors import RunFailed
@@ -48,7 +49,8 @@ class RunRecorder(Recorder):
         records: Sequence[Record] = (),
         users: UserCallbacks | None = None,
     ):
-        self._metrics, self._records = metrics, [metrics, *records]
+        self._metrics = metrics
+        self._records: list[Any] = [metrics, *records]
         self._users = users or UserCallbacks()
         self._all: list[Callback] = [*self._records, self._users]
 

@@ -14,7 +14,7 @@ from adapters.methods.base import InitialAdapter
 from trainer.checkpoint.compatibility import changes, check_options
 from trainer.checkpoint.state import frozen_adapters, read_initial_adapters, restore
 from trainer.checkpoint.store import clear_the_way, find, read_tensors, verify
-from trainer.checkpoint.writer import CheckpointWriter
+from trainer.checkpoint.writer import CheckpointWriter, NoWriter
 from trainer.config.config import Config
 from trainer.config.validation import local
 from trainer.data.loader import Loader
@@ -22,6 +22,7 @@ from trainer.data.prefetch import Prefetcher
 from trainer.data.sources import hub_ids
 from trainer.data.templates import on_templates
 from trainer.decisions.replay import Replay
+from trainer.decisions.selection import match_selection
 from trainer.device_memory import readable
 from trainer.distributed import launcher
 from trainer.distributed.world import World
@@ -35,9 +36,11 @@ from trainer.model.backbone import Loading, class_name
 from trainer.records.callbacks import UserCallbacks
 from trainer.records.progress import Progress
 from trainer.records.result import Result
+from trainer.run.data_start import begin_from_data, save_starts
 from trainer.run.finish import finish
 from trainer.run.folder import RunFolder
 from trainer.run.outcome import find_fault
+from trainer.run.parameters import Parameters, count_parameters
 from trainer.run.remarks import (
     describe_engine,
     on_batch,
@@ -61,22 +64,30 @@ from trainer.verification.verify import Conditions, conditions, verify_session
 
 
 def run(
-    config: Config, world: World, stop: StopRequest | None = None, callbacks: Sequence[Any] = ()
-) -> None:
-    """Train as configured and complete the run folder. Collective.
+    config: Config,
+    world: World,
+    stop: StopRequest | None = None,
+    callbacks: Sequence[Any] = (),
+    *,
+    scores_only: bool = False,
+) -> Parameters:
+    """Train as configured and complete the run folder. Returns counts of parameters. Collective.
 
     `stop` is polled at every step; Interrupted is raised once the run is saved. `callbacks`: as
-    `trainer.records.callbacks.Callback`, called on rank 0.
+    `trainer.records.callbacks.Callback`, called on rank 0. `scores_only`: neither checkpoints nor
+    an adapter are written, such as in comparisons.
     """
     with world.all_or_none():
         users = UserCallbacks(callbacks if world.is_main else ())
         if world.is_main:
             refuse_missing(config.log)
     with RunFolder(config.run_folder, users) as folder:
-        _run(config, world, stop or StopRequest(config.run), folder)
+        return _run(config, world, stop or StopRequest(config.run), folder, scores_only)
 
 
-def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> None:
+def _run(
+    config: Config, world: World, stop: StopRequest, folder: RunFolder, scores_only: bool
+) -> Parameters:
     start = _choose_start(config, world, folder)
     with world.all_or_none():
         found, recomputed = _initial_adapters(start)
@@ -107,6 +118,12 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
     if start.checkpoint is not None:
         with world.all_or_none():
             progress = restore(session, loader, start.checkpoint, start.state)
+    starts, start_lines = None, []
+    goes_on = start.checkpoint is not None or (stage is not None and stage.goes_on)
+    if config.method.data_start is not None and not goes_on:
+        with session.watchdog:
+            starts, start_line = begin_from_data(session, folder.path)
+        start_lines = [start_line]
     plan = make_plan(session)
     steps = total_steps(session, loader)
     replay, digest = None, start.state.get("initial")
@@ -116,8 +133,12 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         if world.is_main:
             if config.method.replay is not None:
                 replay = Replay(Path(config.method.replay), session.method, progress.step, steps)
+            elif config.method.selection_of is not None:
+                match_selection(config, session.method)
             folder.make()
             digest = folder.describe(session, digest)
+            if starts is not None:
+                save_starts(session, starts, folder.path)
             folder.record(session, steps, progress)
     notes = [
         *([folder.lock.note] if folder.lock.note else []),
@@ -127,7 +148,7 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
         *on_templates(session.tokenizer, config.data),
     ]
     introduction = _introduction(session, loader, steps, notes)
-    for line in (*introduction, *stage_lines, *_resumption(start, config)):
+    for line in (*introduction, *stage_lines, *start_lines, *_resumption(start, config)):
         folder.recorder.log_line(line)
     folder.recorder.log_line(f"verified  {proof}")
     log_plan(folder.recorder, plan)
@@ -144,21 +165,24 @@ def _run(config: Config, world: World, stop: StopRequest, folder: RunFolder) -> 
             session, batches, steps, make_validate(session), folder.recorder, replay, first_steps,
             capture,
         )  # fmt: skip
-        writer = CheckpointWriter(
-            session, batches, folder.checkpoints, digest, verified, folder.recorder.on_save
-        )
+        writer: CheckpointWriter | NoWriter = NoWriter(folder.checkpoints)
+        if not scores_only:
+            writer = CheckpointWriter(
+                session, batches, folder.checkpoints, digest, verified, folder.recorder.on_save
+            )
         train(Run(training, writer, progress, stop))
     writer.close()
-    _end(session, folder, progress)
+    return _end(session, folder, progress, scores_only)
 
 
-def _end(session: Session, folder: RunFolder, progress: Progress) -> None:
-    """Write what the run leaves. Raises Diverged where that is no result. Collective."""
+def _end(session: Session, folder: RunFolder, progress: Progress, scores_only: bool) -> Parameters:
+    """Write what the run leaves. Returns counts of parameters. Raises Diverged where that is no
+    result. Collective."""
     world, recorder = session.world, folder.recorder
     recorder.set_state("finishing")
     fault = find_fault(session, folder.path, progress.step)
     with world.all_or_none():
-        if world.is_main:
+        if world.is_main and not scores_only:
             for line in finish(session, folder.path, progress, fault):
                 recorder.log_line(line)
         if fault is not None:
@@ -170,6 +194,7 @@ def _end(session: Session, folder: RunFolder, progress: Progress) -> None:
         if recorder.failure is not None:
             raise recorder.failure
         recorder.close()
+    return count_parameters(session)
 
 
 @dataclass(frozen=True)

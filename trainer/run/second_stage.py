@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters.factors import lora_factors, parts_by_unit, stacked
 from adapters.gated import GatedAdapter
 from adapters.methods.base import InitialAdapter
 from adapters.methods.registry import METHODS
-from adapters.peft_export import lora_factors, parts_by_unit, stacked
 from trainer.checkpoint.compatibility import is_another_backbone
 from trainer.checkpoint.saved import Saved, is_saved, read_on_all
 from trainer.checkpoint.state import load_learned
@@ -95,6 +95,11 @@ class SecondStage:
         if self._saved is None or (self._method.splits_weight and not self._resumes_method):
             return None
         return self._saved.initial_adapters
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether A, g and B are those of the earlier stage; once `frozen` was called."""
+        return self._resumes_method or bool(self._taken_over)
 
     @property
     def _resumes_method(self) -> bool:

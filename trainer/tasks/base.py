@@ -78,6 +78,8 @@ class Batch:
     """Indices of the records in their data set."""
     sequences: list[int] = field(default_factory=list)
     """Number of records of each sequence, as a loader cuts them."""
+    weights: list[int] = field(default_factory=list)
+    """Terms of the summed loss of each example, where the task gives the loss of each."""
     documents: Documents | None = None
     """Where rows hold several records: which token belongs to which."""
     learned: tuple[Tensor, Tensor] | None = None
@@ -175,6 +177,10 @@ class Task(ABC):
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """(summed loss in float32, predictions for `metrics` where the task has any)."""
+
+    def scored(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`loss` in an evaluation, and the summed loss of each example where the task knows it."""
+        return *self.loss(model, batch), None
 
     def prompt_of(self, example: Example) -> tuple[list[int], list[int]]:
         """(what precedes the first learned token, the learned tokens that follow), of a task that

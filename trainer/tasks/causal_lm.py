@@ -112,10 +112,16 @@ class CausalLM(Task):
         return Batch(
             inputs, torch.from_numpy(targets), *figures, documents=documents,
             learned=(torch.from_numpy(rows), torch.from_numpy(before)),
+            weights=[0 if empty else example.weight for example in examples],
         )  # fmt: skip
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         return self.token_losses(model, batch).sum(), None
+
+    def scored(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        losses = self.token_losses(model, batch)
+        each = torch.stack([part.sum() for part in losses.split(batch.weights)])
+        return losses.sum(), None, each
 
     def token_losses(self, model: nn.Module, batch: Batch, right: Tensor | None = None) -> Tensor:
         """Cross entropy in float32 of each learned token, in order of rows and positions; `right`

@@ -58,6 +58,9 @@ class ImageClassification(SequenceClassification):
     def shape(self, batch: Batch) -> tuple[int, int]:
         return len(batch.targets), self.tokenizer.tokens
 
+    def scored(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return *self.loss(model, batch), None
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(**batch.inputs).logits.float()
         loss = F.cross_entropy(logits, batch.targets, reduction="sum", ignore_index=IGNORED)

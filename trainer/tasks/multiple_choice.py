@@ -101,6 +101,9 @@ class MultipleChoice(CausalLM):
         questions = scores.split(batch.sequences)
         return torch.stack([one.logsumexp(0) for one in questions]).sum() - scores[right].sum()
 
+    def scored(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, None]:
+        return *self.loss(model, batch), None
+
     def metrics(
         self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
     ) -> dict[str, float]:

@@ -130,7 +130,8 @@ class SequenceClassification(Task):
         else:
             targets = torch.tensor([IGNORED if empty else int(label) for label in labels])
         tokens = 0 if empty else sum(len(example.input_ids) for example in examples)
-        return Batch(inputs, targets, 0 if empty else len(examples), tokens)
+        weights = [int(not empty)] * len(examples)
+        return Batch(inputs, targets, sum(weights), tokens, weights=weights)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(**batch.inputs, **without_cache(model)).logits.float()
@@ -140,6 +141,15 @@ class SequenceClassification(Task):
             return error.square().sum(), predicted.detach()
         loss = F.cross_entropy(logits, batch.targets, reduction="sum", ignore_index=IGNORED)
         return loss, logits.detach().argmax(-1)
+
+    def scored(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        logits = model(**batch.inputs, **without_cache(model)).logits.float()
+        if self.is_regression:
+            predicted = logits.squeeze(-1)
+            error = torch.where(batch.targets.isnan(), 0.0, predicted - batch.targets)
+            return error.square().sum(), predicted, error.square()
+        each = F.cross_entropy(logits, batch.targets, reduction="none", ignore_index=IGNORED)
+        return each.sum(), logits.argmax(-1), each
 
     def metrics(
         self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int] = ()

@@ -202,6 +202,9 @@ class SequenceToSequence(CausalLM):
         by_row = torch.stack([part.sum() for part in right.split(batch.counts)])
         return loss, torch.stack([by_row, by_row.new_tensor(batch.counts)], -1)
 
+    def scored(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, None]:
+        return *self.loss(model, batch), None
+
     def metrics(
         self, predictions: Sequence[Any], labels: Sequence[float], records: Sequence[int]
     ) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,9 @@ class Evaluation:
     """By name, as in metrics.jsonl."""
     answers: list[dict[str, Any]]
     """`Task.answers`, with the name of the set where there are several."""
+    losses: list[dict[str, Any]]
+    """Likewise of each record its `id`, summed `loss` and `weight` (number of terms), where the
+    task knows them."""
     seconds: float
     peak_gib: float
     """Of the rank that held most."""
@@ -57,16 +60,21 @@ def full_evaluation(session: Session) -> Evaluation:
     Collective."""
     began, device = time.perf_counter(), session.world.device
     begin_peak(device)
-    by_set, answers = {}, []
+    by_set: dict[str, dict[str, float]] = {}
+    answers: list[dict[str, Any]] = []
+    losses: list[dict[str, Any]] = []
     for name in session.config.data.eval_names:
-        by_set[name], found = _evaluate_set(session, name)
-        answers += [{**({"set": name} if name else {}), **answer} for answer in found]
+        by_set[name], *found = _evaluate_set(session, name)
+        for kept, of_set in zip((answers, losses), found, strict=True):
+            kept += [{**({"set": name} if name else {}), **record} for record in of_set]
     peak = max(session.world.gather(peak_of_phase(device))) / GIB
-    return Evaluation(_named(by_set), answers, time.perf_counter() - began, peak)
+    return Evaluation(_named(by_set), answers, losses, time.perf_counter() - began, peak)
 
 
-def _evaluate_set(session: Session, name: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(scores, answers) on one set."""
+def _evaluate_set(
+    session: Session, name: str
+) -> tuple[dict[str, float], list[dict[str, Any]], list[dict[str, Any]]]:
+    """(scores, answers, losses of records) on one set."""
     data, records = session.held_out(name)
     shown = session.config.log.shown if session.world.is_main else "none"
     with session.method.inference():
@@ -78,18 +86,35 @@ def _evaluate_set(session: Session, name: str) -> tuple[dict[str, float], list[d
         for part in parts
         for example, guess in zip(part.examples, part.predictions, strict=False)
     }
+    losses = _by_record(parts, data)
     if session.config.generation.records:
         generated = answer_records(session, data, records)
-        return scores | generated.scores, generated.answers
+        return scores | generated.scores, generated.answers, losses
     if not guesses:
-        return scores, []
+        return scores, [], losses
     examples = sorted(guesses)
     given = (
         [guesses[example] for example in examples],
         data.labels_of(examples),
         data.records[examples].tolist(),
     )
-    return scores | session.task.metrics(*given), session.task.answers(*given)
+    return scores | session.task.metrics(*given), session.task.answers(*given), losses
+
+
+def _by_record(parts: Sequence["_Part"], data: TokenDataset) -> list[dict[str, Any]]:
+    """The loss and weight of each record, summed over its examples; [] by a task that does not
+    know them."""
+    found: dict[int, list[float]] = {}
+    for part in parts:
+        records = data.records[part.examples].tolist()
+        for record, loss, weight in zip(records, part.losses, part.weights, strict=False):
+            of_record = found.setdefault(record, [0.0, 0])
+            of_record[0] += loss
+            of_record[1] += weight
+    return [
+        {"id": record, "loss": loss, "weight": weight}
+        for record, (loss, weight) in sorted(found.items())
+    ]
 
 
 def _named(by_set: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -133,6 +158,9 @@ class _Part:
     weight: int
     examples: list[int]
     predictions: list[Any]
+    losses: list[float]
+    """Of each example; none where the task does not know them."""
+    weights: list[int]
 
 
 def _forward(
@@ -160,11 +188,17 @@ def _forward(
         for index, batch in own:
             session.watchdog.alive(f"micro-batch {index} of an evaluation")
             batch = batch.to(world.device)
-            loss, predictions = task.loss(session.model, batch)
+            loss, *of_examples = task.scored(session.model, batch)
             if weight is not None:
                 session.engine.backward(loss / weight)
-            guesses = predictions.tolist() if predictions is not None and batch.records else []
-            parts.append(_Part(index, float(loss.detach()), batch.weight, batch.records, guesses))
+            guesses, losses = (
+                found.tolist() if found is not None and batch.records else []
+                for found in of_examples
+            )
+            total = float(loss.detach())
+            parts.append(
+                _Part(index, total, batch.weight, batch.records, guesses, losses, batch.weights)
+            )
             progress.advance()
     session.model.train(was_training)
     return sorted(part for parts_of_rank in world.gather(parts) for part in parts_of_rank)

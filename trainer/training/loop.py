@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.checkpoint.store import newest
-from trainer.checkpoint.writer import CheckpointWriter
+from trainer.checkpoint.writer import CheckpointWriter, NoWriter
 from trainer.data.loader import Loader
 from trainer.device_memory import peak_gib
 from trainer.distributed.world import World
 from trainer.engine.sharded_optimizer import ShardedOptimizer
-from trainer.errors import RunFailed
+from trainer.errors import Diverged
 from trainer.records.callbacks import Evaluated, StepRecord
 from trainer.records.progress import Progress
 from trainer.session import Session
@@ -29,7 +29,7 @@ class Run:
     """Components of the training loop."""
 
     training: Training
-    writer: CheckpointWriter
+    writer: CheckpointWriter | NoWriter
     progress: Progress
     stop: StopRequest
 
@@ -145,6 +145,7 @@ def _evaluate(run: Run) -> bool:
             progress.step,
             {"step": progress.step, **found.scores, **found.cost, **best},
             found.answers,
+            found.losses if session.config.log.record_losses else [],
             is_kept=is_best or session.config.run.keep_best is None,
         )
     )
@@ -215,7 +216,7 @@ def _give_up(run: Run) -> None:
     """Abort after too many consecutive non-finite steps. Collective."""
     run.writer.wait()
     with run.session.world.all_or_none():
-        raise RunFailed(
+        raise Diverged(
             f"step {run.progress.step}: loss or gradient not finite "
             f"{run.progress.skipped_in_a_row} times in a row (optim.max_skipped_steps); last good "
             f"checkpoint: {newest(run.writer.folder) or 'none'}"

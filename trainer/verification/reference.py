@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from adapters.factors import Part, merged
 from adapters.layers.base import PackedLayer
-from adapters.peft_export import Part, merged
 from adapters.units import transformer_blocks
 from trainer.distributed.failures import is_lost_connection
 from trainer.errors import UserError, first_line

@@ -6,27 +6,29 @@ import torch
 from torch import Tensor
 
 from adapters.cuda.graph_replay import GraphReplay
-from adapters.methods.lelora.options import PolicyOptions
 from adapters.spectral import resample
 
 
 class Features:
-    """Features (n, F) of n units: log1p of W's norm, the resampled spectrum divided by σ₁, and with
-    `features: current` the banks' gates divided by σ₁, which then also enter the norm.
+    """Features (n, F) of n units: log1p of W's norm, the resampled spectrum divided by σ₁, and if
+    `current` the banks' gates divided by σ₁, which then also enter the norm.
 
-    `spectra`: all singular values of each W; `held`: the indices of those in its banks.
+    `spectra`: all singular values of each W, resampled to `points`; `held`: the indices of those in
+    its banks.
     """
 
     def __init__(
         self,
-        options: PolicyOptions,
         spectra: Sequence[Tensor],
         held: Sequence[list[int]],
         device: torch.device,
+        *,
+        points: int,
+        current: bool,
     ):
-        self._current = options.features == "current"
+        self._current = current
         spectra = [spectrum.double().cpu() for spectrum in spectra]
-        curves = [resample(spectrum, options.spectrum_points) for spectrum in spectra]
+        curves = [resample(spectrum, points) for spectrum in spectra]
         energy = torch.stack([spectrum.square().sum() for spectrum in spectra])
         if self._current:
             pairs = zip(spectra, held, strict=True)

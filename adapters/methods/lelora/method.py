@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters.adapter_set import Gates
 from adapters.banks import bank
 from adapters.cuda.side_stream import SideStream
 from adapters.decision import Decision
@@ -39,7 +40,16 @@ from adapters.methods.base import InitialAdapter, Validate
 from adapters.methods.lelora.features import Features
 from adapters.methods.lelora.options import LeLoRAOptions
 from adapters.methods.lelora.reinforce import Reinforce
-from adapters.methods.spectral import SpectralMethod
+from adapters.methods.lelora.rewards import (
+    by_action,
+    counterfactual,
+    per_step,
+    row_sizes,
+    row_sums,
+    step_squares,
+)
+from adapters.methods.lora import ROW_NORM
+from adapters.methods.spectral import SpectralMethod, balanced
 from adapters.optimizer import MaskedAdamW
 from adapters.spectral import Triplets
 from adapters.unit import Unit, by_kind_and_third, stem
@@ -51,7 +61,6 @@ class LeLoRA(SpectralMethod):
     """Up to three singular banks per unit, of which one slice trains."""
 
     Options = LeLoRAOptions
-    gates = "learned"
     decides = True
     decides_before = "update"
     figures = (
@@ -72,6 +81,7 @@ class LeLoRA(SpectralMethod):
 
     def __init__(self, options: Any, seed: int):
         super().__init__(options, seed)
+        self._step_squares: Tensor | None = None  # (n, R): ‖δW_j‖² of unit steps at the draw
         self._before: Tensor | None = None  # θ, or its gradient, at the current draw
         self._saw_tokens: Tensor | None = None  # (n): whether experts saw tokens then
         self._spoiled = False  # a step since that draw was skipped
@@ -87,6 +97,10 @@ class LeLoRA(SpectralMethod):
         for action, row in self._row_of.items():
             self._masks[row, self.trained(*action)] = True
 
+    @classmethod
+    def initial_gates(cls, options: Any) -> Gates:
+        return "learned" if options.coordinates == "singular" else "constant"
+
     @property
     def no_bias_correction(self) -> bool:
         return self.options.wake == "gradual"
@@ -96,6 +110,13 @@ class LeLoRA(SpectralMethod):
         return [bank(location, self.options.rank, d) for location in self.options.locations]
 
     def extract(self, unit: Unit, triplets: Triplets) -> GatedAdapter:
+        match self.options.coordinates:
+            case "balanced":
+                return balanced(triplets)
+            case "delta":
+                A, scale = triplets.V.T * ROW_NORM, self.options.alpha / self.options.rank
+                B = torch.zeros(len(A), unit.out_features)
+                return GatedAdapter(A, torch.full((len(A),), scale), B)
         return GatedAdapter(triplets.V.T, triplets.S, triplets.U.T)
 
     def attach(
@@ -116,6 +137,10 @@ class LeLoRA(SpectralMethod):
         start = self.options.locations.index(location) * largest
         first = start + largest - rank if location == "minor" else start
         return slice(first, first + rank)
+
+    def _size(self, unit: Unit) -> int:
+        """Trained parameters of one component."""
+        return unit.in_features + unit.out_features + (self.options.coordinates == "singular")
 
     # --- rewards, on every rank ----------------------------------------------------------------
 
@@ -138,6 +163,11 @@ class LeLoRA(SpectralMethod):
             self._before = optimizer.values.clone()
         elif policy.credit == "counterfactual":
             self._before = optimizer.trained_gradients.clone()
+            if policy.score == "per_step":
+                moves = row_sums(optimizer, self._before.abs()) > 0
+                changes = torch.where(moves, row_sizes(self.units, moves.double()), 0.0)
+                values = optimizer.values
+                self._step_squares = self._squares_of(optimizer, values, changes)
 
     def after_step(
         self, step: int, optimizer: MaskedAdamW, *, skipped: bool, validate: Validate
@@ -173,11 +203,16 @@ class LeLoRA(SpectralMethod):
         assert self._before is not None
         gradient = optimizer.trained_gradients
         saw_tokens, known = optimizer.units_that_saw_tokens(), self._saw_tokens
+        per_step_of = self.options.policy.score == "per_step"
         if self.options.policy.credit == "attributed":
             change = optimizer.values - self._before
-            reward = _sums(optimizer, gradient * change).sum((1, 2))
+            reward = row_sums(optimizer, gradient * change).sum((1, 2))
+            if per_step_of:
+                squares = row_sums(optimizer, change * change)
+                moved = self._squares_of(optimizer, self._before, squares).sum(1)
+                reward = per_step(reward, moved)
             if known is not None:  # it may have seen tokens in a later step of the same draw
-                known = known | (_sums(optimizer, change.abs()).sum((1, 2)) > 0)
+                known = known | (row_sums(optimizer, change.abs()).sum((1, 2)) > 0)
         else:
             reward = self._counterfactual_rewards(optimizer, self._before, gradient)
         if self._spoiled:
@@ -191,20 +226,22 @@ class LeLoRA(SpectralMethod):
     def _counterfactual_rewards(
         self, optimizer: MaskedAdamW, earlier: Tensor, later: Tensor
     ) -> Tensor:
-        """R_u(r, s) = −Σ_{j in slice} Σ_{A, g, B} ⟨G_j, G′_j⟩ / rms(G_j), (n, |R|, |S|): the
-        first-order change of one batch's loss by a unit step along another batch's gradient.
+        """R_u(r, s) = Σ_{j in slice} `counterfactual`_j, (n, |R|, |S|); per unit of the step's
+        ‖δW‖ with `score: per_step`."""
+        dots, squares = row_sums(optimizer, earlier * later), row_sums(optimizer, earlier * earlier)
+        worth = counterfactual(dots, squares, row_sizes(self.units, dots))
+        reward = self._by_action(worth)
+        if self._step_squares is not None:
+            reward = per_step(reward, self._by_action(self._step_squares))
+        return reward
 
-        The batches are independent, so gradient noise does not appear as progress."""
-        dots = _sums(optimizer, earlier * later)
-        squares = _sums(optimizer, earlier * earlier)
-        sizes = torch.tensor([[u.in_features, 1, u.out_features] for u in self.units])
-        rms = (squares / sizes.to(squares).unsqueeze(2)).sqrt()
-        worth = -torch.where(rms > 0, dots / rms.clamp(min=1e-300), 0.0).sum(1)
-        table = [
-            torch.stack([worth[:, self.trained(r, s)].sum(1) for s in self.options.locations], 1)
-            for r in self.options.dimensions
-        ]
-        return torch.stack(table, 1)
+    def _by_action(self, components: Tensor) -> Tensor:
+        return by_action(components, self.trained, self.options.dimensions, self.options.locations)
+
+    def _squares_of(self, optimizer: MaskedAdamW, values: Tensor, changes: Tensor) -> Tensor:
+        """‖δW_j‖² (n, R) of `changes` (n, roles, R), squared norms, to `values`."""
+        gates = self.adapters.mask_table.gates.view(len(self.units), -1)
+        return step_squares(row_sums(optimizer, values * values), changes, gates)
 
     def _global_reward(self, validate: Validate) -> Tensor:
         """R = L₁ + α L₂, (1,)."""
@@ -235,7 +272,10 @@ class LeLoRA(SpectralMethod):
         if self._features is None:
             spectra = [self.spectra[unit.name] for unit in self.units]
             held = [[i for r in self.ranges(unit) for i in r] for unit in self.units]
-            self._features = Features(self.options.policy, spectra, held, self.adapters.device)
+            self._features = Features(
+                spectra, held, self.adapters.device,
+                points=self.options.policy.spectrum_points, current=self.options.current_gates,
+            )  # fmt: skip
         return self._features(self.adapters.mask_table.gates)
 
     def _get_policy(self) -> Reinforce:
@@ -248,7 +288,7 @@ class LeLoRA(SpectralMethod):
             deepest = max((unit.layer for unit in self.units if unit.layer is not None), default=-1)
             layers = [deepest + 1 if u.layer is None else u.layer for u in self.units]
             options, components = self.options.policy, self.options.components
-            current = components if options.features == "current" else 0
+            current = components if self.options.current_gates else 0
             self._policy = Reinforce(
                 options,
                 layer=torch.tensor(layers),
@@ -256,7 +296,7 @@ class LeLoRA(SpectralMethod):
                 features=1 + options.spectrum_points + current,
                 ranks=self.options.dimensions,
                 locations=len(self.options.locations),
-                sizes=torch.tensor([u.in_features + u.out_features + 1 for u in self.units]),
+                sizes=torch.tensor([self._size(unit) for unit in self.units]),
                 seed=self.seed,
                 device=self.adapters.device,
             )
@@ -297,7 +337,7 @@ class LeLoRA(SpectralMethod):
             "mean_rank": sum(ranks) / len(ranks),
             "distinct_actions": len({(r, r and s) for r, s in zip(ranks, locations, strict=True)}),
             "touched_parameters": sum(
-                int(row.sum()) * (unit.in_features + unit.out_features + 1)
+                int(row.sum()) * self._size(unit)
                 for row, unit in zip(self._touched, self.units, strict=True)
             ),
         } | (self._policy.scalars if self._policy is not None else {})
@@ -318,17 +358,21 @@ class LeLoRA(SpectralMethod):
             "last_loss": torch.tensor(self._last_loss, dtype=torch.float64),
         }
         # "reached": the key in checkpoints since before the attribute had its name.
-        held = {"before": self._before, "reached": self._saw_tokens, "reward": self._reward}
+        held = {
+            "before": self._before, "step_squares": self._step_squares,
+            "reached": self._saw_tokens, "reward": self._reward,
+        }  # fmt: skip
         return state | {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._touched, self._spoiled = state["touched"].bool(), bool(state["spoiled"])
         self._last_loss = float(state["last_loss"])
-        before, saw_tokens = state.get("before"), state.get("reached")
-        self._before = None if before is None else before.to(self.adapters.device)
-        self._saw_tokens = (
-            None if saw_tokens is None else saw_tokens.to(self.adapters.device).bool()
+        device = self.adapters.device
+        self._before, self._step_squares, saw_tokens = (
+            None if state.get(name) is None else state[name].to(device)
+            for name in ("before", "step_squares", "reached")
         )
+        self._saw_tokens = None if saw_tokens is None else saw_tokens.bool()
         self._reward = state.get("reward")
 
     def decider_state(self) -> dict[str, Tensor]:
@@ -337,8 +381,3 @@ class LeLoRA(SpectralMethod):
     def load_decider_state(self, state: Mapping[str, Tensor]) -> None:
         if state:
             self._get_policy().load_state_dict(state)
-
-
-def _sums(optimizer: MaskedAdamW, flat: Tensor) -> Tensor:
-    """Sums over each component's row of A, its g and its row of B: (n, 3, R) float64."""
-    return optimizer.by_component(flat).double()

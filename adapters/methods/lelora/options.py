@@ -13,6 +13,7 @@ from adapters.unit import Unit
 _ONLY_WITH = {
     "alpha": ("global",),
     "loss": ("global",),
+    "score": ("attributed", "counterfactual"),
     "baseline": ("attributed", "global"),
     "idle_location": ("attributed", "global"),
 }
@@ -42,6 +43,9 @@ class PolicyOptions(Section):
     signal: Literal["auto", "validation", "next_batch"] = "auto"
     """Loss of the reward: on records held out from the training data, or on the next training
     batch, whose gradient is computed anyway. auto: validation if credit=global, else next_batch."""
+    score: Literal["loss", "per_step"] = "loss"
+    """Rewards of a unit: the change of the loss, or that divided by the Frobenius norm ‖δW‖ of the
+    step that makes it, which does not favour directions for the length of their steps."""
     alpha: float = Field(0.8, ge=0)
     """α in R = L₁ + α L₂, with credit=global."""
     loss: Literal["both", "l1", "l2"] = "both"
@@ -58,12 +62,16 @@ class PolicyOptions(Section):
     """Weight of an entropy bonus."""
     cost: float = Field(0.0, ge=0)
     """Price per trained parameter, added to a unit's reward."""
+    budget: float | None = Field(None, gt=0)
+    """Mean rank B that every draw meets: it trains at most the parameters of rank B in all
+    matrices, distributed by a price per parameter that is solved for every draw. none: no limit."""
     validation_samples: int = Field(32, gt=0)
     """Number of training records held out for validation, with signal=validation."""
     every: int = Field(1, gt=0)
     """Steps between two draws."""
-    features: Literal["current", "initial"] = "current"
-    """current: the current singular values of the banks are inputs of the policy too."""
+    features: Literal["current", "initial"] | None = None
+    """current: the current singular values of the banks are inputs of the policy too. none: current
+    with coordinates=singular, whose gates they are, else initial."""
     spectrum_points: int = Field(256, gt=1)
     """Number of points to which a unit's spectrum is resampled."""
     expert_embedding: bool = False
@@ -85,6 +93,11 @@ class PolicyOptions(Section):
                     f"method.policy.{key}: {value!r} given with policy.credit={self.credit}, where "
                     f"it has no effect; accepted: with policy.credit={' or '.join(credits)}"
                 )
+        if self.budget is not None and self.cost:
+            raise ValueError(
+                f"method.policy.cost: {self.cost:g} given with policy.budget, which solves the "
+                "price; accepted: one of them"
+            )
         if self.rank_weights is not None:
             if self.mode != "uniform":
                 raise ValueError(
@@ -117,6 +130,10 @@ class LeLoRAOptions(MethodOptions):
     `rank`."""
     locations: list[Location] = Field(["primary", "medium", "minor"], min_length=1)
     """Banks to choose from."""
+    coordinates: Literal["singular", "balanced", "delta"] = "singular"
+    """How a bank's triplets U Σ Vᵀ become components. singular: A = Vᵀ, g = Σ, B = U, all trained,
+    taken out of W (paper); balanced: A = √Σ Vᵀ, B = U √Σ, taken out of W, as PiSSA; delta: A = Vᵀ
+    with the norm of LoRA's A, B = 0, g = α/r, and W stays whole: the bank only gives directions."""
     wake: Literal["gradual", "at_once"] = "gradual"
     """First steps of a component. gradual: without Adam's bias correction of the momentum, hence
     small; at_once: with it, a full step along one batch's gradient (paper)."""
@@ -149,6 +166,17 @@ class LeLoRAOptions(MethodOptions):
             raise ValueError(
                 f"method.locations: {self.locations} given; accepted: each location once"
             )
+        budget = self.policy.budget
+        if budget is not None and not ranks[0] <= budget <= ranks[-1]:
+            raise ValueError(
+                f"method.policy.budget: {budget:g} given; accepted: {ranks[0]} to {ranks[-1]}, the "
+                "smallest and the largest of method.ranks"
+            )
+        if self.coordinates != "singular" and self.policy.features == "current":
+            raise ValueError(
+                f"method.policy.features: current given with method.coordinates="
+                f"{self.coordinates}; accepted: initial, or method.coordinates=singular"
+            )
         weights = self.policy.rank_weights
         if weights is not None and len(weights) != len(ranks):
             raise ValueError(
@@ -167,6 +195,15 @@ class LeLoRAOptions(MethodOptions):
     @property
     def components(self) -> int:
         return self.rank * len(self.locations)
+
+    @property
+    def takes_from_weight(self) -> bool:
+        return self.coordinates != "delta"
+
+    @property
+    def current_gates(self) -> bool:
+        """Whether the banks' current singular values are inputs of the policy."""
+        return self.coordinates == "singular" and self.policy.features != "initial"
 
     @property
     def validation_samples(self) -> int:

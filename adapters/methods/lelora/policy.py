@@ -130,6 +130,11 @@ def sample(probabilities: Tensor, draws: Tensor) -> Tensor:
     return torch.from_numpy((cumulative <= threshold).sum(-1))  # at this size faster than a search
 
 
+def rounded(probabilities: Tensor) -> Tensor:
+    """Probabilities as multiples of 1e-6, float64, as `sample` compares them."""
+    return (probabilities.detach().to("cpu", torch.float64) * _ROUNDING).round()
+
+
 def sparsemax(scores: Tensor) -> Tensor:
     """Euclidean projection of each row of `scores` (n, m) onto the simplex: (n, m), sparse.
 

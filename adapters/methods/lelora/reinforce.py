@@ -9,6 +9,16 @@ sample and its variance:
 
     Ω ← Ω − η₂ (1/n) Σ_u ∇_Ω Σ_a p(a | ξ_u; Ω) R_u(a)
 
+With a budget of B parameters per unit of size, draws are those of the policy tilted by a price,
+
+    p_λ(r | ξ_u) ∝ p(r | ξ_u; Ω) exp(−λ r size_u),        Σ_u r_u size_u ≤ B Σ_u size_u.
+
+r_u = argmax_r log p(r | ξ_u) + e_u(r) − λ r size_u with Gumbel noise e is a sample of p_λ for any λ
+(Maddison et al. 2014); the noise is drawn once, then λ is solved such that the sample meets the
+budget (`budget.py`). Sampled actions are learned from by log p_λ, with λ as a constant. Where all
+rewards are known they are priced too, R_u(r, s) + μ r size_u, with μ ≥ 0 such that the units' best
+ranks, argmin_r min_s, meet the budget: the policy learns which units are worth their parameters.
+
 All of this runs on rank 0.
 """
 
@@ -22,8 +32,15 @@ from torch.func import functional_call
 
 from adapters import seeds
 from adapters.cuda.graph_replay import GraphReplay
+from adapters.methods.lelora.budget import allocate, solve
 from adapters.methods.lelora.options import PolicyOptions
-from adapters.methods.lelora.policy import PolicyNetwork, entropy, log_probability, sample
+from adapters.methods.lelora.policy import (
+    PolicyNetwork,
+    entropy,
+    log_probability,
+    rounded,
+    sample,
+)
 from adapters.methods.lelora.window import SlidingWindow
 
 _PRECISION = 2.0**16
@@ -38,6 +55,7 @@ class Draw:
     features: Tensor
     ranks: Tensor
     locations: Tensor
+    tilt: Tensor  # (n, |R|): λ r size_u, subtracted from the ranks' logits; 0 without a budget
 
 
 class Reinforce:
@@ -63,6 +81,8 @@ class Reinforce:
         self.options, self.seed, self._generator = options, seed, torch.Generator()
         self._layer, self._kind = layer.to(device), kind.to(device)
         self._ranks, self._sizes = torch.tensor(ranks).to(device), sizes.double().to(device)
+        self._costs = sizes.double().unsqueeze(1) * torch.tensor(ranks).double()  # on the CPU
+        self._device_costs = self._costs.to(device)
         self._locations = locations
         self.network = PolicyNetwork(
             options.network, layers=int(layer.max()) + 1, kinds=int(kind.max()) + 1,
@@ -98,11 +118,26 @@ class Reinforce:
         uniform = torch.rand(2, n, dtype=torch.float64, generator=self._generator)
         features = features.to(self._layer.device)
         weights = self._copied() if self.options.mode == "learned" else None
-        probabilities = self.probabilities(features)
-        ranks, locations = (sample(p, u) for p, u in zip(probabilities, uniform, strict=True))
+        of_ranks, of_locations = self.probabilities(features)
+        locations, price = sample(of_locations, uniform[1]), 0.0
+        if self.options.budget is None:
+            ranks = sample(of_ranks, uniform[0])
+        else:
+            noise = torch.rand(of_ranks.shape, dtype=torch.float64, generator=self._generator)
+            ranks, price = self._within_budget(of_ranks, -(-noise.clamp(min=1e-300).log()).log())
         if weights is not None:
-            self._draws.append(Draw(weights, features.clone(), ranks, locations))
+            tilt = price * self._device_costs
+            self._draws.append(Draw(weights, features.clone(), ranks, locations, tilt))
         return ranks, locations
+
+    def _within_budget(self, probabilities: Tensor, noise: Tensor) -> tuple[Tensor, float]:
+        """(indices of the ranks (n,) that meet the budget, λ), given p and e (n, |R|)."""
+        assert self.options.budget is not None
+        scores = rounded(probabilities).clamp(min=1).log() + noise
+        limit = self.options.budget * float(self._sizes.sum())
+        ranks, price = allocate(-scores, self._costs, limit)
+        self._figures["price"] = lambda: torch.tensor(price)
+        return ranks, price
 
     def _copied(self) -> Tensor:
         """A copy of Ω, concatenated: `learn` differentiates at the Ω of the draw."""
@@ -196,14 +231,15 @@ class Reinforce:
         """Eq. 10: the gradient at the Ω of the draw, the step on the current Ω."""
         ranks, locations = (part.to(advantage.device) for part in (draw.ranks, draw.locations))
         counts = (self._ranks[ranks] > 0) | self.options.idle_location
-        self._descend(draw.features, draw.weights, advantage, ranks, locations, counts)
+        self._descend(draw.features, draw.weights, advantage, ranks, locations, counts, draw.tilt)
 
     def _descend_sampled(
         self, features: Tensor, flat: Tensor, advantage: Tensor, ranks: Tensor, locations: Tensor,
-        counts: Tensor,
+        counts: Tensor, tilt: Tensor,
     ) -> Sequence[Tensor]:  # fmt: skip
-        """One step on (1/n) Σ_u (R_u − b_u) log p(a_u)."""
+        """One step on (1/n) Σ_u (R_u − b_u) log p_λ(a_u)."""
         weights, rank_logits, location_logits = self._recompute(flat, features)
+        rank_logits = rank_logits - tilt.to(rank_logits)
         log_p = log_probability(
             rank_logits, location_logits, ranks, locations, location_counts=counts
         )
@@ -216,6 +252,10 @@ class Reinforce:
         assert self._earlier is not None
         self._earlier.push_(self._priced(_rounded(reward)))
         mean = self._earlier.padded.nanmean(0).nan_to_num()
+        if self.options.budget is not None:
+            limit = self.options.budget * self._sizes.sum()
+            price = solve(mean.amin(2), self._device_costs, limit)[1].clamp(min=0)
+            mean = mean + (price * self._device_costs).unsqueeze(2)
         if self.options.advantage == "normalised":
             mean = mean / mean.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
         weights, rank_logits, location_logits = self._recompute(flat, features)
@@ -267,7 +307,7 @@ class Reinforce:
         for index, draw in enumerate(self._draws):
             weights = self._parts(draw.weights).items()
             state |= {f"draw.{index}.weights.{name}": value for name, value in weights}
-            for part in ("features", "ranks", "locations"):
+            for part in ("features", "ranks", "locations", "tilt"):
                 state[f"draw.{index}.{part}"] = getattr(draw, part)
         return state
 
@@ -288,8 +328,9 @@ class Reinforce:
         for _, parts in sorted(_nested(state, "draw.").items(), key=lambda item: int(item[0])):
             weights = torch.cat([parts[f"weights.{name}"].view(-1) for name in self._parameters])
             features = parts["features"].to(device)
+            tilt = parts.get("tilt", torch.zeros_like(self._costs)).to(device)
             self._draws.append(
-                Draw(weights.to(device), features, parts["ranks"], parts["locations"])
+                Draw(weights.to(device), features, parts["ranks"], parts["locations"], tilt)
             )
 
 

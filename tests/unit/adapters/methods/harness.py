@@ -293,7 +293,10 @@ class AdamW:
         weight_decay: float = 0.0,
         eps: float = 1e-8,
         no_bias_correction: bool = False,
+        to_start: bool = False,
     ):
+        """`to_start`: decay pulls a value to what it was in its first update."""
+        self.to_start, self.start = to_start, {}
         self.lr, self.betas, self.wd, self.eps = learning_rate, betas, weight_decay, eps
         self.no_bias_correction = no_bias_correction
         self.state: dict[Any, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
@@ -310,6 +313,7 @@ class AdamW:
         rows = len(value)
         if key not in self.state:
             self.state[key] = np.zeros_like(value), np.zeros_like(value), np.zeros(rows)
+            self.start[key] = value.copy() if self.to_start else np.zeros_like(value)
         m, v, t = self.state[key]
         b1, b2 = self.betas
         for row in np.flatnonzero(np.ones(rows, bool) if active is None else active):
@@ -318,7 +322,9 @@ class AdamW:
             v[row] = b2 * v[row] + (1 - b2) * gradient[row] ** 2
             mean = m[row] if self.no_bias_correction else m[row] / (1 - b1 ** t[row])
             direction = mean / (np.sqrt(v[row] / (1 - b2 ** t[row])) + self.eps)
-            value[row] -= self.lr * ratio * (self.wd * value[row] + direction)
+            value[row] -= (
+                self.lr * ratio * (self.wd * (value[row] - self.start[key][row]) + direction)
+            )
 
 
 def assert_near(actual: torch.Tensor, expected: np.ndarray, rtol: float = 1e-3) -> None:

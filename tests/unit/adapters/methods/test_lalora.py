@@ -236,6 +236,31 @@ def test_decisions_every_few_steps(every, contribution):
     assert len(history) == 18 // every
 
 
+def test_uniform_growth_spends_the_same_budget_on_equal_ranks():
+    """The budget is still eq. 5 of this run's norms; ranks are D / L, one more in lower layers."""
+    bench, reference = bench_of(allocation="uniform"), Reference()
+    seen = set()
+    for _ in range(14):
+        now = matrices(bench)
+        decision = bench.decide()
+        if reference.ranks is None:
+            reference.decide(now)
+        else:
+            s = reference.s(now, reference.ranks)
+            growth = np.mean((s - reference.s_previous) / reference.s_previous)
+            reference.budget = np.clip(reference.budget * (1 + 2.0 * growth), 3, 3 * RANK)
+            each, rest = divmod(round(reference.budget), 3)
+            reference.ranks = np.array([each + (layer < rest) for layer in range(3)])
+            reference.s_previous = reference.s(now, reference.ranks)
+        assert list(decision.ranks.values()) == reference.ranks.tolist()
+        assert decision.scores["budget"] == pytest.approx(reference.budget, rel=1e-4)
+        reference.budget = decision.scores["budget"]
+        seen.add(tuple(reference.ranks))
+        bench.backward()
+        bench.update()
+    assert len(seen) >= 4
+
+
 # --- gates, masks, training --------------------------------------------------------------------
 
 

@@ -111,6 +111,14 @@ REFUSED = {
         ["method.kind=weightlora", "method.warmup_steps=4"],
         ["method.warmup_steps: 4", "fewer than the run's 4 steps"],
     ),
+    "two counts of survivors": (
+        ["method.kind=weightlora", "method.keep=3", "method.keep_parameters=0.5"],
+        ["method.keep_parameters: 0.5", "together with method.keep"],
+    ),
+    "rounds that are too long": (
+        ["method.kind=weightlora", "method.warmup_steps=2", "method.rounds=2"],
+        ["method.warmup_steps: 2", "method.rounds=2", "fewer than the run's 4 steps"],
+    ),
     "warm-up as long as the epochs": (
         ["method.kind=weightlora", "method.warmup_steps=8", "run.steps=null", "run.epochs=1"],
         ["method.warmup_steps: 8", "fewer than the run's 8 steps"],
@@ -246,6 +254,10 @@ ABLATIONS = {  # by what METHODS.md says must be reachable, or names as an optio
         for signal in ("validation", "next_batch")
     },
     "woken at once": [LELORA, "method.wake=at_once"],
+    "balanced": [LELORA, "method.coordinates=balanced"],
+    "directions only": [LELORA, "method.coordinates=delta", "method.dropout=0.1"],
+    "scores per step": [LELORA, "method.policy.score=per_step"],
+    "budget": [LELORA, "method.policy.budget=4"],
     "price": [LELORA, "method.policy.cost=1e-6"],
     "every 3": [LELORA, "method.policy.every=3"],
     "spectrum": [LELORA, "method.policy.spectrum_points=64"],
@@ -324,7 +336,8 @@ def test_defaults_are_those_of_the_methods_page():
     policy = options("lelora").policy
     assert (policy.alpha, policy.baseline_window, policy.every) == (0.8, 20, 1)
     assert (policy.spectrum_points, policy.validation_samples) == (256, 32)
-    assert (policy.optimizer, policy.features, policy.network) == ("adam", "current", "mlp")
+    assert (policy.optimizer, policy.score, policy.network) == ("adam", "loss", "mlp")
+    assert options("lelora").coordinates == "singular" and options("lelora").current_gates
     lalora = options("lalora")
     assert (lalora.gamma, lalora.every, lalora.growth) == (1.0, 1, "same_rank")
     assert (lalora.fidelity, lalora.budget) == ("truncated_over_full", "gradual")

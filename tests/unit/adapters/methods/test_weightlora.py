@@ -359,7 +359,10 @@ def test_a_negative_omega_is_kept_by_h_k_and_dropped_at_selection():
     np.testing.assert_allclose(omega_of(decision), [-3, 1, 0.9, 0, 0, 0], atol=1e-3)
     names = [unit.name for unit in bench.units]
     assert decision.survivors == [names[1], names[2]]
-    assert bench.method.scalars() == {"survivors": 2, "rank_left_over": 4 * RANK}
+    left = 4 * 22 * RANK  # of 6 units, each of 22 parameters a component
+    assert bench.method.scalars() == {
+        "survivors": 2, "rank_left_over": 4 * RANK, "parameters_left_over": left,
+    }  # fmt: skip
 
 
 def test_when_no_omega_is_positive_the_run_says_so():

@@ -240,6 +240,6 @@ def test_importing_it_is_cheap():
     assert done.returncode == 0, done.stderr
     assert set(trainer._API) <= set(dir(trainer)) and trainer.load_config is load_config
     with pytest.raises(AttributeError):
-        trainer.nothing  # noqa: B018
+        trainer.nothing
     for name in trainer._API:
         assert getattr(trainer, name).__module__ == trainer._API[name]

@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
+from adapters.factors import lora_factors
 from adapters.gated import GatedAdapter
-from adapters.peft_export import export_adapter, lora_factors
+from adapters.peft_export import export_adapter
 from adapters.units import is_linear
 from tests.tiny_models import CLASSIFICATION, tiny_model
 from trainer.errors import UserError

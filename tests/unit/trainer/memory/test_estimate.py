@@ -5,13 +5,15 @@ import torch
 
 from launch import estimate as command
 from tests.helpers import python, quick_config, save_mixture, save_random_model
-from trainer.config.config import load_config
+from trainer.config.config import load_config, with_overrides
 from trainer.device_memory import GIB
+from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.memory.estimate import predict, table
 from trainer.memory.fake_probe import Probe, probe
 from trainer.model.build import build
 from trainer.model.hub import load_tokenizer
+from trainer.session import open_data
 from trainer.tasks.registry import TASKS
 
 H200, H100 = int(139.8 * GIB), int(79.19 * GIB)
@@ -280,3 +282,18 @@ def test_graphs_take_the_activations_again(tmp_path):
         assert not small(tmp_path, change, gpus=1 + ("fsdp2" in change)).possible_graphs
     with pytest.raises(UserError, match=r"engine\.cuda_graphs: true given with engine\.kind=fsdp2"):
         quick_config(tmp_path, "engine.cuda_graphs=true", "engine.kind=fsdp2")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_records_tell_what_the_longest_micro_batch_needs(tmp_path, size):
+    """As sequences of the length of the longest records, however long `data.max_length` is."""
+    changes = [f"data.micro_batch_size={size}", "data.batch_size=6", "engine.device=auto"]
+    config = quick_config(tmp_path, "data.max_length=512", "engine.kind=auto", *changes)
+    _, _, records, _ = open_data(config, World())
+    longest = sorted(records.lengths)[-size:]
+    assert max(longest) < 512
+    known = predict(config, 1, H200, records=records)
+    if size == 1:
+        by_hand = predict(with_overrides(config, [f"data.max_length={longest[0]}"]), 1, H200)
+        assert known.probe == by_hand.probe
+    assert known.peak < predict(config, 1, H200).peak

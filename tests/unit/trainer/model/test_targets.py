@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.methods.options import LaLoRAOptions, LoRAOptions, WeightLoRAPlusOptions
+from adapters.methods.options import LaLoRAOptions, LoRAOptions
 from adapters.methods.registry import METHODS
+from adapters.methods.selection_options import WeightLoRAPlusOptions
 from trainer.errors import UserError
 from trainer.model.targets import choose_targets, within_blocks
 

@@ -137,7 +137,9 @@ def test_all_components_take_part_in_the_forward_pass():
 def test_training_is_numpy_s_and_inactive_rows_keep_every_bit(wake):
     bench = bench_of(weight_decay=0.1, max_norm=1.0, wake=wake)
     references = twins(bench)
-    optimizer = AdamW(5e-3, weight_decay=0.1, no_bias_correction=wake == "gradual")
+    optimizer = AdamW(
+        5e-3, weight_decay=0.1, no_bias_correction=wake == "gradual", to_start=True
+    )  # fmt: skip
     rested = 0
     for _ in range(12):
         decision = bench.decide()

@@ -1,0 +1,29 @@
+"""A tensor that the optimizer trains."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A tensor to train. `mask`, if given, has one bool per row (dimension 0).
+
+    `learning_rate_ratio` multiplies the learning rate (LoRA+), decay included; `decay_ratio` the
+    decay alone. `decays_to_start`: weight decay pulls towards the values that the tensor had when
+    the optimizer first held it, those of the initial adapter, instead of 0. The gradient of an
+    `observed` tensor is averaged with the others, but neither clipped nor used by the optimizer:
+    the method updates that tensor. `token_counter`: an observed parameter and an index into it; a
+    gradient of 0 there means that the tensor saw no token in the step, and all of its rows are
+    inactive. `role`: A, g or B of an adapter, whose rows are its components.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    mask: Tensor | None = None
+    role: str | None = None
+    learning_rate_ratio: float = 1.0
+    decay_ratio: float = 1.0
+    decays_to_start: bool = False
+    observed: bool = False
+    token_counter: tuple[nn.Parameter, int] | None = None

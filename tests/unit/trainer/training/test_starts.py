@@ -1,0 +1,135 @@
+"""Data-driven starts of a model: against NumPy on what its layers see, and against PEFT's EVA."""
+
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import EvaConfig
+from peft.tuners.lora.eva import get_eva_state_dict
+from transformers import AutoModelForCausalLM
+
+from tests.helpers import TINY, quick_config
+from trainer.distributed.world import World
+from trainer.errors import UserError
+from trainer.session import open_session
+from trainer.training.loop import make_loader
+from trainer.training.starts import find_starts
+
+BATCHES = 3
+
+
+def open_with(tmp_path, *overrides):
+    given = [
+        f"method.start_options.batches={BATCHES}", "method.rank=4", "data.micro_batch_size=8",
+        *overrides,
+    ]  # fmt: skip
+    return open_session(quick_config(tmp_path, *given), World())
+
+
+def batches(session):
+    """What the model's tokens are in the batches, by micro-batch."""
+    loader = make_loader(session, World())
+    steps = [loader.next_step() for _ in range(BATCHES)]
+    return [(batch, step.weight) for step in steps for _, batch in step.micro_batches]
+
+
+def plain_model():
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    return model.eval()
+
+
+def seen(session) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """x and dy of every unit in transformers' own model, of all tokens."""
+    model, rows = plain_model(), defaultdict(list)
+    for unit in session.method.units:
+
+        def note(module, args, output, name=unit.name):
+            x = args[0].detach().flatten(0, -2)
+            output.register_hook(lambda dy: rows[name].append((x, dy.flatten(0, -2))))
+
+        model.get_submodule(unit.name).register_forward_hook(note)  # fmt: skip
+    for batch, weight in batches(session):
+        loss, _ = session.task.loss(model, batch)
+        (loss / weight).backward()
+    return {
+        name: tuple(torch.cat(part).double().numpy() for part in zip(*pairs, strict=True))
+        for name, pairs in rows.items()
+    }
+
+
+def angles(A: torch.Tensor, V: np.ndarray) -> np.ndarray:
+    """Cosines of the principal angles between the spans of rows."""
+    return np.linalg.svd(A.double().numpy() @ V.T, compute_uv=False)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_activations_give_the_principal_directions_of_the_inputs(tmp_path, center):
+    session = open_with(
+        tmp_path, "method.start=activation", "method.start_options.passes=6",
+        f"method.start_options.center={center}",
+    )  # fmt: skip
+    starts = find_starts(session)
+    for name, (x, dy) in seen(session).items():
+        x = x[dy.any(1)]
+        rows = x - x.mean(0) if center else x
+        _, S, V = np.linalg.svd(rows, full_matrices=False)
+        start = starts[name]
+        np.testing.assert_allclose(start.worth, S[:4] ** 2 / (rows**2).sum(), rtol=1e-2)
+        assert angles(start.A, V[:6])[:3].min() > 0.98  # of values near each other, too
+        captured = np.linalg.norm(rows @ start.A.double().numpy().T) ** 2
+        assert captured == pytest.approx((S[:4] ** 2).sum(), rel=3e-3)
+
+
+def test_gradients_give_the_right_singular_vectors_of_the_gradient(tmp_path):
+    session = open_with(tmp_path, "method.start=gradient", "method.start_options.passes=6")
+    starts = find_starts(session)
+    for name, (x, dy) in seen(session).items():
+        G = dy.T @ x
+        S = np.linalg.svd(G, compute_uv=False)
+        start = starts[name]
+        np.testing.assert_allclose(start.worth, S[:4], rtol=1e-2)
+        captured = np.linalg.norm(G @ start.A.double().numpy().T) ** 2
+        assert captured == pytest.approx((S[:4] ** 2).sum(), rel=3e-3)
+    assert not session.optimizer.gradients.any(), "what training begins with"
+
+
+def test_directions_and_ranks_are_those_of_peft_eva(tmp_path):
+    session = open_with(
+        tmp_path, "method.start=activation", "method.start_options.passes=6",
+        "method.start_options.ranks=redistributed", "method.start_options.count=components",
+        "data.packing=false", "data.padding_free=false",
+    )  # fmt: skip
+    starts = find_starts(session)
+    given = [dict(batch.inputs) | {"use_cache": False} for batch, _ in batches(session)]
+    targets = [unit.name for unit in session.method.units]
+    config = LoraConfig(
+        r=4, target_modules=targets, init_lora_weights="eva",
+        eva_config=EvaConfig(rho=2.0, use_label_mask=False, tau=0.999),
+    )  # fmt: skip
+    model = get_peft_model(plain_model(), config, low_cpu_mem_usage=True)
+    theirs = get_eva_state_dict(model, given, config, show_progress_bar=False)
+    theirs = {name.removeprefix("base_model.model."): A for name, A in theirs.items()}
+    session.method.adopt(starts)
+    ours = {name: adapter.rank for name, adapter in session.method.adapters.items()}
+    last = max(unit.layer for unit in session.method.units)
+    for unit in session.method.units:
+        A = theirs[unit.name]
+        # In the last block EVA takes tokens that do not reach the loss, too.
+        if unit.layer < last:
+            assert abs(len(A) - ours.get(unit.name, 0)) <= 1
+            if len(A):
+                # Its incremental SVD orders directions of nearly equal variance otherwise.
+                shared = angles(starts[unit.name].A, A.double().numpy())
+                assert shared[0] > 0.98 and np.mean(shared**2) > 0.9
+    assert sum(len(A) for A in theirs.values()) == sum(ours.values()) == 4 * len(targets)
+
+
+def test_a_unit_with_too_few_tokens_is_refused(tmp_path):
+    session = open_with(
+        tmp_path, "method.start=activation", "method.start_options.batches=1", "method.rank=64",
+        "data.batch_size=1", "data.micro_batch_size=1",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="tokens that reach the loss come through"):
+        find_starts(session)

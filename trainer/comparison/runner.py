@@ -1,0 +1,128 @@
+"""Comparison of methods: runs on all GPUs, several at a time, results by which it is resumed.
+
+A job starts as soon as a worker is free and what it depends on is known: an arm's seeds when its
+learning rate is, the LoRA of as many parameters when these are. `results.jsonl` holds every result
+under a digest of its configuration and the version of the code: a comparison that was stopped or
+changed repeats only runs that failed, were interrupted or are new.
+"""
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.comparison.figure import draw
+from trainer.comparison.jobs import Job, Jobs, Result, code_version
+from trainer.comparison.plan import Comparison
+from trainer.comparison.schedule import Schedule, is_failure
+from trainer.comparison.table import markdown, rows
+from trainer.comparison.worker import make_run, prepare
+from trainer.config.yaml import parse_json
+
+RESULTS = "results.jsonl"
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one call."""
+
+    workers: int = 1
+    """Runs at a time."""
+    minutes: float | None = None
+    """After which no run is started, so that those at work end; None: none."""
+    any_code: bool = False
+    """Use results of other versions of the code."""
+
+
+class Part:
+    """One comparison of a call, in its folder."""
+
+    def __init__(self, comparison: Comparison, folder: Path, limits: Limits, report: Report):
+        self.folder, self._report = folder, report
+        folder.mkdir(parents=True, exist_ok=True)
+        self.schedule = Schedule(
+            Jobs(comparison, folder / "runs"), None if limits.any_code else code_version()
+        )
+        stored = read_results(folder / RESULTS)
+        others = sum(one.get("code") != code_version() for one in stored)
+        if others:
+            use = "used" if limits.any_code else "not used (--any-code uses them)"
+            report(f"note: {folder / RESULTS}: {others} results of other code, {use}")
+        for result in stored:
+            if not is_failure(result):
+                self.schedule.add(result)
+
+    def take(self, result: Result) -> None:
+        """Keep a result, and report it in a line."""
+        self.schedule.add(result)
+        with (self.folder / RESULTS).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(result) + "\n")
+        brief = {k: v for k, v in result.items() if k not in ("records", "where")}
+        self._report(json.dumps(brief))
+
+    def write(self) -> None:
+        """Write table and figure of the results so far."""
+        found = rows(self.schedule)
+        (self.folder / "table.md").write_text(markdown(self.schedule, found), encoding="utf-8")
+        draw(self.schedule, found, self.folder / "figure.png")
+
+
+def compare(
+    comparisons: Sequence[tuple[Comparison, Path]],
+    limits: Limits = Limits(),
+    report: Report = print,
+) -> list[list[Result]]:
+    """Make the runs of comparisons, each with its folder, that have no result; those of the first
+    one first. Writes results.jsonl, table.md and figure.png of each; returns its results."""
+    parts = [Part(comparison, folder, limits, report) for comparison, folder in comparisons]
+    if next(_wanted(parts, set()), None) is not None and limits.minutes != 0:
+        _work(parts, limits)
+    for part in parts:
+        part.write()
+    return [part.schedule.results for part in parts]
+
+
+def _wanted(parts: Sequence[Part], begun: set[tuple[int, str]]):  # type: ignore[no-untyped-def]
+    """(part, job) of what can be run and was not begun."""
+    for number, part in enumerate(parts):
+        for job in part.schedule.wanted():
+            if (number, part.schedule.jobs.digest(job)) not in begun:
+                yield number, job
+
+
+def _work(parts: Sequence[Part], limits: Limits) -> None:
+    """Run until nothing is wanted, or the time is up."""
+    context = multiprocessing.get_context("spawn")
+    ends = time.monotonic() + 60 * (limits.minutes or 1e9)
+    begun: set[tuple[int, str]] = set()
+    running: dict[Future[Result], int] = {}
+    with ProcessPoolExecutor(limits.workers, context, prepare, (context.Value("i", 0),)) as pool:
+        while True:
+            free = limits.workers - len(running) if time.monotonic() < ends else 0
+            for _ in range(free):
+                found: tuple[int, Job] | None = next(_wanted(parts, begun), None)
+                if found is None:
+                    break
+                number, job = found
+                jobs = parts[number].schedule.jobs
+                begun.add((number, jobs.digest(job)))
+                identity = job.result(jobs.digest(job), code_version())
+                running[pool.submit(make_run, identity, jobs.config(job))] = number
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                parts[running.pop(future)].take(future.result())
+
+
+def read_results(file: Path) -> list[Result]:
+    """Results of earlier calls; truncated lines are skipped, so that their runs are repeated."""
+    results = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            results.append(parse_json(line))
+    return [result for result in results if isinstance(result, dict) and "config" in result]
