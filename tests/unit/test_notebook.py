@@ -17,7 +17,8 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     notebook = nbformat.read(ROOT / "docs/python.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "kept without outputs"
-    nbclient.NotebookClient(notebook, timeout=120, cwd=str(tmp_path)).execute()
+    place = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=120, resources=place).execute()
     assert (tmp_path / "runs/notebook/adapter/adapter_model.safetensors").is_file()
     shown = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
     assert "20 steps, eval_loss" in shown

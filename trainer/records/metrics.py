@@ -6,11 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from adapters.decision import Decision
 from trainer.config.config import Config
 from trainer.files import LOSSES, METRICS, PREDICTIONS
+from trainer.records.bars import tqdm
 from trainer.records.callbacks import Callback, Evaluated, StepRecord
 from trainer.records.heartbeat import Heartbeat
 from trainer.records.jsonl import keep_lines, write_objects

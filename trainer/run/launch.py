@@ -40,6 +40,7 @@ def launched(
         config: Config | None = None
         failure: UserError | None = None
         try:
+            launcher.refuse_accelerate_engine()
             config = load_config(path, overrides)
         except UserError as error:
             failure = error
