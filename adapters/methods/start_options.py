@@ -38,7 +38,8 @@ class StartOptions(Section):
 
     def check(self, start: StartKind) -> None:
         """Raises ValueError, naming the key, for what has no effect with this `method.start`."""
-        given = self.model_fields_set
+        defaults = type(self).model_construct()  # keys of a saved configuration are all given
+        given = {key for key in self.model_fields_set if getattr(self, key) != getattr(defaults, key)}
         if start == "lora" and given:
             raise ValueError(
                 f"method.start_options.{min(given)}: given with method.start=lora, where it has no "
