@@ -3,6 +3,7 @@
 rankcast train --config configs/quickstart.yaml [section.key=value ...]
 torchrun --nproc_per_node 2 launch/train.py --config ...
 deepspeed --num_gpus 2 launch/train.py --config ...
+accelerate launch --num_processes 2 launch/train.py --config ...
 srun bash -c '. launch/slurm/rendezvous.sh; exec python launch/train.py --config ...'
 """
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse(argv, prog)
     from trainer.run.launch import launched
 
-    with launched(arguments.config, arguments.overrides) as (config, world):
+    begun = not arguments.print_config  # whose output is YAML
+    with launched(arguments.config, arguments.overrides, announced=begun) as (config, world):
         if arguments.print_config:
             if world.is_main:
                 print(config.to_yaml(), end="")

@@ -25,10 +25,10 @@ LEVELS = [
     # trainer
     "trainer.errors", "trainer.files", "trainer.device_memory", "trainer.distributed",
     "trainer.tasks", "trainer.config", "trainer.records", "trainer.data", "trainer.model",
-    "trainer.engine", "trainer.decisions", "trainer.report", "trainer.loading",
+    "trainer.engine", "trainer.decisions", "trainer.report", "trainer.trackers", "trainer.loading",
     "trainer.session", "trainer.checkpoint", "trainer.memory", "trainer.verification",
     "trainer.generation", "trainer.training",
-    "trainer.export", "trainer.run", "trainer.comparison",
+    "trainer.export", "trainer.run", "trainer.comparison", "trainer.api",
     "launch",
 ]  # fmt: skip
 """Packages, and modules that belong to none, from the lowest to the highest."""
@@ -150,8 +150,9 @@ def test_packages_are_not_too_large():
 
 
 def test_packages_have_no_logic_of_their_own():
+    """But the one that users import: its API comes when it is asked for."""
     for module, file in modules().items():
-        if file.name == "__init__.py":
+        if file.name == "__init__.py" and module != "trainer":
             body = ast.parse(file.read_text(encoding="utf-8")).body
             plain = (ast.Import, ast.ImportFrom, ast.Expr, ast.Assign)  # a docstring, a version
             assert all(isinstance(node, plain) for node in body) and len(body) <= 2, module

@@ -107,3 +107,22 @@ def test_a_run_imports_late_what_it_may_not_need():
 def test_engine_files_import_without_their_libraries():
     program = "import trainer.engine.deepspeed, trainer.engine.deepspeed_config\ntell()"
     assert imported(program, ("deepspeed",))[0] == []
+
+
+def test_the_first_line_is_printed_before_torch_is_imported():
+    """What imports torch ends here."""
+    program = """
+class Ends:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            tell()
+            leave(7)
+import os
+leave = os._exit
+sys.meta_path.insert(0, Ends())
+sys.argv = ["launch/train.py", "--config", "configs/quickstart.yaml", "log.progress=plain"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    found, code, out = imported(program, HEAVY)
+    assert code == 7 and found == [], out
+    assert out.startswith("rankcast  ") and "configs/quickstart.yaml: importing torch" in out

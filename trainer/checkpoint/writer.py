@@ -4,7 +4,7 @@ import concurrent.futures
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +44,7 @@ class NoWriter:
         self.folder = folder
 
     def save(self, progress: Progress) -> None: ...
+    def tell_saved(self) -> None: ...
     def wait(self) -> None: ...
     def close(self) -> None: ...
 
@@ -58,9 +59,11 @@ class CheckpointWriter:
         folder: Path,
         initial_digest: str | None = None,
         verified: Mapping[str, str | int] | None = None,
+        on_save: Callable[[int, Path], None] = lambda step, folder: None,
     ):
         """`initial_digest`: on rank 0, the SHA-256 of the run's initial adapters, if it has any.
-        `verified`: the conditions under which the run was proved, if it was."""
+        `verified`: the conditions under which the run was proved, if it was. `on_save`: told of a
+        checkpoint that is whole, by `tell_saved`."""
         self.session, self.batches, self.folder = session, batches, folder
         self._initial_digest = initial_digest
         self._verified = None if verified is None else dict(verified)
@@ -68,6 +71,7 @@ class CheckpointWriter:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
         self._pending_step = 0
+        self._on_save, self._is_told = on_save, True
 
     def save(self, progress: Progress) -> None:
         """Snapshot to host memory, then write, in the background if asynchronous. Collective."""
@@ -78,7 +82,7 @@ class CheckpointWriter:
         }
         tensors |= sharded_tensors(self.session)
         state = self._describe(progress)
-        self._pending_step = progress.step
+        self._pending_step, self._is_told = progress.step, False
         self._pending = self._thread.submit(self._write, tensors, state)
         if not self._options.asynchronous:
             self.wait()
@@ -89,8 +93,18 @@ class CheckpointWriter:
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 
+    def tell_saved(self) -> None:
+        """Tell of the last checkpoint, once it is whole."""
+        pending = self._pending
+        if not self._is_told and pending is not None and pending.done() and not self.failed:
+            self._is_told = True
+            self._on_save(self._pending_step, of_step(self.folder, self._pending_step))
+
     def wait(self) -> None:
         """Wait for the pending write. Raises RunFailed where it failed. Collective."""
+        if self._pending is not None:
+            concurrent.futures.wait([self._pending])
+        self.tell_saved()
         pending, self._pending = self._pending, None
         if self.session.world.gather(pending is None)[0]:
             return

@@ -6,6 +6,7 @@ An unknown key, a wrong type or an invalid combination raises a `UserError` of o
 the key, the value given and the values accepted.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,11 @@ class Config(Section):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read `path`, apply `section.key=value` overrides in order (the last wins) and validate.
     Raises UserError."""
+    return parse_config(overridden(read_config(path), overrides, Path(path).stem))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The sections of a YAML file, as they stand there. Raises UserError."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -241,13 +247,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(raw, dict):
         given = "an empty file" if raw is None else type(raw).__name__
         raise UserError(f"--config {path}: {given}; accepted: the sections {names_of(Config)}")
-    found = rename_keys(raw)
-    _apply_overrides(raw, overrides)
+    return raw
+
+
+def overridden(
+    raw: Mapping[str, Any], overrides: Sequence[str] = (), name: str = ""
+) -> dict[str, Any]:
+    """Sections with overrides and the present names of keys, for `parse_config`; `name`: of the
+    run, unless it is given. `raw` is left as it is. Raises UserError."""
+    own = copy.deepcopy(dict(raw))
+    found = rename_keys(own)
+    _apply_overrides(own, overrides)
     note_renamed(found)
-    run = raw.get("run")
+    run = own.get("run")
     if run is None or (isinstance(run, dict) and not run.get("name")):
-        raw["run"] = {**(run or {}), "name": path.stem}
-    return parse_config(raw)
+        own["run"] = {**(run or {}), "name": name}
+    return own
 
 
 def with_overrides(config: Config, overrides: Sequence[str]) -> Config:

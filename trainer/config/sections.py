@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from adapters.formats.names import FORMAT_NAMES
 from adapters.options import PATH, Section
 from trainer.config.engines import ENGINES, engines_with, takes
+from trainer.config.trackers import TRACKERS
 from trainer.config.validation import one_of
 
 Shown = Literal["bar", "plain", "none"]
@@ -243,6 +244,13 @@ class LogOptions(Section):
     """Steps between two log lines; the first and the last step are logged in any case."""
     tensorboard: bool = True
     """Write TensorBoard event files to the run folder, at most 10,000 points per curve."""
+    trackers: list[str] = []
+    """Trackers that the run is also logged to, of tensorboard, wandb, mlflow, trackio, comet,
+    swanlab, aim, clearml, dvclive: configuration, metrics, and (tensorboard, wandb, mlflow) answers
+    and the figures of decisions. Each is set up by its own environment variables (WANDB_MODE,
+    MLFLOW_TRACKING_URI, …). One that fails does not fail the run."""
+    project: str = Field("rankcast", min_length=1)
+    """The trackers' project, or experiment, that the run belongs to."""
     record_losses: bool = False
     """Write of each record of the last evaluation (or of the best one) the summed loss and its
     number of terms to `losses.jsonl`: causal_lm and sequence_classification."""
@@ -250,13 +258,26 @@ class LogOptions(Section):
     """Size in MiB at which allocation.jsonl is rotated and compressed; the newest 32 rotated parts
     are kept. A run without its first parts can be drawn, but not replayed."""
     progress: Literal["auto", "bar", "plain", "none"] = "auto"
-    """auto: a bar on a terminal, else plain lines."""
+    """auto: a bar on a terminal or in a notebook, else plain lines."""
+
+    @field_validator("trackers")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            one_of("log.trackers", name, TRACKERS)
+        return names
+
+    @property
+    def all_trackers(self) -> list[str]:
+        """Each once, TensorBoard among them where `tensorboard` asks for it."""
+        return list(dict.fromkeys([*["tensorboard"] * self.tensorboard, *self.trackers]))
 
     @property
     def shown(self) -> Shown:
         """How progress is shown."""
         if self.progress == "auto":
-            return "bar" if sys.stderr.isatty() else "plain"
+            notebook = "ipykernel" in sys.modules
+            return "bar" if notebook or sys.stderr.isatty() else "plain"
         return self.progress
 
 

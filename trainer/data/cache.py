@@ -32,6 +32,11 @@ def cache_root(options: DataOptions) -> Path:
     """Cache folder: tokenised data, matrix decompositions."""
     if options.cache is not None:
         return Path(options.cache)
+    return default_root()
+
+
+def default_root() -> Path:
+    """Cache folder where `data.cache` gives none."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankcast"
 
 

@@ -5,9 +5,8 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from tqdm import tqdm
-
 from trainer.config.sections import Shown
+from trainer.records.bars import tqdm
 
 _FIRST, _LONGEST = 5.0, 60.0
 """Seconds between two plain lines: at first, and after a while."""

@@ -9,6 +9,7 @@ from adapters.decision import Decision
 from adapters.methods.base import Method
 from trainer.files import DECISION_PARTS, DECISIONS, replacing
 from trainer.records.jsonl import keep_lines, read_objects
+from trainer.records.recorder import Record
 
 _KEPT_PARTS = 32
 """Rotated parts to keep; of 64 MiB each, 2 GiB before compression."""
@@ -26,7 +27,7 @@ def record(step: int, method: Method, decision: Decision) -> dict[str, Any]:
     }
 
 
-class AllocationLog:
+class AllocationLog(Record):
     """Rank 0's log of decisions; a resumed run appends to the same file.
 
     At `limit` bytes the file is rotated: compressed into a part
@@ -39,7 +40,7 @@ class AllocationLog:
         self._stream = (folder / DECISIONS).open("a", encoding="utf-8")
         self._size = self._stream.tell()
 
-    def write(self, step: int, decision: Decision) -> None:
+    def on_decision(self, step: int, decision: Decision) -> None:
         """Append a decision, made before optimizer step `step`."""
         text = json.dumps(record(step, self.method, decision)) + "\n"
         if self._size and self._size + len(text) > self._limit:

@@ -16,11 +16,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.errors import EXIT_REQUEUE
+from trainer.errors import EXIT_REQUEUE, UserError
 
 _EVERY = 1.0  # seconds between two looks
 _INIT = 1
 _AGENT = "TORCHELASTIC_RUN_ID"
+
+_ACCELERATE = {
+    "ACCELERATE_USE_DEEPSPEED": ("--use_deepspeed", "engine.kind=deepspeed"),
+    "ACCELERATE_USE_FSDP": ("--use_fsdp", "engine.kind=fsdp2"),
+    "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", "an engine of engine.kind"),
+}
+"""Engines that `accelerate launch` asks a script for: (its option, what is used here)."""
 
 _ancestors: list[tuple[int, str]] = []
 """(process, start time) of the launchers, the nearest first."""
@@ -46,6 +53,17 @@ def gone() -> str | None:
         if _started(process) != started:
             return f"the launcher (process {process}) is gone"
     return None
+
+
+def refuse_accelerate_engine() -> None:
+    """Raises UserError where `accelerate launch` was told of an engine, which only a script that
+    uses its Accelerator would have."""
+    for variable, (option, ours) in _ACCELERATE.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate launch: {option} given, by an argument or its configuration file; "
+                f"accepted: --multi_gpu or --cpu alone, and {ours} in the configuration"
+            )
 
 
 def remarks() -> list[str]:

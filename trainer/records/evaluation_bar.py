@@ -4,9 +4,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
 from trainer.config.sections import Shown
+from trainer.records.bars import tqdm
 
 
 class EvaluationBar:

@@ -1,26 +1,22 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, and progress on the terminal."""
+"""Metrics of a run: metrics.jsonl, predictions.jsonl, and progress on the terminal."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from adapters.decision import Decision
 from trainer.config.config import Config
-from trainer.files import BOARD, METRICS
-from trainer.records.answers import answers_table
+from trainer.files import LOSSES, METRICS, PREDICTIONS
+from trainer.records.bars import tqdm
+from trainer.records.callbacks import Callback, Evaluated, StepRecord
 from trainer.records.heartbeat import Heartbeat
-from trainer.records.jsonl import keep_lines
+from trainer.records.jsonl import keep_lines, write_objects
 from trainer.records.progress import Progress
 
-_BOARD_POINTS = 10_000
-"""TensorBoard draws a thousand points of a curve; more of them only make its files grow."""
 
-
-class MetricsWriter:
+class MetricsWriter(Callback):
     """Rank 0's metrics of a run; a resumed run appends to the same files."""
 
     def __init__(
@@ -29,55 +25,48 @@ class MetricsWriter:
         self.file, start = folder / METRICS, progress.step
         self.remark = keep_lines(self.file, lambda line: start > 0 and _belongs(line, progress))
         self._stream = self.file.open("a", encoding="utf-8")
-        self._board = None
-        if config.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._spacing = steps / _BOARD_POINTS
-            self._board_from = 0.0  # the first step to draw next
-            self._board = SummaryWriter(str(folder / BOARD), purge_step=start + 1)
-            if start == 0:
-                self._board.add_text("config", f"```yaml\n{config.to_yaml()}\n```")
-        self._answers = config.generation.shown
-        self.heartbeat = heartbeat
+        self._heartbeat = heartbeat
         heartbeat.set_state("starting", step=start, steps=steps)
         self._steps, self._plain_after = steps, start
-        self._bar: tqdm | None = None
+        self._decisions, self._evaluated = 0, ""
+        self._bar: Any = None
         self._shown = config.log.shown
         if self._shown == "bar":
             self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
 
     def write(self, values: dict[str, Any]) -> None:
         """Write a logged step or an evaluation as one line."""
-        finite = {k: None if _is_nan(v) else v for k, v in values.items()}
+        finite = finite_or_null(values)
         self._stream.write(json.dumps(finite) + "\n")
         self._stream.flush()
-        evaluated = "eval_loss" in values
-        if self._board is not None and (evaluated or values["step"] >= self._board_from):
-            if not evaluated:
-                self._board_from = values["step"] + self._spacing
-            for name, value in finite.items():
-                if name != "step" and isinstance(value, int | float):
-                    group = "eval/" if evaluated else "train/"
-                    tag = name if "/" in name else group + name  # method/… names its own group
-                    self._board.add_scalar(tag, value, values["step"])
-        self.heartbeat.beat(**finite)
+        self._heartbeat.beat(**finite)
         self._show(values)
 
-    def write_answers(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Show the first generated answers in TensorBoard."""
-        table = answers_table(answers, self._answers)
-        if self._board is not None and table:
-            self._board.add_text("eval/answers", table, step)
-
-    def advance(self, step: int, loss: float, *, skipped: bool) -> None:
-        """Report a finished step."""
-        if skipped:
-            self.log_line(f"step {step}: loss or gradient not finite, step skipped")
-        self.heartbeat.beat(step=step, loss=None if _is_nan(loss) else loss)
+    def on_step(self, step: StepRecord) -> None:
+        if step.skipped:
+            self.log_line(f"step {step.step}: loss or gradient not finite, step skipped")
+        self._heartbeat.beat(step=step.step, loss=None if _is_nan(step.loss) else step.loss)
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.update(1)
+        if step.logged is not None:
+            self.write(dict(step.logged))
+
+    def on_decision(self, step: int, decision: Decision) -> None:
+        self._decisions += 1
+
+    def on_eval(self, evaluation: Evaluated) -> None:
+        self.write(dict(evaluation.values))
+        for name, lines in ((PREDICTIONS, evaluation.answers), (LOSSES, evaluation.losses)):
+            if evaluation.is_kept and lines:
+                objects = ({"step": evaluation.step, **line} for line in lines)
+                write_objects(self.file.with_name(name), objects)
+
+    def set_state(self, state: str) -> None:
+        """Enter a phase other than training steps; the bar ends with them."""
+        self._heartbeat.set_state(state)
+        if state == "finishing":
+            self._close_bar()
 
     def log_line(self, line: str) -> None:
         """Print a line on the terminal, above the progress bar."""
@@ -90,12 +79,14 @@ class MetricsWriter:
                 print(line, flush=True)
 
     def close(self) -> None:
+        self._close_bar()
         self._stream.close()
-        if self._board is not None:
-            self._board.close()
+
+    def _close_bar(self) -> None:
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.close()
+            self._bar = None
 
     def _show(self, values: dict[str, Any]) -> None:
         step = values["step"]
@@ -107,9 +98,15 @@ class MetricsWriter:
             self.log_line(
                 f"step {step}/{self._steps}  {figures}  ({seconds:.1f} s, {peak:.2f} GiB){best}"
             )
+            self._evaluated = f", eval {next(iter(evaluated.values())):.4g}"
         elif self._bar is not None:
+            decided = f", {self._decisions} decisions" if self._decisions else ""
             with suppress(OSError):
-                self._bar.set_postfix_str(f"loss {values['loss']:.4f}")
+                self._bar.set_postfix_str(
+                    f"loss {values['loss']:.4f}{self._evaluated}, lr "
+                    f"{values['learning_rate']:.2e}, {values['tokens_per_second']:.0f} tokens/s, "
+                    f"{values['peak_memory_gib']:.2f} GiB{decided}"
+                )
         elif step > self._plain_after:  # about twenty lines per run
             self._plain_after = step - 1 + max(1, self._steps // 20)
             self.log_line(
@@ -117,6 +114,11 @@ class MetricsWriter:
                 f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3f}  "
                 f"{values['tokens_per_second']:.0f} tokens/s  {values['peak_memory_gib']:.2f} GiB"
             )
+
+
+def finite_or_null(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as metrics.jsonl holds them: None in place of what is not finite."""
+    return {name: None if _is_nan(value) else value for name, value in values.items()}
 
 
 def _belongs(line: dict[str, Any], progress: Progress) -> bool:

@@ -1,90 +1,95 @@
 """`Recorder`: output of the training loop; only rank 0 writes any."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from trainer.files import LOSSES, PREDICTIONS
-from trainer.records.jsonl import write_objects
+from adapters.decision import Decision
+from trainer.errors import RunFailed
+from trainer.records.callbacks import Callback, Evaluated, StepRecord, UserCallbacks
 from trainer.records.metrics import MetricsWriter
+from trainer.records.result import Result
 
 
-class DecisionLog(Protocol):
-    """Sink of decisions."""
+class Record(Callback):
+    """A callback that writes somewhere until it is closed."""
 
-    def write(self, step: int, decision: Any) -> None:
-        """Append a decision, made before optimizer step `step`."""
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close what is open. Called once, however the run ends."""
 
 
-class Recorder(Protocol):
+class Recorder(Callback):
     """Called alike on every rank."""
 
     def log_line(self, line: str) -> None:
         """Print a line on the terminal."""
 
-    def write(self, values: dict[str, Any]) -> None:
-        """Write a logged step or an evaluation."""
-
-    def advance(self, step: int, loss: float, *, skipped: bool) -> None:
-        """Report a finished step."""
-
-    def decided(self, step: int, decision: Any) -> None:
-        """Record a decision (None: none was made) before optimizer step `step`."""
-
-    def answered(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
-        """Record what was answered to each record of an evaluation; none: by a task without."""
-
-    def judged(self, step: int, losses: Sequence[Mapping[str, Any]]) -> None:
-        """Record the loss of each record of an evaluation."""
-
     def set_state(self, state: str) -> None:
         """Enter a phase other than training steps, such as an evaluation."""
+
+    @property
+    def failure(self) -> RunFailed | None:
+        """That of a user's callback, which ends the run."""
+        return None
 
     def close(self) -> None:
         """Close the files."""
 
 
-class SilentRecorder:
+class SilentRecorder(Recorder):
     """Writes nothing: for ranks other than 0."""
 
-    def log_line(self, line: str) -> None: ...
-    def write(self, values: dict[str, Any]) -> None: ...
-    def advance(self, step: int, loss: float, *, skipped: bool) -> None: ...
-    def decided(self, step: int, decision: Any) -> None: ...
-    def answered(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None: ...
-    def judged(self, step: int, losses: Sequence[Mapping[str, Any]]) -> None: ...
-    def set_state(self, state: str) -> None: ...
-    def close(self) -> None: ...
 
+class RunRecorder(Recorder):
+    """Rank 0's recorder: metrics, terminal and heartbeat, other records, the user's callbacks."""
 
-class RunRecorder:
-    """Rank 0's recorder: metrics, terminal, heartbeat and, where the method makes decisions, their
-    log (`decisions`)."""
+    def __init__(
+        self,
+        metrics: MetricsWriter,
+        records: Sequence[Record] = (),
+        users: UserCallbacks | None = None,
+    ):
+        self._metrics = metrics
+        self._records: list[Any] = [metrics, *records]
+        self._users = users or UserCallbacks()
+        self._all: list[Callback] = [*self._records, self._users]
 
-    def __init__(self, metrics: MetricsWriter, decisions: DecisionLog | None):
-        self._metrics, self._decisions = metrics, decisions
-        self.log_line, self.write, self.advance = metrics.log_line, metrics.write, metrics.advance
-        self.set_state = metrics.heartbeat.set_state
+    @property
+    def failure(self) -> RunFailed | None:
+        return self._users.failure
 
-    def decided(self, step: int, decision: Any) -> None:
-        if self._decisions is not None and decision is not None:
-            self._decisions.write(step, decision)
+    def log_line(self, line: str) -> None:
+        self._metrics.log_line(line)
 
-    def answered(self, step: int, answers: Sequence[Mapping[str, Any]]) -> None:
-        if answers:
-            file = self._metrics.file.with_name(PREDICTIONS)
-            write_objects(file, ({"step": step, **answer} for answer in answers))
-            self._metrics.write_answers(step, answers)
+    def set_state(self, state: str) -> None:
+        self._metrics.set_state(state)
 
-    def judged(self, step: int, losses: Sequence[Mapping[str, Any]]) -> None:
-        write_objects(
-            self._metrics.file.with_name(LOSSES), ({"step": step, **one} for one in losses)
-        )
+    def on_step(self, step: StepRecord) -> None:
+        for one in self._all:
+            one.on_step(step)
+
+    def on_decision(self, step: int, decision: Decision) -> None:
+        for one in self._all:
+            one.on_decision(step, decision)
+
+    def on_eval(self, evaluation: Evaluated) -> None:
+        for one in self._all:
+            one.on_eval(evaluation)
+
+    def on_save(self, step: int, folder: Path) -> None:
+        for one in self._all:
+            one.on_save(step, folder)
+
+    def on_end(self, result: Result) -> None:
+        for one in self._all:
+            one.on_end(result)
 
     def close(self) -> None:
-        try:
-            self._metrics.close()
-        finally:
-            if self._decisions is not None:
-                self._decisions.close()
+        failure = None
+        for one in self._records:
+            try:
+                one.close()
+            except OSError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure

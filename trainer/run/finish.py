@@ -38,9 +38,12 @@ _RESULT = {
 }
 
 
-def finish(session: Session, folder: Path, progress: Progress, fault: str | None = None) -> None:
+def finish(
+    session: Session, folder: Path, progress: Progress, fault: str | None = None
+) -> list[str]:
     """Export the adapter (of the best checkpoint, where the run keeps it), draw the loss, write
-    README.md, also where the run ends with a `fault`. Rank 0 only: adapters are replicated."""
+    README.md, also where the run ends with a `fault`. Rank 0 only: adapters are replicated. Returns
+    lines for the terminal."""
     full = session.config.method.trains == "backbone"
     result, best, note = folder / (MODEL if full else ADAPTER), progress.best, _note(session)
     try:
@@ -79,10 +82,8 @@ def finish(session: Session, folder: Path, progress: Progress, fault: str | None
     shown = [figure, *figures]
     readme = _readme(session.config, summary.removeprefix("done").strip(), exported, note, shown)
     (folder / "README.md").write_text(readme, encoding="utf-8")
-    if session.config.log.progress != "none":
-        print(f"{summary}\n{result.name:<10}{where} ({exported})\nfigure    {figure}", flush=True)
-        if failed:
-            print(f"note      other figures were not drawn: {failed}", flush=True)
+    lines = [summary, f"{result.name:<10}{where} ({exported})", f"figure    {figure}"]
+    return [*lines, f"note      other figures were not drawn: {failed}"] if failed else lines
 
 
 def _more_figures(folder: Path) -> tuple[list[Path], str]:

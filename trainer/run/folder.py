@@ -23,12 +23,14 @@ from trainer.files import (
     write_text,
 )
 from trainer.loading.initial_adapters import save_initial_adapters
+from trainer.records.callbacks import UserCallbacks
 from trainer.records.heartbeat import Heartbeat
 from trainer.records.metrics import MetricsWriter
 from trainer.records.progress import Progress
-from trainer.records.recorder import Recorder, RunRecorder, SilentRecorder
+from trainer.records.recorder import Record, Recorder, RunRecorder, SilentRecorder
 from trainer.run.lock import Lock
 from trainer.session import Session
+from trainer.trackers.record import TrackerRecord
 
 
 class RunFolder:
@@ -36,8 +38,8 @@ class RunFolder:
 
     Other ranks enter it too, but neither lock nor write it."""
 
-    def __init__(self, path: Path):
-        self.path, self.lock = path, Lock(path)
+    def __init__(self, path: Path, users: UserCallbacks):
+        self.path, self.lock, self._users = path, Lock(path), users
         self.recorder: Recorder = SilentRecorder()
         self._heartbeat: Heartbeat | None = None
 
@@ -105,11 +107,17 @@ class RunFolder:
         """Open the records: metrics, heartbeat and decisions."""
         assert self._heartbeat is not None
         config, decisions = session.config, None
+        records: list[Record] = []
         metrics = MetricsWriter(config, self.path, steps, progress, self._heartbeat)
         if session.method.decides:
             limit = int(config.log.decisions_mib * 2**20)
             decisions = AllocationLog(self.path, session.method, progress.step, limit)
-        self.recorder = RunRecorder(metrics, decisions)
+            records.append(decisions)
+        records += [
+            TrackerRecord(name, config, self.path, steps, progress.step, metrics.log_line)
+            for name in config.log.all_trackers
+        ]
+        self.recorder = RunRecorder(metrics, records, self._users)
         for remark in (metrics.remark, decisions.remark if decisions is not None else ""):
             if remark:
                 self.recorder.log_line(f"dropped   {remark}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from trainer import __version__
 from trainer.config.config import Config, load_config
 from trainer.distributed import launcher
 from trainer.distributed.failures import guarded
@@ -25,8 +26,11 @@ def configure_libraries() -> None:
 
 
 @contextmanager
-def launched(path: str, overrides: Sequence[str]) -> Iterator[tuple[Config, "World"]]:
-    """Yields the configuration, the same on all ranks, and the World.
+def launched(
+    path: str, overrides: Sequence[str], *, announced: bool = False
+) -> Iterator[tuple[Config, "World"]]:
+    """Yields the configuration, the same on all ranks, and the World. `announced`: a line says what
+    is begun, before torch is imported, which takes seconds.
 
     A UserError is one `error:` line, printed once, and a non-zero exit code on every rank.
     """
@@ -36,9 +40,14 @@ def launched(path: str, overrides: Sequence[str]) -> Iterator[tuple[Config, "Wor
         config: Config | None = None
         failure: UserError | None = None
         try:
+            launcher.refuse_accelerate_engine()
             config = load_config(path, overrides)
         except UserError as error:
             failure = error
+        is_shown = config is not None and config.log.shown != "none"
+        if announced and is_shown and os.environ.get("RANK", "0") == "0":
+            assert config is not None
+            print(f"rankcast  {__version__}, {path}: importing torch", flush=True)
         if failure is not None and "RANK" not in os.environ:
             raise failure
         with join(config, failure) as world:

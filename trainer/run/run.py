@@ -1,6 +1,6 @@
 """A run from start to end: open the session, resume, train, export, complete the run folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,9 @@ from trainer.loading.initial_adapters import initial_digest
 from trainer.memory.graphs import capture_graphs, row_batches
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading, class_name
+from trainer.records.callbacks import UserCallbacks
 from trainer.records.progress import Progress
+from trainer.records.result import Result
 from trainer.run.data_start import begin_from_data, save_starts
 from trainer.run.finish import finish
 from trainer.run.folder import RunFolder
@@ -50,6 +52,7 @@ from trainer.run.remarks import (
 from trainer.run.second_stage import SecondStage
 from trainer.run.shared import refuse_unshared
 from trainer.session import Session, open_session
+from trainer.trackers.record import refuse_missing
 from trainer.training.best import is_exhausted
 from trainer.training.loop import Run, make_loader, total_steps, train
 from trainer.training.lr_schedule import learning_rate
@@ -61,14 +64,24 @@ from trainer.verification.verify import Conditions, conditions, verify_session
 
 
 def run(
-    config: Config, world: World, stop: StopRequest | None = None, *, scores_only: bool = False
+    config: Config,
+    world: World,
+    stop: StopRequest | None = None,
+    callbacks: Sequence[Any] = (),
+    *,
+    scores_only: bool = False,
 ) -> Parameters:
     """Train as configured and complete the run folder. Returns counts of parameters. Collective.
 
-    `stop` is polled at every step; Interrupted is raised once the run is saved. `scores_only`:
-    neither checkpoints nor an adapter are written, such as in comparisons.
+    `stop` is polled at every step; Interrupted is raised once the run is saved. `callbacks`: as
+    `trainer.records.callbacks.Callback`, called on rank 0. `scores_only`: neither checkpoints nor
+    an adapter are written, such as in comparisons.
     """
-    with RunFolder(config.run_folder) as folder:
+    with world.all_or_none():
+        users = UserCallbacks(callbacks if world.is_main else ())
+        if world.is_main:
+            refuse_missing(config.log)
+    with RunFolder(config.run_folder, users) as folder:
         return _run(config, world, stop or StopRequest(config.run), folder, scores_only)
 
 
@@ -154,21 +167,34 @@ def _run(
         )  # fmt: skip
         writer: CheckpointWriter | NoWriter = NoWriter(folder.checkpoints)
         if not scores_only:
-            writer = CheckpointWriter(session, batches, folder.checkpoints, digest, verified)
+            writer = CheckpointWriter(
+                session, batches, folder.checkpoints, digest, verified, folder.recorder.on_save
+            )
         train(Run(training, writer, progress, stop))
     writer.close()
-    with world.all_or_none():
-        folder.recorder.close()
+    return _end(session, folder, progress, scores_only)
+
+
+def _end(session: Session, folder: RunFolder, progress: Progress, scores_only: bool) -> Parameters:
+    """Write what the run leaves. Returns counts of parameters. Raises Diverged where that is no
+    result. Collective."""
+    world, recorder = session.world, folder.recorder
+    recorder.set_state("finishing")
     fault = find_fault(session, folder.path, progress.step)
     with world.all_or_none():
         if world.is_main and not scores_only:
-            finish(session, folder.path, progress, fault)
+            for line in finish(session, folder.path, progress, fault):
+                recorder.log_line(line)
         if fault is not None:
             raise Diverged(
                 f"{fault}; what it left is in {folder.path}, its adapter too; accepted: a lower "
                 "optim.learning_rate or a longer optim.warmup_steps, and another run.name"
             )
-        return count_parameters(session)
+        recorder.on_end(Result(folder.path))
+        if recorder.failure is not None:
+            raise recorder.failure
+        recorder.close()
+    return count_parameters(session)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from trainer.device_memory import peak_gib
 from trainer.distributed.world import World
 from trainer.engine.sharded_optimizer import ShardedOptimizer
 from trainer.errors import Diverged
+from trainer.records.callbacks import Evaluated, StepRecord
 from trainer.records.progress import Progress
 from trainer.session import Session
 from trainer.training.best import is_exhausted, judge
@@ -43,13 +44,18 @@ class Run:
         return done or is_exhausted(self.session.config, self.progress)
 
     def asked_to_stop(self) -> bool:
-        """Whether any rank has a stop request. Collective."""
-        return self.session.world.any(self.stop.reason is not None)
+        """Whether any rank has a stop request, or a callback of the user's has failed.
+        Collective."""
+        return self.session.world.any(self._has_reason)
 
     def must_stop(self) -> bool:
-        """Whether any rank has a stop request or a failed checkpoint write, which the next save
-        reports. Collective."""
-        return self.session.world.any(self.stop.reason is not None or self.writer.failed)
+        """The same, or any rank has a failed checkpoint write, which the next save reports.
+        Collective."""
+        return self.session.world.any(self._has_reason or self.writer.failed)
+
+    @property
+    def _has_reason(self) -> bool:
+        return self.stop.reason is not None or self.training.recorder.failure is not None
 
 
 def train(run: Run) -> None:
@@ -67,11 +73,10 @@ def train(run: Run) -> None:
             progress.count(skipped=done.update.skipped)
             clock.count(done.tokens)
             last = progress.step == training.steps
-            training.recorder.advance(progress.step, done.update.loss, skipped=done.update.skipped)
             # The first loss is the untrained model's: what the end is judged by.
-            if last or progress.step == 1 or _due(config.log.every, progress.step):
-                _log(run, done, clock)
-                clock = Clock()
+            is_logged = last or progress.step == 1 or _due(config.log.every, progress.step)
+            training.recorder.on_step(_record(run, done, clock if is_logged else None))
+            clock = Clock() if is_logged else clock
             if progress.skipped_in_a_row >= min(config.optim.max_skipped_steps, training.steps):
                 _give_up(run)
             is_best = False
@@ -81,7 +86,9 @@ def train(run: Run) -> None:
                 stopping = run.asked_to_stop()
             if run.ended or stopping or is_best or _due(config.checkpoint.every, progress.step):
                 run.writer.save(progress)
-        if not run.ended:
+            run.writer.tell_saved()
+        failed = run.session.world.any(training.recorder.failure is not None)
+        if failed or not run.ended:
             _leave(run)
 
 
@@ -133,11 +140,15 @@ def _evaluate(run: Run) -> bool:
     progress.evaluated = progress.step
     is_best = judge(session, progress, found.scores)
     best = {} if progress.best is None else {"best_step": progress.best.step}
-    recorder.write({"step": progress.step, **found.scores, **found.cost, **best})
-    if is_best or session.config.run.keep_best is None:
-        recorder.answered(progress.step, found.answers)
-        if session.config.log.record_losses:
-            recorder.judged(progress.step, found.losses)
+    recorder.on_eval(
+        Evaluated(
+            progress.step,
+            {"step": progress.step, **found.scores, **found.cost, **best},
+            found.answers,
+            found.losses if session.config.log.record_losses else [],
+            is_kept=is_best or session.config.run.keep_best is None,
+        )
+    )
     if not run.ended or progress.step == run.training.steps:
         return is_best
     recorder.log_line(
@@ -147,22 +158,24 @@ def _evaluate(run: Run) -> bool:
     return is_best
 
 
-def _log(run: Run, done: StepDone, clock: Clock) -> None:
-    """Write one line of metrics. Collective."""
-    session = run.session
-    figures = _figures(session, run.progress, clock)
-    if session.world.is_main:  # whose method alone has scalars
-        run.training.recorder.write(
-            {
-                "step": run.progress.step,
-                "epoch": round(done.epoch, 6),
-                "loss": done.update.loss,
-                "learning_rate": session.optimizer.learning_rate,
-                "grad_norm": done.update.grad_norm,
-                **figures,
-                **{f"method/{name}": v for name, v in session.method.scalars().items()},
-            }
-        )
+def _record(run: Run, done: StepDone, clock: Clock | None) -> StepRecord:
+    """What is told of a step, with the line of metrics.jsonl where it is logged (`clock`: since the
+    last one). Collective."""
+    session, step, update = run.session, run.progress.step, done.update
+    rate, epoch = session.optimizer.learning_rate, round(done.epoch, 6)
+    logged = None
+    if clock is not None:
+        logged = {
+            "step": step,
+            "epoch": epoch,
+            "loss": update.loss,
+            "learning_rate": rate,
+            "grad_norm": update.grad_norm,
+            **_figures(session, run.progress, clock),
+        }
+        if session.world.is_main:  # whose method alone has scalars
+            logged |= {f"method/{name}": v for name, v in session.method.scalars().items()}
+    return StepRecord(step, update.loss, rate, update.grad_norm, epoch, update.skipped, logged)
 
 
 def _figures(session: Session, progress: Progress, clock: Clock) -> dict[str, Any]:
@@ -185,8 +198,12 @@ def _figures(session: Session, progress: Progress, clock: Clock) -> dict[str, An
 
 
 def _leave(run: Run) -> None:
-    """Raise Interrupted on all ranks, once the pending checkpoint is written. Collective."""
+    """Raise Interrupted, or the failure of a callback, on all ranks, once the pending checkpoint is
+    written. Collective."""
     run.writer.wait()
+    with run.session.world.all_or_none():
+        if run.training.recorder.failure is not None:
+            raise run.training.recorder.failure
     reasons = [reason for reason in run.session.world.gather(run.stop.reason) if reason]
     with run.session.world.all_or_none():
         raise Interrupted(

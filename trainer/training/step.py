@@ -134,7 +134,8 @@ def _decide(training: Training, step: int) -> None:
     )
     if changed:
         _rebind(training, step)
-    training.recorder.decided(step, decision)
+    if decision is not None:
+        training.recorder.on_decision(step, decision)
 
 
 def _rebind(training: Training, step: int) -> None:

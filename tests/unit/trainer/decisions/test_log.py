@@ -31,7 +31,7 @@ def lelora():
 def write(folder, steps, limit=2000, start=0):
     log = AllocationLog(folder, lelora(), start, limit)
     for step in steps:
-        log.write(step, decision(step))
+        log.on_decision(step, decision(step))
     log.close()
 
 
@@ -77,7 +77,7 @@ def test_a_crash_while_a_part_is_closed_loses_and_doubles_nothing(tmp_path, seed
         log = AllocationLog(tmp_path, lelora(), start, 2000)
         with patch.object(allocation.Path, what, crash), pytest.raises(KeyboardInterrupt):
             for step in range(start, 99):
-                log.write(step, decision(step))
+                log.on_decision(step, decision(step))
         log.close()
         reached = recorded(tmp_path)[-1]["step"] + 1
         start = chance.randrange(max(0, reached - 12), reached + 1)

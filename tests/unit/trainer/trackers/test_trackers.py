@@ -1,0 +1,142 @@
+"""Trackers: mlflow and wandb hold what metrics.jsonl holds; one that fails changes nothing."""
+
+import importlib.util
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import losses, quick_config
+from trainer.config.trackers import TRACKERS
+from trainer.distributed.world import World
+from trainer.errors import UserError
+from trainer.records.jsonl import read_metrics
+from trainer.run.run import run
+from trainer.trackers import backend as backends
+from trainer.trackers.backend import BACKENDS, MLflow
+
+EVALUATED = ("run.eval_every=2", "run.steps=4")
+
+
+def logged(folder: Path) -> dict[str, dict[int, float]]:
+    """(tag → step → value) of metrics.jsonl, under the trackers' names."""
+    found: dict[str, dict[int, float]] = {}
+    for line in read_metrics(folder / "metrics.jsonl"):
+        group = "eval/" if "eval_loss" in line else "train/"
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float):
+                tag = name if "/" in name else group + name
+                found.setdefault(tag, {})[line["step"]] = value
+    return found
+
+
+def needs(package: str):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.mark.skipif(missing, reason=f"{package} is not installed")
+
+
+def test_the_names_are_accelerates():
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    assert set(TRACKERS.values()) == set(BACKENDS) == set(LOGGER_TYPE_TO_CLASS)
+
+
+@needs("mlflow")
+def test_mlflow_holds_what_metrics_jsonl_holds(tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(f"file://{tmp_path}/mlruns")
+    config = quick_config(tmp_path, "log.trackers=[mlflow]", "log.project=here", *EVALUATED)
+    run(config, World())
+    (found,) = mlflow.search_runs(experiment_names=["here"], output_format="list")
+    client = mlflow.MlflowClient()
+    expected = logged(config.run_folder)
+    assert set(found.data.metrics) == set(expected)
+    for tag, values in expected.items():
+        history = client.get_metric_history(found.info.run_id, tag)
+        assert {one.step: one.value for one in history} == values, tag
+    assert found.data.params["method.kind"] == "lora"
+    assert found.info.run_name == config.run.name and found.info.status == "FINISHED"
+
+
+def log_records(content: bytes, block: int = 32768):
+    """The records of a LevelDB log (wandb's file, behind a header of 7 bytes): parts of (checksum,
+    length, type) and data; types 1 whole, 2 first, 3 middle, 4 last."""
+    place, whole = 7, b""
+    while place + 7 <= len(content):
+        if block - place % block < 7:  # padding
+            place += block - place % block
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        whole += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            yield whole
+            whole = b""
+
+
+@needs("wandb")
+def test_wandb_holds_what_metrics_jsonl_holds(tmp_path, monkeypatch):
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = quick_config(tmp_path, "log.trackers=[wandb]", *EVALUATED)
+    run(config, World())
+    (file,) = config.run_folder.glob("wandb/offline-run-*/*.wandb")
+    found: dict[str, dict[int, float]] = {}
+    for data in log_records(file.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        row = {
+            item.key or "/".join(item.nested_key): item.value_json for item in record.history.item
+        }
+        for tag, value in row.items():
+            if not tag.startswith("_"):
+                found.setdefault(tag, {})[int(row["_step"])] = float(value)
+    assert found == logged(config.run_folder)
+
+
+class Broken(MLflow):
+    """Begins, then fails."""
+
+    def __init__(self, *_):
+        self.is_new = False
+
+    identity = None
+
+    def log(self, values, step):
+        raise ConnectionError("no server")
+
+    def finish(self):
+        raise SystemExit(3)
+
+
+def test_a_broken_tracker_changes_nothing(tmp_path, monkeypatch, capsys):
+    whole = quick_config(tmp_path, "run.name=whole")
+    run(whole, World())
+    monkeypatch.setitem(backends.BACKENDS, "tensorboard", Broken)
+    config = quick_config(tmp_path, "log.tensorboard=true", "log.progress=plain")
+    run(config, World())
+    assert losses(config.run_folder) == losses(whole.run_folder)
+    out = capsys.readouterr().out
+    line = "tracker   tensorboard failed, the run goes on without it (ConnectionError: no server)"
+    assert out.count("tracker   ") == 1 and line in out
+
+
+def test_names_and_packages_are_checked(tmp_path, monkeypatch):
+    with pytest.raises(
+        UserError, match=r"log.trackers: 'wand' given; accepted: tensorboard, wandb"
+    ):
+        quick_config(tmp_path, "log.trackers=[wand]")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "comet_ml" else find(name, *a)
+    )
+    with pytest.raises(UserError) as raised:
+        run(quick_config(tmp_path, "log.trackers=[comet]"), World())
+    assert str(raised.value) == (
+        "log.trackers: comet given, but the package comet_ml is not installed; accepted: pip "
+        "install comet-ml, or log.trackers without it"
+    )
+    assert not (tmp_path / "runs").exists()

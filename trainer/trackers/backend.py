@@ -1,0 +1,199 @@
+"""One tracker behind accelerate's interface, with what that interface leaves to each: where a run
+is kept, its identity when it is resumed, texts, tables and figures.
+
+Imported only where a run has a tracker: accelerate is not needed otherwise.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import tracking
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from trainer.config.config import Config
+from trainer.config.trackers import TRACKERS
+from trainer.files import BOARD
+from trainer.records.answers import answers_table
+
+
+class _Logger(logging.LoggerAdapter):
+    """In place of accelerate's, which asks for a `PartialState`: that would set torch's threads,
+    and with them the order of sums."""
+
+    def warning_once(self, *_: Any) -> None: ...
+
+
+tracking.logger = _Logger(logging.getLogger("accelerate.tracking"))
+
+
+class Backend:
+    """A tracker's run. Its methods may raise whatever the tracker's library raises."""
+
+    def __init__(self, config: Config, folder: Path, start: int, identity: str | None):
+        """`start`: step at which the run begins or resumes. `identity`: of the tracker's run that
+        is resumed."""
+        self.config, self.folder, self.start = config, folder, start
+        self.is_new = identity is None and start == 0
+        kind = tracking.LOGGER_TYPE_TO_CLASS[self.name]
+        place = (str(folder),) if kind.requires_logging_directory else ()
+        self._tracker: Any = kind(self.project, *place, **self.options(identity))
+        self._tracker.main_process_only = False  # only rank 0 has any
+        self._tracker.start()
+
+    name = ""
+
+    @property
+    def project(self) -> str:
+        """What accelerate calls the project, the experiment or the run."""
+        return self.config.log.project
+
+    def options(self, identity: str | None) -> dict[str, Any]:
+        """Arguments of accelerate's class."""
+        return {}
+
+    @property
+    def identity(self) -> str | None:
+        """By which a resumed run finds this one; None: it begins another."""
+        return None
+
+    def configure(self, options: Mapping[str, Any]) -> None:
+        """Store the configuration: values by `section.key`."""
+        self._tracker.store_init_configuration(dict(options))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._tracker.log(dict(values), step=step)
+
+    def answers(self, answers: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Generated answers as a table, where the tracker has any."""
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        """A figure, where the tracker takes images."""
+        if hasattr(self._tracker, "log_images"):
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+            self._tracker.log_images({name: [pixels]}, step=step)
+
+    def finish(self) -> None:
+        self._tracker.finish()
+
+
+class TensorBoard(Backend):
+    """In the run folder."""
+
+    name = "tensorboard"
+
+    @property
+    def project(self) -> str:
+        return BOARD
+
+    def options(self, identity: str | None) -> dict[str, Any]:
+        return {"purge_step": self.start + 1}
+
+    def configure(self, options: Mapping[str, Any]) -> None:
+        self._tracker.log({"config": f"```yaml\n{self.config.to_yaml()}\n```"})
+
+    def answers(self, answers: Sequence[Mapping[str, Any]], step: int) -> None:
+        if table := answers_table(answers, self.config.generation.shown):
+            self._tracker.log({"eval/answers": table}, step=step)
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        self._tracker.tracker.add_figure(name, figure, step)
+
+
+class WandB(Backend):
+    """Its files are in the run folder, unless WANDB_DIR says otherwise."""
+
+    name = "wandb"
+
+    def options(self, identity: str | None) -> dict[str, Any]:
+        place = {} if "WANDB_DIR" in os.environ else {"dir": str(self.folder)}
+        again = {} if identity is None else {"id": identity, "resume": "allow"}
+        # Its capture of the terminal would write the progress bar line by line.
+        return {"name": self.config.run.name, "settings": {"console": "off"}, **place, **again}
+
+    @property
+    def identity(self) -> str | None:
+        return self._tracker.tracker.id
+
+    def answers(self, answers: Sequence[Mapping[str, Any]], step: int) -> None:
+        shown = [answer for answer in answers if "prompt" in answer][: self.config.generation.shown]
+        if shown:
+            columns = list(shown[0])
+            rows = [[answer.get(name) for name in columns] for answer in shown]
+            self._tracker.log_table("eval/answers", columns=columns, data=rows, step=step)
+
+
+class MLflow(Backend):
+    """Where MLFLOW_TRACKING_URI says."""
+
+    name = "mlflow"
+
+    def options(self, identity: str | None) -> dict[str, Any]:
+        return {"run_name": self.config.run.name, "run_id": identity}
+
+    @property
+    def identity(self) -> str | None:
+        return self._tracker.tracker.info.run_id
+
+    def answers(self, answers: Sequence[Mapping[str, Any]], step: int) -> None:
+        import mlflow
+
+        if table := answers_table(answers, self.config.generation.shown):
+            mlflow.log_text(table, f"answers/step-{step:08d}.md")
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        self._tracker.log_figure(figure, f"{name}.png")
+
+
+class _Named(Backend):
+    """Begins another run when it is resumed."""
+
+    def options(self, identity: str | None) -> dict[str, Any]:
+        return {"name": self.config.run.name}
+
+
+class Trackio(_Named):
+    name = "trackio"
+
+
+class SwanLab(Backend):
+    name = "swanlab"
+
+    def options(self, identity: str | None) -> dict[str, Any]:
+        return {"experiment_name": self.config.run.name, "logdir": str(self.folder / "swanlab")}
+
+
+class Comet(Backend):
+    name = "comet_ml"
+
+
+class Aim(Backend):
+    name = "aim"
+
+
+class ClearML(Backend):
+    name = "clearml"
+
+    def options(self, identity: str | None) -> dict[str, Any]:
+        return {"task_name": self.config.run.name}
+
+
+class DVCLive(Backend):
+    name = "dvclive"
+
+
+BACKENDS: dict[str, type[Backend]] = {
+    kind.name: kind
+    for kind in (TensorBoard, WandB, MLflow, Trackio, SwanLab, Comet, Aim, ClearML, DVCLive)
+}
+
+
+def backend(name: str) -> type[Backend]:
+    """The class of a name in `log.trackers`."""
+    return BACKENDS[TRACKERS[name]]
