@@ -9,6 +9,7 @@ from torch import Tensor
 from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer
 from adapters.methods.base import InitialAdapter, Method
+from adapters.methods.lora import ROW_NORM
 from adapters.spectral import Triplets
 from adapters.unit import Unit
 
@@ -17,6 +18,12 @@ def balanced(triplets: Triplets) -> GatedAdapter:
     """U Σ Vᵀ as A = √Σ Vᵀ, B = U √Σ, g = 1."""
     root = triplets.S.sqrt().unsqueeze(1)
     return GatedAdapter(root * triplets.V.T, torch.ones(len(root)), root * triplets.U.T)
+
+
+def directions(triplets: Triplets, gate: float) -> GatedAdapter:
+    """A = Vᵀ with rows of the norm of LoRA's, B = 0: ΔW begins at 0, and U and Σ are not used."""
+    A = triplets.V.T * ROW_NORM
+    return GatedAdapter(A, torch.full((len(A),), gate), torch.zeros_like(triplets.U.T))
 
 
 class SpectralMethod(Method):

@@ -82,8 +82,8 @@ def finish(
     shown = [figure, *figures]
     readme = _readme(session.config, summary.removeprefix("done").strip(), exported, note, shown)
     (folder / "README.md").write_text(readme, encoding="utf-8")
-    lines = [summary, f"{result.name:<10}{where} ({exported})", f"figure    {figure}"]
-    return [*lines, f"note      other figures were not drawn: {failed}"] if failed else lines
+    said = [summary, f"{result.name:<10}{where} ({exported})", f"figure    {figure}"]
+    return [*said, f"note      other figures were not drawn: {failed}"] if failed else said
 
 
 def _more_figures(folder: Path) -> tuple[list[Path], str]:

@@ -50,8 +50,8 @@ from adapters.methods.lelora.rewards import (
     row_sums,
     unit_steps,
 )
-from adapters.methods.lora import ROW_NORM, started_rows
-from adapters.methods.spectral import SpectralMethod, balanced
+from adapters.methods.lora import started_rows
+from adapters.methods.spectral import SpectralMethod, balanced, directions
 from adapters.optimizer import MaskedAdamW
 from adapters.spectral import Triplets
 from adapters.starts import Start
@@ -117,9 +117,7 @@ class LeLoRA(SpectralMethod):
             case "balanced":
                 return balanced(triplets)
             case "delta":
-                A, scale = triplets.V.T * ROW_NORM, self.options.alpha / self.options.rank
-                B = torch.zeros(len(A), unit.out_features)
-                return GatedAdapter(A, torch.full((len(A),), scale), B)
+                return directions(triplets, self.options.alpha / self.options.rank)
         return GatedAdapter(triplets.V.T, triplets.S, triplets.U.T)
 
     def attach(
