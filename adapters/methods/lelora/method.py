@@ -16,9 +16,8 @@ of which the first term is frozen and, after the subtraction, quantised. At iter
 The forward pass always uses all components. Beyond the paper, rewards can be per unit.
 `credit: attributed`: R_u = ⟨∇_{θ_u} L, Δθ_u⟩, the first-order change of the loss due to the unit's
 update. `credit: counterfactual`, the default: since backward computes the gradient of every
-component, trained or not, every action of a unit gets a reward in every step
-(`_counterfactual_rewards`). With `signal: next_batch` L is the loss of the next training batch,
-whose gradient is computed anyway: the policy needs no extra pass.
+component, trained or not, every action of a unit gets a reward in every step (`rewards.py`). With
+`signal: next_batch` L is the loss of the next training batch, whose gradient is computed anyway.
 """
 
 import math
