@@ -77,6 +77,14 @@ class Prediction:
         return max(self.phases.values())
 
     @property
+    def graphed(self) -> int:
+        """Bytes held where every row of a step runs as a CUDA graph: activations are in the graphs,
+        and only what the model computes outside its blocks is beside them."""
+        outside = self.probe.forward - self.probe.inputs
+        graphs = self.graphs or self.possible_graphs
+        return self.states.backbone + self.states.held + graphs + outside
+
+    @property
     def fits(self) -> bool:
         return self.peak + self.allowance <= self.memory
 
@@ -189,7 +197,8 @@ def table(prediction: Prediction) -> str:
     ]
     if p.possible_graphs:
         lines.append(
-            f"with CUDA graphs, where the GPU would wait, {readable(p.possible_graphs)} more"
+            f"with CUDA graphs, where the GPU would wait, {readable(p.possible_graphs)} more; "
+            f"steps in them hold {readable(p.graphed)}"
         )
     return "\n".join([*lines, "fits" if p.fits else f"does not fit: {advice(prediction)}"])
 

@@ -45,6 +45,7 @@ MEASURED = [  # configuration, GPUs, overrides, their kind, blocks that kept act
     (LLAMA, 4, ["engine.kind=peer", "model.quantization=none"], H200, 80, 125.8),
     (LLAMA, 4, ["engine.kind=deepspeed", "model.quantization=none"], H200, 80, 100.3),
     (LLAMA, 4, ["engine.kind=peer", *PARTLY_ON_HOST], H200, 73, 130.9),
+    (LLAMA, 1, ["model.overrides.num_hidden_layers=8", "data.max_length=8192"], H100, 8, 21.8),
     (LLAMA_8B, 1, [], H100, 32, 19.5),
     (LLAMA_8B, 1, ["data.max_length=512"], H100, 32, 8.2),
 ]  # fmt: skip
@@ -57,6 +58,23 @@ def test_measured_jobs_are_met_within_a_twentieth(path, gpus, changes, memory, s
     assert found.peak / GIB == pytest.approx(gib, rel=0.05)
     assert abs(found.saved - saved) <= 2  # of the plan too
     assert sum(found.parts().values()) == found.peak and found.fits
+
+
+ROW = ["data.packing=false", "data.micro_batch_size=null", "data.micro_batch_tokens=7808"]
+GRAPHED = [  # configuration, overrides, GiB that the allocator held with CUDA graphs of all rows
+    ("configs/llama135m_random.yaml", ["data.max_length=2720", *ROW], 4.17),
+    ("configs/llama1b_random.yaml", ["data.max_length=2720", *ROW], 10.63),
+    (LLAMA_8B, [], 20.67),
+    (LLAMA_8B, ["data.max_length=2720", *ROW], 32.07),
+]  # fmt: skip
+"""GSM8K, padding-free or packed, one H100; torch 2.11, 2026-11-28."""
+
+
+@pytest.mark.parametrize(("path", "changes", "gib"), GRAPHED)
+def test_rows_of_real_records_are_met_within_a_tenth(path, changes, gib):
+    found = predict(load_config(path, changes), 1, H100)
+    assert found.graphed / GIB == pytest.approx(gib, rel=0.1)
+    assert "steps in them hold" in table(found)
 
 
 def small(tmp_path, *changes, gpus=1, memory=H200):
