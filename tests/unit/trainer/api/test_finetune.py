@@ -230,6 +230,16 @@ def test_a_callback_that_raises_ends_all_ranks(tmp_path):
     assert line.startswith("error: callbacks: Mine.on_step raised AssertionError at step 2: enough")
 
 
+def test_a_mistake_under_a_launcher_is_one_line(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    given = json.dumps(sections(tmp_path) | {"method": {"kind": "lorra"}})
+    code, out, err = python(script, given, json.dumps(ROWS), processes=2)
+    assert code == 2 and "NOT REACHED" not in out
+    (line,) = error_lines(err)
+    assert line.startswith("error: method.kind: 'lorra' given; accepted: lora")
+
+
 def test_importing_it_is_cheap():
     program = (
         "import sys, trainer; trainer.__version__, dir(trainer);"
