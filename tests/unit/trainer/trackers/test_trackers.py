@@ -62,6 +62,23 @@ def test_mlflow_holds_what_metrics_jsonl_holds(tmp_path, monkeypatch):
     assert found.info.run_name == config.run.name and found.info.status == "FINISHED"
 
 
+@needs("mlflow")
+def test_a_resumed_run_goes_on_in_mlflows(tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(f"file://{tmp_path}/mlruns")
+    given = ("log.trackers=[mlflow]", "log.project=here", "run.eval_every=2")
+    for steps in (2, 4):
+        config = quick_config(tmp_path, *given, f"run.steps={steps}")
+        run(config, World())
+    (found,) = mlflow.search_runs(experiment_names=["here"], output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "train/loss")
+    expected = logged(config.run_folder)["train/loss"]
+    assert {one.step: one.value for one in history} == expected and max(expected) == 4
+    assert found.info.status == "FINISHED"
+
+
 def log_records(content: bytes, block: int = 32768):
     """The records of a LevelDB log (wandb's file, behind a header of 7 bytes): parts of (checksum,
     length, type) and data; types 1 whole, 2 first, 3 middle, 4 last."""
