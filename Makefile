@@ -63,7 +63,7 @@ docs: $(BIN)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 # What a user does, from the built wheel on, in an environment of its own; rewrites the transcript in
-# docs/getting-started.md.
+# docs/getting-started.md. RANKCAST_SMOLLM2: a folder with SmolLM2-135M-Instruct.
 path: $(BIN)/.installed-dev
 	python -m tests.campaigns.users_path build/path --write docs/getting-started.md
 

@@ -44,6 +44,7 @@ _API = {
 def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("trainer.records.bars")  # before a library imports tqdm, which warns
     return getattr(importlib.import_module(_API[name]), name)
 
 

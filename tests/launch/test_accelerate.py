@@ -17,7 +17,7 @@ SMALL = (
 def accelerate(*arguments: str, **variables: str) -> tuple[int, str, str]:
     done = subprocess.run(
         [
-            "accelerate", "launch", "--num_processes", "2", "--cpu", "--main_process_port",
+            "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port",
             str(free_port()), "launch/train.py", "--config", str(QUICKSTART), *arguments,
         ],
         cwd=ROOT, env=environment() | variables, capture_output=True, text=True, timeout=300,

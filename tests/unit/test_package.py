@@ -3,10 +3,15 @@
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.helpers import ROOT, environment, quick_config
 from trainer import __version__
@@ -36,6 +41,31 @@ def unpacked(tmp_path_factory) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     return folder
+
+
+def test_all_that_is_installed_for_it_is_pinned():
+    """constraints.txt holds whatever the package and the extra dev need, as far as it is here."""
+    pins = {
+        canonicalize_name(line.split("==")[0])
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    left = [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["trackers"]]
+    needed: set[tuple[str, str]] = set()
+    while left:
+        requirement = Requirement(left.pop())
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras}:
+            if name == "rankcast" or (name, extra) in needed:
+                continue
+            needed.add((name, extra))
+            with suppress(PackageNotFoundError):
+                for given in map(Requirement, requires(name) or []):
+                    if given.marker is None or given.marker.evaluate({"extra": extra}):
+                        given.marker = None
+                        left.append(str(given))
+    assert not sorted({name for name, _ in needed} - pins)
 
 
 def command(unpacked: Path, elsewhere: Path, *arguments: str) -> subprocess.CompletedProcess:

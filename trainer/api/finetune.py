@@ -9,6 +9,7 @@ from typing import Any
 from trainer.api.memory_source import sources_of
 from trainer.config.config import Config, overridden, parse_config, read_config
 from trainer.data.cache import default_root
+from trainer.distributed import launcher
 from trainer.distributed.failures import guarded
 from trainer.errors import UserError
 from trainer.records.result import Result
@@ -43,13 +44,22 @@ def finetune(
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     configure_libraries()
     with guarded() if launched else nullcontext():
-        made = _config(config, train, eval, overrides)
-        with join(made) as world:
+        made, failure = None, None
+        try:
+            launcher.refuse_accelerate_engine()
+            made = _config(config, train, eval, overrides)
+        except UserError as error:
+            if not launched:
+                raise
+            failure = error  # of one rank, or of all: one line
+        with join(made, failure) as world:
+            assert made is not None
             from trainer.run.run import run
             from trainer.training.stop_request import StopRequest
 
             with StopRequest(made.run) as stop:
                 run(made, world, stop, callbacks)
+    assert made is not None
     return Result(made.run_folder.absolute())
 
 

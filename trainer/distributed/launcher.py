@@ -62,7 +62,7 @@ def refuse_accelerate_engine() -> None:
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise UserError(
                 f"accelerate launch: {option} given, by an argument or its configuration file; "
-                f"accepted: --multi_gpu or --cpu alone, and {ours} in the configuration"
+                f"accepted: --multi_gpu without it, and {ours} in the configuration"
             )
 
 

@@ -137,9 +137,10 @@ def write_gguf_card(folder: Path, training: Training, use: str, *, adapter: bool
 def hub_id(config: Config) -> str | None:
     """The base model's id on the hub, where it is known: as it is configured, or from the name of
     its folder in the hub's cache."""
-    path = local(config.model.id)
-    if path is None:
-        return config.model.id
+    path, name = local(config.model.id), config.model.id
+    if path is None:  # of a folder that is gone, too
+        is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+        return name if is_id else None
     cached = next((part for part in path.absolute().parts if _CACHED.match(part)), None)
     return None if cached is None else "/".join(cached.split("--", 2)[1:])
 

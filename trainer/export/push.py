@@ -60,7 +60,7 @@ def push(
     `api`: in place of huggingface_hub's HfApi. Returns the address of the commit, "" without one.
     Raises UserError."""
     from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.utils import HfHubHTTPError, validate_repo_id
+    from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo)
@@ -91,6 +91,6 @@ def push(
             allow_patterns=[str(file.relative_to(folder)) for file in files],
             commit_message=f"Upload {folder.name} by rankcast",
         )
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub client raises many types, also those of its HTTP library
         raise UserError(f"REPO: {repo}: {first_line(error)}") from error
     return str(commit.commit_url)

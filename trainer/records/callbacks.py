@@ -110,7 +110,7 @@ class UserCallbacks(Callback):
                 continue
             try:
                 function(*values)
-            except Exception as error:  # of the user's code
+            except (Exception, SystemExit) as error:  # of the user's code
                 self.failure = RunFailed(
                     f"callbacks: {type(callback).__name__}.{event} raised {type(error).__name__} "
                     f"at step {step}: {first_line(error)}; the run is saved; accepted: a callback "

@@ -38,7 +38,7 @@ class Backend:
         """`start`: step at which the run begins or resumes. `identity`: of the tracker's run that
         is resumed."""
         self.config, self.folder, self.start = config, folder, start
-        self.is_new = identity is None and start == 0
+        self.is_new = identity is None
         kind = tracking.LOGGER_TYPE_TO_CLASS[self.name]
         place = (str(folder),) if kind.requires_logging_directory else ()
         self._tracker: Any = kind(self.project, *place, **self.options(identity))
@@ -72,14 +72,10 @@ class Backend:
         """Generated answers as a table, where the tracker has any."""
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        """A figure, where the tracker takes images."""
-        if hasattr(self._tracker, "log_images"):
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-            pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-            self._tracker.log_images({name: [pixels]}, step=step)
+        """A figure, where it was tried: the trackers' interfaces differ."""
 
-    def finish(self) -> None:
+    def finish(self, *, ended: bool) -> None:
+        """`ended`: the run has made its steps; else it failed, or will be resumed."""
         self._tracker.finish()
 
 
@@ -96,7 +92,8 @@ class TensorBoard(Backend):
         return {"purge_step": self.start + 1}
 
     def configure(self, options: Mapping[str, Any]) -> None:
-        self._tracker.log({"config": f"```yaml\n{self.config.to_yaml()}\n```"})
+        if self.start == 0:
+            self._tracker.log({"config": f"```yaml\n{self.config.to_yaml()}\n```"})
 
     def answers(self, answers: Sequence[Mapping[str, Any]], step: int) -> None:
         if table := answers_table(answers, self.config.generation.shown):
@@ -128,6 +125,15 @@ class WandB(Backend):
             rows = [[answer.get(name) for name in columns] for answer in shown]
             self._tracker.log_table("eval/answers", columns=columns, data=rows, step=step)
 
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+        self._tracker.log_images({name: [pixels]}, step=step)
+
+    def finish(self, *, ended: bool) -> None:
+        self._tracker.tracker.finish(exit_code=0 if ended else 1)
+
 
 class MLflow(Backend):
     """Where MLFLOW_TRACKING_URI says."""
@@ -149,6 +155,11 @@ class MLflow(Backend):
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
         self._tracker.log_figure(figure, f"{name}.png")
+
+    def finish(self, *, ended: bool) -> None:
+        import mlflow
+
+        mlflow.end_run("FINISHED" if ended else "FAILED")
 
 
 class _Named(Backend):

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -58,6 +59,7 @@ class TrackerRecord(Record):
         self.name, self._config, self._folder, self._say = name, config, folder, say
         self._spacing = steps / _BOARD_POINTS if name == "tensorboard" else 0.0
         self._next = 0.0  # the first step to draw next
+        self._ended, self._closed, self._lost = False, False, False
         self._backend: Any = None
         self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING)
         self._thread = threading.Thread(target=self._work, daemon=True, name=f"tracker {name}")
@@ -75,14 +77,20 @@ class TrackerRecord(Record):
             self._call(lambda: self._backend.answers(evaluation.answers, evaluation.step))
 
     def on_end(self, result: Result) -> None:
-        for name, figure in _figures(result.folder):
-            self._call(partial(self._draw, name, figure, result.step))
+        self._ended = True
+        with suppress(UserError):  # of records that cannot be read, which the run has said
+            for name, figure in _figures(result.folder):
+                self._call(partial(self._draw, name, figure, result.step))
 
     def close(self) -> None:
-        self._call(lambda: self._backend.finish())
+        if self._closed:
+            return
+        self._closed = True
+        self._call(lambda: self._backend.finish(ended=self._ended))
+        until = time.monotonic() + _PATIENCE
         with suppress(queue.Full):
             self._calls.put(None, timeout=_PATIENCE)
-        self._thread.join(_PATIENCE)
+        self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             self._say(f"tracker   {self.name}: not done {_PATIENCE:g} s after the run; left alone")
 
@@ -111,8 +119,12 @@ class TrackerRecord(Record):
                 write_text(self._folder / IDENTITIES, json.dumps(found))
 
     def _call(self, function: Callable[[], None]) -> None:
-        with suppress(queue.Full):
+        try:
             self._calls.put_nowait(function)
+        except queue.Full:
+            if not self._lost:
+                self._say(f"tracker   {self.name} is too slow: what it cannot take in time is lost")
+            self._lost = True
 
     def _work(self) -> None:
         failed = False
@@ -130,10 +142,10 @@ class TrackerRecord(Record):
 
 
 def _figures(folder: Path) -> Iterator[tuple[str, Any]]:
-    """(name, figure) of the run's decisions."""
+    """(name, figure) of the run, but for its loss."""
     from trainer.report.report import read_run, run_figures
 
-    return ((f"decisions/{name}", figure) for name, figure in run_figures(read_run(folder)))
+    return ((f"figures/{name}", figure) for name, figure in run_figures(read_run(folder)))
 
 
 def _read(folder: Path) -> dict[str, str]:

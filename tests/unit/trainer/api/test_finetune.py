@@ -13,7 +13,7 @@ from tests.helpers import QUICKSTART, ROOT, TINY, error_lines, losses, python, s
 from trainer.api.memory_source import sources_of
 from trainer.config.config import load_config
 from trainer.config.yaml import parse_yaml
-from trainer.records.callbacks import EVENTS
+from trainer.records.callbacks import EVENTS, UserCallbacks
 from trainer.records.jsonl import read_metrics
 
 ROWS = [
@@ -228,6 +228,26 @@ def test_a_callback_that_raises_ends_all_ranks(tmp_path):
     assert code == 1 and "NOT REACHED" not in out
     (line,) = error_lines(err)
     assert line.startswith("error: callbacks: Mine.on_step raised AssertionError at step 2: enough")
+
+
+def test_a_callback_that_exits_has_raised():
+    class Exits:
+        def on_step(self, step):
+            sys.exit("enough")
+
+    users = UserCallbacks([Exits()])
+    users.on_step(trainer.StepRecord(2, 1.0, 1.0, 1.0, 0.0, False, None))
+    assert "Exits.on_step raised SystemExit at step 2: enough" in str(users.failure)
+
+
+def test_a_mistake_under_a_launcher_is_one_line(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    given = json.dumps(sections(tmp_path) | {"method": {"kind": "lorra"}})
+    code, out, err = python(script, given, json.dumps(ROWS), processes=2)
+    assert code == 2 and "NOT REACHED" not in out
+    (line,) = error_lines(err)
+    assert line.startswith("error: method.kind: 'lorra' given; accepted: lora")
 
 
 def test_importing_it_is_cheap():

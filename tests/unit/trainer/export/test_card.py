@@ -83,6 +83,12 @@ def test_hub_id_of_a_local_folder(path: str, expected: str | None, tmp_path: Pat
     assert hub_id(SimpleNamespace(model=options)) == expected  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["/gone/model", "./gone/model", "a/b/c", "gone"])
+def test_a_folder_that_is_gone_is_no_hub_id(name: str) -> None:
+    options = SimpleNamespace(id=name)
+    assert hub_id(SimpleNamespace(model=options)) is None  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("text, expected", [
     (LICENSED, {"license": "other", "license_name": "mine", "license_link": "https://a.b/c"}),
     ("---\nlicense: [mit]\n---\n", {}), ("no metadata", {}), (None, {}), ("---\n{\n---\n", {}),

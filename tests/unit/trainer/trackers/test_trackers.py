@@ -9,11 +9,13 @@ import pytest
 from tests.helpers import losses, quick_config
 from trainer.config.trackers import TRACKERS
 from trainer.distributed.world import World
-from trainer.errors import UserError
+from trainer.errors import RunFailed, UserError
 from trainer.records.jsonl import read_metrics
+from trainer.records.result import Result
 from trainer.run.run import run
 from trainer.trackers import backend as backends
 from trainer.trackers.backend import BACKENDS, MLflow
+from trainer.trackers.record import TrackerRecord
 
 EVALUATED = ("run.eval_every=2", "run.steps=4")
 
@@ -60,6 +62,23 @@ def test_mlflow_holds_what_metrics_jsonl_holds(tmp_path, monkeypatch):
     assert found.info.run_name == config.run.name and found.info.status == "FINISHED"
 
 
+@needs("mlflow")
+def test_a_resumed_run_goes_on_in_mlflows(tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(f"file://{tmp_path}/mlruns")
+    given = ("log.trackers=[mlflow]", "log.project=here", "run.eval_every=2")
+    for steps in (2, 4):
+        config = quick_config(tmp_path, *given, f"run.steps={steps}")
+        run(config, World())
+    (found,) = mlflow.search_runs(experiment_names=["here"], output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "train/loss")
+    expected = logged(config.run_folder)["train/loss"]
+    assert {one.step: one.value for one in history} == expected and max(expected) == 4
+    assert found.info.status == "FINISHED"
+
+
 def log_records(content: bytes, block: int = 32768):
     """The records of a LevelDB log (wandb's file, behind a header of 7 bytes): parts of (checksum,
     length, type) and data; types 1 whole, 2 first, 3 middle, 4 last."""
@@ -92,7 +111,7 @@ def test_wandb_holds_what_metrics_jsonl_holds(tmp_path, monkeypatch):
             item.key or "/".join(item.nested_key): item.value_json for item in record.history.item
         }
         for tag, value in row.items():
-            if not tag.startswith("_"):
+            if not tag.startswith(("_", "figures/")):
                 found.setdefault(tag, {})[int(row["_step"])] = float(value)
     assert found == logged(config.run_folder)
 
@@ -108,8 +127,54 @@ class Broken(MLflow):
     def log(self, values, step):
         raise ConnectionError("no server")
 
-    def finish(self):
+    def finish(self, *, ended):
         raise SystemExit(3)
+
+
+class Held(MLflow):
+    """Notes how it was ended."""
+
+    made: list = []
+    identity = None
+
+    def __init__(self, *_):
+        self.is_new, self.ends, self.drawn = False, [], []
+        self.made.append(self)
+
+    def log(self, values, step): ...
+
+    def answers(self, answers, step): ...
+
+    def figure(self, name, figure, step):
+        self.drawn.append(name)
+
+    def finish(self, *, ended):
+        self.ends.append(ended)
+
+
+def test_a_tracker_is_told_once_whether_the_run_ended(tmp_path, monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "tensorboard", Held)
+    run(quick_config(tmp_path, "run.name=whole", "log.tensorboard=true"), World())
+    config = quick_config(tmp_path, "run.name=failing", "log.tensorboard=true")
+
+    class Raises:
+        def on_step(self, step):
+            raise ValueError("enough")
+
+    with pytest.raises(RunFailed):
+        run(config, World(), callbacks=[Raises()])
+    assert [one.ends for one in Held.made] == [[True], [False]]
+    assert "figures/optimizer" in Held.made[0].drawn and not Held.made[1].drawn
+
+
+def test_records_that_cannot_be_drawn_do_not_fail_a_run(tmp_path):
+    config = quick_config(tmp_path, "run.name=here")
+    (tmp_path / "config.yaml").write_text("- no sections")
+    said: list = []
+    record = TrackerRecord("tensorboard", config, tmp_path, 3, 0, said.append)
+    record.on_end(Result(tmp_path))
+    record.close()
+    assert not said
 
 
 def test_a_broken_tracker_changes_nothing(tmp_path, monkeypatch, capsys):
