@@ -106,7 +106,7 @@ def without_figures() -> Iterator[None]:
     """Runs end without drawing what they trained, which takes a fifth of a short one's time."""
     with (
         patch("trainer.run.finish.draw_loss", lambda runs, out: out),
-        patch("trainer.run.finish.draw_run", lambda folder: []),
+        patch("trainer.report.report.draw_run", lambda folder: []),
     ):
         yield
 

@@ -53,7 +53,7 @@ def write_gguf(source: Path, out: Path, training: Training, dtype: str | None) -
             dtype = json.loads((source / "config.json").read_text(encoding="utf-8"))["dtype"]
         write_gguf_model(source, out / MODEL_FILE, dtype, name)
         use = f"llama-cli -m {MODEL_FILE}"
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     ends = end_tokens(config.model, base, tokenizer)
     stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in ends]
     chats = bool(tokenizer.chat_template)

@@ -37,7 +37,7 @@ def add_vocabulary(writer: "GGUFWriter", folder: Path, size: int) -> None:
         raise _refused("a tokenizer without tokenizer.json")
     described = json.loads(file.read_text(encoding="utf-8"))
     model = described["model"]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if model["type"] == "BPE" and model.get("byte_fallback"):
         _add_sentencepiece(writer, folder, described, size)
     elif model["type"] == "BPE":

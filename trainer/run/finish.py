@@ -27,7 +27,6 @@ from trainer.records.answers import answers_table
 from trainer.records.jsonl import final_scores, read_metrics
 from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
-from trainer.report.report import draw_run
 from trainer.session import Session
 
 _CPU = torch.device("cpu")
@@ -89,6 +88,8 @@ def finish(
 def _more_figures(folder: Path) -> tuple[list[Path], str]:
     """(the figures but for the loss, why there are none): a record that cannot be read must not
     fail a run that has trained."""
+    from trainer.report.report import draw_run  # late: matplotlib
+
     try:
         return draw_run(folder), ""
     except UserError as error:

@@ -84,7 +84,9 @@ def test_numpy_s_own_float_is_a_float():
     assert exchanged([[np.float64(0.1)]], 256)[0] == [[0.1]]
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, ValueError("x"), np.ones(3)], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, ValueError("x"), np.ones(3)], ids=lambda v: type(v).__name__
+)
 def test_nothing_but_plain_data_is_sent(value):
     with pytest.raises(TypeError, match="is not plain data"):
         object_exchange.encoded([value])

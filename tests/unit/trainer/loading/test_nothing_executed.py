@@ -59,6 +59,10 @@ OWN = {
         "exec(compile(text, 'program', 'exec'), {'__name__': 'program'})",
         "compile(text, 'program', 'exec')",
     ),
+    "trainer/__init__.py": (  # of a table
+        "importlib.import_module('trainer.records.bars')",
+        "importlib.import_module(_API[name])",
+    ),
     "trainer/generation/scores.py": ("importlib.import_module(library)",),  # of a table
 }
 """Lines that a file may have."""

@@ -39,7 +39,7 @@ def scored(monkeypatch):
     def with_scores(scores, metric="eval_loss"):
         def evaluation(session):
             step = scored_step(session)
-            return Evaluation({"eval_loss": 1.0, metric: scores[step - 1]}, [], 0.0, 0.0)
+            return Evaluation({"eval_loss": 1.0, metric: scores[step - 1]}, [], [], 0.0, 0.0)
 
         monkeypatch.setattr(loop, "full_evaluation", evaluation)
 
