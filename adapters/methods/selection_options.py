@@ -152,6 +152,18 @@ class OmegaOptions(SelectionOptions):
                 f"the run's {steps} steps"
             )
 
+    def _check_share(self, units: Sequence[Unit]) -> None:
+        super()._check_share(units)
+        left = sum(unit.size for unit in units)
+        for _ in range(self.rounds):
+            left = self._room([left])
+        if left < min(unit.size for unit in units):
+            raise ValueError(
+                f"method.rounds: {self.rounds} given with method.keep_parameters="
+                f"{self.keep_parameters}, after which no unit would be left; accepted: fewer, or a "
+                "larger method.keep_parameters"
+            )
+
     @model_validator(mode="after")
     def _check_rounds(self) -> "OmegaOptions":
         if self.rounds > 1 and self.keep is not None:

@@ -127,6 +127,11 @@ class WeightLoRA(Selection):
         score = np.where(candidates, scores(self._offset, sizes, self.options.score), -np.inf)
         order = np.argsort(-score, kind="stable")[: candidates.sum()]  # ties: lower unit first
         kept = self.options.first_that_fit(order.tolist(), sizes)
+        if not kept:  # in a further round: fewer units than K had ω > 0
+            raise ValueError(
+                f"method.keep_parameters: none of the {len(order)} survivors fits into this share "
+                "of their parameters; accepted: a larger one, or fewer method.rounds"
+            )
         zeroed = np.setdiff1d(order, kept)
         self._offset = self._offset.copy()
         self._offset[zeroed] = -1.0
@@ -140,8 +145,9 @@ class WeightLoRA(Selection):
         survivors = [u.name for u, o in zip(self.units, self._offset, strict=True) if o > -1]
         if not survivors:
             raise ValueError("no unit has ω > 0; lower method.omega_learning_rate")
-        growth = self.options.growth(candidates)
-        ranks = {name: self.adapters[name].rank * growth for name in survivors}
+        growth, largest = self.options.growth(candidates), self.options.final_rank(len(self.units))
+        # Of fewer candidates than K (others had ω ≤ 0) the factor may be larger: 3, of 3.
+        ranks = {name: min(self.adapters[name].rank * growth, largest) for name in survivors}
         return Decision(survivors=survivors, ranks=ranks)
 
     def summary(self, decision: Decision) -> dict[str, str]:

@@ -131,7 +131,7 @@ class Comparison(Section):
 
 def _refuse_other_factors(key: str, rates: Sequence[float]) -> None:
     for lower, higher in zip(sorted(rates), sorted(rates)[1:], strict=False):
-        if abs(higher / lower - 2) > 1e-6:
+        if higher != lower * 2:  # exactly: the search finds its rates again by this factor
             raise ValueError(f"{key}: {list(rates)} given; accepted: each twice the one before")
 
 

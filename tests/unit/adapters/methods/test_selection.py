@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from adapters.decision import Decision
@@ -249,6 +250,31 @@ def test_resume_in_every_round(before):
         )  # fmt: skip
 
     check_resume(make, before, 5)
+
+
+def test_ranks_of_fewer_survivors_stay_within_what_was_checked():
+    """12 → 6, of which 3 have ω > 0, → 1: not rank 2 · 3 but 2 · 2."""
+    bench = bench_of(
+        "weightlora_plus", shapes=[(12, 10)] * 12, rounds=2, warmup_steps=1, score="signed"
+    )
+    gradients = [[0.0] * 12, [-1.0, -2.0, -3.0] + [8.0] * 9]
+    assert drive(bench, gradients).survivors == names(bench, [0, 1, 2])
+    bench.method._gradient = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
+    last = bench.method.decide(bench.at)
+    assert last.ranks == {bench.units[2].name: 4 * RANK}
+    bench.method.check_decision(last)
+
+
+def test_a_share_of_which_rounds_leave_nothing_is_refused():
+    with pytest.raises(ValueError, match="rounds: 2 given with"):
+        bench_of(shapes=[(8, 8)] * 12, rounds=2, keep_parameters=0.25)
+    # Enough for 3 of 9 and 1 of 3, but here only 2 have ω > 0.
+    bench = bench_of(
+        shapes=[(8, 8)] * 9, rounds=2, warmup_steps=1, keep_parameters=0.34, score="signed"
+    )
+    assert drive(bench, [[0.0] * 9, [0.0, -1.0] + [8.0] * 7]).survivors == names(bench, [0, 1])
+    with pytest.raises(ValueError, match="none of the 2 survivors fits"):
+        drive(bench, [[1.0, 2.0]])
 
 
 def test_ranks_that_differ_are_refused_before_another_round():

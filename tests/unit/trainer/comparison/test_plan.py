@@ -30,6 +30,7 @@ def test_a_broken_file_is_one_line(tmp_path, text):
     ("changed", "message"),
     [
         ({"learning_rates": [1e-3, 3e-3]}, "accepted: each twice the one before"),
+        ({"learning_rates": [3.333333e-4, 6.666667e-4]}, "each twice the one before"),
         ({"learning_rates": [0.0]}, "learning_rates: 0.0 given"),
         ({"score": "eval_bleu"}, "score: eval_bleu given; accepted: eval_loss, "),
         ({"learning_rate_bounds": [1.0, 0.5]}, "low < high"),
