@@ -50,6 +50,8 @@ class Method:
     decides_before: ClassVar[Literal["forward", "update"]] = "forward"
     """When a decision must be applied. `forward`: it changes the forward pass. `update`: it only
     selects the components that the update changes, and may be made during forward and backward."""
+    rounds: int = 1
+    """Selections of units that a run makes, of methods that select any."""
     changes_structure: bool = False
     """Whether units are removed or change their R after they were attached."""
     splits_weight: ClassVar[bool] = False

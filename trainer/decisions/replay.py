@@ -81,6 +81,11 @@ class Replay:
             strange = decision.ranks.keys() - set(method.decided)
             if strange:
                 raise self._refused(f"names {min(strange)}, which is no unit of this run")
+        selections = sum(decision.survivors is not None for decision in self._by_step.values())
+        if selections > method.rounds:
+            raise self._refused(
+                f"holds {selections} selections; accepted: {method.rounds}, by method.rounds"
+            )
 
     def _check_length(self, method: Method, first: int, steps: int) -> None:
         """Refuse a record that ends before the last due step; after a selection none is needed."""
