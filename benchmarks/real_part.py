@@ -20,6 +20,7 @@ from contextlib import ExitStack  # noqa: E402
 from dataclasses import asdict, dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 
@@ -193,7 +194,8 @@ class _Documents:
         weight, tokens = (
             sum(getattr(b, name) for _, b in made) * size for name in ("weight", "tokens")
         )
-        return Step(made, weight, tokens, epoch=0.0)
+        lengths = np.full(tokens // self._shape[1], self._shape[1])
+        return Step(made, weight, tokens, lengths, epoch=0.0)
 
 
 class _Counted:

@@ -7,9 +7,9 @@ Every rank runs `data.micro_batch_size` sequences of exactly `data.max_length` t
 loss. The step time is the median on the slowest rank after two warm-up steps. `--layers` times
 shallower models; from two depths the time is extrapolated linearly to the full depth. Shallower
 models keep no block unsharded unless `engine.unsharded_blocks` is set: there would be room for all.
-FLOPs are 4 per token and active parameter (frozen backbone: forward and the gradient of the input),
-without attention. `--peer peft` also runs PEFT with bitsandbytes on the same shapes. Under torchrun
-or the deepspeed launcher several ranks share the work.
+FLOPs are those of the matrices (`trainer/model/flops.py`): 4 per token and active parameter of a
+frozen backbone, without attention. `--peer peft` also runs PEFT with bitsandbytes on the same
+shapes. Under torchrun or the deepspeed launcher several ranks share the work.
 
     python -m benchmarks.throughput configs/llama8b_random.yaml --data FILE
         [--parts single,packed,unpacked,peft-packed,peft-padded] [--steps 200]
@@ -29,13 +29,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from adapters.layers.experts import StackedLinear
-from adapters.layers.linear import AdaptedLinear
 from benchmarks.parts import PARTS, Job, compare
 from trainer.config.arguments import Parser, among, at_least, counts, new_file
 from trainer.config.config import Config, with_overrides
@@ -46,6 +45,7 @@ from trainer.memory.graphs import capture_graphs
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import BuiltModel
 from trainer.model.build import build
+from trainer.model.flops import model_flops
 from trainer.model.hub import load_tokenizer
 from trainer.run.launch import launched
 from trainer.session import open_session
@@ -158,7 +158,9 @@ class SameBatch:
     def __init__(self, batch: Batch, world: World):
         self.micro_batch_size = batch.targets.shape[0]
         weight, tokens = batch.weight * world.size, batch.tokens * world.size
-        self._step = Step([(world.rank, batch)], weight, tokens, epoch=0.0)
+        rows, length = batch.targets.shape
+        lengths = np.full(rows * world.size, length)
+        self._step = Step([(world.rank, batch)], weight, tokens, lengths, epoch=0.0)
 
     def next_step(self) -> Step:
         return self._step
@@ -226,19 +228,6 @@ def depth(config: Config, world: World) -> int:
     return int(built(config, world).model.config.num_hidden_layers)
 
 
-def active_parameters(config: Config, world: World) -> int:
-    """Active matrix parameters per token: k of the experts, without embeddings."""
-    model = built(config, world).model
-    chosen = getattr(model.config, "num_experts_per_tok", 1)
-    total = 0
-    for module in model.modules():
-        if isinstance(module, StackedLinear):
-            total += chosen * module.out_features * module.in_features
-        elif isinstance(module, torch.nn.Linear | AdaptedLinear):
-            total += module.out_features * module.in_features
-    return total
-
-
 def built(config: Config, world: World) -> BuiltModel:
     """The model without its weights."""
     task = TASKS[config.task.kind](config.task, load_tokenizer(config.model))
@@ -252,7 +241,10 @@ def figures(
     """`trainable` None: an extrapolated time, without memory."""
     micro, length = shape(config)
     speed = micro * length / seconds
-    tflops = 4 * active_parameters(config, world) * speed / 1e12
+    work = model_flops(built(config, world).model, trains=config.method.trains == "backbone")
+    assert work is not None, "a model whose FLOPs are known"
+    without_attention = replace(work, windows=[])
+    tflops = without_attention.of_step(np.full(micro, length), micro * length) / seconds / 1e12
     held = None if trainable is None else max(world.gather(peak_gib(world.device)))
     return Figures(who, layers, trainable, seconds, speed, tflops, tflops / ceiling, held)
 

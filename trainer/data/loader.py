@@ -42,6 +42,8 @@ class Step:
     """Terms of the summed loss over all ranks: the divisor of the mean."""
     tokens: int
     """Tokens over all ranks, without padding."""
+    lengths: np.ndarray
+    """Tokens of each document, over all ranks."""
     epoch: float
     """Passes over the data after this step."""
 
@@ -124,6 +126,7 @@ class Loader:
             ),
             weight=int(self.data.weights[records].sum()),
             tokens=int(self.data.lengths[records].sum()),
+            lengths=self.data.lengths[records],
             epoch=self.epoch + self.offset / len(self.sequences(self.epoch)),
         )  # fmt: skip
 

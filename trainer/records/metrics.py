@@ -104,7 +104,7 @@ class MetricsWriter(Callback):
             with suppress(OSError):
                 self._bar.set_postfix_str(
                     f"loss {values['loss']:.4f}{self._evaluated}, lr "
-                    f"{values['learning_rate']:.2e}, {values['tokens_per_second']:.0f} tokens/s, "
+                    f"{values['learning_rate']:.2e}, {speed(values)}, "
                     f"{values['peak_memory_gib']:.2f} GiB{decided}"
                 )
         elif step > self._plain_after:  # about twenty lines per run
@@ -112,8 +112,14 @@ class MetricsWriter(Callback):
             self.log_line(
                 f"step {step}/{self._steps}  loss {values['loss']:.4f}  "
                 f"lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3f}  "
-                f"{values['tokens_per_second']:.0f} tokens/s  {values['peak_memory_gib']:.2f} GiB"
+                f"{speed(values)}  {values['peak_memory_gib']:.2f} GiB"
             )
+
+
+def speed(values: dict[str, Any]) -> str:
+    """That of a logged step in words, with its model FLOPs utilisation where that is known."""
+    share = f" ({values['mfu']:.0%} MFU)" if "mfu" in values else ""
+    return f"{values['tokens_per_second']:,.0f} tokens/s{share}"
 
 
 def finite_or_null(values: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from trainer.errors import UserError
 from trainer.files import DECISIONS, METRICS, UNITS
 from trainer.records.heartbeat import EXIT_CODES, EXIT_RUNNING, read_heartbeat
 from trainer.records.jsonl import final_scores, read_metrics
+from trainer.records.metrics import speed
 
 _BARS = "▁▂▃▄▅▆▇█"
 _COLORS = {"done": "green", "interrupted": "yellow", "failed": "red"}
@@ -60,7 +61,7 @@ def _view(folder: Path, beat: dict[str, Any]) -> RenderableType:
     if "step_seconds" in beat:
         table.add_row(
             "speed",
-            f"{beat['tokens_per_second']:,.0f} tokens/s, {beat['step_seconds']:.3g} s a step",
+            f"{speed(beat)}, {beat['step_seconds']:.3g} s a step",
         )
         peaks = beat.get("peak_memory_gib_by_rank", [beat["peak_memory_gib"]])
         table.add_row("memory", ", ".join(f"{p:.2f}" for p in peaks) + " GiB at most, by rank")

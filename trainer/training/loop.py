@@ -2,9 +2,6 @@
 step or a stop request.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +17,7 @@ from trainer.records.progress import Progress
 from trainer.session import Session
 from trainer.training.best import is_exhausted, judge
 from trainer.training.evaluation import full_evaluation
+from trainer.training.speed import Clock, known_peak
 from trainer.training.step import StepDone, Training, settled, train_step
 from trainer.training.stop_request import Interrupted, StopRequest
 
@@ -66,17 +64,18 @@ def train(run: Run) -> None:
         stopping = run.asked_to_stop()
         if not stopping:
             _begin(run)
-        clock = Clock()
+        peak = known_peak(run.session)
+        clock = Clock(peak)
         while not run.ended and not stopping:
             done = train_step(training, progress.step, meanwhile=run.must_stop)
             stopping = done.meanwhile
             progress.count(skipped=done.update.skipped)
-            clock.count(done.tokens)
+            clock.count(done)
             last = progress.step == training.steps
             # The first loss is the untrained model's: what the end is judged by.
             is_logged = last or progress.step == 1 or _due(config.log.every, progress.step)
             training.recorder.on_step(_record(run, done, clock if is_logged else None))
-            clock = Clock() if is_logged else clock
+            clock = Clock(peak) if is_logged else clock
             if progress.skipped_in_a_row >= min(config.optim.max_skipped_steps, training.steps):
                 _give_up(run)
             is_best = False
@@ -94,25 +93,6 @@ def train(run: Run) -> None:
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-class Clock:
-    """Time, tokens and steps since the last logged step."""
-
-    def __init__(self) -> None:
-        self.started, self.tokens, self.steps = time.perf_counter(), 0, 0
-
-    def count(self, tokens: int) -> None:
-        """Count a finished step."""
-        self.tokens += tokens
-        self.steps += 1
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time spent inside is not counted."""
-        began = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - began
 
 
 def _begin(run: Run) -> None:
@@ -181,12 +161,11 @@ def _record(run: Run, done: StepDone, clock: Clock | None) -> StepRecord:
 def _figures(session: Session, progress: Progress, clock: Clock) -> dict[str, Any]:
     """Speed, memory and parameter counts for the log. Collective."""
     peaks = session.world.gather(round(peak_gib(session.world.device), 3))
-    seconds = time.perf_counter() - clock.started
+    gpus = session.world.size if session.world.device.type == "cuda" else 0
     heads = sum(p.numel() for head in session.backbone.heads.values() for p in head.parameters())
     heads += sum(p.numel() for p in session.method.trained_parameters.values())
     return {
-        "tokens_per_second": round(clock.tokens / seconds, 1),
-        "step_seconds": round(seconds / clock.steps, 4),
+        **clock.figures(gpus),
         "peak_memory_gib": max(peaks),
         **({"peak_memory_gib_by_rank": peaks} if len(peaks) > 1 else {}),
         "trainable_parameters": session.optimizer.numel,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from adapters import seeds
@@ -65,6 +66,10 @@ class StepDone:
     update: Update
     tokens: int
     """Tokens of the global batch, without padding."""
+    lengths: np.ndarray
+    """Tokens of its documents."""
+    weight: int
+    """Terms of its summed loss."""
     epoch: float
     meanwhile: Any
     """Result of the `meanwhile` callback."""
@@ -95,7 +100,7 @@ def train_step(
     done = observed_update(method, step, optimizer, update, training.validate)
     if proof is not None:
         proof.after_update(done)
-    return StepDone(done, batch.tokens, batch.epoch, found)
+    return StepDone(done, batch.tokens, batch.lengths, batch.weight, batch.epoch, found)
 
 
 def gradients_and_decision(
