@@ -30,7 +30,7 @@ install: $(BIN)/.installed
 install-dev: $(BIN)/.installed-dev
 
 quickstart: $(BIN)/.installed
-	deepspeed --num_gpus 2 launch/train.py --config configs/quickstart.yaml
+	rankcast train --processes 2 --config configs/quickstart.yaml
 
 # Two test files at a time. The long ones, whose ranks wait for one another now and then, come first.
 SPREAD := -n 2 --dist loadfile --no-loadscope-reorder

@@ -1,6 +1,7 @@
 """Train from a YAML configuration.
 
 rankcast train --config configs/quickstart.yaml [section.key=value ...]
+rankcast train --processes 2 --config ...      # several on this machine
 torchrun --nproc_per_node 2 launch/train.py --config ...
 deepspeed --num_gpus 2 launch/train.py --config ...
 accelerate launch --multi_gpu --num_processes 2 launch/train.py --config ...
@@ -11,7 +12,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from trainer.config.arguments import Parser
+from trainer.config.arguments import Parser, at_least
+from trainer.distributed import local_ranks
+from trainer.distributed.failures import guarded
 
 
 def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
@@ -21,6 +24,10 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="load shapes and data without training"
     )
+    parser.add_argument(
+        "--processes", type=at_least(1), metavar="N",
+        help="ranks on this machine, one per GPU (without: one process, or another launcher's)",
+    )  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_intermixed_args(argv)
@@ -28,6 +35,9 @@ def parse(argv: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     arguments = parse(argv, prog)
+    if arguments.processes is not None and not local_ranks.is_rank():
+        with guarded():
+            return local_ranks.run_ranks(arguments.processes)
     from trainer.run.launch import launched
 
     begun = not arguments.print_config  # whose output is YAML

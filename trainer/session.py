@@ -39,6 +39,7 @@ from trainer.loading.load import check_backbone, load_backbone
 from trainer.loading.spectral_init import SpectralInit
 from trainer.model.backbone import BuiltModel, LoadedBackbone
 from trainer.model.image_processor import load_processor
+from trainer.records import phases
 from trainer.tasks.base import Task
 from trainer.tasks.options import TaskOptions
 from trainer.tasks.positions import longest_row, longest_text
@@ -144,6 +145,7 @@ def open_data(
     tokenises, then the others read its cache. `stop` raises where this rank is asked to stop.
     Collective; it may take any time."""
     read_anew()
+    phases.enter("reading the data")
     with world.all_or_none(world.patience(stop)):
         tokenizer = load_processor(config)
         task = TASKS[config.task.kind](config.task, tokenizer)
@@ -231,6 +233,7 @@ def open_session(
     learned, by the layer's name, given the model without weights. `stop`: as for `open_data`.
     """
     tokenizer, task, train_data, eval_data = open_data(config, world, stop)
+    phases.enter("building the model")
     with world.all_or_none():  # fails before any weight is loaded
         built = check_backbone(config, task, world.device, unreached)
         left_out, evaluated = hold_out(config, train_data, task)
@@ -290,6 +293,7 @@ def _load(
     beside: Mapping[str, GatedAdapter],
 ) -> LoadedModel:
     """Load the backbone, shard it, attach the method's adapters. Collective."""
+    phases.enter("loading the model")
     engine = make_engine(config, world, task)
     spectral_init = None
     if isinstance(method, SpectralMethod) or initial_adapters is not None:
@@ -298,6 +302,7 @@ def _load(
     backbone = load_backbone(config, task, engine, world, spectral_init, built.unreached)
     if spectral_init is not None:
         initial_adapters = spectral_init.initial_adapters
+    phases.enter("attaching adapters")
     method.attach(backbone.units, backbone.adapted_layers, world.device, initial_adapters)
     optimizer = engine.sharded_optimizer(backbone.model)
     if config.method.scales_rows:

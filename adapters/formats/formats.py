@@ -8,6 +8,7 @@ viewed as any dtype (FSDP2 views them as float32).
 """
 
 import functools
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -204,6 +205,8 @@ class FourBit(_CodesAndScales):
 @functools.cache
 def _bitsandbytes() -> Any:
     """Its operators, for CPU and GPU, imported where a format first needs one."""
+    # It warns of products of its own that are missing, which no format asks for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes  # noqa: F401 (registers them)
 
     return torch.ops.bitsandbytes

@@ -5,10 +5,12 @@ import pytest
 from tests.helpers import error_lines, launch
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_launchers_end_with_one_error_line(launcher, tmp_path):
+@pytest.mark.parametrize(("launcher", "options"), [
+    ("torchrun", ()), ("deepspeed", ()), ("python", ("--processes", "2")),
+])  # fmt: skip
+def test_launchers_end_with_one_error_line(launcher, options, tmp_path):
     code, out, err = launch(
-        launcher, 2, "launch/train.py", "--config", "configs/quickstart.yaml", "engine.kind=nonsense",
+        launcher, 2, "launch/train.py", *options, "--config", "configs/quickstart.yaml", "engine.kind=nonsense",
         f"run.dir={tmp_path}", seconds=60,
     )  # fmt: skip
     assert code != 0

@@ -45,6 +45,10 @@ class Heartbeat:
         if time.monotonic() - self._last >= _EVERY:
             self.write()
 
+    def add(self, **values: Any) -> None:
+        """Values that the next write holds."""
+        self._values |= values
+
     def set_state(self, state: str, **values: Any) -> None:
         """Enter a phase other than training steps, such as an evaluation."""
         self._values |= {"state": state, **values}

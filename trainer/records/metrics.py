@@ -9,6 +9,7 @@ from typing import Any
 from adapters.decision import Decision
 from trainer.config.config import Config
 from trainer.files import LOSSES, METRICS, PREDICTIONS
+from trainer.records import phases
 from trainer.records.bars import tqdm
 from trainer.records.callbacks import Callback, Evaluated, StepRecord
 from trainer.records.heartbeat import Heartbeat
@@ -67,6 +68,11 @@ class MetricsWriter(Callback):
         self._heartbeat.set_state(state)
         if state == "finishing":
             self._close_bar()
+
+    def started(self, seconds: dict[str, float]) -> None:
+        """Tell the phases of the start, once the first step is done."""
+        self._heartbeat.add(start_seconds={name: round(s, 3) for name, s in seconds.items()})
+        self.log_line(f"started   {phases.described(seconds)}")
 
     def log_line(self, line: str) -> None:
         """Print a line on the terminal, above the progress bar."""

@@ -27,6 +27,9 @@ class Recorder(Callback):
     def set_state(self, state: str) -> None:
         """Enter a phase other than training steps, such as an evaluation."""
 
+    def started(self, seconds: dict[str, float]) -> None:
+        """The first step of this process is done; `seconds` of each phase before, in order."""
+
     @property
     def failure(self) -> RunFailed | None:
         """That of a user's callback, which ends the run."""
@@ -63,6 +66,9 @@ class RunRecorder(Recorder):
 
     def set_state(self, state: str) -> None:
         self._metrics.set_state(state)
+
+    def started(self, seconds: dict[str, float]) -> None:
+        self._metrics.started(seconds)
 
     def on_step(self, step: StepRecord) -> None:
         for one in self._all:

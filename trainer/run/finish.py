@@ -24,7 +24,9 @@ from trainer.export.tokenizer import copy_generation_config, save_tokenizer
 from trainer.files import ADAPTER, CHECKPOINTS, FIGURES, METRICS, MODEL, PREDICTIONS
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.records.answers import answers_table
+from trainer.records.heartbeat import read_heartbeat
 from trainer.records.jsonl import final_scores, read_metrics
+from trainer.records.phases import described
 from trainer.records.progress import Progress
 from trainer.report.loss_curve import draw_loss
 from trainer.session import Session
@@ -74,6 +76,8 @@ def finish(
         if name.startswith("eval_") and value is not None:
             summary += f", {name} {value:.4g}"
     summary += f", peak {peak_gib(session.world.device):.2f} GiB"
+    if started := read_heartbeat(folder).get("start_seconds"):
+        note = f"{note}\n\nThe last start: {described(started)} (seconds).".strip()
     answers = answers_table(read_metrics(folder / PREDICTIONS), session.config.generation.shown)
     if answers:
         note = f"{note}\n\n## Answers to held-out records\n\n{answers}".strip()

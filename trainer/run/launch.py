@@ -5,7 +5,7 @@ torch is imported only after the configuration is accepted.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import yaml
@@ -15,6 +15,7 @@ from trainer.config.config import Config, load_config
 from trainer.distributed import launcher
 from trainer.distributed.failures import guarded
 from trainer.errors import UserError
+from trainer.records import phases
 
 if TYPE_CHECKING:
     from trainer.distributed.world import World
@@ -23,6 +24,12 @@ if TYPE_CHECKING:
 def configure_libraries() -> None:
     """Set environment variables that libraries read at import."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def say(line: str) -> None:
+    """Print a line, which must not wait in a buffer while the next phase lasts."""
+    with suppress(OSError):  # the terminal may be gone
+        print(line, flush=True)
 
 
 @contextmanager
@@ -37,6 +44,8 @@ def launched(
     launcher.watch()
     configure_libraries()
     with guarded():
+        if announced:
+            phases.begin("reading the configuration")
         config: Config | None = None
         failure: UserError | None = None
         try:
@@ -44,10 +53,11 @@ def launched(
             config = load_config(path, overrides)
         except UserError as error:
             failure = error
-        is_shown = config is not None and config.log.shown != "none"
-        if announced and is_shown and os.environ.get("RANK", "0") == "0":
-            assert config is not None
-            print(f"rankcast  {__version__}, {path}: importing torch", flush=True)
+        if announced and config is not None:
+            phases.enter("importing torch")
+            if config.log.shown != "none" and os.environ.get("RANK", "0") == "0":
+                say(f"rankcast  {__version__}, {path}: importing torch")
+                phases.tell(say)
         if failure is not None and "RANK" not in os.environ:
             raise failure
         with join(config, failure) as world:

@@ -33,12 +33,14 @@ from trainer.loading.initial_adapters import initial_digest
 from trainer.memory.graphs import capture_graphs, row_batches
 from trainer.memory.planner import make_plan
 from trainer.model.backbone import Loading, class_name
+from trainer.records import phases
 from trainer.records.callbacks import UserCallbacks
 from trainer.records.progress import Progress
 from trainer.records.result import Result
 from trainer.run.data_start import begin_from_data, save_starts
 from trainer.run.finish import finish
 from trainer.run.folder import RunFolder
+from trainer.run.launch import say
 from trainer.run.outcome import find_fault
 from trainer.run.parameters import Parameters, count_parameters
 from trainer.run.remarks import (
@@ -81,8 +83,15 @@ def run(
         users = UserCallbacks(callbacks if world.is_main else ())
         if world.is_main:
             refuse_missing(config.log)
-    with RunFolder(config.run_folder, users) as folder:
-        return _run(config, world, stop or StopRequest(config.run), folder, scores_only)
+    if not phases.is_begun():  # not by the command
+        phases.begin("beginning")
+        if world.is_main and config.log.shown != "none":
+            phases.tell(say)
+    try:
+        with RunFolder(config.run_folder, users) as folder:
+            return _run(config, world, stop or StopRequest(config.run), folder, scores_only)
+    finally:
+        phases.end()  # of a run that did not come as far as a step
 
 
 def _run(
@@ -114,6 +123,7 @@ def _run(
     torch.manual_seed(seeds.mixed(config.run.seed, world.rank))
     loader = make_loader(session, world)
     progress = Progress()
+    phases.enter("verifying what was loaded")
     proof, verified = _prove(session, start)  # of what was loaded, before a backbone trains
     if start.checkpoint is not None:
         with world.all_or_none():
@@ -124,7 +134,10 @@ def _run(
         with session.watchdog:
             starts, start_line = begin_from_data(session, folder.path)
         start_lines = [start_line]
+    if world.device.type == "cuda":
+        phases.enter("planning memory")
     plan = make_plan(session)
+    phases.enter("opening the records")
     steps = total_steps(session, loader)
     replay, digest = None, start.state.get("initial")
     with world.all_or_none():
@@ -156,6 +169,8 @@ def _run(
     def capture() -> str | None:
         return capture_graphs(session, row_batches(session, loader))
 
+    if world.device.type == "cuda":
+        phases.enter("capturing graphs")
     log_graphs(folder.recorder, capture())
     # Later in a run whole units may be masked or pruned, on purpose.
     watched = {"auto": start.checkpoint is None, "full": True, "off": False}[config.run.verify]

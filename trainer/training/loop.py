@@ -12,6 +12,7 @@ from trainer.device_memory import peak_gib
 from trainer.distributed.world import World
 from trainer.engine.sharded_optimizer import ShardedOptimizer
 from trainer.errors import Diverged
+from trainer.records import phases
 from trainer.records.callbacks import Evaluated, StepRecord
 from trainer.records.progress import Progress
 from trainer.session import Session
@@ -64,10 +65,13 @@ def train(run: Run) -> None:
         stopping = run.asked_to_stop()
         if not stopping:
             _begin(run)
+        phases.enter("first step")
         peak = known_peak(run.session)
         clock = Clock(peak)
         while not run.ended and not stopping:
             done = train_step(training, progress.step, meanwhile=run.must_stop)
+            if phases.is_begun():
+                training.recorder.started(phases.end())
             stopping = done.meanwhile
             progress.count(skipped=done.update.skipped)
             clock.count(done)
@@ -101,6 +105,7 @@ def _begin(run: Run) -> None:
     options, progress = run.session.config.run, run.progress
     if progress.step == 0:
         if options.eval_at_start:
+            phases.enter("evaluating")
             _evaluate(run)
         optimizer: Any = run.session.optimizer
         run.session.method.on_train_begin(optimizer, run.training.validate)
