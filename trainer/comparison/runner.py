@@ -79,7 +79,8 @@ def compare(
     report: Report = print,
 ) -> list[list[Result]]:
     """Make the runs of comparisons, each with its folder, that have no result; the first arm of
-    every comparison, then the second one: what was stopped has the same rows in all. Writes results.jsonl, table.md and figure.png of each; returns its results."""
+    every comparison, then the second one: what was stopped has the same rows in all. Writes
+    results.jsonl, table.md and figure.png of each; returns its results."""
     parts = [Part(comparison, folder, limits, report) for comparison, folder in comparisons]
     if next(_wanted(parts, set()), None) is not None and limits.minutes != 0:
         _work(parts, limits)
