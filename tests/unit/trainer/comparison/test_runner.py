@@ -38,6 +38,17 @@ def stored(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").open()]
 
 
+def test_an_arm_is_run_in_every_comparison_before_the_next_arm(tmp_path, in_forks):
+    parts = [
+        (comparison(tmp_path, seeds=[seed], match_parameters=False), tmp_path / str(seed))
+        for seed in (0, 1)
+    ]
+    said = []
+    compare(parts, report=lambda line: said.append(json.loads(line)))
+    order = [(one["method"], one["seed"]) for one in said]
+    assert order == [("lora", 0), ("lora", 1), ("wide", 0), ("wide", 1)]
+
+
 def test_every_run_is_made_once_and_described(tmp_path, in_forks):
     out, said = tmp_path / "out", []
     job = comparison(tmp_path, seeds=[0])
