@@ -16,7 +16,7 @@ methods:
             against: lelora}
   replayed: {like: lelora, replays: lelora}      # its last allocation, seed by seed, from step 0
 variants: {nf4: [model.quantization=nf4]}    # chosen at the command line
-extends: common.yaml                   # a file whose keys these complete
+extends: common.yaml                   # a file whose keys these complete (null removes one, "*": null all)
 """
 
 from collections.abc import Mapping, Sequence
@@ -208,7 +208,7 @@ def _kept(comparison: Comparison, names: Sequence[str] | None) -> dict[str, Arm]
 
 def _read(path: Path, below: Sequence[Path]) -> dict[str, Any]:
     """The keys of a file, and of those that it extends: lists of overrides are joined, mappings
-    merged, without what is null, and other keys replaced."""
+    merged, without what is null ("*": all that it extends), and other keys replaced."""
     if path in below:
         raise UserError(f"{below[-1]}: extends {path}, which extends it; accepted: no circle")
     try:
@@ -229,7 +229,7 @@ def _read(path: Path, below: Sequence[Path]) -> dict[str, Any]:
         if key == "overrides" and isinstance(value, list):
             found[key] = [*found.get(key, []), *value]
         elif isinstance(value, dict) and isinstance(found.get(key), dict):
-            both = {**found[key], **value}
+            both = {**({} if "*" in value else found[key]), **value}
             found[key] = {name: inner for name, inner in both.items() if inner is not None}
         else:
             found[key] = value
