@@ -119,7 +119,8 @@ def _work(parts: Sequence[Part], limits: Limits) -> None:
                 jobs = parts[number].schedule.jobs
                 begun.add((number, jobs.digest(job)))
                 identity = job.result(jobs.digest(job), code_version())
-                running[pool.submit(make_run, identity, jobs.config(job))] = number
+                made = pool.submit(make_run, identity, jobs.config(job), jobs.replayed(job))
+                running[made] = number
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
