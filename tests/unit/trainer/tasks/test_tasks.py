@@ -263,7 +263,6 @@ def test_records_of_one_row_have_the_scores_that_they_have_alone(
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-
 def test_classification_loss(tokenizer, llama_config) -> None:
     task, model, examples = classify(tokenizer, llama_config, [0, 1, 2])
     loss, guesses = task.loss(model, task.collate([[example] for example in examples]))
