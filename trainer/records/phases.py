@@ -3,7 +3,8 @@ seconds of all at the end. Of this process, as its memory is; other ranks than 0
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _say: Callable[[str], None] | None = None
 _entered: list[tuple[str, float]] = []
@@ -45,6 +46,20 @@ def end() -> dict[str, float]:
         found[phase] = found.get(phase, 0.0) + ended - began
     _entered.clear()
     return found
+
+
+@contextmanager
+def until_step(say: Callable[[str], None] | None) -> Iterator[None]:
+    """A run's start, unless the command has begun it; also where the run does not come as far as a
+    step, nothing of it is left at the end."""
+    if not is_begun():
+        begin("beginning")
+        if say is not None:
+            tell(say)
+    try:
+        yield
+    finally:
+        end()
 
 
 def described(seconds: dict[str, float]) -> str:

@@ -23,7 +23,7 @@ from trainer.data.sources import hub_ids
 from trainer.data.templates import on_templates
 from trainer.decisions.replay import Replay
 from trainer.decisions.selection import match_selection
-from trainer.device_memory import readable
+from trainer.device_memory import modules_set_aside, readable
 from trainer.distributed import launcher
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, Diverged, UserError
@@ -83,15 +83,13 @@ def run(
         users = UserCallbacks(callbacks if world.is_main else ())
         if world.is_main:
             refuse_missing(config.log)
-    if not phases.is_begun():  # not by the command
-        phases.begin("beginning")
-        if world.is_main and config.log.shown != "none":
-            phases.tell(say)
-    try:
-        with RunFolder(config.run_folder, users) as folder:
-            return _run(config, world, stop or StopRequest(config.run), folder, scores_only)
-    finally:
-        phases.end()  # of a run that did not come as far as a step
+    told = say if world.is_main and config.log.shown != "none" else None
+    with (
+        phases.until_step(told),
+        modules_set_aside(),
+        RunFolder(config.run_folder, users) as folder,
+    ):
+        return _run(config, world, stop or StopRequest(config.run), folder, scores_only)
 
 
 def _run(
