@@ -71,7 +71,7 @@ def model_flops(model: "PreTrainedModel", *, trains: bool = False) -> ModelFlops
         key = value = width
     return ModelFlops(
         matrices=matrices,
-        head=head.weight.shape.numel() if _is_matrix(head) else 0,
+        head=_entries(head),
         per_pair=heads * (key + value),
         windows=windows,
         causal=not attends_ahead(model),
@@ -89,13 +89,16 @@ def _matrices(model: nn.Module, config: Any, head: Any) -> int | None:
             if not isinstance(chosen, int):
                 return None
             total += chosen * module.out_features * module.in_features
-        elif _is_matrix(module) and module is not head:
-            total += module.out_features * module.in_features
+        elif module is not head:
+            total += _entries(module)
     return total
 
 
-def _is_matrix(module: Any) -> bool:
-    return isinstance(module, nn.Linear | AdaptedLinear)
+def _entries(module: Any) -> int:
+    """Entries of a linear layer's matrix; 0 of other modules."""
+    if not isinstance(module, nn.Linear | AdaptedLinear):
+        return 0
+    return module.out_features * module.in_features
 
 
 def _windows(config: Any) -> list[int | None] | None:
