@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from adapters.unit import stem
 from adapters.units import expert_counts
-from tests.helpers import TASK_OF, losses, quick_config, lean_runs
+from tests.helpers import TASK_OF, lean_runs, losses, quick_config
 from tests.references import (
     LOSS,
     Wrong,

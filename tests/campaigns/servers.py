@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.helpers import quick_config, save_mixture, save_random_model, lean_runs
+from tests.helpers import lean_runs, quick_config, save_mixture, save_random_model
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import export_run
