@@ -103,11 +103,12 @@ def quick_config(tmp: Path, *overrides: str) -> Config:
 
 def lean_patches() -> list[Any]:
     """With these, runs cost what they compute: they end without drawing what they trained,
-    a fifth of a short one's time, and do not settle Python's garbage collector, which would go
-    through a million objects of what was imported before and after the steps of each."""
+    a fifth of a short one's time, and do not freeze Python's garbage collector and unfreeze it:
+    what was imported, a million objects, is frozen for a whole module of tests (conftest.py)."""
     return [
         patch("trainer.run.finish.draw_loss", lambda runs, out: out),
         patch("trainer.run.finish._more_figures", lambda folder: ([], "")),
+        patch("trainer.run.run.modules_set_aside", nullcontext),
         patch("trainer.training.loop.settled", nullcontext),
     ]
 
