@@ -31,6 +31,11 @@ where the model's files hold every expert by itself, or serve the merged model."
 _ADDED_TOKENS = """The tokenizer in this folder has tokens of this adapter, which holds their rows
 of the embedding and the output head (`trainable_token_indices`). Servers that read LoRA alone need
 the merged model."""
+_STAGES = (
+    "Holds what earlier stages learned and what was trained beside it, as one LoRA of the sum of "
+    "their ranks, for the original model."
+)
+_COMPRESSED = "Compressed to rank {}: relative error {:.2%} (Frobenius)."
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def export_adapter(
     `rank`: compress every unit to at most this rank. `same_rank`: pad all units with zeros to the
     largest rank, empty ones too. Raises NothingToExport.
     """
-    heads, experts = heads or {}, experts or {}
+    heads = heads or {}
     parts = parts_by_unit(adapters, initial or {}, frozen or {}, splits_weight=splits_weight)
     units, error = unit_factors(parts, rank)
     if same_rank:
@@ -112,54 +117,29 @@ def export_adapter(
         units = {name: padded(factors, largest) for name, factors in units.items()}
     units = {name: (A, B) for name, (A, B) in units.items() if A.shape[0]}
     lora = _Lora(former_experts, key)
-    stacks: dict[str, dict[int, Factors]] = {}
-    for name, factors in units.items():
-        if stem(name) in experts:
-            stacks.setdefault(stem(name), {})[int(name.rpartition(".")[2])] = factors
-        else:
-            lora.add_linear(name, factors)
-    served = lora.add_experts(stacks, experts, layouts or {}, swapped)
+    served = lora.add_units(units, experts or {}, layouts or {}, swapped)
     if not lora.ranks:
         raise NothingToExport("no matrix has an adapter whose update is other than zero")
-    for path, head in heads.items():
-        for name, value in head.items():
-            lora.tensors[f"base_model.model.{path}.{name}"] = value.cpu().contiguous()
-    for path, rows in tokens.rows.items() if tokens is not None else ():
-        name = f"base_model.model.{key(path)}.token_adapter.trainable_tokens_delta"
-        lora.tensors[name] = rows.detach().cpu().contiguous()
-    for name, m in (magnitudes or {}).items():
-        lora.tensors[f"base_model.model.{key(name)}.lora_magnitude_vector"] = (
-            m.detach().cpu().clone()
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(lora.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = _peft_config(
-        lora.ranks, lora.joined, sorted(lora.modules), modules_to_save or sorted(heads)
-    )
-    config["fan_in_fan_out"] = fan_in_fan_out
-    config["use_dora"] = bool(magnitudes)
-    if tokens is not None:
-        config["trainable_token_indices"] = {
-            tokens.names[path]: list(tokens.ids) for path in tokens.rows
-        }
-    if lora.parameters:
-        config["target_parameters"] = sorted(lora.parameters)
-    config |= {
+    lora.add_heads(heads)
+    lora.add_tokens(tokens)
+    lora.add_magnitudes(magnitudes or {})
+    config = {
+        **lora.config(modules_to_save or sorted(heads)),
+        "fan_in_fan_out": fan_in_fan_out,
+        "use_dora": bool(magnitudes),
         "base_model_name_or_path": base_model,
         "revision": revision,
         "task_type": task_type,
     }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(lora.tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    notes = [served]
-    if tokens is not None:
-        notes.append(_ADDED_TOKENS)
-    if frozen:
-        notes.append(
-            "Holds what earlier stages learned and what was trained beside it, as one LoRA of the "
-            "sum of their ranks, for the original model."
-        )
-    if rank is not None:
-        notes.append(f"Compressed to rank {rank}: relative error {error:.2%} (Frobenius).")
+    notes = [
+        served,
+        _ADDED_TOKENS if tokens is not None else "",
+        _STAGES if frozen else "",
+        _COMPRESSED.format(rank, error) if rank is not None else "",
+    ]
     ranks = {name: A.shape[0] for name, (A, _) in units.items()}
     return Exported(ranks, [note for note in notes if note], error)
 
@@ -176,6 +156,49 @@ class _Lora:
         """Those that PEFT joins from several factors, whose ranks add up."""
         self.modules: list[str] = []
         self.parameters: list[str] = []
+        self._tokens: TrainedTokens | None = None
+
+    def add_units(
+        self,
+        units: Mapping[str, Factors],
+        experts: Mapping[str, int],
+        layouts: Mapping[str, ExpertLayout],
+        swapped: Collection[str],
+    ) -> str:
+        """Linear layers and experts. Returns a note on what loads them, "" without experts."""
+        stacks: dict[str, dict[int, Factors]] = {}
+        for name, factors in units.items():
+            if stem(name) in experts:
+                stacks.setdefault(stem(name), {})[int(name.rpartition(".")[2])] = factors
+            else:
+                self.add_linear(name, factors)
+        return self.add_experts(stacks, experts, layouts, swapped)
+
+    def add_heads(self, heads: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for path, head in heads.items():
+            for name, value in head.items():
+                self.tensors[f"base_model.model.{path}.{name}"] = value.cpu().contiguous()
+
+    def add_tokens(self, tokens: TrainedTokens | None) -> None:
+        self._tokens = tokens
+        for path, rows in tokens.rows.items() if tokens is not None else ():
+            name = f"base_model.model.{self._key(path)}.token_adapter.trainable_tokens_delta"
+            self.tensors[name] = rows.detach().cpu().contiguous()
+
+    def add_magnitudes(self, magnitudes: Mapping[str, Tensor]) -> None:
+        for name, m in magnitudes.items():
+            vector = f"base_model.model.{self._key(name)}.lora_magnitude_vector"
+            self.tensors[vector] = m.detach().cpu().clone()
+
+    def config(self, modules_to_save: Sequence[str]) -> dict[str, object]:
+        """What adapter_config.json says of ranks, targets and tokens."""
+        found = _peft_config(self.ranks, self.joined, sorted(self.modules), modules_to_save)
+        if self._tokens is not None:
+            names, ids = self._tokens.names, list(self._tokens.ids)
+            found["trainable_token_indices"] = {names[path]: ids for path in self._tokens.rows}
+        if self.parameters:
+            found["target_parameters"] = sorted(self.parameters)
+        return found
 
     def add_linear(self, name: str, factors: Factors) -> None:
         """A linear layer. As one of `target_modules` PEFT would take those with the names of former

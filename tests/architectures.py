@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from adapters.unit import stem
 from adapters.units import expert_counts
-from tests.helpers import TASK_OF, losses, quick_config, without_figures
+from tests.helpers import TASK_OF, lean_runs, losses, quick_config
 from tests.references import (
     LOSS,
     Wrong,
@@ -296,7 +296,7 @@ def _check_format(case: Case, weight_format: str) -> None:
 def _run(config: Config) -> str:
     """What the run printed."""
     with (
-        without_figures(),
+        lean_runs(),
         contextlib.redirect_stdout(io.StringIO()) as said,
         contextlib.redirect_stderr(said),
     ):

@@ -141,7 +141,11 @@ def serve() -> None:
         importlib.import_module(name)
     import torch
 
+    from tests.helpers import lean_patches
+
     torch.set_num_threads(1)
+    for patch in lean_patches():
+        patch.start()
     threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     lost = [t for t in threads[1:] if t != _ARROWS_ALLOCATOR and not t.startswith(_DRIVERS)]
     assert not lost, f"a fork loses {lost}"

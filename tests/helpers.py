@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -101,13 +101,24 @@ def quick_config(tmp: Path, *overrides: str) -> Config:
     )  # fmt: skip
 
 
-@contextmanager
-def without_figures() -> Iterator[None]:
-    """Runs end without drawing what they trained, which takes a fifth of a short one's time."""
-    with (
+def lean_patches() -> list[Any]:
+    """With these, runs cost what they compute: they end without drawing what they trained,
+    a fifth of a short one's time, and do not freeze Python's garbage collector and unfreeze it:
+    what was imported, a million objects, is frozen for a whole module of tests (conftest.py)."""
+    return [
         patch("trainer.run.finish.draw_loss", lambda runs, out: out),
-        patch("trainer.report.report.draw_run", lambda folder: []),
-    ):
+        patch("trainer.run.finish._more_figures", lambda folder: ([], "")),
+        patch("trainer.run.run.modules_set_aside", nullcontext),
+        patch("trainer.training.loop.settled", nullcontext),
+    ]
+
+
+@contextmanager
+def lean_runs() -> Iterator[None]:
+    """`lean_patches` where pytest has not applied them: in ranks, forks and campaigns."""
+    with ExitStack() as stack:
+        for one in lean_patches():
+            stack.enter_context(one)
         yield
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.helpers import quick_config, save_mixture, save_random_model, without_figures
+from tests.helpers import lean_runs, quick_config, save_mixture, save_random_model
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import export_run
@@ -207,7 +207,7 @@ def trial(tmp: Path, model: str, method: str, keys: tuple[str, ...]) -> list[str
     row = [model, f"`{method}`"]
     out = tmp / model / method
     try:
-        with without_figures():
+        with lean_runs():
             run(config, World())
         merged = tmp / model / method / "merged"
         export_run(config.run_folder, merged, World(), what="merged", dtype="float32")

@@ -1,14 +1,10 @@
 """Fixtures of the unit tests: the quickstart's tokenizer, tiny models, the real data if there."""
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig
-
-from tests.helpers import without_figures
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,13 +54,6 @@ def llama_config(tokenizer):
         )
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def _no_figures(request) -> Iterator[None]:
-    """A run draws figures where a test asks for them."""
-    with without_figures() if request.node.get_closest_marker("figures") is None else nullcontext():
-        yield
 
 
 @pytest.fixture(autouse=True)

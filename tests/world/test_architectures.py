@@ -37,8 +37,8 @@ SAMPLE = {
     "t5": CLASSIFICATION,  # encoder and decoder
 }
 USUAL = [
-    "bloom", "gpt2", "deepseek_v3", "llama4_text", "gemma3n_text", "qwen3_next", "mamba",
-    "granitemoehybrid", "zamba2", "deberta", "modernbert", "t5",
+    "gpt2", "deepseek_v3", "llama4_text", "gemma3n_text", "qwen3_next", "mamba", "zamba2", "deberta",
+    "t5",
 ]  # fmt: skip
 ON_TWO_RANKS = ["granitemoehybrid", "t5"]
 IN_TURN = list(zip(ON_TWO_RANKS, itertools.cycle(ENGINES), strict=False))

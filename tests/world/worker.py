@@ -37,7 +37,7 @@ from adapters.layers.linear import AdaptedLinear
 from adapters.methods.registry import METHODS
 from adapters.units import transformer_blocks
 from launch import chat
-from tests.helpers import without_figures
+from tests.helpers import lean_runs
 from trainer.checkpoint import store
 from trainer.checkpoint.saved import read_saved
 from trainer.config.config import parse_config
@@ -66,8 +66,7 @@ MIB = 2**20
 
 def train(world: World, config: dict[str, Any]) -> dict[str, Any]:
     """A whole run, as launch/train.py does it, without the curve at its end."""
-    with without_figures():
-        run(parse_config(config), world)
+    run(parse_config(config), world)
     return {}
 
 
@@ -606,4 +605,5 @@ def run_cases(file: str, folder: str, device: str = "cpu") -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run_cases(*sys.argv[1:])
+    with lean_runs():
+        run_cases(*sys.argv[1:])

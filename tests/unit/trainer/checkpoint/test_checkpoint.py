@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.helpers import losses, quick_config, without_figures
+from tests.helpers import losses, quick_config
 from trainer.checkpoint import store
 from trainer.checkpoint.writer import CheckpointWriter
 from trainer.distributed.world import World
@@ -22,8 +22,7 @@ from trainer.run.run import run
 def finished(tmp_path_factory):
     """A folder with a finished run of six steps, with checkpoints at 2, 4 and 6."""
     tmp = tmp_path_factory.mktemp("finished")
-    with without_figures():
-        run(quick_config(tmp, "run.steps=6", "checkpoint.every=2"), World())
+    run(quick_config(tmp, "run.steps=6", "checkpoint.every=2"), World())
     return tmp
 
 

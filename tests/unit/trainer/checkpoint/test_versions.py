@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.helpers import ROOT, losses, quick_config, without_figures
+from tests.helpers import ROOT, losses, quick_config
 from trainer import __version__
 from trainer.checkpoint import store
 from trainer.distributed.world import World
@@ -23,11 +23,10 @@ OPTIONS = [
 
 
 def test_a_run_of_the_version_before_goes_on_to_the_same_losses(tmp_path):
-    with without_figures():
-        run(quick_config(tmp_path, *OPTIONS, "run.name=whole"), World())
-        shutil.copytree(KEPT, tmp_path / "runs/kept")
-        before = (KEPT / "metrics.jsonl").read_text()
-        run(quick_config(tmp_path, *OPTIONS), World())
+    run(quick_config(tmp_path, *OPTIONS, "run.name=whole"), World())
+    shutil.copytree(KEPT, tmp_path / "runs/kept")
+    before = (KEPT / "metrics.jsonl").read_text()
+    run(quick_config(tmp_path, *OPTIONS), World())
     folder = tmp_path / "runs/kept"
     assert (folder / "metrics.jsonl").read_text().startswith(before), "it began anew"
     assert losses(folder) == pytest.approx(losses(tmp_path / "runs/whole"), rel=1e-4)
@@ -43,8 +42,7 @@ def test_a_run_of_the_version_before_is_exported(tmp_path):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("finished")
-    with without_figures():
-        run(config(tmp), World())
+    run(config(tmp), World())
     return tmp
 
 

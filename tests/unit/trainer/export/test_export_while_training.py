@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import ALL, quick_config, without_figures
+from tests.helpers import ALL, quick_config
 from trainer.checkpoint import saved, store
 from trainer.distributed.world import World
 from trainer.errors import UserError
@@ -24,8 +24,7 @@ def finished(tmp_path_factory):
     config = quick_config(
         tmp, "run.steps=2", "checkpoint.every=1", "method.rank=2", "data.eval=null"
     )
-    with without_figures():
-        run(config, World())
+    run(config, World())
     exported = []
     for checkpoint in store.complete(config.run_folder / "checkpoints"):
         export_run(checkpoint, tmp / checkpoint.name, World())

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.conftest import shared
-from tests.helpers import SMALL, quick_config, save_random_model, without_figures
+from tests.helpers import SMALL, quick_config, save_random_model
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import export_run
@@ -91,8 +91,7 @@ def trained(tmp: Path, base: Path, *more: str) -> Path:
         tmp, f"model.id={base}", "data.eval=null", "run.steps=3", "optim.learning_rate=0.01",
         "method.kind=adalora", "data.train_records=24", *more,
     )  # fmt: skip
-    with without_figures():
-        run(config, World())
+    run(config, World())
     return config.run_folder
 
 

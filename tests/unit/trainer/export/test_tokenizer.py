@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tests.helpers import quick_config, without_figures
+from tests.helpers import quick_config
 from trainer.config.config import Config
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint
@@ -34,8 +34,7 @@ def config(tmp: Path, *more: str) -> Config:
 
 @pytest.fixture(scope="module", autouse=True)
 def undrawn() -> Iterator[None]:
-    with without_figures():
-        yield
+    yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from launch import chat, generate
-from tests.helpers import quick_config, without_figures
+from tests.helpers import quick_config
 from tests.unit.trainer.data.chat_templates import CHATML
 from trainer.distributed.world import World
 from trainer.errors import UserError
@@ -23,11 +23,10 @@ def trained(tmp_path_factory):
     """A run, and the model that its export merges."""
 
     folder = tmp_path_factory.mktemp("generated")
-    with without_figures():
-        run(
-            quick_config(folder, "data.eval=null", "run.name=a", "optim.learning_rate=0.01"),
-            World(),
-        )
+    run(
+        quick_config(folder, "data.eval=null", "run.name=a", "optim.learning_rate=0.01"),
+        World(),
+    )
     export_run(
         folder / "runs/a", folder / "merged", World(), what="merged", measure=False, dtype="float32"
     )

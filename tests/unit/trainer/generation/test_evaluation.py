@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from launch import evaluate
-from tests.helpers import quick_config, without_figures
+from tests.helpers import quick_config
 from tests.tiny_models import tiny_model
 from trainer.checkpoint.saved import read_saved
 from trainer.distributed.world import World
@@ -28,11 +28,10 @@ ASKED = [
 def finished(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("answered")
-    with without_figures():
-        run(
-            quick_config(folder, "run.steps=6", "run.eval_every=3", "log.tensorboard=true", *ASKED),
-            World(),
-        )
+    run(
+        quick_config(folder, "run.steps=6", "run.eval_every=3", "log.tensorboard=true", *ASKED),
+        World(),
+    )
     return folder
 
 

@@ -8,19 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import TINY, losses, quick_config, save_mixture, without_figures
+from tests.helpers import TINY, losses, quick_config, save_mixture
 from trainer.checkpoint import store
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.loading.load import _weights
 from trainer.loading.safetensors_files import PretrainedFiles, tensor_digests
 from trainer.run.run import run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def undrawn():
-    with without_figures():
-        yield
 
 
 def config(tmp, *more):

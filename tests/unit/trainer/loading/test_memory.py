@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import shared
-from tests.helpers import ROOT, environment, finish, quick_config
+from tests.helpers import ROOT, environment, finish, quick_config, sample
 
 PROGRAM = """
 import json, sys, threading, time
@@ -50,7 +50,7 @@ print(json.dumps({"peak": peak - before, "held": held}))
 """
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", sample(["nf4", "int8"], "nf4"))
 def test_peak_is_the_quantised_model_and_a_matrix_or_two(quantization, tmp_path):
     """books-llama-28m's architecture, three times as wide and deeper: 150 M parameters."""
     source = shared("models/books-llama-28m")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from launch import estimate as command
-from tests.helpers import python, quick_config, save_mixture, save_random_model
+from tests.helpers import python, quick_config, sample, save_mixture, save_random_model
 from trainer.config.config import load_config, with_overrides
 from trainer.device_memory import GIB
 from trainer.distributed.world import World
@@ -52,8 +52,13 @@ MEASURED = [  # configuration, GPUs, overrides, their kind, blocks that kept act
 """Peak of tensors over training steps; torch 2.11, 2026-11-23 to 26."""
 
 
-@pytest.mark.parametrize(("path", "gpus", "changes", "memory", "saved", "gib"), MEASURED)
-def test_measured_jobs_are_met_within_a_twentieth(path, gpus, changes, memory, saved, gib):
+USUAL = [MEASURED[number] for number in (0, 1, 2, 4, 5, 6, 9, 11, 13, 17, 18, 19)]
+"""Every engine, kind of GPU and way to keep activations, and both sizes of what is left out."""
+
+
+@pytest.mark.parametrize("job", sample(MEASURED, *USUAL))
+def test_measured_jobs_are_met_within_a_twentieth(job):
+    path, gpus, changes, memory, saved, gib = job
     found = predict(load_config(path, changes), gpus, memory)
     assert found.peak / GIB == pytest.approx(gib, rel=0.05)
     assert abs(found.saved - saved) <= 2  # of the plan too
@@ -141,7 +146,7 @@ def test_a_plan_is_the_planners():
     assert found.plan(60, 18) == (1, 0) and found.plan(1000, 18) == (4, 0)
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "peer"])
+@pytest.mark.parametrize("kind", sample(["fsdp2", "peer"], "fsdp2"))
 def test_what_is_left_lets_blocks_stay_whole(kind):
     bf16 = [f"engine.kind={kind}", "model.quantization=none"]
     found = predict(load_config(LLAMA, bf16), 4, H200)

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+from tests.helpers import sample
 from tests.unit.trainer.model.test_blocks import FOUR_BLOCKS, gradients, opened
 from trainer import device_memory
 from trainer.device_memory import GIB
@@ -23,11 +24,19 @@ def small_ones_too(monkeypatch):
     monkeypatch.setattr(activation_offload, "_LEAST", 2**12)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("saved", "offloaded"), [(2, 2), (0, 2), (1, 1), (3, 1)])
-def test_gradients_are_those_of_blocks_that_keep_everything(
-    tmp_path, monkeypatch, saved, offloaded, compiled
-):
+PLACES = [(2, 2), (0, 2), (1, 1), (3, 1)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    sample(
+        [(*places, compiled) for places in PLACES for compiled in (False, True)],
+        *[(*places, False) for places in PLACES],
+        (2, 2, True),
+    ),
+)
+def test_gradients_are_those_of_blocks_that_keep_everything(tmp_path, monkeypatch, case):
+    saved, offloaded, compiled = case
     monkeypatch.setattr("trainer.model.blocks.BACKEND", "aot_eager")
     torch._dynamo.reset()
     session = opened(tmp_path, *FOUR_BLOCKS, f"engine.compile={str(compiled).lower()}")

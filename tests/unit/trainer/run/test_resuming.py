@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, losses, quick_config, without_figures
+from tests.helpers import ROOT, losses, quick_config
 from trainer.checkpoint import store
 from trainer.distributed.world import World
 from trainer.errors import UserError
@@ -24,8 +24,7 @@ def config(tmp, *more):
 
 @pytest.fixture(scope="module", autouse=True)
 def undrawn():
-    with without_figures():
-        yield
+    yield
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ METRICS = {
 }  # fmt: skip
 
 
-@pytest.mark.figures
+@pytest.mark.whole_runs
 def test_the_run_folder_explains_itself(tmp_path):
     config = quick_config(
         tmp_path, "run.steps=6", "run.eval_every=3", "run.eval_at_start=true", "checkpoint.every=3",

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.helpers import quick_config, without_figures
+from tests.helpers import quick_config
 from trainer.data import cache
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
@@ -53,7 +53,7 @@ def finished(tmp_path_factory):
         honest(descriptor)
 
     before = os.umask(0o027)
-    with without_figures(), patch.object(os, "fsync", fsync):
+    with patch.object(os, "fsync", fsync):
         run(config(tmp), World())
     os.umask(before)
     return tmp, synced

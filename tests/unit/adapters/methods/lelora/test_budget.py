@@ -8,7 +8,7 @@ import torch
 
 from adapters.methods.lelora.budget import allocate, chosen, solve
 from tests.unit.adapters.methods.harness import Bench, check_resume
-from tests.unit.adapters.methods.lelora.test_reinforce import (
+from tests.unit.adapters.methods.lelora.numpy_policy import (
     LITERAL,
     RANKS,
     SIZES,

@@ -19,10 +19,8 @@ from tests.unit.adapters.methods.harness import (
     check_resume,
     twins,
 )
+from tests.unit.adapters.methods.lelora.banks import PLACES, RANKS, SHAPES, held
 
-SHAPES = [(16, 20), (24, 17), (20, 16), (17, 17)]
-RANKS = [0, 2, 4]
-PLACES = ["primary", "medium", "minor"]
 COORDINATES = ["singular", "balanced", "delta"]
 
 each = pytest.mark.parametrize("coordinates", COORDINATES)
@@ -37,30 +35,23 @@ def bench_of(coordinates, policy=None, **settings):
     return Bench("lelora", options, shapes=SHAPES, **settings)
 
 
-def indices(unit, locations=PLACES, largest=4):
-    """Singular indices of a unit's components."""
-    d = min(unit.out_features, unit.in_features)
-    first = {"primary": 0, "medium": d // 2, "minor": d - largest}
-    return [first[place] + j for place in locations for j in range(largest)]
-
-
 @pytest.mark.parametrize("coordinates", ["balanced", "delta"])
 def test_the_start(coordinates):
     bench = bench_of(coordinates)
     for unit in bench.units:
         W, adapter = bench.W[unit.name], bench.adapters[unit.name]
         U, S, Vh = np.linalg.svd(W, full_matrices=False)
-        held = indices(unit)
+        indices = held(unit, PLACES)
         A, g, B = array(adapter.A), array(adapter.g), array(adapter.B)
         frozen = array(bench.adapted_layers[unit.name].weight)
         if coordinates == "balanced":
-            triplets = S[held, None, None] * U.T[held, :, None] * Vh[held, None, :]
+            triplets = S[indices, None, None] * U.T[indices, :, None] * Vh[indices, None, :]
             np.testing.assert_allclose(B[:, :, None] * A[:, None, :], triplets, atol=1e-5)
-            np.testing.assert_allclose(np.linalg.norm(A, axis=1), np.sqrt(S[held]), atol=1e-5)
+            np.testing.assert_allclose(np.linalg.norm(A, axis=1), np.sqrt(S[indices]), atol=1e-5)
             np.testing.assert_allclose(frozen, W - triplets.sum(0), atol=1e-5)
             assert (g == 1).all()
         else:
-            cosines = np.einsum("ri,ri->r", A, Vh[held]) * math.sqrt(3)
+            cosines = np.einsum("ri,ri->r", A, Vh[indices]) * math.sqrt(3)
             np.testing.assert_allclose(np.abs(cosines), 1, atol=1e-5)
             assert not B.any() and (g == 8.0 / 4).all() and (frozen == W).all()
         assert not adapter.g.requires_grad

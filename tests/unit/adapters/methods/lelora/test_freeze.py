@@ -6,8 +6,7 @@ import torch
 
 from adapters.methods.lelora.reinforce import Reinforce
 from tests.unit.adapters.methods.harness import Bench, array, bits, check_resume
-
-SHAPES = [(16, 20), (24, 17), (20, 16), (17, 17)]
+from tests.unit.adapters.methods.lelora.banks import SHAPES
 
 
 def bench_of(coordinates="delta", draws=3, begin=True, **policy):

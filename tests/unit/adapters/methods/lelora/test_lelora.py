@@ -18,10 +18,7 @@ from tests.unit.adapters.methods.harness import (
     no_validation,
     twins,
 )
-
-SHAPES = [(16, 20), (24, 17), (20, 16), (17, 17)]
-RANKS = [0, 2, 4]
-PLACES = ["primary", "medium", "minor"]
+from tests.unit.adapters.methods.lelora.banks import PLACES, RANKS, SHAPES, first_index, held
 
 
 def bench_of(policy=None, locations=PLACES, ranks=RANKS, wake="gradual", **settings):
@@ -33,17 +30,6 @@ def bench_of(policy=None, locations=PLACES, ranks=RANKS, wake="gradual", **setti
         "lelora", options,
         **{"shapes": SHAPES, "records": 32, "learning_rate": 5e-3, **settings},
     )  # fmt: skip
-
-
-def first_index(place, d, r):
-    """Where a slice of r singular indices begins."""
-    return {"primary": 0, "medium": d // 2, "minor": d - r}[place]
-
-
-def held(unit, locations, largest=4):
-    """Singular indices of a unit's components, in their order."""
-    d = min(unit.out_features, unit.in_features)
-    return [first_index(p, d, largest) + j for p in locations for j in range(largest)]
 
 
 def decision_of(bench, *actions):
