@@ -18,7 +18,7 @@ from trainer.memory.estimate import predict
 from trainer.model.build import build
 from trainer.model.footprint import estimate, trainable_parameters
 from trainer.model.hub import load_tokenizer
-from trainer.model.matrices import refuse_fixed
+from trainer.model.unfreeze import refuse_fixed
 from trainer.run.run import run
 from trainer.session import open_data
 from trainer.tasks.registry import TASKS
@@ -66,7 +66,7 @@ def test_what_a_model_keeps_fixed_and_single_numbers_are_refused(tmp_path):
     scaled = torch.nn.Linear(2, 2)
     scaled.register_parameter("scale", torch.nn.Parameter(torch.ones(())))
     with pytest.raises(UserError, match="scale is a single number; accepted for this model"):
-        refuse_fixed(scaled)
+        refuse_fixed(scaled, config.method)
 
 
 def test_a_tied_model_is_evaluated_and_exported_from_its_checkpoint(tmp_path):
