@@ -10,8 +10,8 @@ last bit: zero gradients would not be enough, since momentum and weight decay wo
 
 (Loshchilov & Hutter 2019, algorithm 2; t counts the steps in which the component was active.)
 Tensors that are a part of W decay towards their initial value θ₀, λ (θ − θ₀) in place of λ θ.
-A tensor θ = s φ (`Trainable.scale`) learns as φ would: Adam's direction is the same, its step in θ
-is s times as long, its decay is not, and its gradient has s ∂L/∂θ = ∂L/∂φ for its norm.
+A tensor θ = s φ (`Trainable.scale`) learns as φ would: its step is s times as long, its decay is
+not, and ‖∂L/∂φ‖ = s ‖∂L/∂θ‖ counts in the norm.
 `no_bias_correction` uses m for m̂: a component's first steps, whose gradients come from one or two
 batches, are scaled by 1 − β₁ᵗ.
 
@@ -233,17 +233,13 @@ class MaskedAdamW:
         if active is not None:
             flat = torch.repeat_interleave(active, self._row_sizes, output_size=len(self.values))
             self._trained.masked_fill_(~flat, 0.0)
-        norm = self._norm()
+        if self._scales is None:
+            norm = float(torch.linalg.vector_norm(self._trained))
+        else:
+            norm = float((self.row_sums(self._trained**2) * self._scales**2).sum().sqrt())
         if max_norm is not None and math.isfinite(norm) and norm > max_norm:
             self._trained.mul_(max_norm / (norm + 1e-6))
         return norm
-
-    def _norm(self) -> float:
-        """Norm of the gradients with respect to what the methods' equations train."""
-        if self._scales is None:
-            return float(torch.linalg.vector_norm(self._trained))
-        squares = self.row_sums(self._trained.square()) * self._scales.square()
-        return math.sqrt(float(squares.sum()))
 
     @torch.no_grad()
     def step(self) -> None:
