@@ -79,7 +79,8 @@ def compare(
     report: Report = print,
 ) -> list[list[Result]]:
     """Make the runs of comparisons, each with its folder, that have no result; the first arm of
-    every comparison, then the second one: what was stopped has the same rows in all. Writes results.jsonl, table.md and figure.png of each; returns its results."""
+    every comparison, then the second one: what was stopped has the same rows in all. Writes
+    results.jsonl, table.md and figure.png of each; returns its results."""
     parts = [Part(comparison, folder, limits, report) for comparison, folder in comparisons]
     if next(_wanted(parts, set()), None) is not None and limits.minutes != 0:
         _work(parts, limits)
@@ -118,7 +119,8 @@ def _work(parts: Sequence[Part], limits: Limits) -> None:
                 jobs = parts[number].schedule.jobs
                 begun.add((number, jobs.digest(job)))
                 identity = job.result(jobs.digest(job), code_version())
-                running[pool.submit(make_run, identity, jobs.config(job))] = number
+                made = pool.submit(make_run, identity, jobs.config(job), jobs.replayed(job))
+                running[made] = number
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
