@@ -43,10 +43,10 @@ class Full(Method):
 class BitFit(Full):
     """Biases."""
 
-    Options = BitFitOptions
+    Options = BitFitOptions  # type: ignore[assignment]
 
 
 class LayerNorm(Full):
     """Scales and biases of normalisation layers."""
 
-    Options = LayerNormOptions
+    Options = LayerNormOptions  # type: ignore[assignment]
