@@ -29,8 +29,8 @@ class Training:
     dropout_on: Literal["hidden", "input"] = "hidden"
     learning_rate_ratios: Mapping[str, float] = field(default_factory=dict)
     """Factors of the learning rate by role (A, g, B); 1 where none is given."""
-    decay_ratios: Mapping[str, float] = field(default_factory=dict)
-    """Factors of the weight decay by role."""
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """By role: the tensor over the parameter that the method's equations train."""
     starts_from_weight: bool = False
     """Whether initial adapters are parts of W: dropout then applies only to the adapter's
     difference from its initial value, and weight decay pulls it there instead of to 0."""
@@ -156,7 +156,7 @@ class AdapterSet(Mapping[str, GatedAdapter]):
             mask,
             role=role,
             learning_rate_ratio=training.learning_rate_ratios.get(role, 1.0),
-            decay_ratio=training.decay_ratios.get(role, 1.0),
+            scale=training.scales.get(role, 1.0),
             decays_to_start=training.starts_from_weight,
             observed=role == "g" and self.gates == "observed",
             kept_rows=self._kept_rows.get(name),

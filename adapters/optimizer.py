@@ -10,6 +10,8 @@ last bit: zero gradients would not be enough, since momentum and weight decay wo
 
 (Loshchilov & Hutter 2019, algorithm 2; t counts the steps in which the component was active.)
 Tensors that are a part of W decay towards their initial value θ₀, λ (θ − θ₀) in place of λ θ.
+A tensor θ = s φ (`Trainable.scale`) learns as φ would: its step is s times as long, its decay is
+not, and ‖∂L/∂φ‖ = s ‖∂L/∂θ‖ counts in the norm.
 `no_bias_correction` uses m for m̂: a component's first steps, whose gradients come from one or two
 batches, are scaled by 1 − β₁ᵗ.
 
@@ -162,8 +164,9 @@ class MaskedAdamW:
         ends = self._row_sizes.cumsum(0)  # of all rows; those of other shards get size 0
         begins = (ends - self._row_sizes).clamp(min=self._shard.start)
         self._shard_row_sizes = (ends.clamp(max=self._shard.stop) - begins).clamp(min=0)
-        self._ratios = self._per_tensor([t.learning_rate_ratio for t in trainables])
-        self._decays = self._per_tensor([t.decay_ratio for t in trainables])
+        self._ratios = self._per_tensor([t.learning_rate_ratio * t.scale for t in trainables])
+        self._decays = self._per_tensor([t.decay_ratio / t.scale for t in trainables])
+        self._scales = self._per_row([t.scale for t in trainables])
         self._start = self._new_start(starts)
         self._load(earlier)
 
@@ -230,7 +233,10 @@ class MaskedAdamW:
         if active is not None:
             flat = torch.repeat_interleave(active, self._row_sizes, output_size=len(self.values))
             self._trained.masked_fill_(~flat, 0.0)
-        norm = float(torch.linalg.vector_norm(self._trained))
+        if self._scales is None:
+            norm = float(torch.linalg.vector_norm(self._trained))
+        else:
+            norm = float((self.row_sums(self._trained**2) * self._scales**2).sum().sqrt())
         if max_norm is not None and math.isfinite(norm) and norm > max_norm:
             self._trained.mul_(max_norm / (norm + 1e-6))
         return norm
@@ -383,8 +389,12 @@ class MaskedAdamW:
 
     def _per_tensor(self, ratios: Sequence[float]) -> Tensor | None:
         """One number per tensor, repeated for its scalars; None if all are 1."""
+        rows = self._per_row(ratios)
+        return None if rows is None else self._spread(rows)
+
+    def _per_row(self, ratios: Sequence[float]) -> Tensor | None:
+        """One number per tensor, repeated for its rows; None if all are 1."""
         if all(ratio == 1.0 for ratio in ratios):
             return None
         sizes = [slot.rows.stop - slot.rows.start for slot in self._slots]
-        rows = torch.repeat_interleave(torch.tensor(ratios), torch.tensor(sizes))
-        return self._spread(rows.to(self.values))
+        return torch.repeat_interleave(torch.tensor(ratios), torch.tensor(sizes)).to(self.values)

@@ -10,14 +10,15 @@ class Trainable:
     """A tensor to train. `mask`, if given, has one bool per row (dimension 0).
 
     `learning_rate_ratio` multiplies the learning rate (LoRA+), decay included; `decay_ratio` the
-    decay alone. `decays_to_start`: weight decay pulls towards the values that the tensor had when
-    the optimizer first held it, those of the initial adapter, instead of 0. The gradient of an
-    `observed` tensor is averaged with the others, but neither clipped nor used by the optimizer:
-    the method updates that tensor. `kept_rows` (rows): a new tensor under an old name has these
-    rows of the former one, whose moments and counts it keeps. `token_counter`: an observed
-    parameter and an index into it; a gradient of 0 there means that the tensor saw no token in
-    the step, and all of its rows are inactive. `role`: A, g or B of an adapter, whose rows are
-    its components.
+    decay alone. `scale`: the tensor is that many times a parameter that is to learn as if it were
+    trained itself (AdaLoRA's λ, of g = λ α/r). `decays_to_start`: weight decay pulls towards the
+    values that the tensor had when the optimizer first held it, those of the initial adapter,
+    instead of 0. The gradient of an `observed` tensor is averaged with the others, but neither
+    clipped nor used by the optimizer: the method updates that tensor. `kept_rows` (rows): a new
+    tensor under an old name has these rows of the former one, whose moments and counts it keeps.
+    `token_counter`: an observed parameter and an index into it; a gradient of 0 there means that
+    the tensor saw no token in the step, and all of its rows are inactive. `role`: A, g or B of an
+    adapter, whose rows are its components.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Trainable:
     role: str | None = None
     learning_rate_ratio: float = 1.0
     decay_ratio: float = 1.0
+    scale: float = 1.0
     decays_to_start: bool = False
     observed: bool = False
     kept_rows: Tensor | None = None

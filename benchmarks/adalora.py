@@ -3,7 +3,8 @@
     python -m benchmarks.adalora configs/quickstart.yaml run.steps=120
 
 Both start from the same A and B, see the same batches and have the same budget, schedule and
-penalty. PEFT scores components by clipped gradients, after the update.
+penalty. PEFT scores components by clipped gradients and updated weights, and cuts a step later. The
+last column is PEFT's model and allocator with both as they are here.
 """
 
 import sys
@@ -49,8 +50,9 @@ def ours(config: Config) -> tuple[list[float], float, dict[str, int]]:
     return losses, evaluate(session)["eval_loss"], ranks
 
 
-def by_peft(config: Config) -> tuple[list[float], float, dict[str, int]]:
-    """The same by `AdaLoraModel`."""
+def by_peft(config: Config, *, as_here: bool = False) -> tuple[list[float], float, dict[str, int]]:
+    """The same by `AdaLoraModel`; `as_here`: scored before clipping and update, and cut before the
+    step that is a multiple of `delta_t` rather than after it."""
     session = open_session(config, World())
     model, steps, optim = _wrapped(config, session), config.run.steps or 0, config.optim
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -59,15 +61,21 @@ def by_peft(config: Config) -> tuple[list[float], float, dict[str, int]]:
         weight_decay=optim.weight_decay,
     )  # fmt: skip
     loader, losses = make_loader(session, World()), []
+    tuner: Any = model.base_model
+    score = tuner.rankallocator.update_ipt
+    if as_here:
+        tuner.rankallocator.update_ipt = lambda _: None
     for step in range(steps):
         _, batch = loader.next_step().micro_batches[0]
         loss = _loss(model, batch)
         loss.backward()
         losses.append(float(loss.detach()) - _penalty(model))
+        if as_here:
+            score(tuner.model)
         torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm or float("inf"))
         adamw.param_groups[0]["lr"] = learning_rate(optim, step, steps)
         adamw.step()
-        model.base_model.update_and_allocate(step)  # type: ignore[operator]
+        tuner.update_and_allocate(step + as_here)
         adamw.zero_grad()
     model.eval()
     weights, sums = 0.0, 0.0
@@ -136,18 +144,21 @@ def main(argv: list[str]) -> None:
     path, *overrides = argv
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(path, [*OURS, f"run.dir={folder}", *overrides])
-        (a, a_held, a_ranks), (b, b_held, b_ranks) = ours(config), by_peft(config)
-    print("step     ours     PEFT")
-    for step in range(0, len(a), EVERY):
-        part = slice(step, step + EVERY)
-        print(f"{step + 1:>4} {np.mean(a[part]):>8.4f} {np.mean(b[part]):>8.4f}")
-    print(f"held {a_held:>9.4f} {b_held:>8.4f}")
-    x, y = (np.array([ranks[name] for name in a_ranks]) for ranks in (a_ranks, b_ranks))
-    print(f"components kept {x.sum()}, {y.sum()} over {len(x)} matrices")
-    print(
-        f"ranks: correlation {np.corrcoef(x, y)[0, 1]:.3f}, {int((x == y).sum())} equal, "
-        f"mean difference {np.abs(x - y).mean():.2f}"
-    )
+        runs = [ours(config), by_peft(config), by_peft(config, as_here=True)]
+    print("step     ours     PEFT  PEFT, as here")
+    steps = len(runs[0][0])
+    for step in range(0, steps, EVERY):
+        means = [np.mean(losses[step : step + EVERY]) for losses, _, _ in runs]
+        print(f"{step + 1:>4} {means[0]:>8.4f} {means[1]:>8.4f} {means[2]:>8.4f}")
+    print(f"held {runs[0][1]:>8.4f} {runs[1][1]:>8.4f} {runs[2][1]:>8.4f}")
+    own = np.array(list(runs[0][2].values()))
+    for name, (_, _, ranks) in zip(("PEFT", "PEFT, as here"), runs[1:], strict=True):
+        other = np.array([ranks[unit] for unit in runs[0][2]])
+        print(
+            f"ranks beside {name}: {own.sum()} and {other.sum()} components over {len(own)} "
+            f"matrices, correlation {np.corrcoef(own, other)[0, 1]:.3f}, "
+            f"{int((own == other).sum())} equal"
+        )
 
 
 if __name__ == "__main__":

@@ -53,13 +53,8 @@ class AdaLoRA(Method):
         return GatedAdapter(A, torch.zeros(rank), B)
 
     @property
-    def learning_rate_ratios(self) -> Mapping[str, float]:
-        # With this factor an Adam step on g = λ α/r changes λ as a step on λ itself would.
+    def scales(self) -> Mapping[str, float]:
         return {"g": self.options.alpha / self.options.rank}
-
-    @property
-    def decay_ratios(self) -> Mapping[str, float]:
-        return {role: 1.0 / ratio for role, ratio in self.learning_rate_ratios.items()}
 
     def budget(self, step: int) -> int:
         """b(t): number of components that all units together keep from step t on."""

@@ -70,7 +70,7 @@ class Method:
                 dropout=options.dropout,
                 dropout_on=options.dropout_on,
                 learning_rate_ratios=self.learning_rate_ratios,
-                decay_ratios=self.decay_ratios,
+                scales=self.scales,
                 starts_from_weight=options.takes_from_weight,
             ),
         )
@@ -153,8 +153,9 @@ class Method:
         return {}
 
     @property
-    def decay_ratios(self) -> Mapping[str, float]:
-        """Factors of the weight decay by role, 1 if absent."""
+    def scales(self) -> Mapping[str, float]:
+        """By role, 1 if absent: the tensor over the parameter that the method's equations train,
+        which learns as if it were trained itself."""
         return {}
 
     @property

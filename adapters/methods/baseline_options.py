@@ -63,13 +63,44 @@ class FullOptions(MethodOptions):
 
     trains: ClassVar[Trains] = "backbone"
 
+    selected: ClassVar[str] = "every parameter"
+
     kind: Literal["full"] = "full"
     """Name of the method."""
 
     @model_validator(mode="after")
     def _check(self) -> "FullOptions":
-        _refuse(self, ("targets", "include_head", *_OF_ADAPTERS), "none: every parameter trains")
+        _refuse(self, ("targets", "include_head", *_OF_ADAPTERS), f"none: {self.selected} trains")
         return self
 
     def described(self, units: int) -> str:
-        return f"{self.kind}, every parameter"
+        return f"{self.kind}, {self.selected}"
+
+    def selects(self, module: str, parameter: str) -> bool:
+        """Whether a parameter of that name in a module of that class trains. A new head does in any
+        case."""
+        return True
+
+
+class BitFitOptions(FullOptions):
+    """Options of `method.kind: bitfit`."""
+
+    selected: ClassVar[str] = "every bias"
+
+    kind: Literal["bitfit"] = "bitfit"  # type: ignore[assignment]
+    """Name of the method."""
+
+    def selects(self, module: str, parameter: str) -> bool:
+        return parameter.endswith("bias")
+
+
+class LayerNormOptions(FullOptions):
+    """Options of `method.kind: layernorm`."""
+
+    selected: ClassVar[str] = "every normalisation layer"
+
+    kind: Literal["layernorm"] = "layernorm"  # type: ignore[assignment]
+    """Name of the method."""
+
+    def selects(self, module: str, parameter: str) -> bool:
+        return "norm" in module.lower()  # LayerNorm, LlamaRMSNorm, T5LayerNorm, …

@@ -1,4 +1,5 @@
-"""Full fine-tuning: every parameter of the backbone trains.
+"""Full fine-tuning, and that of the biases (BitFit: Ben Zaken et al. 2022) or normalisation layers
+alone: parameters of the backbone train.
 
 By the engine's sharded optimizer or, where the backbone is whole, by that of the adapters."""
 
@@ -9,12 +10,12 @@ from torch import nn
 
 from adapters.layers.base import AdaptedLayer
 from adapters.methods.base import InitialAdapter, Method
-from adapters.methods.baseline_options import FullOptions
+from adapters.methods.baseline_options import BitFitOptions, FullOptions, LayerNormOptions
 from adapters.unit import Unit
 
 
 class Full(Method):
-    """No adapters, no decisions."""
+    """No adapters, no decisions; `options.selects` says what trains."""
 
     Options = FullOptions
 
@@ -37,3 +38,15 @@ class Full(Method):
     @property
     def trained_parameters(self) -> Mapping[str, nn.Parameter]:
         return self._trained
+
+
+class BitFit(Full):
+    """Biases."""
+
+    Options = BitFitOptions  # type: ignore[assignment]
+
+
+class LayerNorm(Full):
+    """Scales and biases of normalisation layers."""
+
+    Options = LayerNormOptions  # type: ignore[assignment]

@@ -32,6 +32,8 @@ METHODS: "Registry[Method, MethodOptions]" = Registry(
         "lelora": (".lelora.method:LeLoRA", ".lelora.options:LeLoRAOptions"),
         "peft": (".peft:Peft", ".baseline_options:PeftOptions"),
         "full": (".full:Full", ".baseline_options:FullOptions"),
+        "bitfit": (".full:BitFit", ".baseline_options:BitFitOptions"),
+        "layernorm": (".full:LayerNorm", ".baseline_options:LayerNormOptions"),
     },
 )
 

@@ -1,7 +1,10 @@
 """The papers' recipes, configs/paper: each is what its table says, and trains here with a tiny model
 of its architecture and local records in the form of its data."""
 
+import importlib
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -41,6 +44,10 @@ RECIPES = {  # name: (architecture, data, batch, peak learning rate, warm-up, we
 }  # fmt: skip
 
 
+GENERATED = {"weightlora_qwen3_gsm8k": "exact_match", "lalora_cnn_t5": "rougeL", "weightlora_xsum": "rougeL"}  # fmt: skip
+"""Recipes whose evaluations score generated answers, and the score."""
+
+
 def test_every_recipe_is_tried_here():
     assert {file.stem for file in FOLDER.glob("*.yaml")} == RECIPES.keys()
 
@@ -69,6 +76,7 @@ def test_it_is_what_the_table_says(name):
     if method.kind == "weightlora":
         assert optim.betas == [0.9, 0.99]
     assert config.run.name == f"paper_{name}"
+    assert (config.generation.records > 0) == (name in GENERATED)
 
 
 def rows(kind: str) -> list[dict]:
@@ -96,7 +104,7 @@ def rows(kind: str) -> list[dict]:
     with shared("data/gsm8k/train.jsonl").open() as lines:
         for line, _ in zip(lines, range(300), strict=False):
             row = json.loads(line)
-            found.append({asked: row["question"][:60], answered: row["answer"][:60]})
+            found.append({asked: row["question"][:60], answered: f"{row['answer'][:60]}\n#### 5"})
     return found
 
 
@@ -139,6 +147,8 @@ def test_it_trains(name, tmp_path):
             given += [f"data.eval={file}", "data.eval_records=8"]
     if name.startswith("lelora"):
         given += ["method.ranks=[0, 2, 4, 8]"]
+    if name in GENERATED:
+        given += ["generation.records=2", "generation.max_new_tokens=4"]
     config = load_config(FOLDER / f"{name}.yaml", given)
     run(config, World())
     assert len(losses(config.run_folder)) == 3
@@ -148,4 +158,57 @@ def test_it_trains(name, tmp_path):
         assert all(f"eval_{name}_accuracy" in evaluated[-1] for name in SETS)
     if config.run.keep_best is not None:
         assert config.run.keep_best in evaluated[-1]
+    if name in GENERATED:
+        assert all(0 <= line[f"eval_{GENERATED[name]}"] <= 1 for line in evaluated)
     assert (config.run_folder / "adapter/adapter_model.safetensors").is_file()
+
+
+def commands(name: str) -> list[list[str]]:
+    """The commands in the comment of a recipe, as a shell splits them."""
+    lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
+    comment = "\n".join(line[1:].strip() for line in lines if line.startswith("#"))
+    found = re.findall(r"^rankcast (?:.*\\\n)*.*$", comment, re.MULTILINE)
+    return [shlex.split(command.replace("\\\n", " ")) for command in found]
+
+
+PROBLEMS = {  # a row of each set that a command names
+    "openai/gsm8k": {"question": "1 + 1?", "answer": "It is 2.\n#### 2"},
+    "HuggingFaceH4/MATH-500": {"problem": "1 + 1?", "solution": r"It is \boxed{2}."},
+    "openai/openai_humaneval": {
+        "prompt": "def one():\n", "entry_point": "one",
+        "test": "def check(one):\n    assert one() == 1\n",
+    },
+    "google-research-datasets/mbpp": {
+        "text": "Return 1.", "test_list": ["assert one() == 1", "assert one() < 2"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["lelora_math", "lelora_code"])
+def test_its_commands_give_the_scores_of_generated_answers(name, tmp_path, capsys):
+    save_random_model(tmp_path / "model", "mistral", AutoModelForCausalLM)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(RECIPES[name][1])[:40]))
+    config = load_config(FOLDER / f"{name}.yaml", [
+        f"model.id={tmp_path}/model", f"run.dir={tmp_path}/runs", f"data.cache={tmp_path}/cache",
+        f"data.train={file}", "data.eval=null", "run.epochs=null", "run.steps=1", "run.eval_every=0",
+        "data.batch_size=4", "data.micro_batch_size=4", "data.max_length=160", "run.verify=off",
+        "optim.warmup_steps=0", "method.ranks=[0, 2]", "method.policy.validation_samples=4",
+        "log.tensorboard=false", "log.progress=none", "engine.kind=single",
+    ])  # fmt: skip
+    run(config, World())
+    found = []
+    for _, verb, source, *arguments in commands(name):
+        assert source == f"runs/paper_{name}"
+        for number, (hub_id, row) in enumerate(PROBLEMS.items()):
+            (tmp_path / f"{number}.jsonl").write_text((json.dumps(row) + "\n") * 8)
+            arguments = [one.replace(hub_id, f"{tmp_path}/{number}.jsonl") for one in arguments]
+        few = ["generation.max_new_tokens=4", "data.subset=null", "data.max_length=400"]
+        if verb == "evaluate":
+            few.append("generation.records=1")
+        importlib.import_module(f"launch.{verb}").main([str(config.run_folder), *arguments, *few])
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    expected = {
+        "lelora_math": ["eval_exact_match", "eval_math"], "lelora_code": ["pass@1", "pass@1"],
+    }[name]  # fmt: skip
+    assert [scores[key] for scores, key in zip(found, expected, strict=True)] == [0, 0]

@@ -270,6 +270,80 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(full_r
         assert [tuple(step) for step in rank] == [done, spoilt, after]
 
 
+PARTS = ("bitfit", "layernorm")
+PART_PLACES = [(kind, engine) for kind in PARTS for engine in ("ddp", *FULL)]
+USUAL_PARTS = [("bitfit", "fsdp2"), ("bitfit", "deepspeed"), ("layernorm", "deepspeed")]
+
+
+def part(tmp: Path, kind: str, engine: str, name: str = "") -> Config:
+    more = f"method.kind={kind}", "optim.learning_rate=1e-2"
+    return full(tmp, engine, name or f"{kind}-{engine}", *more)
+
+
+@pytest.fixture(scope="module")
+def part_runs(tmp_path_factory) -> Path:
+    """Biases or norms of a model that has both: in one process and in two, resumed in two."""
+    os.chdir(ROOT)
+    tmp = tmp_path_factory.mktemp("parts")
+    still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    save_random_model(tmp / "model", "gpt2", AutoModelForCausalLM, **still)
+    for kind in PARTS:
+        train(World(), part(tmp, kind, "single").model_dump())
+    cases: dict[str, Any] = {}
+    for kind, engine in PART_PLACES if ALL else USUAL_PARTS:
+        cases[f"{kind}-{engine}"] = "train", part(tmp, kind, engine).model_dump()
+        again = part(tmp, kind, engine, f"{kind}-{engine}-resumed")
+        source = str(tmp / "runs" / f"{kind}-{engine}")
+        argument = {"config": again.model_dump(), "source": source, "step": SAVED}
+        cases[f"{kind}-{engine}-resumed"] = "resume", argument
+    for results in run_cases(tmp / "work", cases).values():
+        ok(results)
+    return tmp
+
+
+def selected(kind: str, model: nn.Module) -> set[str]:
+    """Names of what the papers train: biases, or all of the LayerNorms."""
+    if kind == "bitfit":
+        return {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    norms = [path for path, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+    return {f"{path}.{name}" for path in norms for name in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_biases_or_norms_alone_train_as_in_a_plain_loop(part_runs, kind):
+    config = part(part_runs, kind, "single")
+    model = AutoModelForCausalLM.from_pretrained(part_runs / "model", dtype=torch.float32)
+    names = selected(kind, model)
+    assert 0 < len(names) < len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    expected = trained_by_torch(config, model)
+    assert abs(expected[0] - expected[-1]) > 1e-2
+    before = AutoModelForCausalLM.from_pretrained(part_runs / "model").state_dict()
+    ids = torch.arange(3, 40).unsqueeze(0)
+    for engine in ("single", *(e for k, e in (PART_PLACES if ALL else USUAL_PARTS) if k == kind)):
+        folder = part_runs / "runs" / f"{kind}-{engine}"
+        assert losses(folder) == pytest.approx(expected, rel=1e-5), engine
+        stored = read_tensors(newest(folder / "checkpoints"))
+        assert {n.removeprefix("trained/") for n in stored if n.startswith("trained/")} == names
+        saved = AutoModelForCausalLM.from_pretrained(folder / "model")
+        with torch.no_grad():  # not tensor by tensor: of a key's bias the gradient is rounding only
+            found, wanted = saved(ids).logits, model.eval()(ids).logits
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+        for name, tensor in saved.state_dict().items():
+            assert torch.equal(tensor, before[name]) == (name not in names), name
+
+
+@pytest.mark.parametrize("place", sample(PART_PLACES, *USUAL_PARTS), ids="-".join)
+def test_they_resume_to_the_bit(part_runs, place):
+    whole, resumed = (part_runs / "runs" / f"{'-'.join(place)}{end}" for end in ("", "-resumed"))
+    assert losses(resumed) == losses(whole)
+    expected, found = (read_tensors(newest(run / "checkpoints")) for run in (whole, resumed))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
 PLACES = [(e, f) for e in ("ddp", "peer", "fsdp2", "deepspeed") for f in ("none", "nf4", "int8")]
 USUAL_PLACES = [("fsdp2", "nf4"), ("deepspeed", "none")]
 

@@ -277,7 +277,16 @@ def _part(template: str, row: dict) -> str:
 
 
 def _fill(template: str, row: dict) -> str:
-    return _FIELD.sub(lambda match: _text(row, match.group(1)), template)
+    """The template with columns filled in; of a list of texts (MBPP's tests), one a line."""
+
+    def text(match: re.Match[str]) -> str:
+        column = match.group(1)
+        value = row.get(column)
+        if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+            return "\n".join(value)
+        return _text(row, column)
+
+    return _FIELD.sub(text, template)
 
 
 def _text(row: dict, column: str) -> str:

@@ -17,7 +17,7 @@ from trainer.config.sections import OptimOptions
 from trainer.distributed.world import World
 from trainer.engine.deepspeed import DeepSpeedEngine
 from trainer.engine.deepspeed_config import merge
-from trainer.engine.sharded_optimizer import Gathered, ShardedOptimizer
+from trainer.engine.sharded_optimizer import Gathered, ShardedOptimizer, trained_parameters
 from trainer.errors import UserError
 
 
@@ -37,11 +37,16 @@ class DeepSpeedFull(DeepSpeedEngine):
             )
 
     def shard_block(self, block: nn.Module) -> None:
-        super().shard_block(block.to(self._dtype).requires_grad_(True))
+        super().shard_block(block.to(self._dtype))
 
     def _sized(self) -> dict[str, Any]:
         bucket = self._sizes.get("stage3_prefetch_bucket_size", 0)  # a block; else 2 GB
-        ours = {"zero_optimization": {"reduce_bucket_size": max(bucket, 1)}}
+        ours = {
+            "zero_optimization": {"reduce_bucket_size": max(bucket, 1)},
+            # Else in `model.dtype`, in which small gradients are lost in the sum.
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
         return merge(super()._sized(), ours)
 
     def _initialise(self, model: nn.Module) -> Any:
@@ -49,7 +54,7 @@ class DeepSpeedFull(DeepSpeedEngine):
 
         optim: OptimOptions = self.config.optim
         self._adamw = torch.optim.AdamW(
-            model.to(self._dtype).requires_grad_(True).parameters(),
+            trained_parameters(model.to(self._dtype)).values(),
             lr=optim.learning_rate,
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
@@ -59,7 +64,7 @@ class DeepSpeedFull(DeepSpeedEngine):
         return engine
 
     def sharded_optimizer(self, model: nn.Module) -> ShardedOptimizer:
-        return _ZeroAdamW(self._engine, self._adamw, dict(model.named_parameters()), self.world)
+        return _ZeroAdamW(self._engine, self._adamw, trained_parameters(model), self.world)
 
     def backward(self, loss: Tensor) -> None:
         """DeepSpeed takes the mean over ranks, of which each has a part of the loss."""

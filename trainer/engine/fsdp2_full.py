@@ -17,7 +17,7 @@ from trainer.config.dtype import compute_dtype
 from trainer.config.sections import OptimOptions
 from trainer.distributed.world import World
 from trainer.engine.fsdp2 import FSDP2Engine
-from trainer.engine.sharded_optimizer import Gathered, ShardedOptimizer
+from trainer.engine.sharded_optimizer import Gathered, ShardedOptimizer, trained_parameters
 
 
 class FSDP2Full(FSDP2Engine):
@@ -35,14 +35,8 @@ class FSDP2Full(FSDP2Engine):
         """No: a block kept whole would not see the update of its shards."""
         return False
 
-    def shard_block(self, block: nn.Module) -> None:
-        super().shard_block(block.requires_grad_(True))
-
-    def shard(self, model: nn.Module) -> None:
-        super().shard(model.requires_grad_(True))
-
     def sharded_optimizer(self, model: nn.Module) -> ShardedOptimizer:
-        return _AdamW(dict(model.named_parameters()), self.config.optim, self.world.device)
+        return _AdamW(trained_parameters(model), self.config.optim, self.world.device)
 
     def backward(self, loss: Tensor) -> None:
         """FSDP2 takes the mean over ranks, of which each has a part of the loss."""

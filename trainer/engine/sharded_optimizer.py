@@ -55,3 +55,8 @@ class ShardedOptimizer(ABC):
     def load(self, name: str, whole: Gathered, steps: int) -> None:
         """Set this rank's part of a parameter and of its moments after `steps` updates. All ranks
         load all parameters, in one order."""
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that train, by name; tied ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -18,17 +18,12 @@ class SingleEngine(Engine):
         """The block stays as it was loaded."""
 
     def shard(self, model: nn.Module) -> None:
-        """The model stays as it was loaded, but for the parameters of a backbone that trains."""
-        if self._trains_backbone:
-            model.requires_grad_(True)
+        """The model stays as it was loaded."""
 
     def unsharded(self, module: nn.Module) -> nullcontext:
         return nullcontext()
 
     def local_bytes(self, model: nn.Module) -> int:
-        parameters = model.parameters() if self._trains_backbone else backbone_parameters(model)
+        trains = self.config.method.trains == "backbone"
+        parameters = model.parameters() if trains else backbone_parameters(model)
         return sum(p.numel() * p.element_size() for p in parameters)
-
-    @property
-    def _trains_backbone(self) -> bool:
-        return self.config.method.trains == "backbone"

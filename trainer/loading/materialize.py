@@ -64,10 +64,10 @@ class Materializer:
             if value is None:
                 value = task.empty(self._dtype, self._world.device)
             self._world.share_(value, task.reader)
-        frozen = _frozen(value)
+        parameter = _parameter(value, trains=task.parameter.requires_grad)
         for known_as in self._source.names[id(task.parameter)]:
             path, _, attribute = known_as.rpartition(".")
-            setattr(self._model.get_submodule(path), attribute, frozen)
+            setattr(self._model.get_submodule(path), attribute, parameter)
 
     def quantization_error(self) -> float:
         """‖W − Ŵ‖ / ‖W‖ over the matrices packed by all ranks; the same on each. Collective."""
@@ -152,7 +152,7 @@ class Materializer:
         self.seconds[stage] += time.perf_counter() - started
 
 
-def _frozen(value: Tensor) -> nn.Parameter:
-    parameter = nn.Parameter(value, requires_grad=False)
+def _parameter(value: Tensor, *, trains: bool) -> nn.Parameter:
+    parameter = nn.Parameter(value, requires_grad=trains)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # skipped by `_init_weights`
     return parameter

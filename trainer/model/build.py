@@ -8,6 +8,7 @@ from torch import nn
 
 from adapters.layers.expert_modules import AdaptedExperts
 from adapters.layers.linear import AdaptedLinear
+from adapters.methods.baseline_options import FullOptions
 from adapters.units import is_conv1d, is_linear, linear_names, make_units
 from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
@@ -16,7 +17,7 @@ from trainer.model.added_tokens import AddedTokens, check_vocabulary, token_tabl
 from trainer.model.attention import OURS, register_attention
 from trainer.model.backbone import BuiltModel, LeftAlone, set_module
 from trainer.model.hub import load_model_config, resolve_folder
-from trainer.model.matrices import install_adapted_layers, refuse_fixed, refuse_shared_blocks
+from trainer.model.matrices import install_adapted_layers, refuse_shared_blocks
 from trainer.model.meta import keep_float32, on_meta
 from trainer.model.mixture import check_experts, gates, left_alone, routers
 from trainer.model.packing import check_packing, choose_rows
@@ -24,6 +25,7 @@ from trainer.model.peft_names import lost_by_peft
 from trainer.model.reach import find_unreached, summarised
 from trainer.model.targets import Targets, choose_targets, output_head, within_blocks
 from trainer.model.ties import untie_head
+from trainer.model.unfreeze import refuse_fixed, unfreeze
 from trainer.model.weight_reads import layers_read
 from trainer.tasks.base import Task
 
@@ -45,8 +47,8 @@ def build(
     model, initial, added = _unmodified(config, task, held)
     task.check_model(model)
     tensors = model.state_dict()
-    if trains == "backbone":
-        refuse_fixed(model)
+    if isinstance(config.method, FullOptions):
+        refuse_fixed(model, config.method)
     model.requires_grad_(False)
     model.eval()
     read = layers_read(model)
@@ -60,7 +62,7 @@ def build(
     if attention.name is not None:
         model.set_attn_implementation(attention.name)
     if trains == "backbone":
-        refuse_shared_blocks(model)
+        refuse_shared_blocks(model, config.method)
     own_layers = trains == "adapters"
     for path, module in list(model.named_modules()) if own_layers else ():
         if AdaptedExperts.fits(module):
@@ -101,6 +103,8 @@ def build(
             adapted_layers[name].layer.scales_rows = True
     keep_float32(model, held)
     heads = {path: model.get_submodule(path) for path in trained}
+    if isinstance(config.method, FullOptions):
+        unfreeze(model, config.method, heads)
     return BuiltModel(
         model=model,
         dtype=dtype,

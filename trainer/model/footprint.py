@@ -21,7 +21,7 @@ class Estimate:
     """Bytes per rank, without activations."""
 
     backbone: int
-    """The rank's part of the frozen backbone, between steps."""
+    """The rank's part of what is frozen of the backbone, between steps."""
     block: int
     """The largest transformer block, unsharded; 0 where no block is gathered."""
     gathered: int
@@ -67,7 +67,7 @@ def estimate(
         shards = ranks if spread == "split" else 1
         in_use = backbone.dtype.itemsize / 4  # gathered in the dtype that it computes in
         return Estimate(
-            backbone=0,
+            backbone=-(-(full - 4 * trained) // shards),
             block=int(in_use * largest) if gathered else 0,
             gathered=int(in_use * gathered),
             held=16 * -(-trained // shards),  # weights, gradients, two moments
@@ -98,9 +98,9 @@ def blocks_that_fit(blocks: int, nbytes: int, available: int) -> int:
 
 def trainable_parameters(backbone: BuiltModel, config: Config) -> int:
     """Number of trained scalars: fixed-rank adapters on every unit, the task's heads, and rows of
-    added tokens; or all of a backbone that trains."""
+    added tokens; or what trains of the backbone."""
     if config.method.trains == "backbone":
-        return sum(p.numel() for p in backbone.model.parameters())
+        return sum(p.numel() for p in backbone.model.parameters() if p.requires_grad)
     heads = sum(p.numel() for module in backbone.heads.values() for p in module.parameters())
     if config.method.trains == "modules":
         names = [unit.name for unit in backbone.units]

@@ -102,7 +102,7 @@ def shared_matrices(model: nn.Module) -> dict[str, str]:
     }
 
 
-def refuse_shared_blocks(model: nn.Module) -> None:
+def refuse_shared_blocks(model: nn.Module, method: MethodOptions) -> None:
     """Raises UserError for a parameter of several blocks: a sharder gives each its own copy."""
     owner: dict[int, str] = {}
     for path, block in transformer_blocks(model):
@@ -110,21 +110,9 @@ def refuse_shared_blocks(model: nn.Module) -> None:
             first = owner.setdefault(id(parameter), path)
             if first != path:
                 raise UserError(
-                    f"method.kind: full given, but {path}.{name} is also a parameter of {first}; "
-                    "accepted for this model: methods that leave the backbone frozen"
+                    f"method.kind: {method.kind} given, but {path}.{name} is also a parameter of "
+                    f"{first}; accepted for this model: methods that leave the backbone frozen"
                 )
-
-
-def refuse_fixed(model: nn.Module) -> None:
-    """Raises UserError for a parameter that full fine-tuning cannot train as the model means it:
-    one that the model keeps fixed (tables of sines), which would train, or a single number."""
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or parameter.dim() == 0:
-            what = "a single number" if parameter.requires_grad else "kept fixed by the model"
-            raise UserError(
-                f"method.kind: full given, but {name} is {what}; accepted for this model: methods "
-                "that leave the backbone frozen"
-            )
 
 
 def refuse_tied(model: nn.Module, method: MethodOptions, targets: list[str]) -> None:

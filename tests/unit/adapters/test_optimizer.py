@@ -117,6 +117,34 @@ def test_clip_is_torch_clip_grad_norm():
         assert torch.allclose(mine.grad, other.grad, atol=1e-7)
 
 
+def test_a_scaled_tensor_is_clipped_and_learns_as_what_it_is_a_multiple_of():
+    """θ = 3 φ beside another tensor, against torch's AdamW on φ itself, clipped."""
+    phi, other = torch.randn(4), torch.randn(2, 3)
+    target = torch.randn(4)
+
+    def loss(theta, beside):
+        return ((theta - target) ** 2).sum() + (beside**2).sum()
+
+    ours = [torch.nn.Parameter(3 * phi), torch.nn.Parameter(other.clone())]
+    theirs = [torch.nn.Parameter(phi.clone()), torch.nn.Parameter(other.clone())]
+    mine = MaskedAdamW(
+        [Trainable("theta", ours[0], scale=3.0), Trainable("other", ours[1])],
+        learning_rate=0.05, weight_decay=0.1,
+    )  # fmt: skip
+    torchs = torch.optim.AdamW(theirs, lr=0.05, weight_decay=0.1)
+    for _ in range(5):
+        mine.zero_grad()
+        torchs.zero_grad()
+        loss(*ours).backward()
+        loss(3 * theirs[0], theirs[1]).backward()
+        expected = torch.nn.utils.clip_grad_norm_(theirs, 0.7)
+        assert mine.clip(0.7) == pytest.approx(float(expected), rel=1e-5)
+        mine.step()
+        torchs.step()
+    torch.testing.assert_close(ours[0].detach(), 3 * theirs[0].detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours[1].detach(), theirs[1].detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_parameters_can_be_differentiated_and_stepped_as_usual():
     layer = nn.Linear(6, 3)
     optimizer = MaskedAdamW(

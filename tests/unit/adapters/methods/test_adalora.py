@@ -7,6 +7,7 @@ import torch
 from peft.tuners.adalora.layer import RankAllocator
 from torch import nn
 
+from benchmarks.adalora import OURS, by_peft, ours
 from tests.unit.adapters.methods.harness import (
     AdamW,
     Bench,
@@ -16,6 +17,7 @@ from tests.unit.adapters.methods.harness import (
     check_resume,
     twins,
 )
+from trainer.config.config import load_config
 
 OPTIONS = {
     "rank": 3, "initial_rank": 5, "alpha": 6.0, "tinit": 3, "tfinal": 6, "delta_t": 4,
@@ -395,3 +397,15 @@ def test_refusals():
 def test_resume():
     for before, after in ((2, 8), (10, 10), (26, 4)):
         check_resume(lambda begin: bench_of(begin=begin, weight_decay=0.1), before, after)
+
+
+def test_pefts_own_loop_gives_the_same_losses_and_ranks_in_the_same_order(tmp_path):
+    """The clipped job of the quickstart; PEFT scores before clipping, as here, and cuts likewise."""
+    config = load_config("configs/quickstart.yaml", [
+        *OURS, f"run.dir={tmp_path}", f"data.cache={tmp_path}/cache", "run.steps=10",
+        "data.train_records=64", "data.eval=16", "method.tinit=2", "method.tfinal=3", "method.delta_t=2",
+    ])  # fmt: skip
+    (losses, held, ranks), (expected, wanted, theirs) = ours(config), by_peft(config, as_here=True)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert held == pytest.approx(wanted, rel=1e-5)
+    assert ranks == theirs and len(set(ranks.values())) > 1

@@ -18,7 +18,7 @@ from trainer.memory.estimate import predict
 from trainer.model.build import build
 from trainer.model.footprint import estimate, trainable_parameters
 from trainer.model.hub import load_tokenizer
-from trainer.model.matrices import refuse_fixed
+from trainer.model.unfreeze import refuse_fixed
 from trainer.run.run import run
 from trainer.session import open_data
 from trainer.tasks.registry import TASKS
@@ -56,6 +56,36 @@ def test_what_cannot_be_right_is_refused_in_one_line(tmp_path, case):
     assert "\n" not in str(error.value)
 
 
+def test_biases_of_a_model_without_any_are_refused(tmp_path):
+    save_random_model(tmp_path / "model", "llama", AutoModelForCausalLM)
+    message = r"method.kind: bitfit given, but LlamaForCausalLM here has nothing .*every bias.*acc"
+    with pytest.raises(UserError, match=message):
+        run(configuration(tmp_path, "method.kind=bitfit"), World())
+
+
+@pytest.mark.parametrize("kind", ["bitfit", "layernorm"])
+def test_a_part_of_the_backbone_trains_with_a_new_head(tmp_path, kind):
+    save_random_model(tmp_path / "model", "bert", AutoModelForSequenceClassification)
+    config = configuration(
+        tmp_path, "task.kind=sequence_classification", f"method.kind={kind}", "data.eval=null"
+    )
+    task = TASKS["sequence_classification"](config.task, load_tokenizer(config.model))
+    task.learn_labels(["bad", "good"])
+    built = build(config, task, torch.device("cpu"))
+    found = {name for name, p in built.model.named_parameters() if p.requires_grad}
+    assert {"classifier.weight", "classifier.bias"} < found
+    assert "bert.encoder.layer.0.output.LayerNorm.bias" in found
+    query = "bert.encoder.layer.0.attention.self.query"
+    assert (f"{query}.bias" in found) == (kind == "bitfit") and f"{query}.weight" not in found
+    scale = "bert.encoder.layer.0.output.LayerNorm.weight"
+    assert (scale in found) == (kind == "layernorm")
+    trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in built.model.parameters())
+    assert trainable_parameters(built, config) == trained
+    split = estimate(built, config, 2, "split")
+    assert (split.held, split.backbone) == (8 * trained, 2 * (whole - trained))
+
+
 def test_what_a_model_keeps_fixed_and_single_numbers_are_refused(tmp_path):
     save_random_model(tmp_path / "model", "roformer", AutoModelForSequenceClassification)
     config = configuration(tmp_path, "task.kind=sequence_classification", "data.eval=null")
@@ -66,7 +96,7 @@ def test_what_a_model_keeps_fixed_and_single_numbers_are_refused(tmp_path):
     scaled = torch.nn.Linear(2, 2)
     scaled.register_parameter("scale", torch.nn.Parameter(torch.ones(())))
     with pytest.raises(UserError, match="scale is a single number; accepted for this model"):
-        refuse_fixed(scaled)
+        refuse_fixed(scaled, config.method)
 
 
 def test_a_tied_model_is_evaluated_and_exported_from_its_checkpoint(tmp_path):

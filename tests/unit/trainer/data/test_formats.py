@@ -379,3 +379,12 @@ def test_chats_of_every_file(tmp_path: Path) -> None:
             assert list(ids) == TOKENIZER(whole, add_special_tokens=False)["input_ids"]
             learned = TOKENIZER.decode([i for i, m in zip(ids, mask, strict=True) if m])
             assert learned == "".join(f"{c}<|im_end|>\n" for r, c, _ in turns if r == "assistant")
+
+
+def test_a_list_of_texts_fills_a_template_line_by_line():
+    row = {"text": "Return 1.", "tests": ["assert one() == 1", "assert one()"], "code": "x"}
+    (segments,) = converted(row, prompt="{text}\n{tests}\n", completion="code")
+    assert segments[0] == ("Return 1.\nassert one() == 1\nassert one()\n", False)
+    assert refused(row | {"tests": [1]}, prompt="{tests}", completion="code") == (
+        "tests holds a list; accepted: text"
+    )
