@@ -2,6 +2,7 @@
 
 import importlib.util
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from trainer.records.jsonl import read_metrics
 from trainer.records.result import Result
 from trainer.run.run import run
 from trainer.trackers import backend as backends
+from trainer.trackers import record as records
 from trainer.trackers.backend import BACKENDS, MLflow
-from trainer.trackers.record import TrackerRecord
+from trainer.trackers.record import TrackerRecord, Trackers
 
 EVALUATED = ("run.eval_every=2", "run.steps=4")
 
@@ -171,10 +173,38 @@ def test_records_that_cannot_be_drawn_do_not_fail_a_run(tmp_path):
     config = quick_config(tmp_path, "run.name=here")
     (tmp_path / "config.yaml").write_text("- no sections")
     said: list = []
-    record = TrackerRecord("tensorboard", config, tmp_path, 3, 0, said.append)
+    one = TrackerRecord("tensorboard", config, tmp_path, 3, 0, said.append)
+    record = Trackers([one], said.append, lambda: False)
     record.on_end(Result(tmp_path))
     record.close()
     assert not said
+
+
+@pytest.mark.parametrize(("stopped", "patience", "line"), [
+    (True, "_PATIENCE_WHEN_STOPPED", "not done 0.01 s after the request to stop; left alone"),
+    (False, "_PATIENCE", "not done 0.01 s after the run; left alone"),
+])  # fmt: skip
+def test_a_tracker_that_hangs_is_left_alone(tmp_path, monkeypatch, stopped, patience, line):
+    """The others are told that the run ends, and asked to stop the wait is short."""
+    released = threading.Event()
+
+    class Hanging(Held):
+        def finish(self, *, ended):
+            released.wait()
+
+    Held.made.clear()
+    monkeypatch.setattr(records, patience, 0.01)
+    monkeypatch.setitem(backends.BACKENDS, "tensorboard", Hanging)
+    monkeypatch.setitem(backends.BACKENDS, "wandb", Held)
+    config, said = quick_config(tmp_path), []
+    made = [TrackerRecord(n, config, tmp_path, 3, 0, said.append) for n in ("tensorboard", "wandb")]
+    made[1].end()
+    made[1].wait(10)
+    Trackers(made, said.append, lambda: stopped).close()
+    (told,) = said
+    assert told.startswith(f"tracker   tensorboard: {line}")
+    assert [one.ends for one in Held.made if not isinstance(one, Hanging)] == [[False]]
+    released.set()
 
 
 def test_a_broken_tracker_changes_nothing(tmp_path, monkeypatch, capsys):
