@@ -17,6 +17,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -99,6 +101,7 @@ assert found == expected
 llama.reset()  # the same by its own chat template and tokenizer
 answer = llama.create_chat_completion(chat, temperature=0.0, max_tokens=24)
 print("llama.cpp:   ", answer["choices"][0]["message"]["content"])
+llama.close()
 """
 
 STEPS = [
@@ -262,35 +265,43 @@ def check(folder: Path, said: dict[str, str]) -> None:
 BEGIN, END = "<!-- transcript: make path -->\n", "<!-- end of the transcript -->\n"
 
 
-def transcript(said: list[tuple[Step, str]]) -> str:
+def transcript(said: list[tuple[Step, str]], seconds: float) -> str:
     """The steps as Markdown: a heading, the program where there is one, the command, the output."""
-    parts = [walked()]
+    parts = [textwrap.fill(walked(seconds), 110)]
     for step, text in said:
         lines = [x.rstrip() for x in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines() if x.strip()]
         if len(lines) > LONGEST:
             lines = [*lines[: LONGEST - 8], "…", *lines[-7:]]
         program = PROGRAMS.get(step.command)
-        shown = f"```python\n# {program}\n{FILES[program]}```" if program else ""
-        output = "".join(f"{line}\n" for line in lines)
-        heading = f"## {step.title}" if step.title else ""
-        parts += [heading, step.text, shown, f"```\n$ {step.command}\n{output}```"]
-    return "\n\n".join(filter(None, parts)) + "\n"
+        before = [f"## {step.title}" if step.title else "", textwrap.fill(step.text, 110)]
+        before += [f"```python\n# {program}\n{FILES[program]}```" if program else ""]
+        block = "\n".join([f"$ {step.command}", *lines, "```"])
+        if not any(before):
+            parts[-1] = parts[-1].removesuffix("```") + block
+        else:
+            parts += [*filter(None, before), f"```\n{block}"]
+    return "\n\n".join(parts) + "\n"
 
 
-def walked() -> str:
-    """With which versions."""
+def walked(seconds: float) -> str:
+    """How long it took, and with which versions."""
     versions = [f"Python {platform.python_version()}"]
     for name in USED:
         with suppress(PackageNotFoundError):
             versions.append(f"{name.replace('_', '-')} {version(name)}")
-    return f"Walked with {', '.join(versions)}, on {os.cpu_count()} CPU cores without a GPU."
+    return (
+        f"All of it took {seconds / 60:.1f} minutes on {os.cpu_count()} CPU cores, with "
+        f"{', '.join(versions)}."
+    )
 
 
-def write(page: Path, said: list[tuple[Step, str]], work: Path) -> None:
+def write(page: Path, said: list[tuple[Step, str]], work: Path, seconds: float) -> None:
     """Put the transcript into the page in the place of the earlier one."""
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
-    text = transcript(said).replace(f"{os.path.realpath(work)}/", "").replace(f"{work}/", "")
+    text = (
+        transcript(said, seconds).replace(f"{os.path.realpath(work)}/", "").replace(f"{work}/", "")
+    )
     page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 
@@ -302,9 +313,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.model is None:
         parser.error("--model: not given, nor RANKCAST_SMOLLM2; accepted: a folder with SmolLM2")
+    begun = time.monotonic()
     said = walk(arguments.work.absolute(), Path(arguments.model))
     if arguments.write is not None:
-        write(arguments.write, said, arguments.work.absolute())
+        seconds = time.monotonic() - begun
+        write(arguments.write, said, arguments.work.absolute(), seconds)
 
 
 if __name__ == "__main__":

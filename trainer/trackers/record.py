@@ -77,15 +77,15 @@ class Trackers(Record):
         for one in self._trackers:
             one.end()
         begun, patience, since = time.monotonic(), _PATIENCE, "the run"
-        while working := [one for one in self._trackers if one.is_working]:
+        while working := [one for one in self._trackers if one.is_waited_for]:
             if patience == _PATIENCE and self._stopped():
                 begun, patience = time.monotonic(), _PATIENCE_WHEN_STOPPED
                 since = "the request to stop"
             if time.monotonic() - begun > patience:
-                names = ", ".join(one.name for one in working)
+                names = ", ".join(one.leave() for one in working)
                 self._say(
-                    f"tracker   {names}: not done {patience:g} s after {since}; left alone, its "
-                    "last figures are in metrics.jsonl only"
+                    f"tracker   {names}: not done {patience:g} s after {since}; left alone: the "
+                    "last figures are in metrics.jsonl alone"
                 )
                 return
             working[0].wait(_POLL)
@@ -102,7 +102,7 @@ class TrackerRecord(Callback):
         self.name, self._config, self._folder, self._say = name, config, folder, say
         self._spacing = steps / _BOARD_POINTS if name == "tensorboard" else 0.0
         self._next = 0.0  # the first step to draw next
-        self._ended, self._closed, self._lost = False, False, False
+        self._ended, self._closed, self._lost, self._left = False, False, False, False
         self._backend: Any = None
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name=f"tracker {name}")
@@ -133,8 +133,13 @@ class TrackerRecord(Callback):
             self._calls.put(None)
 
     @property
-    def is_working(self) -> bool:
-        return self._thread.is_alive()
+    def is_waited_for(self) -> bool:
+        return self._thread.is_alive() and not self._left
+
+    def leave(self) -> str:
+        """Wait for it no more, and let it say nothing. Returns its name."""
+        self._left = True
+        return self.name
 
     def wait(self, seconds: float) -> None:
         """Until it has ended, or so long."""
@@ -180,10 +185,11 @@ class TrackerRecord(Callback):
                 function()
             except BaseException as error:  # whatever a library does; SystemExit too
                 failed = True
-                self._say(
-                    f"tracker   {self.name} failed, the run goes on without it "
-                    f"({type(error).__name__}: {first_line(error)})"
-                )
+                if not self._left:
+                    self._say(
+                        f"tracker   {self.name} failed, the run goes on without it "
+                        f"({type(error).__name__}: {first_line(error)})"
+                    )
 
 
 def _figures(folder: Path) -> Iterator[tuple[str, Any]]:
