@@ -97,25 +97,37 @@ def log_records(content: bytes, block: int = 32768):
             whole = b""
 
 
-@needs("wandb")
-def test_wandb_holds_what_metrics_jsonl_holds(tmp_path, monkeypatch):
+def offline_history(run: Path) -> dict[str, dict[int, float]]:
+    """(tag → step → value) of all files that wandb wrote for a run, offline."""
     from wandb.proto import wandb_internal_pb2
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    config = quick_config(tmp_path, "log.trackers=[wandb]", *EVALUATED)
-    run(config, World())
-    (file,) = config.run_folder.glob("wandb/offline-run-*/*.wandb")
     found: dict[str, dict[int, float]] = {}
-    for data in log_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        row = {
-            item.key or "/".join(item.nested_key): item.value_json for item in record.history.item
-        }
-        for tag, value in row.items():
-            if not tag.startswith(("_", "figures/")):
-                found.setdefault(tag, {})[int(row["_step"])] = float(value)
-    assert found == logged(config.run_folder)
+    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        for data in log_records(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            row = {
+                item.key or "/".join(item.nested_key): item.value_json
+                for item in record.history.item
+            }
+            for tag, value in row.items():
+                if not tag.startswith(("_", "figures/")):
+                    found.setdefault(tag, {})[int(row["_step"])] = float(value)
+    return found
+
+
+@needs("wandb")
+def test_wandb_holds_what_metrics_jsonl_holds(tmp_path, monkeypatch):
+    """Resumed, in the same run of wandb."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    given = ("log.trackers=[wandb]", "run.eval_every=2")
+    for steps in (2, 4):
+        config = quick_config(tmp_path, *given, f"run.steps={steps}")
+        run(config, World())
+    files = sorted(config.run_folder.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2 and files[0].name == files[1].name  # run-IDENTITY.wandb
+    found = offline_history(config.run_folder)
+    assert found == logged(config.run_folder) and max(found["train/loss"]) == 4
 
 
 class Broken(MLflow):
