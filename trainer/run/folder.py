@@ -104,9 +104,7 @@ class RunFolder:
             return save_initial_adapters(initial_adapters, self.path)
         return digest
 
-    def record(
-        self, session: Session, steps: int, progress: Progress, stop: StopRequest
-    ) -> None:
+    def record(self, session: Session, steps: int, progress: Progress, stop: StopRequest) -> None:
         """Open the records: metrics, heartbeat, decisions and trackers."""
         assert self._heartbeat is not None
         config, decisions = session.config, None
