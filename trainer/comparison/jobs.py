@@ -10,6 +10,7 @@ from typing import Any
 from pydantic_core import to_json
 
 import trainer
+from trainer.comparison.allocation import Replayed
 from trainer.comparison.plan import LORA, Comparison
 from trainer.config.config import Config, load_config
 
@@ -26,7 +27,7 @@ _LEFT_OUT = {
 """Keys that change no score."""
 _PATHS = {
     ("model", "id"): 1, ("model", "tokenizer"): 1, ("data", "train"): 2, ("data", "eval"): 2,
-    ("method", "match"): 1,
+    ("method", "match"): 1, ("method", "replay"): 2,
 }  # fmt: skip
 """Keys of paths, by the number of names that count: models and data may lie anywhere."""
 _COMPUTING = ("adapters", "trainer")
@@ -69,6 +70,15 @@ class Jobs:
     def config(self, job: Job) -> Config:
         return self._make(job)[1]
 
+    def replayed(self, job: Job) -> Replayed | None:
+        """The allocation that the job's arm replays."""
+        arm = self.comparison.methods.get(job.method)
+        if arm is None or arm.replays is None:
+            return None
+        run = self.config(Job(arm.replays, job.learning_rate, job.seed, False)).run_folder
+        name = "permuted.jsonl" if arm.permuted else "last.jsonl"
+        return Replayed(run, job.seed if arm.permuted else None, run / name)
+
     def rank_of(self, method: str) -> int:
         """`method.rank` of an arm."""
         return self.config(Job(method, self.comparison.learning_rates[0], 0, False)).method.rank
@@ -82,6 +92,8 @@ class Jobs:
                 f"optim.learning_rate={job.learning_rate!r}", f"run.dir={self._folder}",
                 "run.resume=never", "log.record_losses=true",
             ]  # fmt: skip
+            if (replayed := self.replayed(job)) is not None:
+                overrides.append(f"method.replay={replayed.target}")
             located = comparison.located(overrides)
             located = [one.replace("{runs}", str(self._folder)) for one in located]
             config = load_config(comparison.base, located)

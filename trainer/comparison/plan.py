@@ -14,8 +14,9 @@ methods:
   lelora: [method.kind=lelora]
   uniform: {like: lelora, overrides: [method.policy.mode=uniform], rate_of: lelora,
             against: lelora}
+  replayed: {like: lelora, replays: lelora}      # its last allocation, seed by seed, from step 0
 variants: {nf4: [model.quantization=nf4]}    # chosen at the command line
-extends: common.yaml                   # a file whose keys these complete
+extends: common.yaml                   # a file whose keys these complete (null removes one, "*": null all)
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,8 +48,32 @@ class Arm(Section):
     """The arm that it is compared with; none: the LoRA of equal or more parameters."""
     after: str | None = None
     """An arm whose seeds end before those of this one begin, which reads their folders."""
+    replays: str | None = None
+    """An arm whose last allocation, seed by seed, it trains from its first step, at its learning
+    rate. It is compared with this arm unless `against` names another."""
+    permuted: bool = False
+    """Permute that allocation among matrices of equal shape, with the run's seed."""
     learning_rates: list[float] | None = None
     """Where its search begins, in place of the comparison's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow(cls, given: object) -> object:
+        """What replays another arm takes its rate, runs after it, and is compared with it."""
+        other = given.get("replays") if isinstance(given, Mapping) else None
+        if other is None:
+            return given
+        return {"rate_of": other, "after": other, "against": other, **given}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Arm":
+        if self.replays is None and self.permuted:
+            raise ValueError("permuted: true given; accepted: with replays")
+        if self.replays is not None and not self.rate_of == self.after == self.replays:
+            raise ValueError(
+                f"replays: {self.replays} given with another rate_of or after; accepted: without"
+            )
+        return self
 
 
 class Comparison(Section):
@@ -183,7 +208,7 @@ def _kept(comparison: Comparison, names: Sequence[str] | None) -> dict[str, Arm]
 
 def _read(path: Path, below: Sequence[Path]) -> dict[str, Any]:
     """The keys of a file, and of those that it extends: lists of overrides are joined, mappings
-    merged, without what is null, and other keys replaced."""
+    merged, without what is null ("*": all that it extends), and other keys replaced."""
     if path in below:
         raise UserError(f"{below[-1]}: extends {path}, which extends it; accepted: no circle")
     try:
@@ -204,7 +229,7 @@ def _read(path: Path, below: Sequence[Path]) -> dict[str, Any]:
         if key == "overrides" and isinstance(value, list):
             found[key] = [*found.get(key, []), *value]
         elif isinstance(value, dict) and isinstance(found.get(key), dict):
-            both = {**found[key], **value}
+            both = {**({} if "*" in value else found[key]), **value}
             found[key] = {name: inner for name, inner in both.items() if inner is not None}
         else:
             found[key] = value

@@ -6,10 +6,11 @@ under a digest of its configuration and the version of the code: a comparison th
 changed repeats only runs that failed, were interrupted or are new.
 """
 
+import heapq
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,8 +78,9 @@ def compare(
     limits: Limits = Limits(),
     report: Report = print,
 ) -> list[list[Result]]:
-    """Make the runs of comparisons, each with its folder, that have no result; those of the first
-    one first. Writes results.jsonl, table.md and figure.png of each; returns its results."""
+    """Make the runs of comparisons, each with its folder, that have no result; the first arm of
+    every comparison, then the second one: what was stopped has the same rows in all. Writes
+    results.jsonl, table.md and figure.png of each; returns its results."""
     parts = [Part(comparison, folder, limits, report) for comparison, folder in comparisons]
     if next(_wanted(parts, set()), None) is not None and limits.minutes != 0:
         _work(parts, limits)
@@ -87,12 +89,17 @@ def compare(
     return [part.schedule.results for part in parts]
 
 
-def _wanted(parts: Sequence[Part], begun: set[tuple[int, str]]):  # type: ignore[no-untyped-def]
+def _wanted(parts: Sequence[Part], begun: set[tuple[int, str]]) -> Iterator[tuple[int, Job]]:
     """(part, job) of what can be run and was not begun."""
-    for number, part in enumerate(parts):
-        for job in part.schedule.wanted():
-            if (number, part.schedule.jobs.digest(job)) not in begun:
-                yield number, job
+
+    def of(number: int) -> Iterator[tuple[int, int, Job]]:
+        schedule = parts[number].schedule
+        for place, job in schedule.wanted_by_place():
+            if (number, schedule.jobs.digest(job)) not in begun:
+                yield place, number, job
+
+    for _, number, job in heapq.merge(*map(of, range(len(parts))), key=lambda one: one[:2]):
+        yield number, job
 
 
 def _work(parts: Sequence[Part], limits: Limits) -> None:
@@ -112,7 +119,8 @@ def _work(parts: Sequence[Part], limits: Limits) -> None:
                 jobs = parts[number].schedule.jobs
                 begun.add((number, jobs.digest(job)))
                 identity = job.result(jobs.digest(job), code_version())
-                running[pool.submit(make_run, identity, jobs.config(job))] = number
+                made = pool.submit(make_run, identity, jobs.config(job), jobs.replayed(job))
+                running[made] = number
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:

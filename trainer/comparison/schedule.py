@@ -157,8 +157,12 @@ class Schedule:
         return [job for r in rates for job in self._selection_jobs(arm, r)] + self.final_jobs(arm)
 
     def wanted(self) -> Iterator[Job]:
-        """Jobs without a result, as far as is known by now."""
-        for arm in self.arms():
+        """Jobs without a result, as far as is known by now, in the order in which to make them."""
+        return (job for _, job in self.wanted_by_place())
+
+    def wanted_by_place(self) -> Iterator[tuple[int, Job]]:
+        """(place of its arm in the file, job): a reference beside its arm, LoRA's curve last."""
+        for place, arm in self._order():
             before = self._own(arm).after
             if before is not None and self.size(before) is None:
                 continue
@@ -170,7 +174,16 @@ class Schedule:
                 jobs = [
                     j for rate in self.rates(arm).needed for j in self._selection_jobs(owner, rate)
                 ]
-            yield from (job for job in jobs if self.result(job) is None)
+            yield from ((place, job) for job in jobs if self.result(job) is None)
+
+    def _order(self) -> Iterator[tuple[int, str]]:
+        done: set[str] = set()
+        methods = list(self.jobs.comparison.methods)
+        for place, arm in [*enumerate(methods), *((len(methods), arm) for arm in self.arms())]:
+            for one in (arm, self.reference(arm)):
+                if one is not None and one not in done:
+                    done.add(one)
+                    yield place, one
 
 
 def selection_loss(result: Result) -> float:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.comparison.allocation import Replayed
 from trainer.comparison.jobs import Result
 from trainer.comparison.statistics import MEASURES
 from trainer.config.config import Config
@@ -54,8 +55,9 @@ def device() -> "torch.device":
     return found
 
 
-def make_run(identity: Result, config: Config) -> Result:
-    """One run from start to end; a failure is returned as a result."""
+def make_run(identity: Result, config: Config, replayed: Replayed | None = None) -> Result:
+    """One run from start to end, of the allocation `replayed` if given; a failure is returned as a
+    result."""
     from trainer.device_memory import forget_peak
     from trainer.distributed.world import World
     from trainer.run.run import run
@@ -64,6 +66,8 @@ def make_run(identity: Result, config: Config) -> Result:
     try:
         if config.run_folder.exists():  # interrupted or failed
             shutil.rmtree(config.run_folder)
+        if replayed is not None:
+            replayed.write()
         where = device()
         forget_peak(where)
         parameters = run(config, World(device=where), scores_only=True)
@@ -98,8 +102,8 @@ def summary(folder: Path, parameters: "Parameters", *, selects: bool = False) ->
     finished run; unless it `selects` a learning rate also what is kept of each record."""
     lines = read_metrics(folder / METRICS)
     steps = [line for line in lines if "active_parameters" in line]
-    scalars = {
-        k.removeprefix("method/"): v for k, v in steps[-1].items() if k.startswith("method/")
+    scalars = {  # each as it was last: a policy that has decided for good says no more
+        k.removeprefix("method/"): v for s in steps for k, v in s.items() if k.startswith("method/")
     }
     scores = {k: v for k, v in final_scores(lines).items() if k.startswith("eval_")}
     result: Result = {name: value for name, value in scalars.items() if "/" not in name} | scores

@@ -78,3 +78,22 @@ def test_arms_that_others_need_are_kept(tmp_path):
     arms = {"lora": [], "a": [], "b": {"rate_of": "a", "against": "lora"}, "c": []}
     file = written(tmp_path, **PLAIN | {"methods": arms})
     assert list(read_comparison(file, methods=["b"]).methods) == ["lora", "a", "b"]
+
+
+def test_a_file_may_leave_out_all_arms_that_it_extends(tmp_path):
+    written(tmp_path, "common.yaml", **PLAIN)
+    file = written(tmp_path, extends="common.yaml", methods={"*": None, "b": ["method.rank=3"]})
+    assert list(read_comparison(file).methods) == ["b"]
+
+
+def test_an_arm_that_replays_another_follows_it(tmp_path):
+    arms = {"lora": [], "a": [], "b": {"replays": "a"},
+            "c": {"replays": "a", "permuted": True, "against": "b"}}  # fmt: skip
+    read = read_comparison(written(tmp_path, **PLAIN | {"methods": arms}), methods=["c"])
+    assert list(read.methods) == ["a", "b", "c"]
+    for name, other in (("b", "a"), ("c", "b")):
+        arm = read.methods[name]
+        assert arm.rate_of == arm.after == "a" and arm.against == other
+    for wrong in ({"permuted": True}, {"replays": "a", "rate_of": "lora"}, {"replays": "z"}):
+        with pytest.raises(UserError, match="accepted"):
+            read_comparison(written(tmp_path, **PLAIN | {"methods": arms | {"b": wrong}}))

@@ -38,6 +38,17 @@ def stored(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").open()]
 
 
+def test_an_arm_is_run_in_every_comparison_before_the_next_arm(tmp_path, in_forks):
+    parts = [
+        (comparison(tmp_path, seeds=[seed], match_parameters=False), tmp_path / str(seed))
+        for seed in (0, 1)
+    ]
+    said = []
+    compare(parts, report=lambda line: said.append(json.loads(line)))
+    order = [(one["method"], one["seed"]) for one in said]
+    assert order == [("lora", 0), ("lora", 1), ("wide", 0), ("wide", 1)]
+
+
 def test_every_run_is_made_once_and_described(tmp_path, in_forks):
     out, said = tmp_path / "out", []
     job = comparison(tmp_path, seeds=[0])
@@ -112,3 +123,32 @@ def test_a_run_that_diverges_or_fails_is_a_result_with_an_error(tmp_path):
     )
     result = make_run(identity, config)
     assert "UserError" in result["error"] and "diverged" not in result
+
+
+def test_an_arm_replays_the_last_allocation_of_another(tmp_path, in_forks):
+    budget = ["method.kind=lelora", "method.coordinates=delta", "method.ranks=[0, 2, 4]",
+              "method.rank=4", "method.policy.budget=2", "run.steps=3"]  # fmt: skip
+    fixed = ["method.policy.freeze_after=0"]
+    methods = {
+        "found": [*budget, "method.policy.freeze_after=1"],
+        "replayed": {"like": "found", "overrides": fixed, "replays": "found"},
+        "permuted": {"like": "replayed", "replays": "found", "permuted": True},
+    }  # fmt: skip
+    out, said = tmp_path / "out", []
+    job = comparison(tmp_path, methods=methods)
+    (results,) = compare([(job, out)], report=said.append)
+    assert not any("error" in result for result in results) and len(results) == 6
+    runs = {(r["method"], r["seed"]): r for r in results}
+    for seed in (0, 1):
+        found, same, other = (runs[arm, seed] for arm in methods)
+        ranks = [
+            json.loads((out / "runs" / r["run"] / "allocation.jsonl").read_text().splitlines()[-1])
+            for r in (found, same, other)
+        ]
+        assert ranks[0]["ranks"] == ranks[1]["ranks"] and ranks[1]["step"] == 0
+        assert sorted(ranks[2]["ranks"].values()) == sorted(ranks[0]["ranks"].values())
+        assert found["active_parameters"] == same["active_parameters"]
+        assert other["active_parameters"] == same["mean_active_parameters"]
+        assert found["distinct_actions"] >= 1 and found["entropy_rank"] >= 0
+    again: list[str] = []
+    assert compare([(job, out)], report=again.append) == [results] and again == []

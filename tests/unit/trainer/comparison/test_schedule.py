@@ -75,6 +75,8 @@ def test_each_arm_is_searched_and_run_once(schedule):
         assert {j.seed for j in done if j.method == arm and j.selects} == {100, 101}
         finals = [j for j in done if j.method == arm and not j.selects]
         assert [(j.seed, j.learning_rate) for j in finals] == [(s, best) for s in (0, 1, 2)]
+    order = list(dict.fromkeys(job.method for job in done))
+    assert order == ["lora", "half", "lora r=5", "twin", "same", "lora r=1"]
     ablation = [j for j in done if j.method == "same"]
     assert {j.learning_rate for j in ablation} == {1e-3} and not any(j.selects for j in ablation)
 
