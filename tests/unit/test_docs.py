@@ -28,7 +28,7 @@ PATH = re.compile(
 KEY = re.compile(
     r"(?<![\w./-])(?:run|model|task|data|method|optim|generation|engine|log|checkpoint)(?:\.[a-z_0-9]+)+"
 )
-FILES = ("py", "yaml", "json", "jsonl", "md", "sh")
+FILES = ("py", "yaml", "gguf", "json", "jsonl", "md", "sh")
 """Endings by which a word is a file and no key."""
 
 

@@ -1,5 +1,6 @@
 """The package as others install it: a wheel whose command works in another folder."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.helpers import ROOT, environment, quick_config
+from tests.campaigns.users_path import FILES, MODEL, QUESTION, STEPS, records
+from tests.helpers import ROOT, TINY, environment, quick_config
 from trainer import __version__
 
 SOURCES = ("adapters", "trainer", "launch", "pyproject.toml", "README.md", "LICENSE")
@@ -118,3 +120,51 @@ def test_mistakes_are_one_line(tmp_path, arguments, line):
 def test_every_command_has_its_own_help(tmp_path):
     done = command(ROOT, tmp_path, "train", "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: rankcast train ")
+
+
+ONE_PROCESS = """
+import io, runpy, shlex, sys
+from launch.main import main
+
+for command in sys.argv[1:]:
+    words = shlex.split(command)
+    if "|" in words:
+        sys.stdin = io.StringIO(words[1] + "\\n")
+        words = words[words.index("|") + 1 :]
+    if words[0] == "python":
+        runpy.run_path(words[1], run_name="__main__")
+    else:
+        assert main(words[1:]) == 0
+    print("\\0")
+"""
+
+
+def test_a_short_users_path(unpacked, tmp_path):
+    """The commands and programs of docs/getting-started.md with the quickstart's model, one after
+    the other in one process; make test-all walks it as a user does. The programs compare PEFT,
+    transformers and llama.cpp (where it is)."""
+    shutil.copytree(TINY, tmp_path / MODEL)
+    turn = "{{ m.role[0] + ': ' + m.content + (eos_token if m.role == 'assistant' else '') }}"
+    template = "{% for m in messages %}" + turn + "{% endfor %}"
+    (tmp_path / MODEL / "chat_template.jinja").write_text(template)
+    short = FILES["pirate.yaml"].replace("steps: 24", "steps: 2")
+    short = short.replace("max_length: 64", "max_length: 128, cache: cache")
+    for name, text in {**FILES, "pirate.yaml": short, "chats.jsonl": records()}.items():
+        (tmp_path / name).write_text(text)
+    commands = [
+        step.command
+        for step in STEPS
+        if step.command.split()[0] in ("rankcast", "python", "echo")
+        and (not step.needs or importlib.util.find_spec(step.needs))
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_PROCESS, *commands],
+        cwd=tmp_path, env=environment() | {"PYTHONPATH": str(unpacked)},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = dict(zip(commands, done.stdout.split("\0\n")))
+    (loaded,) = (text for command, text in said.items() if "load.py" in command)
+    by_peft, _, _ = loaded.removeprefix("PEFT:     ").partition("\npipeline: ")
+    asked = [text for command, text in said.items() if QUESTION in command]
+    assert len(asked) == 2 and all(text.startswith(by_peft) for text in asked) and by_peft

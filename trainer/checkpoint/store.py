@@ -61,6 +61,8 @@ class _State(Section):
     engine: str
     world_size: int
     backbone: str
+    hub_id: str | None = None
+    """Of the base model, where it was known; earlier runs do not say."""
     weights: dict[str, str] = {}
     """Digests of the tensors that were read; earlier runs have none."""
     data: str

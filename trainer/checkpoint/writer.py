@@ -25,6 +25,7 @@ from trainer.checkpoint.store import (
 from trainer.data.templates import set_template
 from trainer.errors import RunFailed
 from trainer.files import sync, take_place
+from trainer.model.hub import hub_id
 from trainer.records.progress import Progress
 from trainer.session import Session
 
@@ -179,6 +180,7 @@ class CheckpointWriter:
             "engine": session.engine.kind,
             "world_size": session.world.size,
             "backbone": session.backbone.digest,
+            "hub_id": hub_id(session.config.model),
             "weights": dict(session.backbone.weights),
             "data": session.train_data.digest,
             "labels": session.task.labels_state(),

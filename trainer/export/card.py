@@ -18,15 +18,13 @@ from trainer.config.validation import local
 from trainer.data.sources import SourceNames, hub_ids
 from trainer.errors import UserError
 from trainer.files import METRICS
-from trainer.model.hub import resolve_folder
+from trainer.model.hub import hub_id, resolve_folder
 from trainer.records.jsonl import read_metrics
 from trainer.tasks.base import Task
 from trainer.tasks.registry import TASKS
 
 CARD = "README.md"
 _LICENSE = ("license", "license_name", "license_link")
-_CACHED = re.compile(r"^models--([^-]|-(?!-))+--.+$")
-"""A model's folder in the hub's cache."""
 _DATA = ("max_length", "packing", "batch_size")
 _RANKS = """## Ranks
 
@@ -48,6 +46,14 @@ class Training:
     """State of the task's labels."""
     note: str = ""
     """On the quantisation, and which checkpoint it is."""
+    hub: str | None = None
+    """The base model's id on the hub, where it is known."""
+
+    @property
+    def base(self) -> str:
+        """What the base model is called: its id on the hub, else its folder's name, without where
+        that lies on this machine."""
+        return self.hub or Path(self.config.model.id).absolute().name
 
     @property
     def task(self) -> type[Task]:
@@ -60,7 +66,9 @@ def training_of(saved: Saved, config: Config, note: str) -> Training:
     lines = read_metrics(saved.checkpoint.parent.parent / METRICS)
     evaluated = [line for line in lines if line["step"] == step and "eval_loss" in line]
     scores = scores_in(evaluated[-1]) if evaluated else {}
-    return Training(config, step, scores, step, saved.state["labels"], note)
+    # Known when it was trained: where it is exported, a relative folder may not be there.
+    hub = saved.state["hub_id"] if "hub_id" in saved.state else hub_id(config.model)
+    return Training(config, step, scores, step, saved.state["labels"], note, hub)
 
 
 def scores_in(line: Mapping[str, Any]) -> dict[str, float]:
@@ -85,9 +93,10 @@ def write_adapter_card(
     """Of an adapter's folder. `kind`: PEFT's name; `ranks`: by unit; `notes`: on what loads it;
     `tokens`: it holds rows of tokens; `resize`: argument of `resize_token_embeddings`, where the
     base model's tables lack them."""
-    config, task = training.config, training.task
-    base, labels = config.model.id, task.head_outputs(training.labels)
+    task = training.task
+    labels = task.head_outputs(training.labels)
     model_class = task.auto_class.__name__
+    base = training.hub or f"path/to/{training.base}"
     given = f'"{base}"' + (f", num_labels={labels}" if labels is not None else "")
     names, first, resized = model_class, "", ""
     if tokens:
@@ -101,8 +110,8 @@ from transformers import {names}
 {first}model = {model_class}.from_pretrained({given})
 {resized}model = PeftModel.from_pretrained(model, "path/to/this/folder")"""
     tags = [kind.lower()]
-    if (hub := hub_id(config)) is not None:
-        tags.append(f"base_model:adapter:{hub}")
+    if training.hub is not None:
+        tags.append(f"base_model:adapter:{training.hub}")
     title = f"{kind} adapter"
     _write(
         folder,
@@ -134,22 +143,14 @@ def write_gguf_card(folder: Path, training: Training, use: str, *, adapter: bool
     _write(folder, training, "gguf", tags, sections, relation="adapter" if adapter else "quantized")
 
 
-def hub_id(config: Config) -> str | None:
-    """The base model's id on the hub, where it is known: as it is configured, or from the name of
-    its folder in the hub's cache."""
-    path, name = local(config.model.id), config.model.id
-    if path is None:  # of a folder that is gone, too
-        is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-        return name if is_id else None
-    cached = next((part for part in path.absolute().parts if _CACHED.match(part)), None)
-    return None if cached is None else "/".join(cached.split("--", 2)[1:])
-
-
-def base_license(config: Config) -> dict[str, str]:
+def base_license(training: Training) -> dict[str, str]:
     """What the base model's own card says of its licence; {} where it says nothing, or is not
     there."""
     from huggingface_hub import ModelCard
 
+    config = training.config
+    if training.hub is None and local(config.model.id) is None:
+        return {}  # a folder that is gone: another's model on the hub may be called so
     try:
         folder = resolve_folder(config.model.id, config.model.revision, with_weights=False)
         text = (folder / CARD).read_text(encoding="utf-8")
@@ -166,7 +167,7 @@ def _write(
     from huggingface_hub import ModelCard, ModelCardData
 
     config = training.config
-    hub, more = hub_id(config), base_license(config)
+    hub, more = training.hub, base_license(training)
     if hub is not None and relation is not None:
         more["base_model_relation"] = relation
     data = [*dict.fromkeys(name for source, _ in config.data.sources for name in hub_ids(source))]
@@ -189,7 +190,7 @@ def _begin(
     """The title, how it is used, and on what loads it."""
     config = training.config
     about = (
-        f"Of `{config.model.id}`, trained by rankcast {__version__} "
+        f"Of `{training.base}`, trained by rankcast {__version__} "
         f"(`method.kind: {config.method.kind}`)."
     )
     return "\n\n".join(

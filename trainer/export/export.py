@@ -25,7 +25,8 @@ from trainer.export.added_tokens import trained_tokens
 from trainer.export.baselines import refuse_layout, write_peft_checkpoint
 from trainer.export.card import training_of, write_adapter_card, write_model_card
 from trainer.export.expert_layouts import chosen_layouts
-from trainer.export.gguf_folder import inner_folder, refuse_model, write_gguf
+from trainer.export.gguf_folder import inner_folder, write_gguf
+from trainer.export.gguf_folder import refuse as refuse_gguf
 from trainer.export.merge import Merger, refuse_tied_targets, write_shards
 from trainer.export.tokenizer import save_tokenizer_of
 from trainer.files import new_folder
@@ -74,10 +75,15 @@ def export_run(
     if out.exists():
         raise UserError(f"{out}: exists already; accepted: a folder that does not")
     saved = read_saved(source)
-    config = with_overrides(saved_config(saved.state), overrides)
+    trained = saved_config(saved.state)
+    config = with_overrides(trained, overrides)
+    if config.model.id != trained.model.id:
+        saved.state.pop("hub_id", None)
     saved.state["config"] = config.model_dump(mode="json")
+    if what in ("merged", "backbone", "gguf"):
+        _refuse_merging(config, with_adapter=what != "backbone")
     if what.startswith("gguf"):
-        refuse_model(config)
+        refuse_gguf(saved, config, adapter=what == "gguf-adapter")
     note = ""
     if config.model.quantization != "none" and measure:
         note = cost_of_dequantising(config, world, saved)
@@ -298,6 +304,17 @@ def _built(
     return build(config, task, device, state.get("unreached", [])), task
 
 
+def _refuse_merging(config: Config, *, with_adapter: bool) -> None:
+    """Raises UserError for a run of which no whole model can be written."""
+    if config.method.trains == "modules" and with_adapter:
+        raise UserError(
+            "--what: merged given for a run of method.kind=peft; accepted: adapter, which PEFT's "
+            "merge_and_unload merges"
+        )
+    if config.model.weights == "random":
+        raise UserError("model.weights: random has no files to merge into; accepted: pretrained")
+
+
 def write_model(
     saved: Saved,
     out: Path,
@@ -315,13 +332,7 @@ def write_model(
     Raises UserError where a merge is not possible.
     """
     config, tensors, state = saved_config(saved.state), saved.tensors, saved.state
-    if config.method.trains == "modules" and with_adapter:
-        raise UserError(
-            "--what: merged given for a run of method.kind=peft; accepted: adapter, which PEFT's "
-            "merge_and_unload merges"
-        )
-    if config.model.weights == "random":
-        raise UserError("model.weights: random has no files to merge into; accepted: pretrained")
+    _refuse_merging(config, with_adapter=with_adapter)
     backbone, _ = _built(config, state, device)
     with refuse_mismatch(saved.checkpoint):
         heads = saved_heads(tensors)

@@ -47,8 +47,10 @@ TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 """The library's names of dtypes."""
 
 
-def refuse_gguf(model_type: str) -> None:
-    """Raises UserError where there is no library, or no conversion of such a model."""
+def refuse_gguf(config: dict[str, Any]) -> None:
+    """Raises UserError where there is no library, no conversion of a model with this config.json,
+    or llama.cpp would compute something else than it."""
+    model_type = config["model_type"]
     if find_spec("gguf") is None:
         raise UserError(
             "--what: gguf given, but the library gguf is not installed; accepted: pip install gguf"
@@ -58,6 +60,7 @@ def refuse_gguf(model_type: str) -> None:
             f"--what: gguf given for a model of type {model_type}; accepted: "
             f"{', '.join(_ARCHITECTURES)}"
         )
+    _refuse_unlike(config)
 
 
 def write_gguf_model(folder: Path, file: Path, dtype: str, name: str) -> None:
@@ -67,8 +70,7 @@ def write_gguf_model(folder: Path, file: Path, dtype: str, name: str) -> None:
     from gguf import GGMLQuantizationType, LlamaFileType
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    refuse_gguf(config["model_type"])
-    _refuse_unlike(config)
+    refuse_gguf(config)
     writer = _writer(file, config, name)
     _add_parameters(writer, config)
     kind = GGMLQuantizationType[TYPES[dtype]]
@@ -87,7 +89,7 @@ def write_gguf_adapter(folder: Path, file: Path, config: dict[str, Any], name: s
     that hold more than LoRA on linear layers."""
     from gguf import GGMLQuantizationType, GGUFType
 
-    refuse_gguf(config["model_type"])
+    refuse_gguf(config)
     described = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     writer = _writer(file, config, name)
     writer.add_type(GGUFType.ADAPTER)

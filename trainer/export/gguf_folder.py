@@ -5,9 +5,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from trainer.checkpoint.saved import Saved
 from trainer.config.config import Config
+from trainer.errors import UserError
 from trainer.export.card import Training, write_gguf_card
 from trainer.export.gguf_file import (
     ADAPTER_FILE,
@@ -16,15 +19,40 @@ from trainer.export.gguf_file import (
     write_gguf_adapter,
     write_gguf_model,
 )
+from trainer.export.gguf_vocab import read_tokenizer
+from trainer.export.tokenizer import save_tokenizer_of
 from trainer.model.hub import end_tokens, load_model_config, resolve_folder
+from trainer.tasks.registry import TASKS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def refuse_model(config: Config) -> None:
-    """Raises UserError for a model that cannot become a GGUF file, before it is merged."""
-    refuse_gguf(_base_config(config).model_type)
+def refuse(saved: Saved, config: Config, *, adapter: bool) -> None:
+    """Raises UserError, before any work, for what cannot become a GGUF file: the model, its task,
+    its tokenizer, or what an adapter holds beside LoRA."""
+    base = _base_config(config)
+    refuse_gguf(base.to_dict())
+    auto_class = TASKS[config.task.kind].auto_class.__name__
+    if auto_class != "AutoModelForCausalLM":
+        raise UserError(
+            f"--what: gguf given for a run of task.kind={config.task.kind}, a model of "
+            f"{auto_class}; accepted: a run whose model continues texts"
+        )
+    beside = [
+        name
+        for name in saved.tensors
+        if name.startswith(("head/", "rows/")) or name.endswith(".magnitude")
+    ]
+    if adapter and beside:
+        raise UserError(
+            f"--what: gguf-adapter given for a run that trained {beside[0].split('/')[1]} beside "
+            "LoRA on linear layers; accepted: gguf, which merges it"
+        )
+    if not adapter:
+        with TemporaryDirectory() as folder:
+            save_tokenizer_of(config, saved.state, Path(folder))
+            read_tokenizer(Path(folder))
 
 
 @contextmanager
@@ -57,7 +85,7 @@ def write_gguf(source: Path, out: Path, training: Training, dtype: str | None) -
     ends = end_tokens(config.model, base, tokenizer)
     stops = [str(tokenizer.convert_ids_to_tokens(end)) for end in ends]
     chats = bool(tokenizer.chat_template)
-    write_modelfile(out, adapter=adapter, base=config.model.id, stops=stops, chats=chats)
+    write_modelfile(out, adapter=adapter, base=training.base, stops=stops, chats=chats)
     use += f"\nollama create {name} -f Modelfile && ollama run {name}"
     write_gguf_card(out, training, use, adapter=adapter)
 

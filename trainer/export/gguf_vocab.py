@@ -26,26 +26,36 @@ _IGNORES_MERGES = "llama-bpe"
 """The one whose words that are tokens are not merged, in llama.cpp."""
 
 
+def read_tokenizer(folder: Path) -> dict[str, Any]:
+    """What tokenizer.json says. Raises UserError for a tokenizer that llama.cpp's would not
+    equal."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise _refused("a tokenizer without tokenizer.json")
+    described: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    model = described["model"]
+    if model["type"] != "BPE":
+        raise _refused(f"a tokenizer of type {model['type']}")
+    if not model.get("byte_fallback"):
+        _pre_tokenizer(described)
+    return described
+
+
 def add_vocabulary(writer: "GGUFWriter", folder: Path, size: int) -> None:
     """Tokens, merges, special tokens and chat template of the tokenizer in `folder`, padded to
     `size`. Raises UserError for a tokenizer that llama.cpp's would not equal."""
     import gguf
     from transformers import AutoTokenizer
 
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise _refused("a tokenizer without tokenizer.json")
-    described = json.loads(file.read_text(encoding="utf-8"))
+    described = read_tokenizer(folder)
     model = described["model"]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if model["type"] == "BPE" and model.get("byte_fallback"):
+    if model.get("byte_fallback"):
         _add_sentencepiece(writer, folder, described, size)
-    elif model["type"] == "BPE":
+    else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_pre_tokenizer(described))
         _add_byte_level(writer, tokenizer, size)
-    else:
-        raise _refused(f"a tokenizer of type {model['type']}")
     special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=size)
     # The library guesses from the file what the tokenizer itself can be asked.
     ids = tokenizer("a")["input_ids"]

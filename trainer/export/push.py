@@ -1,16 +1,23 @@
 """Upload an exported folder to a model repository of the hub, after saying what is uploaded."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from yaml import YAMLError
 
+from trainer.config.yaml import parse_json
 from trainer.errors import UserError, first_line
 from trainer.export.card import CARD
 from trainer.files import ADAPTER, CONFIG, MODEL
 
+_ADAPTER_CONFIG = "adapter_config.json"
+_BASE = "base_model_name_or_path"
+_TOLD = (_ADAPTER_CONFIG, CARD, "Modelfile")
+"""Files that name the base model."""
 _WHOLE = ("*.safetensors", "*.gguf")
 """What marks a folder as one that holds weights."""
 
@@ -34,7 +41,36 @@ def files_of(folder: Path) -> list[Path]:
     return [file for file in found if not file.name.startswith(".")]
 
 
-def described(folder: Path, files: list[Path], repo: str, *, private: bool) -> str:
+def local_base(folder: Path) -> tuple[str, str] | None:
+    """(path of the base model on this machine, what it is called in its place) for a folder whose
+    adapter_config.json has a path: its id on the hub, where the card has it, else its folder's
+    name. None where nothing is to be replaced."""
+    from huggingface_hub import ModelCard
+
+    try:
+        path = parse_json((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))[_BASE]
+        known = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data.base_model
+    except (OSError, ValueError, KeyError, TypeError, YAMLError):
+        return None
+    name = known if isinstance(known, str) else Path(str(path)).absolute().name
+    return None if path in (None, name) else (str(path), name)
+
+
+def _content(file: Path, base: tuple[str, str] | None) -> Path | bytes:
+    """What is uploaded of a file: itself, or its text with the base model's name for its path."""
+    if base is None or file.name not in _TOLD:
+        return file
+    path, name = base
+    text = file.read_text(encoding="utf-8")
+    if file.name == _ADAPTER_CONFIG:
+        return (json.dumps({**parse_json(text), _BASE: name}, indent=2) + "\n").encode()
+    return text.replace(path, name).encode() if "/" in path else file
+
+
+def described(
+    folder: Path, files: list[Path], repo: str, *, private: bool,
+    base: tuple[str, str] | None = None,
+) -> str:  # fmt: skip
     """What an upload will do, a line for each file."""
     sizes = [file.stat().st_size for file in files]
     lines = [
@@ -43,6 +79,8 @@ def described(folder: Path, files: list[Path], repo: str, *, private: bool) -> s
     ]
     whole = f"{len(files)} files, {tqdm.format_sizeof(sum(sizes), 'B', 1024)}"
     visible = "private" if private else "public"
+    if base is not None:
+        lines.append(f"the base model is named {base[1]} there, in place of {base[0]}")
     return "\n".join([f"{folder} -> {repo} ({visible} if it is new): {whole}", *lines])
 
 
@@ -59,7 +97,7 @@ def push(
     description of it. `token`: of the hub; None: the one that `hf auth login` or HF_TOKEN set.
     `api`: in place of huggingface_hub's HfApi. Returns the address of the commit, "" without one.
     Raises UserError."""
-    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
     from huggingface_hub.utils import validate_repo_id
 
     try:
@@ -80,16 +118,17 @@ def push(
         raise UserError(
             f"HF_HUB_OFFLINE: {os.environ.get('HF_HUB_OFFLINE')} given; accepted: unset, to upload"
         )
-    if not confirm(described(folder, files, repo, private=private)):
+    base = local_base(folder)
+    if not confirm(described(folder, files, repo, private=private, base=base)):
         return ""
+    operations = [
+        CommitOperationAdd(str(file.relative_to(folder)), _content(file, base)) for file in files
+    ]
     api = api or HfApi(token=token)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            allow_patterns=[str(file.relative_to(folder)) for file in files],
-            commit_message=f"Upload {folder.name} by rankcast",
+        commit = api.create_commit(
+            repo, operations, commit_message=f"Upload {folder.name} by rankcast"
         )
     except Exception as error:  # the hub client raises many types, also those of its HTTP library
         raise UserError(f"REPO: {repo}: {first_line(error)}") from error

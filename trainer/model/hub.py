@@ -16,6 +16,9 @@ _MOST = 10_000
 _MODEL_FOLDER = "a folder with config.json and .safetensors files, or a hub id"
 _ADAPTER_CONFIG = "adapter_config.json"
 _GENERATION_CONFIG = "generation_config.json"
+_HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
+_CACHED = re.compile(r"^models--([^-]|-(?!-))+--.+$")
+"""A model's folder in the hub's cache."""
 
 
 if TYPE_CHECKING:
@@ -58,6 +61,24 @@ def resolve_folder(
         raise UserError(
             f"{key}: {name}: neither a local folder nor a model on the hub ({first_line(error)})"
         ) from error
+
+
+def hub_id(options: ModelOptions) -> str | None:
+    """The model's id on the hub, where it is known: as it is configured; of a local folder from its
+    place in the hub's cache, or from `_name_or_path` in its config.json, by which transformers says
+    where a model was loaded from. A name that is a folder here is no id, as in `resolve_folder`."""
+    path = local(options.id)
+    if path is None:  # of a folder that is gone, too
+        return options.id if _HUB_ID.match(options.id) else None
+    cached = next((part for part in path.absolute().parts if _CACHED.match(part)), None)
+    if cached is not None:
+        return "/".join(cached.split("--", 2)[1:])
+    try:
+        said = parse_json((path / "config.json").read_text(encoding="utf-8"))["_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    is_id = isinstance(said, str) and _HUB_ID.match(said) and local(said) is None
+    return said if is_id else None
 
 
 def _refuse_others(folder: Path, name: str) -> None:

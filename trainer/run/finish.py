@@ -22,6 +22,7 @@ from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.export import write_adapter, write_model, written_folder
 from trainer.export.tokenizer import copy_generation_config, save_tokenizer
 from trainer.files import ADAPTER, CHECKPOINTS, FIGURES, METRICS, MODEL, PREDICTIONS
+from trainer.model.hub import hub_id
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.records.answers import answers_table
 from trainer.records.heartbeat import read_heartbeat
@@ -123,7 +124,7 @@ def _training(session: Session, folder: Path, step: int, note: str) -> Training:
     found = final_scores(read_metrics(folder / METRICS))
     return Training(
         session.config, step, scores_in(found), found.get("step", step),
-        session.task.labels_state(), note,
+        session.task.labels_state(), note, hub_id(session.config.model),
     )  # fmt: skip
 
 

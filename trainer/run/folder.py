@@ -30,7 +30,8 @@ from trainer.records.progress import Progress
 from trainer.records.recorder import Record, Recorder, RunRecorder, SilentRecorder
 from trainer.run.lock import Lock
 from trainer.session import Session
-from trainer.trackers.record import TrackerRecord
+from trainer.trackers.record import TrackerRecord, Trackers
+from trainer.training.stop_request import StopRequest
 
 
 class RunFolder:
@@ -103,8 +104,8 @@ class RunFolder:
             return save_initial_adapters(initial_adapters, self.path)
         return digest
 
-    def record(self, session: Session, steps: int, progress: Progress) -> None:
-        """Open the records: metrics, heartbeat and decisions."""
+    def record(self, session: Session, steps: int, progress: Progress, stop: StopRequest) -> None:
+        """Open the records: metrics, heartbeat, decisions and trackers."""
         assert self._heartbeat is not None
         config, decisions = session.config, None
         records: list[Record] = []
@@ -113,10 +114,11 @@ class RunFolder:
             limit = int(config.log.decisions_mib * 2**20)
             decisions = AllocationLog(self.path, session.method, progress.step, limit)
             records.append(decisions)
-        records += [
+        trackers = [
             TrackerRecord(name, config, self.path, steps, progress.step, metrics.log_line)
             for name in config.log.all_trackers
         ]
+        records.append(Trackers(trackers, metrics.log_line, lambda: stop.reason is not None))
         self.recorder = RunRecorder(metrics, records, self._users)
         for remark in (metrics.remark, decisions.remark if decisions is not None else ""):
             if remark:

@@ -150,7 +150,7 @@ def _run(
             digest = folder.describe(session, digest)
             if starts is not None:
                 save_starts(session, starts, folder.path)
-            folder.record(session, steps, progress)
+            folder.record(session, steps, progress, stop)
     notes = [
         *([folder.lock.note] if folder.lock.note else []),
         *launcher.remarks(),

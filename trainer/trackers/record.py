@@ -1,7 +1,7 @@
-"""`TrackerRecord`: a run's record in a tracker. What fails there never fails the run.
+"""`Trackers`: a run's record in each tracker. What fails there never fails the run.
 
 Each tracker has a thread of its own, through which all its calls go in order: a slow or dead server
-delays neither the steps nor the other trackers.
+delays neither the steps nor the other trackers, and the end of the run only so long.
 """
 
 import importlib.util
@@ -9,7 +9,7 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from trainer.config.trackers import TRACKERS
 from trainer.config.yaml import parse_json
 from trainer.errors import UserError, first_line
 from trainer.files import write_text
-from trainer.records.callbacks import Evaluated, StepRecord
+from trainer.records.callbacks import Callback, Evaluated, StepRecord
 from trainer.records.metrics import finite_or_null
 from trainer.records.recorder import Record
 from trainer.records.result import Result
@@ -31,7 +31,10 @@ IDENTITIES = "trackers.json"
 _BOARD_POINTS = 10_000
 """TensorBoard draws a thousand points of a curve; more of them only make its files grow."""
 _PATIENCE = 60.0
-"""Seconds that the end of a run waits for a tracker."""
+"""Seconds that the end of a run waits for its trackers."""
+_PATIENCE_WHEN_STOPPED = 5.0
+"""The same after a request to stop: whoever sent it may kill the process soon."""
+_POLL = 0.1  # seconds between two looks at a request to stop
 _WAITING = 10_000
 """Calls that may wait for a slow tracker; further ones are dropped."""
 _lock = threading.Lock()  # of the identities' file
@@ -48,7 +51,47 @@ def refuse_missing(log: LogOptions) -> None:
             )
 
 
-class TrackerRecord(Record):
+class Trackers(Record):
+    """All trackers that a run is logged to."""
+
+    def __init__(
+        self, trackers: Sequence["TrackerRecord"], say: Callable[[str], None],
+        stopped: Callable[[], bool],
+    ):  # fmt: skip
+        """`say`: prints a line; `stopped`: whether the process was asked to stop."""
+        self._trackers, self._say, self._stopped = trackers, say, stopped
+
+    def on_step(self, step: StepRecord) -> None:
+        for one in self._trackers:
+            one.on_step(step)
+
+    def on_eval(self, evaluation: Evaluated) -> None:
+        for one in self._trackers:
+            one.on_eval(evaluation)
+
+    def on_end(self, result: Result) -> None:
+        for one in self._trackers:
+            one.on_end(result)
+
+    def close(self) -> None:
+        for one in self._trackers:
+            one.end()
+        begun, patience, since = time.monotonic(), _PATIENCE, "the run"
+        while working := [one for one in self._trackers if one.is_waited_for]:
+            if patience == _PATIENCE and self._stopped():
+                begun, patience = time.monotonic(), _PATIENCE_WHEN_STOPPED
+                since = "the request to stop"
+            if time.monotonic() - begun > patience:
+                names = ", ".join(one.leave() for one in working)
+                self._say(
+                    f"tracker   {names}: not done {patience:g} s after {since}; left alone: the "
+                    "last figures are in metrics.jsonl alone"
+                )
+                return
+            working[0].wait(_POLL)
+
+
+class TrackerRecord(Callback):
     """What a run logs, in one tracker."""
 
     def __init__(
@@ -59,9 +102,9 @@ class TrackerRecord(Record):
         self.name, self._config, self._folder, self._say = name, config, folder, say
         self._spacing = steps / _BOARD_POINTS if name == "tensorboard" else 0.0
         self._next = 0.0  # the first step to draw next
-        self._ended, self._closed, self._lost = False, False, False
+        self._ended, self._closed, self._lost, self._left = False, False, False, False
         self._backend: Any = None
-        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(_WAITING)
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name=f"tracker {name}")
         self._thread.start()
         self._call(lambda: self._begin(start))
@@ -82,17 +125,25 @@ class TrackerRecord(Record):
             for name, figure in _figures(result.folder):
                 self._call(partial(self._draw, name, figure, result.step))
 
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._call(lambda: self._backend.finish(ended=self._ended))
-        until = time.monotonic() + _PATIENCE
-        with suppress(queue.Full):
-            self._calls.put(None, timeout=_PATIENCE)
-        self._thread.join(max(0.0, until - time.monotonic()))
-        if self._thread.is_alive():
-            self._say(f"tracker   {self.name}: not done {_PATIENCE:g} s after the run; left alone")
+    def end(self) -> None:
+        """After what it still has to do, and what it is told now, it ends."""
+        if not self._closed:
+            self._closed = True
+            self._calls.put(lambda: self._backend.finish(ended=self._ended))
+            self._calls.put(None)
+
+    @property
+    def is_waited_for(self) -> bool:
+        return self._thread.is_alive() and not self._left
+
+    def leave(self) -> str:
+        """Wait for it no more, and let it say nothing. Returns its name."""
+        self._left = True
+        return self.name
+
+    def wait(self, seconds: float) -> None:
+        """Until it has ended, or so long."""
+        self._thread.join(seconds)
 
     def _draw(self, name: str, figure: Any, step: int) -> None:
         self._backend.figure(name, figure, step)
@@ -119,12 +170,11 @@ class TrackerRecord(Record):
                 write_text(self._folder / IDENTITIES, json.dumps(found))
 
     def _call(self, function: Callable[[], None]) -> None:
-        try:
-            self._calls.put_nowait(function)
-        except queue.Full:
-            if not self._lost:
-                self._say(f"tracker   {self.name} is too slow: what it cannot take in time is lost")
+        if self._calls.qsize() < _WAITING:
+            self._calls.put(function)
+        elif not self._lost:
             self._lost = True
+            self._say(f"tracker   {self.name} is too slow: what it cannot take in time is lost")
 
     def _work(self) -> None:
         failed = False
@@ -135,10 +185,11 @@ class TrackerRecord(Record):
                 function()
             except BaseException as error:  # whatever a library does; SystemExit too
                 failed = True
-                self._say(
-                    f"tracker   {self.name} failed, the run goes on without it "
-                    f"({type(error).__name__}: {first_line(error)})"
-                )
+                if not self._left:
+                    self._say(
+                        f"tracker   {self.name} failed, the run goes on without it "
+                        f"({type(error).__name__}: {first_line(error)})"
+                    )
 
 
 def _figures(folder: Path) -> Iterator[tuple[str, Any]]:

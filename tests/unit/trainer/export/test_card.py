@@ -16,12 +16,12 @@ from trainer.errors import UserError
 from trainer.export.card import (
     Training,
     base_license,
-    hub_id,
     rank_table,
     write_adapter_card,
     write_model_card,
 )
 from trainer.export.export import export_run
+from trainer.model.hub import hub_id
 from trainer.run.run import run
 
 LICENSED = "---\nlicense: other\nlicense_name: mine\nlicense_link: https://a.b/c\n---\n# Base\n"
@@ -53,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_metadata_of_a_model_from_the_hub(tmp_path: Path) -> None:
-    training = Training(hub_config(), 3, {"eval_loss": 1.25}, 3, note="Of nf4.")
+    training = Training(hub_config(), 3, {"eval_loss": 1.25}, 3, note="Of nf4.", hub="owner/base")
     ranks = {"model.layers.0.q_proj": 4, "model.layers.1.q_proj": 2}
     write_adapter_card(tmp_path, training, ranks=ranks, notes=["A note."])
     card = ModelCard.load(tmp_path / "README.md")
@@ -74,19 +74,48 @@ def test_metadata_of_a_model_from_the_hub(tmp_path: Path) -> None:
     assert (merged.library_name, merged.base_model_relation) == ("transformers", "finetune")
 
 
-@pytest.mark.parametrize("path, expected", [
-    ("models--owner--name--v1/snapshots/abc", "owner/name--v1"), ("somewhere/name", None),
+@pytest.mark.parametrize("path, said, expected", [
+    ("models--owner--name--v1/snapshots/abc", None, "owner/name--v1"),
+    ("somewhere/name", None, None), ("somewhere/name", "owner/base", "owner/base"),
+    ("somewhere/name", "/home/me/base", None), ("somewhere/name", "./out/base", None),
+    ("somewhere/name", "out/base", None),
 ])  # fmt: skip
-def test_hub_id_of_a_local_folder(path: str, expected: str | None, tmp_path: Path) -> None:
+def test_hub_id_of_a_local_folder(
+    path: str, said: str | None, expected: str | None, tmp_path: Path, monkeypatch
+) -> None:
     (tmp_path / path).mkdir(parents=True)
-    options = SimpleNamespace(id=str(tmp_path / path))
-    assert hub_id(SimpleNamespace(model=options)) == expected  # type: ignore[arg-type]
+    (tmp_path / "out/base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path / "config.json").write_text(json.dumps({"_name_or_path": said}))
+    for name in (str(tmp_path / path), path):  # somewhere/name looks like an id, but is a folder
+        assert hub_id(SimpleNamespace(id=name)) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["/gone/model", "./gone/model", "a/b/c", "gone"])
 def test_a_folder_that_is_gone_is_no_hub_id(name: str) -> None:
-    options = SimpleNamespace(id=name)
-    assert hub_id(SimpleNamespace(model=options)) is None  # type: ignore[arg-type]
+    assert hub_id(SimpleNamespace(id=name)) is None  # type: ignore[arg-type]
+
+
+def test_a_relative_folder_that_is_gone_when_it_is_exported(tmp_path: Path, monkeypatch) -> None:
+    """Exported elsewhere, `models/base` is still no model of the hub."""
+    base = save_random_model(tmp_path / "models/base", "llama", AutoModelForCausalLM)
+    (base / "README.md").write_text(LICENSED)
+    data = TINY.parent / "train.jsonl"
+    config = quick_config(tmp_path, "model.id=models/base", "data.eval=null", "run.steps=1",
+                          f"data.train={data}")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    run(config, World())
+    monkeypatch.chdir(tmp_path / "runs")
+    export_run(config.run_folder, tmp_path / "there", World())
+    card = ModelCard.load(tmp_path / "there/README.md")
+    assert card.data.base_model is None and "Of `base`, trained" in card.text
+    assert 'from_pretrained("path/to/base")' in card.text
+    for folder in (config.run_folder / "adapter", tmp_path / "there"):
+        assert "models/base" not in (folder / "README.md").read_text()
+    again = export_run(
+        config.run_folder, tmp_path / "named", World(), overrides=["model.id=owner/base"]
+    )
+    assert again and ModelCard.load(tmp_path / "named/README.md").data.base_model == "owner/base"
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -97,7 +126,8 @@ def test_licence_of_the_base(text: str | None, expected: dict, tmp_path: Path) -
     if text is not None:
         (tmp_path / "README.md").write_text(text)
     options = SimpleNamespace(id=str(tmp_path), revision=None)
-    assert base_license(SimpleNamespace(model=options)) == expected  # type: ignore[arg-type]
+    training = Training(SimpleNamespace(model=options), 1)  # type: ignore[arg-type]
+    assert base_license(training) == expected
 
 
 def test_experts_share_a_cell() -> None:

@@ -4,6 +4,7 @@ that transformers gives; what it would compute otherwise is refused."""
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -21,6 +22,7 @@ from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.export.export import export_run
 from trainer.export.gguf_file import write_gguf_adapter, write_gguf_model
+from trainer.export.gguf_folder import refuse
 from trainer.export.gguf_vocab import _SPLIT, _pre_tokenizer
 from trainer.run.run import run
 
@@ -270,6 +272,32 @@ def test_refused_before_merging(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--dtype: q8_0 given for --what merged; accepted: with"):
         export_run(folder, tmp_path / "out", World(), what="merged", dtype="q8_0")
     assert not (tmp_path / "out").exists()
+
+
+CASES = [
+    ("hidden_act", False, [], [], "hidden_act: gelu; accepted: silu"),
+    ("lower", False, [], [], "a tokenizer with the normalizer Lowercase; accepted: byte-level"),
+    ("", False, ["task.kind=sequence_classification"], [], "task.kind=sequence_classification, a"),
+    ("", True, [], ["adapter/u/A", "head/score/weight"], "run that trained score beside LoRA"),
+    ("", True, [], ["trained/u.magnitude"], "run that trained u.magnitude beside LoRA on"),
+]
+
+
+@pytest.mark.parametrize(("base", "adapter", "given", "tensors", "message"), CASES)
+def test_refused_before_any_work(
+    base: str, adapter: bool, given: list[str], tensors: list[str], message: str, tmp_path: Path
+) -> None:
+    changes = {"hidden_act": "gelu"} if base == "hidden_act" else {}
+    folder = save_random_model(tmp_path / "base", "llama", AutoModelForCausalLM, **changes)
+    if base == "lower":
+        split_by("gpt-2").save(str(folder / "tokenizer.json"))
+        described = json.loads((folder / "tokenizer.json").read_text())
+        described["normalizer"] = {"type": "Lowercase"}
+        (folder / "tokenizer.json").write_text(json.dumps(described))
+    config = quick_config(tmp_path, f"model.id={folder}", *given)
+    saved: Any = SimpleNamespace(state={}, tensors=dict.fromkeys(tensors))
+    with pytest.raises(UserError, match=message):
+        refuse(saved, config, adapter=adapter)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """rankcast push says what it uploads, asks, and uploads that: against a hub that only notes calls."""
 
 import io
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +26,8 @@ class Hub:
         if self.error is not None:
             raise self.error
 
-    def upload_folder(self, **options: Any) -> Any:
-        self.calls.append((options.pop("repo_id"), options))
+    def create_commit(self, repo: str, operations: Any, **options: Any) -> Any:
+        self.calls.append((repo, {"operations": operations, **options}))
         return SimpleNamespace(commit_url="https://hub/commit/1")
 
 
@@ -55,13 +56,41 @@ def test_what_is_said_is_what_is_uploaded(folder: Path) -> None:
     (created, options), (repo, upload) = hub.calls
     assert (created, repo) == ("me/mine", "me/mine")
     assert options == {"private": True, "exist_ok": True}
-    assert upload["folder_path"] == folder / "adapter"
     files = ["README.md", "adapter_model.safetensors", "additional/a.jinja"]
-    assert upload["allow_patterns"] == files
+    assert [one.path_in_repo for one in upload["operations"]] == files
+    sent = [one.path_or_fileobj for one in upload["operations"]]
+    assert sent == [str(folder / "adapter" / name) for name in files]
     first, *lines = said[0].splitlines()
     assert "me/mine (private if it is new): 3 files, 2.94kB" in first
     assert [line.split()[-1] for line in lines] == files
     assert "2.93kB" in lines[1]
+
+
+@pytest.mark.parametrize("base, known, expected", [
+    ("/home/me/models/base", "", "base"), ("./base", "", "base"),
+    ("models/base", "", "base"),  # a relative folder: else the card would have it
+    ("/cache/base", "base_model: owner/base\n", "owner/base"),
+    ("owner/base", "base_model: owner/base\n", None),
+])  # fmt: skip
+def test_no_path_of_this_machine_is_uploaded(
+    base: str, known: str, expected: str | None, folder: Path
+) -> None:
+    adapter = folder / "adapter"
+    (adapter / "README.md").write_text(f"---\n{known}tags: [lora]\n---\nOf `{base}`.\n")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    said: list[str] = []
+    hub = Hub()
+    push(
+        folder, "a/b", private=True, token="t", api=hub,
+        confirm=lambda text: bool(said.append(text)) or True,
+    )  # fmt: skip
+    sent = {one.path_in_repo: one for one in hub.calls[1][1]["operations"]}
+    with sent["adapter_config.json"].as_file() as file:
+        assert json.load(file)["base_model_name_or_path"] == (expected or base)
+    with sent["README.md"].as_file() as file:
+        assert f"Of `{expected or base}`." in file.read().decode()
+    line = f"the base model is named {expected} there, in place of {base}"
+    assert (line in said[0]) == (expected is not None)
 
 
 def test_nothing_without_consent(folder: Path) -> None:

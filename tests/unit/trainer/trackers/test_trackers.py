@@ -2,6 +2,7 @@
 
 import importlib.util
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from trainer.records.jsonl import read_metrics
 from trainer.records.result import Result
 from trainer.run.run import run
 from trainer.trackers import backend as backends
+from trainer.trackers import record as records
 from trainer.trackers.backend import BACKENDS, MLflow
-from trainer.trackers.record import TrackerRecord
+from trainer.trackers.record import TrackerRecord, Trackers
 
 EVALUATED = ("run.eval_every=2", "run.steps=4")
 
@@ -95,25 +97,37 @@ def log_records(content: bytes, block: int = 32768):
             whole = b""
 
 
-@needs("wandb")
-def test_wandb_holds_what_metrics_jsonl_holds(tmp_path, monkeypatch):
+def offline_history(run: Path) -> dict[str, dict[int, float]]:
+    """(tag → step → value) of all files that wandb wrote for a run, offline."""
     from wandb.proto import wandb_internal_pb2
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    config = quick_config(tmp_path, "log.trackers=[wandb]", *EVALUATED)
-    run(config, World())
-    (file,) = config.run_folder.glob("wandb/offline-run-*/*.wandb")
     found: dict[str, dict[int, float]] = {}
-    for data in log_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        row = {
-            item.key or "/".join(item.nested_key): item.value_json for item in record.history.item
-        }
-        for tag, value in row.items():
-            if not tag.startswith(("_", "figures/")):
-                found.setdefault(tag, {})[int(row["_step"])] = float(value)
-    assert found == logged(config.run_folder)
+    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        for data in log_records(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            row = {
+                item.key or "/".join(item.nested_key): item.value_json
+                for item in record.history.item
+            }
+            for tag, value in row.items():
+                if not tag.startswith(("_", "figures/")):
+                    found.setdefault(tag, {})[int(row["_step"])] = float(value)
+    return found
+
+
+@needs("wandb")
+def test_wandb_holds_what_metrics_jsonl_holds(tmp_path, monkeypatch):
+    """Resumed, in the same run of wandb."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    given = ("log.trackers=[wandb]", "run.eval_every=2")
+    for steps in (2, 4):
+        config = quick_config(tmp_path, *given, f"run.steps={steps}")
+        run(config, World())
+    files = sorted(config.run_folder.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2 and files[0].name == files[1].name  # run-IDENTITY.wandb
+    found = offline_history(config.run_folder)
+    assert found == logged(config.run_folder) and max(found["train/loss"]) == 4
 
 
 class Broken(MLflow):
@@ -171,10 +185,40 @@ def test_records_that_cannot_be_drawn_do_not_fail_a_run(tmp_path):
     config = quick_config(tmp_path, "run.name=here")
     (tmp_path / "config.yaml").write_text("- no sections")
     said: list = []
-    record = TrackerRecord("tensorboard", config, tmp_path, 3, 0, said.append)
+    one = TrackerRecord("tensorboard", config, tmp_path, 3, 0, said.append)
+    record = Trackers([one], said.append, lambda: False)
     record.on_end(Result(tmp_path))
     record.close()
     assert not said
+
+
+@pytest.mark.parametrize(("stopped", "patience", "line"), [
+    (True, "_PATIENCE_WHEN_STOPPED", "not done 0.01 s after the request to stop; left alone"),
+    (False, "_PATIENCE", "not done 0.01 s after the run; left alone"),
+])  # fmt: skip
+def test_a_tracker_that_hangs_is_left_alone(tmp_path, monkeypatch, stopped, patience, line):
+    """The others are told that the run ends, and asked to stop the wait is short."""
+    released = threading.Event()
+
+    class Hanging(Held):
+        def finish(self, *, ended):
+            released.wait()
+
+    Held.made.clear()
+    monkeypatch.setattr(records, patience, 0.01)
+    monkeypatch.setitem(backends.BACKENDS, "tensorboard", Hanging)
+    monkeypatch.setitem(backends.BACKENDS, "wandb", Held)
+    config, said = quick_config(tmp_path), []
+    made = [TrackerRecord(n, config, tmp_path, 3, 0, said.append) for n in ("tensorboard", "wandb")]
+    made[1].end()
+    made[1].wait(10)
+    record = Trackers(made, said.append, lambda: stopped)
+    record.close()
+    record.close()  # as a run does that fails while it ends
+    (told,) = said
+    assert told.startswith(f"tracker   tensorboard: {line}")
+    assert [one.ends for one in Held.made if not isinstance(one, Hanging)] == [[False]]
+    released.set()
 
 
 def test_a_broken_tracker_changes_nothing(tmp_path, monkeypatch, capsys):
