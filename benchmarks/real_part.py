@@ -29,7 +29,7 @@ from trainer.config.config import Config  # noqa: E402
 from trainer.data.dataset import TokenDataset  # noqa: E402
 from trainer.data.loader import Loader, Step  # noqa: E402
 from trainer.data.prefetch import Prefetcher  # noqa: E402
-from trainer.device_memory import GIB, peak_gib  # noqa: E402
+from trainer.device_memory import GIB, modules_set_aside, peak_gib  # noqa: E402
 from trainer.distributed.world import World  # noqa: E402
 from trainer.memory.graphs import capture_graphs, row_batches  # noqa: E402
 from trainer.memory.planner import make_plan  # noqa: E402
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     with launched(arguments.config, arguments.overrides) as (config, world), ExitStack() as stack:
+        stack.enter_context(modules_set_aside())  # as in a run
         run = {"single": single, "peft": peft}.get(PARTS[arguments.part], real)
         about: list[str] = []
         total = arguments.warm_up + arguments.steps + PROFILED * (arguments.profile is not None)

@@ -4,6 +4,8 @@ import contextlib
 import ctypes
 import gc
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,6 +49,17 @@ def release(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     trim()
+
+
+@contextmanager
+def modules_set_aside() -> Iterator[None]:
+    """Context in which collecting garbage, as is done a dozen times until the first step, does not
+    go through what was there before: a million objects of the libraries."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def trim() -> None:

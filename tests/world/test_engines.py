@@ -41,7 +41,7 @@ VARIANTS = {
     "uneven": ["data.batch_size=5", "data.micro_batch_size=3", "model.quantization=nf4"],
     "classification": [
         "task.kind=sequence_classification", "data.train=TRAIN", "data.eval=TRAIN",
-        "model.quantization=nf4",
+        "model.quantization=nf4", "data.padding_free=true", "data.row_lengths=3",
     ],
     # Every rank routes its own tokens in its own way.
     "experts": [

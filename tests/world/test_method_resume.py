@@ -46,13 +46,22 @@ RUNS = {  # name: (overrides, steps after which a run is killed; a checkpoint is
     "weightlora_plus": (["method.kind=weightlora_plus", "method.warmup_steps=4"], [3, 6]),
     "lalora": (["method.kind=lalora", "method.gamma=5"], [5]),
     "lelora": (["method.kind=lelora"], [6]),
+    # Every draw meets the budget; the last one, before step 6, removes idle components.
+    "budget": (
+        [
+            "method.kind=lelora", "method.coordinates=delta", "method.ranks=[0, 2, 4]",
+            "method.rank=4", "method.policy.score=per_step", "method.policy.budget=2",
+            "method.policy.freeze_after=6",
+        ],
+        [4, 8],
+    ),
     "every-3": ([*ATTRIBUTED, "method.policy.every=3", "run.steps=18"], [4, 8]),  # in mid-period
     # Prunings are before steps 2, 4 and 6, the final one before step 8.
     "adalora": (
         ["method.kind=adalora", "method.delta_t=2", "method.tinit=1", "method.tfinal=4"], [5, 10],
     ),
 }  # fmt: skip
-CHOSEN = list(RUNS) if ALL else ["weightlora_plus", "lalora", "every-3", "adalora"]
+CHOSEN = list(RUNS) if ALL else ["weightlora_plus", "lalora", "budget", "every-3", "adalora"]
 PLACES = [(name, step) for name in CHOSEN for step in RUNS[name][1]]
 # Where each of them goes on: everywhere in `make test-all`, else in one place, in turn.
 SAME, OTHER, SINGLE = (PLACES if ALL else PLACES[turn::3] for turn in range(3))

@@ -161,8 +161,7 @@ class Schedule:
         return (job for _, job in self.wanted_by_place())
 
     def wanted_by_place(self) -> Iterator[tuple[int, Job]]:
-        """(place of its arm in the file, job): an arm's reference comes with it, LoRA's curve
-        last."""
+        """(place of its arm in the file, job): a reference beside its arm, LoRA's curve last."""
         for place, arm in self._order():
             before = self._own(arm).after
             if before is not None and self.size(before) is None:

@@ -111,7 +111,7 @@ class Config(Section):
                 "data.packing: true given with task.train_on=distribution, whose choices have a "
                 "row of their own; accepted: false"
             )
-        if self.data.padding_free is True and not self.task.supports_packing:
+        if self.data.padding_free is True and not self.task.lies_end_to_end:
             raise ValueError(
                 f"data.padding_free: true given with task.kind={self.task.kind}; accepted: false"
             )

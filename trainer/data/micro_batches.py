@@ -115,5 +115,5 @@ def assign_micro_batches(
 
 def _mark_document(batch: Batch, length: int) -> None:
     """Give the documents of a row with a single one of `length` tokens: it, and padding."""
-    positions = torch.arange(batch.targets.shape[1]).remainder(length).unsqueeze(0)
+    positions = torch.arange(batch.inputs["input_ids"].shape[1]).remainder(length).unsqueeze(0)
     batch.inputs["position_ids"], batch.documents = positions, Documents.of(positions)

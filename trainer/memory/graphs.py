@@ -179,8 +179,8 @@ def row_batches(session: Session, loader: Loader) -> list[Batch]:
     """A micro-batch of each row length, the longest first; none where rows are of any length or
     number, or the task's are not of text alone."""
     rows, size = loader.rows, loader.micro_batch_size
-    of_text = session.config.task.supports_packing
-    if not of_text or not rows.lengths or (size is None and not rows.end_to_end):
+    packs = session.config.task.supports_packing
+    if not rows.lengths or not (rows.end_to_end or (packs and size is not None)):
         return []
     made = []
     for length in reversed(rows.lengths):

@@ -20,6 +20,7 @@ from trainer.data.rows import Rows
 from trainer.errors import UserError
 from trainer.model.attention import Attention, choose_attention
 from trainer.tasks.positions import counts_by_itself, longest_row
+from trainer.tasks.registry import TASKS
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -80,7 +81,7 @@ def _against_end_to_end(model: "PreTrainedModel", config: Config, rows: Rows) ->
     name = type(model).__name__
     if config.task.source_apart:
         return f"task.kind={config.task.kind} has a row for the source and one for the target"
-    if not config.task.supports_packing:
+    if not config.task.lies_end_to_end or not TASKS[config.task.kind].reads_documents(model):
         return f"task.kind={config.task.kind} reads one result a row"
     if kinds := carrying_layers(model):
         return f"{name} has layers that carry state along a row ({', '.join(kinds)})"

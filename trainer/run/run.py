@@ -23,7 +23,7 @@ from trainer.data.sources import hub_ids
 from trainer.data.templates import on_templates
 from trainer.decisions.replay import Replay
 from trainer.decisions.selection import match_selection
-from trainer.device_memory import readable
+from trainer.device_memory import modules_set_aside, readable
 from trainer.distributed import launcher
 from trainer.distributed.world import World
 from trainer.errors import BadCheckpoint, Diverged, UserError
@@ -81,7 +81,7 @@ def run(
         users = UserCallbacks(callbacks if world.is_main else ())
         if world.is_main:
             refuse_missing(config.log)
-    with RunFolder(config.run_folder, users) as folder:
+    with modules_set_aside(), RunFolder(config.run_folder, users) as folder:
         return _run(config, world, stop or StopRequest(config.run), folder, scores_only)
 
 

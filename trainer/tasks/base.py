@@ -144,6 +144,12 @@ class Task(ABC):
     def check_model(self, model: "PreTrainedModel") -> None:  # noqa: B027
         """Raises UserError where the model, built on the meta device, cannot serve the task."""
 
+    @classmethod
+    def reads_documents(cls, model: "PreTrainedModel") -> bool:
+        """Whether the records of a row have results of their own, of a task whose records may lie
+        end to end."""
+        return True
+
     def trained_modules(self, model: nn.Module) -> list[str]:
         """Paths of modules trained in full in addition to the adapters (a new head)."""
         return []

@@ -18,6 +18,8 @@ class TaskOptions(Section):
     """Records have labels, which the task receives (`learn_labels`) before anything is encoded."""
     supports_packing: ClassVar[bool] = True
     """Several records may share a sequence (`data.packing`)."""
+    lies_end_to_end: ClassVar[bool] = True
+    """The records of a micro-batch may share a row (`data.padding_free`), if the model allows."""
     whole_records: ClassVar[bool] = False
     """A record is used with all of its examples or not at all."""
     source_apart: ClassVar[bool] = False
@@ -67,6 +69,7 @@ class ImageClassificationOptions(TaskOptions):
 
     needs_labels = True
     supports_packing = False
+    lies_end_to_end = False
     reads_images = True
     data_formats = ("images",)
 
@@ -112,6 +115,7 @@ class QuestionAnsweringOptions(TaskOptions):
     """Options of `task.kind: question_answering`."""
 
     supports_packing = False
+    lies_end_to_end = False
     data_formats = ("question_answering",)
 
     kind: Literal["question_answering"] = "question_answering"
@@ -153,6 +157,7 @@ class SequenceToSequenceOptions(TaskOptions):
     """Options of `task.kind: sequence_to_sequence`."""
 
     supports_packing = False
+    lies_end_to_end = False
     generates = True
     source_apart = True
     data_formats = ("prompt_completion",)

@@ -1,8 +1,9 @@
 """Classify one text or a pair, or predict a number for it; the new head is trained in full."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,14 @@ from trainer.tasks.base import (
     pad,
     without_cache,
 )
+from trainer.tasks.causality import attends_ahead
+from trainer.tasks.documents import Documents, kept_apart
 from trainer.tasks.long_texts import beginning, bounded, truncated_pair
 from trainer.tasks.options import SequenceClassificationOptions, TaskOptions
+from trainer.tasks.positions import handed, takes_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class SequenceClassification(Task):
@@ -70,6 +77,12 @@ class SequenceClassification(Task):
             text.pad_token_id = self.pad_token_id
         self.pad_token_id = text.pad_token_id  # by which the model finds the last token
 
+    @classmethod
+    def reads_documents(cls, model: "PreTrainedModel") -> bool:
+        """Where the head is a `score` of every position, of which the model takes the last one's:
+        decoders."""
+        return isinstance(getattr(model, "score", None), nn.Linear) and not attends_ahead(model)
+
     def trained_modules(self, model: nn.Module) -> list[str]:
         return new_heads(model)
 
@@ -117,14 +130,14 @@ class SequenceClassification(Task):
     def collate(
         self, sequences: Sequence[Sequence[Example]], *, empty: bool = False, width: int = 0
     ) -> Batch:
-        examples = [packed[0] for packed in sequences]
-        width = max(width, *(len(example.input_ids) for example in examples))
-        ids = [pad(example.input_ids, width, self.pad_token_id) for example in examples]
-        seen = [pad([1] * len(example.input_ids), width, 0) for example in examples]
-        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(seen)}
-        if examples[0].token_type_ids:
-            types = [pad(example.token_type_ids, width, 0) for example in examples]
-            inputs["token_type_ids"] = torch.tensor(types)
+        """Rows of one example each, or a single row of several."""
+        examples = [example for packed in sequences for example in packed]
+        documents = None
+        if len(examples) > len(sequences):
+            inputs = self._end_to_end(examples, width)
+            documents = Documents.of(inputs["position_ids"])
+        else:
+            inputs = self._padded(examples, width)
         labels = [example.label for example in examples]
         if self.is_regression:
             targets = torch.tensor([float("nan")] * len(labels) if empty else labels)
@@ -132,10 +145,38 @@ class SequenceClassification(Task):
             targets = torch.tensor([IGNORED if empty else int(label) for label in labels])
         tokens = 0 if empty else sum(len(example.input_ids) for example in examples)
         weights = [int(not empty)] * len(examples)
-        return Batch(inputs, targets, sum(weights), tokens, weights=weights)
+        return Batch(
+            inputs, targets, sum(weights), tokens, weights=weights, documents=documents
+        )  # fmt: skip
+
+    def _padded(self, examples: Sequence[Example], width: int) -> dict[str, Tensor]:
+        width = max(width, *(len(example.input_ids) for example in examples))
+        ids = [pad(example.input_ids, width, self.pad_token_id) for example in examples]
+        seen = [pad([1] * len(example.input_ids), width, 0) for example in examples]
+        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(seen)}
+        if examples[0].token_type_ids:
+            types = [pad(example.token_type_ids, width, 0) for example in examples]
+            inputs["token_type_ids"] = torch.tensor(types)
+        return inputs
+
+    def _end_to_end(self, examples: Sequence[Example], width: int) -> dict[str, Tensor]:
+        """A row, at its end padding in documents no longer than the longest."""
+        lengths = [len(example.input_ids) for example in examples]
+        width = max(width, sum(lengths))
+        ids = [token for example in examples for token in example.input_ids]
+        positions = [place for length in lengths for place in range(length)]
+        positions += [place % max(lengths) for place in range(width - len(ids))]
+        inputs = {
+            "input_ids": torch.tensor([pad(ids, width, self.pad_token_id)]),
+            "position_ids": torch.tensor([positions]),
+        }
+        if examples[0].token_type_ids:
+            types = [kind for example in examples for kind in example.token_type_ids]
+            inputs["token_type_ids"] = torch.tensor([pad(types, width, 0)])
+        return inputs
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = model(**batch.inputs, **without_cache(model)).logits.float()
+        logits = _logits(model, batch)
         if self.is_regression:
             predicted = logits.squeeze(-1)
             error = torch.where(batch.targets.isnan(), 0.0, predicted - batch.targets)
@@ -144,7 +185,7 @@ class SequenceClassification(Task):
         return loss, logits.detach().argmax(-1)
 
     def scored(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        logits = model(**batch.inputs, **without_cache(model)).logits.float()
+        logits = _logits(model, batch)
         if self.is_regression:
             predicted = logits.squeeze(-1)
             error = torch.where(batch.targets.isnan(), 0.0, predicted - batch.targets)
@@ -192,6 +233,42 @@ class SequenceClassification(Task):
             }
             for record, guess, label in rows
         ]  # fmt: skip
+
+
+def _logits(model: Any, batch: Batch) -> Tensor:
+    """(records, labels) in float32."""
+    if batch.documents is None:
+        return model(**batch.inputs, **without_cache(model)).logits.float()
+    inputs = {name: values for name, values in batch.inputs.items() if name != "attention_mask"}
+    positions = inputs.pop("position_ids")
+    if takes_positions(model):
+        inputs["position_ids"] = handed(model, positions, inputs["input_ids"])
+    last = batch.documents.boundaries[1 : len(batch.targets) + 1].long() - 1
+    with kept_apart(batch.documents), _scores_at(model, last):
+        return model(**inputs, **without_cache(model)).logits.float()
+
+
+@contextmanager
+def _scores_at(model: Any, positions: Tensor) -> Iterator[None]:
+    """Within this context the model's logits are those of these positions of its only row. The
+    model is called as a whole, since engines gather weights by what they hook there."""
+    scores: list[Tensor] = []
+
+    def keep(head: nn.Module, inputs: Any, output: Tensor) -> None:
+        scores.append(output[0, positions])
+
+    def exchange(model: nn.Module, inputs: Any, output: Any) -> None:
+        output.logits = scores.pop()
+
+    handles = [
+        model.score.register_forward_hook(keep),
+        model.register_forward_hook(exchange, prepend=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _sort_key(name: str) -> tuple[bool, int, str]:

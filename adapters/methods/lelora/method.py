@@ -65,6 +65,10 @@ class LeLoRA(SpectralMethod):
     Options = LeLoRAOptions
     decides = True
     decides_before = "update"
+    keeps_none = (
+        "method.policy.freeze_after fixed rank 0 for all of them; accepted: method.ranks without "
+        "0, or method.policy.budget"
+    )
     figures = (
         Curves(
             "policy",

@@ -4,7 +4,7 @@ import shutil
 import threading
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.helpers import losses, quick_config, save_random_model
 from tests.world.worker import cut_run, train_only
@@ -89,6 +89,36 @@ def test_what_is_said_at_the_start(tmp) -> None:
     assert "end to end in one row a micro-batch, without padding, 3 lengths up to" in dry_run(
         configured(tmp, "said", *END_TO_END), World()
     )
+
+
+def classification(tmp, name: str, *changes: str) -> Config:
+    """Whether a number is odd, in texts of different lengths."""
+    lines = ["text\tlabel", *(f"{'one more ' * (n % 7)}{n}\t{n % 2}" for n in range(60))]
+    (tmp / "numbers.tsv").write_text("\n".join(lines))
+    return configured(
+        tmp, name, "task.kind=sequence_classification", "data.format=classification",
+        "data.text=text", "data.label=label", f"data.train={tmp}/numbers.tsv",
+        "data.train_records=null", "data.eval=left_out", "data.leave_out=16",
+        "data.eval_records=null", "data.micro_batch_size=4", "run.verify=full", *changes,
+    )  # fmt: skip
+
+
+def test_classified_records_end_to_end(tmp) -> None:
+    found = {}
+    for name, changes in {"padded": ["data.padding_free=false"], "rows": END_TO_END}.items():
+        config = classification(tmp, f"classes-{name}", *changes)
+        run(config, World())
+        found[name] = losses(config.run_folder)
+    # The first step of Adam has the size of the learning rate where a gradient is rounding alone.
+    assert found["rows"][0] == pytest.approx(found["padded"][0], rel=1e-6)
+    assert found["rows"] == pytest.approx(found["padded"], rel=1e-4)
+
+
+def test_an_encoder_reads_one_result_a_row(tmp) -> None:
+    model = save_random_model(tmp / "bert", "bert", AutoModelForSequenceClassification)
+    config = classification(tmp, "bert", f"model.id={model}", *END_TO_END)
+    with pytest.raises(UserError, match=r"padding_free: true given, but task\.kind=sequence_class"):
+        dry_run(config, World())
 
 
 def test_models_that_need_padded_rows(tmp_path) -> None:

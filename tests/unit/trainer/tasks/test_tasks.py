@@ -233,6 +233,36 @@ def logits_of(model, example: Example) -> np.ndarray:
         return model(input_ids=torch.tensor([list(example.input_ids)])).logits[0].numpy()
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 2], None])
+@pytest.mark.parametrize("width", [0, 40])
+def test_records_of_one_row_have_the_scores_that_they_have_alone(
+    tokenizer, llama_config, labels, width: int
+) -> None:
+    task, model, examples = classify(tokenizer, llama_config, labels)
+    alone = torch.tensor(np.stack([logits_of(model, example) for example in examples]))
+    batch = task.collate([examples], width=width)
+    rows, length = batch.inputs["input_ids"].shape
+    assert rows == 1 and length == max(width, sum(len(e.input_ids) for e in examples))
+    assert (batch.tokens, batch.weight) == (sum(len(e.input_ids) for e in examples), 3)
+    loss, predicted, each = task.scored(model, batch)
+    if labels is None:
+        expected, guesses = (alone.squeeze(-1) - batch.targets).square(), alone.squeeze(-1)
+    else:
+        expected = -alone.log_softmax(-1)[range(3), batch.targets]
+        guesses = alone.argmax(-1)
+    torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(predicted, guesses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, expected.sum(), rtol=1e-5, atol=1e-5)
+    gradients = []
+    for made in (batch, task.collate([[example] for example in examples])):
+        model.zero_grad()
+        task.loss(model, made)[0].backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 5
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
 def test_classification_loss(tokenizer, llama_config) -> None:
     task, model, examples = classify(tokenizer, llama_config, [0, 1, 2])
     loss, guesses = task.loss(model, task.collate([[example] for example in examples]))

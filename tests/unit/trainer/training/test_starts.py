@@ -10,9 +10,11 @@ from peft.tuners.lora.config import EvaConfig
 from peft.tuners.lora.eva import get_eva_state_dict
 from transformers import AutoModelForCausalLM
 
+from adapters.gated import GatedAdapter
 from tests.helpers import TINY, quick_config
 from trainer.distributed.world import World
 from trainer.errors import UserError
+from trainer.run.data_start import _key
 from trainer.session import open_session
 from trainer.training.loop import make_loader
 from trainer.training.starts import find_starts
@@ -127,6 +129,16 @@ def test_directions_and_ranks_are_those_of_peft_eva(tmp_path):
         )
         assert expected * 0.9999 < found < expected * 1.7
     assert sum(len(A) for A in theirs.values()) == sum(ours.values()) == 4 * len(targets)
+
+
+def test_a_stored_start_belongs_to_what_the_earlier_stage_learned(tmp_path):
+    session = open_with(tmp_path, "method.start=activation")
+    without, layer = _key(session), session.backbone.adapted_layers[session.method.units[0].name]
+    A, g, B = torch.ones(2, layer.in_features), torch.ones(2), torch.ones(layer.out_features, 2)
+    layer.frozen = GatedAdapter(A, g, B)
+    keys = [without, _key(session)]
+    layer.frozen.B.data[0, 0] = 2.0
+    assert len({*keys, _key(session)}) == 3 and _key(session) == _key(session)
 
 
 def test_a_unit_with_too_few_tokens_is_refused(tmp_path):

@@ -1,0 +1,27 @@
+"""What a run sets aside is collected afterwards."""
+
+import gc
+import weakref
+
+import pytest
+
+from trainer.device_memory import modules_set_aside
+
+
+class Ring:
+    """Refers to itself: only the collector frees it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_collections_pass_over_what_was_there_before() -> None:
+    before = weakref.ref(Ring())
+    with pytest.raises(KeyError), modules_set_aside():
+        within = weakref.ref(Ring())
+        gc.collect()
+        assert before() is not None and within() is None
+        raise KeyError
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert before() is None
