@@ -235,6 +235,16 @@ def test_the_checkpoints_were_in_the_phases_that_they_are_said_to_be_in(outcome)
         assert [d["step"] for d in decisions(runs / name) if "survivors" in d] == [step]
     held = stored("weightlora_plus", 3), stored("weightlora_plus", 6)
     assert [sum(name.endswith("/A") for name in tensors) for tensors in held] == [14, 7]
+    drawn = decisions(runs / "budget")
+    assert [d["step"] for d in drawn] == list(range(7))
+    units = json.loads((runs / "budget/units.json").read_text())
+    sizes = {unit["name"]: unit["in_features"] + unit["out_features"] for unit in units}
+    for ranks in (d["ranks"] for d in drawn):
+        assert sum(sizes[name] * rank for name, rank in ranks.items()) <= 2 * sum(sizes.values())
+    held = {n.split("/")[1]: len(t) for n, t in stored("budget", 8).items() if n.endswith("/A")}
+    assert held == {name: rank for name, rank in drawn[-1]["ranks"].items() if rank}
+    held = {len(t) for n, t in stored("budget", 4).items() if n.endswith("/A")}
+    assert held == {3 * 4}
     assert [d["step"] for d in decisions(runs / "every-3")] == [0, 3, 6, 9, 12, 15]
     for step, pending in ((4, {"0", "1"}), (8, {"0", "1"})):
         names = [name for name in stored("every-3", step) if "/draw." in name]

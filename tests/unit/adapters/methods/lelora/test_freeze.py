@@ -136,7 +136,7 @@ def test_resume(coordinates, before):
 def test_an_allocation_of_no_components_is_refused_by_its_key(tmp_path):
     config = quick_config(
         tmp_path, "run.steps=3", "data.eval=null", "method.kind=lelora", "method.ranks=[0, 2]",
-        "method.coordinates=delta", "method.policy.mode=uniform",
+        "method.rank=2", "method.coordinates=delta", "method.policy.mode=uniform",
         "method.policy.rank_weights=[1, 0]", "method.policy.freeze_after=1",
     )  # fmt: skip
     with pytest.raises(
