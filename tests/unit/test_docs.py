@@ -172,5 +172,5 @@ def test_tables_replace_what_was_between_their_marks(tmp_path):
     once = results.filled(page, tmp_path)
     expected = "x\n<!-- table: a.md -->\n\n| new |\n\n<!-- end -->\ny\n<!-- end -->\n"
     assert once == results.filled(once, tmp_path) == expected
-    with pytest.raises(OSError, match="a.md"):
+    with pytest.raises(OSError, match=r"a\.md"):
         results.filled(page, tmp_path / "none")

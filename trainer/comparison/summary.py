@@ -100,6 +100,7 @@ def draw_summary(tables: Mapping[str, Table], target: Path) -> None:
         panel.set_yticks(range(len(arms)), arms, fontsize="x-small")
         score = schedule.jobs.comparison.score
         panel.set_title(f"{name}\n{'−' if sign < 0 else ''}{score}", fontsize="small")
+        panel.locator_params(axis="x", nbins=4)
         panel.tick_params(axis="x", labelsize="x-small")
         panel.grid(alpha=0.3)
     figure.savefig(target, dpi=120)
