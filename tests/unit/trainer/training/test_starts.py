@@ -134,7 +134,7 @@ def test_directions_and_ranks_are_those_of_peft_eva(tmp_path):
 def test_a_stored_start_belongs_to_what_the_earlier_stage_learned(tmp_path):
     session = open_with(tmp_path, "method.start=activation")
     without, layer = _key(session), session.backbone.adapted_layers[session.method.units[0].name]
-    A, g, B = torch.ones(2, layer.in_features), torch.ones(2), torch.ones(layer.out_features, 2)
+    A, g, B = torch.ones(2, layer.in_features), torch.ones(2), torch.ones(2, layer.out_features)
     layer.frozen = GatedAdapter(A, g, B)
     keys = [without, _key(session)]
     layer.frozen.B.data[0, 0] = 2.0
