@@ -87,6 +87,7 @@ def _key(session: Session) -> str:
         "seed": config.run.seed,
         "backbone": session.backbone.digest,
         "data": session.train_data.digest,
+        "earlier": _digest_of_earlier(session),
         "units": [unit.name for unit in session.method.units],
         "config": config.model_dump(mode="json", include={"model", "data", "task", "method"}),
     }
