@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override for every run"
     )
+    parser.add_argument("--keep", type=Path, help="folder to which results are copied in brief")
     parser.add_argument("--seeds", type=at_least(1), help="only the first of the file's seeds")
     arguments = parser.parse_args(argv)
     for place in arguments.place:
@@ -49,9 +50,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             comparison = comparison.model_copy(update={"seeds": kept})
         name = "-".join([file.stem, *arguments.variant])
         found.append((comparison, arguments.out / name))
-    compare(found, Limits(arguments.workers, arguments.minutes, arguments.any_code))
-    for _, folder in found:
-        print(f"\n{folder}\n\n{(folder / 'table.md').read_text(encoding='utf-8')}")
+    limits = Limits(arguments.workers, arguments.minutes, arguments.any_code)
+    beside = arguments.out / "-".join(["summary", *arguments.variant])
+    compare(found, limits, beside=beside, keep=arguments.keep)
+    tables = [folder / "table.md" for _, folder in found]
+    for table in [*tables, *([beside.with_suffix(".md")] if len(found) > 1 else [])]:
+        print(f"\n{table}\n\n{table.read_text(encoding='utf-8')}")
     return 0
 
 

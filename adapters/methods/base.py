@@ -54,6 +54,8 @@ class Method:
     """Selections of units that a run makes, of methods that select any."""
     changes_structure: bool = False
     """Whether units are removed or change their R after they were attached."""
+    keeps_none: ClassVar[str] = "accepted: options by which one does"
+    """How it comes that no unit keeps its adapter, and what to change."""
     splits_weight: ClassVar[bool] = False
     """Whether adapters are initialised from a part of W (`methods/spectral.py`), which may be
     zero: see `MethodOptions.takes_from_weight`."""

@@ -9,6 +9,7 @@ import yaml
 
 from adapters.methods.registry import METHODS
 from adapters.options import Section
+from docs import make_results as results
 from trainer.config.config import Config
 from trainer.tasks.registry import TASKS
 
@@ -158,3 +159,18 @@ def test_the_configuration_that_the_readme_explains_is_the_shipped_one():
 def test_every_method_is_documented(page):
     text = text_of(page)
     assert [kind for kind in METHODS if f"`{kind}`" not in text] == []
+
+
+def test_the_tables_of_results_are_those_of_the_kept_results():
+    page = results.PAGE.read_text(encoding="utf-8")
+    assert results.filled(page, results.TABLES) == page, "run python docs/make_results.py"
+
+
+def test_tables_replace_what_was_between_their_marks(tmp_path):
+    (tmp_path / "a.md").write_text("| new |\n")
+    page = "x\n<!-- table: a.md -->\n| old |\n<!-- end -->\ny\n<!-- end -->\n"
+    once = results.filled(page, tmp_path)
+    expected = "x\n<!-- table: a.md -->\n\n| new |\n\n<!-- end -->\ny\n<!-- end -->\n"
+    assert once == results.filled(once, tmp_path) == expected
+    with pytest.raises(OSError, match=r"a\.md"):
+        results.filled(page, tmp_path / "none")

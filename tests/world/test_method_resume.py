@@ -46,13 +46,22 @@ RUNS = {  # name: (overrides, steps after which a run is killed; a checkpoint is
     "weightlora_plus": (["method.kind=weightlora_plus", "method.warmup_steps=4"], [3, 6]),
     "lalora": (["method.kind=lalora", "method.gamma=5"], [5]),
     "lelora": (["method.kind=lelora"], [6]),
+    # Every draw meets the budget; the last one, before step 6, removes idle components.
+    "budget": (
+        [
+            "method.kind=lelora", "method.coordinates=delta", "method.ranks=[0, 2, 4]",
+            "method.rank=4", "method.policy.score=per_step", "method.policy.budget=2",
+            "method.policy.freeze_after=6",
+        ],
+        [4, 8],
+    ),
     "every-3": ([*ATTRIBUTED, "method.policy.every=3", "run.steps=18"], [4, 8]),  # in mid-period
     # Prunings are before steps 2, 4 and 6, the final one before step 8.
     "adalora": (
         ["method.kind=adalora", "method.delta_t=2", "method.tinit=1", "method.tfinal=4"], [5, 10],
     ),
 }  # fmt: skip
-CHOSEN = list(RUNS) if ALL else ["weightlora_plus", "lalora", "every-3", "adalora"]
+CHOSEN = list(RUNS) if ALL else ["weightlora_plus", "lalora", "budget", "every-3", "adalora"]
 PLACES = [(name, step) for name in CHOSEN for step in RUNS[name][1]]
 # Where each of them goes on: everywhere in `make test-all`, else in one place, in turn.
 SAME, OTHER, SINGLE = (PLACES if ALL else PLACES[turn::3] for turn in range(3))
@@ -226,6 +235,16 @@ def test_the_checkpoints_were_in_the_phases_that_they_are_said_to_be_in(outcome)
         assert [d["step"] for d in decisions(runs / name) if "survivors" in d] == [step]
     held = stored("weightlora_plus", 3), stored("weightlora_plus", 6)
     assert [sum(name.endswith("/A") for name in tensors) for tensors in held] == [14, 7]
+    drawn = decisions(runs / "budget")
+    assert [d["step"] for d in drawn] == list(range(7))
+    units = json.loads((runs / "budget/units.json").read_text())
+    sizes = {unit["name"]: unit["in_features"] + unit["out_features"] for unit in units}
+    for ranks in (d["ranks"] for d in drawn):
+        assert sum(sizes[name] * rank for name, rank in ranks.items()) <= 2 * sum(sizes.values())
+    held = {n.split("/")[1]: len(t) for n, t in stored("budget", 8).items() if n.endswith("/A")}
+    assert held == {name: rank for name, rank in drawn[-1]["ranks"].items() if rank}
+    held = {len(t) for n, t in stored("budget", 4).items() if n.endswith("/A")}
+    assert held == {3 * 4}
     assert [d["step"] for d in decisions(runs / "every-3")] == [0, 3, 6, 9, 12, 15]
     for step, pending in ((4, {"0", "1"}), (8, {"0", "1"})):
         names = [name for name in stored("every-3", step) if "/draw." in name]

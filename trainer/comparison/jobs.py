@@ -70,6 +70,12 @@ class Jobs:
     def config(self, job: Job) -> Config:
         return self._make(job)[1]
 
+    def knows(self, method: str) -> bool:
+        """Whether it is an arm of the file, or of LoRA's curve."""
+        return method in self.comparison.methods or (
+            LORA in self.comparison.methods and method.startswith(lora_arm(""))
+        )
+
     def replayed(self, job: Job) -> Replayed | None:
         """The allocation that the job's arm replays."""
         arm = self.comparison.methods.get(job.method)

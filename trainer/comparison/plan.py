@@ -16,7 +16,8 @@ methods:
             against: lelora}
   replayed: {like: lelora, replays: lelora}      # its last allocation, seed by seed, from step 0
 variants: {nf4: [model.quantization=nf4]}    # chosen at the command line
-extends: common.yaml                   # a file whose keys these complete (null removes one, "*": null all)
+extends: common.yaml                   # a file whose keys these complete; null removes one, and
+                                           # "*": null all
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,8 +61,7 @@ class Arm(Section):
     @classmethod
     def _follow(cls, given: object) -> object:
         """What replays another arm takes its rate, runs after it, and is compared with it."""
-        other = given.get("replays") if isinstance(given, Mapping) else None
-        if other is None:
+        if not isinstance(given, Mapping) or (other := given.get("replays")) is None:
             return given
         return {"rate_of": other, "after": other, "against": other, **given}
 

@@ -18,11 +18,15 @@ from pathlib import Path
 
 from trainer.comparison.figure import draw
 from trainer.comparison.jobs import Job, Jobs, Result, code_version
+from trainer.comparison.kept import read_kept, write_kept
 from trainer.comparison.plan import Comparison
 from trainer.comparison.schedule import Schedule, is_failure
+from trainer.comparison.summary import Table, draw_summary, summary
+from trainer.comparison.survivors import similarity
 from trainer.comparison.table import markdown, rows
 from trainer.comparison.worker import make_run, prepare
 from trainer.config.yaml import parse_json
+from trainer.files import write_text
 
 RESULTS = "results.jsonl"
 Report = Callable[[str], None]
@@ -49,7 +53,8 @@ class Part:
         self.schedule = Schedule(
             Jobs(comparison, folder / "runs"), None if limits.any_code else code_version()
         )
-        stored = read_results(folder / RESULTS)
+        kept = read_kept(self.schedule.jobs, folder)
+        stored = [*kept, *read_results(folder / RESULTS)]
         others = sum(one.get("code") != code_version() for one in stored)
         if others:
             use = "used" if limits.any_code else "not used (--any-code uses them)"
@@ -66,26 +71,39 @@ class Part:
         brief = {k: v for k, v in result.items() if k not in ("records", "where")}
         self._report(json.dumps(brief))
 
-    def write(self) -> None:
-        """Write table and figure of the results so far."""
+    def write(self) -> Table:
+        """Write table and figure of the results so far; returns what they show."""
         found = rows(self.schedule)
-        (self.folder / "table.md").write_text(markdown(self.schedule, found), encoding="utf-8")
+        text = markdown(self.schedule, found)
+        if similar := similarity(self.schedule):
+            text += f"\n{similar}"
+        write_text(self.folder / "table.md", text)
         draw(self.schedule, found, self.folder / "figure.png")
+        return self.schedule, found
 
 
 def compare(
     comparisons: Sequence[tuple[Comparison, Path]],
     limits: Limits = Limits(),
     report: Report = print,
+    *,
+    beside: Path | None = None,
+    keep: Path | None = None,
 ) -> list[list[Result]]:
     """Make the runs of comparisons, each with its folder, that have no result; the first arm of
     every comparison, then the second one: what was stopped has the same rows in all. Writes
-    results.jsonl, table.md and figure.png of each; returns its results."""
+    results.jsonl, table.md and figure.png of each, of several ones also `beside`.md and .png, and
+    to `keep` the results in brief. Returns each one's results."""
     parts = [Part(comparison, folder, limits, report) for comparison, folder in comparisons]
     if next(_wanted(parts, set()), None) is not None and limits.minutes != 0:
         _work(parts, limits)
-    for part in parts:
-        part.write()
+    tables = {part.folder.name: part.write() for part in parts}
+    if beside is not None and len(parts) > 1:
+        write_text(beside.with_suffix(".md"), summary(tables))
+        draw_summary(tables, beside.with_suffix(".png"))
+    if keep is not None:
+        for part in parts:
+            write_kept(part.schedule, keep / part.folder.name)
     return [part.schedule.results for part in parts]
 
 

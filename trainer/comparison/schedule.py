@@ -128,7 +128,7 @@ class Schedule:
             runs = [self.result(job) for job in self._selection_jobs(arm, rate)]
             known = [run for run in runs if run is not None]
             if len(known) == len(runs) or any(run.get("diverged") for run in known):
-                found[rate] = statistics.mean(map(selection_loss, known))
+                found[rate] = _mean(known)
             return rate in found
 
         for rate in start:
@@ -184,6 +184,12 @@ class Schedule:
                 if one is not None and one not in done:
                     done.add(one)
                     yield place, one
+
+
+def _mean(runs: Sequence[Result]) -> float:
+    """Mean selection loss: ∞ where a run diverged, whatever became of the others."""
+    losses = list(map(selection_loss, runs))
+    return math.inf if math.inf in losses else statistics.mean(losses)
 
 
 def selection_loss(result: Result) -> float:

@@ -24,6 +24,8 @@ Records = Mapping[str, Sequence[Any]]
 
 SAMPLES = 4000
 """Of the bootstrap."""
+_COUNTS = 2**24
+"""Of records by sample, that are held at a time: 128 MiB."""
 CONFIDENCE = 0.95
 
 
@@ -131,17 +133,25 @@ def _interval(
         raise ValueError("the runs were not evaluated on the same records")
     generator = np.random.default_rng(0)
     n, S = len(records), len(runs)
-    drawn = generator.multinomial(n, np.full(n, 1 / n), SAMPLES).astype(np.float64)
-    weights = np.concatenate([np.ones((1, n)), drawn])  # first the records as they are
+    summands = [
+        np.stack([measure.summands(run) for run in arm])
+        for arm in (runs, others)
+        if arm is not None
+    ]
 
-    def scores(of: Sequence[Records]) -> Values:
-        """(1 + samples, seeds)"""
-        return np.stack([measure.value(weights @ measure.summands(run)) for run in of], -1)
+    def scores(weights: Values) -> Values:
+        """(samples, seeds) by the weights (samples, n) of the records."""
+        found = [measure.value(weights @ arm).T for arm in summands]
+        return found[0] - found[1] if len(found) > 1 else found[0]
 
-    found = scores(runs) - (0 if others is None else scores(others))
-    by_seed, samples = found[0], found[1:]
+    by_seed = scores(np.ones((1, n)))[0]  # the records as they are
+    samples, block = [], max(1, _COUNTS // n)
+    for first in range(0, SAMPLES, block):
+        count = min(block, SAMPLES - first)
+        drawn = generator.multinomial(n, np.full(n, 1 / n), count)
+        samples.append(scores(drawn.astype(np.float64)))
     seeds = generator.integers(S, size=(SAMPLES, max(1, S - 1)))
-    means = np.take_along_axis(samples, seeds, 1).mean(1)
+    means = np.take_along_axis(np.concatenate(samples), seeds, 1).mean(1)
     tail = (1 - CONFIDENCE) / 2
     estimate = float(by_seed.mean())
     low, high = np.quantile(means, [tail, 1 - tail]) - estimate

@@ -129,11 +129,26 @@ def markdown(schedule: Schedule, found: Sequence[Row]) -> str:
             runs,
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _below(schedule)]) + "\n"
+    return "\n".join([*lines, "", _below(schedule) + _decided(found)]) + "\n"
 
 
 def _mean(row: Row, key: str) -> float:
     return statistics.mean(run[key] for run in row.runs)
+
+
+def _decided(found: Sequence[Row]) -> str:
+    """What the last decisions of the arms that draw actions are like."""
+    parts = []
+    for row in found:
+        if row.runs and all("distinct_actions" in run for run in row.runs):
+            part = f"{row.arm} {_mean(row, 'distinct_actions'):.1f}"
+            if all("entropy_rank" in run and "entropy_location" in run for run in row.runs):
+                ranks, banks = _mean(row, "entropy_rank"), _mean(row, "entropy_location")
+                part += f" (entropy {ranks:.2f} of ranks, {banks:.2f} of locations, nats)"
+            parts.append(part)
+    if not parts:
+        return ""
+    return f" Different ranks and locations in the last decision, mean: {'; '.join(parts)}."
 
 
 def _below(schedule: Schedule) -> str:

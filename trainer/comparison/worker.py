@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.comparison.allocation import Replayed
 from trainer.comparison.jobs import Result
 from trainer.comparison.statistics import MEASURES
+from trainer.comparison.survivors import held
 from trainer.config.config import Config
 from trainer.errors import Diverged
 from trainer.files import LOSSES, METRICS, PREDICTIONS
@@ -118,6 +119,8 @@ def summary(folder: Path, parameters: "Parameters", *, selects: bool = False) ->
     result["step_seconds"] = statistics.median(s["step_seconds"] for s in steps)
     result["peak_memory_gib"] = max(s["peak_memory_gib"] for s in steps)
     if not selects:
+        if (ranks := held(folder)) is not None:
+            result["held"] = ranks
         result["records"] = records_of(folder)
     return result
 

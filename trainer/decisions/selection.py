@@ -6,6 +6,7 @@ from adapters.decision import Decision
 from adapters.methods.base import Method
 from trainer.config.config import Config
 from trainer.errors import UserError
+from trainer.records.heartbeat import read_heartbeat
 from trainer.records.jsonl import decision_files, read_objects
 
 
@@ -26,8 +27,11 @@ def match_selection(config: Config, method: Method) -> None:
 
 
 def read_selection(folder: Path) -> tuple[int, Decision]:
-    """(step, decision) of the last selection of survivors in a run folder. Raises ValueError where
-    there is none."""
+    """(step, decision) of the last selection of survivors in the folder of a run that has ended.
+    Raises ValueError where there is none, or the run may yet make another."""
+    state = read_heartbeat(folder).get("state", "unknown")
+    if state != "done":
+        raise ValueError(f"its state is {state}; accepted: a finished run of weightlora")
     for file in reversed(decision_files(folder)):
         for line in reversed(list(read_objects(file))):
             if line.get("survivors") is not None:

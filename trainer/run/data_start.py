@@ -87,10 +87,25 @@ def _key(session: Session) -> str:
         "seed": config.run.seed,
         "backbone": session.backbone.digest,
         "data": session.train_data.digest,
+        "earlier": _digest_of_earlier(session),
         "units": [unit.name for unit in session.method.units],
         "config": config.model_dump(mode="json", include={"model", "data", "task", "method"}),
     }
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of_earlier(session: Session) -> str:
+    """Of what `model.adapter` holds beside the adapters: files may change under the same path."""
+    digest = hashlib.sha256()
+    for name, adapter in sorted(session.frozen.items()):
+        digest.update(name.encode())
+        for part in (adapter.A, adapter.g, adapter.B):
+            digest.update(part.detach().float().cpu().numpy().tobytes())
+    for path, head in sorted(session.backbone.heads.items()):
+        for name, parameter in head.named_parameters():
+            digest.update(f"{path}.{name}".encode())
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _described(session: Session, *, read: bool) -> str:

@@ -20,7 +20,7 @@ from trainer.decisions import consensus
 from trainer.decisions.replay import Replay
 from trainer.device_memory import held_bytes, readable, release
 from trainer.engine.base import Update
-from trainer.errors import UserError
+from trainer.errors import RunFailed, UserError
 from trainer.memory import planner
 from trainer.model.backbone import class_name
 from trainer.records.recorder import Recorder, SilentRecorder
@@ -148,7 +148,10 @@ def _rebind(training: Training, step: int) -> None:
     session = training.session
     device, before = session.world.device, held_bytes(session.world.device)
     session.backbone.blocks.graphs.forget()  # they hold memory, and tensors that are replaced
-    session.masked_optimizer.rebind_parameters(session.trainables())
+    trainables = session.trainables()
+    if not any(not one.observed for one in trainables):  # the same on every rank
+        raise RunFailed(f"step {step}: no unit keeps an adapter: {session.method.keeps_none}")
+    session.masked_optimizer.rebind_parameters(trainables)
     release(device)
     adapters = session.method.adapters.values()
     training.recorder.log_line(

@@ -1,7 +1,11 @@
 """Numbers about an allocation, for the log: the paper's Fig. 3 and Table 4."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
+from torch import Tensor
+
+from adapters.gated import GatedAdapter
 from adapters.unit import Unit, by_kind_and_third
 
 
@@ -21,3 +25,14 @@ def allocation_figures(
             share = sum(locations[i] == bank for i in trained) / len(trained)
             found[f"share_{bank}/{group}"] = share
     return found
+
+
+def idle_change(adapters: Iterable[GatedAdapter], mask: Tensor) -> float:
+    """‖ΔW‖ of the components outside `mask` (n, R) over that of all, summed in squares over
+    components and units; 0 where nothing was learned."""
+    idle = whole = 0.0
+    for adapter, kept in zip(adapters, mask, strict=True):
+        norms = (adapter.g * adapter.A.norm(dim=1) * adapter.B.norm(dim=1)).detach()
+        squares = norms.double().square().cpu()
+        idle, whole = idle + float(squares[~kept].sum()), whole + float(squares.sum())
+    return math.sqrt(idle / whole) if whole else 0.0

@@ -20,7 +20,6 @@ component, trained or not, every action of a unit gets a reward in every step (`
 `signal: next_batch` L is the loss of the next training batch, whose gradient is computed anyway.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -36,7 +35,7 @@ from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer
 from adapters.methods.base import InitialAdapter, Validate
 from adapters.methods.lelora.actions import Actions
-from adapters.methods.lelora.allocation import allocation_figures
+from adapters.methods.lelora.allocation import allocation_figures, idle_change
 from adapters.methods.lelora.features import Features, embedding_indices
 from adapters.methods.lelora.options import LeLoRAOptions
 from adapters.methods.lelora.reinforce import Reinforce
@@ -65,6 +64,10 @@ class LeLoRA(SpectralMethod):
     Options = LeLoRAOptions
     decides = True
     decides_before = "update"
+    keeps_none = (
+        "method.policy.freeze_after fixed rank 0 for all of them; accepted: method.ranks without "
+        "0, or method.policy.budget"
+    )
     figures = (
         Curves(
             "policy",
@@ -330,10 +333,7 @@ class LeLoRA(SpectralMethod):
         self._policy = self._features = None
         if not self.options.removes_idle:
             return False
-        squares = [_squared_norms(self.adapters[unit.name]).cpu() for unit in self.units]
-        idle = sum(float(s[~kept].sum()) for s, kept in zip(squares, mask, strict=True))
-        whole = sum(float(s.sum()) for s in squares)
-        self._removed = math.sqrt(idle / whole) if whole else 0.0
+        self._removed = idle_change([self.adapters[unit.name] for unit in self.units], mask)
         for unit, kept in zip(self.units, mask, strict=True):
             self.adapters.narrow(unit, kept)
         self._touched = mask
@@ -392,9 +392,3 @@ class LeLoRA(SpectralMethod):
     def load_decider_state(self, state: Mapping[str, Tensor]) -> None:
         if state:
             self._get_policy().load_state_dict(state)
-
-
-def _squared_norms(adapter: GatedAdapter) -> Tensor:
-    """‖ΔW_j‖² (R) of each component."""
-    norms = (adapter.g * adapter.A.norm(dim=1) * adapter.B.norm(dim=1)).detach()
-    return norms.double().square()

@@ -1,6 +1,7 @@
 """WeightLoRA's options beyond the paper: one threshold, scores and shares of parameters, rounds, the
 authors' expansion; and RLoRA as the control of a learned selection. References are written out here."""
 
+import json
 import math
 
 import numpy as np
@@ -376,6 +377,12 @@ def test_the_length_of_the_warm_up_matters_and_a_run_can_be_matched(tmp_path, mo
     assert set(control.survivors) != found[10]
     types = [sorted(n.split(".", 3)[3] for n in s) for s in (control.survivors, found[10])]
     assert types[0] == types[1]
+    beat = json.loads((tmp_path / "runs/t-10-0/heartbeat.json").read_text())
+    (tmp_path / "runs/t-10-0/heartbeat.json").write_text(
+        json.dumps(beat | {"state": "interrupted"})
+    )
+    with pytest.raises(UserError, match=r"t-10-0: its state is interrupted; accepted: a finished"):
+        selected(tmp_path, model, "c1", "method.kind=rlora", match)
     with pytest.raises(UserError, match=r"method.match: .*/t-10-7: no such folder; accepted"):
         selected(tmp_path, model, "c2", "method.kind=rlora", match, "run.seed=7")
     with pytest.raises(UserError, match=r"method.match: .*: 2 folders fit; accepted: one run"):

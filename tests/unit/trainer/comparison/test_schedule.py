@@ -172,3 +172,16 @@ def test_an_arm_that_reads_anothers_runs_waits_for_them(tmp_path):
         assert one.seed == seed
         schedule.add(outcome(one, schedule, loss=1.0))
     assert {one.method for one in schedule.wanted()} == {"reader"}
+
+
+def test_a_rate_of_which_one_run_diverged_and_another_failed_diverges(schedule):
+    def made(job, schedule):
+        result = outcome(job, schedule)
+        if job.method != "half" or job.learning_rate != 1e-3:
+            return result
+        kept = {k: result[k] for k in ("method", "learning_rate", "seed", "config", "code")}
+        error = kept | {"error": "OSError: no space left"}
+        return error if job.seed == 101 else error | {"diverged": True}
+
+    run_all(schedule, made)
+    assert not schedule.rates("half").is_edge

@@ -113,3 +113,13 @@ def test_mcnemar_counts_the_records_on_which_arms_differ():
     assert mcnemar([first], [first]) == 1.0
     # a record that one seed gains and another loses counts for none
     assert mcnemar([first, second], [second, first]) == 1.0
+
+
+def test_the_interval_does_not_depend_on_how_many_samples_are_held(monkeypatch):
+    rng = np.random.default_rng(5)
+    runs, others = ([losses(*rng.gamma(2.0, size=60)) for _ in range(3)] for _ in range(2))
+    whole = difference(MEASURES["eval_loss"], runs, others)
+    monkeypatch.setattr(ours, "_COUNTS", 60 * 37)
+    in_blocks = difference(MEASURES["eval_loss"], runs, others)
+    for name in ("estimate", "low", "high"):
+        assert getattr(in_blocks, name) == pytest.approx(getattr(whole, name), rel=1e-9)

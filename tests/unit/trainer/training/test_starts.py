@@ -10,9 +10,11 @@ from peft.tuners.lora.config import EvaConfig
 from peft.tuners.lora.eva import get_eva_state_dict
 from transformers import AutoModelForCausalLM
 
+from adapters.gated import GatedAdapter
 from tests.helpers import TINY, quick_config
 from trainer.distributed.world import World
 from trainer.errors import UserError
+from trainer.run.data_start import _key
 from trainer.session import open_session
 from trainer.training.loop import make_loader
 from trainer.training.starts import find_starts
@@ -129,6 +131,16 @@ def test_directions_and_ranks_are_those_of_peft_eva(tmp_path):
     assert sum(len(A) for A in theirs.values()) == sum(ours.values()) == 4 * len(targets)
 
 
+def test_a_stored_start_belongs_to_what_the_earlier_stage_learned(tmp_path):
+    session = open_with(tmp_path, "method.start=activation")
+    without, layer = _key(session), session.backbone.adapted_layers[session.method.units[0].name]
+    A, g, B = torch.ones(2, layer.in_features), torch.ones(2), torch.ones(2, layer.out_features)
+    layer.frozen = GatedAdapter(A, g, B)
+    keys = [without, _key(session)]
+    layer.frozen.B.data[0, 0] = 2.0
+    assert len({*keys, _key(session)}) == 3 and _key(session) == _key(session)
+
+
 def test_a_unit_with_too_few_tokens_is_refused(tmp_path):
     session = open_with(
         tmp_path, "method.start=activation", "method.start_options.batches=1", "method.rank=64",
@@ -136,3 +148,32 @@ def test_a_unit_with_too_few_tokens_is_refused(tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match="tokens that reach the loss come through"):
         find_starts(session)
+
+
+def test_of_one_batch_and_equal_tokens_spans_and_ranks_are_those_of_peft_eva(tmp_path):
+    """Of one batch its incremental SVD cuts nothing."""
+    session = open_with(
+        tmp_path, "method.start=activation", "method.start_options.passes=8",
+        "method.start_options.ranks=redistributed", "method.start_options.count=components",
+        "method.start_options.batches=1", "data.batch_size=8", "data.packing=false",
+        "data.padding_free=false", r"method.targets=.*layers\.[012]\..*_proj",
+    )  # fmt: skip
+    starts = find_starts(session)
+    batch, _ = batches(session)[0]
+    ids, targets = batch.inputs["input_ids"], [unit.name for unit in session.method.units]
+    config = LoraConfig(
+        r=4, target_modules=targets, init_lora_weights="eva",
+        eva_config=EvaConfig(rho=2.0, use_label_mask=False, tau=0.99999),
+    )  # fmt: skip
+    model = get_peft_model(plain_model(), config, low_cpu_mem_usage=True)
+    # EVA would take the last token of every record too, which reaches no loss.
+    reached = seen(session)[targets[0]][1][: ids.numel()].any(1)
+    mask = torch.from_numpy(reached).view_as(ids).long()
+    given = [dict(batch.inputs) | {"use_cache": False, "attention_mask": mask}]
+    theirs = get_eva_state_dict(model, given, config, show_progress_bar=False)
+    session.method.adopt(starts)
+    assert len(targets) == 21 and mask.sum() > 100
+    for name, adapter in session.method.adapters.items():
+        A = theirs[f"base_model.model.{name}"].double().numpy()
+        assert len(A) == adapter.rank, name
+        assert angles(starts[name].A[: len(A)], A).min() > 0.999, name  # the spans are equal

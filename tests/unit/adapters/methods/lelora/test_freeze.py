@@ -5,8 +5,12 @@ import pytest
 import torch
 
 from adapters.methods.lelora.reinforce import Reinforce
+from tests.helpers import quick_config
 from tests.unit.adapters.methods.harness import Bench, array, bits, check_resume
 from tests.unit.adapters.methods.lelora.banks import SHAPES
+from trainer.distributed.world import World
+from trainer.errors import RunFailed
+from trainer.run.run import run
 
 
 def bench_of(coordinates="delta", draws=3, begin=True, **policy):
@@ -126,3 +130,15 @@ def test_random_ranks_may_be_fixed_from_the_beginning(mode):
 @pytest.mark.parametrize("before", [2, 3, 5])
 def test_resume(coordinates, before):
     check_resume(lambda begin: bench_of(coordinates, budget=1.5, begin=begin), before, 4)
+
+
+def test_an_allocation_of_no_components_is_refused_by_its_key(tmp_path):
+    config = quick_config(
+        tmp_path, "run.steps=3", "data.eval=null", "method.kind=lelora", "method.ranks=[0, 2]",
+        "method.rank=2", "method.coordinates=delta", "method.policy.mode=uniform",
+        "method.policy.rank_weights=[1, 0]", "method.policy.freeze_after=1",
+    )  # fmt: skip
+    with pytest.raises(
+        RunFailed, match=r"step 1: .*freeze_after .*; accepted: method\.ranks without"
+    ):
+        run(config, World())

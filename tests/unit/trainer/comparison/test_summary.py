@@ -1,0 +1,104 @@
+"""Several comparisons beside each other, and results that are kept with the sources."""
+
+import hashlib
+
+import pytest
+
+from tests.unit.trainer.comparison.test_schedule import comparison, outcome, run_all
+from trainer.comparison.jobs import Jobs
+from trainer.comparison.kept import KEPT, read_kept, write_kept
+from trainer.comparison.runner import Limits, Part, compare
+from trainer.comparison.schedule import Schedule
+from trainer.comparison.summary import draw_summary, summary
+from trainer.comparison.survivors import by_chance, jaccard, similarity
+from trainer.comparison.table import rows
+
+
+def finished(folder, made=outcome):
+    schedule = Schedule(Jobs(comparison(), folder), "c0de")
+    run_all(schedule, made)
+    return schedule
+
+
+def test_a_summary_counts_what_arms_win_and_lose(tmp_path):
+    def without(job, schedule):
+        """`half` no better than LoRA of its size, and `twin` worse."""
+        loss = {"half": 1.1, "twin": 1.2}.get(job.method)
+        return outcome(job, schedule, loss)
+
+    schedules = {"a": finished(tmp_path), "b": finished(tmp_path, without)}
+    tables = {name: (one, rows(one)) for name, one in schedules.items()}
+    lines = summary(tables).splitlines()
+    assert lines[0] == "| arm | wins | ties | loses | a | b |"
+    half, twin = lines[2:4]  # `same` is compared with another arm than LoRA
+    assert half.startswith("| half | 1 | 1 | 0 | **-0.20") and "] | +0.0000 [" in half
+    assert twin.startswith("| twin | 0 | 1 | 1 | ") and "| *+0.2" in twin
+    assert lines[4] == "" and "a: eval_loss; b: eval_loss" in lines[5]
+    draw_summary(tables, tmp_path / "summary.png")
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_that_is_not_complete_wins_nothing(tmp_path):
+    def broken(job, schedule):
+        result = outcome(job, schedule)
+        if job.method == "half" and not job.selects and job.seed == 1:
+            kept = {k: result[k] for k in ("method", "learning_rate", "seed", "config", "code")}
+            return kept | {"error": "Diverged: NaN", "diverged": True}
+        return result
+
+    schedule = finished(tmp_path, broken)
+    line = next(x for x in summary({"a": (schedule, rows(schedule))}).splitlines() if "half" in x)
+    assert line.startswith("| half | 0 | 0 | 0 | -0.2") and "1 of 3 failed" in line
+
+
+def test_kept_results_make_the_same_table_in_any_version(tmp_path, monkeypatch):
+    made = finished(tmp_path)
+    write_kept(made, tmp_path / "kept")
+    # Other keys of the configuration, hence other digests.
+    monkeypatch.setattr("trainer.comparison.jobs.hashlib.sha256", _salted)
+    jobs = Jobs(comparison(), tmp_path)
+    read = read_kept(jobs, tmp_path / "kept")
+    assert {one["config"] for one in read}.isdisjoint({one["config"] for one in made.results})
+    part = Part(comparison(), tmp_path / "kept", Limits(any_code=True), lambda text: None)
+    before, after = ({row.arm: row for row in rows(s)} for s in (made, part.schedule))
+    assert before.keys() == after.keys()
+    for arm, row in before.items():
+        assert row.mean == pytest.approx(after[arm].mean, rel=1e-5)
+        if row.difference is not None:
+            assert row.difference.low == pytest.approx(after[arm].difference.low, abs=1e-5)
+    assert (tmp_path / "kept" / KEPT).stat().st_size < 60_000
+
+
+def _salted(data=b"", sha256=hashlib.sha256):
+    return sha256(b"another" + data)
+
+
+def test_the_command_writes_a_summary_of_several(tmp_path):
+    for name in ("a", "b"):
+        write_kept(finished(tmp_path), tmp_path / name)
+    compare(
+        [(comparison(), tmp_path / name) for name in ("a", "b")],
+        Limits(minutes=0, any_code=True), beside=tmp_path / "summary", keep=tmp_path / "again",
+        report=lambda text: None,
+    )  # fmt: skip
+    assert "| half | 2 | 0 | 0 |" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "again/b" / KEPT).exists() and (tmp_path / "summary.png").exists()
+
+
+def test_similarity_of_survivors_is_intersection_over_union(tmp_path):
+    assert jaccard([8, 0, 2, 0], [1, 1, 1, 0]) == 2 / 3 and jaccard([0, 0], [0, 0]) == 1
+    assert by_chance([1, 1, 0, 0], [1, 0, 1, 0]) == pytest.approx(1 / 3)
+
+    def selected(job, schedule):
+        result = outcome(job, schedule)
+        if job.selects or job.method not in ("half", "same"):
+            return result
+        units = {0: [8, 8, 0, 0], 1: [8, 0, 8, 0], 2: [8, 8, 0, 0]}
+        return result | {"held": [4, 0, 0, 4] if job.method == "same" else units[job.seed]}
+
+    lines = similarity(finished(tmp_path, selected)).splitlines()
+    # seeds of half: {0, 1}, {0, 2}, {0, 1}: 1/3, 1, 1/3; same is {0, 3}: 1/3 of each
+    assert lines[2] == f"| half, between seeds | {5 / 9:.3f} | {1 / 3:.3f} | 3 |"
+    assert lines[3] == "| same, between seeds | 1.000 | 0.333 | 3 |"
+    assert lines[4] == "| same and half, same seed | 0.333 | 0.333 | 3 |"
+    assert similarity(finished(tmp_path)) == ""
