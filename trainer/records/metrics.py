@@ -34,6 +34,7 @@ class MetricsWriter(Callback):
         self._shown = config.log.shown
         if self._shown == "bar":
             self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+            phases.tell_beside(self._bar.write)
 
     def write(self, values: dict[str, Any]) -> None:
         """Write a logged step or an evaluation as one line."""

@@ -23,6 +23,12 @@ def tell(say: Callable[[str], None]) -> None:
     _say = say
 
 
+def tell_beside(say: Callable[[str], None]) -> None:
+    """Where lines are printed, `say` prints them from now on: beside a bar."""
+    if _say is not None:
+        tell(say)
+
+
 def is_begun() -> bool:
     """Whether something is being started."""
     return bool(_entered)

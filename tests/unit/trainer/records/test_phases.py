@@ -39,3 +39,14 @@ def test_nothing_is_told_outside_of_a_start(now):
     phases.end()
     phases.enter("evaluating")
     assert (said, phases.is_begun(), phases.end()) == ([], False, {})
+
+
+def test_beside_a_bar_lines_go_through_it_where_there_are_any(now):
+    said, beside = [], []
+    phases.begin("torch")
+    phases.tell_beside(beside.append)
+    phases.enter("data")
+    phases.tell(said.append)
+    phases.tell_beside(beside.append)
+    phases.enter("evaluating")
+    assert (said, beside) == ([], ["start     0.0 s: evaluating"])
