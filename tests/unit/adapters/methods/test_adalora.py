@@ -403,7 +403,8 @@ def test_pefts_own_loop_gives_the_same_losses_and_ranks_in_the_same_order(tmp_pa
     """The clipped job of the quickstart; PEFT scores before clipping, as here, and cuts likewise."""
     config = load_config("configs/quickstart.yaml", [
         *OURS, f"run.dir={tmp_path}", f"data.cache={tmp_path}/cache", "run.steps=10",
-        "data.train_records=64", "data.eval=16", "method.tinit=2", "method.tfinal=3", "method.delta_t=2",
+        "data.train_records=64", "data.eval=16", "data.eval_records=null",
+        "method.tinit=2", "method.tfinal=3", "method.delta_t=2",
     ])  # fmt: skip
     (losses, held, ranks), (expected, wanted, theirs) = ours(config), by_peft(config, as_here=True)
     assert losses == pytest.approx(expected, rel=1e-5)

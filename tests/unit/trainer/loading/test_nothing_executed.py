@@ -53,6 +53,8 @@ CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torc
 OWN = {
     # Pickled is this process's own, and sent through a pipe to processes that it started.
     "trainer/data/workers.py": ("import pickle", "from joblib import cpu_count"),
+    # The command as it was given, once a rank.
+    "trainer/distributed/local_ranks.py": ("import subprocess",),
     # Programs that a model wrote run where `--run-code` asks for it, in a process apart.
     "trainer/generation/code.py": ("import subprocess",),
     "trainer/generation/code_child.py": (

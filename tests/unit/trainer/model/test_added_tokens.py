@@ -191,7 +191,7 @@ def test_peft_and_merged_models_have_the_trained_rows(tmp_path, case):
         export_run(config.run_folder, folder, World(), what="backbone", measure=False)
     readme = (adapter / "README.md").read_text().split("```")[1].removeprefix("python\n")
     assert ("resize_token_embeddings(len(tokenizer))" in readme) == (size == BEYOND)
-    readme = readme.replace(f"{tmp_path}/model", str(folder))
+    readme = readme.replace("path/to/model", str(folder))
     names: dict = {}
     exec(readme.replace("path/to/this/folder", str(adapter)), names)  # what a user would run
     ids = torch.tensor([names["tokenizer"]("The <|new|> cat<|end|> sat</s>")["input_ids"]])
