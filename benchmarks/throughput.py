@@ -241,7 +241,7 @@ def figures(
     """`trainable` None: an extrapolated time, without memory."""
     micro, length = shape(config)
     speed = micro * length / seconds
-    work = model_flops(built(config, world).model, trains=config.method.trains == "backbone")
+    work = model_flops(built(config, world).model, trains=config.method.kind == "full")
     assert work is not None, "a model whose FLOPs are known"
     without_attention = replace(work, windows=[])
     tflops = without_attention.of_step(np.full(micro, length), micro * length) / seconds / 1e12

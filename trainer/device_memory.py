@@ -51,10 +51,18 @@ def release(device: torch.device) -> None:
     trim()
 
 
+_was_set_aside = False
+
+
 @contextmanager
 def modules_set_aside() -> Iterator[None]:
     """Context in which collecting garbage, as is done a dozen times until the first step, does not
-    go through what was there before: a million objects of the libraries."""
+    go through what was there before: a million objects of the libraries. What an earlier run of
+    this process left is collected before."""
+    global _was_set_aside
+    if _was_set_aside:
+        gc.collect()
+    _was_set_aside = True
     gc.freeze()
     try:
         yield

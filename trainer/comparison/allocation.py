@@ -41,6 +41,8 @@ class Replayed:
 
 def last_decision(run: Path) -> tuple[str, Decision]:
     """(method, decision) of a run's last line. Raises UserError where there is none."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; accepted: that of a run, made on this machine")
     for file in reversed(decision_files(run)):
         lines = list(read_objects(file))
         if lines:

@@ -93,7 +93,7 @@ class Jobs:
         if job not in self._made:
             comparison = self.comparison
             overrides = [
-                *comparison.overrides, *self._of_method(job.method),
+                *comparison.overrides, *self.of_method(job.method),
                 *(comparison.selection if job.selects else []), f"run.seed={job.seed}",
                 f"optim.learning_rate={job.learning_rate!r}", f"run.dir={self._folder}",
                 "run.resume=never", "log.record_losses=true",
@@ -110,7 +110,7 @@ class Jobs:
             self._made[job] = digest, load_config(comparison.base, [*located, f"run.name={name}"])
         return self._made[job]
 
-    def _of_method(self, method: str) -> list[str]:
+    def of_method(self, method: str) -> list[str]:
         """Overrides of an arm of the file, or of LoRA with another rank."""
         if method in self.comparison.methods:
             return self.comparison.overrides_of(method)

@@ -58,7 +58,7 @@ class Part:
         others = sum(one.get("code") != code_version() for one in stored)
         if others:
             use = "used" if limits.any_code else "not used (--any-code uses them)"
-            report(f"note: {folder / RESULTS}: {others} results of other code, {use}")
+            report(f"note: {folder}: {others} results of other code, {use}")
         for result in stored:
             if not is_failure(result):
                 self.schedule.add(result)

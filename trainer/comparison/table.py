@@ -109,6 +109,8 @@ def markdown(schedule: Schedule, found: Sequence[Row]) -> str:
         rate += " (edge)" if row.is_edge else ""
         runs = f"{len(row.runs)} of {row.asked}"
         runs += f", {row.failed} failed" if row.failed else ""
+        if not row.runs and not row.failed:
+            continue
         if not row.runs:
             lines.append(f"| {row.arm} | none | | | | | | | | {rate} | | | {runs} |")
             continue
@@ -129,7 +131,10 @@ def markdown(schedule: Schedule, found: Sequence[Row]) -> str:
             runs,
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _below(schedule) + _decided(found)]) + "\n"
+    missing = [row.arm for row in found if not row.runs and not row.failed]
+    below = _below(schedule) + _decided(found)
+    below += f" Without a run of their seeds so far: {', '.join(missing)}." if missing else ""
+    return "\n".join([*lines, "", below]) + "\n"
 
 
 def _mean(row: Row, key: str) -> float:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from trainer.errors import UserError
+from trainer.errors import EXIT_REQUEUE, UserError
 
 _MARK = "RANKCAST_LOCAL_RANKS"
 """Set for the ranks, whose command line is that of this process."""
@@ -41,20 +41,26 @@ def run_ranks(count: int) -> int:
     }  # fmt: skip
     ranks: list[subprocess.Popen] = []
     with _forwarded(ranks):
-        for rank in range(count):
-            own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-            environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-            ranks.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=environment))
-        return _wait(ranks)
+        try:
+            for rank in range(count):
+                own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+                environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
+                command = [sys.executable, *sys.orig_argv[1:]]
+                ranks.append(subprocess.Popen(command, env=environment))
+            return _wait(ranks)
+        except BaseException:  # such as a limit of processes
+            _send(ranks, signal.SIGKILL)
+            raise
 
 
 def _wait(ranks: Sequence[subprocess.Popen]) -> int:
-    """Until all have ended; where one fails, the others have a while to end by themselves."""
+    """Until all have ended; where one fails, the others have a while to end by themselves. After a
+    request to stop each takes the time that it needs."""
     failed, steps = 0, [signal.SIGTERM, signal.SIGKILL]
     deadline = float("inf")
     while True:
         codes = [rank.poll() for rank in ranks]
-        if not failed and (failed := next(filter(None, codes), 0)):
+        if not failed and (failed := next(filter(None, codes), 0)) and failed != EXIT_REQUEUE:
             deadline = time.monotonic() + _GRACE
         if None not in codes:
             return failed if failed >= 0 else 128 - failed

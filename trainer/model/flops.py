@@ -81,10 +81,12 @@ def model_flops(model: "PreTrainedModel", *, trains: bool = False) -> ModelFlops
 
 def _matrices(model: nn.Module, config: Any, head: Any) -> int | None:
     """Entries of the matrices but the head's; None where it is not known how many experts a token
-    takes."""
+    takes, or what a layer does with its parameters."""
     chosen = getattr(config, "num_experts_per_tok", None)
     total = 0
     for module in model.modules():
+        if _is_other(module, config):
+            return None
         if isinstance(module, StackedLinear):
             if not isinstance(chosen, int):
                 return None
@@ -92,6 +94,17 @@ def _matrices(model: nn.Module, config: Any, head: Any) -> int | None:
         elif module is not head:
             total += _entries(module)
     return total
+
+
+def _is_other(module: nn.Module, config: Any) -> bool:
+    """Whether a module has a matrix of its own and is no layer that is counted; routers, of a row
+    for each expert, are left out."""
+    if isinstance(module, nn.Linear | nn.Embedding) or type(module).__module__.startswith(
+        "adapters"
+    ):
+        return False
+    experts = {getattr(config, key, None) for key in ("num_experts", "num_local_experts")}
+    return any(p.dim() > 1 and len(p) not in experts for p in module.parameters(recurse=False))
 
 
 def _entries(module: Any) -> int:
@@ -109,10 +122,8 @@ def _windows(config: Any) -> list[int | None] | None:
     if kinds is None:
         is_used = getattr(config, "use_sliding_window", True)
         return [window if is_used else None] * config.num_hidden_layers
-    if "chunked_attention" in kinds:
-        return None
     windows = {"full_attention": None, "attention": None, "sliding_attention": window}
-    return [windows[kind] for kind in kinds if kind in windows]
+    return [windows[kind] for kind in kinds] if windows.keys() >= set(kinds) else None
 
 
 def _pairs(lengths: np.ndarray, window: int | None, *, causal: bool) -> int:

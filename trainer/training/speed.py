@@ -32,7 +32,7 @@ def known_peak(session: Session) -> Peak | None:
     flops = peak_flops(torch.cuda.get_device_name(device))
     if flops is None:
         return None
-    trains = session.config.method.trains == "backbone"
+    trains = session.config.method.kind == "full"  # biases and norms alone have no matrices
     model = model_flops(session.backbone.model, trains=trains)
     return None if model is None else Peak(model, flops)
 
