@@ -63,5 +63,8 @@ def test_the_last_decision_of_a_run_becomes_a_record_of_one(tmp_path):
         assert (line["step"], line["method"], line["digest"]) == (0, "lelora", written.digest())
         assert sorted(written.ranks.values()) == [2, 5]
         assert seed is not None or written.ranks == last.ranks
+    with pytest.raises(UserError, match="none: no such folder"):
+        last_decision(tmp_path / "none")
+    (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no decision was recorded"):
         last_decision(tmp_path / "none")

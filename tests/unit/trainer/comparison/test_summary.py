@@ -1,10 +1,9 @@
 """Several comparisons beside each other, and results that are kept with the sources."""
 
-import hashlib
-
 import pytest
 
 from tests.unit.trainer.comparison.test_schedule import comparison, outcome, run_all
+from trainer.comparison import jobs as jobs_module
 from trainer.comparison.jobs import Jobs
 from trainer.comparison.kept import KEPT, read_kept, write_kept
 from trainer.comparison.runner import Limits, Part, compare
@@ -55,7 +54,8 @@ def test_kept_results_make_the_same_table_in_any_version(tmp_path, monkeypatch):
     made = finished(tmp_path)
     write_kept(made, tmp_path / "kept")
     # Other keys of the configuration, hence other digests.
-    monkeypatch.setattr("trainer.comparison.jobs.hashlib.sha256", _salted)
+    own = jobs_module._digest
+    monkeypatch.setattr(jobs_module, "_digest", lambda config: f"another {own(config)}")
     jobs = Jobs(comparison(), tmp_path)
     read = read_kept(jobs, tmp_path / "kept")
     assert {one["config"] for one in read}.isdisjoint({one["config"] for one in made.results})
@@ -69,8 +69,17 @@ def test_kept_results_make_the_same_table_in_any_version(tmp_path, monkeypatch):
     assert (tmp_path / "kept" / KEPT).stat().st_size < 60_000
 
 
-def _salted(data=b"", sha256=hashlib.sha256):
-    return sha256(b"another" + data)
+def test_kept_results_are_of_what_the_file_says_and_join_those_of_other_arms(tmp_path):
+    write_kept(finished(tmp_path), tmp_path)
+    arms = dict(comparison().methods)
+    changed = comparison(methods={**arms, "half": arms["half"].model_copy(
+        update={"overrides": [*arms["half"].overrides, "method.dropout=0.5"]}
+    )})  # fmt: skip
+    read = {one["method"] for one in read_kept(Jobs(changed, tmp_path), tmp_path)}
+    assert read == {"lora", "twin", "lora r=1", "lora r=5"}  # `same` is like `half`
+    fewer = comparison(methods={"lora": arms["lora"]}, lora_ranks=[8])
+    write_kept(Schedule(Jobs(fewer, tmp_path), None), tmp_path)
+    assert {one["method"] for one in read_kept(Jobs(comparison(), tmp_path), tmp_path)} > read
 
 
 def test_the_command_writes_a_summary_of_several(tmp_path):

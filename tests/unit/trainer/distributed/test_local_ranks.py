@@ -1,5 +1,6 @@
 """`--processes`: the ranks' variables, exit codes and signals; with ranks that import no torch."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import sys
 import pytest
 
 from tests.helpers import ROOT, environment
+from trainer.distributed import local_ranks
+from trainer.errors import EXIT_REQUEUE
 
 SCRIPT = """
 import os, signal, sys
@@ -48,13 +51,34 @@ sys.stdout.write(" ".join([str(rank), *map(os.environ.get, names), *sys.argv[1:]
     ("sys.exit(5 if rank == 1 else 0)", 5),
     ("sys.exit(5) if rank == 1 else signal.pause()", 5),  # terminated
     ("signal.signal(signal.SIGTERM, lambda *_: None)\n"
-     "while rank != 1: signal.pause()\nsys.exit(75)", 75),  # killed
+     "while rank != 1: signal.pause()\nsys.exit(6)", 6),  # killed
     ("os.kill(os.getpid(), signal.SIGKILL) if rank == 2 else None", 128 + signal.SIGKILL),
 ])  # fmt: skip
 def test_the_first_failure_ends_all(tmp_path, program, code):
     process = started(tmp_path, program)
     process.communicate(timeout=60)
     assert process.returncode == code
+
+
+@pytest.mark.parametrize(("code", "sent"), [(EXIT_REQUEUE, []), (5, [15, 9])])
+def test_ranks_that_were_asked_to_stop_take_their_time(monkeypatch, code, sent):
+    class Rank:
+        def __init__(self, asked):
+            self.asked, self.sent = asked, []
+
+        def poll(self):
+            self.asked -= 1
+            return None if self.asked > 0 else code
+
+        def send_signal(self, number):
+            self.sent.append(number)
+
+    seconds = itertools.count(step=100)
+    monkeypatch.setattr(local_ranks.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(local_ranks, "_POLL", 0)
+    ranks = [Rank(1), Rank(6)]
+    assert local_ranks._wait(ranks) == code
+    assert ranks[1].sent == sent
 
 
 def test_signals_reach_the_ranks(tmp_path):

@@ -81,12 +81,20 @@ def test_the_head_counts_where_tokens_are_learned():
 def test_what_the_formula_does_not_describe_has_none():
     t5 = AutoConfig.for_model("t5", num_layers=1, d_model=8, d_ff=8, num_heads=1, vocab_size=9)
     assert model_flops(AutoModelForSeq2SeqLM.from_config(t5)) is None
+    # Layers of other kinds than those that are counted: Conv1D, experts in one parameter.
+    gpt2 = AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=1, vocab_size=9)
+    assert model_flops(AutoModelForCausalLM.from_config(gpt2)) is None
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
+    mixtral = AutoConfig.for_model(
+        "mixtral", **small, num_attention_heads=1, num_key_value_heads=1, num_local_experts=4
+    )
+    assert model_flops(AutoModelForCausalLM.from_config(mixtral)) is None
 
 
 @pytest.mark.parametrize(("name", "tflops"), [
     ("NVIDIA H100 80GB HBM3", 989.5), ("NVIDIA H100 PCIe", 756.5), ("NVIDIA H200", 989.5),
     ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA L4", 121.0), ("NVIDIA L40", None),
-    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GeForce RTX 4090", None),
+    ("NVIDIA L40S", 362.05), ("NVIDIA A10-24Q", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GeForce RTX 4090", None),
 ])  # fmt: skip
 def test_the_peak_is_known_or_absent(name, tflops):
     assert peak_flops(name) == (None if tflops is None else tflops * 1e12)
