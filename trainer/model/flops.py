@@ -104,7 +104,8 @@ def _is_other(module: nn.Module, config: Any) -> bool:
     ):
         return False
     experts = {getattr(config, key, None) for key in ("num_experts", "num_local_experts")}
-    return any(p.dim() > 1 and len(p) not in experts for p in module.parameters(recurse=False))
+    own = list(module.parameters(recurse=False))
+    return any(p.dim() > 2 or (p.dim() == 2 and len(p) not in experts) for p in own)
 
 
 def _entries(module: Any) -> int:
