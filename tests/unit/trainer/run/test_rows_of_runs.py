@@ -107,6 +107,8 @@ def test_classified_records_end_to_end(tmp) -> None:
     found = {}
     for name, changes in {"padded": ["data.padding_free=false"], "rows": END_TO_END}.items():
         config = classification(tmp, f"classes-{name}", *changes)
+        said = dry_run(config, World())
+        assert ("end to end in one row a micro-batch" in said) == (name == "rows")
         run(config, World())
         found[name] = losses(config.run_folder)
     # The first step of Adam has the size of the learning rate where a gradient is rounding alone.
