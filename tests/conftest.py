@@ -28,9 +28,10 @@ def shared(path: str) -> Path:
 
 
 def pytest_sessionfinish() -> None:
-    from tests.helpers import SERVER
+    from tests.helpers import SERVER, drop_random_models
 
     SERVER.close()
+    drop_random_models()
 
 
 @pytest.fixture(scope="session", autouse=True)

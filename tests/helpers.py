@@ -64,10 +64,23 @@ def save_random_model(
 
 
 @functools.cache
+def _random_models() -> Path:
+    """Where this process keeps its random models, until it ends or `drop_random_models`."""
+    folder = Path(tempfile.mkdtemp(prefix="rankcast-models-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def drop_random_models() -> None:
+    """At the end of a session of tests, whose workers end without Python's own farewell."""
+    if _random_models.cache_info().currsize:
+        shutil.rmtree(_random_models(), ignore_errors=True)
+
+
+@functools.cache
 def _random_model(model_type: str, auto: Any, seed: int, changes: str) -> tuple[Path, torch.Tensor]:
     """Made once a session: (folder, torch's random state afterwards)."""
-    folder = Path(tempfile.mkdtemp(prefix="rankcast-model-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(dir=_random_models()))
     settings = {**SMALL, **json.loads(changes)}
     if model_type in ("bert", "roberta", "falcon"):
         settings.pop("head_dim"), settings.pop("num_key_value_heads")
