@@ -67,8 +67,8 @@ PLACES = [(name, step) for name in CHOSEN for step in RUNS[name][1]]
 SAME, OTHER, SINGLE = (PLACES if ALL else PLACES[turn::3] for turn in range(3))
 ALONE = {  # the same in one process only
     "all-kept": (["method.kind=weightlora", "method.warmup_steps=2", "method.keep=14"], [1, 6]),
-    "qr": (
-        ["method.kind=weightlora_plus", "method.warmup_steps=4", "method.expand=qr"], [6],
+    "kept": (
+        ["method.kind=weightlora_plus", "method.warmup_steps=4", "method.expand=kept"], [6],
     ),
     "rounds": (
         [
