@@ -213,7 +213,7 @@ def test_in_one_process_it_is_nearly_the_same_run(outcome, name, step):
     check_same_run(tmp, name, f"{name}-{step}-single", exactly=False, step=step)
 
 
-@pytest.mark.parametrize("name", sample(ALONE, "qr", "fisher", "validation", "dylora"))
+@pytest.mark.parametrize("name", sample(ALONE, "kept", "fisher", "validation", "dylora"))
 def test_in_one_process_all_along_it_is_the_same_run(place, name):
     whole = interrupted(place, name, "single", name)
     train_only(World(), whole.model_dump())
