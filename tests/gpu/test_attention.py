@@ -14,7 +14,8 @@ from tests.unit.trainer.tasks.test_documents import LLAMA, alone, gradients
 from trainer.distributed import process_group
 from trainer.model.attention import VARLEN, choose_attention, dense_mask, register_attention
 from trainer.model.blocks import Blocks
-from trainer.model.varlen import varlen_attention
+from trainer.model.varlen import BOTH_WAYS, varlen_attention
+from trainer.model.varlen_dropout import varlen_attention_with_dropout
 from trainer.run.run import run
 from trainer.tasks.base import Example
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
@@ -40,7 +41,7 @@ def documents(lengths: tuple[int, ...] = LENGTHS) -> Documents:
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
-@pytest.mark.parametrize("window", [0, 2, 64])
+@pytest.mark.parametrize("window", [0, 2, 64, BOTH_WAYS])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(8, 8, 64), (8, 2, 128), (4, 1, 256)])
 def test_operator(heads: int, kv_heads: int, size: int, window: int, with_sinks: bool) -> None:
     """Output and all gradients, against all scores in float32."""
@@ -57,7 +58,8 @@ def test_operator(heads: int, kv_heads: int, size: int, window: int, with_sinks:
         query, key, value, sinks, at.boundaries, at.longest, window, size**-0.5
     )
     n = len(at.boundaries)
-    mask = dense_mask(at.boundaries.expand(1, window + 1, at.longest, n), 1, total)[0, 0]
+    sizes = (2, 1) if window == BOTH_WAYS else (1, window + 1)
+    mask = dense_mask(at.boundaries.expand(*sizes, at.longest, n), 1, total)[0, 0]
     wide = [t.detach().float().requires_grad_() for t in given]
     extra = wide[3] if with_sinks else None
     expected = reference(wide[0], wide[1], wide[2], extra, mask, size**-0.5)
@@ -66,6 +68,42 @@ def test_operator(heads: int, kv_heads: int, size: int, window: int, with_sinks:
     theirs = torch.autograd.grad(expected, wide, dout.float())
     for gradient, other in zip(ours, theirs, strict=True):
         close(gradient, other)
+
+
+@pytest.mark.parametrize("window", [0, BOTH_WAYS])
+def test_operator_with_dropout(window: int) -> None:
+    """With V = 1 the output is P ∘ M, which tells what was dropped; backward drops the same."""
+    lengths, heads, size, p = (50, 1, 30, 47), 4, 128, 0.3
+    at, total = documents(lengths), sum(lengths)
+    assert total == size
+    query, key = (
+        torch.randn(total, heads, size, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2)
+    )
+    eye = torch.eye(size, device=CUDA, dtype=torch.bfloat16).unsqueeze(1).expand(-1, heads, -1)
+    value = eye.clone().requires_grad_()
+    torch.manual_seed(1)
+    given = (at.boundaries, at.longest, window, size**-0.5, p)
+    out, *_ = varlen_attention_with_dropout(query, key, value, *given)
+    sizes = (2, 1) if window == BOTH_WAYS else (1, 1)
+    seen = dense_mask(at.boundaries.expand(*sizes, at.longest, len(at.boundaries)), 1, total)[0, 0]
+    q, k, v = (t.detach().float().requires_grad_() for t in (query, key, value))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * size**-0.5
+    probabilities = scores.masked_fill(~seen, -torch.inf).softmax(2)
+    kept = (out.detach().float().permute(1, 0, 2) > 0) / (1 - p)  # V is 1: (heads, queries, keys)
+    large = seen & (probabilities > 1e-3)
+    assert float((kept == 0)[large].float().mean()) == pytest.approx(p, abs=0.05)
+    expected = torch.einsum("hqk,khd->qhd", probabilities * kept, v)
+    close(out, expected)
+    dout = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (query, key, value), dout)
+    theirs = torch.autograd.grad(expected, (q, k, v), dout.float())
+    for gradient, other in zip(ours, theirs, strict=True):
+        close(gradient, other)
+    torch.manual_seed(1)
+    again, *_ = varlen_attention_with_dropout(query, key, value, *given)
+    another, *_ = varlen_attention_with_dropout(query, key, value, *given)
+    assert torch.equal(again, out) and not torch.equal(another, out)
 
 
 HEADS = {

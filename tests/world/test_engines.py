@@ -43,6 +43,11 @@ VARIANTS = {
         "task.kind=sequence_classification", "data.train=TRAIN", "data.eval=TRAIN",
         "model.quantization=nf4", "data.padding_free=true", "data.row_lengths=3",
     ],
+    "encoder": [
+        "model.id=ENCODER", "task.kind=sequence_classification", "data.train=TRAIN",
+        "data.eval=TRAIN", "data.max_length=48", "data.padding_free=true", "data.row_lengths=3",
+        "method.targets=all-linear", "optim.learning_rate=1e-3",
+    ],
     # Every rank routes its own tokens in its own way.
     "experts": [
         "model.id=MIXTURE", "method.targets=all-linear", "method.alpha=2",
@@ -62,11 +67,12 @@ VARIANTS = {
         "model.quantization=nf4", "method.targets=all-linear", "data.eval_split=train",
     ],
 }  # fmt: skip
-STEPS = {variant: 20 if ALL or variant in ("experts", "questions") else 8 for variant in VARIANTS}
+LONG = ("experts", "questions", "encoder")
+STEPS = {variant: 20 if ALL or variant in LONG else 8 for variant in VARIANTS}
 USUAL = [
     *itertools.product(["float32", "nf4"], ENGINES),
     ("nf4-bfloat16", "fsdp2"), ("packed-checkpointed-dropout", "deepspeed"),
-    ("by-tokens", "ddp"), ("uneven", "peer"), ("classification", "fsdp2"),
+    ("by-tokens", "ddp"), ("uneven", "peer"), ("classification", "fsdp2"), ("encoder", "fsdp2"),
     ("experts-nf4-checkpointed", "ddp"), ("questions", "peer"),
 ]  # fmt: skip
 """What `make test` runs: two variants under every engine, one of each kind of data under one."""
@@ -113,7 +119,8 @@ def runs(tmp_path_factory):
     (tmp / "labels.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
     (tmp / "questions.jsonl").write_text("".join(map(question, range(30))))
     save_mixture(tmp / "mixture", "mixtral")
-    save_random_model(tmp / "encoder", "bert")
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    save_random_model(tmp / "encoder", "bert", **without)
     save_vit(tmp / "vit")
     save_images(tmp / "images", 24)
     for variant in RUN:

@@ -8,7 +8,8 @@ compiled and recomputed blocks get it as an argument. Rows of a single document 
 keep the causal kernel of scaled_dot_product_attention.
 
 Spans are boundaries (n + 1) expanded, without memory, to (1, window + 1, longest, n + 1): integers
-that the kernel needs on the host are sizes, which a compiled program takes without recompiling.
+that the kernel needs on the host are sizes, which a compiled program takes without recompiling. The
+first size is 2 where queries attend to all of their document, the keys behind them too (encoders).
 """
 
 import ast
@@ -29,7 +30,8 @@ from transformers.masking_utils import sdpa_mask
 
 from adapters.units import transformer_blocks
 from trainer.errors import UserError
-from trainer.model.varlen import LARGEST_HEAD, varlen_attention
+from trainer.model.varlen import BOTH_WAYS, LARGEST_HEAD, varlen_attention
+from trainer.model.varlen_dropout import varlen_attention_with_dropout
 from trainer.tasks.documents import MASKS, Documents, MaskFunction
 
 if TYPE_CHECKING:
@@ -55,6 +57,8 @@ class Attention:
     name: str | None
     """transformers' name of it; None: what the model has."""
     reason: str
+    obstacle: str | None = None
+    """Why packed rows get a dense mask, where they do for want of a kernel."""
 
     @property
     def by_document(self) -> bool:
@@ -86,7 +90,7 @@ def choose_attention(
     if not packing:
         return Attention(name, own)
     if obstacle is not None:
-        return Attention(name, f"{own}, with a dense mask of documents: {obstacle}")
+        return Attention(name, f"{own}, with a dense mask of documents: {obstacle}", obstacle)
     if _soft_cap(model) is None:
         return Attention(VARLEN, "varlen (flash attention by document)")
     return Attention(name, f"{own}, with a dense mask of documents: scores have a soft cap")
@@ -174,28 +178,32 @@ def with_cache(model: "PreTrainedModel") -> Iterator[None]:
 def spans_mask(
     documents: Documents, *, mask_function: MaskFunction, use_vmap: bool = False, **arguments: Any
 ) -> Tensor:
-    """Spans of the documents; a dense mask where the model asks for anything but causal attention,
-    such as a prefix that sees all of itself."""
+    """Spans of the documents; a dense mask where the model asks for anything but causal attention
+    or attention to everything, such as a prefix that sees all of itself."""
     window = None
     if not use_vmap and arguments.get("attention_mask") is None:
-        window = causal_window(mask_function, documents.positions.shape[1])
+        window = attended_window(mask_function, documents.positions.shape[1])
     if window is None:
         separate = documents.separate(mask_function)
         dense = sdpa_mask(mask_function=separate, use_vmap=use_vmap, **arguments)
         assert dense is not None
         return dense
     n = len(documents.boundaries)
+    if window == BOTH_WAYS:
+        return documents.boundaries.expand(2, 1, documents.longest, n)
     return documents.boundaries.expand(1, window + 1, documents.longest, n)
 
 
-def causal_window(attends: MaskFunction, length: int) -> int | None:
-    """Number of keys, its own the last, that a query attends to: 0 for all up to its own, None if
-    this is not the pattern. `attends` is evaluated for four queries on the CPU, without waiting for
-    a GPU."""
+def attended_window(attends: MaskFunction, length: int) -> int | None:
+    """Number of keys, its own the last, that a query attends to: 0 for all up to its own,
+    `BOTH_WAYS` for all, None if this is not the pattern. `attends` is evaluated for four queries on
+    the CPU, without waiting for a GPU."""
     with unset_fake_temporarily(), torch.device("cpu"):  # values matter, also for an estimate
         queries = torch.tensor([0, length // 3, length // 2, length - 1]).view(1, 1, -1, 1)
         keys, zero = torch.arange(length).view(1, 1, 1, -1), torch.zeros(1, 1, 1, 1).long()
         seen = attends(zero, zero, queries, keys).expand(1, 1, 4, length)
+        if bool(seen.all()) and length > 1:
+            return BOTH_WAYS
         window = int(seen[0, 0, -1].sum())
         expected = (keys <= queries) & (keys > queries - window)
         if not torch.equal(seen, expected):
@@ -229,14 +237,14 @@ def varlen_forward(
     scale = size**-0.5 if scaling is None else scaling
     causal = others.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    plain = softcap is None and position_bias is None and not dropout
+    plain = softcap is None and position_bias is None and (not dropout or s_aux is None)
     plain = plain and size % 8 == 0 and value.shape[-1] <= size <= LARGEST_HEAD
     beyond_sdpa = softcap is not None or s_aux is not None
     if attention_mask is None and causal and beyond_sdpa:
         attention_mask = spans_of_rows(query.shape[0], query.shape[2], query.device)
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         if plain:
-            return _by_spans(query, key, value, attention_mask, s_aux, scale), None
+            return _by_spans(query, key, value, attention_mask, s_aux, scale, dropout), None
         attention_mask = dense_mask(attention_mask, query.shape[0], query.shape[2])
     if not beyond_sdpa:
         output, _ = sdpa_attention_forward(
@@ -253,18 +261,24 @@ def varlen_forward(
 
 
 def _by_spans(
-    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, sinks: Tensor | None, scale: float
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, sinks: Tensor | None, scale: float,
+    dropout: float,
+) -> Tensor:  # fmt: skip
     rows, heads, length, size = query.shape
     value_size = value.shape[-1]
     if value_size < size:  # latent attention
         value = nn.functional.pad(value, (0, size - value_size))
     q, k, v = (t.transpose(1, 2).reshape(rows * length, -1, size) for t in (query, key, value))
-    window, longest = spans.shape[1] - 1, spans.shape[2]
+    window = BOTH_WAYS if spans.shape[0] == 2 else spans.shape[1] - 1
+    longest = spans.shape[2]
     # Norms kept in float32 may leave q and k in it, which the kernel would refuse.
-    out, _ = varlen_attention(
-        q.to(v.dtype), k.to(v.dtype), v, sinks, spans[0, 0, 0], longest, window, scale
-    )
+    q, k, boundaries = q.to(v.dtype), k.to(v.dtype), spans[0, 0, 0]
+    if dropout:
+        out, *_ = varlen_attention_with_dropout(
+            q, k, v, boundaries, longest, window, scale, dropout
+        )
+    else:
+        out, _ = varlen_attention(q, k, v, sinks, boundaries, longest, window, scale)
     return out.view(rows, length, heads, size)[..., :value_size]
 
 
@@ -280,7 +294,7 @@ def dense_mask(spans: Tensor, rows: int, length: int) -> Tensor:
     boundaries = spans[0, 0, 0].contiguous()
     index = torch.searchsorted(boundaries, tokens, right=True).view(rows, length)
     distance = tokens[:length].unsqueeze(1) - tokens[:length]
-    seen = distance >= 0
+    seen = distance >= 0 if spans.shape[0] == 1 else torch.ones_like(distance, dtype=torch.bool)
     if spans.shape[1] > 1:
         seen = seen & (distance < spans.shape[1] - 1)
     return (seen & (index.unsqueeze(2) == index.unsqueeze(1))).unsqueeze(1)

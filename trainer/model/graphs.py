@@ -58,7 +58,7 @@ class _Slot:
             return False
         if not self._spans:
             return tensor.shape == own.shape
-        if not _is_spans(tensor) or tensor.shape[1] != own.shape[1]:
+        if not _is_spans(tensor) or tensor.shape[:2] != own.shape[:2]:
             return False
         return tensor.shape[2] <= own.shape[2] and tensor.shape[3] <= own.shape[3]
 

@@ -64,7 +64,8 @@ def choose_rows(
     if data.padding_free is False:
         obstacle = "data.padding_free=false"
     elif data.padding_free == "auto" and obstacle is None and not attention.by_document:
-        obstacle = "attention would need a mask of documents"
+        because = f": {attention.obstacle}" if attention.obstacle else ""
+        obstacle = f"attention would need a mask of documents{because}"
     # One record alone is padded in some models' rows at the cost of other results.
     padded = obstacle is None or config.packs_rows or data.micro_batch_size != 1
     if few == "auto" and device.type == "cuda" and padded and not apart:

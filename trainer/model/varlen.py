@@ -1,8 +1,9 @@
-"""Causal attention within documents, without a mask: flash attention for variable lengths.
+"""Attention within documents, without a mask: flash attention for variable lengths.
 
 Queries (T, H, D), keys and values (T, H_kv, D) of all documents lie end to end; document i is
 [boundaries[i], boundaries[i+1]). Query t attends to the last `window` keys of its document up to
-itself (0: to all of them), and with sinks to one more key per head, of logit s and value 0:
+itself (0: to all of them; `BOTH_WAYS`: to all keys of its document), and with sinks to one more key
+per head, of logit s and value 0:
 
     P = exp(S − L),   L = log(Σ exp(S) + exp(s)),   O = P V
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 LARGEST_HEAD = 256
 """Of the flash kernel; a multiple of 8."""
+BOTH_WAYS = -1
+"""In place of a window: attention to the whole document."""
 
 
 @torch.library.custom_op("rankcast_attention::varlen", mutates_args=())
@@ -99,6 +102,8 @@ varlen_attention.register_autograd(_backward, setup_context=_save)
 def flash_window(window: int) -> tuple[bool, int, int]:
     """(causal, keys to the left, keys to the right) as flash attention counts them: beside the
     query's own, −1 for no limit. With a limit, causality is the right one's."""
+    if window == BOTH_WAYS:
+        return False, -1, -1
     return (True, -1, 0) if window == 0 else (False, window - 1, 0)
 
 
@@ -130,12 +135,14 @@ def _flash_backward(
 # On a CPU, document by document: for tests of all that surrounds the kernel.
 
 
-def _scores(query: Tensor, key: Tensor, window: int, scale: float) -> Tensor:
+def document_scores(query: Tensor, key: Tensor, window: int, scale: float) -> Tensor:
     """Scaled scores (H, n, n) of one document; −inf where a query does not attend."""
     groups = query.shape[1] // key.shape[1]
     scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(groups, 1)).float() * scale
     position = torch.arange(len(query))
     distance = position.unsqueeze(1) - position
+    if window == BOTH_WAYS:
+        return scores
     seen = (distance >= 0) & (distance < (window or len(query)))
     return scores.masked_fill(~seen, -torch.inf)
 
@@ -149,7 +156,7 @@ def _forward(
     groups = query.shape[1] // key.shape[1]
     for start, end in boundaries.unfold(0, 2, 1).tolist():
         assert end - start <= longest
-        scores = _scores(query[start:end], key[start:end], window, scale)
+        scores = document_scores(query[start:end], key[start:end], window, scale)
         lse[:, start:end] = scores.logsumexp(2)
         p = scores.softmax(2).to(value.dtype)
         own = value[start:end].repeat_interleave(groups, 1)
@@ -166,7 +173,7 @@ def _backward_of_documents(
     for start, end in boundaries.unfold(0, 2, 1).tolist():
         part = slice(start, end)
         q, k, v, dy, y = query[part], key[part], value[part], dout[part], out[part]
-        p = (_scores(q, k, window, scale) - lse[:, part].unsqueeze(2)).exp()
+        p = (document_scores(q, k, window, scale) - lse[:, part].unsqueeze(2)).exp()
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         dp = torch.einsum("qhd,khd->hqk", dy, v).float()
         ds = (p * (dp - (dy * y).sum(2).T.unsqueeze(2)) * scale).to(q.dtype)

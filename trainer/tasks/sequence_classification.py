@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_READS_FIRST = {"bert", "camembert", "electra", "roberta", "xlm-roberta"}
+"""Encoders, by transformers' model_type, whose head reads the first position of what the encoder
+returns, directly or by a pooler that is a module of its own."""
+
+
 class SequenceClassification(Task):
     """Classification or regression of one or two texts, by a new head."""
 
@@ -79,9 +84,11 @@ class SequenceClassification(Task):
 
     @classmethod
     def reads_documents(cls, model: "PreTrainedModel") -> bool:
-        """Where the head is a `score` of every position, of which the model takes the last one's:
-        decoders."""
-        return isinstance(getattr(model, "score", None), nn.Linear) and not attends_ahead(model)
+        """Where the head is a `score` of every position, of which the model takes the last one's
+        (decoders), or reads the first position of what its encoder returns."""
+        if attends_ahead(model):
+            return model.config.model_type in _READS_FIRST
+        return isinstance(getattr(model, "score", None), nn.Linear)
 
     def trained_modules(self, model: nn.Module) -> list[str]:
         return new_heads(model)
@@ -243,8 +250,10 @@ def _logits(model: Any, batch: Batch) -> Tensor:
     positions = inputs.pop("position_ids")
     if takes_positions(model):
         inputs["position_ids"] = handed(model, positions, inputs["input_ids"])
-    last = batch.documents.boundaries[1 : len(batch.targets) + 1].long() - 1
-    with kept_apart(batch.documents), _scores_at(model, last):
+    ends = batch.documents.boundaries[: len(batch.targets) + 1].long()
+    scored = hasattr(model, "score")
+    reads = _scores_at(model, ends[1:] - 1) if scored else _reads_at(model, ends[:-1])
+    with kept_apart(batch.documents), reads:
         return model(**inputs, **without_cache(model)).logits.float()
 
 
@@ -264,6 +273,28 @@ def _scores_at(model: Any, positions: Tensor) -> Iterator[None]:
         model.score.register_forward_hook(keep),
         model.register_forward_hook(exchange, prepend=True),
     ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _reads_at(model: Any, positions: Tensor) -> Iterator[None]:
+    """Within this context what reads the first position of an encoder's rows reads these positions
+    of its only row: the pooler, or what follows the encoder."""
+
+    def begin(hidden: Tensor) -> Tensor:
+        return hidden[0, positions].unsqueeze(1)  # rows of one position each
+
+    def exchange(encoder: nn.Module, inputs: Any, output: Any) -> None:
+        output.last_hidden_state = begin(output.last_hidden_state)
+
+    encoder = model.base_model
+    handles = [encoder.register_forward_hook(exchange)]
+    if (pooler := getattr(encoder, "pooler", None)) is not None:
+        handles += [pooler.register_forward_pre_hook(lambda _, inputs: (begin(inputs[0]),))]
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.masking_utils import (
+    bidirectional_mask_function,
     causal_mask_function,
     chunked_causal_mask_function,
     sdpa_mask,
@@ -18,14 +19,14 @@ from trainer.errors import UserError
 from trainer.model import blocks
 from trainer.model.attention import (
     VARLEN,
-    causal_window,
+    attended_window,
     choose_attention,
     dense_mask,
     register_attention,
     spans_mask,
     varlen_forward,
 )
-from trainer.model.varlen import flash_window, varlen_attention
+from trainer.model.varlen import BOTH_WAYS, flash_window, varlen_attention
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.tasks.documents import Documents
 
@@ -55,11 +56,12 @@ def test_boundaries_of_rows_end_to_end() -> None:
         (sliding_window_causal_mask_function(1), 1),
         (sliding_window_causal_mask_function(12), 0),  # as long as the row
         (chunked_causal_mask_function(5, torch.zeros(1, dtype=torch.long)), None),
-        (lambda row, head, query, key: query >= 0, None),  # bidirectional
+        (bidirectional_mask_function, BOTH_WAYS),
+        (lambda row, head, query, key: (query - key).abs() < 3, None),  # a window both ways
     ],
 )
 def test_window_of_a_pattern(attends, window: int | None) -> None:
-    assert causal_window(attends, 12) == window
+    assert attended_window(attends, 12) == window
 
 
 @pytest.mark.parametrize("window", [0, 2, 3])
@@ -70,6 +72,16 @@ def test_spans_stand_for_the_dense_mask(window: int) -> None:
     assert spans.shape == (1, window + 1, 8, 6) and spans.dtype == torch.int32
     assert spans.untyped_storage().nbytes() == 6 * 4
     separate = DOCUMENTS.separate(attends)
+    expected = sdpa_mask(mask_function=separate, allow_is_causal_skip=False, **shape)
+    assert torch.equal(dense_mask(spans, 2, 7), expected)
+
+
+def test_spans_of_encoders() -> None:
+    """Every token of a document attends to every other."""
+    shape = {"batch_size": 2, "q_length": 7, "kv_length": 7}
+    spans = spans_mask(DOCUMENTS, mask_function=bidirectional_mask_function, **shape)
+    assert spans.shape == (2, 1, 8, 6) and spans.dtype == torch.int32
+    separate = DOCUMENTS.separate(bidirectional_mask_function)
     expected = sdpa_mask(mask_function=separate, allow_is_causal_skip=False, **shape)
     assert torch.equal(dense_mask(spans, 2, 7), expected)
 
@@ -85,6 +97,7 @@ def test_other_patterns_keep_a_dense_mask() -> None:
 
 def test_flash_counts_keys_beside_the_query() -> None:
     assert flash_window(0) == (True, -1, 0)
+    assert flash_window(BOTH_WAYS) == (False, -1, -1)
     assert flash_window(1) == (False, 0, 0)
     assert flash_window(128) == (False, 127, 0)
 

@@ -84,7 +84,7 @@ def test_what_is_said_at_the_start(tmp) -> None:
     assert lines[0].startswith("packed by best fit into ") and lines[0].endswith("% filled")
     assert lines[1] == (
         "micro-batches of at most 384 tokens, padded to the longest of a micro-batch (attention "
-        "would need a mask of documents)"
+        "would need a mask of documents: on cpu there is no kernel for it)"
     )
     assert "end to end in one row a micro-batch, without padding, 3 lengths up to" in dry_run(
         configured(tmp, "said", *END_TO_END), World()
@@ -116,9 +116,21 @@ def test_classified_records_end_to_end(tmp) -> None:
     assert found["rows"] == pytest.approx(found["padded"], rel=1e-4)
 
 
-def test_an_encoder_reads_one_result_a_row(tmp) -> None:
-    model = save_random_model(tmp / "bert", "bert", AutoModelForSequenceClassification)
-    config = classification(tmp, "bert", f"model.id={model}", *END_TO_END)
+def test_encoders_end_to_end(tmp) -> None:
+    without = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = save_random_model(tmp / "bert", "bert", AutoModelForSequenceClassification, **without)
+    found = []
+    for form, changes in {"padded": ["data.padding_free=false"], "rows": END_TO_END}.items():
+        config = classification(tmp, f"bert-{form}", f"model.id={model}", *changes)
+        run(config, World())
+        found.append(losses(config.run_folder))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_an_encoder_that_reads_otherwise_has_a_row_for_each(tmp) -> None:
+    model = save_random_model(tmp / "albert", "albert", AutoModelForSequenceClassification)
+    config = classification(tmp, "albert", f"model.id={model}", *END_TO_END)
     with pytest.raises(UserError, match=r"padding_free: true given, but task\.kind=sequence_class"):
         dry_run(config, World())
 
