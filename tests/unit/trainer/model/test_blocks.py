@@ -13,6 +13,7 @@ from trainer.data.rows import Rows
 from trainer.distributed.world import World
 from trainer.errors import RunFailed
 from trainer.memory import planner
+from trainer.model.attention import VARLEN
 from trainer.model.blocks import have_same_floats
 from trainer.model.footprint import blocks_that_fit
 from trainer.run.run import run
@@ -231,13 +232,16 @@ def test_every_way_to_run_a_block_is_compiled(tmp_path, monkeypatch):
                         loss.backward()
 
 
-def test_no_trace_is_thrown_away(tmp_path, monkeypatch):
+@pytest.mark.parametrize("attention", ["sdpa", VARLEN])
+def test_no_trace_is_thrown_away(tmp_path, monkeypatch, attention):
     """Neither handles nor the numbers of a block are traced as inputs that turn out to be none."""
     monkeypatch.setattr("trainer.model.blocks.BACKEND", "aot_eager")
     torch._dynamo.reset()
     session = opened(tmp_path, "engine.compile=true")
+    session.model.config._attn_implementation = attention
     torch._dynamo.utils.clear_compilation_metrics()
-    loss, _ = session.task.loss(session.model, session.task.collate([[session.train_data[0]]]))
+    packed = session.task.collate([[session.train_data[0], session.train_data[1]]])
+    loss, _ = session.task.loss(session.model, packed)
     loss.backward()
     (program,) = torch._dynamo.utils.get_compilation_metrics()
     assert program.co_name == "forward_with_checkpointing" and not program.restart_reasons
