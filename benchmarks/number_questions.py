@@ -41,8 +41,9 @@ def _asked(text: str) -> tuple[str, re.Match[str]] | None:
         numbers = list(NUMBER.finditer(text, sentence.start(), sentence.end()))
         if len(numbers) == 1:
             (number,) = numbers
-            start, end = text[sentence.start() : number.start()], text[number.end() : sentence.end()]
-            return f"{start}how many{end}".strip(), number
+            before = text[sentence.start() : number.start()]
+            behind = text[number.end() : sentence.end()]
+            return f"{before}how many{behind}".strip(), number
     return None
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from tests.helpers import ROOT, losses, sample, save_random_model
 from tests.images import save_images, save_vit
-from tests.unit.test_paper_configs import AUTO, rows
+from tests.unit.test_paper_configs import AUTO, T5, rows
 from trainer.config.config import load_config
 from trainer.data.sources import hub_ids
 from trainer.distributed.world import World
@@ -26,7 +26,15 @@ SHIPPED = {  # name: (architecture, data, a score of its evaluations)
     "xsum_t5_lora": ("t5", "xsum", "token_accuracy"),
     **{
         f"gsm8k_{name}": ("llama", "gsm8k", "perplexity")
-        for name in ("eva", "lalora", "lalora_qv", "lelora", "lora", "weightlora", "weightlora_plus")
+        for name in (
+            "eva",
+            "lalora",
+            "lalora_qv",
+            "lelora",
+            "lora",
+            "weightlora",
+            "weightlora_plus",
+        )
     },
 }
 LOCAL = {
@@ -69,7 +77,7 @@ def test_it_trains(name, tmp_path):
         save_vit(tmp_path / "model")
     else:
         auto = (AUTO | {"bert": AutoModel}).get(architecture, AutoModelForCausalLM)
-        start = {"decoder_start_token_id": 0} if architecture == "t5" else {}
+        start = T5 if architecture == "t5" else {}
         save_random_model(tmp_path / "model", architecture, auto, **start)
     if kind == "images":
         source = save_images(tmp_path / "images/train", 24).parent

@@ -327,6 +327,7 @@ def _introduction(session: Session, loader: Loader, steps: int, notes: list[str]
         ),
         f"run       {config.run_folder}",
         f"data      train {session.train_data.counts}",
+        *(f"          {line}" for line in session.task.remarks()),
         *(f"          {line}" for line in on_sources(session.train_data)),
         *(
             f"          eval {name}{': ' if name else ''}{held}"
