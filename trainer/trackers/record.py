@@ -24,7 +24,7 @@ from trainer.files import write_text
 from trainer.records.callbacks import Callback, Evaluated, StepRecord
 from trainer.records.metrics import finite_or_null
 from trainer.records.recorder import Record
-from trainer.records.result import Result
+from trainer.report.result import Result
 
 IDENTITIES = "trackers.json"
 """In the run folder: the identity of each tracker's run, for a resume."""

@@ -12,7 +12,7 @@ from trainer.config.trackers import TRACKERS
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
 from trainer.records.jsonl import read_metrics
-from trainer.records.result import Result
+from trainer.report.result import Result
 from trainer.run.run import run
 from trainer.trackers import backend as backends
 from trainer.trackers import record as records
