@@ -12,9 +12,9 @@
     rankcast watch      monitor a run from its folder
     rankcast compare    compare methods on one task
 
-`rankcast COMMAND --help` lists the arguments. `rankcast train --processes N` trains on N GPUs of this
-machine; several machines use torchrun, deepspeed or srun, which take the script instead of the
-command: `torchrun --nnodes 2 … launch/train.py …`.
+`rankcast COMMAND --help` lists the arguments. `rankcast train --processes N` trains on N GPUs of
+this machine; several machines use torchrun, deepspeed or srun, which take the script instead of
+the command: `torchrun --nnodes 2 … launch/train.py …`.
 """
 
 import importlib
