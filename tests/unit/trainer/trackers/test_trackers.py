@@ -190,12 +190,14 @@ def test_records_that_cannot_be_drawn_do_not_fail_a_run(tmp_path):
     assert not said
 
 
-@pytest.mark.parametrize(("stopped", "patience", "line"), [
-    (True, "_PATIENCE_WHEN_STOPPED", "not done 0.01 s after the request to stop; left alone"),
-    (False, "_PATIENCE", "not done 0.01 s after the run; left alone"),
+@pytest.mark.parametrize(("ended", "stopped", "patience", "line"), [
+    (True, True, "_PATIENCE_WHEN_STOPPED", "not done 0.01 s after the request to stop; left alone"),
+    (False, False, "_PATIENCE_WHEN_STOPPED", "not done 0.01 s after the failure; left alone"),
+    (True, False, "_PATIENCE", "not done 0.01 s after the run; left alone"),
 ])  # fmt: skip
-def test_a_tracker_that_hangs_is_left_alone(tmp_path, monkeypatch, stopped, patience, line):
-    """The others are told that the run ends, and asked to stop the wait is short."""
+def test_a_tracker_that_hangs_is_left_alone(tmp_path, monkeypatch, ended, stopped, patience, line):
+    """The others are told that the run ends; after a failure or a request to stop the wait is
+    short."""
     released = threading.Event()
 
     class Hanging(Held):
@@ -211,6 +213,8 @@ def test_a_tracker_that_hangs_is_left_alone(tmp_path, monkeypatch, stopped, pati
     made[1].end()
     made[1].wait(10)
     record = Trackers(made, said.append, lambda: stopped)
+    if ended:
+        record.on_end(Result(tmp_path / "nothing"))
     record.close()
     record.close()  # as a run does that fails while it ends
     (told,) = said
