@@ -1,6 +1,7 @@
 """Build a model on the meta device and replace its linear layers by adapted layers."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from adapters.methods.baseline_options import FullOptions
 from adapters.units import is_conv1d, is_linear, linear_names, make_units
 from trainer.config.config import Config
 from trainer.config.dtype import compute_dtype
+from trainer.data.rows import Rows
 from trainer.errors import UserError, first_line
 from trainer.model.added_tokens import AddedTokens, check_vocabulary, token_tables
 from trainer.model.attention import OURS, register_attention
@@ -39,20 +41,61 @@ def build(
     """The model on the meta device, without weights. `unreached`: layers whose output does not
     reach the loss, as a checkpoint's run found them; else they are looked for. Raises UserError
     where model, task and method do not fit together."""
-    options = config.model
-    dtype = compute_dtype(options, device)
-    trains = config.method.trains
+    method = config.method
+    dtype = compute_dtype(config.model, device)
     # What trains is held in float32, whatever an engine computes in.
-    held = torch.float32 if trains == "backbone" else dtype
+    held = torch.float32 if method.trains == "backbone" else dtype
     model, initial, added = _unmodified(config, task, held)
     task.check_model(model)
     tensors = model.state_dict()
-    if isinstance(config.method, FullOptions):
-        refuse_fixed(model, config.method)
+    if isinstance(method, FullOptions):
+        refuse_fixed(model, method)
     model.requires_grad_(False)
     model.eval()
     read = layers_read(model)
     tables = () if added is None else token_tables(model, added, read)
+    rows, attention = _set_attention(model, config, device, dtype)
+    if method.trains == "backbone":
+        refuse_shared_blocks(model, method)
+    if method.trains == "adapters":
+        _unify_layers(model, read)
+    check_experts(model, dtype)
+    check_vocabulary(task.tokenizer, model, config.model)
+    choice = _choose(model, config, task, read, unreached)
+    units = make_units(model, choice.targets.chosen)
+    adapted_layers = {}
+    if method.trains == "adapters":
+        adapted_layers = install_adapted_layers(
+            model, config.model.quantization, choice.targets.chosen, choice.unquantized, choice.read
+        )
+        for name in choice.targets.chosen if method.scales_rows else ():
+            adapted_layers[name].layer.scales_rows = True
+    keep_float32(model, held)
+    heads = {path: model.get_submodule(path) for path in choice.trained}
+    if isinstance(method, FullOptions):
+        unfreeze(model, method, heads)
+    return BuiltModel(
+        model=model,
+        dtype=dtype,
+        units=units,
+        adapted_layers=adapted_layers,
+        heads=heads,
+        attention=attention,
+        rows=rows,
+        left_alone=choice.left_alone,
+        unreached=choice.unreached,
+        tensors=tensors,
+        initial=initial,
+        added=added,
+        tables=tables,
+    )
+
+
+def _set_attention(
+    model: "PreTrainedModel", config: Config, device: torch.device, dtype: torch.dtype
+) -> tuple[Rows, str]:
+    """(how records lie in rows, which attention serves them and why). Raises UserError where the
+    model cannot have several records in a row and is to."""
     if config.data.packing:
         check_packing(model)
     elif config.packs_rows:
@@ -61,65 +104,63 @@ def build(
     rows, attention = choose_rows(model, config, device, dtype)
     if attention.name is not None:
         model.set_attn_implementation(attention.name)
-    if trains == "backbone":
-        refuse_shared_blocks(model, config.method)
-    own_layers = trains == "adapters"
-    for path, module in list(model.named_modules()) if own_layers else ():
+    return rows, attention.reason
+
+
+def _unify_layers(model: nn.Module, read: set[str]) -> None:
+    """Experts of every layout become `AdaptedExperts`, GPT-2's transposed layers `AdaptedLinear`.
+    `read`: layers whose weights the model reads itself, which stay what they are."""
+    for path, module in list(model.named_modules()):
         if AdaptedExperts.fits(module):
             set_module(model, path, AdaptedExperts(module))
         elif is_conv1d(module) and path not in read:
             set_module(model, path, AdaptedLinear(module, "none", transposed=True))
-    check_experts(model, dtype)
-    check_vocabulary(task.tokenizer, model, options)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which layers get adapters, and what becomes of the others (paths)."""
+
+    targets: Targets
+    trained: list[str]
+    """Heads and routers, which train whole."""
+    unquantized: list[str]
+    read: set[str]
+    """Layers whose weights the model reads itself, without those that train or are gates."""
+    unreached: Sequence[str]
+    left_alone: list[LeftAlone]
+
+
+def _choose(
+    model: "PreTrainedModel",
+    config: Config,
+    task: Task,
+    read: set[str],
+    unreached: Sequence[str] | None,
+) -> _Choice:
+    method = config.method
     trained = task.trained_modules(model)
-    if config.method.train_router:
+    if method.train_router:
         trained += routers(model)
-    head = output_head(model)
     beside_experts = [path for path, _, _ in gates(model)]
-    unquantized = [*head, *trained, *beside_experts]
-    read -= {*trained, *beside_experts}
-    excluded = [*trained, *beside_experts] if config.method.include_head else unquantized
+    unquantized = [*output_head(model), *trained, *beside_experts]
+    read = read - {*trained, *beside_experts}
+    excluded = [*trained, *beside_experts] if method.include_head else unquantized
     names = linear_names(model, [*excluded, *read])
     if unreached is None:
         unreached = sorted(find_unreached(model, task, names, config.data.max_length))
     lost = lost_by_peft(model, names)
     targets = Targets([], [], [], [])
-    if trains != "backbone":
-        targets = choose_targets(model, config.method, excluded, read, unreached, lost)
+    if method.trains != "backbone":
+        targets = choose_targets(model, method, excluded, read, unreached, lost)
     alone = _left_alone(
         model, targets, read, beside_experts,
-        everything=config.method.targets == "all-linear" and trains != "backbone",
+        everything=method.targets == "all-linear" and method.trains != "backbone",
     )  # fmt: skip
     if targets.unreached:
         paths = tuple(summarised(names, targets.unreached))
         alone.append(LeftAlone(paths, "their output does not reach the loss of a text"))
-    units = make_units(model, targets.chosen)
-    adapted_layers = {}
-    if own_layers:
-        adapted_layers = install_adapted_layers(
-            model, options.quantization, targets.chosen, unquantized, read
-        )
-        for name in targets.chosen if config.method.scales_rows else ():
-            adapted_layers[name].layer.scales_rows = True
-    keep_float32(model, held)
-    heads = {path: model.get_submodule(path) for path in trained}
-    if isinstance(config.method, FullOptions):
-        unfreeze(model, config.method, heads)
-    return BuiltModel(
-        model=model,
-        dtype=dtype,
-        units=units,
-        adapted_layers=adapted_layers,
-        heads=heads,
-        attention=attention.reason,
-        rows=rows,
-        left_alone=alone,
-        unreached=unreached,
-        tensors=tensors,
-        initial=initial,
-        added=added,
-        tables=tables,
-    )
+    return _Choice(targets, trained, unquantized, read, unreached, alone)
 
 
 def _unmodified(

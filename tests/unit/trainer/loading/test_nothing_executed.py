@@ -27,7 +27,8 @@ from trainer.errors import UserError
 from trainer.loading.safetensors_files import PretrainedFiles
 from trainer.model.build import build
 from trainer.model.hub import load_tokenizer
-from trainer.run.run import _unpinned, run
+from trainer.run.introduction import _unpinned
+from trainer.run.run import run
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.tasks.registry import TASKS
 
