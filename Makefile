@@ -68,9 +68,11 @@ path: $(BIN)/.installed-dev
 	python -m tests.campaigns.users_path build/path --write docs/getting-started.md
 
 # The Dockerfile's steps without Docker, in a clean Debian folder by debootstrap, with torch for CPUs.
-# Needs root, and some 4 GB.
+# Needs root. With torch on disk it took 12 minutes on two busy cores and 2.5 GB. Where that index is not reachable, wheels on disk:
+# make image IMAGE="--bind /wheels --env PIP_FIND_LINKS=/wheels"
+IMAGE ?= --arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
 image: $(BIN)/.installed-dev
-	python -m tests.campaigns.image build/image --arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
+	python -m tests.campaigns.image build/image $(IMAGE)
 
 # Plants faults in copies of the project, one by one: which of them do the tests of `make test` catch?
 faults: $(BIN)/.installed-dev

@@ -1,6 +1,6 @@
 """Train, evaluate, export and watch low-rank adapters of sharded, quantised language models.
 
-    rankcast train      train from a YAML configuration, on one process
+    rankcast train      train from a YAML configuration
     rankcast evaluate   evaluate a run's adapter
     rankcast generate   continue prompts with a run's model
     rankcast chat       talk to a run's model
@@ -12,8 +12,9 @@
     rankcast watch      monitor a run from its folder
     rankcast compare    compare methods on one task
 
-`rankcast COMMAND --help` lists the arguments. For several processes use torchrun or deepspeed,
-which take the script instead of the command: `torchrun --nproc_per_node 2 launch/train.py …`.
+`rankcast COMMAND --help` lists the arguments. `rankcast train --processes N` trains on N GPUs of
+this machine; several machines use torchrun, deepspeed or srun, which take the script instead of
+the command: `torchrun --nnodes 2 … launch/train.py …`.
 """
 
 import importlib

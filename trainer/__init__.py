@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainer.records.callbacks import Callback as Callback
     from trainer.records.callbacks import Evaluated as Evaluated
     from trainer.records.callbacks import StepRecord as StepRecord
-    from trainer.records.result import Result as Result
+    from trainer.report.result import Result as Result
     from trainer.training.stop_request import Interrupted as Interrupted
 
 __version__ = "0.1.0"
@@ -35,7 +35,7 @@ _API = {
     "Callback": "trainer.records.callbacks",
     "Evaluated": "trainer.records.callbacks",
     "StepRecord": "trainer.records.callbacks",
-    "Result": "trainer.records.result",
+    "Result": "trainer.report.result",
     "Interrupted": "trainer.training.stop_request",
 }
 """Modules by the names that they give to users."""

@@ -32,6 +32,9 @@ ADAPTER = "adapter"
 MODEL = "model"
 FIGURES = "figures"
 BOARD = "tensorboard"
+README = "README.md"
+REPORT = "report.html"
+"""The page that `Result.report` writes."""
 
 
 def sha256(file: Path) -> str:

@@ -3,8 +3,10 @@
     python -m tests.campaigns.image FOLDER [--arg TORCH_INDEX=…] [--bind PATH]… [--env NAME=VALUE]…
 
 debootstrap makes the base image's Debian; then every ENV, ARG, WORKDIR, COPY, RUN and USER is done
-in a chroot, in order. `--bind` mounts a folder of this machine at the same place, read-only, for
-packages that lie on disk. The steps are those of the file: what it does not know is an error.
+in a chroot, in order. `--bind` mounts a folder of this machine at the same place, read-only, and
+`--env` sets a variable of all steps (PIP_FIND_LINKS, PIP_CERT, …), for packages that lie on disk or
+come from another index. The steps are those of the file: what it does not know is an error. Says
+how long each step took and how much of the disk the image takes.
 """
 
 import argparse
@@ -12,8 +14,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.helpers import ROOT
@@ -99,6 +102,15 @@ def mounted(root: Path, place: str, stack: ExitStack, *, writable: bool = False)
         subprocess.run(["mount", "-o", "remount,bind,ro", str(target)], check=True)
 
 
+@contextmanager
+def timed() -> Iterator[None]:
+    """Say how long it took, unless that was nothing."""
+    begun = time.monotonic()
+    yield
+    if (seconds := time.monotonic() - begun) >= 1:
+        print(f"   {seconds:.0f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -112,7 +124,10 @@ def main() -> None:
     assert steps[0][0] == "FROM"
     (suite,) = BASE.findall(steps[0][1])
     if not (root / "etc/debian_version").exists():
-        subprocess.run(["debootstrap", "--variant=minbase", suite, str(root)], check=True)
+        with timed():
+            subprocess.run(["debootstrap", "--variant=minbase", suite, str(root)], check=True)
+        if (root / "proc").is_mount():  # left by debootstrap
+            subprocess.run(["umount", str(root / "proc")], check=True)
     image = Image(root, arguments, extra)
     with ExitStack() as stack:
         for place in ("/dev", "/proc"):
@@ -121,8 +136,10 @@ def main() -> None:
             mounted(root, place, stack)
         for word, argument in steps[1:]:
             print(f"== {word} {argument}", flush=True)
-            image.do(word, argument)
-    print("done")
+            with timed():
+                image.do(word, argument)
+    used = subprocess.run(["du", "-sxm", root], check=True, capture_output=True, text=True)
+    print(f"done: {int(used.stdout.split()[0]) / 1000:.1f} GB in {root.name}")
 
 
 if __name__ == "__main__":

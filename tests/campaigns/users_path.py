@@ -183,11 +183,10 @@ def prepare(work: Path, model: Path) -> dict[str, str]:
     shutil.rmtree(work, ignore_errors=True)
     folder = work / "try"
     folder.mkdir(parents=True)
-    run = {"check": True, "capture_output": True, "text": True, "env": environment()}
-    subprocess.run([sys.executable, "-m", "venv", work / "env"], **run)
+    done_by(sys.executable, "-m", "venv", work / "env")
     python = work / "env/bin/python"
     where = "import site; print(site.getsitepackages()[0])"
-    own = subprocess.run([python, "-c", where], **run).stdout.strip()
+    own = done_by(python, "-c", where).strip()
     libraries = [path for path in sys.path if path.endswith("site-packages")]
     (Path(own) / "libraries.pth").write_text("\n".join(libraries) + "\n")
     source = work / "source"  # a build writes beside what it builds
@@ -195,12 +194,9 @@ def prepare(work: Path, model: Path) -> dict[str, str]:
     for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, source / name)
-    subprocess.run(
-        [
-            sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
-            "--no-index", "--wheel-dir", folder, source,
-        ],
-        **run,
+    done_by(
+        sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
+        "--no-index", "--wheel-dir", folder, source,
     )  # fmt: skip
     for name, text in FILES.items():
         (folder / name).write_text(text)
@@ -214,6 +210,13 @@ def prepare(work: Path, model: Path) -> dict[str, str]:
     }  # fmt: skip
     # The installed wheel, not these sources; and no other place to look for packages.
     return {k: v for k, v in shell.items() if k not in ("PYTHONPATH", "PIP_FIND_LINKS")}
+
+
+def done_by(*command: str | Path) -> str:
+    """What a command said. Raises AssertionError, with all of it, where it failed."""
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    return done.stdout
 
 
 def walk(work: Path, model: Path) -> list[tuple[Step, str]]:

@@ -21,6 +21,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=120, resources=place).execute()
     assert (tmp_path / "runs/notebook/adapter/adapter_model.safetensors").is_file()
     shown = "".join(o.get("text", "") for cell in notebook.cells for o in cell.get("outputs", []))
-    assert "20 steps, eval_loss" in shown
+    assert "20 steps, eval_loss" in shown and "lora on `configs/quickstart/model`" in shown
+    assert (tmp_path / "runs/notebook/report.html").is_file()
     assert "method.kind: 'lorra' given; accepted: lora" in shown
     assert "TqdmWarning" not in shown and "| 20/20 " in shown, "a bar"

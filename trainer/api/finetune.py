@@ -12,7 +12,7 @@ from trainer.data.cache import default_root
 from trainer.distributed import launcher
 from trainer.distributed.failures import guarded
 from trainer.errors import UserError
-from trainer.records.result import Result
+from trainer.report.result import Result
 from trainer.run.launch import configure_libraries, join
 
 

@@ -246,11 +246,10 @@ class LogOptions(Section):
     """Write TensorBoard event files to the run folder, at most 10,000 points per curve."""
     trackers: list[str] = []
     """Trackers that the run is also logged to, of tensorboard, wandb, mlflow, trackio, comet,
-    swanlab, aim, clearml, dvclive: configuration, metrics, and (tensorboard, wandb, mlflow) answers
-    and the run's figures. wandb (offline) and mlflow are tested; swanlab, comet, clearml and
-    dvclive were tried, one run each without a server; aim's then held no figures. Each is set up
-    by its own environment variables (WANDB_MODE, MLFLOW_TRACKING_URI, …). One that fails does not
-    fail the run; the end waits at most 60 s for them, after a request to stop 5 s."""
+    swanlab, aim, clearml, dvclive (docs/runs.md says what each holds): configuration, metrics and,
+    where the tracker takes them, answers and the run's figures. Each is set up by its own
+    environment variables (WANDB_MODE, MLFLOW_TRACKING_URI, …). One that fails does not fail the
+    run; the end waits at most 60 s for them, after a failure or a request to stop 5 s."""
     project: str = Field("rankcast", min_length=1)
     """The trackers' project, or experiment, that the run belongs to."""
     record_losses: bool = False

@@ -38,8 +38,8 @@ def make_engine(config: Config, world: World, task: Task) -> Engine:
         if not ENGINES[kind].one_process and "RANK" not in os.environ:
             raise UserError(
                 f"engine.kind: {kind} given without a launcher; accepted: auto or "
-                f"{_those_for(one_process=True)}, or start with `deepspeed launch/train.py` or "
-                "`torchrun launch/train.py`"
+                f"{_those_for(one_process=True)}, or start with `rankcast train --processes N`, "
+                "`deepspeed launch/train.py` or `torchrun launch/train.py`"
             )
     with world.all_or_none():
         _check(config, kind, world)

@@ -9,7 +9,8 @@ layer has one, a window.
 
 Left out: adapters (about r / d of N), routers, norms, activations, the softmax, recurrences of
 layers without attention, what is recomputed, padding, unpacking of quantised weights, the
-optimizer. The lowest layers are counted as if gradients went through their inputs.
+optimizer, and the towers for images and sound, which records of text do not go through. The lowest
+layers are counted as if gradients went through their inputs.
 """
 
 from collections.abc import Sequence
@@ -79,12 +80,15 @@ def model_flops(model: "PreTrainedModel", *, trains: bool = False) -> ModelFlops
     )
 
 
-def _matrices(model: nn.Module, config: Any, head: Any) -> int | None:
+def _matrices(model: "PreTrainedModel", config: Any, head: Any) -> int | None:
     """Entries of the matrices but the head's; None where it is not known how many experts a token
     takes, or what a layer does with its parameters."""
     chosen = getattr(config, "num_experts_per_tok", None)
     total = 0
+    towers = _towers(model)
     for module in model.modules():
+        if module in towers:
+            continue
         if _is_other(module, config):
             return None
         if isinstance(module, StackedLinear):
@@ -94,6 +98,14 @@ def _matrices(model: nn.Module, config: Any, head: Any) -> int | None:
         elif module is not head:
             total += _entries(module)
     return total
+
+
+def _towers(model: "PreTrainedModel") -> set[nn.Module]:
+    """The modules that only images or sound go through: beside the decoder of text, below the
+    head."""
+    if model.config.get_text_config() is model.config:
+        return set()
+    return set(model.base_model.modules()) - set(model.get_decoder().modules())
 
 
 def _is_other(module: nn.Module, config: Any) -> bool:

@@ -8,11 +8,13 @@ time, at the cost of the run's, but must not call collectives.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapters.decision import Decision
 from trainer.errors import RunFailed, UserError, first_line
-from trainer.records.result import Result
+
+if TYPE_CHECKING:
+    from trainer.report.result import Result
 
 EVENTS = ("on_step", "on_decision", "on_eval", "on_save", "on_end")
 
@@ -68,7 +70,7 @@ class Callback:
         """The checkpoint of `step` is whole, in `folder`. It is written in the background: told at
         the first step after that."""
 
-    def on_end(self, result: Result) -> None:
+    def on_end(self, result: "Result") -> None:
         """The run has made its steps and written what it leaves; not called where it failed or was
         interrupted."""
 
@@ -100,7 +102,7 @@ class UserCallbacks(Callback):
     def on_save(self, step: int, folder: Path) -> None:
         self._call("on_save", step, step, folder)
 
-    def on_end(self, result: Result) -> None:
+    def on_end(self, result: "Result") -> None:
         self._call("on_end", result.step, result)
 
     def _call(self, event: str, step: int, *values: Any) -> None:

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapters.decision import Decision
 from trainer.errors import RunFailed
 from trainer.records.callbacks import Callback, Evaluated, StepRecord, UserCallbacks
 from trainer.records.metrics import MetricsWriter
-from trainer.records.result import Result
+
+if TYPE_CHECKING:
+    from trainer.report.result import Result
 
 
 class Record(Callback):
@@ -86,7 +88,7 @@ class RunRecorder(Recorder):
         for one in self._all:
             one.on_save(step, folder)
 
-    def on_end(self, result: Result) -> None:
+    def on_end(self, result: "Result") -> None:
         for one in self._all:
             one.on_end(result)
 

@@ -21,7 +21,7 @@ from trainer.export.card import Training, scores_in, write_adapter_card
 from trainer.export.expert_layouts import chosen_layouts
 from trainer.export.export import write_adapter, write_model, written_folder
 from trainer.export.tokenizer import copy_generation_config, save_tokenizer
-from trainer.files import ADAPTER, CHECKPOINTS, FIGURES, METRICS, MODEL, PREDICTIONS
+from trainer.files import ADAPTER, CHECKPOINTS, FIGURES, METRICS, MODEL, PREDICTIONS, README
 from trainer.model.hub import hub_id
 from trainer.model.peft_names import PeftKeys, former_experts, modules_to_save
 from trainer.records.answers import answers_table
@@ -85,7 +85,7 @@ def finish(
     exported = f"step {progress.step}" if best is None else str(best)
     shown = [figure, *figures]
     readme = _readme(session.config, summary.removeprefix("done").strip(), exported, note, shown)
-    (folder / "README.md").write_text(readme, encoding="utf-8")
+    (folder / README).write_text(readme, encoding="utf-8")
     said = [summary, f"{result.name:<10}{where} ({exported})", f"figure    {figure}"]
     return [*said, f"note      other figures were not drawn: {failed}"] if failed else said
 

@@ -23,7 +23,7 @@ from trainer.memory.planner import make_plan
 from trainer.records import phases
 from trainer.records.callbacks import UserCallbacks
 from trainer.records.progress import Progress
-from trainer.records.result import Result
+from trainer.report.result import Result
 from trainer.run.data_start import begin_from_data, save_starts
 from trainer.run.finish import finish
 from trainer.run.folder import RunFolder

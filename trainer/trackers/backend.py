@@ -75,6 +75,12 @@ class Backend:
     def figure(self, name: str, figure: "Figure", step: int) -> None:
         """A figure, where it was tried: the trackers' interfaces differ."""
 
+    def generated(self, answers: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+        """(columns, rows) of the generated answers that are shown."""
+        shown = [answer for answer in answers if "prompt" in answer][: self.config.generation.shown]
+        columns = list(shown[0]) if shown else []
+        return columns, [[answer.get(name) for name in columns] for answer in shown]
+
     def finish(self, *, ended: bool) -> None:
         """`ended`: the run has made its steps; else it failed, or will be resumed."""
         self._tracker.finish()
@@ -120,19 +126,12 @@ class WandB(Backend):
         return self._tracker.tracker.id
 
     def answers(self, answers: Sequence[Mapping[str, Any]], step: int) -> None:
-        shown = [answer for answer in answers if "prompt" in answer][: self.config.generation.shown]
-        if shown:
-            columns = list(shown[0])
-            rows = [[answer.get(name) for name in columns] for answer in shown]
+        columns, rows = self.generated(answers)
+        if rows:
             self._tracker.log_table("eval/answers", columns=columns, data=rows, step=step)
 
     def figure(self, name: str, figure: "Figure", step: int) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
-
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-        self._tracker.log_images({name: [pixels]}, step=step)
+        self._tracker.log_images({name: [_pixels(figure)]}, step=step)
 
     def finish(self, *, ended: bool) -> None:
         self._tracker.tracker.finish(exit_code=0 if ended else 1)
@@ -165,41 +164,139 @@ class MLflow(Backend):
         mlflow.end_run("FINISHED" if ended else "FAILED")
 
 
-class _Named(Backend):
-    """Begins another run when it is resumed."""
+class Trackio(Backend):
+    """Where TRACKIO_DIR says; it knows a run by its name."""
+
+    name = "trackio"
 
     def options(self, identity: str | None) -> dict[str, Any]:
-        return {"name": self.config.run.name}
+        again = "never" if identity is None else "allow"
+        return {"name": self.config.run.name, "resume": again, "embed": False}
 
+    @property
+    def identity(self) -> str | None:
+        return self.config.run.name
 
-class Trackio(_Named):
-    name = "trackio"
+    def answers(self, answers: Sequence[Mapping[str, Any]], step: int) -> None:
+        import trackio
+
+        columns, rows = self.generated(answers)
+        if rows:
+            self._tracker.log({"eval/answers": trackio.Table(columns=columns, data=rows)}, step)
+
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
+        import trackio
+
+        self._tracker.log({name: trackio.Image(_pixels(figure))}, step=step)
 
 
 class SwanLab(Backend):
+    """In the run folder."""
+
     name = "swanlab"
 
     def options(self, identity: str | None) -> dict[str, Any]:
         return {"experiment_name": self.config.run.name, "logdir": str(self.folder / "swanlab")}
 
+    def answers(self, answers: Sequence[Mapping[str, Any]], step: int) -> None:
+        import swanlab
+
+        if table := answers_table(answers, self.config.generation.shown):
+            self._tracker.log({"eval/answers": swanlab.Text(table)}, step=step)
+
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
+        self._tracker.log_images({name: [_pixels(figure)]}, step=step)
+
 
 class Comet(Backend):
+    """Where COMET_OFFLINE_DIRECTORY says, without a server (COMET_START_ONLINE=0)."""
+
     name = "comet_ml"
+
+    def options(self, identity: str | None) -> dict[str, Any]:
+        from comet_ml import ExperimentConfig
+
+        # Its summary would fill the terminal with the whole configuration.
+        made = ExperimentConfig(name=self.config.run.name, display_summary_level=0)
+        return {"experiment_config": made}
+
+    def answers(self, answers: Sequence[Mapping[str, Any]], step: int) -> None:
+        if table := answers_table(answers, self.config.generation.shown):
+            self._tracker.tracker.log_text(table, step=step)
+
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
+        self._tracker.tracker.log_image(_pixels(figure), name=name, step=step)
 
 
 class Aim(Backend):
+    """In the run folder."""
+
     name = "aim"
+
+    @property
+    def project(self) -> str:
+        return self.config.run.name
+
+    def options(self, identity: str | None) -> dict[str, Any]:
+        return {"experiment": self.config.log.project}
 
 
 class ClearML(Backend):
+    """Without a server (CLEARML_OFFLINE_MODE=1) in its cache."""
+
     name = "clearml"
 
     def options(self, identity: str | None) -> dict[str, Any]:
-        return {"task_name": self.config.run.name}
+        # It would take up the arguments of the command and whatever the libraries write.
+        quiet = {"auto_connect_arg_parser": False, "auto_connect_frameworks": False}
+        return {"task_name": self.config.run.name, "reuse_last_task_id": False, **quiet}
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """`train/loss` and `eval/eval_loss` as the series `train` and `eval` of one plot `loss`."""
+        named = {_series(name): value for name, value in values.items()}
+        self._tracker.log(named, step=step)
+
+    def answers(self, answers: Sequence[Mapping[str, Any]], step: int) -> None:
+        columns, rows = self.generated(answers)
+        if rows:
+            self._tracker.log_table("eval_answers", columns=columns, data=rows, step=step)
+
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
+        self._tracker.log_images({name: _pixels(figure)}, step=step)
 
 
 class DVCLive(Backend):
+    """In the run folder."""
+
     name = "dvclive"
+
+    def options(self, identity: str | None) -> dict[str, Any]:
+        folder = self.folder / "dvclive"
+        files = {"dir": str(folder), "dvcyaml": str(folder / "dvc.yaml"), "save_dvc_exp": False}
+        return {**files, "resume": identity is not None}
+
+    @property
+    def identity(self) -> str | None:
+        return "dvclive"
+
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
+        self._tracker.tracker.step = step
+        self._tracker.tracker.log_image(f"{name}.png", _pixels(figure))
+
+
+def _series(name: str) -> str:
+    """`train_loss` of `train/loss`, `eval_loss` of `eval/eval_loss`; other names as they are."""
+    group, _, key = name.partition("/")
+    return f"{group}_{key.removeprefix('eval_')}" if group in ("train", "eval") else name
+
+
+def _pixels(figure: "Figure") -> np.ndarray:
+    """A figure as (height, width, 3) bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
 
 
 BACKENDS: dict[str, type[Backend]] = {

@@ -24,7 +24,7 @@ from trainer.files import write_text
 from trainer.records.callbacks import Callback, Evaluated, StepRecord
 from trainer.records.metrics import finite_or_null
 from trainer.records.recorder import Record
-from trainer.records.result import Result
+from trainer.report.result import Result
 
 IDENTITIES = "trackers.json"
 """In the run folder: the identity of each tracker's run, for a resume."""
@@ -33,7 +33,7 @@ _BOARD_POINTS = 10_000
 _PATIENCE = 60.0
 """Seconds that the end of a run waits for its trackers."""
 _PATIENCE_WHEN_STOPPED = 5.0
-"""The same after a request to stop: whoever sent it may kill the process soon."""
+"""The same after a failure or a request to stop: a launcher may kill the process soon."""
 _POLL = 0.1  # seconds between two looks at a request to stop
 _WAITING = 10_000
 """Calls that may wait for a slow tracker; further ones are dropped."""
@@ -60,6 +60,7 @@ class Trackers(Record):
     ):  # fmt: skip
         """`say`: prints a line; `stopped`: whether the process was asked to stop."""
         self._trackers, self._say, self._stopped = trackers, say, stopped
+        self._ended = False
 
     def on_step(self, step: StepRecord) -> None:
         for one in self._trackers:
@@ -70,6 +71,7 @@ class Trackers(Record):
             one.on_eval(evaluation)
 
     def on_end(self, result: Result) -> None:
+        self._ended = True
         for one in self._trackers:
             one.on_end(result)
 
@@ -77,8 +79,10 @@ class Trackers(Record):
         for one in self._trackers:
             one.end()
         begun, patience, since = time.monotonic(), _PATIENCE, "the run"
+        if not self._ended:
+            patience, since = _PATIENCE_WHEN_STOPPED, "the failure"
         while working := [one for one in self._trackers if one.is_waited_for]:
-            if patience == _PATIENCE and self._stopped():
+            if since != "the request to stop" and self._stopped():
                 begun, patience = time.monotonic(), _PATIENCE_WHEN_STOPPED
                 since = "the request to stop"
             if time.monotonic() - begun > patience:

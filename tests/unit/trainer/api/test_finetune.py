@@ -72,6 +72,14 @@ def ran(tmp_path_factory):
     return folder, seen, result
 
 
+def as_lines(table):
+    """A table as dictionaries, without what is not there."""
+    return [
+        {name: value for name, value in row.items() if not pandas.isna(value)}
+        for row in table.astype(object).to_dict("records")
+    ]
+
+
 def test_the_result_has_what_the_run_folder_has(ran):
     folder, seen, result = ran
     lines = read_metrics(folder / "here/metrics.jsonl")
@@ -81,13 +89,82 @@ def test_the_result_has_what_the_run_folder_has(ran):
         found = [None if pandas.isna(value) else value for value in table[column]]
         assert found == [line.get(column) for line in lines], column
     evaluated = [line for line in lines if "eval_loss" in line]
+    assert as_lines(result.training) == [line for line in lines if "eval_loss" not in line]
+    assert as_lines(result.evaluations) == evaluated and len(evaluated) == 2
     assert result.scores == {k: v for k, v in evaluated[-1].items() if k.startswith("eval_")}
     assert result.scores and result.step == 3
     assert [path.name for path in result.checkpoints] == ["step-00000002", "step-00000003"]
     assert (result.adapter / "adapter_model.safetensors").is_file()
-    assert list(result.decisions["step"]) == [0, 1, 2] and len(result.answers) == 0
+    assert list(result.decisions["step"]) == [0, 1, 2]
+    assert len(result.answers) == len(result.losses) == 0 and result.best_checkpoint is None
     assert result.config == parse_yaml((folder / "here/config.yaml").read_text(), "it")
     assert seen.result == result and "3 steps, eval_loss" in str(result)
+    # DyLoRA decides one rank for all units.
+    drawn = dict(enumerate(one["all"] for one in result.decisions["ranks"]))
+    units = json.loads((folder / "here/units.json").read_text())
+    assert list(result.units["name"]) == [unit["name"] for unit in units]
+    assert as_lines(result.ranks[["step", "unit", "rank"]]) == [
+        {"step": step, "unit": unit["name"], "rank": drawn[step]}
+        for step in drawn for unit in units
+    ]  # fmt: skip
+
+
+READ = {
+    "adapter": "adapter", "allocation.jsonl": "decisions", "checkpoints": "checkpoints",
+    "config.yaml": "config", "figures": "figures", "heartbeat.json": "status",
+    "losses.jsonl": "losses", "metrics.jsonl": "metrics", "predictions.jsonl": "answers",
+    "README.md": "readme", "units.json": "units",
+}  # fmt: skip
+"""What of `Result` gives a file or folder of a run."""
+INTERNAL = {"initial.safetensors", "initial.sha256", "trackers.json", ".lock", "from_memory"}
+"""What only a resume or an export needs."""
+
+
+def test_there_is_no_file_that_the_result_does_not_read(tmp_path):
+    """A run that writes all of them: singular parts of W, answers, losses, the best checkpoint."""
+    given = sections(tmp_path, eval_every=1, keep_best="eval_loss")
+    given["method"] = {"kind": "lelora", "rank": 4}
+    given["generation"] = {"records": 3, "max_new_tokens": 4}
+    given["log"] |= {"record_losses": True}
+    given["checkpoint"] = {"keep": 1}
+    given["optim"] = {"learning_rate": 1.0}  # worse from step to step
+    folder = tmp_path / "here"
+    result = trainer.finetune(given, train=ROWS, eval=ROWS[:8])
+    there = {path.name for path in folder.iterdir()}
+    assert set(READ) <= there and there - set(READ) <= INTERNAL
+    for name in ("answers", "losses"):
+        file = folder / {"answers": "predictions.jsonl", "losses": "losses.jsonl"}[name]
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        assert as_lines(getattr(result, name)) == rows and rows, name
+    assert result.status == json.loads((folder / "heartbeat.json").read_text())
+    assert result.status["state"] == "done" and result.readme.startswith("# here\n")
+    best = min(as_lines(result.evaluations), key=lambda line: line["eval_loss"])
+    assert result.scores["eval_loss"] == best["eval_loss"] and best["step"] == 1
+    assert result.best_checkpoint.name == "step-00000001" == result.checkpoints[0].name
+    decisions = [json.loads(x) for x in (folder / "allocation.jsonl").read_text().splitlines()]
+    decided = {
+        (line["step"], unit, rank, line["locations"][unit] if rank else None)
+        for line in decisions if line.get("ranks") for unit, rank in line["ranks"].items()
+    }  # fmt: skip
+    columns = ("step", "unit", "rank", "location")
+    rows = result.ranks[list(columns)].astype(object).where(result.ranks.notna(), None)
+    assert set(rows.itertuples(index=False, name=None)) == decided and decided
+    page = result.report()
+    assert page == folder / "report.html" and "<img" in page.read_text()
+
+
+def test_ranks_of_a_run_that_decides_nothing(tmp_path):
+    """Every unit's rank, from the beginning on; of a run that trains all of the model, none."""
+    (tmp_path / "config.yaml").write_text("method: {kind: lora, rank: 4}")
+    units = [{"name": f"u{i}", "layer": i, "kind": "u", "out_features": 8, "in_features": 6}
+             for i in range(2)]  # fmt: skip
+    (tmp_path / "units.json").write_text(json.dumps(units))
+    result = trainer.Result(tmp_path)
+    assert [tuple(row) for row in result.ranks.to_numpy()] == [
+        (0, "u0", 0, "u", 4), (0, "u1", 1, "u", 4)
+    ]  # fmt: skip
+    (tmp_path / "config.yaml").write_text("method: {kind: full}")
+    assert len(result.ranks) == 0 and not result.status and not result.readme
 
 
 def test_callbacks_are_told_in_order(ran):

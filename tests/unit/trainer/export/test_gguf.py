@@ -134,11 +134,14 @@ def test_an_adapter_in_llama_cpp(books: Path, llama_cpp: Any) -> None:
 
 
 def test_eight_bits_in_llama_cpp(books: Path, llama_cpp: Any) -> None:
+    """A block's 32 weights are in steps of a 127th of the largest, some 2 σ: an error of 0.5 % of
+    σ, and llama.cpp rounds the activations likewise; a few percent behind all blocks' products."""
     ids = AutoTokenizer.from_pretrained(books / "merged")(TEXTS[0])["input_ids"]
     whole, eight = (
         logits(opened(llama_cpp, books / name / "model.gguf"), ids) for name in ("gguf", "q8")
     )
-    assert 1e-4 < np.abs(whole - eight).max() < 0.1 * whole.std()
+    error = np.sqrt(np.mean((whole - eight) ** 2)) / whole.std()
+    assert 1e-4 < error < 0.05, error
     sizes = [(books / name / "model.gguf").stat().st_size for name in ("gguf", "q8")]
     assert sizes[1] < 0.3 * sizes[0]
 

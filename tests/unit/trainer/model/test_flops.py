@@ -46,6 +46,22 @@ def test_flops_are_those_that_torch_counts(model_type, trains):
     assert found.of_step(np.full(ROWS, LENGTH), ROWS * LENGTH) == total
 
 
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_tower_for_images_counts_nothing_in_a_step_on_text(trains):
+    """Gemma 3: its vision tower and projector are part of the model, and not of the step."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 16, "patch_size": 8}  # fmt: skip
+    config = AutoConfig.for_model(
+        "gemma3", text_config=WIDTHS, vision_config=vision, mm_tokens_per_image=4
+    )
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert any(isinstance(m, torch.nn.Linear) for m in model.model.vision_tower.modules())
+    found = replace(model_flops(model, trains=trains), causal=False)
+    total = counted(model, trains=trains)
+    assert found.of_step(np.full(ROWS, LENGTH), ROWS * LENGTH) == total
+
+
 def test_a_mixture_counts_the_experts_that_a_token_takes():
     model = tiny(
         "mixtral", num_local_experts=4, num_experts_per_tok=2, experts_implementation="eager"

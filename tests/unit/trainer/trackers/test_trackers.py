@@ -1,18 +1,20 @@
 """Trackers: mlflow and wandb hold what metrics.jsonl holds; one that fails changes nothing."""
 
 import importlib.util
-import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import losses, quick_config
+from tests.helpers import ROOT, environment, losses, quick_config
+from tests.unit.trainer.trackers import offline
 from trainer.config.trackers import TRACKERS
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
 from trainer.records.jsonl import read_metrics
-from trainer.records.result import Result
+from trainer.report.result import Result
 from trainer.run.run import run
 from trainer.trackers import backend as backends
 from trainer.trackers import record as records
@@ -81,41 +83,6 @@ def test_a_resumed_run_goes_on_in_mlflows(tmp_path, monkeypatch):
     assert found.info.status == "FINISHED"
 
 
-def log_records(content: bytes, block: int = 32768):
-    """The records of a LevelDB log (wandb's file, behind a header of 7 bytes): parts of (checksum,
-    length, type) and data; types 1 whole, 2 first, 3 middle, 4 last."""
-    place, whole = 7, b""
-    while place + 7 <= len(content):
-        if block - place % block < 7:  # padding
-            place += block - place % block
-            continue
-        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
-        whole += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):
-            yield whole
-            whole = b""
-
-
-def offline_history(run: Path) -> dict[str, dict[int, float]]:
-    """(tag → step → value) of all files that wandb wrote for a run, offline."""
-    from wandb.proto import wandb_internal_pb2
-
-    found: dict[str, dict[int, float]] = {}
-    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        for data in log_records(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            row = {
-                item.key or "/".join(item.nested_key): item.value_json
-                for item in record.history.item
-            }
-            for tag, value in row.items():
-                if not tag.startswith(("_", "figures/")):
-                    found.setdefault(tag, {})[int(row["_step"])] = float(value)
-    return found
-
-
 @needs("wandb")
 def test_wandb_holds_what_metrics_jsonl_holds(tmp_path, monkeypatch):
     """Resumed, in the same run of wandb."""
@@ -126,8 +93,39 @@ def test_wandb_holds_what_metrics_jsonl_holds(tmp_path, monkeypatch):
         run(config, World())
     files = sorted(config.run_folder.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2 and files[0].name == files[1].name  # run-IDENTITY.wandb
-    found = offline_history(config.run_folder)
+    found = offline.wandb(config.run_folder, tmp_path)
     assert found == logged(config.run_folder) and max(found["train/loss"]) == 4
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=needs(TRACKERS[name])) for name in offline.READERS
+])  # fmt: skip
+def test_a_tracker_without_a_server_holds_what_metrics_jsonl_holds(name, tmp_path):
+    """In a process of its own: they patch libraries, and write at its exit."""
+    place = tmp_path / "place"
+    program = f"""
+from pathlib import Path
+from tests.helpers import quick_config
+from trainer.distributed.world import World
+from trainer.run.run import run
+run(quick_config(Path({str(tmp_path)!r}), "log.trackers=[{name}]", "log.project=here",
+                 "log.progress=plain", "generation.records=2", "generation.max_new_tokens=3",
+                 *{EVALUATED!r}), World())
+"""
+    place.mkdir()
+    set_up = {
+        "TRACKIO_DIR": place, "SWANLAB_MODE": "offline", "COMET_START_ONLINE": "0",
+        "COMET_OFFLINE_DIRECTORY": place, "CLEARML_OFFLINE_MODE": "1", "CLEARML_CACHE_DIR": place,
+        "DVC_NO_ANALYTICS": "1", "HOME": place,
+    }  # fmt: skip
+    environ = environment() | {key: str(value) for key, value in set_up.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "failed, the run goes on" not in done.stdout, done.stdout
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert offline.READERS[name](folder, place) == logged(folder)
 
 
 class Broken(MLflow):
@@ -192,12 +190,14 @@ def test_records_that_cannot_be_drawn_do_not_fail_a_run(tmp_path):
     assert not said
 
 
-@pytest.mark.parametrize(("stopped", "patience", "line"), [
-    (True, "_PATIENCE_WHEN_STOPPED", "not done 0.01 s after the request to stop; left alone"),
-    (False, "_PATIENCE", "not done 0.01 s after the run; left alone"),
+@pytest.mark.parametrize(("ended", "stopped", "patience", "line"), [
+    (True, True, "_PATIENCE_WHEN_STOPPED", "not done 0.01 s after the request to stop; left alone"),
+    (False, False, "_PATIENCE_WHEN_STOPPED", "not done 0.01 s after the failure; left alone"),
+    (True, False, "_PATIENCE", "not done 0.01 s after the run; left alone"),
 ])  # fmt: skip
-def test_a_tracker_that_hangs_is_left_alone(tmp_path, monkeypatch, stopped, patience, line):
-    """The others are told that the run ends, and asked to stop the wait is short."""
+def test_a_tracker_that_hangs_is_left_alone(tmp_path, monkeypatch, ended, stopped, patience, line):
+    """The others are told that the run ends; after a failure or a request to stop the wait is
+    short."""
     released = threading.Event()
 
     class Hanging(Held):
@@ -213,6 +213,8 @@ def test_a_tracker_that_hangs_is_left_alone(tmp_path, monkeypatch, stopped, pati
     made[1].end()
     made[1].wait(10)
     record = Trackers(made, said.append, lambda: stopped)
+    if ended:
+        record.on_end(Result(tmp_path / "nothing"))
     record.close()
     record.close()  # as a run does that fails while it ends
     (told,) = said
