@@ -11,7 +11,7 @@ from adapters import seeds
 from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer, Dropout
 from adapters.mask_table import MaskTable
-from adapters.trainable import Trainable
+from adapters.trainable import Kept, Trainable
 from adapters.unit import Unit, stem
 
 Gates = Literal["constant", "learned", "observed"]
@@ -49,7 +49,7 @@ class AdapterSet(Mapping[str, GatedAdapter]):
         self.device = torch.device("cpu")
         self._training = training
         self._by_name: dict[str, GatedAdapter] = {}
-        self._kept_rows: dict[str, Tensor] = {}
+        self._kept: dict[str, Mapping[str, Kept]] = {}  # by role, of adapters that replaced others
         self._dropout_seed = torch.zeros((), dtype=torch.int64)
         self._mask_table: MaskTable | None = None
 
@@ -76,15 +76,18 @@ class AdapterSet(Mapping[str, GatedAdapter]):
         for unit in units:
             self.set_adapter(unit, initial(unit))
 
-    def set_adapter(self, unit: Unit, adapter: GatedAdapter) -> None:
-        """Attach an adapter to its unit's layer, replacing the present one."""
+    def set_adapter(
+        self, unit: Unit, adapter: GatedAdapter, kept: Mapping[str, Kept] | None = None
+    ) -> None:
+        """Attach an adapter to its unit's layer, replacing the present one; `kept`: by role, what
+        of the present one's optimizer state it takes over."""
         layer, training = self.layers[unit.name], self._training
         needs_initial = training.starts_from_weight and training.dropout > 0
         initial = adapter.copy().to(self.device) if needs_initial else None
         adapter = adapter.to(self.device).requires_grad_(True)
         adapter.g.requires_grad_(self.gates != "constant")
         layer.adapter = self._by_name[unit.name] = adapter
-        self._kept_rows.pop(unit.name, None)
+        self._kept[unit.name] = kept or {}
         self._mask_table = None
         if training.dropout > 0:
             on_input = training.dropout_on == "input"
@@ -106,8 +109,7 @@ class AdapterSet(Mapping[str, GatedAdapter]):
             self.remove(unit.name)
             return
         parts = (getattr(adapter, role).detach()[rows] for role in ("A", "g", "B"))
-        self.set_adapter(unit, GatedAdapter(*parts))
-        self._kept_rows[unit.name] = rows
+        self.set_adapter(unit, GatedAdapter(*parts), dict.fromkeys(("A", "g", "B"), Kept(rows)))
 
     def resize(self, ranks: Mapping[str, int]) -> bool:
         """Allocate adapters of a checkpoint's shapes, given R by unit; True if tensors changed."""
@@ -159,7 +161,7 @@ class AdapterSet(Mapping[str, GatedAdapter]):
             scale=training.scales.get(role, 1.0),
             decays_to_start=training.starts_from_weight,
             observed=role == "g" and self.gates == "observed",
-            kept_rows=self._kept_rows.get(name),
+            kept=self._kept[name].get(role),
             token_counter=self.layers[name].token_counter,
         )
 

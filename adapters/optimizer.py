@@ -100,8 +100,8 @@ class MaskedAdamW:
 
     def rebind_parameters(self, trainables: Sequence[Trainable]) -> None:
         """Replace the set of trained tensors. A parameter keeps moments and counts if the same
-        object was trained before; a new object under an old name starts from zero, but for its
-        `kept_rows`."""
+        object was trained before; a new object under an old name starts from zero, or from what is
+        `kept`."""
         observed = [t.parameter for t in trainables if t.observed]
         for parameter in self._observed:  # their gradients would keep the old buffer alive
             parameter.grad = None
@@ -110,14 +110,13 @@ class MaskedAdamW:
         if not trainables:
             raise ValueError("nothing to train: no adapter and no head")
         held = {id(slot.trainable.parameter) for slot in self._slots}
-        retained: dict[str, Tensor | slice] = {}
-        for t in trainables:
-            if id(t.parameter) in held:
-                retained[t.name] = slice(None)
-            elif t.kept_rows is not None:
-                retained[t.name] = t.kept_rows
+        retained = {
+            t.name: None if id(t.parameter) in held else t.kept
+            for t in trainables
+            if id(t.parameter) in held or t.kept is not None
+        }
         earlier = {
-            name: {part: tensor[retained[name]] for part, tensor in state.items()}
+            name: state if (kept := retained[name]) is None else kept.state(state)
             for name, state in (self.state_dict() if retained else {}).items()
             if name in retained
         }

@@ -1,8 +1,32 @@
 """A tensor that the optimizer trains."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a new tensor θ′ takes over from the one, θ, that was trained under its name before: its
+    first rows are `scale` times the rows `rows` of θ, and `added` new rows follow.
+
+    As ∂L/∂θ′ = ∂L/∂θ / scale, where the model computes what it did, m′ = m / scale and
+    v′ = v / scale². New rows have no moments and no steps."""
+
+    rows: Tensor
+    scale: float = 1.0
+    added: int = 0
+
+    def state(self, former: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Moments and step counts of θ′, given those of θ."""
+        divisors = {"exp_avg": self.scale, "exp_avg_sq": self.scale**2}
+        found = {}
+        for part, tensor in former.items():
+            kept = tensor[self.rows] / divisors.get(part, 1.0)
+            found[part] = torch.cat([kept, kept.new_zeros(self.added, *kept.shape[1:])])
+        return found
 
 
 @dataclass(frozen=True)
@@ -14,8 +38,8 @@ class Trainable:
     trained itself (AdaLoRA's λ, of g = λ α/r). `decays_to_start`: weight decay pulls towards the
     values that the tensor had when the optimizer first held it, those of the initial adapter,
     instead of 0. The gradient of an `observed` tensor is averaged with the others, but neither
-    clipped nor used by the optimizer: the method updates that tensor. `kept_rows` (rows): a new
-    tensor under an old name has these rows of the former one, whose moments and counts it keeps.
+    clipped nor used by the optimizer: the method updates that tensor. `kept`: of a new
+    tensor under an old name.
     `token_counter`: an observed parameter and an index into it; a gradient of 0 there means that
     the tensor saw no token in the step, and all of its rows are inactive. `role`: A, g or B of an
     adapter, whose rows are its components.
@@ -30,5 +54,5 @@ class Trainable:
     scale: float = 1.0
     decays_to_start: bool = False
     observed: bool = False
-    kept_rows: Tensor | None = None
+    kept: Kept | None = None
     token_counter: tuple[nn.Parameter, int] | None = None

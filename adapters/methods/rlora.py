@@ -15,9 +15,11 @@ from adapters import seeds
 from adapters.decision import Decision
 from adapters.gated import GatedAdapter
 from adapters.methods.base import Method
+from adapters.methods.expansion import keep_learned, orthonormalise
 from adapters.methods.lora import fresh
 from adapters.methods.options import MethodOptions
 from adapters.methods.selection_options import RLoRAOptions
+from adapters.trainable import Kept
 from adapters.unit import Unit
 
 
@@ -38,6 +40,10 @@ class Selection(Method):
     def scale(self) -> float:
         """α/r of the base rank."""
         return self.options.alpha / self.options.rank
+
+    @property
+    def no_bias_correction(self) -> bool:
+        return self.options.wake == "gradual"
 
     @property
     def selected(self) -> bool:
@@ -62,6 +68,11 @@ class Selection(Method):
             largest = self._largest_rank(units.get(name))
             if not 0 < rank <= largest:
                 raise ValueError(f"rank {rank} for {name}; accepted: 1 to {largest}")
+            if self.options.expand != "reinit" and rank < self.options.rank:
+                raise ValueError(
+                    f"rank {rank} for {name}; accepted with method.expand={self.options.expand}: "
+                    f"at least {self.options.rank}, method.rank"
+                )
 
     def _largest_rank(self, unit: Unit | None) -> int:
         return self.options.final_rank(len(self.units))
@@ -72,8 +83,7 @@ class Selection(Method):
         self._enter_phase()
         for unit in self.units:
             if unit.name in decision.ranks:
-                survivor = self._survivor(unit, decision.ranks[unit.name], decision)
-                self.adapters.set_adapter(unit, survivor)
+                self._replace(unit, decision.ranks[unit.name], decision)
             elif unit.name in self.adapters:
                 self.adapters.remove(unit.name)
         return True
@@ -83,8 +93,31 @@ class Selection(Method):
         if self.selected:
             self.adapters.gates = "constant"
 
-    def _survivor(self, unit: Unit, rank: int, decision: Decision) -> GatedAdapter:
-        return fresh(unit, rank, self.scale, self.generator(unit, purpose=self.selections))
+    def _replace(self, unit: Unit, rank: int, decision: Decision) -> None:
+        """Give a survivor its adapter of this rank, by `expand`."""
+        expand = self.options.expand
+        generator = self.generator(unit, purpose=self.selections)
+        adapter, kept = fresh(unit, rank, self._gate(rank), generator), None
+        if expand != "reinit":
+            learned = self.adapters[unit.name].copy().to("cpu")
+            factor = self._factor(unit, learned.rank, rank, decision)
+            if expand == "authors":
+                adapter = orthonormalise(learned, adapter, factor, generator)
+            else:
+                adapter = keep_learned(learned, adapter, factor)
+            if expand == "kept":
+                rows, added = torch.arange(learned.rank), rank - learned.rank
+                rows = rows.to(self.adapters.device)
+                kept = {"A": Kept(rows, added=added), "B": Kept(rows, factor, added)}
+        self.adapters.set_adapter(unit, adapter, kept)
+
+    def _gate(self, rank: int) -> float:
+        """The constant gates of an adapter of this rank."""
+        return self.scale
+
+    def _factor(self, unit: Unit, held: int, rank: int, decision: Decision) -> float:
+        """What B takes over of its gates' change, where the rank becomes `rank` from `held`."""
+        return self._gate(held) / self._gate(rank)
 
     def scalars(self) -> dict[str, float]:
         held = {name: adapter.rank for name, adapter in self.adapters.items()}
@@ -127,7 +160,7 @@ class RLoRA(Selection):
         if self.options.match is not None:
             return self._matched(step, generator)
         order = torch.randperm(len(self.units), generator=generator).tolist()
-        survivors = self.options.first_that_fit(order, [unit.size for unit in self.units])
+        survivors = self.options.survivors(order, self.units)
         names = [self.units[index].name for index in survivors]
         return Decision(survivors=names, ranks=dict.fromkeys(names, self.options.rank))
 

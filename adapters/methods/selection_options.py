@@ -28,6 +28,18 @@ class SelectionOptions(MethodOptions):
     keep_parameters: float | None = Field(None, gt=0, le=1)
     """Instead of K: largest share of all units' parameters that the survivors may have at equal
     rank. In the order of their scores, each unit that still fits survives."""
+    within: Literal["model", "layer"] = "model"
+    """Compare the scores of all units (paper), or only of those of the same transformer block, each
+    of which keeps its own share: none then loses all its units. With `keep_parameters`."""
+    expand: Literal["reinit", "qr", "kept", "authors"] = "reinit"
+    """Survivors' A and B: redrawn (paper); learned components kept, with further rows of A
+    orthogonal to them and zero columns of B (`qr`), and with the optimizer's moments and step
+    counts too (`kept`); or Q, R of the learned A, B multiplied by R, and further rows orthogonal to
+    Q from uniform noise (`authors`). All but the first keep the function: ω is folded into B, and
+    no longer multiplies."""
+    wake: Literal["gradual", "at_once"] = "at_once"
+    """First steps of a component, also of one that enters or is redrawn late in the run. gradual:
+    without Adam's bias correction of the momentum, hence small; at_once: with it (paper)."""
     after_selection: AfterSelection = Field(default_factory=AfterSelection)
     """Changes after the removal of adapters."""
 
@@ -35,9 +47,23 @@ class SelectionOptions(MethodOptions):
         """K, given the number of units."""
         return self.keep if self.keep is not None else max(1, units // 2)
 
+    def groups(self, order: Sequence[int], units: Sequence[Unit]) -> list[list[int]]:
+        """The units in `order`, in the parts within which they are compared."""
+        found: dict[int | None, list[int]] = {}
+        for unit in order:
+            layer = units[unit].layer if self.within == "layer" else None
+            found.setdefault(layer, []).append(unit)
+        return list(found.values())
+
+    def survivors(self, order: Sequence[int], units: Sequence[Unit]) -> list[int]:
+        """The units that survive, ascending, of those in `order`, best first."""
+        sizes = [unit.size for unit in units]
+        groups = self.groups(order, units)
+        return sorted(unit for group in groups for unit in self.first_that_fit(group, sizes))
+
     def first_that_fit(self, order: Sequence[int], sizes: Sequence[int]) -> list[int]:
-        """The units that survive, ascending, of those in `order`, best first; `sizes`: parameters
-        per component by unit."""
+        """The units of one group that survive, ascending; `sizes`: parameters per component by
+        unit."""
         if self.keep_parameters is None:
             return sorted(order[: self.kept(len(order))])
         left = self._room([sizes[unit] for unit in order])
@@ -68,6 +94,10 @@ class SelectionOptions(MethodOptions):
                 f"method.keep_parameters: {self.keep_parameters} given together with method.keep; "
                 "accepted: one of them"
             )
+        if self.within == "layer" and self.keep_parameters is None:
+            raise ValueError(
+                "method.within: layer given without method.keep_parameters; accepted: with it"
+            )
         return self
 
     def check_units(self, units: Sequence[Unit]) -> None:
@@ -93,12 +123,17 @@ class SelectionOptions(MethodOptions):
                 )
 
     def _check_share(self, units: Sequence[Unit]) -> None:
-        smallest, total = min(u.size for u in units), sum(u.size for u in units)
-        if self._room([unit.size for unit in units]) < smallest:
-            raise ValueError(
-                f"method.keep_parameters: {self.keep_parameters} given, less than any unit has; "
-                f"accepted: at least {smallest / total:.3g}"
-            )
+        for group in self._sizes(units):
+            if self._room(group) < min(group):
+                raise ValueError(
+                    f"method.keep_parameters: {self.keep_parameters} given, less than any unit "
+                    f"has; accepted: at least {min(group) / sum(group):.3g}"
+                )
+
+    def _sizes(self, units: Sequence[Unit]) -> list[list[int]]:
+        """Sizes of the units, in the parts within which they are compared."""
+        groups = self.groups(range(len(units)), units)
+        return [[units[index].size for index in group] for group in groups]
 
 
 class RLoRAOptions(SelectionOptions):
@@ -134,11 +169,6 @@ class OmegaOptions(SelectionOptions):
     score: Literal["magnitude", "signed", "per_parameter"] = "magnitude"
     """H_K keeps the largest |ω| (paper, appendix B), the largest ω (the authors' code), or the
     largest (ω − 1) / √(in + out): change of ω over the root of the parameters per component."""
-    expand: Literal["reinit", "qr", "authors"] = "reinit"
-    """Survivors' A and B: redrawn (paper); learned components kept, with further rows of A
-    orthogonal to them and zero columns of B (`qr`); or Q, R of the learned A, B multiplied by R,
-    and further rows orthogonal to Q from uniform noise (`authors`). The last two keep the function,
-    ω included."""
 
     def warmup(self, steps: int) -> int:
         """T, given the number of steps."""
@@ -154,15 +184,16 @@ class OmegaOptions(SelectionOptions):
 
     def _check_share(self, units: Sequence[Unit]) -> None:
         super()._check_share(units)
-        left = sum(unit.size for unit in units)
-        for _ in range(self.rounds):
-            left = self._room([left])
-        if left < min(unit.size for unit in units):
-            raise ValueError(
-                f"method.rounds: {self.rounds} given with method.keep_parameters="
-                f"{self.keep_parameters}, after which no unit would be left; accepted: fewer, or a "
-                "larger method.keep_parameters"
-            )
+        for group in self._sizes(units):
+            left = sum(group)
+            for _ in range(self.rounds):
+                left = self._room([left])
+            if left < min(group):
+                raise ValueError(
+                    f"method.rounds: {self.rounds} given with method.keep_parameters="
+                    f"{self.keep_parameters}, after which no unit would be left; accepted: fewer, "
+                    "or a larger method.keep_parameters"
+                )
 
     @model_validator(mode="after")
     def _check_rounds(self) -> "OmegaOptions":

@@ -25,11 +25,8 @@ from torch import Tensor
 
 from adapters.decision import Decision
 from adapters.figures import UnitScores
-from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer
 from adapters.methods.base import InitialAdapter, Validate
-from adapters.methods.expansion import keep_learned, orthonormalise
-from adapters.methods.lora import fresh
 from adapters.methods.options import MethodOptions
 from adapters.methods.rlora import Selection
 from adapters.methods.selection_options import WeightLoRAOptions, WeightLoRAPlusOptions
@@ -126,7 +123,7 @@ class WeightLoRA(Selection):
         sizes = [unit.size for unit in self.units]
         score = np.where(candidates, scores(self._offset, sizes, self.options.score), -np.inf)
         order = np.argsort(-score, kind="stable")[: candidates.sum()]  # ties: lower unit first
-        kept = self.options.first_that_fit(order.tolist(), sizes)
+        kept = self.options.survivors(order.tolist(), self.units)
         if not kept:  # in a further round: fewer units than K had ω > 0
             raise ValueError(
                 f"method.keep_parameters: none of the {len(order)} survivors fits into this share "
@@ -135,10 +132,12 @@ class WeightLoRA(Selection):
         zeroed = np.setdiff1d(order, kept)
         self._offset = self._offset.copy()
         self._offset[zeroed] = -1.0
-        border = score[kept].min()
-        if (score[zeroed] == border).any():
-            return [self.units[index].name for index in np.flatnonzero(score == border)]
-        return []
+        tied: list[int] = []
+        for group in self.options.groups(order.tolist(), self.units):
+            border = min((score[unit] for unit in group if unit in kept), default=np.inf)
+            at_border = [unit for unit in group if score[unit] == border]
+            tied += at_border if not set(at_border) <= set(kept) else []
+        return [self.units[index].name for index in sorted(tied)]
 
     def _select(self, candidates: int) -> Decision:
         """The units with ω > 0, of so many candidates, and their ranks."""
@@ -160,20 +159,14 @@ class WeightLoRA(Selection):
 
     def check_decision(self, decision: Decision) -> None:
         super().check_decision(decision)
-        omega, ranks = decision.scores.get("omega"), decision.ranks
+        omega = decision.scores.get("omega")
         for unit in self.units:
             if not isinstance(omega, Mapping) or unit.name not in omega:
                 raise ValueError(
                     f"no omega of {unit.name}; accepted: decisions of a run with the same units"
                 )
-        if self.rounds > 1 and len(set(ranks.values())) > 1:
+        if self.rounds > 1 and len(set(decision.ranks.values())) > 1:
             raise ValueError("survivors of different ranks; accepted with method.rounds: equal")
-        for name, rank in ranks.items():
-            if self.options.expand != "reinit" and rank < self.options.rank:
-                raise ValueError(
-                    f"rank {rank} for {name}; accepted with method.expand={self.options.expand}: "
-                    f"at least {self.options.rank}, method.rank"
-                )
 
     def apply(self, decision: Decision) -> bool:
         if decision.survivors is not None:
@@ -192,21 +185,8 @@ class WeightLoRA(Selection):
         self.adapters.mask_table.masks.copy_((omega != 0).repeat_interleave(ranks))
         return False
 
-    def _gate(self, rank: int) -> float:
-        """The factor of B A of an adapter of this rank, without ω."""
-        return self.scale
-
-    def _survivor(self, unit: Unit, rank: int, decision: Decision) -> GatedAdapter:
-        generator = self.generator(unit, purpose=self.selections)
-        drawn = fresh(unit, rank, self._gate(rank), generator)
-        if self.options.expand == "reinit":
-            return drawn
-        learned = self.adapters[unit.name].copy().to("cpu")
-        # ΔW stays ω (α/r) B A: ω and the change of scale are folded into B.
-        factor = _omega(decision)[unit.name] * self._gate(learned.rank) / self._gate(rank)
-        if self.options.expand == "qr":
-            return keep_learned(learned, drawn, factor)
-        return orthonormalise(learned, drawn, factor, generator)
+    def _factor(self, unit: Unit, held: int, rank: int, decision: Decision) -> float:
+        return _omega(decision)[unit.name] * super()._factor(unit, held, rank, decision)
 
     def scalars(self) -> dict[str, float]:
         if self.selected:

@@ -67,8 +67,8 @@ PLACES = [(name, step) for name in CHOSEN for step in RUNS[name][1]]
 SAME, OTHER, SINGLE = (PLACES if ALL else PLACES[turn::3] for turn in range(3))
 ALONE = {  # the same in one process only
     "all-kept": (["method.kind=weightlora", "method.warmup_steps=2", "method.keep=14"], [1, 6]),
-    "qr": (
-        ["method.kind=weightlora_plus", "method.warmup_steps=4", "method.expand=qr"], [6],
+    "kept": (
+        ["method.kind=weightlora_plus", "method.warmup_steps=4", "method.expand=kept"], [6],
     ),
     "rounds": (
         [
@@ -213,7 +213,7 @@ def test_in_one_process_it_is_nearly_the_same_run(outcome, name, step):
     check_same_run(tmp, name, f"{name}-{step}-single", exactly=False, step=step)
 
 
-@pytest.mark.parametrize("name", sample(ALONE, "qr", "fisher", "validation", "dylora"))
+@pytest.mark.parametrize("name", sample(ALONE, "kept", "fisher", "validation", "dylora"))
 def test_in_one_process_all_along_it_is_the_same_run(place, name):
     whole = interrupted(place, name, "single", name)
     train_only(World(), whole.model_dump())
