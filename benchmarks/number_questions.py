@@ -15,7 +15,7 @@ from pathlib import Path
 from trainer.config.arguments import Parser, at_least, new_file
 
 NUMBER = re.compile(r"\d[\d,.]*\d|\d")
-SENTENCE = re.compile(r"[^.?!]+[.?!](?=\s|$)")
+SENTENCE = re.compile(r"\S.*?[.?!](?=\s|$)", re.DOTALL)  # a point within a number ends none
 
 
 def number_questions(problems: Iterable[str], *, without: int = 0) -> Iterator[dict]:

@@ -1,5 +1,6 @@
 """Extractive question answering: windows, targets, the best span and its scores."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerFast
 
+from benchmarks.number_questions import number_questions, squad_json
 from tests.conftest import shared
 from tests.helpers import TINY, losses, quick_config, sample, save_random_model
 from trainer.checkpoint.saved import read_saved
@@ -27,31 +29,14 @@ from trainer.tasks.question_answering import QuestionAnswering, _answer
 from trainer.tasks.squad_scores import squad_scores
 from trainer.training.evaluation import evaluate, evaluate_saved
 
-NUMBER = re.compile(r"\d[\d,.]*\d|\d")
-
 
 def questions(split: str, count: int, *, without: int = 0) -> list[dict]:
-    """SQuAD's form of GSM8K's problems: a sentence with its only number left out is the question,
-    the problem is the context. Each `without`-th is asked about another problem: no answer."""
+    """Questions made of GSM8K's problems, in SQuAD's form."""
     lines = shared(f"data/gsm8k/{split}.jsonl").read_text().splitlines()
-    texts = [json.loads(line)["question"] for line in lines]
-    found: list[dict] = []
-    for index, text in enumerate(texts):
-        for sentence in re.finditer(r"[^.?!]+[.?!](?=\s|$)", text):
-            numbers = list(NUMBER.finditer(text, sentence.start(), sentence.end()))
-            if len(numbers) != 1 or len(NUMBER.findall(text)) < 3:
-                continue
-            (number,) = numbers
-            asked = f"{text[sentence.start() : number.start()]}how many{text[number.end() : sentence.end()]}"
-            row = {"id": str(len(found)), "question": asked.strip(), "context": text}
-            answers = {"text": [number.group()], "answer_start": [number.start()]}
-            if without and len(found) % without == 0:
-                row["context"], answers = texts[index - 1], {"text": [], "answer_start": []}
-            found.append(row | {"answers": answers})
-            break
-        if len(found) == count:
-            return found
-    raise AssertionError(f"{len(found)} questions only")
+    problems = (json.loads(line)["question"] for line in lines)
+    found = list(itertools.islice(number_questions(problems, without=without), count))
+    assert len(found) == count
+    return found
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -124,6 +109,25 @@ def test_the_official_files_are_read(tmp_path, indent):
         [("Who?", False), ("Rome was founded in 753 BC.", False)],
     ]
     assert [record.answers for record in found] == [(("753 BC", 20),), ()]
+
+
+def test_questions_made_of_problems_are_in_the_form_of_the_official_files(tmp_path):
+    rows = questions("test", 30, without=3)
+    file = tmp_path / "dev-v2.0.json"
+    file.write_text(json.dumps(squad_json(rows, without=True)))
+    options = quick_config(tmp_path, "data.packing=false").data
+    found = [question_answering(row) for _, row in read_rows(str(file), "test", options, None)]
+    assert found == [question_answering(row) for row in rows]
+    assert sum(not record.answers for record in found) == 10
+    for record in found:
+        (asked, _), (context, _) = record.segments
+        text = record.answers[0][0] if record.answers else ""
+        parts = asked.split("how many")  # of which one stands for the number
+        sentences = [
+            "how many".join(parts[:at]) + text + "how many".join(parts[at:])
+            for at in range(1, len(parts))
+        ]
+        assert any(sentence in context for sentence in sentences) == bool(text)
 
 
 @pytest.mark.parametrize(
