@@ -8,17 +8,18 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate import tracking
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from trainer.config.config import Config
 from trainer.config.trackers import TRACKERS
 from trainer.files import BOARD
 from trainer.records.answers import answers_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class _Logger(logging.LoggerAdapter):
@@ -71,7 +72,7 @@ class Backend:
     def answers(self, answers: Sequence[Mapping[str, Any]], step: int) -> None:
         """Generated answers as a table, where the tracker has any."""
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         """A figure, where it was tried: the trackers' interfaces differ."""
 
     def finish(self, *, ended: bool) -> None:
@@ -99,7 +100,7 @@ class TensorBoard(Backend):
         if table := answers_table(answers, self.config.generation.shown):
             self._tracker.log({"eval/answers": table}, step=step)
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         self._tracker.tracker.add_figure(name, figure, step)
 
 
@@ -125,7 +126,9 @@ class WandB(Backend):
             rows = [[answer.get(name) for name in columns] for answer in shown]
             self._tracker.log_table("eval/answers", columns=columns, data=rows, step=step)
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
+
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         pixels = np.asarray(canvas.buffer_rgba())[..., :3]
@@ -153,7 +156,7 @@ class MLflow(Backend):
         if table := answers_table(answers, self.config.generation.shown):
             mlflow.log_text(table, f"answers/step-{step:08d}.md")
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         self._tracker.log_figure(figure, f"{name}.png")
 
     def finish(self, *, ended: bool) -> None:
