@@ -128,7 +128,7 @@ def summary(folder: Path, parameters: "Parameters", *, selects: bool = False) ->
 
 
 def durations(folder: Path) -> Result:
-    """Seconds of what a run needs beside its steps: the phases of its start, the last evaluation."""
+    """Seconds of what a run needs beside its steps: phases of its start, the last evaluation."""
     beat = read_heartbeat(folder)
     return {name: beat[name] for name in ("start_seconds", "evaluation_seconds") if name in beat}
 
