@@ -74,10 +74,6 @@ class LaLoRA(Method):
         return False
 
     @property
-    def no_bias_correction(self) -> bool:
-        return self.options.wake == "gradual"
-
-    @property
     def uniform(self) -> bool:
         """Whether all layers are to have the same rank, whatever they contribute."""
         return self.options.allocation == "uniform"

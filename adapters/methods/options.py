@@ -268,9 +268,6 @@ class LaLoRAOptions(StartedOptions):
     """c by eq. 9, or by squared gradients (Table 14)."""
     contribution_scale: Literal["sum", "mean"] = "sum"
     """Sum (as printed) or average c over a layer's units."""
-    wake: Literal["gradual", "at_once"] = "at_once"
-    """First steps of a component, also of one that enters or is redrawn late in the run. gradual:
-    without Adam's bias correction of the momentum, hence small; at_once: with it (paper)."""
     allocation: Literal["contribution", "uniform"] = "contribution"
     """Ranks by eq. 8, or (`uniform`, a control) equal in all layers under the same budget, up to
     the remainder, which goes to the lower layers."""

@@ -42,10 +42,6 @@ class Selection(Method):
         return self.options.alpha / self.options.rank
 
     @property
-    def no_bias_correction(self) -> bool:
-        return self.options.wake == "gradual"
-
-    @property
     def selected(self) -> bool:
         """Whether the last selection was made."""
         return self.selections >= self.rounds

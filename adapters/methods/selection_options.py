@@ -37,9 +37,6 @@ class SelectionOptions(MethodOptions):
     counts too (`kept`); or Q, R of the learned A, B multiplied by R, and further rows orthogonal to
     Q from uniform noise (`authors`). All but the first keep the function: ω is folded into B, and
     no longer multiplies."""
-    wake: Literal["gradual", "at_once"] = "at_once"
-    """First steps of a component, also of one that enters or is redrawn late in the run. gradual:
-    without Adam's bias correction of the momentum, hence small; at_once: with it (paper)."""
     after_selection: AfterSelection = Field(default_factory=AfterSelection)
     """Changes after the removal of adapters."""
 

@@ -201,9 +201,13 @@ def _kept(comparison: Comparison, names: Sequence[str] | None) -> dict[str, Arm]
         if name not in kept:
             kept.add(name)
             arm = arms[name]
-            others = (arm.like, arm.rate_of, arm.against, arm.after)
+            others = (arm.rate_of, arm.against, arm.after)
             todo += [other for other in others if other is not None]
-    return {name: arm for name, arm in arms.items() if name in kept}
+    return {  # what they are like need not run
+        name: arm.model_copy(update={"overrides": comparison.overrides_of(name), "like": None})
+        for name, arm in arms.items()
+        if name in kept
+    }
 
 
 def _read(path: Path, below: Sequence[Path]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from trainer.comparison.survivors import held
 from trainer.config.config import Config
 from trainer.errors import Diverged
 from trainer.files import LOSSES, METRICS, PREDICTIONS
+from trainer.records.heartbeat import read_heartbeat
 from trainer.records.jsonl import final_scores, read_metrics
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def make_run(identity: Result, config: Config, replayed: Replayed | None = None)
         forget_peak(where)
         parameters = run(config, World(device=where), scores_only=True)
         found = summary(config.run_folder, parameters, selects=identity["selects"])
+        found |= durations(config.run_folder)
     except Exception as error:  # the other runs continue; the table counts the runs
         found = {"error": f"{type(error).__name__}: {error}"}
         if isinstance(error, Diverged):  # with these numbers it would again
@@ -123,6 +125,12 @@ def summary(folder: Path, parameters: "Parameters", *, selects: bool = False) ->
             result["held"] = ranks
         result["records"] = records_of(folder)
     return result
+
+
+def durations(folder: Path) -> Result:
+    """Seconds of what a run needs beside its steps: phases of its start, the last evaluation."""
+    beat = read_heartbeat(folder)
+    return {name: beat[name] for name in ("start_seconds", "evaluation_seconds") if name in beat}
 
 
 def records_of(folder: Path) -> dict[str, list[Any]]:

@@ -1,5 +1,5 @@
-"""Survivors of a selection that go on as they were (`expand: kept`), in small first steps (`wake:
-gradual`), or in every block (`within: layer`); references in NumPy."""
+"""Survivors of a selection that go on as they were (`expand: kept`), or are of every block (`within:
+layer`); references in NumPy."""
 
 import numpy as np
 import pytest
@@ -91,43 +91,6 @@ def test_resume_after_survivors_were_kept():
         )  # fmt: skip
 
     check_resume(make, 4, 3)
-
-
-@pytest.mark.parametrize("kind", ["weightlora", "lalora"])
-def test_late_components_may_begin_in_small_steps(kind):
-    """A redrawn survivor's, or a newly used component's, first steps: m without bias correction."""
-    options = {"rank": RANK, "wake": "gradual"}
-    if kind == "weightlora":
-        options |= {"warmup_steps": 2, "keep_parameters": 1.0, "omega_learning_rate": 0.25}
-    else:
-        options |= {"gamma": 1e3, "every": 4}
-    bench = Bench(kind, options, learning_rate=RATE, steps=50)
-    while not (bench.decisions and bench.decisions[-1] and bench.at >= 3):
-        bench.step()
-    bench.decide()
-    twins = [Twin(bench, unit.index) for unit in bench.units]
-    reference = AdamW(RATE, no_bias_correction=True)
-    late = 0
-    for twin in twins:
-        for role in "AB":
-            state = state_of(bench, twin.name, role)
-            late += int((state[2] <= 1).sum())
-            reference.state[twin.name, role] = state
-            reference.start[twin.name, role] = np.zeros_like(getattr(twin, role))
-    assert late > 0
-    masks = {t.name: bench.adapters[t.name].mask.numpy().copy() for t in twins}
-    for _ in range(2):
-        bench.backward()
-        bench.update()
-        for twin in twins:
-            gradients = twin.gradients()
-            for role in "AB":
-                reference.update(
-                    (twin.name, role), getattr(twin, role), gradients[role], masks[twin.name]
-                )
-    for twin in twins:
-        assert_near(bench.adapters[twin.name].A, twin.A, 2e-3)
-        assert_near(bench.adapters[twin.name].B, twin.B, 2e-3)
 
 
 # --- within: layer -------------------------------------------------------------------------------

@@ -80,6 +80,16 @@ def test_arms_that_others_need_are_kept(tmp_path):
     assert list(read_comparison(file, methods=["b"]).methods) == ["lora", "a", "b"]
 
 
+def test_what_an_arm_is_like_does_not_run_for_it(tmp_path):
+    arms = {"a": ["x=1"], "b": {"like": "a", "overrides": ["y=2"]},
+            "c": {"like": "b", "overrides": ["z=3"], "learning_rates": [4e-3]}}  # fmt: skip
+    file = written(tmp_path, **PLAIN | {"methods": arms})
+    read = read_comparison(file, methods=["c"])
+    assert list(read.methods) == ["c"] and read.methods["c"].learning_rates == [4e-3]
+    whole = read_comparison(file)
+    assert read.overrides_of("c") == whole.overrides_of("c") == ["x=1", "y=2", "z=3"]
+
+
 def test_a_file_may_leave_out_all_arms_that_it_extends(tmp_path):
     written(tmp_path, "common.yaml", **PLAIN)
     file = written(tmp_path, extends="common.yaml", methods={"*": None, "b": ["method.rank=3"]})

@@ -65,6 +65,8 @@ def test_every_run_is_made_once_and_described(tmp_path, in_forks):
         assert len(records["id"]) == 8
         mean = sum(records["loss"]) / sum(records["weight"])
         assert mean == pytest.approx(result["eval_loss"], rel=1e-5)
+        assert "first step" in result["start_seconds"] and result["evaluation_seconds"] > 0
+        assert sum(result["start_seconds"].values()) < result["seconds"]
         folder = out / "runs" / result["run"]
         assert not (folder / "adapter").exists() and not list((folder / "checkpoints").iterdir())
     text = (out / "table.md").read_text()
