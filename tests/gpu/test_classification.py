@@ -73,7 +73,7 @@ def test_losses_of_padded_rows(tmp_path, encoders, part: str, graphs: str, capsy
     assert found[0] == pytest.approx(found[1], rel=0.1)
 
 
-def test_auto_lays_encoders_end_to_end_and_waits_for_nothing(tmp_path, encoders, capsys) -> None:
+def test_encoders_end_to_end_wait_for_nothing(tmp_path, encoders, capsys) -> None:
     """With their usual dropout, which the kernel draws. No step waits for the GPU in the forward
     and backward pass, none compiles after the first ones."""
     counted, seen = Compilations(), []
@@ -83,7 +83,7 @@ def test_auto_lays_encoders_end_to_end_and_waits_for_nothing(tmp_path, encoders,
             seen.append(counted.total)
 
     config = configuration(
-        tmp_path, encoders, "auto", "model.id=ENCODERS/bert-drops", "engine.compile=true",
+        tmp_path, encoders, "rows", "data.padding_free=true", "model.id=ENCODERS/bert-drops", "engine.compile=true",
         "run.steps=60", "log.every=10", "log.progress=plain", "method.targets=all-linear",
     )  # fmt: skip
     with counted:
