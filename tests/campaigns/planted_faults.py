@@ -171,6 +171,25 @@ FAULTS = [
         ("tests/unit/trainer/training/test_stop_request.py",),
     ),
     Fault(
+        "an encoder's head reads the last token of a text", "trainer/tasks/sequence_classification.py",
+        "_reads_at(model, ends[:-1])", "_reads_at(model, ends[1:] - 1)",
+        ("tests/unit/trainer/tasks/test_encoders_end_to_end.py",),
+    ),
+    Fault(
+        "backward drops other scores than forward", "trainer/model/varlen_dropout.py",
+        "found = varlen_dropout_backward(dout, *ctx.saved_tensors, *ctx.numbers)",
+        "query, key, value, out, lse, state, at = ctx.saved_tensors\n"
+        "    state = (state.view(torch.int64) + 1).view(torch.uint64)\n"
+        "    given = (query, key, value, out, lse, state, at)\n"
+        "    found = varlen_dropout_backward(dout, *given, *ctx.numbers)",
+        ("tests/unit/trainer/model/test_varlen_dropout.py",),
+    ),
+    Fault(
+        "the numbers of a block are traced as inputs", "trainer/model/blocks.py",
+        "torch._dynamo.config.specialize_float = constant_floats", "pass",
+        ("tests/unit/trainer/model/test_blocks.py",),
+    ),
+    Fault(
         "an evaluation leaves a record out", "trainer/training/evaluation.py",
         "parts = _forward(session, data, records)\n",
         "parts = _forward(session, data, records[:-1])\n",
