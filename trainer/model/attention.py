@@ -237,13 +237,14 @@ def varlen_forward(
     scale = size**-0.5 if scaling is None else scaling
     causal = others.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    plain = softcap is None and position_bias is None and (not dropout or s_aux is None)
+    plain = softcap is None and position_bias is None
     plain = plain and size % 8 == 0 and value.shape[-1] <= size <= LARGEST_HEAD
     beyond_sdpa = softcap is not None or s_aux is not None
     if attention_mask is None and causal and beyond_sdpa:
         attention_mask = spans_of_rows(query.shape[0], query.shape[2], query.device)
     if attention_mask is not None and attention_mask.dtype == torch.int32:
-        if plain:
+        # Dropout in the kernel: encoders' alone, where rows end to end are asked for.
+        if plain and (not dropout or (_both_ways(attention_mask) and s_aux is None)):
             return _by_spans(query, key, value, attention_mask, s_aux, scale, dropout), None
         attention_mask = dense_mask(attention_mask, query.shape[0], query.shape[2])
     if not beyond_sdpa:
@@ -260,6 +261,10 @@ def varlen_forward(
     return _step_by_step(query, key, value, attention_mask, scale, dropout, softcap, s_aux), None
 
 
+def _both_ways(spans: Tensor) -> bool:
+    return spans.shape[0] == 2
+
+
 def _by_spans(
     query: Tensor, key: Tensor, value: Tensor, spans: Tensor, sinks: Tensor | None, scale: float,
     dropout: float,
@@ -269,7 +274,7 @@ def _by_spans(
     if value_size < size:  # latent attention
         value = nn.functional.pad(value, (0, size - value_size))
     q, k, v = (t.transpose(1, 2).reshape(rows * length, -1, size) for t in (query, key, value))
-    window = BOTH_WAYS if spans.shape[0] == 2 else spans.shape[1] - 1
+    window = BOTH_WAYS if _both_ways(spans) else spans.shape[1] - 1
     longest = spans.shape[2]
     # Norms kept in float32 may leave q and k in it, which the kernel would refuse.
     q, k, boundaries = q.to(v.dtype), k.to(v.dtype), spans[0, 0, 0]
@@ -294,7 +299,7 @@ def dense_mask(spans: Tensor, rows: int, length: int) -> Tensor:
     boundaries = spans[0, 0, 0].contiguous()
     index = torch.searchsorted(boundaries, tokens, right=True).view(rows, length)
     distance = tokens[:length].unsqueeze(1) - tokens[:length]
-    seen = distance >= 0 if spans.shape[0] == 1 else torch.ones_like(distance, dtype=torch.bool)
+    seen = torch.ones_like(distance, dtype=torch.bool) if _both_ways(spans) else distance >= 0
     if spans.shape[1] > 1:
         seen = seen & (distance < spans.shape[1] - 1)
     return (seen & (index.unsqueeze(2) == index.unsqueeze(1))).unsqueeze(1)
