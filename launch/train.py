@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if arguments.processes is not None and not local_ranks.is_rank():
         with guarded():
             return local_ranks.run_ranks(arguments.processes)
-    from trainer.run.launch import launched
+    from trainer.run.launch import importing, launched
 
     begun = not arguments.print_config  # whose output is YAML
     with launched(arguments.config, arguments.overrides, announced=begun) as (config, world):
@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             if world.is_main:
                 print(config.to_yaml(), end="")
             return 0
-        from trainer.run.dry_run import dry_run
-        from trainer.run.run import run
-        from trainer.training.stop_request import StopRequest
+        with importing():
+            from trainer.run.dry_run import dry_run
+            from trainer.run.run import run
+            from trainer.training.stop_request import StopRequest
 
         if arguments.dry_run:
             text = dry_run(config, world)

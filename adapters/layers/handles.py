@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 _layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
+_MOST = 2**24
+"""Up to which float32 counts. torch.compile would take a float64 scalar for a number of its caller,
+find that it is none, and trace all again."""
 
 
 class RegisteredLayer(nn.Module):
-    """A module that its operator finds by `handle`, a float64 scalar on the CPU."""
+    """A module that its operator finds by `handle`, a float32 scalar on the CPU."""
 
     handle: Tensor
 
@@ -33,9 +36,10 @@ class RegisteredLayer(nn.Module):
     def _register(self) -> None:
         number = next(_numbers)
         _layers[number] = self
+        assert number < _MOST
         # Not registered with nn.Module: it is no part of the backbone and stays on the CPU.
         self.__dict__["handle"] = torch.tensor(
-            float(number), dtype=torch.float64, device="cpu", requires_grad=True
+            float(number), dtype=torch.float32, device="cpu", requires_grad=True
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

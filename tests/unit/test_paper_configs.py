@@ -21,6 +21,7 @@ from trainer.run.run import run
 FOLDER = ROOT / "configs/paper"
 SETS = ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa")
 AUTO = {"roberta": AutoModel, "deberta-v2": AutoModel, "t5": AutoModelForSeq2SeqLM, "bart": AutoModelForSeq2SeqLM}  # fmt: skip
+T5 = {"decoder_start_token_id": 0, "num_decoder_layers": 2}
 LLAMA = {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
 RECIPES = {  # name: (architecture, data, batch, peak learning rate, warm-up, weight decay, targets, set of ranks or rank, alpha)
     "lelora_glue_base": ("roberta", "glue", 128, 5e-4, 0.06, 0.1, {"query", "value"}, [0, 2, 4, 8], None),
@@ -120,7 +121,7 @@ def test_it_trains(name, tmp_path):
         save_vit(tmp_path / "model")
     else:
         auto = AUTO.get(architecture, AutoModelForCausalLM)
-        start = {"decoder_start_token_id": 0} if architecture == "t5" else {}
+        start = T5 if architecture == "t5" else {}
         save_random_model(tmp_path / "model", architecture, auto, **start)
     given = [
         f"model.id={tmp_path}/model", f"run.dir={tmp_path}/runs", f"data.cache={tmp_path}/cache",

@@ -93,7 +93,7 @@ class SourceOptions(Section):
     choices: str | list[str] = "choices"
     """Choices of format `multiple_choice`: a column with a list of texts, or with `text` and
     `label` lists; or a list of columns or templates, one for each choice."""
-    choice_texts: list[str] | None = Field(None, min_length=2)
+    choice_texts: list[str] | None = None
     """Choices that are the same for every record, in place of `choices`, such as `["no", "yes"]`;
     in format `commonsense` in place of its answers' texts."""
     blank: str | None = Field(None, min_length=1)
@@ -117,6 +117,10 @@ class SourceOptions(Section):
             raise ValueError(
                 f"data.as_chat: true given with data.format={self.format}; accepted: false"
             )
+        for key in ("choices", "choice_texts", "choice_labels"):
+            given = getattr(self, key)
+            if isinstance(given, list) and (len(given) < 2 or len(set(given)) < len(given)):
+                raise ValueError(f"data.{key}: {given} given; accepted: two or more, all different")
         if self.choice_texts is not None and self.choices != "choices":
             raise ValueError(
                 f"data.choice_texts: given together with data.choices ({self.choices}); accepted: "

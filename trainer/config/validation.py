@@ -48,7 +48,16 @@ def _explain(prefix: str, error: ErrorDetails, kind: type[BaseModel]) -> str:
             f"; a template needs quotes, since YAML reads {{…}} as a mapping: '{{column}}' in a "
             f"file, {key}='\"{{column}}\"' in a shell"
         )
-    return f"{key}: {error['input']!r} given; accepted: {accepted}"
+    elif isinstance(error["input"], bool | int | float) and "string" in accepted:
+        accepted += "; quotes make a text of what YAML reads as a number, or as true or false"
+    return f"{key}: {shown(error['input'])} given; accepted: {accepted}"
+
+
+def shown(value: Any) -> str:
+    """A value of a configuration in messages: what YAML has words for, in its words."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
 
 
 def _members(kind: type[BaseModel], path: list[str]) -> tuple[Any, ...]:

@@ -26,7 +26,9 @@ def multiple_choice(row: dict, options: SourceOptions, part: Texts) -> list[Reco
     elif isinstance(options.choices, list):
         texts, labels = [part(choice, row) for choice in options.choices], None
     else:
-        texts, labels = _column(row.get(options.choices), options.choices)
+        if options.choices not in row:
+            raise BadRecord(no_column(options.choices, row))
+        texts, labels = _column(row[options.choices], options.choices)
     labels = options.choice_labels or labels or [str(number) for number in range(len(texts))]
     right = _right(row, options.label, texts, labels)
     return _scored(question, texts, right, options)
@@ -104,7 +106,9 @@ def _texts(values: list, column: str) -> list[str]:
 
 def _right(row: dict, column: str, texts: Sequence[str], labels: Sequence[str]) -> int:
     """Index of the right choice."""
-    value = row.get(column)
+    if column not in row:
+        raise BadRecord(no_column(column, row))
+    value = row[column]
     if len(labels) < len(texts):
         raise BadRecord(f"{len(texts)} choices for {len(labels)} labels ({', '.join(labels)})")
     # JSON's true is "true" in a list of labels, but 1 where choices are numbered.

@@ -31,7 +31,7 @@ def folder_rows(folder: Path) -> Iterator[dict]:
 def encoded_image(row: dict, column: str) -> bytes:
     """The bytes of a row's image file. The column holds them, or the path of a file, or, as
     `datasets` keeps images, {bytes, path}. Raises BadRecord, also where they are no image."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if column not in row:
         raise BadRecord(no_column(column, row))
@@ -49,9 +49,9 @@ def encoded_image(row: dict, column: str) -> bytes:
         image.load()
     except Exception as error:  # PIL raises many types on damaged files
         where = "" if isinstance(found, bytes) else f"{found}: "
-        raise BadRecord(
-            f"{column}: {where}no image that can be read ({first_line(error)})"
-        ) from error
+        is_unknown = isinstance(error, UnidentifiedImageError)  # whose text names an object
+        why = "of no format that Pillow knows" if is_unknown else first_line(error)
+        raise BadRecord(f"{column}: {where}no image that can be read ({why})") from error
     if image.mode.startswith(("I", "F")):  # Pillow would make white of all above 255
         where = "" if isinstance(found, bytes) else f"{found}: "
         raise BadRecord(

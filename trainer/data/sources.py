@@ -20,6 +20,9 @@ from trainer.data.readers import FILES, Row, ending, read_file, without_nulls
 from trainer.errors import UserError, first_line, reason
 from trainer.files import sha256
 
+SPLITS = {"train", "dev", "val", "valid", "validation", "test"}
+"""What folders in a folder of images are called that hold no class, but a split."""
+
 
 def read_rows(
     source: SourceNames, split: str, options: SourceOptions, limit: int | None,
@@ -150,6 +153,9 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
             f"{folder}: {reason(error)}; accepted: a folder that can be read"
         ) from error
     files = [path for path in inside if path.is_file() and ending(path)]
+    named = [path.name for path in inside if path.is_dir()]
+    if not files and named and split not in named and SPLITS.issuperset(named):
+        raise UserError(f"{folder}: no split {split!r}; accepted: {', '.join(named)}")
     for images in (folder / split, folder) if not files else ():
         if images.is_dir() and image_files(images):
             return [images]

@@ -94,7 +94,10 @@ def _tokenise(
         with closing(Parts(folder)) as parts:
             _fill(parts, work, split, limit, shown, check)
             if parts.counts.used == 0:
-                raise UserError(f"{name_of(work.source)}: no usable record ({parts.counts})")
+                raise UserError(
+                    f"{name_of(work.source)}: no usable record ({parts.counts}); accepted: at "
+                    "least one; data.on_bad_record=stop, data.on_long_record=stop say what is wrong"
+                )
             parts.finish()
     except (UserError, OSError) as error:
         if not isinstance(error, UserError) or error.exit_code == EXIT_USAGE:

@@ -198,7 +198,7 @@ def _partitioned(call: Call) -> tuple[fx.GraphModule, fx.GraphModule, int]:
     def unchanged(graph: fx.GraphModule, _: Any) -> Callable:
         return make_boxed_func(graph)
 
-    handles = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in layers]
+    handles = [torch.zeros((), requires_grad=True) for _ in layers]
     tensors = [flat[index].detach() for index in indices]
     tensors[0].requires_grad_()
     aot_function(

@@ -188,6 +188,12 @@ def _unmodified(
                 untie_head(model, folder)
             return model, initial_values(model), added
     except Exception as error:  # a model's constructor raises whatever its shapes lead to
+        if str(error).startswith("Unrecognized configuration class"):
+            raise UserError(
+                f"task.kind: {config.task.kind} given, but transformers has no "
+                f"{task.auto_class.__name__.removeprefix('Auto')} of {model_config.model_type} "
+                f"(model.id {options.id}); accepted: another task.kind, or another model"
+            ) from error
         raise UserError(
             f"model.id: {folder} with model.attention={options.attention}: {first_line(error)}"
         ) from error

@@ -44,6 +44,7 @@ def introduction(session: Session, folder: RunFolder, loader: Loader, steps: int
         ),
         f"run       {config.run_folder}",
         f"data      train {session.train_data.counts}",
+        *(f"          {line}" for line in session.task.remarks()),
         *(f"          {line}" for line in on_sources(session.train_data)),
         *(
             f"          eval {name}{': ' if name else ''}{held}"

@@ -132,6 +132,10 @@ class Task(ABC):
     def load_labels_state(self, state: dict[str, list[str]]) -> None:  # noqa: B027
         """Inverse of `labels_state`, in place of `learn_labels`."""
 
+    def remarks(self) -> list[str]:
+        """Lines on what `learn_labels` found, for the terminal."""
+        return []
+
     @classmethod
     def head_outputs(cls, labels_state: Mapping[str, list[str]]) -> int | None:
         """Outputs of the new head, which whoever loads the backbone has to give as `num_labels`;

@@ -40,8 +40,9 @@ class CausalLM(Task):
     def check_model(self, model: "PreTrainedModel") -> None:
         if attends_ahead(model):
             raise UserError(
-                f"task.kind: causal_lm given, but {type(model).__name__} is built as an encoder, "
-                "which attends to the tokens to predict; accepted: a decoder, or another task.kind"
+                f"task.kind: {self.options.kind} given, but {type(model).__name__} is built as an "
+                "encoder, which attends to the tokens to predict; accepted: a decoder, or another "
+                "task.kind"
             )
 
     def encode(self, records: Sequence[Record], max_length: int) -> list[Example | str]:

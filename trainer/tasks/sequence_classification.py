@@ -30,6 +30,9 @@ from trainer.tasks.positions import handed, takes_positions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SHOWN = 10
+"""Labels that are printed, at most."""
+
 
 class SequenceClassification(Task):
     """Classification or regression of one or two texts, by a new head."""
@@ -39,6 +42,8 @@ class SequenceClassification(Task):
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
     pipeline_tag: ClassVar[str | None] = "text-classification"
     labels: list[str] = []
+    once = False
+    """Every label was that of one training record."""
 
     @property
     def is_regression(self) -> bool:
@@ -49,11 +54,19 @@ class SequenceClassification(Task):
             return
         names = {str(label) for label in labels}
         self.labels = sorted(names, key=_sort_key)
+        self.once = len(names) == len(labels) > 2
         if len(self.labels) < 2:
             raise UserError(
                 f"data.label: one label only in the training data ({', '.join(self.labels)}); "
                 "accepted: two or more, or task.problem=regression"
             )
+
+    def remarks(self) -> list[str]:
+        shown = [repr(name) for name in self.labels[:SHOWN]]
+        rest = ["…"] if len(self.labels) > SHOWN else []
+        once = ", each of one record (numbers to predict: task.problem=regression)"
+        line = f"{len(self.labels)} labels: {', '.join(shown + rest)}{once if self.once else ''}"
+        return [line] if shown else []
 
     def labels_state(self) -> dict[str, list[str]]:
         return {} if self.is_regression else {"labels": self.labels}

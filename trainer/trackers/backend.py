@@ -8,17 +8,18 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate import tracking
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from trainer.config.config import Config
 from trainer.config.trackers import TRACKERS
 from trainer.files import BOARD
 from trainer.records.answers import answers_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class _Logger(logging.LoggerAdapter):
@@ -71,7 +72,7 @@ class Backend:
     def answers(self, answers: Sequence[Mapping[str, Any]], step: int) -> None:
         """Generated answers as a table, where the tracker has any."""
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         """A figure, where it was tried: the trackers' interfaces differ."""
 
     def generated(self, answers: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
@@ -105,7 +106,7 @@ class TensorBoard(Backend):
         if table := answers_table(answers, self.config.generation.shown):
             self._tracker.log({"eval/answers": table}, step=step)
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         self._tracker.tracker.add_figure(name, figure, step)
 
 
@@ -129,7 +130,7 @@ class WandB(Backend):
         if rows:
             self._tracker.log_table("eval/answers", columns=columns, data=rows, step=step)
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         self._tracker.log_images({name: [_pixels(figure)]}, step=step)
 
     def finish(self, *, ended: bool) -> None:
@@ -154,7 +155,7 @@ class MLflow(Backend):
         if table := answers_table(answers, self.config.generation.shown):
             mlflow.log_text(table, f"answers/step-{step:08d}.md")
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         self._tracker.log_figure(figure, f"{name}.png")
 
     def finish(self, *, ended: bool) -> None:
@@ -183,7 +184,7 @@ class Trackio(Backend):
         if rows:
             self._tracker.log({"eval/answers": trackio.Table(columns=columns, data=rows)}, step)
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         import trackio
 
         self._tracker.log({name: trackio.Image(_pixels(figure))}, step=step)
@@ -203,7 +204,7 @@ class SwanLab(Backend):
         if table := answers_table(answers, self.config.generation.shown):
             self._tracker.log({"eval/answers": swanlab.Text(table)}, step=step)
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         self._tracker.log_images({name: [_pixels(figure)]}, step=step)
 
 
@@ -223,7 +224,7 @@ class Comet(Backend):
         if table := answers_table(answers, self.config.generation.shown):
             self._tracker.tracker.log_text(table, step=step)
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         self._tracker.tracker.log_image(_pixels(figure), name=name, step=step)
 
 
@@ -260,7 +261,7 @@ class ClearML(Backend):
         if rows:
             self._tracker.log_table("eval_answers", columns=columns, data=rows, step=step)
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         self._tracker.log_images({name: _pixels(figure)}, step=step)
 
 
@@ -278,7 +279,7 @@ class DVCLive(Backend):
     def identity(self) -> str | None:
         return "dvclive"
 
-    def figure(self, name: str, figure: Figure, step: int) -> None:
+    def figure(self, name: str, figure: "Figure", step: int) -> None:
         self._tracker.tracker.step = step
         self._tracker.tracker.log_image(f"{name}.png", _pixels(figure))
 
@@ -289,8 +290,10 @@ def _series(name: str) -> str:
     return f"{group}_{key.removeprefix('eval_')}" if group in ("train", "eval") else name
 
 
-def _pixels(figure: Figure) -> np.ndarray:
+def _pixels(figure: "Figure") -> np.ndarray:
     """A figure as (height, width, 3) bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second to import
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])

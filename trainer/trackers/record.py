@@ -107,11 +107,11 @@ class TrackerRecord(Callback):
         self._spacing = steps / _BOARD_POINTS if name == "tensorboard" else 0.0
         self._next = 0.0  # the first step to draw next
         self._ended, self._closed, self._lost, self._left = False, False, False, False
-        self._backend: Any = None
+        self._backend: Any = None  # begun with what is first told it, not during the run's start
+        self._start = start
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name=f"tracker {name}")
         self._thread.start()
-        self._call(lambda: self._begin(start))
 
     def on_step(self, step: StepRecord) -> None:
         if step.logged is not None and step.step >= self._next:
@@ -160,9 +160,10 @@ class TrackerRecord(Callback):
         }
         self._call(lambda: self._backend.log(finite, values["step"]))
 
-    def _begin(self, start: int) -> None:
-        from trainer.trackers.backend import backend  # accelerate's import takes a second
+    def _begin(self) -> None:
+        from trainer.trackers.backend import backend  # its libraries take a second to import
 
+        start = self._start
         identities = _read(self._folder)
         known = identities.get(self.name) if start > 0 else None
         self._backend = made = backend(self.name)(self._config, self._folder, start, known)
@@ -186,6 +187,8 @@ class TrackerRecord(Callback):
             if failed:
                 continue
             try:
+                if self._backend is None:
+                    self._begin()
                 function()
             except BaseException as error:  # whatever a library does; SystemExit too
                 failed = True

@@ -84,14 +84,14 @@ REFUSED = {
         ["run.steps: 1.5 given", "accepted: integer or null"],
     ),
     "whole float for integer": ({"method.rank": 8.0}, ["method.rank: 8.0", "accepted: integer"]),
-    "boolean for integer": ({"log.every": True}, ["log.every: True", "accepted: integer"]),
+    "boolean for integer": ({"log.every": True}, ["log.every: true", "accepted: integer"]),
     "integer for boolean": ({"data.packing": 1}, ["data.packing: 1", "accepted: true or false"]),
     "string for boolean": (
         {"log.tensorboard": "on"},
         ["log.tensorboard: 'on'", "accepted: true or false"],
     ),
     "number for string": ({"model.id": 7}, ["model.id: 7 given", "accepted: string"]),
-    "null where none may be": ({"run.dir": None}, ["run.dir: None", "accepted: string"]),
+    "null where none may be": ({"run.dir": None}, ["run.dir: null", "accepted: string"]),
     "number for optional string": (
         {"data.subset": 3},
         ["data.subset: 3", "accepted: string or null"],

@@ -248,7 +248,7 @@ MISTAKES: dict[str, tuple[dict, str]] = {
     "no weight": ({"weight": 0}, "data.mixture.1.weight: 0 given; accepted: greater than 0"),
     "negative": ({"weight": -1.5}, "data.mixture.1.weight: -1.5 given"),
     "infinite": ({"weight": float("inf")}, "data.mixture.1.weight: inf given"),
-    "missing": ({"weight": None}, "data.mixture.1.weight: None given; accepted: number"),
+    "missing": ({"weight": None}, "data.mixture.1.weight: null given; accepted: number"),
     "no source": ({"train": None}, "data.mixture.1.train: missing; accepted: string or a list"),
     "empty list": ({"train": []}, "data.mixture.1.train: missing; accepted: string or a list"),
     "key of the section": ({"max_length": 5}, "data.mixture.1.max_length: unknown key; accepted"),

@@ -110,6 +110,25 @@ def test_rouge_is_the_f1_of_shared_words_and_of_the_longest_common_subsequence()
     assert scores["rouge1"] == pytest.approx(sum(row["rouge1"] for row in rows) / len(rows))
 
 
+def test_rouge_is_that_of_torchmetrics(shared_data):
+    """Its own implementation, on solutions of GSM8K: stems, numbers, punctuation, cases."""
+    needs("rouge_score")
+    text = needs("torchmetrics.functional.text.rouge")
+    lines = (shared_data / "gsm8k/test.jsonl").read_text().splitlines()[:40]
+    references = [json.loads(line)["answer"].partition("####")[0] for line in lines]
+    generator, answers = random.Random(0), []
+    for reference in references:
+        words = reference.upper().split() if len(reference) % 2 else reference.split()
+        kept = [f"{word}s" if len(word) % 3 else word for word in words if generator.random() < 0.7]
+        answers.append(" ".join(kept))
+    names = ("rouge1", "rouge2", "rougeL")
+    theirs = text.rouge_score(answers, references, use_stemmer=True, rouge_keys=names)
+    scores, _ = score(answers, references, options(scores=["rouge"]))
+    expected = {name: float(theirs[f"{name}_fmeasure"]) for name in names}
+    assert 0.2 < expected["rouge2"] < expected["rougeL"] < expected["rouge1"] < 0.9
+    assert scores == pytest.approx(expected, rel=1e-5)
+
+
 def pairs(words: list[str]) -> list[tuple[str, str]]:
     return list(pairwise(words))
 

@@ -13,6 +13,7 @@ from trainer.data.rows import Rows
 from trainer.distributed.world import World
 from trainer.errors import RunFailed
 from trainer.memory import planner
+from trainer.model.blocks import have_same_floats
 from trainer.model.footprint import blocks_that_fit
 from trainer.run.run import run
 from trainer.session import open_session
@@ -228,6 +229,27 @@ def test_every_way_to_run_a_block_is_compiled(tmp_path, monkeypatch):
                         loss, _ = session.task.loss(session.model, batch)
                     if gradients:
                         loss.backward()
+
+
+def test_no_trace_is_thrown_away(tmp_path, monkeypatch):
+    """Neither handles nor the numbers of a block are traced as inputs that turn out to be none."""
+    monkeypatch.setattr("trainer.model.blocks.BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    session = opened(tmp_path, "engine.compile=true")
+    torch._dynamo.utils.clear_compilation_metrics()
+    loss, _ = session.task.loss(session.model, session.task.collate([[session.train_data[0]]]))
+    loss.backward()
+    (program,) = torch._dynamo.utils.get_compilation_metrics()
+    assert program.co_name == "forward_with_checkpointing" and not program.restart_reasons
+
+
+def test_numbers_that_differ_between_blocks_are_no_constants():
+    """Else each block would be a program of its own."""
+    blocks = [torch.nn.Sequential(torch.nn.LayerNorm(4)) for _ in range(3)]
+    assert have_same_floats(blocks)
+    blocks[2][0].eps = 1e-3
+    assert not have_same_floats(blocks)
+    assert have_same_floats([*blocks[:2], blocks[2][0]])  # a block of another class
 
 
 def test_sharded_ranks_do_not_go_on_alone(tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from sklearn.metrics import accuracy_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import shared
@@ -273,3 +275,17 @@ def test_accuracy_of_grouped_choices():
     found = MultipleChoice.metrics(None, predictions, lengths, [0, 0, 1, 1, 1])
     assert (found["accuracy"], found["accuracy_norm"]) == (0.5, 1.0)
     assert found["accuracy_norm_interval"] == 0.0
+
+
+def test_scores_of_choices_are_those_of_libraries():
+    """sklearn's accuracy of NumPy's argmax, and scipy's interval of the normal approximation."""
+    rng = np.random.default_rng(0)
+    logp, size, right = -rng.random((50, 4)), rng.integers(1, 9, (50, 4)), rng.integers(0, 4, 50)
+    predictions = [[logp[q, c], float(c == right[q])] for q in range(50) for c in range(4)]
+    records = [q for q in range(50) for _ in range(4)]
+    found = MultipleChoice.metrics(None, predictions, size.flatten().tolist(), records)
+    for name, scores in (("accuracy", logp), ("accuracy_norm", logp / size)):
+        share = accuracy_score(right, scores.argmax(1))
+        assert found[name] == pytest.approx(share) and 0 < share < 1
+        low, high = stats.norm.interval(0.95, loc=share, scale=(share * (1 - share) / 50) ** 0.5)
+        assert found[f"{name}_interval"] == pytest.approx((high - low) / 2, rel=1e-4)
