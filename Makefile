@@ -68,7 +68,7 @@ path: $(BIN)/.installed-dev
 	python -m tests.campaigns.users_path build/path --write docs/getting-started.md
 
 # The Dockerfile's steps without Docker, in a clean Debian folder by debootstrap, with torch for CPUs.
-# Needs root. With torch on disk it took 12 minutes on two busy cores and 2.5 GB. Where that index is not reachable, wheels on disk:
+# Needs root; 12 minutes on two busy cores, 2.5 GB. Without a way to torch's index, from wheels in /wheels:
 # make image IMAGE="--bind /wheels --env PIP_FIND_LINKS=/wheels"
 IMAGE ?= --arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
 image: $(BIN)/.installed-dev

@@ -112,7 +112,7 @@ class Selection(Method):
         return self.scale
 
     def _factor(self, unit: Unit, held: int, rank: int, decision: Decision) -> float:
-        """What B takes over of its gates' change, where the rank becomes `rank` from `held`."""
+        """What B is multiplied by so that BᵀgA stays: gates at rank `held` over those at `rank`."""
         return self._gate(held) / self._gate(rank)
 
     def scalars(self) -> dict[str, float]:

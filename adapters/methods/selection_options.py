@@ -30,7 +30,7 @@ class SelectionOptions(MethodOptions):
     rank. In the order of their scores, each unit that still fits survives."""
     within: Literal["model", "layer"] = "model"
     """Compare the scores of all units (paper), or only of those of the same transformer block, each
-    of which keeps its own share: none then loses all its units. With `keep_parameters`."""
+    of which keeps at most this share of its own. With `keep_parameters`."""
     expand: Literal["reinit", "qr", "kept", "authors"] = "reinit"
     """Survivors' A and B: redrawn (paper); learned components kept, with further rows of A
     orthogonal to them and zero columns of B (`qr`), and with the optimizer's moments and step
@@ -141,11 +141,20 @@ class RLoRAOptions(SelectionOptions):
     match: str | None = None
     """Run folder of weightlora or weightlora_plus, or a pattern for one, in which {seed} stands for
     `run.seed`: before the same step, as many random units of each type (matrix type and size)
-    survive, with the same ranks. `keep` then has no effect."""
+    survive, with the same ranks. `keep` and `keep_parameters` then have no effect."""
 
     @property
     def selection_of(self) -> str | None:
         return self.match
+
+    @model_validator(mode="after")
+    def _check_match(self) -> "RLoRAOptions":
+        if self.match is not None and self.within == "layer":
+            raise ValueError(
+                "method.within: layer given together with method.match, whose units are drawn from "
+                "all of a type; accepted: model"
+            )
+        return self
 
 
 class OmegaOptions(SelectionOptions):

@@ -124,16 +124,19 @@ class WeightLoRA(Selection):
         score = np.where(candidates, scores(self._offset, sizes, self.options.score), -np.inf)
         order = np.argsort(-score, kind="stable")[: candidates.sum()]  # ties: lower unit first
         kept = self.options.survivors(order.tolist(), self.units)
-        if not kept:  # in a further round: fewer units than K had ω > 0
-            raise ValueError(
-                f"method.keep_parameters: none of the {len(order)} survivors fits into this share "
-                "of their parameters; accepted: a larger one, or fewer method.rounds"
-            )
+        groups = self.options.groups(order.tolist(), self.units)
+        for group in groups:  # in a further round: the smallest may be gone
+            if not set(group) & set(kept):
+                raise ValueError(
+                    f"method.keep_parameters: none of the {len(group)} survivors from "
+                    f"{self.units[group[0]].name} on fits into this share of their parameters; "
+                    "accepted: a larger one, or fewer method.rounds"
+                )
         zeroed = np.setdiff1d(order, kept)
         self._offset = self._offset.copy()
         self._offset[zeroed] = -1.0
         tied: list[int] = []
-        for group in self.options.groups(order.tolist(), self.units):
+        for group in groups:
             border = min((score[unit] for unit in group if unit in kept), default=np.inf)
             at_border = [unit for unit in group if score[unit] == border]
             tied += at_border if not set(at_border) <= set(kept) else []

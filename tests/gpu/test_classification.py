@@ -73,9 +73,8 @@ def test_losses_of_padded_rows(tmp_path, encoders, part: str, graphs: str, capsy
     assert found[0] == pytest.approx(found[1], rel=0.1)
 
 
-def test_encoders_end_to_end_wait_for_nothing(tmp_path, encoders, capsys) -> None:
-    """With their usual dropout, which the kernel draws. No step waits for the GPU in the forward
-    and backward pass, none compiles after the first ones."""
+def test_encoders_end_to_end_learn_and_compile_nothing_later(tmp_path, encoders, capsys) -> None:
+    """With their usual dropout, which the kernel draws: no step compiles after the first ones."""
     counted, seen = Compilations(), []
 
     class Watch:

@@ -135,8 +135,9 @@ class Blocks:
 
 
 def have_same_floats(blocks: Sequence[nn.Module]) -> bool:
-    """Whether blocks of one class have the same numbers, so that they share a program in which
-    those are constants."""
+    """Whether blocks of one class have the same numbers, as attributes of their modules, so that
+    they share a program in which those are constants; numbers elsewhere (a configuration's) would
+    cost a program for each value, not a result."""
     known: dict[tuple[type, str, str], float] = {}
     return all(
         known.setdefault((type(block), path, name), value) == value

@@ -139,10 +139,10 @@ def document_scores(query: Tensor, key: Tensor, window: int, scale: float) -> Te
     """Scaled scores (H, n, n) of one document; −inf where a query does not attend."""
     groups = query.shape[1] // key.shape[1]
     scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(groups, 1)).float() * scale
-    position = torch.arange(len(query))
-    distance = position.unsqueeze(1) - position
     if window == BOTH_WAYS:
         return scores
+    position = torch.arange(len(query))
+    distance = position.unsqueeze(1) - position
     seen = (distance >= 0) & (distance < (window or len(query)))
     return scores.masked_fill(~seen, -torch.inf)
 

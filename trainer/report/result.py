@@ -65,15 +65,18 @@ class Result:
     def ranks(self) -> Any:
         """A row for every adapted matrix and every decision about ranks: `step`, the first one
         (from 0) that it holds for, `unit`, `layer`, `kind`, `rank` and, where the method chooses
-        it, `location`. Of a method that decides nothing, its rank from step 0 on; empty where
-        there are no adapters."""
-        kept = self.config["method"].get("rank")
+        it, `location`. Of a method that decides nothing, its rank from step 0 on. Empty where there
+        are no adapters, or where a start from the data gave the ranks (`redistributed`), of which
+        the run keeps no table: `rank_pattern` in the adapter's adapter_config.json has them."""
+        method = self.config["method"]
+        kept = method.get("rank")
+        given = (method.get("start_options") or {}).get("ranks") == "redistributed"
         units = self._units() if kept is not None else []
         if not units:
             return _table(())
         allocation = read_allocation(self.folder, kept, self.step)
         if allocation is None or not allocation.ranks.steps:
-            return _table(_row(unit, 0, kept) for unit in units)
+            return _table(() if given else (_row(unit, 0, kept) for unit in units))
         return _table(_ranks(allocation))
 
     @property
@@ -116,8 +119,8 @@ class Result:
     def best_checkpoint(self) -> Path | None:
         """The folder of the best evaluation's checkpoint; None without `run.keep_best`."""
         step = final_scores(read_metrics(self.folder / METRICS)).get("best_step")
-        found = {int(folder.name.removeprefix("step-")): folder for folder in self.checkpoints}
-        return None if step is None else found.get(step)
+        found = None if step is None else self.folder / CHECKPOINTS / f"step-{step:08d}"
+        return found if found is not None and found.is_dir() else None
 
     @property
     def figures(self) -> list[Path]:

@@ -47,7 +47,7 @@ class SequenceClassification(Task):
     peft_task_type: ClassVar[str | None] = "SEQ_CLS"
     pipeline_tag: ClassVar[str | None] = "text-classification"
     labels: list[str] = []
-    once = False
+    labels_are_unique = False
     """Every label was that of one training record."""
 
     @property
@@ -59,7 +59,7 @@ class SequenceClassification(Task):
             return
         names = {str(label) for label in labels}
         self.labels = sorted(names, key=_sort_key)
-        self.once = len(names) == len(labels) > 2
+        self.labels_are_unique = len(names) == len(labels) > 2
         if len(self.labels) < 2:
             raise UserError(
                 f"data.label: one label only in the training data ({', '.join(self.labels)}); "
@@ -69,8 +69,9 @@ class SequenceClassification(Task):
     def remarks(self) -> list[str]:
         shown = [repr(name) for name in self.labels[:SHOWN]]
         rest = ["…"] if len(self.labels) > SHOWN else []
-        once = ", each of one record (numbers to predict: task.problem=regression)"
-        line = f"{len(self.labels)} labels: {', '.join(shown + rest)}{once if self.once else ''}"
+        line = f"{len(self.labels)} labels: {', '.join(shown + rest)}"
+        if self.labels_are_unique and hasattr(self.options, "problem"):
+            line += ", each of one record (numbers to predict: task.problem=regression)"
         return [line] if shown else []
 
     def labels_state(self) -> dict[str, list[str]]:

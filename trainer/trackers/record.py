@@ -78,13 +78,14 @@ class Trackers(Record):
     def close(self) -> None:
         for one in self._trackers:
             one.end()
-        begun, patience, since = time.monotonic(), _PATIENCE, "the run"
-        if not self._ended:
-            patience, since = _PATIENCE_WHEN_STOPPED, "the failure"
+        begun, asked_to_stop = time.monotonic(), False
+        patience, since = (
+            (_PATIENCE, "the run") if self._ended else (_PATIENCE_WHEN_STOPPED, "the failure")
+        )
         while working := [one for one in self._trackers if one.is_waited_for]:
-            if since != "the request to stop" and self._stopped():
-                begun, patience = time.monotonic(), _PATIENCE_WHEN_STOPPED
-                since = "the request to stop"
+            if not asked_to_stop and self._stopped():
+                begun, asked_to_stop = time.monotonic(), True
+                patience, since = _PATIENCE_WHEN_STOPPED, "the request to stop"
             if time.monotonic() - begun > patience:
                 names = ", ".join(one.leave() for one in working)
                 self._say(
@@ -106,7 +107,8 @@ class TrackerRecord(Callback):
         self.name, self._config, self._folder, self._say = name, config, folder, say
         self._spacing = steps / _BOARD_POINTS if name == "tensorboard" else 0.0
         self._next = 0.0  # the first step to draw next
-        self._ended, self._closed, self._lost, self._left = False, False, False, False
+        self._told, self._ended, self._closed = False, False, False
+        self._lost, self._left = False, False
         self._backend: Any = None  # begun with what is first told it, not during the run's start
         self._start = start
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -133,7 +135,8 @@ class TrackerRecord(Callback):
         """After what it still has to do, and what it is told now, it ends."""
         if not self._closed:
             self._closed = True
-            self._calls.put(lambda: self._backend.finish(ended=self._ended))
+            if self._told:  # else there is nothing to begin it for
+                self._calls.put(lambda: self._backend.finish(ended=self._ended))
             self._calls.put(None)
 
     @property
@@ -175,6 +178,7 @@ class TrackerRecord(Callback):
                 write_text(self._folder / IDENTITIES, json.dumps(found))
 
     def _call(self, function: Callable[[], None]) -> None:
+        self._told = True
         if self._calls.qsize() < _WAITING:
             self._calls.put(function)
         elif not self._lost:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.optimizer import MaskedAdamW, Share, Trainable
+from adapters.trainable import Kept
 
 SIZES = [2, 3, 7, 17]  # the last one: some ranks have nothing to update
 SETTINGS: dict[str, Any] = {
@@ -41,6 +42,7 @@ class Adapters:
     def __init__(self, share: Share, **settings: Any):
         self.random = torch.Generator().manual_seed(0)
         self.tokens = nn.Parameter(torch.zeros(2))
+        self.kept: Kept | None = None
         self.tensors = {name: self.new(5, 13) for name in "abc"} | {"head": self.new(41)}
         self.masks = {name: torch.ones(5, dtype=torch.bool) for name in "abc"}
         self.optimizer = MaskedAdamW(self.trainables(), share=share, **(SETTINGS | settings))
@@ -52,7 +54,7 @@ class Adapters:
         special: dict[str, dict[str, Any]] = {
             "a": {"learning_rate_ratio": 16.0},
             "b": {"decay_ratio": 0.25, "token_counter": (self.tokens, 0)},
-            "c": {"token_counter": (self.tokens, 1)},
+            "c": {"token_counter": (self.tokens, 1), "kept": self.kept},
         }
         mine = [
             Trainable(name, tensor, self.masks.get(name), **special.get(name, {}))
@@ -76,10 +78,11 @@ class Adapters:
             self.optimizer.zero_grad()
 
     def restructure(self) -> None:
-        """One tensor goes, one comes, one is made anew with more rows."""
+        """One tensor goes, one comes, one grows and is halved, its moments with it."""
         del self.tensors["a"], self.masks["a"]
         self.tensors["new"], self.tensors["c"] = self.new(3, 50), self.new(8, 13)
         self.masks["c"] = torch.ones(8, dtype=torch.bool)
+        self.kept = Kept(torch.arange(5), 0.5, added=3)
         self.optimizer.rebind_parameters(self.trainables())
 
     def state(self) -> dict[str, Tensor]:
@@ -116,7 +119,11 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_every_rank_ends_up_as_one_alone(size, no_bias_correction):
     expected = life(Share(), no_bias_correction=no_bias_correction)
-    assert expected[2]["b/exp_avg"].abs().sum() > 0  # moments were there to carry over
+    before, after = expected[1], expected[2]
+    assert before["b/exp_avg"].abs().sum() > 0  # moments were there to carry over
+    assert torch.equal(after["c/exp_avg"][:5], before["c/exp_avg"] / 0.5)
+    assert torch.equal(after["c/exp_avg_sq"][:5], before["c/exp_avg_sq"] / 0.25)
+    assert torch.equal(after["c/step"], torch.cat([before["c/step"], torch.zeros(3)]))
     for states in on_ranks(size, lambda share: life(share, no_bias_correction=no_bias_correction)):
         for found, wanted in zip(states, expected, strict=True):
             assert_same(found, wanted)

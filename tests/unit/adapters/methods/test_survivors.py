@@ -83,10 +83,11 @@ def test_random_survivors_may_be_kept_too():
                 np.testing.assert_array_equal(now, then)
 
 
-def test_resume_after_survivors_were_kept():
+@pytest.mark.parametrize("expand", ["kept", "qr"])
+def test_resume_after_survivors_were_kept(expand):
     def make(begin):
         return bench_of(
-            "weightlora_plus", warmup_steps=2, keep=3, expand="kept", learning_rate=RATE,
+            "weightlora_plus", warmup_steps=2, keep=3, expand=expand, learning_rate=RATE,
             begin=begin,
         )  # fmt: skip
 
@@ -155,3 +156,15 @@ def test_what_does_not_fit_is_refused():
     bench_of(keep_parameters=0.3, shapes=[(12, 10)] * 2 + [(40, 40)] * 4)
     with pytest.raises(ValueError, match=r"keep_parameters: 0.3 given, .* at least 0.5"):
         bench_of(keep_parameters=0.3, shapes=[(12, 10)] * 2 + [(40, 40)] * 4, within="layer")
+    with pytest.raises(ValueError, match=r"method.within: layer given together with method.match"):
+        Bench("rlora", {"match": "runs/x", "keep_parameters": 0.5, "within": "layer"})
+
+
+def test_a_layer_that_would_lose_all_its_units_is_refused():
+    """Of the second one the largest unit alone is left, which is more than half of itself."""
+    shapes = [(8, 8)] * 6 + [(24, 24), (32, 32)]
+    bench = layered(shapes=shapes, per_layer=4, rounds=2)
+    survivors = drive(bench, [-np.array([3.0, 2, 1, 1, 1, 1, 1, 5])]).survivors
+    assert survivors == names(bench, [0, 1, 7])
+    with pytest.raises(ValueError, match=r"none of the \d survivors from .* fits into this share"):
+        drive(bench, [-np.ones(len(bench.adapters))])

@@ -163,6 +163,9 @@ def test_ranks_of_a_run_that_decides_nothing(tmp_path):
     assert [tuple(row) for row in result.ranks.to_numpy()] == [
         (0, "u0", 0, "u", 4), (0, "u1", 1, "u", 4)
     ]  # fmt: skip
+    given = "method: {kind: lora, rank: 4, start_options: {ranks: redistributed}}"
+    (tmp_path / "config.yaml").write_text(given)
+    assert len(result.ranks) == 0  # 4 is no matrix's: those that the start gave are not recorded
     (tmp_path / "config.yaml").write_text("method: {kind: full}")
     assert len(result.ranks) == 0 and not result.status and not result.readme
 

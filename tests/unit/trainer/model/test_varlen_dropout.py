@@ -70,5 +70,5 @@ def test_models_drop_by_spans_in_training() -> None:
     first, second = out(P), out(P)
     torch.manual_seed(3)
     assert torch.equal(out(P), first) and not torch.equal(first, second)
-    several = torch.stack([out(P) for _ in range(3000)]).mean(0)
-    torch.testing.assert_close(several, out(0.0), rtol=0, atol=0.15)
+    several = torch.stack([out(P) for _ in range(300)]).mean(0)
+    torch.testing.assert_close(several, out(0.0), rtol=0, atol=0.3)
