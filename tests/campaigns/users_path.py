@@ -34,7 +34,7 @@ COUNTRIES = (
     "Budapest, Japan Tokyo, China Beijing, Egypt Cairo, Kenya Nairobi, Peru Lima, Chile Santiago, "
     "Cuba Havana, Canada Ottawa, Russia Moscow, Turkey Ankara, Iran Tehran, Iraq Baghdad"
 )
-LONGEST = 24
+LONGEST = 32
 """Lines of a command's output in the transcript."""
 
 
