@@ -127,10 +127,11 @@ class WeightLoRA(Selection):
         groups = self.options.groups(order.tolist(), self.units)
         for group in groups:  # in a further round: the smallest may be gone
             if not set(group) & set(kept):
+                layer = self.units[group[0]].layer
+                where = f" in layer {layer}" if self.options.within == "layer" else ""
                 raise ValueError(
-                    f"method.keep_parameters: none of the {len(group)} survivors from "
-                    f"{self.units[group[0]].name} on fits into this share of their parameters; "
-                    "accepted: a larger one, or fewer method.rounds"
+                    f"method.keep_parameters: none of the {len(group)} survivors{where} fits into "
+                    "this share of their parameters; accepted: a larger one, or fewer method.rounds"
                 )
         zeroed = np.setdiff1d(order, kept)
         self._offset = self._offset.copy()

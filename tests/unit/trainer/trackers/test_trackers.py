@@ -13,6 +13,7 @@ from tests.unit.trainer.trackers import offline
 from trainer.config.trackers import TRACKERS
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
+from trainer.records.callbacks import StepRecord
 from trainer.records.jsonl import read_metrics
 from trainer.report.result import Result
 from trainer.run.run import run
@@ -143,6 +144,9 @@ class Broken(MLflow):
         raise SystemExit(3)
 
 
+STEP = StepRecord(1, 2.0, 1e-3, 0.5, 0.1, False, {"step": 1, "loss": 2.0})
+
+
 class Held(MLflow):
     """Notes how it was ended."""
 
@@ -210,6 +214,8 @@ def test_a_tracker_that_hangs_is_left_alone(tmp_path, monkeypatch, ended, stoppe
     monkeypatch.setitem(backends.BACKENDS, "wandb", Held)
     config, said = quick_config(tmp_path), []
     made = [TrackerRecord(n, config, tmp_path, 3, 0, said.append) for n in ("tensorboard", "wandb")]
+    for one in made:
+        one.on_step(STEP)
     made[1].end()
     made[1].wait(10)
     record = Trackers(made, said.append, lambda: stopped)
@@ -221,6 +227,17 @@ def test_a_tracker_that_hangs_is_left_alone(tmp_path, monkeypatch, ended, stoppe
     assert told.startswith(f"tracker   tensorboard: {line}")
     assert [one.ends for one in Held.made if not isinstance(one, Hanging)] == [[False]]
     released.set()
+
+
+def test_a_tracker_that_is_told_nothing_is_not_begun(tmp_path, monkeypatch):
+    Held.made.clear()
+    monkeypatch.setitem(backends.BACKENDS, "tensorboard", Held)
+    record = Trackers(
+        [TrackerRecord("tensorboard", quick_config(tmp_path), tmp_path, 3, 0, print)], print,
+        lambda: False,
+    )  # fmt: skip
+    record.close()  # of a run that failed before its first step
+    assert not Held.made
 
 
 def test_a_broken_tracker_changes_nothing(tmp_path, monkeypatch, capsys):
