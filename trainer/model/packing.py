@@ -68,7 +68,10 @@ def choose_rows(
         because = f": {attention.obstacle}" if attention.obstacle else ""
         obstacle = f"attention would need a mask of documents{because}"
     elif data.padding_free == "auto" and obstacle is None and attends_ahead(model):
-        obstacle = "an encoder's was not tried on a GPU yet; data.padding_free=true asks for it"
+        obstacle = (
+            "an encoder's attention by document was not tried on a GPU yet; data.padding_free=true "
+            "asks for it"
+        )
     # One record alone is padded in some models' rows at the cost of other results.
     padded = obstacle is None or config.packs_rows or data.micro_batch_size != 1
     if few == "auto" and device.type == "cuda" and padded and not apart:

@@ -4,11 +4,8 @@ import pytest
 import torch
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
-from trainer.model.attention import (
-    dense_mask,
-    spans_mask,
-    varlen_forward,
-)
+from trainer.model import attention
+from trainer.model.attention import dense_mask, spans_mask, varlen_forward
 from trainer.model.varlen import BOTH_WAYS
 from trainer.model.varlen_dropout import kept, varlen_attention_with_dropout
 from trainer.tasks.documents import Documents
@@ -72,3 +69,24 @@ def test_models_drop_by_spans_in_training() -> None:
     assert torch.equal(out(P), first) and not torch.equal(first, second)
     several = torch.stack([out(P) for _ in range(300)]).mean(0)
     torch.testing.assert_close(several, out(0.0), rtol=0, atol=0.3)
+
+
+@pytest.mark.parametrize("function", [bidirectional_mask_function, causal_mask_function])
+def test_the_kernel_drops_for_encoders_alone(function, monkeypatch) -> None:
+    """Causal attention with dropout takes the dense mask."""
+    asked = []
+
+    def noted(*arguments):
+        asked.append(arguments)
+        return varlen_attention_with_dropout(*arguments)
+
+    monkeypatch.setattr(attention, "varlen_attention_with_dropout", noted)
+    module = torch.nn.Module()
+    module.is_causal = function is causal_mask_function
+    rows = [t.detach().transpose(0, 1).unsqueeze(0) for t in given()]
+    shape = {"batch_size": 1, "q_length": 7, "kv_length": 7}
+    spans = spans_mask(DOCUMENTS, mask_function=function, **shape)
+    if module.is_causal:
+        rows = [t.repeat_interleave(4 // t.shape[1], 1) for t in rows]
+    varlen_forward(module, *rows, spans, dropout=P)
+    assert len(asked) == (function is bidirectional_mask_function)

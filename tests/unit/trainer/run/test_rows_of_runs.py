@@ -4,6 +4,7 @@ import shutil
 import threading
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.helpers import losses, quick_config, save_random_model
@@ -11,6 +12,7 @@ from tests.world.worker import cut_run, train_only
 from trainer.config.config import Config, with_overrides
 from trainer.distributed.world import World
 from trainer.errors import UserError
+from trainer.model.packing import choose_rows
 from trainer.run.dry_run import dry_run
 from trainer.run.remarks import on_rows
 from trainer.run.run import run
@@ -142,3 +144,16 @@ def test_models_that_need_padded_rows(tmp_path) -> None:
     with pytest.raises(UserError, match=r"data\.padding_free: true .* state along a row \(conv\)"):
         dry_run(quick_config(tmp_path, *given, "data.padding_free=true"), World())
     assert "padded to the longest" in dry_run(quick_config(tmp_path, *given), World())
+
+
+@pytest.mark.parametrize(("given", "lies"), [("auto", False), ("true", True)])
+def test_encoders_lie_end_to_end_on_a_gpu_where_it_is_asked_for(tmp_path, given: str, lies: bool):
+    save_random_model(tmp_path / "model", "bert", AutoModelForSequenceClassification)
+    config = quick_config(
+        tmp_path, f"model.id={tmp_path}/model", "task.kind=sequence_classification",
+        "data.format=classification", "data.text=text", f"data.padding_free={given}",
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    rows, _ = choose_rows(model, config, torch.device("cuda"), torch.bfloat16)
+    assert rows.end_to_end == lies
+    assert lies or "padding_free=true asks for it" in rows.reason
