@@ -6,11 +6,12 @@ import torch
 from tests.helpers import losses, quick_config
 from trainer.distributed import process_group
 from trainer.distributed.world import World
-from trainer.memory.graphs import capture_graphs, row_batches
+from trainer.memory.graphs import _try, capture_graphs, row_batches
 from trainer.model.compilations import Compilations
 from trainer.records.metrics import MetricsWriter
 from trainer.run.run import run
 from trainer.session import Session, open_session
+from trainer.training.evaluation import full_evaluation
 from trainer.training.loop import make_loader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -97,3 +98,35 @@ def test_nothing_is_compiled_after_the_first_steps(tmp_path, world, monkeypatch)
     with counted:
         run(configuration(tmp_path, "long", "run.steps=220", "log.every=20"), world)
     assert len(seen) >= 12 and seen[-1] == seen[1]  # after steps 1, 20, 40, …, 220
+
+
+@pytest.mark.parametrize("method", ["lora", "lelora"])
+def test_a_second_run_captures_without_trials(tmp_path, world, method, monkeypatch, capsys):
+    found, tried = [], []
+
+    def noted(graph, *args, **kwargs):
+        tried.append(graph.shapes[0])
+        return _try(graph, *args, **kwargs)
+
+    monkeypatch.setattr("trainer.memory.graphs._try", noted)
+    monkeypatch.setattr("trainer.memory.graphs._WAITING", 0.0)  # however busy the GPU is
+    for name in ("first", "second"):
+        config = configuration(
+            tmp_path, name, f"method.kind={method}", "engine.cuda_graphs=true",
+            "engine.activation_checkpointing=auto", "log.progress=plain", *METHODS[method],
+        )  # fmt: skip
+        run(config, world)
+        found.append((losses(config.run_folder), len(tried)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=2e-2)
+    assert 0 < found[0][1] == found[1][1]
+    assert capsys.readouterr().out.count("CUDA graphs of") == 2
+
+
+def test_an_evaluation_takes_several_micro_batches_at_once(tmp_path, world, monkeypatch):
+    config = configuration(tmp_path, "e", "data.eval=configs/quickstart/eval.jsonl")
+    session = open_session(config, world)
+    at_once = full_evaluation(session)
+    monkeypatch.setattr("trainer.training.evaluation._together", lambda _: lambda _: 1)
+    apart = full_evaluation(session)
+    assert at_once.scores["eval_loss"] == pytest.approx(apart.scores["eval_loss"], rel=1e-2)
+    assert [one["id"] for one in at_once.losses] == [one["id"] for one in apart.losses]
