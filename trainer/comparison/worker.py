@@ -2,7 +2,6 @@
 and cached from the runs before."""
 
 import datetime
-import gc
 import json
 import os
 import shutil
@@ -60,7 +59,7 @@ def device() -> "torch.device":
 def make_run(identity: Result, config: Config, replayed: Replayed | None = None) -> Result:
     """One run from start to end, of the allocation `replayed` if given; a failure is returned as a
     result."""
-    from trainer.device_memory import forget_peak
+    from trainer.device_memory import forget_peak, set_aside
     from trainer.distributed.world import World
     from trainer.run.run import run
 
@@ -82,7 +81,7 @@ def make_run(identity: Result, config: Config, replayed: Replayed | None = None)
         else:
             found["where"] = traceback.format_exc(limit=-3)
     finally:
-        gc.collect()  # the model is gone before the next one is loaded
+        set_aside()  # the model is gone before the next one is loaded
     return {
         **identity, "run": config.run.name, **found, **_circumstances(),
         "seconds": round(time.perf_counter() - began, 2),
