@@ -126,10 +126,9 @@ def _evaluate(run: Run) -> bool:
     is_best = judge(session, progress, found.scores)
     best = {} if progress.best is None else {"best_step": progress.best.step}
     if is_incomparable(session.config, progress, found.scores):
-        metric = session.config.run.keep_best
         recorder.log_line(
-            f"step {progress.step}: {metric} is {found.scores[metric]}, so that this evaluation "
-            "cannot be the best (run.keep_best)"
+            f"step {progress.step}: {session.config.run.keep_best} is not finite, so that this "
+            "evaluation cannot be the best (run.keep_best)"
         )
     recorder.on_eval(
         Evaluated(

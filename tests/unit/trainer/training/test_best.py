@@ -105,7 +105,9 @@ def test_a_score_that_is_never_finite_is_told(tmp_path, scored, capsys):
     settings = config(tmp_path, "run.steps=4", "run.patience=9", "log.progress=plain")
     run(settings, World())
     printed = capsys.readouterr().out
-    assert printed.count(": eval_loss is nan, so that this evaluation cannot be the best") == 4
+    assert (
+        printed.count(": eval_loss is not finite, so that this evaluation cannot be the best") == 4
+    )
     said = "step 4, since eval_loss was finite in no evaluation: run.keep_best had no effect"
     assert f"({said})" in printed and said in (settings.run_folder / "README.md").read_text()
     assert kept(settings.run_folder) == [4]
