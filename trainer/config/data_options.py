@@ -299,11 +299,6 @@ class DataOptions(SourceOptions):
                     f"data.mixture.{index}.train: missing; accepted: string or a list of strings"
                 )
         drawn = self.eval_drawn
-        if self.eval == LEFT_OUT and self.eval_records is not None:
-            raise ValueError(
-                f"data.eval_records: {self.eval_records} given with data.eval=left_out; accepted: "
-                "null, or another data.leave_out"
-            )
         if drawn is not None and not (drawn >= 1 if isinstance(drawn, int) else 0 < drawn < 1):
             raise ValueError(
                 f"data.eval: {drawn} given; accepted: a share of the training records between 0 "

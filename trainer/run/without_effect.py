@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trainer.config.config import Config
-from trainer.config.data_options import DataOptions
+from trainer.config.data_options import LEFT_OUT, DataOptions
 from trainer.config.validation import local, shown
 from trainer.data.dataset import TokenDataset
 from trainer.data.sources import hub_ids, located, names_in
@@ -78,6 +78,8 @@ def _by_source(data: DataOptions) -> Iterator[tuple[str, str]]:
     if not any(map(hub_ids, [*trained, *evaluated])):
         for key in ("subset", "revision"):
             yield key, "no source is a data set of the hub"
+    if data.eval == LEFT_OUT:
+        yield "eval_records", "data.leave_out says how many records are left out"
     named = [name for source in [*trained, *evaluated] for name in names_in(source)]
     if not any(".csv" in name or ".tsv" in name or _is_folder(name) for name in named):
         for key in ("columns", "quoting"):

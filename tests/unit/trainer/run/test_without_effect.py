@@ -59,6 +59,12 @@ def config(tmp: Path, task: str, *given: str) -> Config:
             ["data.eval={{a: {tmp}/test.jsonl, b: {tmp}/train.jsonl}}"],
             "data.eval.b: .*/train.jsonl is trained on too",
         ),
+        (
+            "causal_lm",
+            "text",
+            ["data.eval=left_out", "data.leave_out=4", "data.eval_records=2"],
+            "data.eval_records: 2 has no effect: data.leave_out says",
+        ),
         ("causal_lm", "text", ["generation.pattern=gsm8k"], "generation.pattern: no effect on e"),
         ("causal_lm", "text", ["log.record_losses=true"], None),
         ("multiple_choice", "commonsense", ["log.record_losses=true"], "log.record_losses: no eff"),

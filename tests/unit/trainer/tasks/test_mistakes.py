@@ -57,11 +57,6 @@ KINDS = {
         ("class", ["generation.records=2"], "generation.records: 2 .* generates no text"),
         ("target", ["generation.scores=[rouge9]"], "'rouge9' given; .* did you mean 'rouge'"),
         ("answer", ["task.null_threshold=2"], "task.null_threshold: 2.* with task.no_answer=false"),
-        (
-            "class",
-            ["data.eval=left_out", "data.leave_out=4", "data.eval_records=2"],
-            "data.eval_records: 2 given with data.eval=left_out; accepted: null",
-        ),
         ("choice", ["task.likelihood=per_byte"], "task.likelihood: per_byte given with task.train"),
     ],
 )
