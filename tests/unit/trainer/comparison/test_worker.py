@@ -5,7 +5,10 @@ import multiprocessing
 import weakref
 from concurrent.futures import ProcessPoolExecutor
 
+import torch
+
 from tests.helpers import quick_config
+from trainer.comparison import worker
 from trainer.comparison.worker import make_run
 from trainer.run import run as run_module
 
@@ -57,3 +60,40 @@ def test_nothing_of_a_run_stays(tmp_path, monkeypatch):
         made(tmp_path, "lora", f"run-{number}")
     assert [session() for session in sessions] == [None, None]
     assert gc.get_freeze_count() > 0
+
+
+drivers: list["Driver"] = []
+
+
+class Driver:
+    """CUDA's driver with GPUs 0 and 1."""
+
+    def __init__(self, name: str):
+        assert name == "libcuda.so.1"
+        self.calls: list[tuple] = []
+        drivers.append(self)
+
+    def cuInit(self, flags: int) -> int:
+        self.calls.append(("init", flags))
+        return 0
+
+    def cuDeviceGet(self, handle, index: int) -> int:
+        handle._obj.value = 70 + index
+        return 0 if index < 2 else 101
+
+    def cuDevicePrimaryCtxSetFlags_v2(self, handle, flags: int) -> int:
+        self.calls.append((handle.value, flags))
+        return 0
+
+
+def test_a_worker_on_a_gpu_waits_asleep(monkeypatch):
+    monkeypatch.setattr(worker.ctypes, "CDLL", Driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(worker, "_index", 5)
+    for is_initialized in (False, True):  # of the second run there is a context
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda now=is_initialized: now)
+        assert worker.device() == torch.device("cuda", 1)
+    (driver,) = drivers
+    assert driver.calls == [("init", 0), (71, 4)]
