@@ -118,7 +118,6 @@ class QuestionAnsweringOptions(TaskOptions):
     """Options of `task.kind: question_answering`."""
 
     supports_packing = False
-    lies_end_to_end = False
     data_formats = ("question_answering",)
 
     kind: Literal["question_answering"] = "question_answering"
