@@ -122,6 +122,7 @@ def lean_patches() -> list[Any]:
         patch("trainer.run.finish.draw_loss", lambda runs, out: out),
         patch("trainer.run.finish._more_figures", lambda folder: ([], "")),
         patch("trainer.run.run.modules_set_aside", nullcontext),
+        patch("trainer.training.loop.settled", nullcontext),
     ]
 
 

@@ -172,5 +172,17 @@ def test_tables_replace_what_was_between_their_marks(tmp_path):
     once = results.filled(page, tmp_path)
     expected = "x\n<!-- table: a.md -->\n\n| new |\n\n<!-- end -->\ny\n<!-- end -->\n"
     assert once == results.filled(once, tmp_path) == expected
-    with pytest.raises(OSError, match=r"a\.md"):
-        results.filled(page, tmp_path / "none")
+    assert f"\n\n{results.NONE}\n\n" in results.filled(page, tmp_path / "none")
+
+
+def test_tables_are_remade_of_what_is_kept_tasks_together_by_variant(tmp_path):
+    for name in ("smollm2_rte", "smollm2_arc_easy", "smollm2_matrices", "smollm2_rte-nf4"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.jsonl.xz").touch()
+    (tmp_path / "smollm2_cola").mkdir()
+    expected = [
+        ("", ["smollm2_arc_easy", "smollm2_rte"]),
+        ("", ["smollm2_matrices"]),
+        ("nf4", ["smollm2_rte"]),
+    ]
+    assert list(results.comparisons(tmp_path)) == expected

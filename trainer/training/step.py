@@ -4,7 +4,9 @@ decide (most methods) → forward, backward → decide (the others) → reduce o
 → learning rate → clip, update → after the step
 """
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -222,6 +224,18 @@ def _gradients_of(session: Session, micro_batch: Batch, weight: int) -> torch.Te
         )
     session.engine.backward(loss)
     return loss.detach()
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Context of the steps: what exists before them stays, and Python's garbage collector does not
+    go through all of it every few steps, for as long as a short step takes."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def log_plan(recorder: Recorder, plan: planner.Plan | None) -> None:

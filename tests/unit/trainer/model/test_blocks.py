@@ -276,7 +276,8 @@ def test_no_trace_is_thrown_away(tmp_path, monkeypatch, attention):
     loss, _ = session.task.loss(session.model, packed)
     loss.backward()
     (program,) = torch._dynamo.utils.get_compilation_metrics()
-    assert program.co_name == "forward_with_checkpointing" and not program.restart_reasons
+    assert program.co_name in ("forward_with_checkpointing", "forward")  # by transformers' version
+    assert not program.restart_reasons
 
 
 def test_numbers_that_differ_between_blocks_are_no_constants():
