@@ -41,7 +41,7 @@ class AdaptedLinear(PackedLayer):
     """As in `AdaptedLayer`."""
     sketch: Sketch | None = None
     """As in `AdaptedLayer`."""
-    fixed: "dict[torch.dtype, Fixed] | None" = None
+    fixed: "dict[torch.dtype, Fixed] | None"
     """What adapters add, by the dtype of x, while nothing changes (`fixed_adapters`)."""
 
     def __init__(self, linear: nn.Module, weight_format: str, *, transposed: bool = False):
@@ -58,7 +58,7 @@ class AdaptedLinear(PackedLayer):
         self.weight_format = weight_format
         self.weight = weight
         self.bias = bias
-        self.adapter = self.dropout = self.initial = self.frozen = None
+        self.adapter = self.dropout = self.initial = self.frozen = self.fixed = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("adapter", "initial", "frozen"):
