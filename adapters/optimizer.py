@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adapters.active_rows import ActiveRows
 from adapters.rounding import round_up
 from adapters.trainable import Trainable
 
@@ -109,57 +110,23 @@ class MaskedAdamW:
         trainables = [t for t in trainables if not t.observed]
         if not trainables:
             raise ValueError("nothing to train: no adapter and no head")
-        held = {id(slot.trainable.parameter) for slot in self._slots}
-        retained = {
-            t.name: None if id(t.parameter) in held else t.kept
-            for t in trainables
-            if id(t.parameter) in held or t.kept is not None
-        }
-        earlier = {
-            name: state if (kept := retained[name]) is None else kept.state(state)
-            for name, state in (self.state_dict() if retained else {}).items()
-            if name in retained
-        }
+        earlier = self._carried_over(trainables)
         starts = {} if self._start is None else {
             id(slot.trainable.parameter): slot.view(self._start) for slot in self._slots
         }  # fmt: skip
-        device = trainables[0].parameter.device
         sizes = [round_up(t.parameter.numel(), _ALIGNMENT) for t in trainables]
-        total, rows = sum(sizes), sum(t.parameter.shape[0] for t in trainables)
-        shard = round_up(-(-total // self.share.count), _ALIGNMENT)
-        # The all-gather's output; longer than the values, since shards have equal sizes.
-        self._gathered = torch.zeros(shard * self.share.count, dtype=torch.float32, device=device)
-        self.values = self._gathered[:total]
-        start = min(self.share.index * shard, total)
-        self._shard = slice(start, min(start + shard, total))
-        # All gradients, observed ones last: one collective averages them.
-        self.gradients = torch.zeros(
-            total + sum(p.numel() for p in observed), dtype=torch.float32, device=device
+        self._allocate(
+            sum(sizes),
+            sum(t.parameter.shape[0] for t in trainables),
+            sum(p.numel() for p in observed),
+            trainables[0].parameter.device,
         )
-        self._trained = self.gradients[:total]
-        self.counts = torch.zeros(rows, dtype=torch.float32, device=device)  # t, per component
-        self._slots, self._row_sizes = [], torch.empty(rows, dtype=torch.int64)
-        start = row = 0
-        for trainable, size in zip(trainables, sizes, strict=True):
-            parameter = trainable.parameter
-            count = parameter.shape[0]
-            slot = _Slot(trainable, start, slice(row, row + count))
-            self._row_sizes[slot.rows] = parameter.numel() // count
-            self._row_sizes[row + count - 1] += size - parameter.numel()  # padding stays zero
-            slot.view(self.values).copy_(parameter.detach())
-            parameter.data = slot.view(self.values)
-            parameter.grad = slot.view(self.gradients)
-            self._slots.append(slot)
-            start, row = start + size, row + count
+        self._place(trainables, sizes)
+        offsets = self._place_observed(sum(sizes))
         self._find_components()
-        offsets: dict[int, int] = {}
-        for parameter in observed:
-            parameter.grad = self.gradients[start : start + parameter.numel()].view_as(parameter)
-            offsets[id(parameter)] = start
-            start += parameter.numel()
-        self._masks, self._mask_of = self._unique_masks()
-        self._token_counts = self._token_counters(offsets)
-        self._row_sizes = self._row_sizes.to(device)
+        self.active_rows = ActiveRows(
+            [(slot.trainable, slot.rows) for slot in self._slots], self.gradients, offsets
+        )
         ends = self._row_sizes.cumsum(0)  # of all rows; those of other shards get size 0
         begins = (ends - self._row_sizes).clamp(min=self._shard.start)
         self._shard_row_sizes = (ends.clamp(max=self._shard.stop) - begins).clamp(min=0)
@@ -168,6 +135,62 @@ class MaskedAdamW:
         self._scales = self._per_row([t.scale for t in trainables])
         self._start = self._new_start(starts)
         self._load(earlier)
+
+    def _carried_over(self, trainables: Sequence[Trainable]) -> dict[str, dict[str, Tensor]]:
+        """The state with which tensors begin that do not begin at zero: of those trained before
+        their own, of new ones what is `kept` of the state under their name. Collective if there
+        are any."""
+        held = {id(slot.trainable.parameter) for slot in self._slots}
+        retained = {
+            t.name: None if id(t.parameter) in held else t.kept
+            for t in trainables
+            if id(t.parameter) in held or t.kept is not None
+        }
+        return {
+            name: state if (kept := retained[name]) is None else kept.state(state)
+            for name, state in (self.state_dict() if retained else {}).items()
+            if name in retained
+        }
+
+    def _allocate(self, total: int, rows: int, observed: int, device: torch.device) -> None:
+        """Flat buffers of `total` trained scalars in `rows` rows, and this rank's shard of them."""
+        shard = round_up(-(-total // self.share.count), _ALIGNMENT)
+        # The all-gather's output; longer than the values, since shards have equal sizes.
+        self._gathered = torch.zeros(shard * self.share.count, dtype=torch.float32, device=device)
+        self.values = self._gathered[:total]
+        start = min(self.share.index * shard, total)
+        self._shard = slice(start, min(start + shard, total))
+        # All gradients, observed ones last: one collective averages them.
+        self.gradients = torch.zeros(total + observed, dtype=torch.float32, device=device)
+        self._trained = self.gradients[:total]
+        self.counts = torch.zeros(rows, dtype=torch.float32, device=device)  # t, per component
+
+    def _place(self, trainables: Sequence[Trainable], sizes: Sequence[int]) -> None:
+        """Move the trained tensors into the flat buffers, `sizes` scalars each."""
+        self._slots, row_sizes = [], torch.empty(len(self.counts), dtype=torch.int64)
+        start = row = 0
+        for trainable, size in zip(trainables, sizes, strict=True):
+            parameter = trainable.parameter
+            count = parameter.shape[0]
+            slot = _Slot(trainable, start, slice(row, row + count))
+            row_sizes[slot.rows] = parameter.numel() // count
+            row_sizes[row + count - 1] += size - parameter.numel()  # padding stays zero
+            slot.view(self.values).copy_(parameter.detach())
+            parameter.data = slot.view(self.values)
+            parameter.grad = slot.view(self.gradients)
+            self._slots.append(slot)
+            start, row = start + size, row + count
+        self._row_sizes = row_sizes.to(self.values.device)
+
+    def _place_observed(self, start: int) -> dict[int, int]:
+        """Put the observed gradients behind the trained ones, which end at `start`; returns each
+        one's offset by the parameter's id."""
+        offsets: dict[int, int] = {}
+        for parameter in self._observed:
+            parameter.grad = self.gradients[start : start + parameter.numel()].view_as(parameter)
+            offsets[id(parameter)] = start
+            start += parameter.numel()
+        return offsets
 
     def _new_start(self, earlier: dict[int, Tensor]) -> Tensor | None:
         """θ₀: `earlier` by the parameter's id, or the current value of a new parameter; None where
@@ -206,7 +229,7 @@ class MaskedAdamW:
     def units_that_saw_tokens(self) -> Tensor | None:
         """Whether each adapter saw a token since the gradients were zeroed: (units,) bool. None if
         every adapter sees every token."""
-        saw_tokens = self.saw_tokens()
+        saw_tokens = self.active_rows.saw_tokens()
         if saw_tokens is None:
             return None
         assert self._component_shape is not None, "adapters of different R have no common shape"
@@ -228,7 +251,7 @@ class MaskedAdamW:
     def clip(self, max_norm: float | None) -> float:
         """Zero inactive components' gradients and clip the others to `max_norm`; returns the norm
         before clipping."""
-        active = self._active()
+        active = self.active_rows.active()
         if active is not None:
             flat = torch.repeat_interleave(active, self._row_sizes, output_size=len(self.values))
             self._trained.masked_fill_(~flat, 0.0)
@@ -244,7 +267,7 @@ class MaskedAdamW:
     def step(self) -> None:
         """One AdamW update of the active components with the current gradients. Collective if the
         update is sharded."""
-        active = self._active()
+        active = self.active_rows.active()
         if active is None and self._uniform_count is not None:
             self._uniform_count += 1
             self.counts.fill_(self._uniform_count)
@@ -327,59 +350,6 @@ class MaskedAdamW:
             if slot.trainable.name in state:
                 slot.view(full).copy_(state[slot.trainable.name][moment])
         return full if self.share.count == 1 else full[self._shard].clone()
-
-    def _token_counters(self, offsets: dict[int, int]) -> tuple[Tensor, Tensor] | None:
-        """Rows that have a token counter, and each counter's index in `gradients`, where `offsets`
-        are those of the observed parameters by id; None without counters."""
-        rows: list[int] = []
-        found: list[int] = []
-        for slot in self._slots:
-            if slot.trainable.token_counter is not None:
-                parameter, index = slot.trainable.token_counter
-                members = range(slot.rows.start, slot.rows.stop)
-                rows += members
-                found += [offsets[id(parameter)] + index] * len(members)
-        if not rows:
-            return None
-        device = self.values.device
-        return torch.tensor(rows, device=device), torch.tensor(found, device=device)
-
-    def saw_tokens(self) -> Tensor | None:
-        """(rows,) bool: False if the tensor's counter shows no token since the gradients were
-        zeroed. None without counters: every row then sees every token."""
-        if self._token_counts is None:
-            return None
-        rows, counters = self._token_counts
-        seen = torch.ones_like(self.counts, dtype=torch.bool)
-        seen[rows] = self.gradients[counters] > 0
-        return seen
-
-    def _unique_masks(self) -> tuple[list[Tensor], Tensor]:
-        """The distinct masks (A, g and B of a unit share one), and each row's index into their
-        concatenation; the index past its end stands for rows without a mask."""
-        masks = {
-            id(mask): mask for slot in self._slots if (mask := slot.trainable.mask) is not None
-        }
-        starts, total = {}, 0
-        for key, mask in masks.items():
-            starts[key], total = total, total + len(mask)
-        indices = torch.full((len(self.counts),), total, dtype=torch.int64)
-        for slot in self._slots:
-            if slot.trainable.mask is not None:
-                start = starts[id(slot.trainable.mask)]
-                indices[slot.rows] = torch.arange(start, start + len(slot.trainable.mask))
-        return list(masks.values()), indices.to(self.values.device)
-
-    def _active(self) -> Tensor | None:
-        """(rows,) bool; None if all rows are active."""
-        saw_tokens = self.saw_tokens()
-        active = saw_tokens
-        if self._masks:
-            every = torch.ones(1, dtype=torch.bool, device=self.values.device)
-            active = torch.cat([*self._masks, every])[self._mask_of]
-            if saw_tokens is not None:
-                active &= saw_tokens
-        return None if active is None or bool(active.all()) else active
 
     def _spread(self, per_row: Tensor) -> Tensor:
         """Per-row values repeated for every scalar of the row in this rank's shard."""

@@ -35,7 +35,7 @@ class Job:
     the configuration."""
     warm_up: int
     timeout: float
-    """Seconds that a part may take."""
+    """Seconds that a part may take; after half of them in steps it ends with those it has."""
     profile: Path | None
     """Folder of the profiles."""
 
@@ -68,7 +68,7 @@ def _run(job: Job, part: str, steps: int) -> dict[str, Any]:
         warm_up = min(job.warm_up, WARM_UP_OF_PEFT) if is_peft else job.warm_up
         command = [
             sys.executable, "-m", "benchmarks.real_part", part, job.config, "--steps", str(steps),
-            "--warm-up", str(warm_up), "--out", str(result),
+            "--warm-up", str(warm_up), "--out", str(result), "--seconds", f"{job.timeout // 2:.0f}",
         ]  # fmt: skip
         if job.profile is not None:
             job.profile.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """One part of `benchmarks.throughput --data`: steps of one contestant on one form of the records.
 
     python -m benchmarks.real_part PART CONFIG [--steps 200] [--warm-up 20] [--profile FILE]
-        [--out FILE.json] [section.key=value ...]
+        [--out FILE.json] [--seconds N] [section.key=value ...]
 
 A process of its own, so that the time to the first step, memory and compiled programs are those of
 this part. Under torchrun several ranks share the work (not PEFT's).
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--steps", type=at_least(1), default=200)
     parser.add_argument("--warm-up", type=at_least(1), default=20)
+    parser.add_argument("--seconds", type=at_least(1), help="of steps, at most, but one is timed")
     parser.add_argument("--profile", type=new_file)
     parser.add_argument("--out", type=new_file)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -99,7 +100,9 @@ def main() -> None:
         about: list[str] = []
         total = arguments.warm_up + arguments.steps + PROFILED * (arguments.profile is not None)
         steps = run(config, world, total, about, stack)
-        found = measure(arguments.part, steps, arguments.warm_up, arguments.steps, world)
+        found = measure(
+            arguments.part, steps, arguments.warm_up, arguments.steps, world, arguments.seconds
+        )
         found.about = about
         if arguments.profile is not None:
             write_profile(steps, world, arguments.profile)
@@ -109,8 +112,10 @@ def main() -> None:
                 arguments.out.write_text(json.dumps(asdict(found), indent=1), encoding="utf-8")
 
 
-def measure(part: str, steps: Steps, warm_up: int, count: int, world: World) -> Part:
-    """Time `count` steps after `warm_up`."""
+def measure(
+    part: str, steps: Steps, warm_up: int, count: int, world: World, limit: float | None = None
+) -> Part:
+    """Time `count` steps after `warm_up`; fewer where all together take `limit` seconds."""
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)
     seconds, tokens, positions, first = [], [], [], 0.0
@@ -127,6 +132,8 @@ def measure(part: str, steps: Steps, warm_up: int, count: int, world: World) -> 
             first = first or time.time() - _STARTED
             tokens.append(real)
             positions.append(computed)
+            if index >= warm_up and limit is not None and sum(seconds) > limit:
+                break
     own, slow = tokens[warm_up:], seconds[warm_up:]
     totals = world.gather((sum(own), sum(positions[warm_up:])))
     real, computed = sum(t for t, _ in totals) / world.size, sum(p for _, p in totals) / world.size
@@ -136,7 +143,7 @@ def measure(part: str, steps: Steps, warm_up: int, count: int, world: World) -> 
         part=part,
         tokens_per_second=real / sum(slow),
         median_tokens_per_second=statistics.median(t / s for t, s in zip(own, slow, strict=True)),
-        tokens_per_step=real / count,
+        tokens_per_step=real / len(slow),
         fill=real / computed,
         step_seconds=median,
         slowest_over_median=max(slow) / median,
@@ -144,7 +151,7 @@ def measure(part: str, steps: Steps, warm_up: int, count: int, world: World) -> 
         programs=compiled.programs,
         kernels=compiled.kernels,
         programs_before=before,
-        steps=count,
+        steps=len(slow),
         peak_gib=max(world.gather(peak_gib(world.device))),
         reserved_gib=max(world.gather(_reserved_gib(world.device))),
         seconds=seconds,

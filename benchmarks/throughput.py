@@ -19,7 +19,8 @@ shapes. Under torchrun or the deepspeed launcher several ranks share the work.
 runs the trainer's own loader on real records instead, and PEFT on the same ones (`parts.py`): real
 tokens per second of all steps after the first 20, the part of positions that is no padding, what
 was compiled in these steps, seconds to the first step. `--records`: records of a micro-batch, and
-micro-batches of a step, where rows are not packed.
+micro-batches of a step, where rows are not packed; `data.batch_size` is then of packed rows alone,
+of `data.max_length` tokens each. A part that takes half of `--timeout` ends with fewer steps.
 """
 
 import argparse

@@ -51,23 +51,34 @@ def release(device: torch.device) -> None:
     trim()
 
 
-_was_set_aside = False
+_had_run = False
 
 
 @contextmanager
 def modules_set_aside() -> Iterator[None]:
     """Context in which collecting garbage, as is done a dozen times until the first step, does not
     go through what was there before: a million objects of the libraries. What an earlier run of
-    this process left is collected before."""
-    global _was_set_aside
-    if _was_set_aside:
-        gc.collect()
-    _was_set_aside = True
-    gc.freeze()
+    this process left is collected before. Where the process has set aside something already
+    (`set_aside`), that is what is passed over, and stays so."""
+    global _had_run
+    is_done = gc.get_freeze_count() > 0
+    if not is_done:
+        if _had_run:
+            gc.collect()
+        gc.freeze()
+    _had_run = True
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not is_done:
+            gc.unfreeze()
+
+
+def set_aside() -> None:
+    """Collect garbage; no later collection goes through what is left. Between the runs of a process
+    that makes many: what a run leaves behind is collected, what it imported is passed over."""
+    gc.collect()
+    gc.freeze()
 
 
 def trim() -> None:

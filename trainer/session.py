@@ -299,7 +299,7 @@ def _load(
     if isinstance(method, SpectralMethod) or initial_adapters is not None:
         spectra = cache_root(config.data) / "spectra"
         spectral_init = SpectralInit(method, world, spectra, initial_adapters)
-    backbone = load_backbone(config, task, engine, world, spectral_init, built.unreached)
+    backbone = load_backbone(config, task, engine, world, spectral_init, built)
     if spectral_init is not None:
         initial_adapters = spectral_init.initial_adapters
     phases.enter("attaching adapters")

@@ -9,7 +9,9 @@ dequantised W alive until backward, and finds W and the adapter by the layer's h
 R/out of the cost of the layer's product.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from adapters.formats.formats import FORMATS, LowRank
 from adapters.gated import GatedAdapter
 from adapters.layers.base import AdaptedLayer, Dropout, PackedLayer
 from adapters.layers.handles import add_gradients, layer_of
-from adapters.layers.magnitude import scaled_rows
+from adapters.layers.magnitude import inverse_norms, scaled_rows
 from adapters.layers.sketch import Sketch
 
 
@@ -39,6 +41,8 @@ class AdaptedLinear(PackedLayer):
     """As in `AdaptedLayer`."""
     sketch: Sketch | None = None
     """As in `AdaptedLayer`."""
+    fixed: "dict[torch.dtype, Fixed] | None" = None
+    """What adapters add, by the dtype of x, while nothing changes (`fixed_adapters`)."""
 
     def __init__(self, linear: nn.Module, weight_format: str, *, transposed: bool = False):
         """`linear` has a weight of shape (out, in), (in, out) if `transposed`, and a bias or
@@ -80,8 +84,38 @@ class AdaptedLinear(PackedLayer):
         return {None: self}
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fixed is not None:
+            return self._forward_fixed(x, self.fixed)
         y = adapted_linear(x, self.handle, self.out_features)
         return scaled_rows(y, self.handle)[0] if self.scales_rows else y
+
+    def _forward_fixed(self, x: Tensor, known: "dict[torch.dtype, Fixed]") -> Tensor:
+        if x.dtype not in known:
+            known[x.dtype] = self._fix(x.dtype)
+        factors, scale = known[x.dtype]
+        rows = x.reshape(-1, x.shape[-1])
+        low_rank = None if factors is None else (rows @ factors[0].T, factors[1])
+        y = FORMATS[self.weight_format].forward(
+            rows, self.weight, self.matrix_shape, self.bias, low_rank
+        )
+        if scale is not None and self.bias is None:
+            y = y * scale
+        elif scale is not None:
+            y = torch.addcmul(self.bias, y - self.bias, scale)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _fix(self, dtype: torch.dtype) -> "Fixed":
+        """For the present adapters; W must be whole."""
+        parts = [part for part in (self.adapter, self.frozen) if part is not None and part.rank]
+        if not parts:
+            return Fixed(None, None)
+        A = torch.cat([part.A.detach() for part in parts])
+        gB = torch.cat([part.g.detach().unsqueeze(1) * part.B.detach() for part in parts])
+        scale, adapter = None, self.adapter
+        if adapter is not None and adapter.magnitude is not None:
+            scale = adapter.magnitude.m.detach() * inverse_norms(self, adapter.magnitude, dtype)
+            scale = scale.to(dtype)
+        return Fixed((A.to(dtype), gB.to(dtype)), scale)
 
     def low_rank(self, x: Tensor) -> LowRank | None:
         """The factors z ∘ g (T, R) and B (R, out) of the adapters' output for rows x (T, in);
@@ -162,6 +196,30 @@ class AdaptedLinear(PackedLayer):
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, format={self.weight_format}"
+
+
+class Fixed(NamedTuple):
+    """What is beside W while nothing changes, cast once: A (R, in) and g ∘ B (R, out) of all
+    adapters, and what DoRA scales the rows of W + ΔW by (out); None without."""
+
+    factors: LowRank | None
+    scale: Tensor | None
+
+
+@contextmanager
+def fixed_adapters(model: nn.Module) -> Iterator[None]:
+    """Context for passes of an evaluated model without gradients, in which no adapter, gate or
+    weight changes: linear layers compute their product directly, with three kernels for W and its
+    adapter. A token's pass is bound by launches, and the operator's dispatch, which only autograd
+    and the compiler need, takes longer than these."""
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    for layer in layers:
+        layer.fixed = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.fixed = None
 
 
 def _joined(parts: list[LowRank]) -> LowRank | None:

@@ -61,7 +61,7 @@ def test_losses_of_padded_rows(tmp_path, encoders, part: str, graphs: str, capsy
         else:
             of_graphs += ["engine.cuda_graphs=false"]
         config = configuration(
-            tmp_path, encoders, free, f"data.padding_free={free}", "log.progress=plain",
+            tmp_path, encoders, f"free-{free}", f"data.padding_free={free}", "log.progress=plain",
             *PARTS[part], *of_graphs,
         )  # fmt: skip
         run(config, process_group.start("cuda"))
@@ -82,8 +82,8 @@ def test_encoders_end_to_end_learn_and_compile_nothing_later(tmp_path, encoders,
             seen.append(counted.total)
 
     config = configuration(
-        tmp_path, encoders, "rows", "data.padding_free=true", "model.id=ENCODERS/bert-drops", "engine.compile=true",
-        "run.steps=60", "log.every=10", "log.progress=plain", "method.targets=all-linear",
+        tmp_path, encoders, "rows", "data.padding_free=true", "model.id=ENCODERS/bert-drops",
+        "engine.compile=true", "run.steps=60", "log.progress=plain", "method.targets=all-linear",
     )  # fmt: skip
     with counted:
         run(config, process_group.start("cuda"), callbacks=[Watch()])

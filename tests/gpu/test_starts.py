@@ -24,6 +24,7 @@ def test_no_trace_of_a_block_is_thrown_away(tmp_path, quantization: str, attenti
     )  # fmt: skip
     run(config, process_group.start("cuda"))
     metrics = torch._dynamo.utils.get_compilation_metrics()
-    blocks = [m for m in metrics if m.co_name == "forward_with_checkpointing"]
+    # The first is of transformers ≥ 5.18 or so, the second before.
+    blocks = [m for m in metrics if m.co_name in ("forward_with_checkpointing", "forward")]
     assert blocks
     assert not [m.restart_reasons for m in blocks if m.restart_reasons]

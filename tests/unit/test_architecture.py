@@ -19,7 +19,7 @@ LEVELS = [
     "adapters.options", "adapters.registry", "adapters.rounding", "adapters.seeds",
     "adapters.unit", "adapters.banks", "adapters.decision", "adapters.figures",
     "adapters.gated", "adapters.cuda", "adapters.formats", "adapters.mask_table",
-    "adapters.trainable", "adapters.optimizer", "adapters.casts", "adapters.spectral", "adapters.layers", "adapters.token_rows",
+    "adapters.trainable", "adapters.active_rows", "adapters.optimizer", "adapters.casts", "adapters.spectral", "adapters.layers", "adapters.token_rows",
     "adapters.starts", "adapters.adapter_set",
     "adapters.units", "adapters.expert_export", "adapters.factors", "adapters.peft_export", "adapters.methods",
     # trainer

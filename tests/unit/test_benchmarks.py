@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.mixed_records import mixed
 from benchmarks.parts import table
+from benchmarks.real_part import measure
 from tests.helpers import python, quick_config, thorough
 from trainer.distributed.world import World
 from trainer.run.run import run
@@ -68,6 +69,13 @@ def test_throughput_on_real_records(tmp_path):
         "--parts", "unpacked", "engine.device=cpu", *TINY,
     )  # fmt: skip
     assert code == 1 and "| unpacked | failed: 2" in printed
+
+
+@pytest.mark.parametrize(("limit", "timed"), [(None, 7), (10**6, 7), (0, 1)])
+def test_a_slow_part_ends_with_the_steps_it_has(limit, timed):
+    part = measure("unpacked", iter([(3, 4)] * 9), 2, 7, World(), limit)
+    assert part.steps == timed and len(part.seconds) == 2 + timed
+    assert (part.tokens_per_step, part.fill) == (3, 0.75)
 
 
 def test_table_of_parts():

@@ -60,7 +60,7 @@ VARIANTS = {
     "questions": [
         "model.id=ENCODER", "task.kind=question_answering", "data.train=QUESTIONS",
         "data.eval=QUESTIONS", "data.max_length=48", "task.stride=8", "model.quantization=int8",
-        "method.targets=all-linear",
+        "method.targets=all-linear", "data.padding_free=true", "data.row_lengths=3",
     ],
     "images": [
         "model.id=VIT", "task.kind=image_classification", "data.train=IMAGES", "data.eval=IMAGES",

@@ -1,8 +1,9 @@
 """A worker process: makes one run after the other on its GPU, with all that is imported, compiled
 and cached from the runs before."""
 
+import ctypes
 import datetime
-import gc
+import itertools
 import json
 import os
 import shutil
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 _index = 0
 """Of this worker."""
+_BLOCKING_SYNC = 4
+"""CU_CTX_SCHED_BLOCKING_SYNC of the CUDA driver."""
 _KEPT = ("answer", "label", "score", "loss", "weight")
 """Of a record, in results."""
 
@@ -53,14 +56,26 @@ def device() -> "torch.device":
     if not torch.cuda.is_available():
         return torch.device("cpu")
     found = torch.device("cuda", _index % torch.cuda.device_count())
+    if not torch.cuda.is_initialized():
+        _sleep_while_waiting(found.index)
     torch.cuda.set_device(found)
     return found
+
+
+def _sleep_while_waiting(index: int) -> None:
+    """Let threads that wait for GPU `index` leave their core to other workers instead of asking
+    again and again: flags of the driver's context, before there is one."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuInit(0)
+    handle = ctypes.c_int()
+    if driver.cuDeviceGet(ctypes.byref(handle), index) == 0:
+        driver.cuDevicePrimaryCtxSetFlags_v2(handle, _BLOCKING_SYNC)
 
 
 def make_run(identity: Result, config: Config, replayed: Replayed | None = None) -> Result:
     """One run from start to end, of the allocation `replayed` if given; a failure is returned as a
     result."""
-    from trainer.device_memory import forget_peak
+    from trainer.device_memory import forget_peak, set_aside
     from trainer.distributed.world import World
     from trainer.run.run import run
 
@@ -82,7 +97,7 @@ def make_run(identity: Result, config: Config, replayed: Replayed | None = None)
         else:
             found["where"] = traceback.format_exc(limit=-3)
     finally:
-        gc.collect()  # the model is gone before the next one is loaded
+        set_aside()  # the model is gone before the next one is loaded
     return {
         **identity, "run": config.run.name, **found, **_circumstances(),
         "seconds": round(time.perf_counter() - began, 2),
@@ -128,9 +143,17 @@ def summary(folder: Path, parameters: "Parameters", *, selects: bool = False) ->
 
 
 def durations(folder: Path) -> Result:
-    """Seconds of what a run needs beside its steps: phases of its start, the last evaluation."""
+    """Seconds of a run's parts: phases of its start to the end of the first step, all other steps,
+    the last evaluation. What is left of its `seconds` is writing, and freeing what it held."""
     beat = read_heartbeat(folder)
-    return {name: beat[name] for name in ("start_seconds", "evaluation_seconds") if name in beat}
+    found = {name: beat[name] for name in ("start_seconds", "evaluation_seconds") if name in beat}
+    lines = [line for line in read_metrics(folder / METRICS) if "step_seconds" in line]
+    steps = itertools.pairwise(line["step"] for line in lines)
+    spent = [
+        (stop - start) * line["step_seconds"]
+        for (start, stop), line in zip(steps, lines[1:], strict=True)
+    ]
+    return found | {"steps_seconds": round(sum(spent), 3)}
 
 
 def records_of(folder: Path) -> dict[str, list[Any]]:

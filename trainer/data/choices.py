@@ -29,7 +29,9 @@ def multiple_choice(row: dict, options: SourceOptions, part: Texts) -> list[Reco
         if options.choices not in row:
             raise BadRecord(no_column(options.choices, row))
         texts, labels = _column(row[options.choices], options.choices)
-    labels = options.choice_labels or labels or [str(number) for number in range(len(texts))]
+    named = options.choice_labels or labels
+    _refuse_ambiguous(row.get(options.label), options.label, texts, named)
+    labels = named or [str(number) for number in range(len(texts))]
     right = _right(row, options.label, texts, labels)
     return _scored(question, texts, right, options)
 
@@ -119,6 +121,20 @@ def _right(row: dict, column: str, texts: Sequence[str], labels: Sequence[str]) 
     raise BadRecord(
         f"{column} is {value!r}; accepted: {', '.join(labels[: len(texts)])}, or a choice"
     )
+
+
+def _refuse_ambiguous(
+    value: Any, column: str, texts: Sequence[str], labels: Sequence[str] | None
+) -> None:
+    """Raises BadRecord for a label that is a text and could be the number of one choice, or the
+    text of another."""
+    if labels is not None or not isinstance(value, str) or value not in texts:
+        return
+    if value.isdecimal() and int(value) < len(texts) and texts[int(value)] != value:
+        raise BadRecord(
+            f"{column} is {value!r}, which is choice number {value} from 0 ({texts[int(value)]!r}) "
+            "and the text of another; accepted: data.choice_labels, which says what labels are"
+        )
 
 
 def _scored(

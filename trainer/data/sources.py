@@ -8,6 +8,7 @@ after the other.
 import glob
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from trainer.errors import UserError, first_line, reason
 from trainer.files import sha256
 
 SPLITS = {"train", "dev", "val", "valid", "validation", "test"}
-"""What folders in a folder of images are called that hold no class, but a split."""
+"""What folders in a folder of images are called that hold no class, but a split; and how the names
+of files begin that hold one."""
+_WORD = re.compile(r"[a-z]*")
 
 
 def read_rows(
@@ -80,7 +83,7 @@ def name_of(source: SourceNames) -> str:
 
 def hub_ids(source: SourceNames) -> list[str]:
     """The data sets of the hub among a source's names."""
-    return [name for name in _names(source) if _is_hub_id(name)]
+    return [name for name in names_in(source) if _is_hub_id(name)]
 
 
 def origins(source: SourceNames, split: str, options: SourceOptions) -> list[tuple[str, str]]:
@@ -101,9 +104,17 @@ def origins(source: SourceNames, split: str, options: SourceOptions) -> list[tup
     return found
 
 
+def located(source: SourceNames, split: str, options: SourceOptions) -> list[str]:
+    """Where the records of a source are, in words that are equal for the same place only."""
+    return [
+        f"{part} ({options.subset}, {split})" if isinstance(part, str) else str(part.resolve())
+        for part in _parts(source, split)
+    ]
+
+
 def _parts(source: SourceNames, split: str) -> Iterator[Path | str]:
     """The files, folders of `save_to_disk` and hub ids of a source, in order. Raises UserError."""
-    for name in _names(source):
+    for name in names_in(source):
         path = local(name)
         if path is not None and path.is_dir():
             yield from _in_folder(path, split)
@@ -127,7 +138,7 @@ def _parts(source: SourceNames, split: str) -> Iterator[Path | str]:
             )
 
 
-def _names(source: SourceNames) -> list[str]:
+def names_in(source: SourceNames) -> list[str]:
     return [source] if isinstance(source, str) else source
 
 
@@ -152,7 +163,7 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
         raise UserError(
             f"{folder}: {reason(error)}; accepted: a folder that can be read"
         ) from error
-    files = [path for path in inside if path.is_file() and ending(path)]
+    files = _of_split(folder, [path for path in inside if path.is_file() and ending(path)], split)
     named = [path.name for path in inside if path.is_dir()]
     if not files and named and split not in named and SPLITS.issuperset(named):
         raise UserError(f"{folder}: no split {split!r}; accepted: {', '.join(named)}")
@@ -171,6 +182,24 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
             f"such as {folder}/*{kinds[0]}"
         )
     return files
+
+
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """Those of a split, where files are named after several (train-00000-of-00002.parquet,
+    test.jsonl); else all."""
+    of = {path: _WORD.match(path.name.lower())[0] for path in files}  # type: ignore[index]
+    named = SPLITS.intersection(of.values())
+    if len(named) < 2:
+        return files
+    if split not in named or not SPLITS.issuperset(of.values()):
+        others = sorted(path.name for path in files if of[path] not in SPLITS)
+        beside = f" and the files {', '.join(others)}" if others else ""
+        raise UserError(
+            f"{folder}: files of the splits {', '.join(sorted(named))}{beside} for the split "
+            f"{split}; accepted: one of these splits, with no other files, or a glob such as "
+            f"{folder}/{sorted(named)[0]}*"
+        )
+    return [path for path in files if of[path] == split]
 
 
 def _split_of(folder: Path, split: str) -> Path:

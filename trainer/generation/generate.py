@@ -13,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
 from adapters import seeds
+from adapters.layers.linear import fixed_adapters
 from trainer.config.generation_options import GenerationOptions
 from trainer.config.sections import Shown
 from trainer.data.templates import added_tokens, stops
@@ -156,6 +157,7 @@ def _ready(model: LoadedModel) -> Iterator[None]:
         with (
             model.method.inference(), model.backbone.blocks.uncompiled(),
             with_cache(backbone), torch.random.fork_rng(devices),
+            torch.no_grad(), model.casts.fresh(), fixed_adapters(module),
         ):  # fmt: skip
             module.eval()
             yield
@@ -186,6 +188,7 @@ def _continue(
             synced_gpus=synced,
             tokenizer=model.tokenizer if settings.stop_strings else None,
             streamer=streamer,
+            **_cache(model.backbone.model.config),
         )
     except torch.OutOfMemoryError as error:
         raise RunFailed(
@@ -193,6 +196,14 @@ def _continue(
             f"memory does not suffice for {len(rows)} prompts of {width} tokens; accepted: fewer"
         ) from error
     return sequences[:, 1 if apart else width :].tolist()
+
+
+def _cache(config: Any) -> dict[str, Any]:
+    """A cache that grows, for a T5 whose decoder has more layers than its encoder: transformers
+    (5.17) would make one of the encoder's."""
+    if getattr(config, "num_decoder_layers", None) in (None, getattr(config, "num_layers", None)):
+        return {}
+    return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
 
 
 def _answer(model: LoadedModel, tokens: list[int], settings: GenerationConfig) -> Answer:

@@ -48,17 +48,18 @@ def load_backbone(
     engine: Engine,
     world: World,
     spectral_init: SpectralInit | None = None,
-    unreached: Sequence[str] | None = None,
+    built: BuiltModel | None = None,
 ) -> LoadedBackbone:
     """Build the model, materialize and shard it block by block. Collective.
 
-    `unreached`: as for `trainer.model.build.build`.
+    `built`: the model without weights (`check_backbone`), which is then the loaded one.
     `spectral_init` subtracts the initial adapters from the units' matrices before they are packed.
     An error on one rank ends all of them (`World.all_or_none`). Raises UserError.
     """
     started = time.perf_counter()
     with world.all_or_none():
-        built = build(config, task, world.device, unreached)
+        if built is None:
+            built = build(config, task, world.device)
         model = built.model
         blocks = _take_over_blocks(config, built, engine, world)
         source = Source(built, config, world.device)

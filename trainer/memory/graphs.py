@@ -4,6 +4,7 @@ Graphs hold the memory of a pass through the blocks, beside what the caching all
 passes that no graph serves. They are worth it where the CPU launches more slowly than the GPU runs.
 """
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,14 @@ def capture_graphs(session: Session, batches: Sequence[Batch]) -> str | None:
     try:
         _refuse(session, batches)
         with session.casts.fresh():  # as in a step
-            skipped, nbytes = _capture(session, batches)
+            try:
+                skipped, nbytes = _capture(session, batches)
+            except NoGraph:
+                if not _tried:
+                    raise
+                graphs.forget()
+                _tried.clear()  # trials may differ now, and kernels
+                skipped, nbytes = _capture(session, batches)
     except NoGraph as error:
         reason = str(error)
     finally:
@@ -100,30 +108,36 @@ def _capture(session: Session, batches: Sequence[Batch]) -> tuple[int, int]:
     NoGraph, for want of memory or of need on every rank."""
     config, world = session.config.engine, session.world
     graphs, device = session.backbone.blocks.graphs, world.device
-    stream = torch.cuda.Stream(device)
+    stream = _stream(device)
     release(device)
     torch.cuda.reset_peak_memory_stats(device)
+    passes: list[BlocksGraph] = []
     trials: list[_Trial] = []
     buffers = None
     lacks = False
     try:
         for batch in batches:
-            calls = _record(session, batch)
+            calls = _record(session, batch, passes[0] if passes else None)
             buffers = buffers or Buffers(calls)
             graph = BlocksGraph(calls, buffers)
             calls.clear()  # they hold the recorded pass's activations
-            trials.append(_try(graph, stream, first=not trials))
+            passes.append(graph)
+            trials.append(_trial(session, graph, stream, first=len(passes) == 1))
     except torch.OutOfMemoryError:  # the other ranks are told below
         lacks = True
-    needed, peak = max((trial.nbytes for trial in trials), default=0), peak_bytes(device)
+    needed, above = (
+        max((value for value in values), default=0)
+        for values in ([t.nbytes for t in trials], [t.above for t in trials])
+    )
+    peak = max(peak_bytes(device), held_bytes(device) + above)
     lacks = lacks or peak + needed > allowance(device, config.memory_fraction)
     if world.any(lacks):
         raise NoGraph(f"the memory does not suffice for {readable(needed)} more")
     of_ranks = world.gather([trial.launching for trial in trials])
     launching = [min(shares) for shares in zip(*of_ranks, strict=True)]
     chosen = [
-        trial.graph
-        for trial, share in zip(trials, launching, strict=True)
+        graph
+        for graph, share in zip(passes, launching, strict=True)
         if config.cuda_graphs is True or share >= _WAITING
     ]
     if not chosen:
@@ -138,21 +152,52 @@ def _capture(session: Session, batches: Sequence[Batch]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A graph that is not captured yet, run as the blocks are."""
+    """What is known of a pass that is not captured yet, run as the blocks are."""
 
-    graph: BlocksGraph
     launching: float
-    """Time to launch a pass over its whole time."""
+    """Time to launch it over its whole time."""
     nbytes: int
-    """That a pass needs."""
+    """That it needs."""
+    above: int
+    """Peak bytes of all trials so far beside what was held before."""
 
 
-def _record(session: Session, batch: Batch) -> list[Call]:
-    """The blocks' calls in a forward pass."""
+_tried: dict[tuple[object, ...], _Trial] = {}
+"""Trials of this process that had the GPU wait; their kernels are loaded."""
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Of all captures of a process, so that the workspaces of cuBLAS, which belong to a stream, are
+    there once they were tried."""
+    return torch.cuda.Stream(device)
+
+
+def _record(session: Session, batch: Batch, like: BlocksGraph | None) -> list[Call]:
+    """The blocks' calls in a forward pass; `like`: the graph of such a pass of another size."""
     batch = batch.to(session.world.device)
-    with session.backbone.blocks.graphs.recording() as calls:
+    with session.backbone.blocks.graphs.recording(like) as calls:
         session.task.loss(session.model, batch)
     return calls
+
+
+def _trial(
+    session: Session, graph: BlocksGraph, stream: torch.cuda.Stream, *, first: bool
+) -> _Trial:
+    """That of an earlier run of this process whose blocks ran the same kernels, else a new one."""
+    config, adapters = session.config, session.method.adapters.values()
+    key = (
+        str(session.world.device), config.model.model_dump_json(), config.engine.model_dump_json(),
+        config.method.kind, *sorted({(a.rank, a.g.requires_grad) for a in adapters}),
+        *graph.shapes,
+    )  # fmt: skip
+    if (known := _tried.get(key)) is not None:
+        return known
+    trial = _try(graph, stream, first=first)
+    # Ranks that knew different ones would wait for each other; one that was busy may not be again.
+    if session.world.size == 1 and trial.launching >= _WAITING:
+        _tried[key] = trial
+    return trial
 
 
 def _try(graph: BlocksGraph, stream: torch.cuda.Stream, *, first: bool) -> _Trial:
@@ -172,7 +217,7 @@ def _try(graph: BlocksGraph, stream: torch.cuda.Stream, *, first: bool) -> _Tria
             launched = time.perf_counter() - started
             torch.cuda.synchronize(device)
             seconds = time.perf_counter() - started
-    return _Trial(graph, launched / seconds, held - before)
+    return _Trial(launched / seconds, held - before, peak_bytes(device) - before)
 
 
 def row_batches(session: Session, loader: Loader) -> list[Batch]:

@@ -17,6 +17,8 @@ of which is always in flight, a step needs
 bytes. At most one block in (time to copy / time to run a block) is offloaded, else copies would
 delay the step.
 
+Where a small part of the memory is enough for all activations, one probe of such a step tells so.
+
 The memory left then holds unsharded blocks (`engine.unsharded_blocks`), which are not gathered in
 each pass.
 """
@@ -34,9 +36,13 @@ from trainer.data.rows import Rows
 from trainer.device_memory import GIB, allowance, held_bytes, peak_bytes, readable, release
 from trainer.engine.sharded_optimizer import ShardedOptimizer
 from trainer.errors import RunFailed
+from trainer.model.compilations import Compilations
 from trainer.model.footprint import blocks_that_fit, update_bytes
 from trainer.session import Session
 from trainer.tasks.base import Batch, Task
+
+_KEPT = 32
+"""Activations that a block keeps, over its input, are expected to be no more."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,10 @@ def make_plan(session: Session, size: int | None = None, batch: Batch | None = N
     plans_unsharded = options.unsharded_blocks == "auto" and engine.supports_unsharded_blocks
     if plans_unsharded:
         engine.keep_unsharded(0)
-    needs, buffer_bytes = _measure(session, batch.to(device))
+    batch = batch.to(device)
+    if (whole := _peak_with_all(session, batch)) is not None:
+        return Plan(len(blocks), 0, 0, len(blocks), *whole, host_bytes=0)
+    needs, buffer_bytes = _measure(session, batch)
     release(device)
     budget = allowance(device, options.memory_fraction)
     offloaded = min(world.gather(needs.offloaded(len(blocks), budget)))
@@ -131,6 +140,33 @@ def make_plan(session: Session, size: int | None = None, batch: Batch | None = N
         peak += engine.unsharded_blocks * engine.largest_block
     host_bytes = offloaded * buffer_bytes
     return Plan(saved, offloaded, engine.unsharded_blocks, len(blocks), peak, budget, host_bytes)
+
+
+def _peak_with_all(session: Session, batch: Batch) -> tuple[int, int] | None:
+    """(peak, budget) of a step in which all blocks keep their activations, where half of the budget
+    is enough: a small model needs one probe, and none of it is compiled to be recomputed. None
+    where it is not, nor expected to be, and where engines move blocks. Collective."""
+    engine, blocks, world = session.engine, session.backbone.blocks, session.world
+    if engine.supports_unsharded_blocks or engine.collective_gather:
+        return None
+    config = session.backbone.model.config.get_text_config()
+    width, tokens = getattr(config, "hidden_size", None), batch.inputs.get("input_ids")
+    if width is None or tokens is None:
+        return None
+    budget = min(world.gather(allowance(world.device, session.config.engine.memory_fraction)))
+    hidden = tokens.numel() * width * session.backbone.dtype.itemsize
+    if _KEPT * hidden * len(blocks) > budget / 2:
+        return None
+    blocks.keep(len(blocks))
+    with Compilations() as compiled:
+        probe = _probe(session, batch)
+    if probe is not None and compiled.total:  # which may take memory too
+        probe = _probe(session, batch)
+    release(world.device)
+    peak = None if probe is None else max(probe.forward, probe.backward)
+    if world.any(peak is None or peak > budget / 2):
+        return None
+    return max(world.gather(peak)), budget
 
 
 def _measure(session: Session, batch: Batch) -> tuple[Needs, int]:

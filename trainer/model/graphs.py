@@ -133,6 +133,8 @@ class BlocksGraph:
                     leaves[position] = slots[id(leaf)]
             rest = None if isinstance(call.output, Tensor) else call.output[1:]
             self.steps.append(_Step(call.index, call.forward, leaves, spec, rest))
+        self.shapes = (tuple(self.x.shape), *(tuple(slot.tensor.shape) for slot in slots.values()))
+        """Of hidden states, and of the blocks' other arguments."""
         self._ran: tuple[Tensor, Tensor] | None = None
         self.forward: Callable[[], None] = self.run_forward
         self.backward: Callable[[], None] = self.run_backward
@@ -245,6 +247,7 @@ class BlockGraphs:
         self._graphs: list[BlocksGraph] = []
         self._mode = "off"
         self._recorded: list[Call] = []
+        self._like: Sequence[_Step] = ()
         self._graph: BlocksGraph | None = None  # of the pass under way
         self._noted: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self._sources: dict[_Slot, Tensor] = {}
@@ -265,13 +268,16 @@ class BlockGraphs:
         self._graphs.clear()
 
     @contextmanager
-    def recording(self) -> Iterator[list[Call]]:
-        """Context in which blocks run as they are; yields the list of their calls."""
+    def recording(self, like: BlocksGraph | None = None) -> Iterator[list[Call]]:
+        """Context in which blocks run as they are; yields the list of their calls. With the graph
+        of a pass of another size (`like`) they are not run: what they take is recorded alone, and
+        what they would return has its input's values."""
         self._mode, self._recorded = "recording", []
+        self._like = like.steps if like is not None else ()
         try:
             yield self._recorded
         finally:
-            self._mode, self._recorded = "off", []
+            self._mode, self._recorded, self._like = "off", [], ()
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
@@ -291,7 +297,11 @@ class BlockGraphs:
     def run(self, index: int, forward: Callable[..., Any], hidden: Tensor, others: Any) -> Any:
         """The output of block `index`, or in a replayed pass what stands for it."""
         if self._mode == "recording":
-            output = forward(hidden, *others[0], **others[1])
+            number = len(self._recorded)
+            if number < len(self._like) and self._like[number].index == index:
+                output = self._like[number].returned(hidden.view_as(hidden))
+            else:
+                output = forward(hidden, *others[0], **others[1])
             self._recorded.append(Call(index, forward, hidden, others, output))
             return output
         if not self._noted:

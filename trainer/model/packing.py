@@ -89,7 +89,7 @@ def _against_end_to_end(model: "PreTrainedModel", config: Config, rows: Rows) ->
     if config.task.source_apart:
         return f"task.kind={config.task.kind} has a row for the source and one for the target"
     if not config.task.lies_end_to_end or not TASKS[config.task.kind].reads_documents(model):
-        return f"task.kind={config.task.kind} reads one result a row"
+        return f"task.kind={config.task.kind} has a row for each record of {name}"
     if kinds := carrying_layers(model):
         return f"{name} has layers that carry state along a row ({', '.join(kinds)})"
     if table := counts_by_itself(model):

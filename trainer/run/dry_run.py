@@ -23,6 +23,7 @@ from trainer.run.remarks import (
     on_sources,
 )
 from trainer.run.second_stage import SecondStage
+from trainer.run.without_effect import on_keys
 from trainer.session import open_data, refuse_longer
 
 
@@ -44,6 +45,7 @@ def dry_run(config: Config, world: World) -> str:
         *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(backbone.model, train_data, eval_data),
         *on_templates(tokenizer, config.data),
+        *on_keys(config, train_data, eval_data),
     ]
     engine = make_engine(config, world, task)
     needs = estimate(

@@ -83,6 +83,8 @@ def finish(
     if answers:
         note = f"{note}\n\n## Answers to held-out records\n\n{answers}".strip()
     exported = f"step {progress.step}" if best is None else str(best)
+    if best is None and (metric := session.config.run.keep_best) is not None:
+        exported += f", since {metric} was finite in no evaluation: run.keep_best had no effect"
     shown = [figure, *figures]
     readme = _readme(session.config, summary.removeprefix("done").strip(), exported, note, shown)
     (folder / README).write_text(readme, encoding="utf-8")

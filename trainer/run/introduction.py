@@ -21,6 +21,7 @@ from trainer.run.remarks import (
     on_sources,
 )
 from trainer.run.start import Start
+from trainer.run.without_effect import on_keys
 from trainer.session import Session
 
 
@@ -72,6 +73,7 @@ def _notes(session: Session, folder: RunFolder, loader: Loader) -> list[str]:
         *on_batch(config.data, len(loader.sequences(loader.epoch))),
         *on_length(session.backbone.model, session.train_data, session.eval_data),
         *on_templates(session.tokenizer, config.data),
+        *on_keys(config, session.train_data, session.eval_data),
     ]
 
 

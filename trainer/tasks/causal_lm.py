@@ -15,9 +15,9 @@ from trainer.errors import UserError
 from trainer.tasks.base import IGNORED, Batch, Example, Record, Switch, Task, TooLong
 from trainer.tasks.causality import attends_ahead
 from trainer.tasks.chunked_cross_entropy import loss_head, loss_inside
-from trainer.tasks.documents import Documents, kept_apart
+from trainer.tasks.documents import Documents
 from trainer.tasks.options import CausalLMOptions, TaskOptions
-from trainer.tasks.positions import handed, takes_positions
+from trainer.tasks.text_rows import output_of
 from trainer.tasks.tokenisation import special_tokens, surrounded, tokenise
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ class CausalLM(Task):
         head = loss_head(model)
         if head is not None:
             with loss_inside(model, head, learned, targets[learned], right):
-                return _logits(model, batch)
-        logits = _logits(model, batch)[:, :-1]
+                return output_of(model, batch, use_cache=False).logits
+        logits = output_of(model, batch, use_cache=False).logits[:, :-1]
         # Selected before the cast: float32 logits only where there is a loss.
         logits = logits[learned].float()
         if right is not None:
@@ -158,16 +158,3 @@ class CausalLM(Task):
 
 def _has_completion(record: Record) -> bool:
     return any(is_learned and part for part, is_learned in record.segments)
-
-
-def _logits(model: Any, batch: Batch) -> Tensor:
-    """The model's logits (rows, length, vocabulary), the documents of packed rows kept apart."""
-    inputs = dict(batch.inputs)
-    if batch.documents is None:
-        return model(**inputs, use_cache=False).logits
-    if takes_positions(model):
-        inputs["position_ids"] = handed(model, inputs["position_ids"], inputs["input_ids"])
-    else:  # e.g. ALiBi, which depends on distances only
-        del inputs["position_ids"]
-    with kept_apart(batch.documents):
-        return model(**inputs, use_cache=False).logits

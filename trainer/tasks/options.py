@@ -26,6 +26,8 @@ class TaskOptions(Section):
     """What an example does not learn is a row of its own, an encoder's."""
     generates: ClassVar[bool] = False
     """Its model generates text (`generation`)."""
+    knows_losses: ClassVar[bool] = False
+    """Its evaluations know the loss of each record (`log.record_losses`)."""
     reads_images: ClassVar[bool] = False
     """Records are images, which the model's image processor prepares, not texts."""
     data_formats: ClassVar[tuple[str, ...]]
@@ -53,6 +55,7 @@ class CausalLMOptions(TaskOptions):
     """Options of `task.kind: causal_lm`."""
 
     generates = True
+    knows_losses = True
     data_formats = ("prompt_completion", "alpaca", "messages", "text")
 
     kind: Literal["causal_lm"] = "causal_lm"
@@ -115,7 +118,6 @@ class QuestionAnsweringOptions(TaskOptions):
     """Options of `task.kind: question_answering`."""
 
     supports_packing = False
-    lies_end_to_end = False
     data_formats = ("question_answering",)
 
     kind: Literal["question_answering"] = "question_answering"
@@ -134,12 +136,22 @@ class QuestionAnsweringOptions(TaskOptions):
     def metrics(self) -> Mapping[str, Direction]:
         return {"loss": "min", "exact_match": "max", "f1": "max"}
 
+    @model_validator(mode="after")
+    def _check(self) -> "QuestionAnsweringOptions":
+        if self.null_threshold and not self.no_answer:
+            raise ValueError(
+                f"task.null_threshold: {self.null_threshold} given with task.no_answer=false; "
+                "accepted: 0.0"
+            )
+        return self
+
 
 class SequenceClassificationOptions(TaskOptions):
     """Options of `task.kind: sequence_classification`."""
 
     needs_labels = True
     supports_packing = False
+    knows_losses = True
     data_formats = ("classification",)
 
     kind: Literal["sequence_classification"] = "sequence_classification"

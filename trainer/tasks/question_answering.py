@@ -11,8 +11,8 @@ larger by `task.null_threshold`.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from trainer.errors import UserError
 from trainer.tasks.base import (
@@ -30,23 +31,32 @@ from trainer.tasks.base import (
     Task,
     TooLong,
     new_heads,
-    pad,
     without_cache,
 )
+from trainer.tasks.causality import attends_ahead
 from trainer.tasks.options import QuestionAnsweringOptions
 from trainer.tasks.squad_scores import squad_scores
+from trainer.tasks.text_rows import output_of, text_rows
 
 Span = tuple[int, int]
+
+_LIE_END_TO_END = {"bert", "camembert", "electra", "roberta", "xlm-roberta"}
+"""Encoders, by transformers' model_type, that keep windows of a row apart (tests)."""
 
 
 @dataclass
 class Windows(Batch):
-    """A micro-batch of windows."""
+    """A micro-batch of windows; places of tokens are counted from the start of their window."""
 
-    contexts: list[Span] = field(default_factory=list)
-    """Of each, the first token of the context and the one after its last."""
-    nulls: list[int] = field(default_factory=list)
-    """Of each, the token that stands for no answer."""
+    contexts: Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.long))
+    """(windows, 2): the first token of the context and the one after its last."""
+    nulls: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """(windows): the token that stands for no answer."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Windows":
+        mapped = super().map(function)
+        assert isinstance(mapped, Windows)
+        return replace(mapped, contexts=function(self.contexts), nulls=function(self.nulls))
 
 
 class QuestionAnswering(Task):
@@ -78,6 +88,15 @@ class QuestionAnswering(Task):
                 f"task.kind: question_answering given, but {type(model).__name__} does not score "
                 "tokens by a layer qa_outputs; accepted: a model that does"
             )
+
+    @classmethod
+    def reads_documents(cls, model: Any) -> bool:
+        """Of decoders, and of the encoders that were tried: the head scores every position."""
+        kind = model.config.model_type
+        if model.config.is_encoder_decoder:
+            return False
+        decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not attends_ahead(model)
+        return decodes or kind in _LIE_END_TO_END
 
     def trained_modules(self, model: nn.Module) -> list[str]:
         return new_heads(model)
@@ -173,15 +192,10 @@ class QuestionAnswering(Task):
     def collate(
         self, sequences: Sequence[Sequence[Example]], *, empty: bool = False, width: int = 0
     ) -> Windows:
-        examples = [packed[0] for packed in sequences]
+        """Rows of one window each, or a single row of several."""
+        examples = [example for packed in sequences for example in packed]
         lengths = [len(example.input_ids) for example in examples]
-        width = max(width, *lengths)
-        ids = [pad(example.input_ids, width, self.pad_token_id) for example in examples]
-        seen = [pad([1] * length, width, 0) for length in lengths]
-        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(seen)}
-        if examples[0].token_type_ids:
-            types = [pad(example.token_type_ids, width, 0) for example in examples]
-            inputs["token_type_ids"] = torch.tensor(types)
+        inputs, documents = text_rows(sequences, width, self.pad_token_id)
         targets = [
             (IGNORED, IGNORED) if empty else _marked(example.loss_mask) for example in examples
         ]
@@ -193,8 +207,9 @@ class QuestionAnswering(Task):
             nulls.append(known["null"] if known else 0)
         weight, tokens = (0, 0) if empty else (len(examples), sum(lengths))
         return Windows(
-            inputs, torch.tensor(targets), weight, tokens, contexts=contexts, nulls=nulls
-        )
+            inputs, torch.tensor(targets), weight, tokens, documents=documents,
+            contexts=torch.tensor(contexts), nulls=torch.tensor(nulls),
+        )  # fmt: skip
 
     def logits(self, output: Any) -> Tensor:
         return torch.stack([output.start_logits, output.end_logits], -1)
@@ -203,27 +218,37 @@ class QuestionAnswering(Task):
         """(Σ ½ (H(first) + H(last)) over windows, (windows, 4): first and last token of the best
         span, its score, the null token's)"""
         assert isinstance(batch, Windows)
-        scores = self.logits(model(**batch.inputs, **without_cache(model))).float()
-        padding = batch.inputs["attention_mask"] == 0
-        scores = scores.masked_fill(padding[..., None], -torch.inf)
-        # (windows, tokens, 2): the tokens are the classes.
+        scores = self._token_scores(model, batch)
+        # The tokens are the classes.
         loss = F.cross_entropy(scores, batch.targets, reduction="sum", ignore_index=IGNORED) / 2
         return loss, self._best(scores.detach(), batch)
+
+    def _token_scores(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(windows, tokens, 2) in float32, from the start of each window; −inf behind its end."""
+        output, documents = output_of(model, batch, **without_cache(model)), batch.documents
+        scores = self.logits(output).float()
+        if documents is None:
+            behind = batch.inputs["attention_mask"] == 0
+        else:
+            ends = documents.boundaries[: len(batch.targets) + 1].long().unsqueeze(1)
+            places = ends[:-1] + torch.arange(documents.longest, device=ends.device)
+            behind = places >= ends[1:]
+            scores = scores[0, places.clamp(max=scores.shape[1] - 1)]
+        return scores.masked_fill(behind[..., None], -torch.inf)
 
     def _best(self, scores: Tensor, batch: Windows) -> Tensor:
         """The best span of each window, of first + last token's score, among those in the context
         that are not too long; and the null token's score."""
         rows, width, _ = scores.shape
         places = torch.arange(width, device=scores.device)
-        spans = torch.tensor(batch.contexts, device=scores.device)
-        outside = (places < spans[:, :1]) | (places >= spans[:, 1:])
+        outside = (places < batch.contexts[:, :1]) | (places >= batch.contexts[:, 1:])
         inside = scores.masked_fill(outside[..., None], -torch.inf)
         length = min(self.options.max_answer_length, width)
         last = F.pad(inside[..., 1], (0, length - 1), value=-torch.inf).unfold(1, length, 1)
         best, at = (inside[..., 0, None] + last).flatten(1).max(1)
         first = at // length
         row = torch.arange(rows, device=scores.device)
-        null = scores[row, torch.tensor(batch.nulls, device=scores.device)].sum(-1)
+        null = scores[row, batch.nulls].sum(-1)
         return torch.stack([first.to(best), (first + at % length).to(best), best, null], 1)
 
     def metrics(
@@ -291,6 +316,6 @@ def _answer(answers: Iterable[tuple[str, int]], spans: Sequence[Span]) -> Span |
 
 
 def _marked(mask: Sequence[int]) -> Span:
-    """The first and the last token that `loss_mask` marks."""
+    """The first and the last token that `loss_mask` marks; none in a made-up window of one."""
     at = [index for index, learned in enumerate(mask) if learned]
-    return at[0], at[-1]
+    return (at[0], at[-1]) if at else (IGNORED, IGNORED)

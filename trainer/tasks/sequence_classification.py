@@ -18,14 +18,12 @@ from trainer.tasks.base import (
     Record,
     Task,
     new_heads,
-    pad,
     without_cache,
 )
 from trainer.tasks.causality import attends_ahead
-from trainer.tasks.documents import Documents, kept_apart
 from trainer.tasks.long_texts import beginning, bounded, truncated_pair
 from trainer.tasks.options import SequenceClassificationOptions, TaskOptions
-from trainer.tasks.positions import handed, takes_positions
+from trainer.tasks.text_rows import output_of, text_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,12 +151,7 @@ class SequenceClassification(Task):
     ) -> Batch:
         """Rows of one example each, or a single row of several."""
         examples = [example for packed in sequences for example in packed]
-        documents = None
-        if len(examples) > len(sequences):
-            inputs = self._end_to_end(examples, width)
-            documents = Documents.of(inputs["position_ids"])
-        else:
-            inputs = self._padded(examples, width)
+        inputs, documents = text_rows(sequences, width, self.pad_token_id)
         labels = [example.label for example in examples]
         if self.is_regression:
             targets = torch.tensor([float("nan")] * len(labels) if empty else labels)
@@ -169,32 +162,6 @@ class SequenceClassification(Task):
         return Batch(
             inputs, targets, sum(weights), tokens, weights=weights, documents=documents
         )  # fmt: skip
-
-    def _padded(self, examples: Sequence[Example], width: int) -> dict[str, Tensor]:
-        width = max(width, *(len(example.input_ids) for example in examples))
-        ids = [pad(example.input_ids, width, self.pad_token_id) for example in examples]
-        seen = [pad([1] * len(example.input_ids), width, 0) for example in examples]
-        inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(seen)}
-        if examples[0].token_type_ids:
-            types = [pad(example.token_type_ids, width, 0) for example in examples]
-            inputs["token_type_ids"] = torch.tensor(types)
-        return inputs
-
-    def _end_to_end(self, examples: Sequence[Example], width: int) -> dict[str, Tensor]:
-        """A row, at its end padding in documents no longer than the longest."""
-        lengths = [len(example.input_ids) for example in examples]
-        width = max(width, sum(lengths))
-        ids = [token for example in examples for token in example.input_ids]
-        positions = [place for length in lengths for place in range(length)]
-        positions += [place % max(lengths) for place in range(width - len(ids))]
-        inputs = {
-            "input_ids": torch.tensor([pad(ids, width, self.pad_token_id)]),
-            "position_ids": torch.tensor([positions]),
-        }
-        if examples[0].token_type_ids:
-            types = [kind for example in examples for kind in example.token_type_ids]
-            inputs["token_type_ids"] = torch.tensor([pad(types, width, 0)])
-        return inputs
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = _logits(model, batch)
@@ -259,16 +226,11 @@ class SequenceClassification(Task):
 def _logits(model: Any, batch: Batch) -> Tensor:
     """(records, labels) in float32."""
     if batch.documents is None:
-        return model(**batch.inputs, **without_cache(model)).logits.float()
-    inputs = {name: values for name, values in batch.inputs.items() if name != "attention_mask"}
-    positions = inputs.pop("position_ids")
-    if takes_positions(model):
-        inputs["position_ids"] = handed(model, positions, inputs["input_ids"])
+        return output_of(model, batch, **without_cache(model)).logits.float()
     ends = batch.documents.boundaries[: len(batch.targets) + 1].long()
     scored = hasattr(model, "score")
-    reads = _scores_at(model, ends[1:] - 1) if scored else _reads_at(model, ends[:-1])
-    with kept_apart(batch.documents), reads:
-        return model(**inputs, **without_cache(model)).logits.float()
+    with _scores_at(model, ends[1:] - 1) if scored else _reads_at(model, ends[:-1]):
+        return output_of(model, batch, **without_cache(model)).logits.float()
 
 
 @contextmanager

@@ -33,6 +33,12 @@ def judge(session: Session, progress: Progress, scores: Mapping[str, float]) -> 
     return better
 
 
+def is_incomparable(config: Config, progress: Progress, scores: Mapping[str, float]) -> bool:
+    """Whether an evaluation counts, but its score is not finite."""
+    metric = config.run.keep_best
+    return metric is not None and progress.step > 0 and not math.isfinite(scores[metric])
+
+
 def is_exhausted(config: Config, progress: Progress) -> bool:
     """Whether the run has waited long enough for a better evaluation."""
     return config.run.patience is not None and progress.waited >= config.run.patience

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,8 +20,12 @@ from trainer.device_memory import GIB, begin_peak, peak_of_phase
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.generation.evaluation import answer_records
+from trainer.model.flops import model_flops
 from trainer.records.evaluation_bar import EvaluationBar
 from trainer.session import Session, open_session
+
+_BUSY = 4e12
+"""FLOPs of a forward pass that take a GPU no longer than the CPU takes to launch them."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def _evaluate_set(
     data, records = session.held_out(name)
     shown = session.config.log.shown if session.world.is_main else "none"
     with session.method.inference():
-        parts = _forward(session, data, records, bar=(name, shown))
+        parts = _forward(session, data, records, bar=(name, shown), together=_together(session))
     scores = {"loss": _mean(parts)}
     scores |= session.task.scores_of_loss(scores["loss"])
     guesses = {
@@ -99,6 +103,17 @@ def _evaluate_set(
         data.records[examples].tolist(),
     )
     return scores | session.task.metrics(*given), session.task.answers(*given), losses
+
+
+def _together(session: Session) -> Callable[[float], int]:
+    """How many micro-batches, of a mean number of tokens, a pass takes at once on a GPU that waits
+    for launches: small models run at the speed of the CPU. Without gradients a pass holds what one
+    block computes, in training that of all blocks that keep their activations."""
+    flops = model_flops(session.backbone.model)
+    if session.world.device.type != "cuda" or flops is None:
+        return lambda _: 1
+    most = max(1, session.backbone.blocks.saved // 2)
+    return lambda tokens: min(most, max(1, int(_BUSY / (2.0 * flops.matrices * tokens))))
 
 
 def _by_record(parts: Sequence["_Part"], data: TokenDataset) -> list[dict[str, Any]]:
@@ -168,18 +183,26 @@ def _forward(
     records: np.ndarray,
     weight: int | None = None,
     bar: tuple[str, Shown] = ("", "none"),
+    together: Callable[[float], int] = lambda _: 1,
 ) -> list[_Part]:
     """Results of all ranks' micro-batches by global index, without dropout; with `weight`, also
     gradients of loss / weight. Micro-batches and the order of sums do not depend on the number of
-    ranks."""
+    ranks. `together`: number of micro-batches, of a mean number of tokens, to be run as one."""
     world, task = session.world, session.task
     parts = []
     was_training = session.model.training
     session.model.eval()
     options, rows = session.config.data, session.backbone.rows
-    together = task.options.records_together
-    sequences = packed_records(np.asarray(records), data, options, together=together)
+    sequences = packed_records(
+        np.asarray(records), data, options, together=task.options.records_together
+    )
     micro_batches = cut(sequences, data, options, options.micro_batch_size, rows)
+    tokens = int(data.lengths[np.concatenate(sequences)].sum())
+    count = together(tokens / len(micro_batches))
+    micro_batches = [
+        [sequence for one in micro_batches[first : first + count] for sequence in one]
+        for first in range(0, len(micro_batches), count)
+    ]
     lengths = [row_length(one, data, rows) for one in micro_batches]
     rows = rows.fitted(lengths, max(lengths))
     own = assign_micro_batches(micro_batches, data, task, rows, world.rank, world.size)

@@ -16,7 +16,7 @@ from trainer.records import phases
 from trainer.records.callbacks import Evaluated, StepRecord
 from trainer.records.progress import Progress
 from trainer.session import Session
-from trainer.training.best import is_exhausted, judge
+from trainer.training.best import is_exhausted, is_incomparable, judge
 from trainer.training.evaluation import full_evaluation
 from trainer.training.speed import Clock, known_peak
 from trainer.training.step import StepDone, Training, settled, train_step
@@ -125,6 +125,11 @@ def _evaluate(run: Run) -> bool:
     progress.evaluated = progress.step
     is_best = judge(session, progress, found.scores)
     best = {} if progress.best is None else {"best_step": progress.best.step}
+    if is_incomparable(session.config, progress, found.scores):
+        recorder.log_line(
+            f"step {progress.step}: {session.config.run.keep_best} is not finite, so that this "
+            "evaluation cannot be the best (run.keep_best)"
+        )
     recorder.on_eval(
         Evaluated(
             progress.step,

@@ -221,7 +221,7 @@ def test_counters_decide_which_tensors_saw_tokens_and_keep_no_old_buffer():
     optimizer = MaskedAdamW(mine, learning_rate=0.1, weight_decay=0.5)
     set_gradients([first, second, third], 0)
     tokens.grad.copy_(torch.tensor([0.0, 3.0]))
-    saw_tokens = optimizer.saw_tokens()
+    saw_tokens = optimizer.active_rows.saw_tokens()
     assert saw_tokens is not None
     rows = [len(first), len(second), len(third)]
     assert [part.unique().tolist() for part in saw_tokens.split(rows)] == [[False], [True], [True]]
@@ -231,7 +231,7 @@ def test_counters_decide_which_tensors_saw_tokens_and_keep_no_old_buffer():
     same = [torch.equal(a, b) for a, b in zip(before, (first, second, third), strict=True)]
     assert same == [True, False, False]
     optimizer.rebind_parameters([Trainable("third", third)])
-    assert tokens.grad is None and optimizer.saw_tokens() is None
+    assert tokens.grad is None and optimizer.active_rows.saw_tokens() is None
 
 
 def units_and_a_head(R=(3, 3), counters=()):

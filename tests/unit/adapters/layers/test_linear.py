@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from adapters.gated import GatedAdapter
-from adapters.layers.linear import AdaptedLinear, Dropout, adapted_linear
+from adapters.layers.linear import AdaptedLinear, Dropout, adapted_linear, fixed_adapters
+from adapters.layers.magnitude import Magnitude
 
 
 def host(fmt="none", bias=True, out=48, inp=64, rank=4, dtype=torch.float32, seed=0, learn=True):
@@ -274,3 +276,71 @@ def test_a_frozen_adapter_is_as_if_it_were_in_the_weight(trained):
         found.append([y.detach(), rows.grad, *held])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fmt", ["none", "nf4", "int8", "fp8"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("beside", ["nothing", "a frozen adapter", "a magnitude"])
+def test_fixed_adapters_give_what_the_operator_gives(fmt, bias, beside):
+    layer = host(fmt, bias).eval()
+    x = torch.randn(2, 5, 64)
+    W = layer.dequantised(torch.float32) + layer.adapter.delta()
+    if beside == "a frozen adapter":
+        layer.frozen = GatedAdapter(torch.randn(3, 64), torch.rand(3), torch.randn(3, 48))
+        W = W + layer.frozen.delta()
+    if beside == "a magnitude":
+        layer.adapter.magnitude = Magnitude(layer.dequantised(torch.float32))
+        layer.scales_rows = True
+        W = W * (layer.adapter.magnitude.m.detach() / torch.linalg.vector_norm(W, dim=1))[:, None]
+    with torch.no_grad():
+        expected = layer(x)
+        with fixed_adapters(nn.Sequential(layer)):
+            first, again = layer(x), layer(x[:1, :1])
+    dense = F.linear(x, W, layer.bias)
+    assert torch.allclose(first, expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(first, dense, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(again, dense[:1, :1], rtol=1e-4, atol=1e-4)
+    assert layer.fixed is None
+
+
+def test_fixed_adapters_follow_the_next_values_and_the_dtype():
+    """What is cast once is forgotten at the end of the context, also where that fails."""
+    layer = host().eval()
+    model, x = nn.Sequential(layer), torch.randn(3, 64)
+    with pytest.raises(ZeroDivisionError), torch.no_grad(), fixed_adapters(model):
+        model(x), 1 / 0
+    assert layer.fixed is None
+    with torch.no_grad():
+        layer.adapter.B.mul_(2)
+        with fixed_adapters(model):
+            assert torch.allclose(model(x), reference(layer, x), rtol=1e-4, atol=1e-5)
+            assert layer.fixed.keys() == {torch.float32}
+        layer.adapter = None
+        with fixed_adapters(model):
+            assert torch.equal(model(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_a_pass_with_fixed_adapters_has_three_products_and_no_cast():
+    """A decoding step is bound by launches: x Aᵀ, its product with g ∘ B, and x Wᵀ on top."""
+    layer = host(bias=False, dtype=torch.bfloat16).eval()
+    x = torch.randn(2, 1, 64, dtype=torch.bfloat16)
+    with torch.no_grad(), fixed_adapters(layer):
+        layer(x)
+        with Launched() as launched:
+            layer(x)
+    assert launched.names == ["mm", "mm", "addmm_"]
+
+
+class Launched(TorchDispatchMode):
+    """Operators that compute, by name: no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function.__name__.split(".")[0]
+        if name not in ("t", "view", "_unsafe_view", "transpose", "permute", "detach"):
+            self.names.append(name)
+        assert name != "_to_copy"
+        return function(*arguments, **(keywords or {}))

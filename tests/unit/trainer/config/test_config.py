@@ -199,8 +199,8 @@ REFUSED = {
         ["data.row_lengths: -1 given", "auto, or at least 0"],
     ),
     "rows end to end without documents": (
-        {"data.padding_free": True, "task.kind": "question_answering"},
-        ["data.padding_free: true given with task.kind=question_answering", "false"],
+        {"data.padding_free": True, "task.kind": "image_classification"},
+        ["data.padding_free: true given with task.kind=image_classification", "false"],
     ),
     "overrides of pretrained weights": (
         {"model.overrides": {"num_hidden_layers": 2}},

@@ -145,6 +145,28 @@ def test_lists_globs_and_folders(shards: list[Path]) -> None:
     assert rows_of(mixed) == ROWS
 
 
+def test_a_folder_whose_files_are_named_after_splits(tmp_path: Path) -> None:
+    """As the hub keeps them: a run neither learns its test set nor is scored on what it learned."""
+    folder = tmp_path / "data"
+    names = ("train-00000-of-00002", "train-00001-of-00002", "test", "validation_matched")
+    for index, name in enumerate(names):
+        write(folder / f"{name}.jsonl", lines(ROWS[2 * index :][:2]))
+
+    def of(split: str) -> list:
+        rows = read_rows(str(folder), split, DataOptions(train="x"), None)
+        return [row for _, row in rows]
+
+    assert (of("train"), of("test"), of("validation")) == (ROWS[:4], ROWS[4:6], ROWS[6:8])
+    with pytest.raises(UserError, match="data: files of the splits test, train, validation for th"):
+        of("dev")
+    write(folder / "more.jsonl", lines(ROWS))
+    with pytest.raises(UserError, match="train, validation and the files more"):
+        of("train")
+    for name in names[2:]:
+        (folder / f"{name}.jsonl").unlink()
+    assert of("test") == [*ROWS, *ROWS[:4]], "a folder of one split alone is read whole"
+
+
 def test_records_are_counted_over_all_files(shards: list[Path]) -> None:
     rows = read_rows(f"{shards[0].parent}/*.jsonl", "train", DataOptions(train="x"), 5)
     assert [row for _, row in rows] == ROWS[:5]

@@ -18,6 +18,7 @@ from trainer.model.blocks import have_same_floats
 from trainer.model.footprint import blocks_that_fit
 from trainer.run.run import run
 from trainer.session import open_session
+from trainer.tasks.base import Batch
 from trainer.tasks.causal_lm import CausalLM, CausalLMOptions
 from trainer.training.loop import make_loader
 from trainer.training.step import Training, train_step
@@ -71,6 +72,37 @@ def test_what_the_plan_leaves_is_for_whole_blocks(tmp_path, monkeypatch, choice,
     plan = planner.make_plan(session, batch=Probed())
     assert (plan.saved, plan.unsharded, plan.peak) == (4, expected, (81 + 30 * expected) * unit)
     assert counts == ([0, expected] if choice == "auto" else [])
+
+
+@pytest.mark.parametrize(
+    ("budget", "peak", "probes", "whole"),
+    [(40, 3, 1, True), (40, 20, 1, True), (40, 21, 1, False), (0.01, 3, 0, False)],
+    ids=["little", "half", "more", "expected-to-be-more"],
+)
+def test_where_all_activations_are_few_one_probe_is_enough(
+    tmp_path, monkeypatch, budget, peak, probes, whole
+):
+    session, made = opened(tmp_path), []
+    session = replace(session, world=World(device=torch.device("cuda")))
+    batch = Batch({"input_ids": torch.ones(2, 64, dtype=torch.long)}, torch.ones(2, 64), 128, 128)
+    unit = 2**20
+
+    def probe(session, batch):
+        made.append(session.backbone.blocks.saved)
+        return planner._Probe(0, (peak - 1) * unit, peak * unit, 0, 0.1)
+
+    monkeypatch.setattr(planner, "_probe", probe)
+    monkeypatch.setattr(planner, "_measure", lambda *_: (planner.Needs(unit, unit, 1), 0))
+    monkeypatch.setattr(planner, "allowance", lambda *_: int(budget * unit))
+    monkeypatch.setattr(planner, "release", lambda _: None)
+    monkeypatch.setattr(type(batch), "to", lambda self, device: self)
+    plan = planner.make_plan(session, batch=batch)
+    assert made == [4] * probes
+    if whole:
+        assert (plan.saved, plan.offloaded, plan.peak) == (4, 0, peak * unit)
+        assert session.backbone.blocks.saved == 4 and plan.budget == budget * unit
+    else:
+        assert plan.peak == planner.Needs(unit, unit, 1).peak(plan.saved)
 
 
 @pytest.mark.parametrize("saved", [0, 1, 3, 4])
@@ -244,7 +276,8 @@ def test_no_trace_is_thrown_away(tmp_path, monkeypatch, attention):
     loss, _ = session.task.loss(session.model, packed)
     loss.backward()
     (program,) = torch._dynamo.utils.get_compilation_metrics()
-    assert program.co_name == "forward_with_checkpointing" and not program.restart_reasons
+    assert program.co_name in ("forward_with_checkpointing", "forward")  # by transformers' version
+    assert not program.restart_reasons
 
 
 def test_numbers_that_differ_between_blocks_are_no_constants():

@@ -11,7 +11,7 @@ from tests.helpers import losses, quick_config
 from trainer.data.micro_batches import assign_micro_batches
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
-from trainer.memory.graphs import _with_room, capture_graphs, row_batches
+from trainer.memory.graphs import _Trial, _trial, _with_room, capture_graphs, row_batches
 from trainer.model.attention import VARLEN, register_attention
 from trainer.model.graphs import BlocksGraph, Buffers, NoGraph, _Replay
 from trainer.run.run import run
@@ -42,9 +42,11 @@ def batch_of(session, lengths: list[int], seed: int) -> Batch:
     return session.task.collate([examples], width=WIDTH)
 
 
-def record(session, batch: Batch, buffers: Buffers | None = None) -> BlocksGraph:
+def record(
+    session, batch: Batch, buffers: Buffers | None = None, like: BlocksGraph | None = None
+) -> BlocksGraph:
     graphs = session.backbone.blocks.graphs
-    with graphs.recording() as calls:
+    with graphs.recording(like) as calls:
         session.task.loss(session.model, batch)
     graph = BlocksGraph(calls, buffers or Buffers(calls))
     graphs.add(graph)
@@ -125,8 +127,12 @@ def test_graphs_of_several_lengths_share_buffers(session):
     with session.backbone.blocks.graphs.recording() as calls:
         session.task.loss(session.model, wide)
     buffers = Buffers(calls)
-    for batch in (wide, short):
-        record(session, batch, buffers)
+    first = record(session, wide, buffers)
+    runs = []
+    for _, block in transformer_blocks(session.model):
+        block.self_attn.register_forward_hook(lambda *_: runs.append(1))
+    record(session, short, buffers, like=first)  # without running the blocks
+    assert runs == []
     for batch in (short, wide, short):
         check(session, batch)
 
@@ -211,6 +217,30 @@ def test_on_a_cpu_there_are_none(tmp_path):
     config = quick_config(tmp_path, "engine.cuda_graphs=false", "run.name=no")
     run(config, World())
     assert losses(config.run_folder)
+
+
+def test_a_process_tries_a_pass_once(session, monkeypatch):
+    """And again one that kept the GPU busy, of other shapes, or of other adapters."""
+    tried = []
+
+    def trial(graph, stream, *, first):
+        tried.append(graph.shapes[0][1])
+        return _Trial(0.9 if graph.shapes[0][1] < WIDTH else 0.1, 0, 0)
+
+    monkeypatch.setattr("trainer.memory.graphs._try", trial)
+    monkeypatch.setattr("trainer.memory.graphs._tried", {})
+    wide = record(session, batch_of(session, [96], 0))
+    short = batch_of(session, [32], 0)
+    short.inputs = {name: tensor[:, :32] for name, tensor in short.inputs.items()}
+    short.targets = short.targets[:, :32]
+    graph = record(session, short)
+    for one in (wide, graph, wide, graph):
+        _trial(session, one, None, first=False)
+    assert tried == [96, 32, 96]
+    adapter = next(iter(session.method.adapters.values()))
+    adapter.g.requires_grad_(not adapter.g.requires_grad)
+    _trial(session, graph, None, first=False)
+    assert tried == [96, 32, 96, 32]
 
 
 def test_a_trial_without_memory_means_no_graphs(session, monkeypatch):

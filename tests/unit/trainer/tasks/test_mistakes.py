@@ -56,6 +56,7 @@ KINDS = {
         ("class", ["data.eval=null", "run.eval_every=1"], "run.eval_every: 1 given without data.e"),
         ("class", ["generation.records=2"], "generation.records: 2 .* generates no text"),
         ("target", ["generation.scores=[rouge9]"], "'rouge9' given; .* did you mean 'rouge'"),
+        ("answer", ["task.null_threshold=2"], "task.null_threshold: 2.* with task.no_answer=false"),
         ("choice", ["task.likelihood=per_byte"], "task.likelihood: per_byte given with task.train"),
     ],
 )
@@ -91,6 +92,12 @@ PLAIN = {"text": "a", "label": 0}
             "1: 1 choices; accepted: two or more",
         ),
         ("choice", CHOICE | {"choices": ["yes", ""]}, [], "1: choice 2 of 2 has no text"),
+        (
+            "choice",
+            CHOICE | {"choices": ["2", "3", "1"], "label": "1"},
+            [],
+            r"label is '1', which is choice number 1 from 0 \('3'\) and the text of another; acc",
+        ),
         ("choice", CHOICE, ["data.blank=_"], "1: nothing to score: no text behind a blank '_'"),
         ("class", PLAIN, ["data.text=sentence"], "1: no column 'sentence'; there are text, label"),
         ("class", PLAIN, ["data.label=gold"], "1: no column 'gold'; there are text, label"),

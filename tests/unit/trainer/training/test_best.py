@@ -98,6 +98,21 @@ def test_the_best_checkpoint_is_kept_and_exported(metric, scores, best, tmp_path
     assert read_saved(folder).checkpoint == checkpoint
 
 
+def test_a_score_that_is_never_finite_is_told(tmp_path, scored, capsys):
+    """It keeps no checkpoint, and the last one is exported: said at each evaluation and at the
+    end."""
+    scored([float("nan")] * 4)
+    settings = config(tmp_path, "run.steps=4", "run.patience=9", "log.progress=plain")
+    run(settings, World())
+    printed = capsys.readouterr().out
+    assert (
+        printed.count(": eval_loss is not finite, so that this evaluation cannot be the best") == 4
+    )
+    said = "step 4, since eval_loss was finite in no evaluation: run.keep_best had no effect"
+    assert f"({said})" in printed and said in (settings.run_folder / "README.md").read_text()
+    assert kept(settings.run_folder) == [4]
+
+
 @pytest.mark.parametrize(
     ("task", "metric", "best"),
     [("multiple_choice", "eval_accuracy", "max"), ("multiple_choice", "eval_accuracy_norm", "max"),

@@ -1,5 +1,6 @@
 """Evaluation against a sum written here: every held-out record once, weighted by its tokens."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +9,12 @@ from transformers import AutoTokenizer
 
 from tests.helpers import TINY, quick_config
 from trainer.distributed.world import World
+from trainer.model.flops import model_flops
 from trainer.session import open_session
 from trainer.tasks.base import Batch
 from trainer.tasks.options import SequenceClassificationOptions
 from trainer.tasks.sequence_classification import SequenceClassification
-from trainer.training.evaluation import evaluate, full_evaluation
+from trainer.training.evaluation import _forward, _together, evaluate, full_evaluation
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -47,6 +49,48 @@ def test_the_loss_of_each_record_is_that_of_it_alone(tmp_path, packing):
         expected = -logits[learned].gather(1, targets[learned, None]).sum()
         assert one["loss"] == pytest.approx(float(expected), rel=1e-4)
         assert one["weight"] == int(learned.sum())
+
+
+@pytest.mark.parametrize("micro_batch", ["data.micro_batch_size=3", "data.micro_batch_tokens=100"])
+def test_micro_batches_run_as_one_give_the_same_loss_of_each_record(tmp_path, micro_batch):
+    changes = (
+        ["data.micro_batch_size=null", "data.max_length=64"] if "tokens" in micro_batch else []
+    )
+    session = open_session(quick_config(tmp_path, *changes, micro_batch), World())
+    data, records = session.held_out()
+    apart, together = (
+        _forward(session, data, records, together=lambda _, count=count: count) for count in (1, 4)
+    )
+    assert len(together) == -(-len(apart) // 4) > 1
+    by_record = [
+        sorted(zip(part.examples, part.losses, part.weights, strict=True))
+        for part in (_joined(apart), _joined(together))
+    ]
+    for one, other in zip(*by_record, strict=True):
+        assert one[0] == other[0] and one[2] == other[2]
+        assert one[1] == pytest.approx(other[1], rel=1e-5)
+
+
+def _joined(parts):
+    whole = SimpleNamespace(examples=[], losses=[], weights=[])
+    for part in parts:
+        whole.examples += part.examples
+        whole.losses += part.losses
+        whole.weights += part.weights
+    return whole
+
+
+def test_only_a_gpu_that_waits_for_launches_runs_micro_batches_as_one(tmp_path):
+    session = open_session(quick_config(tmp_path), World())
+    assert _together(session)(1.0) == 1  # a CPU launches nothing
+    on_gpu = replace(session, world=World(device=torch.device("cuda")))
+    session.backbone.blocks.keep(len(session.backbone.blocks))
+    blocks, entries = len(session.backbone.blocks), model_flops(session.model).matrices
+    assert _together(on_gpu)(1.0) == blocks // 2 > 1
+    assert _together(on_gpu)(9e11 / entries) == 2  # 1.8e12 FLOPs each
+    assert _together(on_gpu)(1e13 / entries) == 1  # it computes for long
+    session.backbone.blocks.keep(0)
+    assert _together(on_gpu)(1.0) == 1  # there is no room
 
 
 @pytest.mark.parametrize("problem", ["classification", "regression"])
