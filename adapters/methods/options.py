@@ -251,13 +251,13 @@ class LaLoRAOptions(StartedOptions):
 
     kind: Literal["lalora"] = "lalora"
     """Name of the method."""
-    gamma: float = Field(1.0, ge=0)
+    gamma: float = Field(10.0, ge=0)
     """Factor γ of the norms' growth in the growth of the budget (eq. 5)."""
-    every: int = Field(1, gt=0)
-    """Steps between two decisions."""
+    every: int = Field(10, gt=0)
+    """Steps between two decisions (paper: 1)."""
     fidelity: Literal[
         "truncated_over_full", "previous_over_current", "truncated_over_initial", "none"
-    ] = "truncated_over_full"
+    ] = "previous_over_current"
     """f in eq. 9: the ratio in the text, eq. 10 as printed, the wording of §5.2, or 1 (Table
     11)."""
     growth: Literal["same_rank", "printed"] = "same_rank"
@@ -266,7 +266,7 @@ class LaLoRAOptions(StartedOptions):
     """`full`: D = r L from the start (Table 10, without CAR)."""
     contribution: Literal["norm", "fisher"] = "norm"
     """c by eq. 9, or by squared gradients (Table 14)."""
-    contribution_scale: Literal["sum", "mean"] = "sum"
+    contribution_scale: Literal["sum", "mean"] = "mean"
     """Sum (as printed) or average c over a layer's units."""
     allocation: Literal["contribution", "uniform"] = "contribution"
     """Ranks by eq. 8, or (`uniform`, a control) equal in all layers under the same budget, up to

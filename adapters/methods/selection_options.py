@@ -31,9 +31,9 @@ class SelectionOptions(MethodOptions):
     within: Literal["model", "layer"] = "model"
     """Compare the scores of all units (paper), or only of those of the same transformer block, each
     of which keeps at most this share of its own. With `keep_parameters`."""
-    expand: Literal["reinit", "qr", "kept", "authors"] = "reinit"
-    """Survivors' A and B: redrawn (paper); learned components kept, with further rows of A
-    orthogonal to them and zero columns of B (`qr`), and with the optimizer's moments and step
+    expand: Literal["reinit", "qr", "kept", "authors"] = "kept"
+    """Survivors' A and B: redrawn (`reinit`, paper); learned components kept, with further rows of
+    A orthogonal to them and zero columns of B (`qr`), and with the optimizer's moments and step
     counts too (`kept`); or Q, R of the learned A, B multiplied by R, and further rows orthogonal to
     Q from uniform noise (`authors`). All but the first keep the function: ω is folded into B, and
     no longer multiplies."""

@@ -32,7 +32,7 @@ SCRIPT = ROOT / "launch/train.py"
 STEPS, EVERY, TIMEOUT = 60, 5, 60
 METHODS = {
     "lelora": ["method.kind=lelora"],
-    "lalora": ["method.kind=lalora", "method.gamma=5"],
+    "lalora": ["method.kind=lalora", "method.gamma=5", "method.every=1"],
     "weightlora": ["method.kind=weightlora", "method.warmup_steps=30"],
     "adalora": ["method.kind=adalora", "method.delta_t=1"],
 }

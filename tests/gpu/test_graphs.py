@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 
 METHODS = {
     "lora": ["model.quantization=nf4"],
-    "lalora": ["method.gamma=5"],  # gates and masks change at every step
+    "lalora": ["method.gamma=5", "method.every=1"],  # gates and masks change at every step
     "adalora": [],
     "weightlora_plus": ["method.warmup_steps=3"],  # units go, others grow: captured anew
     "lelora": ["model.quantization=fp8"],

@@ -75,7 +75,7 @@ def test_it_is_what_the_table_says(name):
         assert (method.fidelity, method.contribution_scale) == ("previous_over_current", "sum")
         assert (method.contribution, method.budget) == ("norm", "gradual")
     if method.kind == "weightlora":
-        assert optim.betas == [0.9, 0.99]
+        assert optim.betas == [0.9, 0.99] and method.expand == "reinit"
     assert config.run.name == f"paper_{name}"
     assert (config.generation.records > 0) == (name in GENERATED)
 

@@ -21,11 +21,11 @@ ENGINES = ["ddp", "peer", "fsdp2", "deepspeed"]
 VARIANTS = {
     "lora": ["method.dropout=0.1", "model.quantization=nf4"],
     "weightlora_plus": ["method.warmup_steps=3"],  # units go, others grow
-    "lalora": ["method.gamma=5", "model.quantization=nf4"],  # ranks change at every step
+    "lalora": ["method.gamma=5", "method.every=1", "model.quantization=nf4"],  # ranks change at every step
     "lelora": ["engine.activation_checkpointing=true", "model.quantization=fp8"],
     "dora": ["model.quantization=nf4"],
     "mixture": [
-        "method.kind=lalora", "method.gamma=5", "method.targets=all-linear",
+        "method.kind=lalora", "method.gamma=5", "method.every=1", "method.targets=all-linear",
         "model.quantization=nf4",
     ],
 }  # fmt: skip

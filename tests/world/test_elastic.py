@@ -20,7 +20,7 @@ STEPS = 8
 METHODS = {
     "lora": ["method.kind=lora"],
     "weightlora": ["method.kind=weightlora", "method.warmup_steps=4"],
-    "lalora": ["method.kind=lalora", "method.gamma=5"],
+    "lalora": ["method.kind=lalora", "method.gamma=5", "method.every=1"],
     "lelora": ["method.kind=lelora"],
 }
 STATES = [  # (method, step of the checkpoint): WeightLoRA's selection is before step 4

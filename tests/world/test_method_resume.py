@@ -44,7 +44,7 @@ RUNS = {  # name: (overrides, steps after which a run is killed; a checkpoint is
     # Selection is before step 6 (counted from 0).
     "weightlora": (["method.kind=weightlora", "method.warmup_steps=6"], [4, 8]),
     "weightlora_plus": (["method.kind=weightlora_plus", "method.warmup_steps=4"], [3, 6]),
-    "lalora": (["method.kind=lalora", "method.gamma=5"], [5]),
+    "lalora": (["method.kind=lalora", "method.gamma=5", "method.every=1"], [5]),
     "lelora": (["method.kind=lelora"], [6]),
     # Every draw meets the budget; the last one, before step 6, removes idle components.
     "budget": (
@@ -267,7 +267,7 @@ TRAINED = {
     "rlora": [],
     "weightlora": ["method.warmup_steps=5", "method.keep=5"],
     "weightlora_plus": ["method.warmup_steps=5", "method.keep=5"],
-    "lalora": ["method.gamma=20"],
+    "lalora": ["method.gamma=20", "method.every=1"],
     "lelora": [],
 }
 EVALUATED = [("lelora", 4, "fsdp2"), ("weightlora_plus", 8, "deepspeed"), ("dylora", 8, "ddp")]

@@ -48,7 +48,7 @@ VARIANTS = {
     "lelora-global": [*SLOWLY, "method.policy.credit=global"],
     "lelora-attributed": [*SLOWLY, "method.policy.credit=attributed"],
     "lelora-validation": [*SLOWLY, "method.policy.signal=validation"],
-    "lalora": ["method.kind=lalora", "method.gamma=5"],
+    "lalora": ["method.kind=lalora", "method.gamma=5", "method.every=1"],
     "weightlora": ["method.kind=weightlora", OMEGA],
     "weightlora_plus": [
         "method.kind=weightlora_plus",
@@ -135,7 +135,7 @@ def compare(tmp, variant: str, fmt: str, engine: str) -> None:
 
 FOLLOWED = {  # recorded by one process → followed by another engine that would decide otherwise
     "lelora": ("lelora-none-single", "fsdp2", ["run.seed=1"]),
-    "lalora": ("lalora-nf4-single", "deepspeed", ["method.gamma=50"]),
+    "lalora": ("lalora-nf4-single", "deepspeed", ["method.gamma=50", "method.every=1"]),
     "weightlora_plus": ("plus", "ddp", ["method.omega_learning_rate=0.01", "run.seed=1"]),
     "dylora": ("dylora-int8-single", "fsdp2", ["run.seed=1"]),
 }

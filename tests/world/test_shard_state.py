@@ -29,7 +29,7 @@ STEPS = 8
 METHODS = {
     "lora": [],
     "weightlora_plus": ["method.warmup_steps=4"],  # units removed, others grow, before step 4
-    "lalora": ["method.gamma=5"],
+    "lalora": ["method.gamma=5", "method.every=1"],
     "lelora": [],
     "adalora": ["method.delta_t=2"],
     "mixture": ["method.kind=lora", "method.targets=all-linear"],  # experts without a token rest

@@ -19,11 +19,12 @@ from tests.unit.adapters.methods.harness import (
 
 RANK, ALPHA = 5, 10.0
 SIX = [(12, 10), (8, 14)] * 3
+PRINTED = {"every": 1, "fidelity": "truncated_over_full", "contribution_scale": "sum"}
 
 
 def bench_of(begin=True, rank=RANK, learning_rate=3e-2, weight_decay=0.0, steps=100, **options):
     return Bench(
-        "lalora", {"rank": rank, "alpha": ALPHA, "gamma": 2.0, **options}, shapes=SIX,
+        "lalora", {**PRINTED, "rank": rank, "alpha": ALPHA, "gamma": 2.0, **options}, shapes=SIX,
         begin=begin, learning_rate=learning_rate, weight_decay=weight_decay, steps=steps,
     )  # fmt: skip
 

@@ -346,15 +346,15 @@ def test_defaults_are_those_of_the_methods_page():
     assert (policy.optimizer, policy.score, policy.network) == ("adam", "loss", "mlp")
     assert options("lelora").coordinates == "singular" and options("lelora").current_gates
     lalora = options("lalora")
-    assert (lalora.gamma, lalora.every, lalora.growth) == (1.0, 1, "same_rank")
-    assert (lalora.fidelity, lalora.budget) == ("truncated_over_full", "gradual")
-    assert lalora.contribution == "norm"
+    assert (lalora.gamma, lalora.every, lalora.growth) == (10.0, 10, "same_rank")
+    assert (lalora.fidelity, lalora.budget) == ("previous_over_current", "gradual")
+    assert (lalora.contribution, lalora.contribution_scale) == ("norm", "mean")
     weightlora = options("weightlora")
     assert weightlora.omega_learning_rate == 5 and weightlora.omega_schedule == "constant"
     assert weightlora.score == "magnitude" and weightlora.kept(29) == 14
     assert [weightlora.warmup(steps) for steps in (200, 201, 1000)] == [1, 2, 5]
     plus = options("weightlora_plus")
-    assert (plus.expand, plus.rescale_alpha) == ("reinit", False)
+    assert (plus.expand, plus.rescale_alpha) == ("kept", False)
     assert (plus.final_rank(28), plus.model_copy(update={"keep": 9}).final_rank(28)) == (16, 24)
     adalora = options("adalora")
     assert adalora.components == 12 and adalora.orthogonality == 0.1

@@ -30,7 +30,7 @@ both_scores = pytest.mark.parametrize("score", ["magnitude", "signed"])
 def bench_of(kind="weightlora", **options):
     settings = {"seed", "steps", "rate", "begin", "shapes", "weight_decay", "learning_rate"}
     given = {key: options.pop(key) for key in list(options) if key in settings}
-    defaults = {"rank": RANK, "alpha": ALPHA}
+    defaults = {"rank": RANK, "alpha": ALPHA, "expand": "reinit"}
     if kind != "rlora":
         defaults |= {"warmup_steps": 50, "omega_learning_rate": 0.25}
     return Bench(kind, {**defaults, **options}, **{"shapes": SIX, "steps": 1000, **given})
@@ -82,7 +82,7 @@ def test_defaults():
     assert options.omega_learning_rate == 5.0 and options.omega_schedule == "constant"
     assert options.score == "magnitude"
     plus = Bench("weightlora_plus", {"rank": 2}).options
-    assert plus.expand == "reinit" and not plus.rescale_alpha
+    assert plus.expand == "kept" and not plus.rescale_alpha
 
 
 @both_scores

@@ -55,7 +55,7 @@ def by_hand(checkpoint, layer):
 @pytest.mark.parametrize(
     ("kind", "overrides"),
     [
-        ("lalora", ["method.gamma=20", "method.contribution_scale=mean"]),
+        ("lalora", ["method.gamma=20", "method.every=1", "method.contribution_scale=mean"]),
         ("weightlora", ["method.warmup_steps=2", "method.keep=9"]),
     ],
 )
