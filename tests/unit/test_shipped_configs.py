@@ -3,6 +3,7 @@ their architecture and records in the form of their data."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModel, AutoModelForCausalLM
@@ -11,10 +12,12 @@ from tests.helpers import ROOT, losses, sample, save_random_model
 from tests.images import save_images, save_vit
 from tests.unit.test_paper_configs import AUTO, T5, rows
 from trainer.config.config import load_config
+from trainer.data.dataset import Counts
 from trainer.data.sources import hub_ids
 from trainer.distributed.world import World
 from trainer.records.jsonl import read_metrics
 from trainer.run.run import run
+from trainer.run.without_effect import on_keys
 
 FOLDER = ROOT / "configs"
 SHIPPED = {  # name: (architecture, data, a score of its evaluations)
@@ -59,6 +62,19 @@ def test_every_configuration_names_what_a_user_has():
         for name in [config.model.id, *sources]:
             known = name.startswith("LLM-Adapters/") and "AGI-Edgerunners" in file.read_text()
             assert known or hub_ids(name) == [name], f"{file.name}: {name}"
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("**/*.yaml")), ids=lambda file: file.stem)
+def test_no_key_of_a_configuration_is_without_effect(file, monkeypatch):
+    where = "trainer.run.without_effect.located"  # not all data are here
+    monkeypatch.setattr(where, lambda source, split, own: [f"{source} {split}"])
+    config = load_config(file)
+    is_auto = config.data.format == "auto"
+    kind = config.task.data_formats[0] if is_auto else config.data.format
+    if is_auto and config.task.kind == "multiple_choice":
+        kind = "multiple_choice"
+    data = SimpleNamespace(counts=Counts(formats={kind: 1}))
+    assert on_keys(config, data, {}) == []
 
 
 def local_rows(kind: str) -> list[dict]:

@@ -56,7 +56,7 @@ def device() -> "torch.device":
     if not torch.cuda.is_available():
         return torch.device("cpu")
     found = torch.device("cuda", _index % torch.cuda.device_count())
-    if not torch.cuda.is_initialized():
+    if torch.version.hip is None and not torch.cuda.is_initialized():
         _sleep_while_waiting(found.index)
     torch.cuda.set_device(found)
     return found

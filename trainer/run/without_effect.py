@@ -82,8 +82,8 @@ def _by_source(data: DataOptions) -> Iterator[tuple[str, str]]:
         yield "eval_records", "data.leave_out says how many records are left out"
     named = [name for source in [*trained, *evaluated] for name in names_in(source)]
     if not any(".csv" in name or ".tsv" in name or _is_folder(name) for name in named):
-        for key in ("columns", "quoting"):
-            yield key, "no source is a csv or tsv file"
+        # Not `quoting`, which tells how files are made, where the hub's are read in their place.
+        yield "columns", "no source is a csv or tsv file"
     for key, sources in (("train_split", trained), ("eval_split", evaluated)):
         if not any(hub_ids(one) or any(map(_is_folder, names_in(one))) for one in sources):
             yield key, "files have no splits"

@@ -53,10 +53,11 @@ def _end_to_end(examples: Sequence[Example], width: int, padding: int) -> dict[s
 
 def output_of(model: Any, batch: Batch, **others: Any) -> Any:
     """What the model returns of the batch's inputs and `others`; the documents of its rows are kept
-    apart."""
+    apart, padding among them."""
     if batch.documents is None:
         return model(**batch.inputs, **others)
-    inputs = dict(batch.inputs)
+    # Of a row of one text, marked as a document; with it the mask would be a dense one.
+    inputs = {name: values for name, values in batch.inputs.items() if name != "attention_mask"}
     positions = inputs.pop("position_ids")
     if takes_positions(model):  # not ALiBi, which depends on distances only
         inputs["position_ids"] = handed(model, positions, inputs["input_ids"])

@@ -20,9 +20,11 @@ from trainer.device_memory import GIB, begin_peak, peak_of_phase
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.generation.evaluation import answer_records
+from trainer.model.attention import VARLEN
 from trainer.model.flops import model_flops
 from trainer.records.evaluation_bar import EvaluationBar
 from trainer.session import Session, open_session
+from trainer.tasks.chunked_cross_entropy import loss_head
 
 _BUSY = 4e12
 """FLOPs of a forward pass that take a GPU no longer than the CPU takes to launch them."""
@@ -110,10 +112,22 @@ def _together(session: Session) -> Callable[[float], int]:
     for launches: small models run at the speed of the CPU. Without gradients a pass holds what one
     block computes, in training that of all blocks that keep their activations."""
     flops = model_flops(session.backbone.model)
-    if session.world.device.type != "cuda" or flops is None:
+    if session.world.device.type != "cuda" or flops is None or _grows_faster(session):
         return lambda _: 1
     most = max(1, session.backbone.blocks.saved // 2)
     return lambda tokens: min(most, max(1, int(_BUSY / (2.0 * flops.matrices * tokens))))
+
+
+def _grows_faster(session: Session) -> bool:
+    """Whether micro-batches at once may need more than that: a mask of all pairs of positions of a
+    longer row, all logits; or are refused, as several rows of documents by flash attention."""
+    model, rows = session.backbone.model, session.backbone.rows
+    flash = session.config.model.attention == "flash_attention_2"
+    if rows.end_to_end and not (flash or model.config._attn_implementation == VARLEN):
+        return True
+    if flash and session.config.packs_rows and not rows.end_to_end:
+        return True
+    return model.get_output_embeddings() is not None and loss_head(model) is None
 
 
 def _by_record(parts: Sequence["_Part"], data: TokenDataset) -> list[dict[str, Any]]:

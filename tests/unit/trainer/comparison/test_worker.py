@@ -92,6 +92,10 @@ def test_a_worker_on_a_gpu_waits_asleep(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(worker, "_index", 5)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    with monkeypatch.context() as rocm:  # which has no such driver
+        rocm.setattr(torch.version, "hip", "6.4")
+        assert worker.device() == torch.device("cuda", 1) and not drivers
     for is_initialized in (False, True):  # of the second run there is a context
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda now=is_initialized: now)
         assert worker.device() == torch.device("cuda", 1)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForQuestionAnswering
 from tests.helpers import losses, quick_config, save_random_model
 from tests.unit.trainer.tasks.test_encoders_end_to_end import LENGTHS, SMALL, gradients
 from trainer.config.config import Config
+from trainer.data.micro_batches import _mark_document
 from trainer.distributed.world import World
 from trainer.errors import UserError
 from trainer.model.attention import VARLEN, register_attention
@@ -19,6 +20,7 @@ from trainer.records.jsonl import read_metrics
 from trainer.run.dry_run import dry_run
 from trainer.run.run import run
 from trainer.tasks.base import Example
+from trainer.tasks.documents import MASKS
 from trainer.tasks.options import QuestionAnsweringOptions
 from trainer.tasks.question_answering import _LIE_END_TO_END, QuestionAnswering
 
@@ -121,6 +123,22 @@ def test_rows_are_padded_alike() -> None:
     assert float(empty.detach()) == 0 and not any(
         gradient.any() for gradient in gradients(model, empty).values()
     )
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_row_of_one_window_attends_by_spans_as_rows_of_several_do(kind: str, monkeypatch) -> None:
+    """Where most rows hold several, it is marked as a document: the same programs and graphs."""
+    masks, make = [], MASKS[VARLEN]
+    monkeypatch.setitem(MASKS, VARLEN, lambda *a, **k: masks.append(make(*a, **k)) or masks[-1])
+    model, (window, *_) = answering(kind, attn_implementation="sdpa"), windows(kind)
+    expected, best = task().loss(model, task().collate([[window]]))
+    model.config._attn_implementation = VARLEN
+    batch = task().collate([[window]], width=24)
+    _mark_document(batch, len(window.input_ids))
+    loss, found = task().loss(model, batch)
+    assert [mask.dtype for mask in masks] == [torch.int32]
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, best)
 
 
 def asked(tmp_path: Path, name: str, *changes: str) -> Config:

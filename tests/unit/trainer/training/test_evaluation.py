@@ -93,6 +93,33 @@ def test_only_a_gpu_that_waits_for_launches_runs_micro_batches_as_one(tmp_path):
     assert _together(on_gpu)(1.0) == 1  # there is no room
 
 
+FLASH = "model.attention=flash_attention_2"
+
+
+@pytest.mark.parametrize(
+    ("changes", "at_once"),
+    [
+        ([], True),
+        (["data.packing=true"], True),
+        (["data.padding_free=true"], False),  # a mask of all pairs of positions
+        (["method.include_head=true"], False),  # all logits
+        (["data.packing=true", "data.padding_free=false", "data.micro_batch_size=1", FLASH], False),
+        (["data.padding_free=false", FLASH], True),
+    ],
+)
+def test_micro_batches_are_not_one_where_that_needs_more_memory_or_is_refused(
+    changes, at_once, tmp_path
+):
+    config = quick_config(tmp_path, *changes)
+    plain = config.model_copy(
+        update={"model": config.model.model_copy(update={"attention": "auto"})}
+    )
+    session = replace(open_session(plain, World()), config=config)
+    session.backbone.blocks.keep(len(session.backbone.blocks))
+    found = _together(replace(session, world=World(device=torch.device("cuda"))))(1.0)
+    assert (found > 1) == at_once
+
+
 @pytest.mark.parametrize("problem", ["classification", "regression"])
 def test_the_loss_of_each_text_is_that_of_it_alone(problem):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
