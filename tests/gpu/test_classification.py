@@ -82,7 +82,7 @@ def test_encoders_end_to_end_learn_and_compile_nothing_later(tmp_path, encoders,
             seen.append(counted.total)
 
     config = configuration(
-        tmp_path, encoders, "rows", "data.padding_free=true", "model.id=ENCODERS/bert-drops",
+        tmp_path, encoders, "rows", "model.id=ENCODERS/bert-drops",
         "engine.compile=true", "run.steps=60", "log.progress=plain", "method.targets=all-linear",
     )  # fmt: skip
     with counted:

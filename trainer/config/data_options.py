@@ -190,9 +190,8 @@ class DataOptions(SourceOptions):
     padding_free: Literal["auto"] | bool = "auto"
     """Lay the sequences of a micro-batch end to end in one row, without attention between them,
     instead of padding them to one length. auto: where attention runs by document (on a GPU, see
-    `model.attention`) and the model is a decoder that allows packing; elsewhere a mask over a long
-    row would cost more than padding, and an encoder's attention by document was not tried on a GPU
-    yet."""
+    `model.attention`) and the model allows packing; elsewhere a mask over a long row would cost
+    more than padding."""
     row_lengths: Literal["auto"] | int = "auto"
     """Number of different row lengths, to which rows are padded so that compiled programs and
     attention plans are reused; chosen by the data. 0: rows as long as they come. auto: 8 on a GPU,

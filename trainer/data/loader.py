@@ -159,8 +159,11 @@ class Loader:
         counts = [together(map(len, part)) for part in parts]
         documents = max(counts)
         self.epoch, self.offset, self._order = position["epoch"], position["offset"], order
+        fitted = self.rows.fitted(seen, largest)
+        if self.options.shuffle:  # else later steps may be of other lengths
+            fitted = fitted.without_rare(seen)
         return replace(
-            self.rows.fitted(seen, largest),
+            fitted,
             documents=documents + documents // 4 + _PADDING,
             longest=int(self.data.lengths[self._records].max()),
             apart=self.rows.end_to_end and 2 * counts.count(1) < len(counts),

@@ -5,7 +5,8 @@ Row lengths may be rounded up to a few, so that attention plans and compiled pro
 what is added is padding, in documents of its own.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,8 @@ from trainer.tasks.base import Example
 
 _ALIGNED = 16
 """Row lengths are multiples of it, and of 1/256 of the longest."""
+_RARE = 1 / 50
+"""Share of the micro-batches below which a row length is rare."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Rows:
     """What is not learned is a row of its own; the other begins with a token before the target."""
     lengths: tuple[int, ...] = ()
     """Row lengths, ascending, to which shorter ones are rounded up."""
+    frequent: tuple[int, ...] = ()
+    """Those of `lengths` that many micro-batches have, and the longest."""
     documents: int = 0
     """Documents of a row, hardly ever more; 0: not known."""
     longest: int = 0
@@ -57,9 +62,9 @@ class Rows:
         """The length of a row of `length` tokens with its padding."""
         return next((size for size in self.lengths if size >= length), length)
 
-    def fitted(self, seen: Iterable[int], largest: int) -> "Rows":
-        """With the `few` lengths that pad rows of the lengths `seen` least; none is longer than
-        `largest`."""
+    def fitted(self, seen: Sequence[int], largest: int) -> "Rows":
+        """With the `few` lengths that pad rows of the lengths `seen` least, all of them frequent;
+        none is longer than `largest`."""
         if self.few == 0:
             return self
         step = round_up(max(_ALIGNED, largest // 256), _ALIGNED)
@@ -68,7 +73,15 @@ class Rows:
             highest = min(highest, max(self.limit, largest))
         rounded = [min(round_up(length, step), highest) for length in seen]
         sizes = few_lengths(rounded, self.few - (highest not in rounded))
-        return replace(self, lengths=tuple(sorted({*sizes, highest})))
+        lengths = tuple(sorted({*sizes, highest}))
+        return replace(self, lengths=lengths, frequent=lengths)
+
+    def without_rare(self, seen: Sequence[int]) -> "Rows":
+        """With those lengths frequent that at least a fiftieth of the rows of the lengths `seen`
+        are rounded up to, and the longest: rows of it set what memory is needed."""
+        met = Counter(map(self.rounded, seen))
+        kept = (size for size in self.lengths[:-1] if met[size] >= _RARE * len(seen))
+        return replace(self, frequent=(*kept, *self.lengths[-1:]))
 
     def __str__(self) -> str:
         sizes = f", {len(self.lengths)} lengths up to {self.lengths[-1]}" if self.lengths else ""

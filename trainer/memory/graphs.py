@@ -64,8 +64,8 @@ def capture_graphs(session: Session, batches: Sequence[Batch]) -> str | None:
         return f"none: {reason}"
     left = f", {skipped} more keep the GPU busy without" if skipped else ""
     return (
-        f"CUDA graphs of {len(graphs)} row lengths{left}, {readable(nbytes)}, captured in "
-        f"{time.perf_counter() - started:.1f} s"
+        f"CUDA graphs of {len(graphs)} row length{'s' * (len(graphs) > 1)}{left}, "
+        f"{readable(nbytes)}, captured in {time.perf_counter() - started:.1f} s"
     )
 
 
@@ -221,14 +221,14 @@ def _try(graph: BlocksGraph, stream: torch.cuda.Stream, *, first: bool) -> _Tria
 
 
 def row_batches(session: Session, loader: Loader) -> list[Batch]:
-    """A micro-batch of each row length, the longest first; none where rows are of any length or
-    number, or the task's are not of text alone."""
+    """A micro-batch of each frequent row length, the longest first; none where rows are of any
+    length or number, or the task's are not of text alone. Rows of other lengths run as they are."""
     rows, size = loader.rows, loader.micro_batch_size
     packs = session.config.task.supports_packing
     if not rows.lengths or not (rows.end_to_end or (packs and size is not None)):
         return []
     made = []
-    for length in reversed(rows.lengths):
+    for length in reversed(rows.frequent):
         documents = [length]
         if rows.end_to_end or loader.options.packing:
             longest = max(1, min(rows.longest, length // 2))

@@ -243,8 +243,7 @@ def varlen_forward(
     if attention_mask is None and causal and beyond_sdpa:
         attention_mask = spans_of_rows(query.shape[0], query.shape[2], query.device)
     if attention_mask is not None and attention_mask.dtype == torch.int32:
-        # Dropout in the kernel: encoders' alone, where rows end to end are asked for.
-        if plain and (not dropout or (_both_ways(attention_mask) and s_aux is None)):
+        if plain and not (dropout and s_aux is not None):
             return _by_spans(query, key, value, attention_mask, s_aux, scale, dropout), None
         attention_mask = dense_mask(attention_mask, query.shape[0], query.shape[2])
     if not beyond_sdpa:

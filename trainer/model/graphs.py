@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from transformers.cache_utils import Cache
 
 from trainer.errors import RunFailed
 
@@ -193,6 +194,8 @@ def _check(calls: Sequence[Call]) -> None:
         for leaf in tree_flatten(call.others)[0]:
             if isinstance(leaf, Tensor) and (leaf.requires_grad or leaf.device.type == "meta"):
                 raise NoGraph("its blocks take further arguments with gradients")
+            if isinstance(leaf, Cache):
+                raise NoGraph("its blocks append to a cache of keys")
 
 
 def _hidden(output: Any) -> Tensor:

@@ -19,7 +19,6 @@ from trainer.config.config import Config
 from trainer.data.rows import Rows
 from trainer.errors import UserError
 from trainer.model.attention import Attention, choose_attention
-from trainer.tasks.causality import attends_ahead
 from trainer.tasks.positions import counts_by_itself, longest_row
 from trainer.tasks.registry import TASKS
 
@@ -67,11 +66,6 @@ def choose_rows(
     elif data.padding_free == "auto" and obstacle is None and not attention.by_document:
         because = f": {attention.obstacle}" if attention.obstacle else ""
         obstacle = f"attention would need a mask of documents{because}"
-    elif data.padding_free == "auto" and obstacle is None and attends_ahead(model):
-        obstacle = (
-            "an encoder's attention by document was not tried on a GPU yet; data.padding_free=true "
-            "asks for it"
-        )
     # One record alone is padded in some models' rows at the cost of other results.
     padded = obstacle is None or config.packs_rows or data.micro_batch_size != 1
     if few == "auto" and device.type == "cuda" and padded and not apart:

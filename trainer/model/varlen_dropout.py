@@ -1,4 +1,4 @@
-"""Attention within documents, of which training drops probabilities (encoders):
+"""Attention within documents, of which training drops probabilities:
 
     O = (P ∘ M) V,   M: 1/(1 − p) or, with probability p, 0
 

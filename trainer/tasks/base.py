@@ -4,7 +4,8 @@ A task is one file; loader and loop use this interface only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -240,11 +241,19 @@ def new_heads(model: nn.Module) -> list[str]:
     ]
 
 
-def without_cache(model: nn.Module) -> dict[str, bool]:
-    """`use_cache=False` for models that have the argument. A decoder would fill a KV cache, to
-    which a recomputed block would append again."""
+@contextmanager
+def without_cache(model: Any) -> Iterator[dict[str, bool]]:
+    """Context in which the model fills no KV cache, to which a recomputed block, or one in a graph,
+    would append again; yields what to hand it. By its configuration too: not all heads take
+    `use_cache`, or hand it on to their decoder."""
     takes = "use_cache" in signature(type(model).forward).parameters
-    return {"use_cache": False} if takes else {}
+    config = model.config.get_text_config()
+    before = getattr(config, "use_cache", None)
+    config.use_cache = False
+    try:
+        yield {"use_cache": False} if takes else {}
+    finally:
+        config.use_cache = before
 
 
 def pad(values: Sequence[int], width: int, filler: int) -> list[int]:

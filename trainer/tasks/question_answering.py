@@ -225,7 +225,8 @@ class QuestionAnswering(Task):
 
     def _token_scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """(windows, tokens, 2) in float32, from the start of each window; −inf behind its end."""
-        output, documents = output_of(model, batch, **without_cache(model)), batch.documents
+        with without_cache(model) as arguments:
+            output, documents = output_of(model, batch, **arguments), batch.documents
         scores = self.logits(output).float()
         if documents is None:
             behind = batch.inputs["attention_mask"] == 0

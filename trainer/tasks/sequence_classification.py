@@ -226,11 +226,13 @@ class SequenceClassification(Task):
 def _logits(model: Any, batch: Batch) -> Tensor:
     """(records, labels) in float32."""
     if batch.documents is None:
-        return output_of(model, batch, **without_cache(model)).logits.float()
+        with without_cache(model) as arguments:
+            return output_of(model, batch, **arguments).logits.float()
     ends = batch.documents.boundaries[: len(batch.targets) + 1].long()
     scored = hasattr(model, "score")
-    with _scores_at(model, ends[1:] - 1) if scored else _reads_at(model, ends[:-1]):
-        return output_of(model, batch, **without_cache(model)).logits.float()
+    reads = _scores_at(model, ends[1:] - 1) if scored else _reads_at(model, ends[:-1])
+    with reads, without_cache(model) as arguments:
+        return output_of(model, batch, **arguments).logits.float()
 
 
 @contextmanager

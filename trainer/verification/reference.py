@@ -83,8 +83,8 @@ class Reference:
             for path, block in self.blocks.items():
                 stack.enter_context(self._filled_while_it_runs(path, block, dtype))
             calls = stack.enter_context(recorded(self.blocks, inside))
-            with computing(self.session):
-                output = self.model(**inputs, **without_cache(self.model))
+            with computing(self.session), without_cache(self.model) as arguments:
+                output = self.model(**inputs, **arguments)
         return Pass(calls, self.session.task.logits(output))
 
     @contextmanager

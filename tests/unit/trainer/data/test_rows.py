@@ -52,6 +52,24 @@ def test_rows_are_rounded_up() -> None:
     assert Rows(few=1).fitted([3, 4], 90_000).lengths == (90_112,)
 
 
+@pytest.mark.parametrize("form", ["padded", "end to end"])
+def test_frequent_row_lengths(form: str, task) -> None:
+    """Those of a fiftieth of an epoch's micro-batches, and the longest; the same after a resume,
+    in a later epoch and on every rank. Without shuffling later steps may be of any length."""
+    data = dataset([96] + [20] * 2 + [50] * 150 + [70] * 147)
+    rows = Rows(end_to_end=form == "end to end", few=4)
+    options: dict[str, Any] = {"micro_batch_size": 1, "rows": rows}
+    made = loader(data, task, **options)
+    assert made.rows.lengths == (32, 64, 80, 96) and made.rows.frequent == (64, 80, 96)
+    steps(made, 40)
+    resumed = loader(data, task, **options, rank=1, world=3)
+    resumed.load_state_dict(made.state_dict())
+    resumed.micro_batch_size = 1
+    assert resumed.rows == made.rows
+    ordered = loader(data, task, **options, shuffle=False)
+    assert ordered.rows.frequent == ordered.rows.lengths == (32, 64, 80, 96)
+
+
 @pytest.mark.parametrize("kind", ["rotary, sdpa", "rotary, eager", "window", "sinks and window"])
 @pytest.mark.parametrize("width", [0, 64])
 def test_end_to_end_equals_padded_and_alone(kind: str, width: int, task) -> None:

@@ -5,9 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForQuestionAnswering
 
 from adapters.units import transformer_blocks
-from tests.helpers import losses, quick_config
+from tests.helpers import losses, quick_config, save_random_model
+from tests.unit.trainer.tasks.test_questions_end_to_end import asked
 from trainer.data.micro_batches import assign_micro_batches
 from trainer.distributed.world import World
 from trainer.errors import RunFailed, UserError
@@ -17,6 +19,7 @@ from trainer.model.graphs import BlocksGraph, Buffers, NoGraph, _Replay
 from trainer.run.run import run
 from trainer.session import open_session
 from trainer.tasks.base import Batch, Example
+from trainer.tasks.documents import kept_apart
 from trainer.training.loop import make_loader
 
 WIDTH = 96
@@ -164,7 +167,37 @@ def test_what_stands_between_blocks_is_noticed(session):
         record(session, batch_of(session, [30, 30, 36], 0))
 
 
-def test_a_batch_of_every_row_length(tmp_path):
+def test_a_cache_of_keys_is_noticed(session):
+    """Every run of the blocks would append to it."""
+    graphs, batch = session.backbone.blocks.graphs, batch_of(session, [30, 30, 36], 0)
+    with graphs.recording() as calls, kept_apart(batch.documents):
+        session.model(**batch.inputs, use_cache=True)
+    with pytest.raises(NoGraph, match="append to a cache"):
+        BlocksGraph(calls, Buffers(calls))
+
+
+def test_questions_of_decoders_run_again(tmp_path):
+    """The trial of a graph runs the recorded blocks once more."""
+    model = save_random_model(tmp_path / "llama", "llama", AutoModelForQuestionAnswering)
+    changes = ["run.verify=off", "data.padding_free=true", "data.row_lengths=3", "run.name=rows"]
+    config = asked(tmp_path, "rows", f"model.id={model}", *changes)
+    session = open_session(config, World())
+    session.model.set_attn_implementation(VARLEN)
+    batch = row_batches(session, make_loader(session, World()))[0]
+    graph = record(session, batch)
+    graph.x.normal_(), graph.dy.normal_()
+    found = []
+    for _ in range(2):
+        graph.run_forward()
+        found.append(graph.y.clone())
+        graph.run_backward()
+    assert torch.equal(*found)
+    loss, expected = gradients(session, batch, replayed=False)
+    again, grads = gradients(session, batch, replayed=True)
+    assert again == loss and torch.allclose(grads, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_every_frequent_row_length(tmp_path):
     config = quick_config(
         tmp_path, "run.verify=off", "data.eval=null", "data.row_lengths=3", "data.padding_free=true",
         "data.max_length=64", "data.on_bad_record=skip",
@@ -172,7 +205,9 @@ def test_a_batch_of_every_row_length(tmp_path):
     session = open_session(config, World())
     loader = make_loader(session, World())
     made = row_batches(session, loader)
-    assert [batch.targets.shape[1] for batch in made] == sorted(loader.rows.lengths, reverse=True)
+    assert [batch.targets.shape[1] for batch in made] == sorted(loader.rows.frequent, reverse=True)
+    loader.rows = replace(loader.rows, frequent=loader.rows.lengths)
+    made = row_batches(session, loader)
     for _ in range(20):
         for _, batch in loader.next_step().micro_batches:
             like = next(b for b in made if b.targets.shape == batch.targets.shape)

@@ -71,9 +71,10 @@ def test_models_drop_by_spans_in_training() -> None:
     torch.testing.assert_close(several, out(0.0), rtol=0, atol=0.3)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("function", [bidirectional_mask_function, causal_mask_function])
-def test_the_kernel_drops_for_encoders_alone(function, monkeypatch) -> None:
-    """Causal attention with dropout takes the dense mask."""
+def test_the_kernel_drops(function, sinks: bool, monkeypatch) -> None:
+    """For encoders and decoders, but for attention with sinks, which is made step by step."""
     asked = []
 
     def noted(*arguments):
@@ -86,7 +87,6 @@ def test_the_kernel_drops_for_encoders_alone(function, monkeypatch) -> None:
     rows = [t.detach().transpose(0, 1).unsqueeze(0) for t in given()]
     shape = {"batch_size": 1, "q_length": 7, "kv_length": 7}
     spans = spans_mask(DOCUMENTS, mask_function=function, **shape)
-    if module.is_causal:
-        rows = [t.repeat_interleave(4 // t.shape[1], 1) for t in rows]
-    varlen_forward(module, *rows, spans, dropout=P)
-    assert len(asked) == (function is bidirectional_mask_function)
+    s_aux = torch.zeros(4) if sinks else None
+    out, _ = varlen_forward(module, *rows, spans, dropout=P, s_aux=s_aux)
+    assert out.shape == (1, 7, 4, 8) and len(asked) == (not sinks)

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForQuestionAnswering
+from transformers.cache_utils import Cache
 
+from adapters.units import transformer_blocks
 from tests.helpers import losses, quick_config, save_random_model
 from tests.unit.trainer.tasks.test_encoders_end_to_end import LENGTHS, SMALL, gradients
 from trainer.config.config import Config
@@ -34,7 +36,8 @@ END_TO_END = ["data.padding_free=true", "data.row_lengths=3"]
 
 def answering(kind: str, **changes: Any) -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SMALL | {"num_labels": 2} | DECODERS.get(kind, {}))
+    own = {"gptj": {"rotary_dim": 4}, **DECODERS}.get(kind, {})
+    config = AutoConfig.for_model(kind, **SMALL | {"num_labels": 2} | own)
     model = AutoModelForQuestionAnswering.from_config(config, **changes).train()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, 1.0 if "norm" in name.lower() else 0.0, 0.2)
@@ -155,6 +158,25 @@ def asked(tmp_path: Path, name: str, *changes: str) -> Config:
         "data.train_records=null", "data.max_length=48", "task.stride=8", "run.verify=full",
         "method.targets=all-linear", "data.micro_batch_size=4", "run.eval_every=4", *changes,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gptj"])
+def test_blocks_get_no_cache_of_keys(kind: str) -> None:
+    """A graph, or a recomputed block, would append to it in every pass. Heads of the first kind
+    take no `use_cache`, those of the others do not hand it on."""
+    model, given = answering(kind), windows(kind)
+    caches = []
+    for block in transformer_blocks(model):
+        block[1].register_forward_pre_hook(
+            lambda _, args, kwargs: caches.extend(
+                value for value in (*args, *kwargs.values()) if isinstance(value, Cache)
+            ),
+            with_kwargs=True,
+        )
+    task().loss(model, task().collate([given]))
+    assert caches == [] and model.config.use_cache
+    model(torch.tensor([given[0].input_ids]))
+    assert caches
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
