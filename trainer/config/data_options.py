@@ -31,7 +31,8 @@ class SourceOptions(Section):
     folder of images in subfolders named after their classes, or a hub id; or a list of those, read
     one after the other."""
     train_split: str = "train"
-    """Split to train on, of a hub data set or a saved DatasetDict."""
+    """Split to train on, of a hub data set, a saved DatasetDict, or a folder of files named after
+    splits."""
     train_records: int | None = Field(None, gt=0)
     """Use only this many training records, the first ones."""
     subset: str | None = None
