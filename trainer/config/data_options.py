@@ -31,7 +31,8 @@ class SourceOptions(Section):
     folder of images in subfolders named after their classes, or a hub id; or a list of those, read
     one after the other."""
     train_split: str = "train"
-    """Split to train on, of a hub data set or a saved DatasetDict."""
+    """Split to train on, of a hub data set, a saved DatasetDict, or a folder of files named after
+    splits."""
     train_records: int | None = Field(None, gt=0)
     """Use only this many training records, the first ones."""
     subset: str | None = None
@@ -202,7 +203,8 @@ class DataOptions(SourceOptions):
     """Sequences per optimizer step, summed over all ranks."""
     micro_batch_size: int | None = Field(None, gt=0)
     """Sequences per forward pass of a rank; gradients are accumulated up to `batch_size`. 4 if
-    neither this nor `micro_batch_tokens` is given."""
+    neither this nor `micro_batch_tokens` is given. Evaluations of small models on a GPU take
+    several micro-batches at once."""
     micro_batch_tokens: int | None = Field(None, gt=0)
     """Tokens per forward pass of a rank, at most, in place of `micro_batch_size`: the sequences of
     a step are spread evenly over as few micro-batches as hold them. Where rows are padded, padding

@@ -4,12 +4,14 @@ They are not refused: overrides of a whole configuration leave keys behind that 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from trainer.config.config import Config
 from trainer.config.data_options import LEFT_OUT, DataOptions
 from trainer.config.validation import local, shown
 from trainer.data.dataset import TokenDataset
+from trainer.data.readers import ending
 from trainer.data.sources import hub_ids, located, names_in
 
 _READ_BY = {
@@ -80,8 +82,11 @@ def _by_source(data: DataOptions) -> Iterator[tuple[str, str]]:
             yield key, "no source is a data set of the hub"
     if data.eval == LEFT_OUT:
         yield "eval_records", "data.leave_out says how many records are left out"
-    named = [name for source in [*trained, *evaluated] for name in names_in(source)]
-    if not any(".csv" in name or ".tsv" in name or _is_folder(name) for name in named):
+    files = [
+        place for source, own in data.sources for place in located(source, own.train_split, own)
+    ]
+    files += [place for source in evaluated for place in located(source, data.eval_split, data)]
+    if not any(ending(Path(file)).startswith((".csv", ".tsv")) for file in files):
         # Not `quoting`, which tells how files are made, where the hub's are read in their place.
         yield "columns", "no source is a csv or tsv file"
     for key, sources in (("train_split", trained), ("eval_split", evaluated)):

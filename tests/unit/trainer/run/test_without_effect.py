@@ -23,6 +23,9 @@ def config(tmp: Path, task: str, *given: str) -> Config:
     for name in ("train", "test"):
         (tmp / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
         (tmp / f"{name}.csv").write_text("text\n")
+    (tmp / "LARGE.TSV.GZ").touch()
+    (tmp / "lines").mkdir()
+    (tmp / "lines/all.txt").touch()
     return quick_config(
         tmp, f"task.kind={task}", "data.packing=false", "data.prompt=prompt",
         "data.completion=completion", f"data.train={tmp}/train.jsonl",
@@ -52,6 +55,9 @@ def config(tmp: Path, task: str, *given: str) -> Config:
         ("causal_lm", "text", ["data.eval_split=a", "data.eval=owner/name"], None),
         ("causal_lm", "text", ["data.columns=[text]"], r"data.columns: \['text'\] .* csv or tsv"),
         ("causal_lm", "text", ["data.columns=[text]", "data.eval={tmp}/test.csv"], None),
+        ("causal_lm", "text", ["data.columns=[text]", "data.eval={tmp}/tes?.c*"], None),
+        ("causal_lm", "text", ["data.columns=[text]", "data.eval={tmp}/LARGE.TSV.GZ"], None),
+        ("causal_lm", "text", ["data.columns=[text]", "data.eval={tmp}/lines"], "data.columns: "),
         ("causal_lm", "text", ["data.eval={tmp}/train.jsonl"], "data.eval: .*/train.jsonl is tr"),
         (
             "causal_lm",
