@@ -15,7 +15,7 @@ def test_it_starts_in_a_thread(device: str, wanted: bool, monkeypatch) -> None:
         def __init__(self, name: str):
             assert name == "libcuda.so.1"
 
-        def cuInit(self, flags: int) -> int:  # noqa: N802
+        def cuInit(self, flags: int) -> int:
             calls.append((flags, threading.current_thread().name))
             return 100  # no GPU
 
