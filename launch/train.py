@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     if arguments.processes is not None and not local_ranks.is_rank():
         with guarded():
             return local_ranks.run_ranks(arguments.processes)
+    from trainer.records import phases
     from trainer.run.launch import importing, launched
 
     begun = not arguments.print_config  # whose output is YAML
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             if world.is_main:
                 print(config.to_yaml(), end="")
             return 0
+        phases.enter("importing transformers and the compiler")
         with importing():
             from trainer.run.dry_run import dry_run
             from trainer.run.run import run

@@ -14,6 +14,7 @@ import yaml
 from trainer import __version__
 from trainer.config.config import Config, load_config
 from trainer.distributed import launcher
+from trainer.distributed.cuda_driver import start_driver
 from trainer.distributed.failures import guarded
 from trainer.errors import UserError
 from trainer.records import phases
@@ -68,6 +69,7 @@ def launched(
         except UserError as error:
             failure = error
         if announced and config is not None:
+            start_driver(config.engine.device)
             phases.enter("importing torch")
             if config.log.shown != "none" and os.environ.get("RANK", "0") == "0":
                 say(f"rankcast  {__version__}, {path}: importing torch")
@@ -86,6 +88,7 @@ def join(config: Config | None, failure: UserError | None = None) -> Iterator["W
         from trainer.distributed import process_group
         from trainer.run.versions import refuse_other_versions
 
+    phases.enter("starting the device")
     launcher.watch()
     engine = config.engine if config is not None else None
     world = process_group.start(*(engine.device, engine.timeout) if engine else ("cpu", 60.0))
