@@ -82,10 +82,7 @@ def _by_source(data: DataOptions) -> Iterator[tuple[str, str]]:
             yield key, "no source is a data set of the hub"
     if data.eval == LEFT_OUT:
         yield "eval_records", "data.leave_out says how many records are left out"
-    files = [
-        place for source, own in data.sources for place in located(source, own.train_split, own)
-    ]
-    files += [place for source in evaluated for place in located(source, data.eval_split, data)]
+    files = [*_learned(data), *(place for _, place in _evaluated(data))]
     if not any(ending(Path(file)).startswith((".csv", ".tsv")) for file in files):
         # Not `quoting`, which tells how files are made, where the hub's are read in their place.
         yield "columns", "no source is a csv or tsv file"
@@ -119,11 +116,21 @@ def _changed(section: Any) -> Mapping[str, Any]:
 
 def _on_learned(data: DataOptions) -> Iterator[str]:
     """Sources of evaluation data that are trained on."""
-    learned = {
-        place for source, own in data.sources for place in located(source, own.train_split, own)
-    }
+    learned = set(_learned(data))
+    for name, place in _evaluated(data):
+        if place in learned:
+            key = f"data.eval.{name}" if name else "data.eval"
+            yield f"{key}: {place} is trained on too: its scores are those of learned records"
+
+
+def _learned(data: DataOptions) -> Iterator[str]:
+    """Where the training records are."""
+    for source, own in data.sources:
+        yield from located(source, own.train_split, own)
+
+
+def _evaluated(data: DataOptions) -> Iterator[tuple[str, str]]:
+    """Likewise of each set that is evaluated on, with its name."""
     for name, source in data.eval_sources.items():
         for place in located(source, data.eval_split, data):
-            if place in learned:
-                key = f"data.eval.{name}" if name else "data.eval"
-                yield f"{key}: {place} is trained on too: its scores are those of learned records"
+            yield name, place
