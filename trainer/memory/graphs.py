@@ -34,23 +34,12 @@ def capture_graphs(session: Session, batches: Sequence[Batch]) -> str | None:
     graphs.forget()
     if asked is False or (asked == "auto" and device.type != "cuda"):
         return None
-    started, reason = time.perf_counter(), None
-    skipped = nbytes = 0
-    try:
-        _refuse(session, batches)
-        with session.casts.fresh():  # as in a step
-            try:
-                skipped, nbytes = _capture(session, batches)
-            except NoGraph:
-                if not _tried:
-                    raise
-                graphs.forget()
-                _tried.clear()  # trials may differ now, and kernels
-                skipped, nbytes = _capture(session, batches)
-    except NoGraph as error:
-        reason = str(error)
-    finally:
-        session.optimizer.zero_grad()
+    started = time.perf_counter()
+    skipped, nbytes, reason = _attempt(session, batches)
+    if reason is not None and _tried:
+        graphs.forget()
+        _tried.clear()  # trials may differ now, and kernels
+        skipped, nbytes, reason = _attempt(session, batches)
     reason = next((r for r in session.world.gather(reason) if r is not None), None)
     if reason is not None:
         graphs.forget()
@@ -67,6 +56,18 @@ def capture_graphs(session: Session, batches: Sequence[Batch]) -> str | None:
         f"CUDA graphs of {len(graphs)} row length{'s' * (len(graphs) > 1)}{left}, "
         f"{readable(nbytes)}, captured in {time.perf_counter() - started:.1f} s"
     )
+
+
+def _attempt(session: Session, batches: Sequence[Batch]) -> tuple[int, int, str | None]:
+    """(what `_capture` returns, why there are no graphs). What a failed attempt held is free."""
+    try:
+        _refuse(session, batches)
+        with session.casts.fresh():  # as in a step
+            return *_capture(session, batches), None
+    except NoGraph as error:
+        return 0, 0, str(error)
+    finally:
+        session.optimizer.zero_grad()
 
 
 def _refuse(session: Session, batches: Sequence[Batch]) -> None:
@@ -206,7 +207,8 @@ def _try(graph: BlocksGraph, stream: torch.cuda.Stream, *, first: bool) -> _Tria
     device = graph.x.device
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        graph.x.normal_()
+        # Not torch's own generator, which a capture that failed may leave unusable.
+        graph.x.normal_(generator=torch.Generator(device))
         graph.dy.zero_()
         for _ in range(1 + first):
             torch.cuda.synchronize(device)
