@@ -188,10 +188,10 @@ class EngineOptions(Section):
     temporary files, which may not outlive the job)."""
     cuda_graphs: Literal["auto"] | bool = "auto"
     """Launch the forward and the backward pass of all transformer blocks at once, as CUDA graphs
-    captured for each row length (`data.row_lengths`). For engines single and ddp, where all blocks
-    keep their activations and nothing is dropped. auto: on a GPU where that is so, the CPU takes
-    longer to launch the blocks than the GPU to run them, and the memory suffices for the
-    activations twice."""
+    captured for each row length (`data.row_lengths`) that is not rare. For engines single and ddp,
+    where all blocks keep their activations and nothing is dropped. auto: on a GPU where that is so,
+    the CPU takes longer to launch the blocks than the GPU to run them, and the memory suffices for
+    the activations twice."""
     timeout: float = Field(600.0, gt=0, lt=2**31)
     """Seconds after which a collective fails if a rank has not joined it."""
 
