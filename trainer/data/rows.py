@@ -16,6 +16,8 @@ from trainer.tasks.base import Example
 
 _ALIGNED = 16
 """Row lengths are multiples of it, and of 1/256 of the longest."""
+_HARDLY = 1 / 200
+"""Share of all tokens that fewer row lengths may add: each costs a CUDA graph at the start."""
 _RARE = 1 / 50
 """Share of the micro-batches below which a row length is rare."""
 
@@ -63,8 +65,8 @@ class Rows:
         return next((size for size in self.lengths if size >= length), length)
 
     def fitted(self, seen: Sequence[int], largest: int) -> "Rows":
-        """With the `few` lengths that pad rows of the lengths `seen` least, all of them frequent;
-        none is longer than `largest`."""
+        """With at most `few` lengths, all of them frequent: those that pad rows of the lengths
+        `seen` least, and no more than make a difference. None is longer than `largest`."""
         if self.few == 0:
             return self
         step = round_up(max(_ALIGNED, largest // 256), _ALIGNED)
@@ -72,7 +74,7 @@ class Rows:
         if self.limit is not None:
             highest = min(highest, max(self.limit, largest))
         rounded = [min(round_up(length, step), highest) for length in seen]
-        sizes = few_lengths(rounded, self.few - (highest not in rounded))
+        sizes = enough_lengths(rounded, self.few - (highest not in rounded))
         lengths = tuple(sorted({*sizes, highest}))
         return replace(self, lengths=lengths, frequent=lengths)
 
@@ -88,6 +90,18 @@ class Rows:
         if self.end_to_end:
             return f"end to end in one row a micro-batch, without padding{sizes}"
         return f"padded to the longest of a micro-batch ({self.reason}){sizes}"
+
+
+def enough_lengths(seen: Sequence[int], count: int) -> list[int]:
+    """The fewest of the values `seen`, at most `count`, to which all of them rounded up have hardly
+    more tokens than rounded up to `count` of them."""
+    least = _rounded_sum(seen, few_lengths(seen, count))
+    fewer = (few_lengths(seen, number) for number in range(1, count + 1))
+    return next((s for s in fewer if _rounded_sum(seen, s) <= (1 + _HARDLY) * least), [])
+
+
+def _rounded_sum(seen: Sequence[int], sizes: Sequence[int]) -> int:
+    return int(np.asarray(sizes)[np.searchsorted(sizes, seen)].sum()) if len(sizes) else 0
 
 
 def few_lengths(seen: Sequence[int], count: int) -> list[int]:

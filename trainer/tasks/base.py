@@ -248,12 +248,14 @@ def without_cache(model: Any) -> Iterator[dict[str, bool]]:
     `use_cache`, or hand it on to their decoder."""
     takes = "use_cache" in signature(type(model).forward).parameters
     config = model.config.get_text_config()
-    before = getattr(config, "use_cache", None)
-    config.use_cache = False
+    fills = getattr(config, "use_cache", None)
+    if fills:
+        config.use_cache = False
     try:
         yield {"use_cache": False} if takes else {}
     finally:
-        config.use_cache = before
+        if fills:
+            config.use_cache = fills
 
 
 def pad(values: Sequence[int], width: int, filler: int) -> list[int]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from tests.helpers import TINY, quick_config
 from trainer.distributed.world import World
@@ -132,6 +132,8 @@ def test_the_loss_of_each_text_is_that_of_it_alone(problem):
     batch = Batch({}, torch.tensor([2, 0, 1] if len(logits[0]) > 1 else [0.5, -1.0, 2.0]), 3, 9)
 
     class Model:
+        config = PretrainedConfig()
+
         def forward(self):
             return SimpleNamespace(logits=logits)
 
