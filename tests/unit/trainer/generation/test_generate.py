@@ -1,5 +1,6 @@
 """Answers of one process: kinds of models, stop strings, end tokens, what is refused."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -82,9 +83,10 @@ def test_a_special_stop_and_the_padding_behind_a_stop(opened, tokenizer):
     assert stop not in tokenizer.decode(short.tokens[:-1])
 
     mark = tokenizer.convert_ids_to_tokens(whole.tokens[at])
-    tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
-    assert tokenizer.convert_tokens_to_ids(mark) == whole.tokens[at]
-    special = replace(model, tokenizer=tokenizer)
+    marked = copy.deepcopy(tokenizer)  # other tests share it
+    marked.add_special_tokens({"additional_special_tokens": [mark]})
+    assert marked.convert_tokens_to_ids(mark) == whole.tokens[at]
+    special = replace(model, tokenizer=marked)
     short, _ = generate(special, prompts, plain.model_copy(update={"stop": [mark]}))
     assert (short.tokens, short.ended) == (
         whole.tokens[: whole.tokens.index(whole.tokens[at])],

@@ -17,7 +17,7 @@ from trainer.run.run import run
 METHODS = {
     "lora": ([], []),
     "lelora": (["method.kind=lelora"], ["locations", "primary: 28", "ranks", "by layer"]),
-    "lalora": (["method.kind=lalora"], ["ranks", "by layer", "before step 3"]),
+    "lalora": (["method.kind=lalora", "method.every=1"], ["ranks", "by layer", "before step 3"]),
     "weightlora": (["method.kind=weightlora", "method.warmup_steps=2"], ["survivors", "14 units"]),
 }
 

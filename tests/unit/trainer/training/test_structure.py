@@ -90,8 +90,9 @@ def test_removal_gives_memory_back(tmp_path):
 def selection(kind: str, tmp) -> tuple[dict, dict]:
     """Every unit's A at the start, and what survivors hold before their first step."""
     config = quick_config(
-        tmp, f"method.kind={kind}", "method.warmup_steps=2", "run.steps=3", "data.eval=null"
-    )
+        tmp, f"method.kind={kind}", "method.warmup_steps=2", "method.expand=reinit", "run.steps=3",
+        "data.eval=null",
+    )  # fmt: skip
     session = open_session(config, World())
     start = {n: a.A.detach().clone() for n, a in session.method.adapters.items()}
     return start, next(held for step, held in drive(session) if step == 2)
