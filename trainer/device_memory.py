@@ -59,7 +59,7 @@ def modules_set_aside() -> Iterator[None]:
     """Context in which collecting garbage, as is done a dozen times until the first step, does not
     go through what was there before: a million objects of the libraries. What an earlier run of
     this process left is collected before. Where the process has set aside something already
-    (`set_aside`), that is what is passed over, and stays so."""
+    (`set_aside`), that is what is passed over, until the run's steps have ended."""
     global _had_run
     is_done = gc.get_freeze_count() > 0
     if not is_done:

@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
+from tests.gpu.without_waiting import loss_without_waiting
 from tests.helpers import losses, quick_config, save_random_model
 from tests.unit.trainer.tasks.test_encoders_end_to_end import encoder, examples, task
 from trainer.config.config import Config
 from trainer.distributed import process_group
-from trainer.model.attention import VARLEN, register_attention
+from trainer.model.attention import register_attention
 from trainer.model.compilations import Compilations
 from trainer.run.run import run
 
@@ -107,15 +108,5 @@ def test_each_text_as_alone(kind: str) -> None:
     expected = F.cross_entropy(
         torch.stack(alone), torch.tensor([int(e.label) for e in given]).cuda(), reduction="sum"
     )
-    model = model.to(torch.bfloat16)
-    model.config._attn_implementation = VARLEN
-    batch = task().collate([given], width=64).to(torch.device("cuda"))
-    task().loss(model, batch)  # the first call looks up the tables of positions
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss, _ = task().loss(model, batch)
-        loss.backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=5e-2)
+    loss = loss_without_waiting(task(), model, given)
+    assert loss == pytest.approx(float(expected.detach()), rel=5e-2)

@@ -127,8 +127,7 @@ def _capture(session: Session, batches: Sequence[Batch]) -> tuple[int, int]:
     except torch.OutOfMemoryError:  # the other ranks are told below
         lacks = True
     needed, above = (
-        max((value for value in values), default=0)
-        for values in ([t.nbytes for t in trials], [t.above for t in trials])
+        max(values, default=0) for values in ([t.nbytes for t in trials], [t.above for t in trials])
     )
     peak = max(peak_bytes(device), held_bytes(device) + above)
     lacks = lacks or peak + needed > allowance(device, config.memory_fraction)

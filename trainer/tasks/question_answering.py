@@ -36,12 +36,9 @@ from trainer.tasks.base import (
 from trainer.tasks.causality import attends_ahead
 from trainer.tasks.options import QuestionAnsweringOptions
 from trainer.tasks.squad_scores import squad_scores
-from trainer.tasks.text_rows import output_of, text_rows
+from trainer.tasks.text_rows import ENCODERS, output_of, text_rows
 
 Span = tuple[int, int]
-
-_LIE_END_TO_END = {"bert", "camembert", "electra", "roberta", "xlm-roberta"}
-"""Encoders, by transformers' model_type, that keep windows of a row apart (tests)."""
 
 
 @dataclass
@@ -96,7 +93,7 @@ class QuestionAnswering(Task):
         if model.config.is_encoder_decoder:
             return False
         decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not attends_ahead(model)
-        return decodes or kind in _LIE_END_TO_END
+        return decodes or kind in ENCODERS
 
     def trained_modules(self, model: nn.Module) -> list[str]:
         return new_heads(model)

@@ -23,18 +23,13 @@ from trainer.tasks.base import (
 from trainer.tasks.causality import attends_ahead
 from trainer.tasks.long_texts import beginning, bounded, truncated_pair
 from trainer.tasks.options import SequenceClassificationOptions, TaskOptions
-from trainer.tasks.text_rows import output_of, text_rows
+from trainer.tasks.text_rows import ENCODERS, output_of, text_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHOWN = 10
 """Labels that are printed, at most."""
-
-
-_READS_FIRST = {"bert", "camembert", "electra", "roberta", "xlm-roberta"}
-"""Encoders, by transformers' model_type, whose head reads the first position of what the encoder
-returns, directly or by a pooler that is a module of its own."""
 
 
 class SequenceClassification(Task):
@@ -99,7 +94,7 @@ class SequenceClassification(Task):
         """Where the head is a `score` of every position, of which the model takes the last one's
         (decoders), or reads the first position of what its encoder returns."""
         if attends_ahead(model):
-            return model.config.model_type in _READS_FIRST
+            return model.config.model_type in ENCODERS
         return isinstance(getattr(model, "score", None), nn.Linear)
 
     def trained_modules(self, model: nn.Module) -> list[str]:

@@ -10,6 +10,11 @@ from trainer.tasks.base import Batch, Example, pad
 from trainer.tasks.documents import Documents, kept_apart
 from trainer.tasks.positions import handed, takes_positions
 
+ENCODERS = {"bert", "camembert", "electra", "roberta", "xlm-roberta"}
+"""Encoders, by transformers' model_type, whose texts may lie end to end (tests): they keep them
+apart, and where a head reads one position, it is the first of what the encoder returns, directly or
+by a pooler that is a module of its own."""
+
 
 def text_rows(
     sequences: Sequence[Sequence[Example]], width: int, padding: int

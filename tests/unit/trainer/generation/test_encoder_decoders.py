@@ -14,15 +14,20 @@ from trainer.session import open_model
 PROMPTS = [[44, 90, 81, 76, 302, 2], [17, 2], [60, 61, 62, 2], [33, 35, 2]]
 
 
-@pytest.mark.parametrize("kind", sample(["t5", "bart", "pegasus"], "bart"))
-def test_a_batch_gets_what_transformers_gives_to_each_prompt(tmp_path, tokenizer, kind):
-    folder = tmp_path / kind
-    model = AutoModelForSeq2SeqLM.from_config(tiny_config(kind, decoder_start_token_id=2))
+def save(shapes, folder, tokenizer):
+    """A random model whose answers differ by prompt."""
+    model = AutoModelForSeq2SeqLM.from_config(shapes)
     for parameter in model.parameters():
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     model.generation_config.forced_eos_token_id = None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", sample(["t5", "bart", "pegasus"], "bart"))
+def test_a_batch_gets_what_transformers_gives_to_each_prompt(tmp_path, tokenizer, kind):
+    folder = tmp_path / kind
+    save(tiny_config(kind, decoder_start_token_id=2), folder, tokenizer)
     config = quick_config(
         tmp_path, f"model.id={folder}", "task.kind=sequence_to_sequence", "data.eval=null",
         "method.targets=all-linear", "generation.max_new_tokens=10", "generation.batch_size=3",
@@ -46,11 +51,7 @@ def test_a_t5_whose_decoder_is_deeper(tmp_path, tokenizer):
     with it; without one it gives the reference."""
     folder = tmp_path / "deep"
     shapes = tiny_config("t5", decoder_start_token_id=2, num_layers=1, num_decoder_layers=3)
-    model = AutoModelForSeq2SeqLM.from_config(shapes)
-    for parameter in model.parameters():
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(shapes, folder, tokenizer)
     config = quick_config(
         tmp_path, f"model.id={folder}", "task.kind=sequence_to_sequence", "data.eval=null",
         "method.targets=all-linear", "generation.max_new_tokens=6", "generation.batch_size=3",

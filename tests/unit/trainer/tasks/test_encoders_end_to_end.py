@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from trainer.model.attention import VARLEN, choose_attention, register_attention
 from trainer.tasks.base import Example
 from trainer.tasks.options import SequenceClassificationOptions
-from trainer.tasks.sequence_classification import _READS_FIRST, SequenceClassification
+from trainer.tasks.sequence_classification import SequenceClassification
+from trainer.tasks.text_rows import ENCODERS
 
 register_attention()
 SMALL = {
@@ -58,7 +59,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("width", [0, 64])
 @pytest.mark.parametrize("attention", ["sdpa", VARLEN])
-@pytest.mark.parametrize("kind", sorted(_READS_FIRST))
+@pytest.mark.parametrize("kind", sorted(ENCODERS))
 def test_each_text_as_alone(kind: str, attention: str, width: int) -> None:
     """Logits, loss and all gradients; by a dense mask and by spans, with and without padding."""
     model, given = encoder(kind, attn_implementation="sdpa"), examples(kind)
@@ -108,7 +109,7 @@ def test_other_encoders_have_a_row_for_each_text(kind: str, changes: dict[str, A
 def test_attention_by_document_on_a_gpu() -> None:
     """With their usual dropout too."""
     cuda, half = torch.device("cuda"), torch.bfloat16
-    for kind in sorted(_READS_FIRST):
+    for kind in sorted(ENCODERS):
         model = encoder(kind, attention_probs_dropout_prob=0.1)
         chosen = choose_attention(model, "auto", packing=True, device=cuda, dtype=half)
         assert chosen.name == VARLEN, chosen.reason
