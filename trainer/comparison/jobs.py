@@ -30,6 +30,10 @@ _PATHS = {
     ("method", "match"): 1, ("method", "replay"): 2,
 }  # fmt: skip
 """Keys of paths, by the number of names that count: models and data may lie anywhere."""
+_WRITTEN: dict[bool | str, str] = {
+    False: "last.jsonl", True: "permuted.jsonl", "any": "random.jsonl"
+}  # fmt: skip
+"""Files of allocations to be replayed, in the folder of the run that made them, by `permuted`."""
 _COMPUTING = ("adapters", "trainer")
 _SHOWING = ("trainer/comparison", "trainer/report")
 """Packages on which a run's scores do not depend."""
@@ -82,8 +86,7 @@ class Jobs:
         if arm is None or arm.replays is None:
             return None
         run = self.config(Job(arm.replays, job.learning_rate, job.seed, False)).run_folder
-        name = "permuted.jsonl" if arm.permuted else "last.jsonl"
-        return Replayed(run, job.seed if arm.permuted else None, run / name)
+        return Replayed(run, arm.permuted, job.seed, run / _WRITTEN[arm.permuted])
 
     def rank_of(self, method: str) -> int:
         """`method.rank` of an arm."""

@@ -22,13 +22,13 @@ extends: common.yaml                   # a file whose keys these complete; null 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from adapters.options import Section
 from trainer.comparison.statistics import MEASURES
-from trainer.config.validation import validate
+from trainer.config.validation import shown, validate
 from trainer.config.yaml import parse_yaml
 from trainer.errors import UserError
 
@@ -52,8 +52,9 @@ class Arm(Section):
     replays: str | None = None
     """An arm whose last allocation, seed by seed, it trains from its first step, at its learning
     rate. It is compared with this arm unless `against` names another."""
-    permuted: bool = False
-    """Permute that allocation among matrices of equal shape, with the run's seed."""
+    permuted: bool | Literal["any"] = False
+    """Permute that allocation, with the run's seed: among matrices of equal shape, or (any) among
+    all, with as many parameters within 1 %."""
     learning_rates: list[float] | None = None
     """Where its search begins, in place of the comparison's."""
 
@@ -68,7 +69,7 @@ class Arm(Section):
     @model_validator(mode="after")
     def _check(self) -> "Arm":
         if self.replays is None and self.permuted:
-            raise ValueError("permuted: true given; accepted: with replays")
+            raise ValueError(f"permuted: {shown(self.permuted)} given; accepted: with replays")
         if self.replays is not None and not self.rate_of == self.after == self.replays:
             raise ValueError(
                 f"replays: {self.replays} given with another rate_of or after; accepted: without"

@@ -98,12 +98,17 @@ def test_a_file_may_leave_out_all_arms_that_it_extends(tmp_path):
 
 def test_an_arm_that_replays_another_follows_it(tmp_path):
     arms = {"lora": [], "a": [], "b": {"replays": "a"},
-            "c": {"replays": "a", "permuted": True, "against": "b"}}  # fmt: skip
-    read = read_comparison(written(tmp_path, **PLAIN | {"methods": arms}), methods=["c"])
-    assert list(read.methods) == ["a", "b", "c"]
-    for name, other in (("b", "a"), ("c", "b")):
+            "c": {"replays": "a", "permuted": True, "against": "b"},
+            "d": {"replays": "a", "permuted": "any", "against": "b"}}  # fmt: skip
+    read = read_comparison(written(tmp_path, **PLAIN | {"methods": arms}), methods=["c", "d"])
+    assert list(read.methods) == ["a", "b", "c", "d"]
+    assert [read.methods[name].permuted for name in "bcd"] == [False, True, "any"]
+    for name, other in (("b", "a"), ("c", "b"), ("d", "b")):
         arm = read.methods[name]
         assert arm.rate_of == arm.after == "a" and arm.against == other
-    for wrong in ({"permuted": True}, {"replays": "a", "rate_of": "lora"}, {"replays": "z"}):
+    for wrong in (
+        {"permuted": True}, {"permuted": "any"}, {"replays": "a", "permuted": "all"},
+        {"replays": "a", "rate_of": "lora"}, {"replays": "z"},
+    ):  # fmt: skip
         with pytest.raises(UserError, match="accepted"):
             read_comparison(written(tmp_path, **PLAIN | {"methods": arms | {"b": wrong}}))
