@@ -222,6 +222,12 @@ FAULTS = [
         "if own or synced:", "if own:",
         ("tests/world/test_generation.py",),
     ),
+    Fault(
+        "all blocks pay one price", "adapters/methods/lelora/reinforce.py",
+        'part = layer if options.within == "layer" else torch.zeros_like(layer)',
+        "part = torch.zeros_like(layer)",
+        (f"{METHOD_TESTS}/lelora/test_budget.py",),
+    ),
 ]  # fmt: skip
 
 

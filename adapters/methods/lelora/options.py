@@ -65,6 +65,9 @@ class PolicyOptions(Section):
     budget: float | None = Field(None, gt=0)
     """Mean rank B that every draw meets: it trains at most the parameters of rank B in all
     matrices, distributed by a price per parameter that is solved for every draw. none: no limit."""
+    within: Literal["model", "layer"] = "model"
+    """With `budget`: all matrices meet it together, at one price, or those of each block meet it by
+    themselves, at a price of its own (as does what is outside the blocks)."""
     validation_samples: int = Field(32, gt=0)
     """Number of training records held out for validation, with signal=validation."""
     every: int = Field(1, gt=0)
@@ -101,6 +104,10 @@ class PolicyOptions(Section):
             raise ValueError(
                 f"method.policy.cost: {self.cost:g} given with policy.budget, which solves the "
                 "price; accepted: one of them"
+            )
+        if self.within == "layer" and self.budget is None:
+            raise ValueError(
+                "method.policy.within: layer given without method.policy.budget; accepted: with it"
             )
         if self.rank_weights is not None:
             if self.mode != "uniform":

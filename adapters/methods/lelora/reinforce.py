@@ -11,7 +11,9 @@ sample and its variance:
 
 With a budget of B parameters per unit of size, draws are those of the policy tilted by a price,
 
-    p_λ(r | ξ_u) ∝ p(r | ξ_u; Ω) exp(−λ r size_u),        Σ_u r_u size_u ≤ B Σ_u size_u.
+    p_λ(r | ξ_u) ∝ p(r | ξ_u; Ω) exp(−λ r size_u),        Σ_u r_u size_u ≤ B Σ_u size_u,
+
+where the sums are over all units, or, each with a λ of its own, over those of one block.
 
 r_u = argmax_r log p(r | ξ_u) + e_u(r) − λ r size_u with Gumbel noise e is a sample of p_λ for any λ
 (Maddison et al. 2014); the noise is drawn once, then λ is solved such that the sample meets the
@@ -32,7 +34,7 @@ from torch.func import functional_call
 
 from adapters import seeds
 from adapters.cuda.graph_replay import GraphReplay
-from adapters.methods.lelora.budget import allocate, solve
+from adapters.methods.lelora.budget import Budget
 from adapters.methods.lelora.options import PolicyOptions
 from adapters.methods.lelora.policy import (
     PolicyNetwork,
@@ -80,10 +82,14 @@ class Reinforce:
     ):
         self.options, self.seed, self._generator = options, seed, torch.Generator()
         self._layer, self._kind = layer.to(device), kind.to(device)
-        self._ranks, self._sizes = torch.tensor(ranks).to(device), sizes.double().to(device)
-        self._costs = sizes.double().unsqueeze(1) * torch.tensor(ranks).double()  # on the CPU
-        self._device_costs = self._costs.to(device)
-        self._locations = locations
+        self._ranks, self._locations = torch.tensor(ranks).to(device), locations
+        costs = sizes.double().unsqueeze(1) * torch.tensor(ranks).double()
+        self._costs = costs.to(device)
+        self._budget: Budget | None = None  # on the CPU
+        if options.budget is not None:
+            part = layer if options.within == "layer" else torch.zeros_like(layer)
+            self._budget = Budget.of_rank(options.budget, costs, sizes, part)
+            self._device_budget = self._budget.to(device)
         self.network = PolicyNetwork(
             options.network, layers=int(layer.max()) + 1, kinds=int(kind.max()) + 1,
             features=features, ranks=len(ranks), locations=locations, seed=seed,
@@ -119,14 +125,15 @@ class Reinforce:
         features = features.to(self._layer.device)
         weights = self._copied() if self.options.mode == "learned" else None
         of_ranks, of_locations = self.probabilities(features)
-        locations, price = sample(of_locations, uniform[1]), 0.0
-        if self.options.budget is None:
+        locations, tilt = sample(of_locations, uniform[1]), torch.zeros_like(self._costs)
+        if self._budget is None:
             ranks = sample(of_ranks, uniform[0])
         else:
             noise = torch.rand(of_ranks.shape, dtype=torch.float64, generator=self._generator)
-            ranks, price = self._within_budget(of_ranks, -(-noise.clamp(min=1e-300).log()).log())
+            gumbel = -(-noise.clamp(min=1e-300).log()).log()
+            ranks, price = self._within_budget(of_ranks, gumbel)
+            tilt = self._device_budget.charge(price.to(tilt.device, non_blocking=True))
         if weights is not None:
-            tilt = price * self._device_costs
             self._draws.append(Draw(weights, features.clone(), ranks, locations, tilt))
         return ranks, locations
 
@@ -134,17 +141,17 @@ class Reinforce:
         """The most probable actions, within the budget if there is one; as `draw`."""
         of_ranks, of_locations = self.probabilities(features.to(self._layer.device))
         locations = rounded(of_locations).argmax(1)
-        if self.options.budget is None:
+        if self._budget is None:
             return rounded(of_ranks).argmax(1), locations
         return self._within_budget(of_ranks, torch.zeros_like(of_ranks))[0], locations
 
-    def _within_budget(self, probabilities: Tensor, noise: Tensor) -> tuple[Tensor, float]:
-        """(indices of the ranks (n,) that meet the budget, λ), given p and e (n, |R|)."""
-        assert self.options.budget is not None
+    def _within_budget(self, probabilities: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(indices of the ranks (n,) that meet the budget, λ of each of its parts), given p and e
+        (n, |R|)."""
+        assert self._budget is not None
         scores = rounded(probabilities).clamp(min=1).log() + noise
-        limit = self.options.budget * float(self._sizes.sum())
-        ranks, price = allocate(-scores, self._costs, limit)
-        self._figures["price"] = lambda: torch.tensor(price)
+        ranks, price = self._budget.allocate(-scores)
+        self._figures["price"] = price.mean
         return ranks, price
 
     def _copied(self) -> Tensor:
@@ -219,8 +226,9 @@ class Reinforce:
         if self.options.cost == 0:
             return reward
         if drawn is None:
-            return reward + self.options.cost * self._sizes[:, None, None] * self._ranks[:, None]
-        price = self.options.cost * self._ranks[drawn.to(reward.device)] * self._sizes
+            return reward + self.options.cost * self._costs.unsqueeze(2)
+        drawn = drawn.to(reward.device).unsqueeze(1)
+        price = self.options.cost * self._costs.gather(1, drawn).squeeze(1)
         return reward + (price if len(reward) > 1 else price.sum(0, keepdim=True))
 
     def _baseline(self, earlier: Tensor) -> Tensor:
@@ -260,10 +268,9 @@ class Reinforce:
         assert self._earlier is not None
         self._earlier.push_(self._priced(_rounded(reward)))
         mean = self._earlier.padded.nanmean(0).nan_to_num()
-        if self.options.budget is not None:
-            limit = self.options.budget * self._sizes.sum()
-            price = solve(mean.amin(2), self._device_costs, limit)[1].clamp(min=0)
-            mean = mean + (price * self._device_costs).unsqueeze(2)
+        if self._budget is not None:
+            _, price = self._device_budget.solve(mean.amin(2))
+            mean = mean + self._device_budget.charge(price.clamp(min=0)).unsqueeze(2)
         if self.options.advantage == "normalised":
             mean = mean / mean.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
         weights, rank_logits, location_logits = self._recompute(flat, features)

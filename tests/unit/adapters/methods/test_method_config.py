@@ -258,6 +258,7 @@ ABLATIONS = {  # by what METHODS.md says must be reachable, or names as an optio
     "directions only": [LELORA, "method.coordinates=delta", "method.dropout=0.1"],
     "scores per step": [LELORA, "method.policy.score=per_step"],
     "budget": [LELORA, "method.policy.budget=4"],
+    "budget of each block": [LELORA, "method.policy.budget=4", "method.policy.within=layer"],
     "fixed after two draws": [
         LELORA, "method.coordinates=delta", "method.policy.budget=4",
         "method.policy.freeze_after=2",

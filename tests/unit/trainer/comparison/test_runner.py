@@ -132,26 +132,36 @@ def test_a_run_that_diverges_or_fails_is_a_result_with_an_error(tmp_path):
 
 def test_an_arm_replays_the_last_allocation_of_another(tmp_path, in_forks):
     budget = ["method.kind=lelora", "method.coordinates=delta", "method.ranks=[0, 2, 4]",
-              "method.rank=4", "method.policy.budget=2", "run.steps=3"]  # fmt: skip
+              "method.rank=4", "method.policy.budget=2", "method.policy.within=layer",
+              "run.steps=3"]  # fmt: skip
     fixed = ["method.policy.freeze_after=0"]
     methods = {
         "found": [*budget, "method.policy.freeze_after=1"],
         "replayed": {"like": "found", "overrides": fixed, "replays": "found"},
         "permuted": {"like": "replayed", "replays": "found", "permuted": True},
+        "random": {"like": "replayed", "replays": "found", "permuted": "any"},
     }  # fmt: skip
     out, said = tmp_path / "out", []
     job = comparison(tmp_path, methods=methods)
     (results,) = compare([(job, out)], report=said.append)
-    assert not any("error" in result for result in results) and len(results) == 6
+    assert not any("error" in result for result in results) and len(results) == 8
     runs = {(r["method"], r["seed"]): r for r in results}
     for seed in (0, 1):
-        found, same, other = (runs[arm, seed] for arm in methods)
+        found, same, other, any_shape = of = [runs[arm, seed] for arm in methods]
         ranks = [
             json.loads((out / "runs" / r["run"] / "allocation.jsonl").read_text().splitlines()[-1])
-            for r in (found, same, other)
+            for r in of
         ]
         assert ranks[0]["ranks"] == ranks[1]["ranks"] and ranks[1]["step"] == 0
-        assert sorted(ranks[2]["ranks"].values()) == sorted(ranks[0]["ranks"].values())
+        for exchanged in ranks[2:]:
+            assert sorted(exchanged["ranks"].values()) == sorted(ranks[0]["ranks"].values())
+        assert any_shape["active_parameters"] == pytest.approx(same["active_parameters"], rel=0.01)
+        units = json.loads((out / "runs" / found["run"] / "units.json").read_text())
+        for layer in {unit["layer"] for unit in units}:
+            sizes = {u["name"]: u["in_features"] + u["out_features"]
+                     for u in units if u["layer"] == layer}  # fmt: skip
+            spent = sum(ranks[0]["ranks"][name] * size for name, size in sizes.items())
+            assert 0 <= 2 * sum(sizes.values()) - spent < 2 * max(sizes.values())
         assert found["active_parameters"] == same["active_parameters"]
         assert other["active_parameters"] == same["mean_active_parameters"]
         assert found["distinct_actions"] >= 1 and found["entropy_rank"] >= 0

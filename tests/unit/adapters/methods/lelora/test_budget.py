@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from adapters.methods.lelora.budget import allocate, chosen, solve
+from adapters import seeds
+from adapters.methods.lelora.budget import Budget
 from tests.unit.adapters.methods.harness import Bench, check_resume
 from tests.unit.adapters.methods.lelora.numpy_policy import (
+    KINDS,
+    LAYERS,
     LITERAL,
     RANKS,
     SIZES,
@@ -21,6 +24,18 @@ from tests.unit.adapters.methods.lelora.numpy_policy import (
 )
 
 COSTS = SIZES[:, None] * np.array(RANKS)
+PARTS = {
+    "model": [np.arange(UNITS)],
+    "layer": [np.arange(UNITS)[n * KINDS : (n + 1) * KINDS] for n in range(LAYERS)],
+}
+"""The units that meet a budget together (`numpy_policy.reinforce` has the layers one by one)."""
+
+
+def together(costs, limit):
+    """All units in one part."""
+    costs = torch.as_tensor(costs).double()
+    part = torch.zeros(len(costs), dtype=torch.int64)
+    return Budget(costs, part, torch.tensor([limit], dtype=torch.float64))
 
 
 def smallest_price(values, costs, budget):
@@ -35,20 +50,48 @@ def smallest_price(values, costs, budget):
     raise AssertionError("no price")
 
 
+def filled(values, costs, budget, chosen):
+    """`chosen` with further ranks, one by one: the best per parameter of all that still fit."""
+    chosen = chosen.copy()
+    while True:
+        left = budget - costs[np.arange(len(costs)), chosen].sum()
+        raises = [
+            ((values[u, r] - values[u, now]) / (costs[u, r] - costs[u, now]), u, r)
+            for u, now in enumerate(chosen) for r in range(now + 1, values.shape[1])
+            if costs[u, r] - costs[u, now] <= left
+        ]  # fmt: skip
+        if not raises:
+            return chosen
+        _, unit, rank = min(raises)
+        chosen[unit] = rank
+
+
+def by_part(within, values, mean_rank):
+    """(λ by unit, ranks), each part by itself."""
+    prices, ranks = np.zeros(UNITS), np.zeros(UNITS, dtype=int)
+    for units in PARTS[within]:
+        budget = mean_rank * SIZES[units].sum()
+        price, chosen = smallest_price(values[units], COSTS[units], budget)
+        if within == "layer":
+            chosen = filled(values[units], COSTS[units], budget, chosen)
+        prices[units], ranks[units] = price, chosen
+    return prices, ranks
+
+
 @pytest.mark.parametrize("mean_rank", [0.0, 0.7, 2.0, 3.3, 4.0])
 def test_the_price_is_the_smallest_that_meets_the_budget(mean_rank):
     rng = np.random.default_rng(int(10 * mean_rank))
     for _ in range(20):
         values = np.round(rng.normal(size=(UNITS, 3)), 6)
         budget = mean_rank * SIZES.sum()
-        found, price = allocate(torch.from_numpy(values), torch.from_numpy(COSTS).double(), budget)
+        found, price = together(COSTS, budget).allocate(torch.from_numpy(values))
         spent = COSTS[np.arange(UNITS), found.numpy()].sum()
         assert spent <= budget
         if mean_rank == 4.0:
             assert (found == 2).all()
             continue
         expected, ranks = smallest_price(values, COSTS, budget)
-        assert price == pytest.approx(expected, abs=1e-9)
+        assert float(price) == pytest.approx(expected, abs=1e-9)
         np.testing.assert_array_equal(found.numpy(), ranks)
         # No allocation that costs no more is worth more; at a negative price, none that costs no
         # less.
@@ -59,23 +102,82 @@ def test_the_price_is_the_smallest_that_meets_the_budget(mean_rank):
         assert totals[(every == found.numpy()).all(1)][0] == pytest.approx(best)
 
 
+@pytest.mark.parametrize("mean_rank", [0.0, 0.7, 2.0, 3.3, 4.0])
+def test_every_part_meets_its_budget_by_itself(mean_rank):
+    rng = np.random.default_rng(int(10 * mean_rank))
+    sizes, part = torch.from_numpy(SIZES), torch.arange(UNITS) // KINDS
+    budget = Budget.of_rank(mean_rank, torch.from_numpy(COSTS).double(), sizes, 3 * part + 1)
+    spent = []
+    for _ in range(20):
+        # Both parts have all units' sizes; the second is worth a hundred times as much.
+        values = np.round(rng.normal(size=(UNITS, 3)), 6) * np.repeat([1, 100], KINDS)[:, None]
+        found, price = budget.allocate(torch.from_numpy(values))
+        costs = COSTS[np.arange(UNITS), found.numpy()]
+        for units in PARTS["layer"]:
+            left = mean_rank * SIZES[units].sum() - costs[units].sum()
+            more = np.diff(COSTS, append=np.inf)[units, found.numpy()[units]]
+            assert 0 <= left < more.min()
+        if 0 < mean_rank < 4:
+            prices, ranks = by_part("layer", values, mean_rank)
+            np.testing.assert_array_equal(found.numpy(), ranks)
+            np.testing.assert_allclose(price.numpy()[part.numpy()], prices, atol=1e-7)
+            spent.append(costs.sum() / (mean_rank * SIZES.sum()))
+    assert not spent or np.mean(spent) > 0.6
+
+
+def test_what_a_part_costs_is_counted_in_it_alone():
+    """Numbers of parts need not be in order or without gaps."""
+    sizes = torch.tensor([10, 20, 30, 40])
+    costs = sizes.unsqueeze(1) * torch.tensor([0.0, 1.0, 4.0]).double()
+    budget = Budget.of_rank(1.0, costs, sizes, torch.tensor([7, 2, 7, 2]))
+    assert budget.limits.tolist() == [60.0, 40.0]
+    assert budget.totals(torch.tensor([1.0, 2.0, 4.0, 8.0]).double()).tolist() == [10.0, 5.0]
+    charged = budget.charge(torch.tensor([3.0, 5.0]).double())
+    assert charged.tolist() == [[0, 50, 200], [0, 60, 240], [0, 150, 600], [0, 120, 480]]
+
+
 def test_equal_units_are_served_in_order():
     values, costs = torch.tensor([[0.0, -2.0, -4.0]] * 5), torch.tensor([[0.0, 20.0, 40.0]] * 5)
-    found, price = allocate(values, costs, 100.0)
-    assert found.tolist() == [2, 2, 0, 0, 0] and price == pytest.approx(0.1)
+    found, price = together(costs, 100.0).allocate(values)
+    assert found.tolist() == [2, 2, 0, 0, 0] and float(price) == pytest.approx(0.1)
 
 
 def test_one_rank_only_needs_no_price():
-    found, _ = allocate(torch.zeros(3, 1), torch.full((3, 1), 8.0), 24.0)
+    found, _ = together(torch.full((3, 1), 8.0), 24.0).allocate(torch.zeros(3, 1))
     assert found.tolist() == [0, 0, 0]
 
 
 def test_the_price_of_rewards_is_never_negative():
     """Where few ranks are worth anything, the budget is not spent."""
-    values = torch.tensor([[0.0, 1.0, 2.0], [0.0, -1.0, -2.0]])
-    costs = torch.tensor([[0.0, 2.0, 4.0]] * 2)
-    assert float(solve(values, costs, 6.0)[1]) < 0
-    assert chosen(values, costs, torch.tensor(0.0)).sum() == 4.0
+    values = torch.tensor([[0.0, 1.0, 2.0], [0.0, -1.0, -2.0]]).double()
+    budget = together([[0.0, 2.0, 4.0]] * 2, 6.0)
+    assert float(budget.solve(values)[1]) < 0
+    assert budget.chosen(values, torch.zeros(1).double()).sum() == 4.0
+
+
+def gumbel(step):
+    """e (n, |R|), after the 2 n numbers for draws without a budget."""
+    generator = torch.Generator().manual_seed(seeds.mixed(0, step))
+    torch.rand(2, UNITS, dtype=torch.float64, generator=generator)
+    u = torch.rand(UNITS, len(RANKS), dtype=torch.float64, generator=generator).numpy()
+    return -np.log(-np.log(u))
+
+
+@pytest.mark.parametrize("within", PARTS)
+def test_draws_are_at_the_price_of_each_part(within):
+    """argmin_r −log p(r) − e(r) + λ r size with λ by part; at the end of it without e."""
+    options = {"credit": "attributed", "budget": 1.5, "within": within, "head_scale": 1.0}
+    policy, features = reinforce(**options), inputs()
+    p = np.round(policy.probabilities(features)[0].double().numpy() * 1e6)
+    for step in range(10):
+        r, _ = policy.draw(step, features)
+        prices, ranks = by_part(within, np.round(-np.log(p) - gumbel(step), 9), 1.5)
+        np.testing.assert_array_equal(r.numpy(), ranks)
+        tilt = policy._draws[-1].tilt.numpy()
+        np.testing.assert_allclose(tilt, prices[:, None] * COSTS, atol=1e-6)
+        assert policy.scalars["price"] == pytest.approx(prices.mean(), abs=1e-8)
+    r, _ = policy.most_probable(features)
+    np.testing.assert_array_equal(r.numpy(), by_part(within, np.round(-np.log(p), 9), 1.5)[1])
 
 
 @pytest.mark.parametrize("mode", ["learned", "uniform", "frozen"])
@@ -104,26 +206,32 @@ def test_samples_have_the_tilted_probabilities():
     costs = torch.tensor([[0.0, 2.0, 4.0]] * n)
     u = torch.rand(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     noise = -(-u.log()).log()
-    found, price = allocate(-(torch.from_numpy(np.log(p)) + noise), costs, 1.6 * n)
-    tilted = p * np.exp(-price * np.array([0.0, 2.0, 4.0]))
+    found, price = together(costs, 1.6 * n).allocate(-(torch.from_numpy(np.log(p)) + noise))
+    tilted = p * np.exp(-float(price) * np.array([0.0, 2.0, 4.0]))
     tilted /= tilted.sum()
     shares = np.bincount(found.numpy(), minlength=3) / n
     np.testing.assert_allclose(shares, tilted, atol=4 * 0.5 / np.sqrt(n))
     assert shares @ [0, 2, 4] == pytest.approx(1.6, abs=0.01)
 
 
-def test_known_rewards_are_priced_for_the_budget():
-    """R̄(r, s) + μ r size with the μ at which argmin_r min_s meets it, by its largest entry."""
-    options = {**LITERAL, "credit": "counterfactual", "advantage": "normalised", "budget": 1.5}
+@pytest.mark.parametrize("within", PARTS)
+def test_known_rewards_are_priced_for_the_budget(within):
+    """R̄(r, s) + μ r size with the μ ≥ 0 at which argmin_r min_s meets it, by its largest entry."""
+    options = {**LITERAL, "credit": "counterfactual", "advantage": "normalised", "budget": 1.5,
+               "within": within}  # fmt: skip
     policy, features = reinforce(**options), inputs()
     R = -np.abs(np.random.default_rng(0).normal(size=(UNITS, 3, 3)))
     R[:, 0] = 0
+    if within == "layer":  # no component of the second layer is worth anything: it pays nothing
+        R[KINDS:] *= -1
     before = parameters(policy)
     policy.draw(0, features)
     policy.learn(torch.from_numpy(R))
-    price, _ = smallest_price(R.min(2), COSTS, 1.5 * SIZES.sum())
-    assert price > 0
-    priced = R + (price * COSTS)[:, :, None]
+    prices = by_part(within, R.min(2), 1.5)[0].clip(0)
+    assert prices.tolist() == (
+        [prices[0]] * KINDS + [0.0 if within == "layer" else prices[0]] * KINDS
+    )
+    priced = R + (prices[:, None] * COSTS)[:, :, None]
     priced /= np.abs(priced).max((1, 2), keepdims=True)
     x = features.double().numpy()
 
@@ -134,21 +242,24 @@ def test_known_rewards_are_priced_for_the_budget():
     check_step(before, parameters(policy), objective, 2.0)
 
 
-def test_eq_10_is_of_the_tilted_policy():
-    options = {**LITERAL, "credit": "attributed", "budget": 1.5}
+@pytest.mark.parametrize("within", PARTS)
+def test_eq_10_is_of_the_tilted_policy(within):
+    options = {**LITERAL, "credit": "attributed", "budget": 1.5, "within": within}
     policy, features = reinforce(**options), inputs()
     R = np.random.default_rng(0).normal(size=(2, UNITS))
     policy.draw(0, features)
     policy.learn(torch.from_numpy(R[0]))
     before = parameters(policy)
     r, s = (index.numpy() for index in policy.draw(1, features))
-    price = policy.scalars["price"]
+    p = np.round(policy.probabilities(features)[0].double().numpy() * 1e6)
+    prices, _ = by_part(within, np.round(-np.log(p) - gumbel(1), 9), 1.5)
+    assert len(set(prices)) == len(PARTS[within])
     policy.learn(torch.from_numpy(R[1]))
     x, n = features.double().numpy(), np.arange(UNITS)
 
     def objective(Ω):
         p_r, p_s = probabilities(Ω, x)
-        tilted = p_r * np.exp(-price * COSTS)
+        tilted = p_r * np.exp(-prices[:, None] * COSTS)
         tilted /= tilted.sum(1, keepdims=True)
         log_p = np.log(tilted[n, r]) + np.where(r > 0, np.log(p_s[n, s]), 0)
         return ((R[1] - R[0]) * log_p).mean()
@@ -176,6 +287,10 @@ def test_ranks_follow_worth_and_differ_between_units():
         ({"policy": {"budget": 9}}, r"policy.budget: 9 given; accepted: 0 to 8"),
         ({"ranks": [2, 4], "policy": {"budget": 1}}, r"policy.budget: 1 given; accepted: 2 to 4"),
         ({"policy": {"budget": 2, "cost": 1e-3}}, r"policy.cost: 0.001 given with policy.budget"),
+        (
+            {"policy": {"within": "layer"}},
+            r"policy.within: layer given without method.policy.budget; accepted: with it",
+        ),
     ],
 )
 def test_refused(options, message):
@@ -183,11 +298,29 @@ def test_refused(options, message):
         Bench("lelora", options, shapes=[(40, 40)])
 
 
-@pytest.mark.parametrize("credit", ["counterfactual", "attributed"])
-def test_resume(credit):
+def test_every_layer_of_a_method_meets_the_budget():
+    policy = {"budget": 1.5, "within": "layer", "freeze_after": 6}
+    options = {"ranks": RANKS, "coordinates": "delta", "policy": policy}
+    shapes = [(16, 20), (24, 17), (32, 20), (16, 40), (16, 20), (24, 40)]
+    bench = Bench("lelora", options, shapes=shapes)
+    bench.run(8)
+    drawn = [d.ranks for d in bench.decisions if d is not None]
+    assert len(drawn) == 7 and len({tuple(ranks.values()) for ranks in drawn}) > 2
+    for layer in range(3):
+        sizes = {u.name: u.size for u in bench.units if u.layer == layer}
+        for ranks in drawn:
+            left = 1.5 * sum(sizes.values()) - sum(ranks[name] * sizes[name] for name in sizes)
+            assert 0 <= left < 2 * min((sizes[n] for n in sizes if ranks[n] < 4), default=np.inf)
+
+
+@pytest.mark.parametrize(
+    ("credit", "within"),
+    [("counterfactual", "model"), ("attributed", "model"), ("attributed", "layer")],
+)
+def test_resume(credit, within):
     def make(begin):
-        policy = {"budget": 1.5, "credit": credit}
+        policy = {"budget": 1.5, "credit": credit, "within": within}
         options = {"ranks": RANKS, "coordinates": "delta", "policy": policy}
-        return Bench("lelora", options, shapes=[(16, 20), (24, 17)], begin=begin)
+        return Bench("lelora", options, shapes=[(16, 20), (24, 17)] * 2, begin=begin)
 
     check_resume(make, 3, 4)
