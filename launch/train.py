@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         with guarded():
             return local_ranks.run_ranks(arguments.processes)
     from trainer.records import phases
-    from trainer.run.launch import importing, launched
+    from trainer.run.launch import import_for_opening, importing, launched
 
     begun = not arguments.print_config  # whose output is YAML
     with launched(arguments.config, arguments.overrides, announced=begun) as (config, world):
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             from trainer.run.dry_run import dry_run
             from trainer.run.run import run
             from trainer.training.stop_request import StopRequest
+
+            import_for_opening(config.engine, world.device)
 
         if arguments.dry_run:
             text = dry_run(config, world)

@@ -126,3 +126,25 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     found, code, out = imported(program, HEAVY)
     assert code == 7 and found == [], out
     assert out.startswith("rankcast  ") and "configs/quickstart.yaml: importing torch" in out
+
+
+def test_what_a_run_opens_with_is_imported_before_modules_are_set_aside(tmp_path):
+    """Else every full collection of a start would go through the compiler and transformers' models,
+    which are imported as the tokenizer is read and the blocks are wrapped."""
+    program = f"""
+import gc, os
+leave = os._exit
+def set_aside():
+    tell()
+    leave(7)
+gc.freeze = set_aside
+sys.argv = ["launch/train.py", "--config", "configs/quickstart.yaml", "engine.kind=single",
+            "engine.compile=true", "run.dir={tmp_path}"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    opening = (
+        "torch._inductor.lowering", "torch._functorch.aot_autograd", "transformers.generation.utils",
+        "transformers.modeling_utils", "transformers.models.auto.tokenization_auto",
+    )  # fmt: skip
+    found, code, out = imported(program, opening)
+    assert code == 7 and found == list(opening), out

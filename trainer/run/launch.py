@@ -20,6 +20,9 @@ from trainer.errors import UserError
 from trainer.records import phases
 
 if TYPE_CHECKING:
+    import torch
+
+    from trainer.config.sections import EngineOptions
     from trainer.distributed.world import World
 
 
@@ -45,6 +48,19 @@ def importing() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def import_for_opening(options: "EngineOptions", device: "torch.device") -> None:
+    """Import what a run would import as it opens: transformers' classes of tokenizers and models,
+    and the compiler where blocks are compiled. A run sets aside what is there when it begins
+    (`trainer/device_memory.py`): its collections of garbage then pass over these too."""
+    import torch
+    import transformers.generation.utils
+    import transformers.models.auto.modeling_auto
+    import transformers.models.auto.tokenization_auto  # noqa: F401
+
+    if options.compile is True or (options.compile == "auto" and device.type == "cuda"):
+        torch.compile(lambda: None)  # compiles nothing, but imports the compiler
 
 
 @contextmanager
