@@ -88,7 +88,8 @@ class Reinforce:
         self._budget: Budget | None = None  # on the CPU
         if options.budget is not None:
             part = layer if options.within == "layer" else torch.zeros_like(layer)
-            self._budget = Budget.of_rank(options.budget, costs, sizes, part)
+            fill = options.within == "layer"
+            self._budget = Budget.of_rank(options.budget, costs, sizes, part, fill=fill)
             self._device_budget = self._budget.to(device)
         self.network = PolicyNetwork(
             options.network, layers=int(layer.max()) + 1, kinds=int(kind.max()) + 1,
