@@ -228,6 +228,16 @@ FAULTS = [
         "part = torch.zeros_like(layer)",
         (f"{METHOD_TESTS}/lelora/test_budget.py",),
     ),
+    Fault(
+        "what a block's price leaves goes to no one", "adapters/methods/lelora/reinforce.py",
+        'fill = options.within == "layer"', "fill = False",
+        (f"{METHOD_TESTS}/lelora/test_budget.py",),
+    ),
+    Fault(
+        "kept results of another control are shown", "trainer/comparison/kept.py",
+        'arm.permuted == "any"', "False",
+        ("tests/unit/trainer/comparison/test_summary.py",),
+    ),
 ]  # fmt: skip
 
 

@@ -208,7 +208,8 @@ def test_a_policy_learns_on_a_gpu(changes, tmp_path):
 
 @pytest.mark.parametrize("network", ["mlp", "resnet"])
 @pytest.mark.parametrize("credit", ["counterfactual", "attributed"])
-def test_a_policy_that_is_recorded_learns_as_one_that_is_not(credit, network):
+@pytest.mark.parametrize("budget", [{}, {"budget": 2.5, "within": "layer"}])
+def test_a_policy_that_is_recorded_learns_as_one_that_is_not(credit, network, budget):
     """Also after its state was loaded into one that had been recorded."""
     n, draws = 40, {}
     generator = torch.Generator().manual_seed(0)
@@ -218,7 +219,7 @@ def test_a_policy_that_is_recorded_learns_as_one_that_is_not(credit, network):
 
     def policy():
         return Reinforce(
-            PolicyOptions(credit=credit, network=network, learning_rate=0.01),
+            PolicyOptions(credit=credit, network=network, learning_rate=0.01, **budget),
             layer=torch.arange(n) // 4, kind=torch.arange(n) % 4, features=20, ranks=[0, 2, 4, 8], locations=3,
             sizes=torch.ones(n), seed=1, device=torch.device("cuda"),
         )  # fmt: skip

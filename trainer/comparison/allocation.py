@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from adapters.decision import Decision
+from trainer.config.validation import shown
 from trainer.errors import UserError
 from trainer.files import UNITS
 from trainer.records.jsonl import decision_files, read_objects
@@ -44,6 +45,12 @@ class Replayed:
         if self.permuted:
             units = json.loads((self.run / UNITS).read_text(encoding="utf-8"))
             shapes = {unit["name"]: (unit["out_features"], unit["in_features"]) for unit in units}
+            # `_exchanged` carries ranks and locations of matrices alone.
+            if decision.survivors is not None or decision.extra or decision.ranks.keys() - shapes:
+                raise UserError(
+                    f"permuted: {shown(self.permuted)} given of {self.run}, whose method.kind="
+                    f"{method} decides otherwise; accepted: a rank of every matrix, as of lelora"
+                )
             exchange = shuffled if self.permuted == "any" else permuted
             decision = exchange(decision, shapes, self.seed)
         line = {"step": 0, "method": method, "digest": decision.digest(), **decision.to_plain()}

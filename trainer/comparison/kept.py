@@ -64,7 +64,13 @@ def _key(line: Result) -> tuple[object, ...]:
 def _said(jobs: Jobs, method: str) -> str:
     """Digest of what the comparison says of an arm, without the places of models and data."""
     comparison = jobs.comparison
-    said = [comparison.base, comparison.overrides, comparison.selection, jobs.of_method(method)]
+    said: list[object] = [
+        comparison.base, comparison.overrides, comparison.selection, jobs.of_method(method)
+    ]  # fmt: skip
+    arm = comparison.methods.get(method)
+    if arm is not None and arm.replays is not None and arm.permuted == "any":
+        # Results of other arms that replay were kept without it, before there was `any`.
+        said.append([arm.permuted, arm.replays, _said(jobs, arm.replays)])
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
 
 

@@ -35,11 +35,13 @@ def capture_graphs(session: Session, batches: Sequence[Batch]) -> str | None:
     if asked is False or (asked == "auto" and device.type != "cuda"):
         return None
     started = time.perf_counter()
-    skipped, nbytes, reason = _attempt(session, batches)
-    if reason is not None and _tried:
-        graphs.forget()
-        _tried.clear()  # trials may differ now, and kernels
+    skipped, nbytes, reason = 0, 0, _refusal(session, batches)
+    if reason is None:
         skipped, nbytes, reason = _attempt(session, batches)
+        if reason is not None and _tried:
+            graphs.forget()
+            _tried.clear()  # trials may differ now, and kernels
+            skipped, nbytes, reason = _attempt(session, batches)
     reason = next((r for r in session.world.gather(reason) if r is not None), None)
     if reason is not None:
         graphs.forget()
@@ -61,7 +63,6 @@ def capture_graphs(session: Session, batches: Sequence[Batch]) -> str | None:
 def _attempt(session: Session, batches: Sequence[Batch]) -> tuple[int, int, str | None]:
     """(what `_capture` returns, why there are no graphs). What a failed attempt held is free."""
     try:
-        _refuse(session, batches)
         with session.casts.fresh():  # as in a step
             return *_capture(session, batches), None
     except NoGraph as error:
@@ -70,28 +71,29 @@ def _attempt(session: Session, batches: Sequence[Batch]) -> tuple[int, int, str 
         session.optimizer.zero_grad()
 
 
-def _refuse(session: Session, batches: Sequence[Batch]) -> None:
-    """Raises NoGraph where graphs cannot serve, as far as that shows without a trial."""
+def _refusal(session: Session, batches: Sequence[Batch]) -> str | None:
+    """Why graphs cannot serve, as far as that shows without a trial."""
     config, blocks, device = session.config, session.backbone.blocks, session.world.device
     if device.type != "cuda" or torch.version.hip is not None:
-        raise NoGraph(f"on {'ROCm' if device.type == 'cuda' else device.type} there are none")
+        return f"on {'ROCm' if device.type == 'cuda' else device.type} there are none"
     if not takes(session.engine.kind, "cuda_graphs"):
-        raise NoGraph(f"engine.kind={session.engine.kind} moves the weights of blocks")
+        return f"engine.kind={session.engine.kind} moves the weights of blocks"
     if config.method.trains != "adapters":
-        raise NoGraph(f"method.kind={config.method.kind} trains more than adapters")
+        return f"method.kind={config.method.kind} trains more than adapters"
     if blocks.saved < len(blocks):
-        raise NoGraph("not all blocks keep their activations")
+        return "not all blocks keep their activations"
     if config.method.dropout > 0:
-        raise NoGraph(f"method.dropout={config.method.dropout} draws anew in every step")
+        return f"method.dropout={config.method.dropout} draws anew in every step"
     if drops := _dropout(session.model):
-        raise NoGraph(f"the model drops at random ({drops})")
+        return f"the model drops at random ({drops})"
     if blocks.has_trained_parameters:
-        raise NoGraph("blocks have trained parameters beside adapters")
+        return "blocks have trained parameters beside adapters"
     if not batches:
-        raise NoGraph(
+        return (
             f"rows of task.kind={config.task.kind} are of any form (data.row_lengths, "
             "data.micro_batch_tokens)"
         )
+    return None
 
 
 def _dropout(model: nn.Module) -> str | None:

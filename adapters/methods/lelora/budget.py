@@ -7,8 +7,8 @@ Unit u pays λ c_u(r) for rank r, c_u(r) = r · size_u parameters, and takes the
 The total Σ_u c_u falls as λ rises, so that bisection finds the smallest λ at which it is at most
 the budget. Equal values go to the smaller rank. The units are in one or several parts, each of
 which has a budget and a price of its own. A part of few units leaves much of it to no one at that
-price (a fifth, of seven matrices and ranks 0 to 16), which then goes to what is worth most per
-parameter of what still fits.
+price (a fifth, of seven matrices and ranks 0 to 16), which, with `fill`, then goes to what is worth
+most per parameter of what still fits.
 """
 
 from dataclasses import dataclass
@@ -33,17 +33,22 @@ class Budget:
     """The part of each unit (n,), int64; none is empty."""
     limits: Tensor
     """Budgets (p,), float64, of which each part's cheapest choices must be within its own."""
+    fill: bool = False
+    """Whether what the choices at the price leave goes to what still fits."""
 
     @classmethod
-    def of_rank(cls, rank: float, costs: Tensor, sizes: Tensor, part: Tensor) -> "Budget":
+    def of_rank(
+        cls, rank: float, costs: Tensor, sizes: Tensor, part: Tensor, *, fill: bool
+    ) -> "Budget":
         """In every part the parameters of mean rank `rank`. `sizes` (n,): parameters of one
         component of each unit; `part` (n,): any number for each part."""
         names, part = part.unique(return_inverse=True)
         empty = costs.new_zeros(len(names))
-        return cls(costs, part, rank * empty.index_add(0, part, sizes.double()))
+        return cls(costs, part, rank * empty.index_add(0, part, sizes.double()), fill)
 
     def to(self, device: torch.device) -> "Budget":
-        return Budget(self.costs.to(device), self.part.to(device), self.limits.to(device))
+        costs, part, limits = (t.to(device) for t in (self.costs, self.part, self.limits))
+        return Budget(costs, part, limits, self.fill)
 
     def charge(self, price: Tensor) -> Tensor:
         """λ c_u(r), (n, |R|), at the price of each part (p,)."""
@@ -78,8 +83,8 @@ class Budget:
         """(index of each unit's rank (n,), λ (p,)), on the CPU.
 
         Of units that would leave their rank at exactly λ, as many as fit stay, those of lower index
-        first. What is then unspent is less than the next rank of one unit, or, of several parts, in
-        each less than that of any of its units.
+        first. What is then unspent is less than the next rank of one unit or, with `fill`, in each
+        part less than that of any of its units.
         """
         values = values.double().mul(10.0**_DECIMALS).round() / 10.0**_DECIMALS
         below, price = self.solve(values)
@@ -89,7 +94,7 @@ class Budget:
             part, more = int(self.part[unit]), float(larger[unit] - taken[unit])
             if more <= left[part]:
                 taken[unit], left[part] = larger[unit], left[part] - more
-        if len(left) > 1:
+        if self.fill:
             taken = self._filled(values, taken)
         return self._index(taken), price
 

@@ -84,11 +84,12 @@ class Reinforce:
         self._layer, self._kind = layer.to(device), kind.to(device)
         self._ranks, self._locations = torch.tensor(ranks).to(device), locations
         costs = sizes.double().unsqueeze(1) * torch.tensor(ranks).double()
-        self._costs = costs.to(device)
+        self._sizes, self._costs = sizes.double().to(device), costs.to(device)
         self._budget: Budget | None = None  # on the CPU
         if options.budget is not None:
             part = layer if options.within == "layer" else torch.zeros_like(layer)
-            self._budget = Budget.of_rank(options.budget, costs, sizes, part)
+            fill = options.within == "layer"
+            self._budget = Budget.of_rank(options.budget, costs, sizes, part, fill=fill)
             self._device_budget = self._budget.to(device)
         self.network = PolicyNetwork(
             options.network, layers=int(layer.max()) + 1, kinds=int(kind.max()) + 1,
@@ -222,13 +223,13 @@ class Reinforce:
 
     def _priced(self, reward: Tensor, drawn: Tensor | None = None) -> Tensor:
         """Rewards plus the price of the trained parameters. `drawn`: indices into R (n,); None if
-        the rewards are those of all actions."""
+        the rewards are those of all actions. The order of products is that of earlier versions,
+        whose runs go on to the last bit."""
         if self.options.cost == 0:
             return reward
         if drawn is None:
-            return reward + self.options.cost * self._costs.unsqueeze(2)
-        drawn = drawn.to(reward.device).unsqueeze(1)
-        price = self.options.cost * self._costs.gather(1, drawn).squeeze(1)
+            return reward + self.options.cost * self._sizes[:, None, None] * self._ranks[:, None]
+        price = self.options.cost * self._ranks[drawn.to(reward.device)] * self._sizes
         return reward + (price if len(reward) > 1 else price.sum(0, keepdim=True))
 
     def _baseline(self, earlier: Tensor) -> Tensor:

@@ -120,3 +120,24 @@ def test_the_last_decision_of_a_run_becomes_a_record_of_one(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no decision was recorded"):
         last_decision(tmp_path / "none")
+
+
+@pytest.mark.parametrize("decided", [
+    Decision(ranks={"0": 2, "1": 3}),  # La-LoRA: of blocks
+    Decision(ranks={"u0": 4}, survivors=["u0"]),
+    Decision(ranks={"u0": 1, "u3": 2}, extra={"kept": [0, 3, 5]}),
+])  # fmt: skip
+@pytest.mark.parametrize("exchange", [True, "any"])
+def test_only_ranks_of_matrices_are_permuted(decided, exchange, tmp_path):
+    line = {"step": 1, "method": "other", "digest": decided.digest(), **decided.to_plain()}
+    (tmp_path / "allocation.jsonl").write_text(json.dumps(line) + "\n")
+    units = [{"name": n, "out_features": 8, "in_features": 4} for n in ("u0", "u3")]
+    (tmp_path / "units.json").write_text(json.dumps(units))
+    target = tmp_path / "written.jsonl"
+    given = "true" if exchange is True else "'any'"
+    with pytest.raises(
+        UserError, match=f"permuted: {given} given of .*=other decides otherwise; acc"
+    ):
+        Replayed(tmp_path, exchange, 0, target).write()
+    Replayed(tmp_path, False, 0, target).write()
+    assert json.loads(target.read_text())["digest"] == decided.digest()

@@ -1,11 +1,16 @@
 """Several comparisons beside each other, and results that are kept with the sources."""
 
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from tests.unit.trainer.comparison.test_schedule import comparison, outcome, run_all
 from trainer.comparison import jobs as jobs_module
 from trainer.comparison.jobs import Jobs
-from trainer.comparison.kept import KEPT, read_kept, write_kept
+from trainer.comparison.kept import KEPT, _said, read_kept, write_kept
 from trainer.comparison.runner import Limits, Part, compare
 from trainer.comparison.schedule import Schedule
 from trainer.comparison.summary import draw_summary, summary
@@ -80,6 +85,43 @@ def test_kept_results_are_of_what_the_file_says_and_join_those_of_other_arms(tmp
     fewer = comparison(methods={"lora": arms["lora"]}, lora_ranks=[8])
     write_kept(Schedule(Jobs(fewer, tmp_path), None), tmp_path)
     assert {one["method"] for one in read_kept(Jobs(comparison(), tmp_path), tmp_path)} > read
+
+
+def test_kept_results_of_random_matrices_are_of_no_other_control(tmp_path):
+    """Nor of another allocation."""
+    found, other = ["method.kind=lelora"], ["method.kind=lelora", "method.wake=at_once"]
+
+    def jobs(**control):
+        arms = {"found": found, "other": other, "random": {"overrides": found, **control}}
+        return Jobs(comparison(methods={"lora": [], **arms}, lora_ranks=[]), tmp_path)
+
+    runs = {"learning_rate": 1e-3, "seed": 0, "selects": False, "error": "x"}
+    results = [{"method": method, **runs} for method in ("found", "random")]
+    write_kept(
+        SimpleNamespace(jobs=jobs(replays="found", permuted="any"), results=results), tmp_path
+    )
+
+    def read(**control):
+        return [one["method"] for one in read_kept(jobs(**control), tmp_path)]
+
+    assert read(replays="found", permuted="any") == ["found", "random"]
+    for control in (
+        {"replays": "found", "permuted": True}, {"replays": "found"}, {},
+        {"replays": "other", "permuted": "any"},
+    ):  # fmt: skip
+        assert read(**control) == ["found"]
+
+
+def test_digests_of_arms_that_were_kept_before_are_the_same():
+    """SHA-256 of base, overrides, selection and the arm's own overrides alone."""
+    control = {"replays": "half", "overrides": ["method.keep=2"]}
+    arms = {"lora": [], "half": ["method.kind=weightlora"],
+            "same": control, "permuted": {**control, "permuted": True}}  # fmt: skip
+    plan = comparison(methods=arms)
+    said = [plan.base, plan.overrides, plan.selection, ["method.keep=2"]]
+    digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+    for name in ("same", "permuted"):
+        assert _said(Jobs(plan, Path()), name) == digest
 
 
 def test_the_command_writes_a_summary_of_several(tmp_path):

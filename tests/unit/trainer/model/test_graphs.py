@@ -278,6 +278,27 @@ def test_a_process_tries_a_pass_once(session, monkeypatch):
     assert tried == [96, 32, 96, 32]
 
 
+@pytest.mark.parametrize("refused", [True, False])
+def test_only_a_capture_that_failed_is_tried_again(refused, session, monkeypatch):
+    """And trials of before are forgotten then; a refusal needs no trial."""
+    attempts, tried = [], {"before": _Trial(0.9, 0, 0)}
+
+    def failed(*_):
+        attempts.append(dict(tried))
+        raise NoGraph("it failed")
+
+    monkeypatch.setattr("trainer.memory.graphs._tried", tried)
+    monkeypatch.setattr("trainer.memory.graphs._capture", failed)
+    if not refused:  # as it would be on a CPU
+        monkeypatch.setattr("trainer.memory.graphs._refusal", lambda *_: None)
+    engine = session.config.engine.model_copy(update={"cuda_graphs": True})
+    asked = replace(session, config=session.config.model_copy(update={"engine": engine}))
+    with pytest.raises(UserError, match="on cpu" if refused else "it failed"):
+        capture_graphs(asked, [])
+    assert [len(known) for known in attempts] == ([] if refused else [1, 0])
+    assert len(tried) == refused
+
+
 def test_a_trial_without_memory_means_no_graphs(session, monkeypatch):
     graphs = "trainer.memory.graphs"
 
@@ -286,7 +307,7 @@ def test_a_trial_without_memory_means_no_graphs(session, monkeypatch):
 
     for name in ("Stream", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda _: None)
-    monkeypatch.setattr(f"{graphs}._refuse", lambda *_: None)
+    monkeypatch.setattr(f"{graphs}._refusal", lambda *_: None)
     monkeypatch.setattr(f"{graphs}.peak_bytes", lambda _: 0)
     monkeypatch.setattr(f"{graphs}.allowance", lambda *_: 1)
     monkeypatch.setattr(f"{graphs}._record", without_memory)

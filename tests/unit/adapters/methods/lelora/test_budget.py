@@ -106,7 +106,8 @@ def test_the_price_is_the_smallest_that_meets_the_budget(mean_rank):
 def test_every_part_meets_its_budget_by_itself(mean_rank):
     rng = np.random.default_rng(int(10 * mean_rank))
     sizes, part = torch.from_numpy(SIZES), torch.arange(UNITS) // KINDS
-    budget = Budget.of_rank(mean_rank, torch.from_numpy(COSTS).double(), sizes, 3 * part + 1)
+    costs = torch.from_numpy(COSTS).double()
+    budget = Budget.of_rank(mean_rank, costs, sizes, 3 * part + 1, fill=True)
     spent = []
     for _ in range(20):
         # Both parts have all units' sizes; the second is worth a hundred times as much.
@@ -129,7 +130,7 @@ def test_what_a_part_costs_is_counted_in_it_alone():
     """Numbers of parts need not be in order or without gaps."""
     sizes = torch.tensor([10, 20, 30, 40])
     costs = sizes.unsqueeze(1) * torch.tensor([0.0, 1.0, 4.0]).double()
-    budget = Budget.of_rank(1.0, costs, sizes, torch.tensor([7, 2, 7, 2]))
+    budget = Budget.of_rank(1.0, costs, sizes, torch.tensor([7, 2, 7, 2]), fill=False)
     assert budget.limits.tolist() == [60.0, 40.0]
     assert budget.totals(torch.tensor([1.0, 2.0, 4.0, 8.0]).double()).tolist() == [10.0, 5.0]
     charged = budget.charge(torch.tensor([3.0, 5.0]).double())
@@ -155,11 +156,11 @@ def test_the_price_of_rewards_is_never_negative():
     assert budget.chosen(values, torch.zeros(1).double()).sum() == 4.0
 
 
-def gumbel(step):
+def gumbel(step, n=UNITS):
     """e (n, |R|), after the 2 n numbers for draws without a budget."""
     generator = torch.Generator().manual_seed(seeds.mixed(0, step))
-    torch.rand(2, UNITS, dtype=torch.float64, generator=generator)
-    u = torch.rand(UNITS, len(RANKS), dtype=torch.float64, generator=generator).numpy()
+    torch.rand(2, n, dtype=torch.float64, generator=generator)
+    u = torch.rand(n, len(RANKS), dtype=torch.float64, generator=generator).numpy()
     return -np.log(-np.log(u))
 
 
@@ -178,6 +179,25 @@ def test_draws_are_at_the_price_of_each_part(within):
         assert policy.scalars["price"] == pytest.approx(prices.mean(), abs=1e-8)
     r, _ = policy.most_probable(features)
     np.testing.assert_array_equal(r.numpy(), by_part(within, np.round(-np.log(p), 9), 1.5)[1])
+
+
+def test_a_model_of_one_block_meets_its_budget_as_a_block():
+    """At the price of the whole model, and then in what still fits."""
+    unspent = {}
+    for within in PARTS:
+        policy = reinforce(n=KINDS, mode="uniform", budget=1.5, within=within)
+        spent = []
+        for step in range(40):
+            r, _ = policy.draw(step, inputs(KINDS))
+            values = np.round(-np.log(np.round(1e6 / 3)) - gumbel(step, KINDS), 9)
+            limit = 1.5 * SIZES[:KINDS].sum()
+            _, ranks = smallest_price(values, COSTS[:KINDS], limit)
+            if within == "layer":
+                ranks = filled(values, COSTS[:KINDS], limit, ranks)
+            np.testing.assert_array_equal(r.numpy(), ranks)
+            spent.append(COSTS[np.arange(KINDS), ranks].sum())
+        unspent[within] = 1 - np.mean(spent) / limit
+    assert unspent["layer"] < unspent["model"] / 2
 
 
 @pytest.mark.parametrize("mode", ["learned", "uniform", "frozen"])

@@ -268,6 +268,22 @@ def test_a_price_for_every_parameter_that_trains(credit):
     assert policy.scalars["reward"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("credit", ["attributed", "counterfactual"])
+def test_the_price_is_rounded_as_in_earlier_versions(credit):
+    """Of sampled rewards r · cost in float32; else cost · size before r: 3, not a power of two."""
+    ranks, cost = [0, 2, 3], 1e-6
+    policy = reinforce(**{**LITERAL, "credit": credit, "cost": cost}, ranks=ranks)
+    r, _ = policy.draw(0, inputs())
+    if credit == "attributed":
+        expected = np.float64(np.float32(cost) * np.float32(ranks))[r.numpy()] * SIZES
+        assert (expected != cost * (np.array(ranks)[r.numpy()] * SIZES)).any()
+    else:
+        expected = np.zeros((UNITS, 3, 3)) + (cost * SIZES)[:, None, None] * np.c_[ranks]
+        assert (expected[..., 0] != cost * (np.outer(SIZES, ranks))).any()
+    policy.learn(torch.zeros(expected.shape))
+    np.testing.assert_array_equal(policy.state_dict()["earlier"][0].numpy(), expected)
+
+
 def test_draws_follow_the_probabilities():
     policy, features = reinforce(mode="frozen"), inputs()
     policy.network.rank_head.bias.data.copy_(torch.tensor([1.0, 0.0, -1.0]))
