@@ -1,18 +1,23 @@
 """The gated adapter, the parametrisation that all methods share."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from adapters.layers.magnitude import Magnitude
 
 
 class Held:
     """Whether casts that adapters hold are those of their values."""
 
     valid: bool = False
+
+
+class Magnitude:
+    """DoRA's norms of the rows of W + ΔW (`adapters/layers/magnitude.py`): m (out), trained, and
+    ‖W‖² by row (out), float32; on every rank."""
+
+    def __init__(self, weight: Tensor):
+        """`weight`: W (out, in), whole; m starts as its norms."""
+        self.squares = weight.detach().float().square().sum(1)
+        self.m = nn.Parameter(self.squares.sqrt())
 
 
 class GatedAdapter(nn.Module):
@@ -28,8 +33,8 @@ class GatedAdapter(nn.Module):
     mask: Tensor
     held: tuple[Held, Tensor, Tensor] | None = None
     """Casts of A and B, for use while they are valid (`casts.py`)."""
-    magnitude: "Magnitude | None" = None
-    """DoRA's norms of the rows of W + ΔW (`adapters/layers/magnitude.py`); a copy has none."""
+    magnitude: Magnitude | None = None
+    """A copy has none."""
 
     def __init__(self, A: Tensor, g: Tensor, B: Tensor):
         super().__init__()

@@ -113,7 +113,7 @@ class AdaptedLinear(PackedLayer):
         gB = torch.cat([part.g.detach().unsqueeze(1) * part.B.detach() for part in parts])
         scale, adapter = None, self.adapter
         if adapter is not None and adapter.magnitude is not None:
-            scale = adapter.magnitude.m.detach() * inverse_norms(self, adapter.magnitude, dtype)
+            scale = adapter.magnitude.m.detach() * inverse_norms(self, adapter, dtype)
             scale = scale.to(dtype)
         return Fixed((A.to(dtype), gB.to(dtype)), scale)
 

@@ -8,42 +8,32 @@ operator follows that of `linear.py`, finds W and adapter by the layer's handle 
 the gradient of m itself.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters.formats.formats import FORMATS
+from adapters.gated import GatedAdapter, Magnitude
+from adapters.layers.base import PackedLayer
 from adapters.layers.handles import add_gradients, layer_of
-
-if TYPE_CHECKING:
-    from adapters.layers.linear import AdaptedLinear
-
-
-class Magnitude:
-    """m (out) and ‖W‖² by row (out), float32; on every rank."""
-
-    def __init__(self, weight: Tensor):
-        """`weight`: W (out, in), whole; m starts as its norms."""
-        self.squares = weight.detach().float().square().sum(1)
-        self.m = nn.Parameter(self.squares.sqrt())
 
 
 @torch.no_grad()
-def inverse_norms(layer: "AdaptedLinear", magnitude: Magnitude, dtype: torch.dtype) -> Tensor:
-    """1 / n (out) in float32; the layer's weight must be whole."""
-    adapter = layer.adapter
-    assert adapter is not None
+def inverse_norms(layer: PackedLayer, adapter: GatedAdapter, dtype: torch.dtype) -> Tensor:
+    """1 / n (out) in float32, of an adapter with a magnitude; the layer's weight must be whole."""
+    assert adapter.magnitude is not None
     A, scaled = adapter.A.detach(), adapter.B.detach() * adapter.g.detach().unsqueeze(1)
     product = FORMATS[layer.weight_format].forward(
         A.to(dtype), layer.weight, layer.matrix_shape, None, None
     )
-    squares = magnitude.squares + 2 * (product.float() * scaled).sum(0)
+    squares = adapter.magnitude.squares + 2 * (product.float() * scaled).sum(0)
     squares += (((A @ A.T) @ scaled) * scaled).sum(0)
     return squares.clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
 
 
-def _magnitude(handle: Tensor) -> "tuple[AdaptedLinear, Magnitude | None]":
+def _magnitude(handle: Tensor) -> tuple[Any, Magnitude | None]:
+    """(the layer, its adapter's m)"""
     layer = layer_of(handle)
     return layer, None if layer.adapter is None else layer.adapter.magnitude
 
@@ -54,7 +44,7 @@ def scaled_rows(y: Tensor, handle: Tensor) -> tuple[Tensor, Tensor]:
     layer, magnitude = _magnitude(handle)
     if magnitude is None:
         return y.clone(), torch.ones(y.shape[-1], dtype=torch.float32, device=y.device)
-    inverse = inverse_norms(layer, magnitude, y.dtype)
+    inverse = inverse_norms(layer, layer.adapter, y.dtype)
     c = (magnitude.m.detach() * inverse).to(y.dtype)
     if layer.bias is None:
         return y * c, inverse

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from adapters.gated import Magnitude
 from adapters.layers.linear import AdaptedLinear
-from adapters.layers.magnitude import Magnitude
 from adapters.methods.lora import LoRA
 from adapters.methods.options import DoRAOptions
 from adapters.unit import Unit, stem

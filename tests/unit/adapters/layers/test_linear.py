@@ -11,9 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from adapters.gated import GatedAdapter
+from adapters.gated import GatedAdapter, Magnitude
 from adapters.layers.linear import AdaptedLinear, Dropout, adapted_linear, fixed_adapters
-from adapters.layers.magnitude import Magnitude
 
 
 def host(fmt="none", bias=True, out=48, inp=64, rank=4, dtype=torch.float32, seed=0, learn=True):

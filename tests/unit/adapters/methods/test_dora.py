@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from adapters.gated import GatedAdapter
+from adapters.gated import GatedAdapter, Magnitude
 from adapters.layers.linear import AdaptedLinear
-from adapters.layers.magnitude import Magnitude
 from tests.helpers import losses, quick_config, save_mixture, save_random_model
 from tests.world.test_baselines import trained_by_torch
 from trainer.config.config import Config
