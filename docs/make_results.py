@@ -38,9 +38,9 @@ def comparisons(folder: Path) -> Iterator[tuple[str, list[str]]]:
     files one by one."""
     kept = sorted(file.parent.name.partition("-")[::2] for file in folder.glob("*/*.jsonl.xz"))
     for variant in dict.fromkeys(variant for _, variant in kept):
-        of = {name.partition("_")[2]: name for name, other in kept if other == variant}
-        yield variant, [of[task] for task in TASKS if task in of]
-        yield from ((variant, [name]) for task, name in of.items() if task not in TASKS)
+        of = [(name.partition("_")[2], name) for name, other in kept if other == variant]
+        yield variant, [name for task in TASKS for of_task, name in of if of_task == task]
+        yield from ((variant, [name]) for task, name in of if task not in TASKS)
 
 
 def remake(folder: Path) -> None:

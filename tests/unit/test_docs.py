@@ -176,13 +176,15 @@ def test_tables_replace_what_was_between_their_marks(tmp_path):
 
 
 def test_tables_are_remade_of_what_is_kept_tasks_together_by_variant(tmp_path):
-    for name in ("smollm2_rte", "smollm2_arc_easy", "smollm2_matrices", "smollm2_rte-nf4"):
+    names = "smollm2_rte", "smollm2_arc_easy", "smollm2_matrices", "stories_matrices"
+    for name in (*names, "smollm2_rte-nf4"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.jsonl.xz").touch()
     (tmp_path / "smollm2_cola").mkdir()
     expected = [
         ("", ["smollm2_arc_easy", "smollm2_rte"]),
         ("", ["smollm2_matrices"]),
+        ("", ["stories_matrices"]),
         ("nf4", ["smollm2_rte"]),
     ]
     assert list(results.comparisons(tmp_path)) == expected
