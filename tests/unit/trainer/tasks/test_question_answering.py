@@ -3,13 +3,14 @@
 import itertools
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.number_questions import number_questions, squad_json
@@ -47,17 +48,24 @@ def write(path: Path, rows: list[dict]) -> Path:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> Path:
     """A tiny random BERT with a WordPiece tokenizer of GSM8K's words."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    texts = [normalizer.normalize_str(row["context"]) for row in questions("train", 300)]
+    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(text))
+    # Not trained: a trainer breaks ties by chance, anew in every process.
+    letters = sorted(set("".join(words)))
+    pieces = [*letters, *(f"##{letter}" for letter in letters)]
+    frequent = sorted(words, key=lambda word: (-words[word], word))
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=570, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([row["context"] for row in questions("train", 300)], trainer)
+    entries = list(dict.fromkeys([*special, *pieces, *frequent]))[:1000]
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )  # fmt: skip
-    folder = save_random_model(tmp_path_factory.mktemp("encoder"), "bert")
+    folder = save_random_model(tmp_path_factory.mktemp("encoder"), "bert", vocab_size=1000)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
         sep_token="[SEP]", model_input_names=["input_ids", "token_type_ids", "attention_mask"],
@@ -151,7 +159,7 @@ def test_what_cannot_be_used_is_a_bad_record(change, message):
 # --- windows
 
 
-@pytest.mark.parametrize(("length", "stride"), [(96, 16), (80, 0), (256, 128)])
+@pytest.mark.parametrize(("length", "stride"), [(96, 16), (80, 0), (384, 128)])
 def test_windows_are_those_of_transformers(encoder, length, stride):
     """`return_overflowing_tokens` of the tokenizer; the target's text is the answer."""
     task = task_of(encoder, stride=stride)
@@ -181,7 +189,7 @@ def test_windows_are_those_of_transformers(encoder, length, stride):
                 inside = [0]  # [CLS]
             assert [at for at, learned in enumerate(window.loss_mask) if learned] == inside
     assert with_answer >= len(rows)
-    assert several == 0 if length == 256 else several > 5
+    assert several == 0 if length == 384 else several > 5
 
 
 def test_a_decoder_s_windows_end_in_the_token_for_no_answer():
@@ -358,7 +366,7 @@ def test_it_learns_is_saved_and_exports_to_peft(tmp_path, encoder):
     ]
     assert scores[0]["eval_f1"] < 20 and scores[-1]["eval_f1"] > 50
     trained = losses(config.run_folder)
-    assert trained[-1] < trained[0] / 2
+    assert np.mean(trained[-10:]) < trained[0] / 2
     saved = read_saved(config.run_folder)
     again = evaluate_saved(saved_config(saved.state), World(), saved)
     assert again["eval_f1"] == pytest.approx(scores[-1]["eval_f1"])
