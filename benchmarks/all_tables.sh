@@ -55,9 +55,10 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cp -rn "$here"/results/. "$out"
 if [ "$minutes" = 0 ]; then
-    for number in 0 1 2 3 4 5 6 7; do
-        group $number
+    number=0
+    while group $number; do
         python -m launch.main compare "${files[@]}" "$folder" "${options[@]}" --minutes 0 > /dev/null
+        number=$((number + 1))
     done
     exit
 fi

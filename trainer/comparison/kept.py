@@ -30,7 +30,9 @@ _COLUMNS = {
 
 def write_kept(schedule: Schedule, folder: Path) -> None:
     """Write the results of a comparison's runs to `folder`, in place of those of the same runs that
-    are there; others stay."""
+    are there; others stay. Nothing is written where there are none."""
+    if not schedule.results:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     lines = {_key(line): line for line in _lines(folder)}
     lines |= {_key(line): line for line in (_brief(schedule, r) for r in schedule.results)}

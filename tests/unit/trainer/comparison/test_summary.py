@@ -87,6 +87,12 @@ def test_kept_results_are_of_what_the_file_says_and_join_those_of_other_arms(tmp
     assert {one["method"] for one in read_kept(Jobs(comparison(), tmp_path), tmp_path)} > read
 
 
+def test_nothing_is_kept_of_a_comparison_without_runs(tmp_path):
+    """Else its tables would be made, of no row."""
+    write_kept(Schedule(Jobs(comparison(), tmp_path), None), tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
 def test_kept_results_of_random_matrices_are_of_no_other_control(tmp_path):
     """Nor of another allocation."""
     found, other = ["method.kind=lelora"], ["method.kind=lelora", "method.wake=at_once"]
