@@ -18,14 +18,17 @@ tasks() { for task in "$@"; do echo "$here/smollm2_$task.yaml"; done; }
 
 group() {  # number of the group; a comparison's arguments beside OUT, in the order of what matters
     case $1 in
-        0) set -- $(tasks gsm8k arc_easy openbookqa boolq sst2 mrpc rte cola) -- --methods $attempts ;;
+        0) set -- $(tasks lelora_sparse) -- ;;
         1) set -- $(tasks matrices) -- ;;
-        2) set -- $(tasks lelora_budget) -- ;;
-        3) set -- $(tasks ablations) -- ;;
-        4) set -- "$here"/minilm_*.yaml -- --variant long --methods lora,gradient,lalora_proposed ;;
-        5) set -- $(tasks gsm8k arc_easy cola mrpc rte) -- --variant quarter --methods $some ;;
-        6) set -- $(tasks gsm8k) -- --variant nf4 --methods $some ;;
-        7) set -- $(tasks locations) -- ;;
+        2) set -- $(tasks gsm8k arc_easy openbookqa boolq sst2 mrpc rte cola) -- --methods $attempts ;;
+        3) set -- $(tasks lelora_budget) -- ;;
+        4) set -- $(tasks ablations) -- ;;
+        5) set -- $(tasks gsm8k arc_easy) -- --variant quarter --methods $some ;;
+        6) set -- $(tasks cola mrpc rte) -- --variant quarter --methods $some ;;
+        7) set -- $(tasks gsm8k) -- --variant nf4 --methods $some ;;
+        8) set -- "$here"/minilm_{stsb,mrpc,rte}.yaml -- --variant long --methods lora,gradient,lalora_proposed ;;
+        9) set -- "$here"/minilm_{sst2,cola}.yaml -- --variant long --methods lora,gradient,lalora_proposed ;;
+        10) set -- $(tasks locations) -- ;;
         *) return 1 ;;
     esac
     files=() model=$smollm2 folder=$out kept=$here/results
