@@ -5,7 +5,8 @@
 #
 # OUT begins with the results kept in benchmarks/results and is resumed. Every GPU has LANES (2) lanes of WORKERS (10)
 # runs at a time, through MPS where it is there; a lane takes the next group of comparisons, the first being those that
-# matter most, so that the last runs of one group are made beside the first ones of another. `CORES` of a GPU (16).
+# matter most, so that the last runs of one group are made beside the first ones of another. Also CORES of a GPU (16),
+# GPUS by number (all), FIRST group (0).
 # Afterwards, here or where OUT was copied to (its results.jsonl files are enough):
 #
 #     bash benchmarks/all_tables.sh OUT 0 SMOLLM2 MINILM DATA && python docs/make_results.py
@@ -19,16 +20,19 @@ tasks() { for task in "$@"; do echo "$here/smollm2_$task.yaml"; done; }
 group() {  # number of the group; a comparison's arguments beside OUT, in the order of what matters
     case $1 in
         0) set -- $(tasks lelora_sparse) -- ;;
-        1) set -- $(tasks matrices) -- ;;
-        2) set -- $(tasks gsm8k arc_easy openbookqa boolq sst2 mrpc rte cola) -- --methods $attempts ;;
-        3) set -- $(tasks lelora_budget) -- ;;
-        4) set -- $(tasks ablations) -- ;;
-        5) set -- $(tasks gsm8k arc_easy) -- --variant quarter --methods $some ;;
-        6) set -- $(tasks cola mrpc rte) -- --variant quarter --methods $some ;;
-        7) set -- $(tasks gsm8k) -- --variant nf4 --methods $some ;;
-        8) set -- "$here"/minilm_{stsb,mrpc,rte}.yaml -- --variant long --methods lora,gradient,lalora_proposed ;;
-        9) set -- "$here"/minilm_{sst2,cola}.yaml -- --variant long --methods lora,gradient,lalora_proposed ;;
-        10) set -- $(tasks locations) -- ;;
+        1) set -- $(tasks lelora_budget) -- ;;
+        2) set -- $(tasks matrices) -- ;;
+        3) set -- $(tasks gsm8k arc_easy openbookqa boolq sst2 mrpc rte cola) -- --methods $attempts ;;
+        4) set -- $(tasks gsm8k arc_easy) -- --variant quarter --methods $some ;;
+        5) set -- $(tasks cola mrpc rte) -- --variant quarter --methods $some ;;
+        6) set -- $(tasks ablations) -- ;;
+        7) set -- "$here"/minilm_{stsb,mrpc,rte}.yaml -- --variant long --methods lora,gradient,lalora_proposed ;;
+        8) set -- "$here"/minilm_{sst2,cola}.yaml -- --variant long --methods lora,gradient,lalora_proposed ;;
+        9) set -- $(tasks sst2 openbookqa) -- --variant quarter --methods $some ;;
+        10) set -- $(tasks arc_easy sst2) -- --variant nf4 --methods lora,gradient ;;
+        11) set -- $(tasks cola mrpc rte) -- --variant nf4 --methods lora,gradient ;;
+        12) set -- $(tasks gsm8k) -- --variant nf4 --methods $some ;;
+        13) set -- $(tasks locations) -- ;;
         *) return 1 ;;
     esac
     files=() model=$smollm2 folder=$out kept=$here/results
@@ -66,9 +70,9 @@ if [ "$minutes" = 0 ]; then
     exit
 fi
 ends=$(($(date +%s) + minutes * 60))
-echo 0 > "$out/groups"
-gpus=$(nvidia-smi -L | wc -l) lanes=()
-for gpu in $(seq 0 $((gpus - 1))); do
+echo "${FIRST:-0}" > "$out/groups"
+lanes=()
+for gpu in ${GPUS:-$(seq 0 $(($(nvidia-smi -L | wc -l) - 1)))}; do
     if command -v nvidia-cuda-mps-control > /dev/null; then
         mkdir -p "$out/mps$gpu/pipe" "$out/mps$gpu/log"
         CUDA_VISIBLE_DEVICES=$gpu CUDA_MPS_PIPE_DIRECTORY=$out/mps$gpu/pipe CUDA_MPS_LOG_DIRECTORY=$out/mps$gpu/log nvidia-cuda-mps-control -d

@@ -54,6 +54,12 @@ class Budget:
         """λ c_u(r), (n, |R|), at the price of each part (p,)."""
         return price[self.part].unsqueeze(1) * self.costs
 
+    def centred(self, logits: Tensor) -> Tensor:
+        """Logits (n, |R|) less their means over the units of each part."""
+        numbers = torch.arange(len(self.limits), device=self.part.device)
+        of_part = (self.part == numbers.unsqueeze(1)).to(logits)  # a product: sums in one order
+        return logits - (of_part @ logits / of_part.sum(1, keepdim=True))[self.part]
+
     def chosen(self, values: Tensor, price: Tensor) -> Tensor:
         """The cost (n,) of each unit's choice, given v (n, |R|)."""
         priced = values + self.charge(price)

@@ -17,9 +17,11 @@ where the sums are over all units, or, each with a λ of its own, over those of 
 
 r_u = argmax_r log p(r | ξ_u) + e_u(r) − λ r size_u with Gumbel noise e is a sample of p_λ for any λ
 (Maddison et al. 2014); the noise is drawn once, then λ is solved such that the sample meets the
-budget (`budget.py`). Sampled actions are learned from by log p_λ, with λ as a constant. Where all
-rewards are known they are priced too, R_u(r, s) + μ r size_u, with μ ≥ 0 such that the units' best
-ranks, argmin_r min_s, meet the budget: the policy learns which units are worth their parameters.
+budget (`budget.py`). What is learned from is p_λ, with λ as a constant, in the place of p above.
+Where all rewards are known they are priced too, R_u(r, s) + μ r size_u, with μ ≥ 0 such that the
+units' best ranks, argmin_r min_s, meet the budget: the policy learns which units are worth their
+parameters. Without the tilt it would learn first what most units have in common, that a small
+budget gives them nothing, and p(r > 0) would vanish for all before they differ.
 
 All of this runs on rank 0.
 """
@@ -45,6 +47,9 @@ from adapters.methods.lelora.policy import (
 )
 from adapters.methods.lelora.window import SlidingWindow
 
+_LOG_STEP = 1e-4
+_LEAST = -1e4
+"""Of log p: a rank of probability 0 has a finite price."""
 _PRECISION = 2.0**16
 """Rewards are rounded to multiples of the next power of two divided by this."""
 
@@ -105,7 +110,7 @@ class Reinforce:
         counterfactual = options.credit == "counterfactual"
         descend = self._descend_expected if counterfactual else self._descend_sampled
         self._descend = GraphReplay(descend, captured)
-        self._evaluate = GraphReplay(self._probabilities, captured)
+        self._evaluate = GraphReplay(self._distributions, captured)
         self._earlier: SlidingWindow | None = None  # rewards
         self._draws: deque[Draw] = deque()
         self._figures: dict[str, Callable[[], Tensor]] = {}  # evaluated on access only
@@ -125,14 +130,14 @@ class Reinforce:
         uniform = torch.rand(2, n, dtype=torch.float64, generator=self._generator)
         features = features.to(self._layer.device)
         weights = self._copied() if self.options.mode == "learned" else None
-        of_ranks, of_locations = self.probabilities(features)
+        of_ranks, of_locations, logs = self._evaluated(features)
         locations, tilt = sample(of_locations, uniform[1]), torch.zeros_like(self._costs)
         if self._budget is None:
             ranks = sample(of_ranks, uniform[0])
         else:
-            noise = torch.rand(of_ranks.shape, dtype=torch.float64, generator=self._generator)
+            noise = torch.rand(logs.shape, dtype=torch.float64, generator=self._generator)
             gumbel = -(-noise.clamp(min=1e-300).log()).log()
-            ranks, price = self._within_budget(of_ranks, gumbel)
+            ranks, price = self._within_budget(logs, gumbel)
             tilt = self._device_budget.charge(price.to(tilt.device, non_blocking=True))
         if weights is not None:
             self._draws.append(Draw(weights, features.clone(), ranks, locations, tilt))
@@ -140,18 +145,17 @@ class Reinforce:
 
     def most_probable(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The most probable actions, within the budget if there is one; as `draw`."""
-        of_ranks, of_locations = self.probabilities(features.to(self._layer.device))
+        of_ranks, of_locations, logs = self._evaluated(features.to(self._layer.device))
         locations = rounded(of_locations).argmax(1)
         if self._budget is None:
             return rounded(of_ranks).argmax(1), locations
-        return self._within_budget(of_ranks, torch.zeros_like(of_ranks))[0], locations
+        return self._within_budget(logs, torch.zeros_like(logs))[0], locations
 
-    def _within_budget(self, probabilities: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """(indices of the ranks (n,) that meet the budget, λ of each of its parts), given p and e
-        (n, |R|)."""
+    def _within_budget(self, logs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(indices of the ranks (n,) that meet the budget, λ of each of its parts), given log p and
+        e (n, |R|)."""
         assert self._budget is not None
-        scores = rounded(probabilities).clamp(min=1).log() + noise
-        ranks, price = self._budget.allocate(-scores)
+        ranks, price = self._budget.allocate(-(logs + noise))
         self._figures["price"] = price.mean
         return ranks, price
 
@@ -159,26 +163,35 @@ class Reinforce:
         """A copy of Ω, concatenated: `learn` differentiates at the Ω of the draw."""
         return torch.cat([p.detach().view(-1) for p in self._parameters.values()])
 
-    @torch.no_grad()
     def probabilities(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """p of every rank (n, |R|) and location (n, |S|) under the current Ω, on the CPU."""
-        n = len(self._layer)
-        if self.options.mode == "uniform":
-            weights = torch.tensor(self.options.rank_weights or [1.0] * len(self._ranks))
-            ranks, locations = weights.repeat(n, 1), torch.ones(n, self._locations)
-            return ranks / ranks.sum(1, keepdim=True), locations / self._locations
-        both, rank_logits, location_logits = self._evaluate(features)
-        self._figures |= {
-            "entropy_rank": lambda: entropy(rank_logits).mean(),
-            "entropy_location": lambda: entropy(location_logits).mean(),
-        }
-        ranks, locations = both.cpu().split([len(self._ranks), self._locations], 1)
-        return ranks, locations
+        return self._evaluated(features)[:2]
 
-    def _probabilities(self, features: Tensor) -> tuple[Tensor, ...]:
-        """p of ranks and locations, concatenated for one transfer, and their logits."""
-        logits = self._logits(self._parameters, features)
-        return torch.cat([part.softmax(1) for part in logits], 1), *logits
+    @torch.no_grad()
+    def _evaluated(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """p of ranks and locations, and log p of ranks in steps of 1e-4, so that devices that
+        differ in the last bits decide alike; (n, ·) each, on the CPU."""
+        n, ranks, locations = len(self._layer), len(self._ranks), self._locations
+        if self.options.mode == "uniform":
+            weights = torch.tensor(self.options.rank_weights or [1.0] * ranks).repeat(n, 1)
+            of_ranks = weights / weights.sum(1, keepdim=True)
+            of_locations = torch.ones(n, locations) / locations
+            logs = of_ranks.log()
+        else:
+            all_three, rank_logits, location_logits = self._evaluate(features)
+            self._figures |= {
+                "entropy_rank": lambda: entropy(rank_logits).mean(),
+                "entropy_location": lambda: entropy(location_logits).mean(),
+            }
+            of_ranks, of_locations, logs = all_three.cpu().split([ranks, locations, ranks], 1)
+        logs = logs.double().clamp(min=_LEAST).div(_LOG_STEP).round() * _LOG_STEP
+        return of_ranks, of_locations, logs
+
+    def _distributions(self, features: Tensor) -> tuple[Tensor, ...]:
+        """p of ranks and locations and log p of ranks, concatenated for one transfer; logits."""
+        ranks, locations = self._logits(self._parameters, features)
+        parts = [ranks.softmax(1), locations.softmax(1), ranks.log_softmax(1)]
+        return torch.cat(parts, 1), ranks, locations
 
     def learn(self, reward: Tensor) -> None:
         """One step on Ω with the reward of the oldest pending draw.
@@ -199,7 +212,7 @@ class Reinforce:
             self._figures["reward"] = lambda: (
                 newest.padded[-1].cpu()[unit, draw.ranks, draw.locations].nanmean()
             )
-            self._descend(draw.features, draw.weights, reward)
+            self._descend(draw.features, draw.weights, reward, draw.tilt)
         else:
             reward = self._priced(_rounded(reward), draw.ranks)
             self._learn_sampled(draw, reward, self._earlier.all)
@@ -263,8 +276,10 @@ class Reinforce:
         loss = (advantage.to(log_p) * log_p).mean()
         return self._optimizer_step(weights, loss, rank_logits, location_logits)
 
-    def _descend_expected(self, features: Tensor, flat: Tensor, reward: Tensor) -> Sequence[Tensor]:
-        """One step on (1/n) Σ_u Σ_a p(a) R_u(a), with R averaged over the window and, if
+    def _descend_expected(
+        self, features: Tensor, flat: Tensor, reward: Tensor, tilt: Tensor
+    ) -> Sequence[Tensor]:
+        """One step on (1/n) Σ_u Σ_a p_λ(a) R_u(a), with R averaged over the window and, if
         `normalised`, divided by its largest entry."""
         assert self._earlier is not None
         self._earlier.push_(self._priced(_rounded(reward)))
@@ -275,6 +290,7 @@ class Reinforce:
         if self.options.advantage == "normalised":
             mean = mean / mean.abs().amax((1, 2), keepdim=True).clamp(min=1e-300)
         weights, rank_logits, location_logits = self._recompute(flat, features)
+        rank_logits = rank_logits - tilt.to(rank_logits)
         both = rank_logits.softmax(1).unsqueeze(2) * location_logits.softmax(1).unsqueeze(1)
         expected = (both * mean.to(both)).sum((1, 2)).where(_known(reward), 0.0)
         return self._optimizer_step(weights, expected.mean(), rank_logits, location_logits)
@@ -294,7 +310,10 @@ class Reinforce:
 
     def _logits(self, weights: Mapping[str, Tensor], features: Tensor) -> tuple[Tensor, Tensor]:
         inputs = self._layer, self._kind, features
-        return functional_call(self.network, dict(weights), inputs)
+        ranks, locations = functional_call(self.network, dict(weights), inputs)
+        if self._budget is not None:
+            ranks = self._device_budget.centred(ranks)
+        return ranks, locations
 
     def _optimizer_step(
         self, weights: dict[str, Tensor], loss: Tensor, rank_logits: Tensor, location_logits: Tensor

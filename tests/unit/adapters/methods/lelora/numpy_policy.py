@@ -45,18 +45,21 @@ def softmax(z):
     return powers / powers.sum(1, keepdims=True)
 
 
-def probabilities(Ω, features):
-    """Embeddings and features, 1024, 256 and 64 ReLUs, two softmax heads."""
+def probabilities(Ω, features, parts=()):
+    """Embeddings and features, 1024, 256 and 64 ReLUs, two softmax heads; with a budget the logits
+    of ranks are less their means over the units of each of its parts."""
     index = np.arange(len(features))
     h = np.concatenate(
         [Ω["layer.weight"][index // KINDS], Ω["kind.weight"][index % KINDS], features], 1
     )
     for stage in (0, 2, 4):
         h = np.maximum(h @ Ω[f"body.{stage}.weight"].T + Ω[f"body.{stage}.bias"], 0)
-    return tuple(
-        softmax(h @ Ω[f"{head}_head.weight"].T + Ω[f"{head}_head.bias"])
-        for head in ("rank", "location")
+    ranks, locations = (
+        h @ Ω[f"{head}_head.weight"].T + Ω[f"{head}_head.bias"] for head in ("rank", "location")
     )
+    for units in parts:
+        ranks[units] -= ranks[units].mean(0)
+    return softmax(ranks), softmax(locations)
 
 
 def log_p(Ω, features, drawn, idle_location=False):

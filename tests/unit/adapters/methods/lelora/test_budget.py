@@ -8,6 +8,8 @@ import torch
 
 from adapters import seeds
 from adapters.methods.lelora.budget import Budget
+from adapters.methods.lelora.options import PolicyOptions
+from adapters.methods.lelora.reinforce import Reinforce
 from tests.unit.adapters.methods.harness import Bench, check_resume
 from tests.unit.adapters.methods.lelora.numpy_policy import (
     KINDS,
@@ -164,21 +166,33 @@ def gumbel(step, n=UNITS):
     return -np.log(-np.log(u))
 
 
+def rounded_logs(policy, features, within):
+    """log p (n, |R|) under the policy's current Ω."""
+    p, _ = probabilities(parameters(policy), features.double().numpy(), PARTS[within])
+    return np.round(np.log(p), 4)
+
+
+def tilted(p, prices):
+    """p_λ, given p (n, |R|) and λ (n,)."""
+    unscaled = p * np.exp(-prices[:, None] * COSTS)
+    return unscaled / unscaled.sum(1, keepdims=True)
+
+
 @pytest.mark.parametrize("within", PARTS)
 def test_draws_are_at_the_price_of_each_part(within):
     """argmin_r −log p(r) − e(r) + λ r size with λ by part; at the end of it without e."""
     options = {"credit": "attributed", "budget": 1.5, "within": within, "head_scale": 1.0}
     policy, features = reinforce(**options), inputs()
-    p = np.round(policy.probabilities(features)[0].double().numpy() * 1e6)
+    logs = rounded_logs(policy, features, within)
     for step in range(10):
         r, _ = policy.draw(step, features)
-        prices, ranks = by_part(within, np.round(-np.log(p) - gumbel(step), 9), 1.5)
+        prices, ranks = by_part(within, np.round(-logs - gumbel(step), 9), 1.5)
         np.testing.assert_array_equal(r.numpy(), ranks)
         tilt = policy._draws[-1].tilt.numpy()
         np.testing.assert_allclose(tilt, prices[:, None] * COSTS, atol=1e-6)
         assert policy.scalars["price"] == pytest.approx(prices.mean(), abs=1e-8)
     r, _ = policy.most_probable(features)
-    np.testing.assert_array_equal(r.numpy(), by_part(within, np.round(-np.log(p), 9), 1.5)[1])
+    np.testing.assert_array_equal(r.numpy(), by_part(within, -logs, 1.5)[1])
 
 
 def test_a_model_of_one_block_meets_its_budget_as_a_block():
@@ -189,7 +203,7 @@ def test_a_model_of_one_block_meets_its_budget_as_a_block():
         spent = []
         for step in range(40):
             r, _ = policy.draw(step, inputs(KINDS))
-            values = np.round(-np.log(np.round(1e6 / 3)) - gumbel(step, KINDS), 9)
+            values = np.round(1.0986 - gumbel(step, KINDS), 9)  # −log ⅓
             limit = 1.5 * SIZES[:KINDS].sum()
             _, ranks = smallest_price(values, COSTS[:KINDS], limit)
             if within == "layer":
@@ -236,7 +250,8 @@ def test_samples_have_the_tilted_probabilities():
 
 @pytest.mark.parametrize("within", PARTS)
 def test_known_rewards_are_priced_for_the_budget(within):
-    """R̄(r, s) + μ r size with the μ ≥ 0 at which argmin_r min_s meets it, by its largest entry."""
+    """R̄(r, s) + μ r size with the μ ≥ 0 at which argmin_r min_s meets it, by its largest entry, is
+    expected of the tilted policy."""
     options = {**LITERAL, "credit": "counterfactual", "advantage": "normalised", "budget": 1.5,
                "within": within}  # fmt: skip
     policy, features = reinforce(**options), inputs()
@@ -245,6 +260,8 @@ def test_known_rewards_are_priced_for_the_budget(within):
     if within == "layer":  # no component of the second layer is worth anything: it pays nothing
         R[KINDS:] *= -1
     before = parameters(policy)
+    logs = rounded_logs(policy, features, within)
+    of_draw, _ = by_part(within, np.round(-logs - gumbel(0), 9), 1.5)
     policy.draw(0, features)
     policy.learn(torch.from_numpy(R))
     prices = by_part(within, R.min(2), 1.5)[0].clip(0)
@@ -256,8 +273,8 @@ def test_known_rewards_are_priced_for_the_budget(within):
     x = features.double().numpy()
 
     def objective(Ω):
-        p_r, p_s = probabilities(Ω, x)
-        return np.einsum("ur,us,urs->u", p_r, p_s, priced).mean()
+        p_r, p_s = probabilities(Ω, x, PARTS[within])
+        return np.einsum("ur,us,urs->u", tilted(p_r, of_draw), p_s, priced).mean()
 
     check_step(before, parameters(policy), objective, 2.0)
 
@@ -271,17 +288,16 @@ def test_eq_10_is_of_the_tilted_policy(within):
     policy.learn(torch.from_numpy(R[0]))
     before = parameters(policy)
     r, s = (index.numpy() for index in policy.draw(1, features))
-    p = np.round(policy.probabilities(features)[0].double().numpy() * 1e6)
-    prices, _ = by_part(within, np.round(-np.log(p) - gumbel(1), 9), 1.5)
+    logs = rounded_logs(policy, features, within)
+    prices, _ = by_part(within, np.round(-logs - gumbel(1), 9), 1.5)
     assert len(set(prices)) == len(PARTS[within])
     policy.learn(torch.from_numpy(R[1]))
     x, n = features.double().numpy(), np.arange(UNITS)
 
     def objective(Ω):
-        p_r, p_s = probabilities(Ω, x)
-        tilted = p_r * np.exp(-prices[:, None] * COSTS)
-        tilted /= tilted.sum(1, keepdims=True)
-        log_p = np.log(tilted[n, r]) + np.where(r > 0, np.log(p_s[n, s]), 0)
+        p_r, p_s = probabilities(Ω, x, PARTS[within])
+        p_r = tilted(p_r, prices)
+        log_p = np.log(p_r[n, r]) + np.where(r > 0, np.log(p_s[n, s]), 0)
         return ((R[1] - R[0]) * log_p).mean()
 
     check_step(before, parameters(policy), objective, 2.0)
@@ -299,6 +315,35 @@ def test_ranks_follow_worth_and_differ_between_units():
     r, _ = policy.draw(120, features)
     rank = np.array(RANKS)[r.numpy()]
     assert (rank[::2] == 4).all() and rank[1::2].max() < 4 and len(set(rank)) > 1
+
+
+@pytest.mark.parametrize("within", PARTS)
+@pytest.mark.parametrize("best", [1, 2, 4])
+def test_a_small_budget_goes_to_what_is_worth_most(best, within):
+    """Sizes, number of features and likeness of features as of a Llama's blocks. Most matrices are
+    to have nothing, and yet what all have in common does not hide which one is worth most: soon
+    nearly every draw gives it components."""
+    layers, sizes = 6, torch.tensor([1152, 768, 768, 1152, 2112, 2112, 2112])
+    kinds = len(sizes)
+    kind = torch.arange(layers * kinds) % kinds
+    rng = np.random.default_rng(0)
+    features = rng.uniform(0, 2, size=300) + 0.1 * rng.normal(size=(layers * kinds, 300))
+    budget = 2 * float(sizes[best] / sizes.sum()) * 1.01
+    policy = Reinforce(
+        PolicyOptions(credit="counterfactual", budget=budget, within=within),
+        layer=torch.arange(layers * kinds) // kinds, kind=kind, features=300, ranks=[0, 2],
+        locations=3, sizes=sizes[kind], seed=0, device=torch.device("cpu"),
+    )  # fmt: skip
+    features = torch.from_numpy(features).float()
+    worth = np.where(kind.numpy() == best, 2.0, 1.0) * sizes[kind].numpy()
+    drawn = []
+    for step in range(20):
+        drawn.append(policy.draw(step, features)[0].numpy())
+        noisy = worth[:, None] * rng.uniform(0.8, 1.2, size=(len(kind), 1)) * np.array([0, 2])
+        policy.learn(torch.from_numpy(-np.repeat(noisy[:, :, None], 3, 2)))
+    assert np.mean(drawn[5:], axis=0)[kind == best].mean() > 0.95
+    ranks, _ = policy.most_probable(features)
+    np.testing.assert_array_equal(ranks.numpy(), kind.numpy() == best)
 
 
 @pytest.mark.parametrize(

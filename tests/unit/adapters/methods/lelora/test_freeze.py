@@ -87,16 +87,16 @@ def test_a_part_of_w_stays(coordinates):
 
 def test_the_last_decision_is_the_most_probable_one(monkeypatch):
     shown = []
-    probabilities = Reinforce.probabilities
+    evaluated = Reinforce._evaluated
     monkeypatch.setattr(
-        Reinforce, "probabilities",
-        lambda self, features: shown.append(probabilities(self, features)) or shown[-1],
+        Reinforce, "_evaluated",
+        lambda self, features: shown.append(evaluated(self, features)) or shown[-1],
     )  # fmt: skip
     free, bound = bench_of(), bench_of(budget=2.0)
     for bench in (free, bound):
         shown.clear()
         bench.run(4)
-        p_r, p_s = (p.double().numpy() for p in shown[-1])
+        p_r, p_s, logs = (p.double().numpy() for p in shown[-1])
         assert len(shown) == 4
         ranks = np.array(list(bench.decisions[3].ranks.values()))
         places = [["primary", "medium", "minor"][i] for i in p_s.argmax(1)]
@@ -109,7 +109,7 @@ def test_the_last_decision_is_the_most_probable_one(monkeypatch):
         spent = (2 * every * sizes).sum(1)
         own = (spent[(2 * every == ranks).all(1)])[0]
         assert own <= 2 * sizes.sum()
-        likely = np.log(p_r)[np.arange(4), every].sum(1)
+        likely = logs[np.arange(4), every].sum(1)
         found = likely[(2 * every == ranks).all(1)][0]
         # the likeliest of those that spend as much
         assert found >= likely[spent == own].max() - 1e-4
