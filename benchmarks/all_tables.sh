@@ -13,16 +13,16 @@
 set -euo pipefail
 out=$1 minutes=$2 smollm2=$3 minilm=$4 data=$5
 here=$(dirname "$0")
-attempts=lora,gradient,gradient_r1,omega,lalora_proposed,lelora_locations,activation,weightlora_plus_kept,gradient_r2,gradient_ranks_r2
+attempts=lora,gradient,gradient_r1,omega,lalora_proposed,lelora_locations,activation,lelora_medium,weightlora_plus_kept,gradient_r2,gradient_ranks_r2
 some=lora,gradient,omega,lalora_proposed
 tasks() { for task in "$@"; do echo "$here/smollm2_$task.yaml"; done; }
 
 group() {  # number of the group; a comparison's arguments beside OUT, in the order of what matters
     case $1 in
         0) set -- $(tasks lelora_sparse) -- ;;
-        1) set -- $(tasks lelora_budget) -- ;;
+        1) set -- $(tasks gsm8k arc_easy openbookqa boolq sst2 mrpc rte cola) -- --methods $attempts ;;
         2) set -- $(tasks matrices) -- ;;
-        3) set -- $(tasks gsm8k arc_easy openbookqa boolq sst2 mrpc rte cola) -- --methods $attempts ;;
+        3) set -- $(tasks lelora_budget) -- ;;
         4) set -- $(tasks gsm8k arc_easy) -- --variant quarter --methods $some ;;
         5) set -- $(tasks cola mrpc rte) -- --variant quarter --methods $some ;;
         6) set -- $(tasks ablations) -- ;;

@@ -5,9 +5,11 @@ import ctypes
 import datetime
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
+import threading
 import time
 import traceback
 from collections.abc import Mapping
@@ -44,8 +46,18 @@ def prepare(count: Any) -> None:
     with count.get_lock():
         _index = count.value
         count.value += 1
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Else each starts a pool of its own, of as many processes as there are cores.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+def _end_with_parent() -> None:
+    """End with the comparison, however that ended: it may have been killed, and a worker that waits
+    for its next run holds memory of a GPU."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def device() -> "torch.device":

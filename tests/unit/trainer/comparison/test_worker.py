@@ -2,9 +2,13 @@
 
 import gc
 import multiprocessing
+import subprocess
+import sys
 import weakref
 from concurrent.futures import ProcessPoolExecutor
 
+import psutil
+import pytest
 import torch
 
 from tests.helpers import quick_config
@@ -63,6 +67,31 @@ def test_nothing_of_a_run_stays(tmp_path, monkeypatch):
 
 
 drivers: list["Driver"] = []
+
+
+COMPARISON = """
+import multiprocessing, os, signal
+from concurrent.futures import ProcessPoolExecutor
+from trainer.comparison.worker import prepare
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, prepare, (context.Value("i", 0),)) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit({work}) if {work} else None
+        signal.pause()
+"""
+
+
+@pytest.mark.parametrize("work", ["None", "signal.pause"])
+def test_workers_end_with_a_comparison_that_is_killed(tmp_path, work):
+    script = tmp_path / "comparison.py"
+    script.write_text(COMPARISON.format(work=work))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        worker_process = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+    worker_process.wait(60)
+    assert not worker_process.is_running()
 
 
 class Driver:
