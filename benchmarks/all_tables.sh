@@ -6,7 +6,7 @@
 # OUT begins with the results kept in benchmarks/results and is resumed. Every GPU has LANES (2) lanes of WORKERS (10)
 # runs at a time, through MPS where it is there; a lane takes the next group of comparisons, the first being those that
 # matter most, so that the last runs of one group are made beside the first ones of another. Also CORES of a GPU (16),
-# GPUS by number (all), FIRST group (0).
+# GPUS by number, with spaces between (all), FIRST group (0). One call at a time for an OUT, which should be of today's files.
 # Afterwards, here or where OUT was copied to (its results.jsonl files are enough):
 #
 #     bash benchmarks/all_tables.sh OUT 0 SMOLLM2 MINILM DATA && python docs/make_results.py
@@ -71,8 +71,8 @@ if [ "$minutes" = 0 ]; then
 fi
 ends=$(($(date +%s) + minutes * 60))
 echo "${FIRST:-0}" > "$out/groups"
-lanes=()
-for gpu in ${GPUS:-$(seq 0 $(($(nvidia-smi -L | wc -l) - 1)))}; do
+gpus=${GPUS:-$(nvidia-smi -L | awk '{print NR - 1}')} lanes=()
+for gpu in $gpus; do
     if command -v nvidia-cuda-mps-control > /dev/null; then
         mkdir -p "$out/mps$gpu/pipe" "$out/mps$gpu/log"
         CUDA_VISIBLE_DEVICES=$gpu CUDA_MPS_PIPE_DIRECTORY=$out/mps$gpu/pipe CUDA_MPS_LOG_DIRECTORY=$out/mps$gpu/log nvidia-cuda-mps-control -d
@@ -83,6 +83,7 @@ for gpu in ${GPUS:-$(seq 0 $(($(nvidia-smi -L | wc -l) - 1)))}; do
     done
 done
 wait "${lanes[@]}"
-for pipe in "$out"/mps*/pipe; do
+for gpu in $gpus; do
+    pipe=$out/mps$gpu/pipe
     [ ! -e "$pipe" ] || echo quit | CUDA_MPS_PIPE_DIRECTORY=$pipe nvidia-cuda-mps-control || true
 done

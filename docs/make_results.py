@@ -27,8 +27,9 @@ def filled(page: str, tables: Path) -> str:
 
     def with_table(block: re.Match[str]) -> str:
         file = tables / block[2]
-        table = file.read_text(encoding="utf-8").strip() if file.exists() else NONE
-        return f"{block[1]}\n{table}\n\n{block[3]}"
+        table = file.read_text(encoding="utf-8").strip() if file.exists() else ""
+        is_empty = table.partition("\n\n")[0].count("\n") < 2  # beside its head and a line
+        return f"{block[1]}\n{NONE if is_empty else table}\n\n{block[3]}"
 
     return _BLOCK.sub(with_table, page)
 

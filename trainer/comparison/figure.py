@@ -22,7 +22,7 @@ def draw(schedule: Schedule, rows: Sequence[Row], target: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     curve = sorted((r for r in shown if schedule.is_lora(r.arm)), key=lambda row: row.trained)
     if curve:
-        errors = [row.spread / max(1, len(row.runs)) ** 0.5 for row in curve]
+        errors = [(row.spread or 0.0) / max(1, len(row.runs)) ** 0.5 for row in curve]
         sizes, means = [row.trained for row in curve], [row.mean for row in curve]
         axes.errorbar(sizes, means, errors, fmt="k.-", capsize=2, label="LoRA (± standard error)")
         for row in curve:

@@ -15,7 +15,9 @@ methods:
   uniform: {like: lelora, overrides: [method.policy.mode=uniform], rate_of: lelora,
             against: lelora}
   replayed: {like: lelora, replays: lelora}      # its last allocation, seed by seed, from step 0
-variants: {nf4: [model.quantization=nf4]}    # chosen at the command line
+variants:                              # chosen at the command line
+  nf4: [model.quantization=nf4]
+  few: {overrides: [data.train_records=800], learning_rates: [2.5e-4, 5e-4, 1e-3]}
 extends: common.yaml                   # a file whose keys these complete; null removes one, and
                                            # "*": null all
 """
@@ -77,13 +79,21 @@ class Arm(Section):
         return self
 
 
+class Variant(Section):
+    """A change of all runs."""
+
+    overrides: list[str] = []
+    learning_rates: list[float] | None = None
+    """Where every arm's search begins, in place of what the file says; none: no change."""
+
+
 class Comparison(Section):
     """Keys of a comparison's file (see the module's docstring)."""
 
     base: str
     places: dict[str, str] = {}
     overrides: list[str] = []
-    variants: dict[str, list[str]] = {}
+    variants: dict[str, Variant] = {}
     score: str = "eval_loss"
     learning_rates: list[float] = Field(min_length=1)
     """A single one is not searched for."""
@@ -98,10 +108,10 @@ class Comparison(Section):
     match_parameters: bool = True
     """Add the LoRA of the least rank with as many parameters as each method."""
 
-    @field_validator("methods", mode="before")
+    @field_validator("methods", "variants", mode="before")
     @classmethod
     def _lists(cls, given: object) -> object:
-        """A list stands for an arm's overrides."""
+        """A list stands for the overrides of an arm or a variant."""
         if not isinstance(given, Mapping):
             return given
         return {n: {"overrides": a} if isinstance(a, list) else a for n, a in given.items()}
@@ -123,6 +133,7 @@ class Comparison(Section):
         for key, rates in (
             ("learning_rates", self.learning_rates),
             *((f"methods.{n}.learning_rates", a.learning_rates) for n, a in self.methods.items()),
+            *((f"variants.{n}.learning_rates", v.learning_rates) for n, v in self.variants.items()),
         ):
             for rate in rates or []:
                 if not rate > 0:
@@ -178,7 +189,9 @@ def read_comparison(
         if name not in comparison.variants:
             accepted = ", ".join(comparison.variants) or "none"
             raise UserError(f"--variant: {name} given; accepted in {path}: {accepted}")
-        added = [*comparison.variants[name], *added]
+        added = [*comparison.variants[name].overrides, *added]
+    for name in variants:
+        comparison = _begun_at(comparison, comparison.variants[name].learning_rates)
     for name in places or {}:
         if name not in comparison.places:
             accepted = ", ".join(comparison.places) or "none"
@@ -190,6 +203,17 @@ def read_comparison(
             "methods": _kept(comparison, methods),
         }
     )
+
+
+def _begun_at(comparison: Comparison, rates: list[float] | None) -> Comparison:
+    """The comparison whose searches all begin at the rates, unless these are none."""
+    if rates is None:
+        return comparison
+    arms = {
+        name: arm.model_copy(update={"learning_rates": None})
+        for name, arm in comparison.methods.items()
+    }
+    return comparison.model_copy(update={"learning_rates": rates, "methods": arms})
 
 
 def _kept(comparison: Comparison, names: Sequence[str] | None) -> dict[str, Arm]:

@@ -23,14 +23,14 @@ class Row:
     learning_rate: float | None = None
     is_edge: bool = False
     mean: float = 0.0
-    spread: float = 0.0
-    """Standard deviation over the seeds."""
+    spread: float | None = None
+    """Standard deviation over the seeds, of two or more."""
     trained: float = 0.0
     own: Interval | None = None
     """Of its score."""
     against: str | None = None
     difference: Interval | None = None
-    """Of its score minus that of `against`."""
+    """Of its score minus that of `against`; of two or more pairs of seeds."""
     pairs: int = 0
     """Seeds of which both have a run."""
     p: float | None = None
@@ -50,10 +50,14 @@ class Row:
 
 
 def rows(schedule: Schedule) -> list[Row]:
-    """All arms, the best first, those without a run last."""
+    """All arms, the best first, then those without a run of every seed, then those without any."""
     found = [_row(schedule, arm) for arm in schedule.arms()]
     sign = 1 if MEASURES[schedule.jobs.comparison.score].less_is_better else -1
-    return sorted(found, key=lambda row: (not row.runs, sign * row.mean))
+
+    def place(row: Row) -> tuple[bool, bool, float]:
+        return not row.runs, len(row.runs) + row.failed < row.asked, sign * row.mean
+
+    return sorted(found, key=place)
 
 
 def _row(schedule: Schedule, arm: str) -> Row:
@@ -77,12 +81,12 @@ def _row(schedule: Schedule, arm: str) -> Row:
         seeds = [seed for seed in good if seed in others]
         pairs = len(seeds)
         paired = [good[s]["records"] for s in seeds], [others[s]["records"] for s in seeds]
-        if seeds:
+        if pairs > 1:
             found = difference(measure, *paired)
             p = mcnemar(*paired) if name == "eval_accuracy" else None
     return Row(
         arm, list(good.values()), failed, asked, rates.best, rates.is_edge,
-        statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0,
+        statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None,
         statistics.mean(active), score(measure, kept) if whole else None,
         against, found, pairs, p,
     )  # fmt: skip
@@ -99,7 +103,7 @@ def markdown(schedule: Schedule, found: Sequence[Row]) -> str:
     comparison = schedule.jobs.comparison
     less = MEASURES[comparison.score].less_is_better
     lines = [
-        f"| arm | {comparison.score} | minus LoRA of as many parameters, 95 % interval | against "
+        f"| arm | {comparison.score} | minus the arm it is compared with, 95 % interval | against "
         "| verdict | p | trained | touched | exported | learning rate | step, ms | peak, GiB "
         "| runs |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -115,9 +119,10 @@ def markdown(schedule: Schedule, found: Sequence[Row]) -> str:
             lines.append(f"| {row.arm} | none | | | | | | | | {rate} | | | {runs} |")
             continue
         change = row.difference
+        spread = "" if row.spread is None else f" ± {row.spread:.4f}"
         cells = (
             row.arm,
-            f"{row.mean:.4f} ± {row.spread:.4f}",
+            f"{row.mean:.4f}{spread}",
             f"{change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}]" if change else "",
             row.against or "",
             row.verdict(less),

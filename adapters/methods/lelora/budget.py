@@ -55,10 +55,15 @@ class Budget:
         return price[self.part].unsqueeze(1) * self.costs
 
     def centred(self, logits: Tensor) -> Tensor:
-        """Logits (n, |R|) less their means over the units of each part."""
+        """Logits (n, |R|) less the slope along the rank, by least squares, that the units of each
+        part have in common. Their curvature stays: it says how equal the ranks should be."""
+        rank = (self.costs / self.costs.amax(1, keepdim=True).clamp(min=1)).to(logits)
+        away = rank - rank.mean(1, keepdim=True)
         numbers = torch.arange(len(self.limits), device=self.part.device)
         of_part = (self.part == numbers.unsqueeze(1)).to(logits)  # a product: sums in one order
-        return logits - (of_part @ logits / of_part.sum(1, keepdim=True))[self.part]
+        spread = of_part @ away.square().sum(1)
+        slope = of_part @ (away * logits).sum(1) / spread.clamp(min=1e-12)
+        return logits - slope[self.part].unsqueeze(1) * rank
 
     def chosen(self, values: Tensor, price: Tensor) -> Tensor:
         """The cost (n,) of each unit's choice, given v (n, |R|)."""

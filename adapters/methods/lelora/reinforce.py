@@ -20,8 +20,9 @@ r_u = argmax_r log p(r | ξ_u) + e_u(r) − λ r size_u with Gumbel noise e is a
 budget (`budget.py`). What is learned from is p_λ, with λ as a constant, in the place of p above.
 Where all rewards are known they are priced too, R_u(r, s) + μ r size_u, with μ ≥ 0 such that the
 units' best ranks, argmin_r min_s, meet the budget: the policy learns which units are worth their
-parameters. Without the tilt it would learn first what most units have in common, that a small
-budget gives them nothing, and p(r > 0) would vanish for all before they differ.
+parameters. With a budget logits have no slope along the rank in common (`Budget.centred`): it
+would be learned first, since a small budget has nothing for most units, and p(r > 0) vanish for all
+before they differ; a price makes up for it only in proportion to size.
 
 All of this runs on rank 0.
 """
@@ -45,7 +46,7 @@ from adapters.methods.lelora.policy import (
     rounded,
     sample,
 )
-from adapters.methods.lelora.window import SlidingWindow
+from adapters.methods.lelora.window import SlidingWindow, spread_of
 
 _LOG_STEP = 1e-4
 _LEAST = -1e4
@@ -197,7 +198,7 @@ class Reinforce:
         """One step on Ω with the reward of the oldest pending draw.
 
         Shape (1,): one reward for all units; (n,): per unit; (n, |R|, |S|): per unit and action.
-        Units with a non-finite reward contribute no gradient, and their baseline stays unchanged.
+        Units with a non-finite reward have no term in the loss, and their baseline stays unchanged.
         """
         draw = self._draws.popleft()
         reward = reward.double().to(self._layer.device)
@@ -227,7 +228,7 @@ class Reinforce:
         baseline = self._baseline(earlier)
         self._figures["baseline"] = baseline.nanmean
         normalised = self.options.advantage == "normalised"
-        spread = _spread(earlier) if normalised else torch.ones_like(reward)
+        spread = spread_of(earlier) if normalised else torch.ones_like(reward)
         if spread is not None:
             advantage = (reward - baseline) / spread.clamp(min=1e-300)
             if normalised:  # 0 while the earlier rewards are constant; outliers are clipped
@@ -372,15 +373,6 @@ class Reinforce:
 def _known(reward: Tensor) -> Tensor:
     """(n,) bool: the units whose rewards are all finite."""
     return reward.isfinite().view(len(reward), -1).all(1)
-
-
-def _spread(earlier: Tensor) -> Tensor | None:
-    """Standard deviation of the earlier rewards, 0 for a unit with fewer than two; None if no unit
-    has two."""
-    if len(earlier) < 2:
-        return None
-    squares = (earlier - earlier.nanmean(0)).square().nansum(0)
-    return (squares / (earlier.isfinite().sum(0) - 1).clamp(min=1)).sqrt()
 
 
 def _rounded(reward: Tensor) -> Tensor:

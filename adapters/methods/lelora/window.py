@@ -1,4 +1,4 @@
-"""A sliding window over tensors of one shape, in one fixed buffer."""
+"""A sliding window over tensors of one shape, in one fixed buffer, and how far they differ."""
 
 import torch
 from torch import Tensor
@@ -32,3 +32,12 @@ class SlidingWindow:
     def counted(self) -> None:
         """Account for one `push_`."""
         self.count = min(self.count + 1, len(self.padded))
+
+
+def spread_of(earlier: Tensor) -> Tensor | None:
+    """Standard deviation of the earlier rewards, 0 for a unit with fewer than two; None if no unit
+    has two."""
+    if len(earlier) < 2:
+        return None
+    squares = (earlier - earlier.nanmean(0)).square().nansum(0)
+    return (squares / (earlier.isfinite().sum(0) - 1).clamp(min=1)).sqrt()

@@ -74,6 +74,20 @@ def test_a_file_completes_the_one_that_it_extends(tmp_path):
         read_comparison(file)
 
 
+def test_a_variant_begins_all_searches_elsewhere(tmp_path):
+    arms = {"lora": {"learning_rates": [1e-3, 2e-3]}, "a": []}
+    variants = {"few": {"overrides": ["run.steps=3"], "learning_rates": [1e-4, 2e-4]}}
+    file = written(tmp_path, **PLAIN | {"methods": arms, "variants": variants})
+    assert read_comparison(file).methods["lora"].learning_rates == [1e-3, 2e-3]
+    given = read_comparison(file, variants=["few"])
+    assert given.learning_rates == [1e-4, 2e-4] and "run.steps=3" in given.overrides
+    assert all(arm.learning_rates is None for arm in given.methods.values())
+    variants["few"]["learning_rates"] = [1e-4, 3e-4]
+    file = written(tmp_path, **PLAIN | {"variants": variants})
+    with pytest.raises(UserError, match="each twice the one before"):
+        read_comparison(file)
+
+
 def test_arms_that_others_need_are_kept(tmp_path):
     arms = {"lora": [], "a": [], "b": {"rate_of": "a", "against": "lora"}, "c": []}
     file = written(tmp_path, **PLAIN | {"methods": arms})

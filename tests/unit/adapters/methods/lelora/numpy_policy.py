@@ -47,7 +47,7 @@ def softmax(z):
 
 def probabilities(Ω, features, parts=()):
     """Embeddings and features, 1024, 256 and 64 ReLUs, two softmax heads; with a budget the logits
-    of ranks are less their means over the units of each of its parts."""
+    of ranks are less the mean slope along the rank of the units of each of its parts."""
     index = np.arange(len(features))
     h = np.concatenate(
         [Ω["layer.weight"][index // KINDS], Ω["kind.weight"][index % KINDS], features], 1
@@ -58,7 +58,8 @@ def probabilities(Ω, features, parts=()):
         h @ Ω[f"{head}_head.weight"].T + Ω[f"{head}_head.bias"] for head in ("rank", "location")
     )
     for units in parts:
-        ranks[units] -= ranks[units].mean(0)
+        slopes = [np.polyfit(RANKS, z, 1)[0] for z in ranks[units]]
+        ranks[units] -= np.mean(slopes) * np.array(RANKS)
     return softmax(ranks), softmax(locations)
 
 

@@ -346,6 +346,19 @@ def test_a_small_budget_goes_to_what_is_worth_most(best, within):
     np.testing.assert_array_equal(ranks.numpy(), kind.numpy() == best)
 
 
+@pytest.mark.parametrize("within", PARTS)
+def test_ranks_are_equal_where_all_gain_alike_and_less_with_every_component(within):
+    """What all units have in common over the ranks, but for a slope, is learned too."""
+    policy = reinforce(credit="counterfactual", budget=2.0, within=within)
+    features, rng = inputs(), np.random.default_rng(0)
+    gain = SIZES[:, None] * np.sqrt(RANKS)
+    for step in range(40):
+        policy.draw(step, features)
+        noisy = gain * rng.uniform(0.9, 1.1, size=(UNITS, 1))
+        policy.learn(torch.from_numpy(-np.repeat(noisy[:, :, None], 3, 2)))
+    assert np.array(RANKS)[policy.most_probable(features)[0].numpy()].tolist() == [2] * UNITS
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
