@@ -167,12 +167,15 @@ def test_the_tables_of_results_are_those_of_the_kept_results():
 
 
 def test_tables_replace_what_was_between_their_marks(tmp_path):
-    (tmp_path / "a.md").write_text("| new |\n")
+    head = "| arm |\n|---|\n"
+    (tmp_path / "a.md").write_text(f"{head}| new |\n")
     page = "x\n<!-- table: a.md -->\n| old |\n<!-- end -->\ny\n<!-- end -->\n"
     once = results.filled(page, tmp_path)
-    expected = "x\n<!-- table: a.md -->\n\n| new |\n\n<!-- end -->\ny\n<!-- end -->\n"
+    expected = f"x\n<!-- table: a.md -->\n\n{head}| new |\n\n<!-- end -->\ny\n<!-- end -->\n"
     assert once == results.filled(once, tmp_path) == expected
     assert f"\n\n{results.NONE}\n\n" in results.filled(page, tmp_path / "none")
+    (tmp_path / "a.md").write_text(f"{head}\nScore: none so far.\n")
+    assert f"\n\n{results.NONE}\n\n" in results.filled(page, tmp_path)
 
 
 def test_tables_are_remade_of_what_is_kept_tasks_together_by_variant(tmp_path):
