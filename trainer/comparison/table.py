@@ -39,7 +39,7 @@ class Row:
     def verdict(self, less_is_better: bool) -> str:
         """Only where the interval excludes 0, and all seeds of both arms count."""
         if self.difference is None:
-            return ""
+            return "incomplete" if self.pairs else ""
         if self.failed:
             return f"{self.failed} of {self.asked} failed"
         if self.pairs < self.asked:

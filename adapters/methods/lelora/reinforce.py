@@ -131,7 +131,7 @@ class Reinforce:
         uniform = torch.rand(2, n, dtype=torch.float64, generator=self._generator)
         features = features.to(self._layer.device)
         weights = self._copied() if self.options.mode == "learned" else None
-        of_ranks, of_locations, logs = self._evaluated(features)
+        of_ranks, of_locations, logs = self.probabilities(features)
         locations, tilt = sample(of_locations, uniform[1]), torch.zeros_like(self._costs)
         if self._budget is None:
             ranks = sample(of_ranks, uniform[0])
@@ -146,7 +146,7 @@ class Reinforce:
 
     def most_probable(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The most probable actions, within the budget if there is one; as `draw`."""
-        of_ranks, of_locations, logs = self._evaluated(features.to(self._layer.device))
+        of_ranks, of_locations, logs = self.probabilities(features.to(self._layer.device))
         locations = rounded(of_locations).argmax(1)
         if self._budget is None:
             return rounded(of_ranks).argmax(1), locations
@@ -164,14 +164,10 @@ class Reinforce:
         """A copy of Ω, concatenated: `learn` differentiates at the Ω of the draw."""
         return torch.cat([p.detach().view(-1) for p in self._parameters.values()])
 
-    def probabilities(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """p of every rank (n, |R|) and location (n, |S|) under the current Ω, on the CPU."""
-        return self._evaluated(features)[:2]
-
     @torch.no_grad()
-    def _evaluated(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """p of ranks and locations, and log p of ranks in steps of 1e-4, so that devices that
-        differ in the last bits decide alike; (n, ·) each, on the CPU."""
+    def probabilities(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """p of every rank (n, |R|) and location (n, |S|), and log p of ranks in steps of 1e-4, so
+        that devices that differ in the last bits decide alike; under the current Ω, on the CPU."""
         n, ranks, locations = len(self._layer), len(self._ranks), self._locations
         if self.options.mode == "uniform":
             weights = torch.tensor(self.options.rank_weights or [1.0] * ranks).repeat(n, 1)

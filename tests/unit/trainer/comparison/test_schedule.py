@@ -130,6 +130,19 @@ def test_an_unfinished_comparison_has_a_table(schedule):
     assert "| lora |" in markdown(schedule, rows(schedule))
 
 
+def test_one_seed_has_no_spread_and_no_interval_and_comes_last(schedule, tmp_path):
+    partial = Schedule(schedule.jobs, "c0de")
+    for job in run_all(schedule):
+        if job.method != "same" or job.seed == 0:
+            partial.add(schedule.result(job))
+    last = rows(partial)[-1]  # though LoRA of r = 1 is worse
+    assert last.arm == "same" and last.spread is None and last.difference is None
+    assert last.verdict(True) == "incomplete"
+    line = next(s for s in markdown(partial, rows(partial)).splitlines() if s.startswith("| same"))
+    assert "±" not in line and "[" not in line and "1 of 3" in line
+    draw(partial, rows(partial), tmp_path / "figure.png")
+
+
 def test_results_of_other_code_count_only_where_asked(tmp_path):
     for code, count in (("other", 0), ("c0de", 1), (None, 1)):
         schedule = Schedule(Jobs(comparison(), tmp_path), code)

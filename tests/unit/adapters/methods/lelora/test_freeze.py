@@ -87,10 +87,10 @@ def test_a_part_of_w_stays(coordinates):
 
 def test_the_last_decision_is_the_most_probable_one(monkeypatch):
     shown = []
-    evaluated = Reinforce._evaluated
+    probabilities = Reinforce.probabilities
     monkeypatch.setattr(
-        Reinforce, "_evaluated",
-        lambda self, features: shown.append(evaluated(self, features)) or shown[-1],
+        Reinforce, "probabilities",
+        lambda self, features: shown.append(probabilities(self, features)) or shown[-1],
     )  # fmt: skip
     free, bound = bench_of(), bench_of(budget=2.0)
     for bench in (free, bound):
