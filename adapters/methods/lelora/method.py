@@ -44,8 +44,6 @@ from adapters.methods.lelora.rewards import (
     by_action,
     counterfactual,
     per_step,
-    row_sizes,
-    row_sums,
     unit_steps,
 )
 from adapters.methods.lora import started_rows
@@ -170,7 +168,9 @@ class LeLoRA(SpectralMethod):
         elif policy.credit == "counterfactual":
             self._before = optimizer.trained_gradients.clone()
             if policy.score == "per_step":
-                self._step_squares = unit_steps(optimizer, self._before, self.units, self._gates)
+                self._step_squares = unit_steps(
+                    optimizer, self._before, self.units, self._gates, policy.step
+                )
 
     def after_step(
         self, step: int, optimizer: MaskedAdamW, *, skipped: bool, validate: Validate
@@ -224,9 +224,8 @@ class LeLoRA(SpectralMethod):
     def _counterfactual_rewards(self, optimizer: MaskedAdamW, earlier: Tensor) -> Tensor:
         """R_u(r, s) = Σ_{j in slice} `counterfactual`_j, (n, |R|, |S|); with `score: per_step` over
         the slice's ‖δW‖."""
-        later = optimizer.trained_gradients
-        dots, squares = row_sums(optimizer, earlier * later), row_sums(optimizer, earlier.square())
-        reward = self._by_action(counterfactual(dots, squares, row_sizes(self.units, dots)))
+        components = counterfactual(optimizer, earlier, self.units, self.options.policy.step)
+        reward = self._by_action(components)
         if self._step_squares is not None:
             reward = per_step(reward, self._by_action(self._step_squares))
         return reward

@@ -13,6 +13,7 @@ from adapters.unit import Unit
 _ONLY_WITH = {
     "alpha": ("global",),
     "loss": ("global",),
+    "step": ("counterfactual",),
     "score": ("attributed", "counterfactual"),
     "baseline": ("attributed", "global"),
     "idle_location": ("attributed", "global"),
@@ -43,6 +44,10 @@ class PolicyOptions(Section):
     signal: Literal["auto", "validation", "next_batch"] = "auto"
     """Loss of the reward: on records held out from the training data, or on the next training
     batch, whose gradient is computed anyway. auto: validation if credit=global, else next_batch."""
+    step: Literal["adam", "gradient"] = "gradient"
+    """The unit step that credit=counterfactual scores: every scalar by one against the sign of its
+    gradient, as Adam's first step (adam), or along the gradient, of root mean square one
+    (gradient), which few large entries dominate."""
     score: Literal["loss", "per_step"] = "loss"
     """Rewards of a unit: the change of the loss, or that divided by the Frobenius norm ‖δW‖ of the
     step that makes it, which does not favour directions for the length of their steps."""

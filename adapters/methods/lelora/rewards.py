@@ -5,12 +5,15 @@ better.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from adapters.optimizer import MaskedAdamW
 from adapters.unit import Unit
+
+Step = Literal["adam", "gradient"]
 
 
 def row_sums(optimizer: MaskedAdamW, flat: Tensor) -> Tensor:
@@ -25,14 +28,20 @@ def row_sizes(units: Sequence[Unit], like: Tensor) -> Tensor:
     return torch.tensor(sizes).to(like).unsqueeze(2)
 
 
-def counterfactual(dots: Tensor, squares: Tensor, sizes: Tensor) -> Tensor:
-    """−Σ_{A, g, B} ⟨G_j, G′_j⟩ / rms(G_j), (n, R): the first-order change of one batch's loss by a
-    unit step of component j along another batch's gradient.
+def counterfactual(
+    optimizer: MaskedAdamW, gradient: Tensor, units: Sequence[Unit], step: Step
+) -> Tensor:
+    """Σ_{A, g, B} ⟨δ_j, G′_j⟩, (n, R): the first-order change of the current batch's loss by a unit
+    step δ_j of component j against another batch's `gradient` G: −sign(G_j), Adam's first, or
+    −G_j / rms(G_j), 0 where G_j = 0, to which a few large entries contribute more than to Adam's.
 
-    `dots`: ⟨G_j, G′_j⟩, `squares`: ‖G_j‖², both (n, roles, R). The batches are independent, so
-    gradient noise does not appear as progress.
+    The batches are independent, so gradient noise does not appear as progress.
     """
-    rms = (squares / sizes).sqrt()
+    later = optimizer.trained_gradients
+    if step == "adam":
+        return -row_sums(optimizer, gradient.sign() * later).sum(1)
+    dots, squares = row_sums(optimizer, gradient * later), row_sums(optimizer, gradient.square())
+    rms = (squares / row_sizes(units, squares)).sqrt()
     return -torch.where(rms > 0, dots / rms.clamp(min=1e-300), 0.0).sum(1)
 
 
@@ -58,11 +67,12 @@ def per_step(reward: Tensor, squares: Tensor) -> Tensor:
 
 
 def unit_steps(
-    optimizer: MaskedAdamW, gradient: Tensor, units: Sequence[Unit], gates: Tensor
+    optimizer: MaskedAdamW, gradient: Tensor, units: Sequence[Unit], gates: Tensor, step: Step
 ) -> Tensor:
-    """‖δW_j‖² (n, R) of unit steps along `gradient`, which has the layout of `optimizer.values`."""
-    moves = row_sums(optimizer, gradient.abs()) > 0
-    changes = torch.where(moves, row_sizes(units, moves.double()), 0.0)
+    """‖δW_j‖² (n, R) of the unit steps of `counterfactual`."""
+    changes = row_sums(optimizer, gradient.sign().abs())
+    if step == "gradient":
+        changes = torch.where(changes > 0, row_sizes(units, changes), 0.0)
     return step_squares(row_sums(optimizer, optimizer.values.square()), changes, gates)
 
 

@@ -130,33 +130,38 @@ def test_delta_exports_what_was_touched():
     assert 0 < touched < 12 * len(bench.units)
 
 
-def lengths(now, gradients, j):
+def unit_step(G, step):
+    """Adam's first step, or one along the gradient, without their sign."""
+    G = np.atleast_1d(G)
+    if step == "adam":
+        return np.where(G > 0, 1.0, np.where(G < 0, -1.0, 0.0))
+    rms = np.sqrt((G**2).mean())
+    return G / rms if rms else 0 * G
+
+
+def lengths(now, gradients, j, step):
     """The three first-order parts of component j's change of W, as matrices, by unit steps."""
-
-    def unit_step(role):
-        G = np.atleast_1d(gradients[role][j])
-        rms = np.sqrt((G**2).mean())
-        return G / rms if rms else 0 * G
-
     A, g, B = now.A[j], now.g[j], now.B[j]
-    parts = [g * np.outer(unit_step("B"), A), g * np.outer(B, unit_step("A"))]
-    return parts, unit_step("g") * np.outer(B, A)
+    along = {role: unit_step(gradients[role][j], step) for role in "AgB"}
+    parts = [g * np.outer(along["B"], A), g * np.outer(B, along["A"])]
+    return parts, along["g"] * np.outer(B, A)
 
 
 @each
 @pytest.mark.parametrize("score", ["loss", "per_step"])
-def test_counterfactual_rewards(coordinates, score, monkeypatch):
+@pytest.mark.parametrize("step", ["adam", "gradient"])
+def test_counterfactual_rewards(coordinates, score, step, monkeypatch):
     """Worth of each component over the roles that train, per length of the slice's step."""
     found = []
     learn = Reinforce.learn
     monkeypatch.setattr(
         Reinforce, "learn", lambda self, reward: found.append(reward.clone()) or learn(self, reward)
     )
-    bench = bench_of(coordinates, {"score": score})
+    bench = bench_of(coordinates, {"score": score, "step": step})
     roles = ["A", "g", "B"] if coordinates == "singular" else ["A", "B"]
     expected, before = [], None
-    for step in range(4):
-        bench.batch = slice(6 * step, 6 * step + 6)
+    for number in range(4):
+        bench.batch = slice(6 * number, 6 * number + 6)
         now = twins(bench)
         gradients = [twin.gradients(bench.batch) for twin in now]
         if before is not None:
@@ -167,9 +172,8 @@ def test_counterfactual_rewards(coordinates, score, monkeypatch):
                     worth = squares = 0.0
                     for j in range(first, first + r):
                         for role in roles:
-                            rms = np.sqrt((G[role][j] ** 2).mean())
-                            worth -= (G[role][j] * later[role][j]).sum() / rms if rms else 0.0
-                        parts, of_gate = lengths(twin, G, j)
+                            worth -= (unit_step(G[role][j], step) * later[role][j]).sum()
+                        parts, of_gate = lengths(twin, G, j, step)
                         parts += [of_gate] if "g" in roles else []
                         squares += sum((part**2).sum() for part in parts)
                     length = np.sqrt(squares) if score == "per_step" else 1.0
