@@ -26,10 +26,14 @@ from trainer.comparison.survivors import similarity
 from trainer.comparison.table import markdown, rows
 from trainer.comparison.worker import make_run, prepare
 from trainer.config.yaml import parse_json
+from trainer.errors import UserError
 from trainer.files import write_text
 
 RESULTS = "results.jsonl"
 Report = Callable[[str], None]
+
+_IN_VAIN = 8
+"""Runs that all failed, and not by diverging, after which a call starts no other."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def compare(
     """Make the runs of comparisons, each with its folder, that have no result; the first arm of
     every comparison, then the second one: what was stopped has the same rows in all. Writes
     results.jsonl, table.md and figure.png of each, of several ones also `beside`.md and .png, and
-    to `keep` the results in brief. Returns each one's results."""
+    to `keep` the results in brief. Returns each one's results. Raises UserError where the first
+    runs all fail: others would too, of a model that is not there, say."""
     parts = [Part(comparison, folder, limits, report) for comparison, folder in comparisons]
     if next(_wanted(parts, set()), None) is not None and limits.minutes != 0:
         _work(parts, limits)
@@ -121,14 +126,17 @@ def _wanted(parts: Sequence[Part], begun: set[tuple[int, str]]) -> Iterator[tupl
 
 
 def _work(parts: Sequence[Part], limits: Limits) -> None:
-    """Run until nothing is wanted, or the time is up."""
+    """Run until nothing is wanted, or the time is up. Raises UserError where that is in vain."""
     context = multiprocessing.get_context("spawn")
     ends = time.monotonic() + 60 * (limits.minutes or 1e9)
     begun: set[tuple[int, str]] = set()
     running: dict[Future[Result], int] = {}
+    ended, errors = 0, list[str]()
     with ProcessPoolExecutor(limits.workers, context, prepare, (context.Value("i", 0),)) as pool:
         while True:
-            free = limits.workers - len(running) if time.monotonic() < ends else 0
+            in_vain = len(errors) == ended >= _IN_VAIN
+            starts = time.monotonic() < ends and not in_vain
+            free = limits.workers - len(running) if starts else 0
             for _ in range(free):
                 found: tuple[int, Job] | None = next(_wanted(parts, begun), None)
                 if found is None:
@@ -140,9 +148,17 @@ def _work(parts: Sequence[Part], limits: Limits) -> None:
                 made = pool.submit(make_run, identity, jobs.config(job), jobs.replayed(job))
                 running[made] = number
             if not running:
-                return
+                break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                parts[running.pop(future)].take(future.result())
+                result = future.result()
+                parts[running.pop(future)].take(result)
+                ended += 1
+                errors += [result["error"]] if is_failure(result) else []
+    if in_vain:
+        raise UserError(
+            f"{parts[0].folder}: the first {ended} runs all failed, the last one with "
+            f"{errors[-1]}; accepted: the same call, once this is mended"
+        )
 
 
 def read_results(file: Path) -> list[Result]:

@@ -10,6 +10,7 @@ from trainer.comparison.plan import Comparison
 from trainer.comparison.runner import Limits, compare
 from trainer.comparison.worker import make_run
 from trainer.config.config import load_config
+from trainer.errors import UserError
 
 SECONDS = ("steps_seconds", "evaluation_seconds")
 
@@ -128,6 +129,19 @@ def test_a_run_that_diverges_or_fails_is_a_result_with_an_error(tmp_path):
     )
     result = make_run(identity, config)
     assert "UserError" in result["error"] and "diverged" not in result
+
+
+def test_a_comparison_whose_first_runs_all_fail_ends(tmp_path, in_forks):
+    """All 20 would; before, they did."""
+    given = comparison(tmp_path).overrides
+    job = comparison(
+        tmp_path, seeds=list(range(20)), methods={"lora": []},
+        overrides=[*given, "data.train=none.jsonl"],
+    )  # fmt: skip
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"out: the first 8 runs all failed, .* none\.jsonl"):
+        compare([(job, out)], report=lambda line: None)
+    assert len(stored(out)) == 8
 
 
 def test_an_arm_replays_the_last_allocation_of_another(tmp_path, in_forks):

@@ -307,7 +307,7 @@ def test_attributed_reward_by_validation(every, calls):
 
 
 def table(bench, earlier, later):
-    """R_u(r, s) = −Σ_{j in slice} Σ_{A, g, B} ⟨G_j, G′_j⟩ / rms(G_j)."""
+    """R_u(r, s) = −Σ_{j in slice} Σ_{A, g, B} ⟨sign(G_j), G′_j⟩."""
     found = np.zeros((4, 3, 3))
     for u, unit in enumerate(bench.units):
         d = min(unit.out_features, unit.in_features)
@@ -317,7 +317,7 @@ def table(bench, earlier, later):
                 j = next(j for j in range(4 * b, 4 * b + 4) if indices[j] == index)
                 for role in ("A", "g", "B"):
                     G, H = np.ravel(earlier[u][role][j]), np.ravel(later[u][role][j])
-                    found[u, a, b] -= G @ H / np.sqrt((G**2).mean())
+                    found[u, a, b] -= np.where(G < 0, -1.0, 1.0) @ H
     return found
 
 
