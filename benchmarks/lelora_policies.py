@@ -74,7 +74,7 @@ def main() -> None:
         limits = Limits(arguments.workers)
         return compare([(job, arguments.out)], limits)[0]
 
-    results = run({LEARNED: [], **POLICIES})
+    results = run({LEARNED: ["method.policy.step=gradient"], **POLICIES})
     runs = [arguments.out / "runs" / r["run"] for r in results if r["method"] == LEARNED]
     weights = [round(share, 4) for share in histogram(runs, ranks)]
     uniform = ["method.policy.mode=uniform", f"method.policy.rank_weights={weights}"]

@@ -33,7 +33,7 @@ RESULTS = "results.jsonl"
 Report = Callable[[str], None]
 
 _IN_VAIN = 8
-"""Runs that all failed, and not by diverging, after which a call starts no other."""
+"""Runs that all failed alike, the first of a call, after which it starts no other."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,11 @@ def compare(
     every comparison, then the second one: what was stopped has the same rows in all. Writes
     results.jsonl, table.md and figure.png of each, of several ones also `beside`.md and .png, and
     to `keep` the results in brief. Returns each one's results. Raises UserError where the first
-    runs all fail: others would too, of a model that is not there, say."""
+    runs all fail alike: others would too, of a model that is not there, say."""
     parts = [Part(comparison, folder, limits, report) for comparison, folder in comparisons]
+    failure = None
     if next(_wanted(parts, set()), None) is not None and limits.minutes != 0:
-        _work(parts, limits)
+        failure = _work(parts, limits)
     tables = {part.folder.name: part.write() for part in parts}
     if beside is not None and len(parts) > 1:
         write_text(beside.with_suffix(".md"), summary(tables))
@@ -109,6 +110,8 @@ def compare(
     if keep is not None:
         for part in parts:
             write_kept(part.schedule, keep / part.folder.name)
+    if failure is not None:
+        raise UserError(f"the first {_IN_VAIN} runs or more all failed with {failure}")
     return [part.schedule.results for part in parts]
 
 
@@ -125,16 +128,16 @@ def _wanted(parts: Sequence[Part], begun: set[tuple[int, str]]) -> Iterator[tupl
         yield number, job
 
 
-def _work(parts: Sequence[Part], limits: Limits) -> None:
-    """Run until nothing is wanted, or the time is up. Raises UserError where that is in vain."""
+def _work(parts: Sequence[Part], limits: Limits) -> str | None:
+    """Run until nothing is wanted, or the time is up, or that is in vain; returns why."""
     context = multiprocessing.get_context("spawn")
     ends = time.monotonic() + 60 * (limits.minutes or 1e9)
     begun: set[tuple[int, str]] = set()
     running: dict[Future[Result], int] = {}
-    ended, errors = 0, list[str]()
+    ended, errors = 0, list[str]()  # first lines
     with ProcessPoolExecutor(limits.workers, context, prepare, (context.Value("i", 0),)) as pool:
         while True:
-            in_vain = len(errors) == ended >= _IN_VAIN
+            in_vain = len(errors) == ended >= _IN_VAIN and len(set(errors)) == 1
             starts = time.monotonic() < ends and not in_vain
             free = limits.workers - len(running) if starts else 0
             for _ in range(free):
@@ -148,17 +151,12 @@ def _work(parts: Sequence[Part], limits: Limits) -> None:
                 made = pool.submit(make_run, identity, jobs.config(job), jobs.replayed(job))
                 running[made] = number
             if not running:
-                break
+                return errors[0] if in_vain else None
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 result = future.result()
                 parts[running.pop(future)].take(result)
                 ended += 1
-                errors += [result["error"]] if is_failure(result) else []
-    if in_vain:
-        raise UserError(
-            f"{parts[0].folder}: the first {ended} runs all failed, the last one with "
-            f"{errors[-1]}; accepted: the same call, once this is mended"
-        )
+                errors += [result["error"].partition("\n")[0]] if is_failure(result) else []
 
 
 def read_results(file: Path) -> list[Result]:

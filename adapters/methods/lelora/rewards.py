@@ -39,7 +39,8 @@ def counterfactual(
     """
     later = optimizer.trained_gradients
     if step == "adam":
-        return -row_sums(optimizer, gradient.sign() * later).sum(1)
+        sign = gradient.sign().where(gradient.isfinite(), torch.nan)
+        return -row_sums(optimizer, sign * later).sum(1)
     dots, squares = row_sums(optimizer, gradient * later), row_sums(optimizer, gradient.square())
     rms = (squares / row_sizes(units, squares)).sqrt()
     return -torch.where(rms > 0, dots / rms.clamp(min=1e-300), 0.0).sum(1)

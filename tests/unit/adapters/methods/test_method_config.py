@@ -384,12 +384,15 @@ def test_a_rank_and_its_set_follow_from_each_other():
     [
         ("alpha", 0.5, "counterfactual"), ("loss", "l1", "attributed"),
         ("baseline", "trend", "counterfactual"), ("idle_location", True, "counterfactual"),
+        ("step", "gradient", "attributed"), ("step", "gradient", "global"),
+        ("score", "per_step", "global"),
     ],
 )  # fmt: skip
 def test_keys_of_another_credit_are_refused(key, value, credit):
     with pytest.raises(ValueError, match=f"method.policy.{key}: .*credit={credit}"):
         METHODS["lelora"].Options(policy={"credit": credit, key: value})
-    METHODS["lelora"].Options(policy={"credit": "global", "signal": "validation", key: value})
+    with_effect = "counterfactual" if key in ("step", "score") else "global"
+    METHODS["lelora"].Options(policy={"credit": with_effect, key: value})
 
 
 def test_units_of_odd_sizes_bound_the_rank():

@@ -132,16 +132,16 @@ def test_a_run_that_diverges_or_fails_is_a_result_with_an_error(tmp_path):
 
 
 def test_a_comparison_whose_first_runs_all_fail_ends(tmp_path, in_forks):
-    """All 20 would; before, they did."""
+    """All 20 would; before, they did. The table is written."""
     given = comparison(tmp_path).overrides
     job = comparison(
         tmp_path, seeds=list(range(20)), methods={"lora": []},
         overrides=[*given, "data.train=none.jsonl"],
     )  # fmt: skip
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"out: the first 8 runs all failed, .* none\.jsonl"):
+    with pytest.raises(UserError, match=r"the first 8 runs or more all failed with .* none\.jsonl"):
         compare([(job, out)], report=lambda line: None)
-    assert len(stored(out)) == 8
+    assert len(stored(out)) == 8 and "0 of 20" in (out / "table.md").read_text()
 
 
 def test_an_arm_replays_the_last_allocation_of_another(tmp_path, in_forks):
