@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 torch.set_num_threads(1)
+# Under nohup it would be ignored here and in what tests start, who ask what a hangup does.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def shared(path: str) -> Path:
