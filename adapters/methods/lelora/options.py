@@ -21,6 +21,9 @@ _ONLY_WITH = {
 """Keys of the policy that have an effect only with these values of `credit`."""
 
 
+Step = Literal["adam", "gradient"]
+
+
 class PolicyOptions(Section):
     """Keys under `method.policy`."""
 
@@ -44,7 +47,7 @@ class PolicyOptions(Section):
     signal: Literal["auto", "validation", "next_batch"] = "auto"
     """Loss of the reward: on records held out from the training data, or on the next training
     batch, whose gradient is computed anyway. auto: validation if credit=global, else next_batch."""
-    step: Literal["adam", "gradient"] = "adam"
+    step: Step = "adam"
     """The unit step that credit=counterfactual scores: every scalar by one against the sign of its
     gradient, as Adam's first step (adam), or along the gradient, of root mean square one
     (gradient), which few large entries dominate."""

@@ -5,15 +5,13 @@ better.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from adapters.methods.lelora.options import Step
 from adapters.optimizer import MaskedAdamW
 from adapters.unit import Unit
-
-Step = Literal["adam", "gradient"]
 
 
 def row_sums(optimizer: MaskedAdamW, flat: Tensor) -> Tensor:

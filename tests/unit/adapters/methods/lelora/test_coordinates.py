@@ -10,6 +10,7 @@ from torch import nn
 
 from adapters.factors import lora_factors
 from adapters.methods.lelora.reinforce import Reinforce
+from adapters.methods.lelora.rewards import counterfactual
 from tests.unit.adapters.methods.harness import (
     AdamW,
     Bench,
@@ -186,6 +187,17 @@ def test_counterfactual_rewards(coordinates, score, step, monkeypatch):
         np.testing.assert_allclose(
             reward.numpy(), reference, rtol=2e-3, atol=2e-4 * np.abs(reference).max()
         )
+
+
+@pytest.mark.parametrize("step", ["adam", "gradient"])
+def test_a_gradient_that_is_not_finite_promises_nothing(step):
+    """Only its own component: of an idle one it does not skip the step."""
+    bench = bench_of("delta")
+    bench.backward()
+    gradient = bench.optimizer.trained_gradients.clone()
+    gradient[0] = torch.inf
+    found = counterfactual(bench.optimizer, gradient, bench.units, step)
+    assert found[0, 0].isnan() and found.isfinite().sum() == found.numel() - 1
 
 
 @each
